@@ -1,0 +1,58 @@
+# Needs Python 3.11 or newer; everything else is installed into .venv, in two layers: what running needs (core), and on
+# top of it what tests need (torch, diffusers, pytest, ruff). Stamp files make a second call quick.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+CORE   := $(VENV)/.core
+TESTS  := $(VENV)/.tests
+DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
+
+.PHONY: help demo demo-full test test-slow test-gpu lint install install-test clean
+
+help:
+	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about six minutes"
+	@echo "make demo-full  the same, with the teacher's rows of the table computed anew"
+	@echo "make test       the default suite        make test-slow  full-size models"
+	@echo "make test-gpu   tests on an accelerator  make lint       ruff        make clean"
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11;" \
+	  "give another with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(CORE): setup.py constraints.txt | $(PY)
+	$(PIP) --editable .
+	@touch $@
+
+$(TESTS): $(CORE)
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+install: $(CORE)
+
+install-test: $(TESTS)
+
+demo: $(CORE)
+	$(DEMO)
+
+demo-full: $(CORE)
+	$(DEMO) --full
+
+test: $(TESTS)
+	$(PY) -m pytest
+
+test-slow: $(TESTS)
+	$(PY) -m pytest -m slow
+
+# The accelerator's own jax comes from the extras "cuda" or "tpu".
+test-gpu: $(TESTS)
+	LCM_JAX_TEST_PLATFORMS= $(PY) -m pytest -m gpu
+
+lint: $(TESTS)
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build dist lcm_jax.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

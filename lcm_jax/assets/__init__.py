@@ -1,0 +1,24 @@
+"""Files that come with the package: the embedded teacher, a small Stable Diffusion in diffusers format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lcm_jax.errors import LcmError
+
+# What a user may type instead of a folder or a hub id.
+_FOLDERS = {"shapes": "shapes_teacher"}
+
+
+def path(name: str) -> Path:
+    """Folder of the asset `name` ("shapes" or the folder's own name). Raises LcmError if it is not there."""
+    folder = Path(__file__).parent / _FOLDERS.get(name, name)
+    if not folder.is_dir():
+        known = sorted(p.name for p in Path(__file__).parent.iterdir() if p.is_dir() and not p.name.startswith("_"))
+        raise LcmError(f"asset {name!r} is not part of this installation; present: {', '.join(known) or 'none'}")
+    return folder
+
+
+def resolve(source: str) -> str:
+    """`source` as `load_pipeline` takes it: "shapes" becomes the asset's folder, anything else stays as it is."""
+    return str(path(source)) if source in _FOLDERS else source

@@ -1,0 +1,31 @@
+"""What the package raises on bad input: one line that names the value and the remedy.
+
+Both classes are `ValueError`s. The programs print the message as `error: ...` and exit with code 2.
+"""
+
+from typing import Any
+
+
+class LcmError(ValueError):
+    """Bad input: a wrong value, file, folder or configuration. The message is one line."""
+
+
+class UnsupportedConfig(LcmError):
+    """A model or scheduler configuration asks for something that is not built here.
+
+    Attributes:
+      field: name of the configuration key.
+      value: the value found.
+    """
+
+    def __init__(self, field: str, value: Any, supported: Any):
+        """`supported` is what would be accepted: a phrase, or a collection of values."""
+        if not isinstance(supported, str):
+            supported = ", ".join(repr(choice) for choice in supported)
+        super().__init__(f"unsupported {field}={value!r}; supported: {supported}")
+        self.field = field
+        self.value = value
+        self.supported = supported
+
+    def __reduce__(self):  # the default would call __init__ with the message alone
+        return type(self), (self.field, self.value, self.supported)

@@ -1,0 +1,54 @@
+"""Package lcm_jax. Core: what distilling, sampling and exporting need; neither torch nor TensorFlow."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+readme = here / "README.md"
+
+CORE = [
+    "absl-py",
+    "flax>=0.12",
+    "huggingface_hub",
+    "jax>=0.10.2,<0.12",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.20",
+    "pillow",
+    "safetensors",
+    "tensorboardX",
+    "tqdm",
+    "transformers>=4.56",  # the CLIP tokenizer only; works without torch
+]
+TORCH = ["torch>=2.6", "diffusers>=0.35", "accelerate", "peft"]  # lcm_jax.export --verify
+
+setup(
+    name="lcm_jax",
+    version="0.1.0",
+    description="Latent Consistency Models from Stable Diffusion checkpoints, in JAX and Flax",
+    long_description=readme.read_text() if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["lcm_jax", "lcm_jax.*"]),
+    package_data={"lcm_jax": ["assets/**"]},
+    install_requires=CORE,
+    extras_require={
+        "torch": TORCH,
+        "test": [*TORCH, "pytest>=8", "ruff"],  # torch and diffusers are the tests' oracles
+        "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "data": [],  # the embedded data set needs nothing more
+        "demo": [],  # nor does `make demo`
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

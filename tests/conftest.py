@@ -1,0 +1,33 @@
+"""Settings of every test: CPU unless asked otherwise, exact float32 products, compiled programs kept between runs."""
+
+import os
+from pathlib import Path
+
+# LCM_JAX_TEST_PLATFORMS: what JAX_PLATFORMS is in tests; empty lets jax choose (make test-gpu).
+_platforms = os.environ.get("LCM_JAX_TEST_PLATFORMS", os.environ.get("JAX_PLATFORMS") or "cpu")
+if _platforms:
+    os.environ["JAX_PLATFORMS"] = _platforms
+else:
+    os.environ.pop("JAX_PLATFORMS", None)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+_cache = Path(__file__).parents[1] / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))  # programs that tests start share it
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs",
+                  float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]))
+jax.config.update("jax_default_matmul_precision", "highest")  # parity with torch: no TF32, no bfloat16 passes
+flags.FLAGS.mark_as_parsed()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and jax.default_backend() == "cpu":
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="no accelerator"))
