@@ -1,0 +1,58 @@
+"""Calling a UNet with its conditioning: plainly, with guidance weights told to it, or guided by two passes in one batch.
+
+A UNet here is anything whose `apply` is that of `models.unet.UNet2DConditionModel`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lcm_jax.diffusion import guidance
+
+Unet = Any
+Params = Any
+Conditioning = Mapping[str, jax.Array]  # encoder_hidden_states [b l d]; SDXL also text_embeds [b p], time_ids [b 6]
+
+
+def student_output(
+    unet: Unet, params: Params, z_t: jax.Array, t: jax.Array, cond: Conditioning, w: jax.Array
+) -> jax.Array:
+    """Output of a student at guidance weights w [b], told to it where it has a w embedding."""
+    dim = unet.time_cond_proj_dim
+    return call(unet, params, z_t, t, cond, None if dim is None else guidance.w_embedding(w, dim))
+
+
+def guided_output(
+    unet: Unet,
+    params: Params,
+    z_t: jax.Array,
+    t: jax.Array,
+    cond: Conditioning,
+    null: Conditioning,
+    w: jax.Array,
+) -> jax.Array:
+    """Classifier-free guided output [b h w c], conditional and null text in one batch of 2b.
+
+    z_t [b h w c]; t [b] or scalar; cond [b ...]; null [1 ...] or [b ...], of which a missing key (SDXL's time_ids) is
+    taken from cond; w [b] or scalar.
+    """
+    b = z_t.shape[0]
+    both = {key: jnp.concatenate([c, jnp.broadcast_to(null.get(key, c), c.shape)]) for key, c in cond.items()}
+    t = jnp.broadcast_to(t, (b,))
+    output = call(unet, params, jnp.concatenate([z_t, z_t]), jnp.concatenate([t, t]), both)
+    return guidance.classifier_free(output[:b], output[b:], w)
+
+
+def call(
+    unet: Unet,
+    params: Params,
+    z_t: jax.Array,
+    t: jax.Array,
+    cond: Conditioning,
+    timestep_cond: jax.Array | None = None,
+) -> jax.Array:
+    """unet.apply with its conditioning as one mapping."""
+    added = {key: value for key, value in cond.items() if key != "encoder_hidden_states"}
+    return unet.apply({"params": params}, z_t, t, cond["encoder_hidden_states"], timestep_cond, added or None)

@@ -1,0 +1,314 @@
+"""Samplers against diffusers' schedulers, step by step, and against the numbers of diffusers' own unit tests."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcm_jax.diffusion import samplers, schedule
+from lcm_jax.errors import LcmError
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers on numpy 2
+
+STEPS = (1, 2, 3, 4, 8, 50)
+SHAPE = (2, 4, 4, 3)
+LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+COSINE = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
+
+
+def fake_model(xp, noise_schedule):
+    """A cheap nonlinear network whose x0, eps and v say the same thing and stay of order 1. xp: jnp or torch."""
+    alphas, sigmas = np.sqrt(noise_schedule.alphas_cumprod), np.sqrt(1 - noise_schedule.alphas_cumprod)
+    if xp is torch:
+        alphas, sigmas = torch.from_numpy(alphas), torch.from_numpy(sigmas)
+    else:
+        alphas, sigmas = jnp.asarray(alphas), jnp.asarray(sigmas)
+    phases = np.cos(np.arange(alphas.shape[0]) / 100).astype(np.float32)
+    phases = torch.from_numpy(phases) if xp is torch else jnp.asarray(phases)
+
+    def model(x, t):
+        v = 0.3 * xp.tanh(x + phases[t])
+        if noise_schedule.prediction_type == "v_prediction":
+            return v
+        if noise_schedule.prediction_type == "sample":
+            return alphas[t] * x - sigmas[t] * v
+        return sigmas[t] * x + alphas[t] * v
+
+    return model
+
+
+def start_and_noise(num_steps, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(s).astype(np.float32) for s in (SHAPE, (num_steps - 1, *SHAPE))]
+
+
+def torch_trajectory(scheduler, noise_schedule, x, num_steps, **step_options):
+    """x after every step of a diffusers scheduler, [n b h w c]."""
+    scheduler.set_timesteps(num_steps)
+    model = fake_model(torch, noise_schedule)
+    x, trajectory = torch.from_numpy(x), []
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t), t, x, **step_options).prev_sample
+        trajectory.append(x.numpy())
+    return np.stack(trajectory)
+
+
+def compare(sampler, scheduler, noise_schedule, num_steps, **step_options):
+    x, _ = start_and_noise(num_steps)
+    want = torch_trajectory(scheduler, noise_schedule, x, num_steps, **step_options)
+    last, got = jax.jit(functools.partial(sampler, return_trajectory=True))(x)
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+    np.testing.assert_array_equal(last, got[-1])
+    assert got.dtype == jnp.float32
+
+
+def ddim_case(num_steps, config, spacing="trailing", **options):
+    config = {**config, "timestep_spacing": spacing, "clip_sample": False, **options}
+    noise_schedule = schedule.from_config(config)
+    scheduler = diffusers.DDIMScheduler(**config)
+    offset, to_one = options.get("steps_offset", 0), options.get("set_alpha_to_one", True)
+    scheduler.set_timesteps(num_steps)
+    table = samplers.ddim_timesteps(num_steps, 1000, spacing, offset)
+    np.testing.assert_array_equal(table, scheduler.timesteps)
+    sampler = functools.partial(
+        samplers.ddim,
+        fake_model(jnp, noise_schedule),
+        schedule=noise_schedule,
+        num_steps=num_steps,
+        spacing=spacing,
+        steps_offset=offset,
+        set_alpha_to_one=to_one,
+    )
+    compare(sampler, scheduler, noise_schedule, num_steps)
+
+
+def dpm_case(num_steps, config, spacing="trailing", **options):
+    config = {**config, "timestep_spacing": spacing, **options}
+    noise_schedule = schedule.from_config(config)
+    scheduler = diffusers.DPMSolverMultistepScheduler(**config)
+    offset = options.get("steps_offset", 0)
+    scheduler.set_timesteps(num_steps)
+    table = samplers.dpm_solver_pp_2m_timesteps(num_steps, 1000, spacing, offset)
+    np.testing.assert_array_equal(table, scheduler.timesteps)
+    sampler = functools.partial(
+        samplers.dpm_solver_pp_2m,
+        fake_model(jnp, noise_schedule),
+        schedule=noise_schedule,
+        num_steps=num_steps,
+        spacing=spacing,
+        steps_offset=offset,
+    )
+    compare(sampler, scheduler, noise_schedule, num_steps)
+
+
+def lcm_case(num_steps, config, original_steps=50, timestep_scaling=10.0):
+    noise_schedule = schedule.from_config(config)
+    scheduler = diffusers.LCMScheduler(
+        **config, original_inference_steps=original_steps, timestep_scaling=timestep_scaling
+    )
+    x, _ = start_and_noise(num_steps)
+    # The scheduler draws its noise itself: the same draws, made beforehand with an equal generator.
+    noise = np.zeros((0, *SHAPE), np.float32)
+    if num_steps > 1:
+        generator = torch.Generator().manual_seed(7)
+        noise = np.stack([torch.randn(SHAPE, generator=generator).numpy() for _ in range(num_steps - 1)])
+    generator = torch.Generator().manual_seed(7)
+    want = torch_trajectory(scheduler, noise_schedule, x, num_steps, generator=generator)
+    run = jax.jit(
+        lambda x, noise: samplers.lcm(
+            fake_model(jnp, noise_schedule),
+            x,
+            noise,
+            noise_schedule,
+            num_steps,
+            original_steps,
+            timestep_scaling,
+            return_trajectory=True,
+        )
+    )
+    last, got = run(x, noise)
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+    np.testing.assert_array_equal(last, got[-1])
+
+
+@pytest.mark.parametrize("prediction_type", schedule.PREDICTION_TYPES)
+@pytest.mark.parametrize("spacing", samplers.SPACINGS)
+@pytest.mark.parametrize("num_steps", STEPS)
+def test_ddim_equals_diffusers(num_steps, spacing, prediction_type):
+    ddim_case(num_steps, {**LATENT, "prediction_type": prediction_type}, spacing)
+
+
+@pytest.mark.parametrize("prediction_type", schedule.PREDICTION_TYPES)
+@pytest.mark.parametrize("spacing", samplers.SPACINGS)
+@pytest.mark.parametrize("num_steps", (*STEPS, 15))  # from 15 steps on diffusers has no lower_order_final
+def test_dpm_solver_equals_diffusers(num_steps, spacing, prediction_type):
+    dpm_case(num_steps, {**LATENT, "prediction_type": prediction_type}, spacing)
+
+
+@pytest.mark.parametrize("prediction_type", schedule.PREDICTION_TYPES)
+@pytest.mark.parametrize("num_steps", STEPS)
+def test_lcm_equals_diffusers(num_steps, prediction_type):
+    lcm_case(num_steps, {**LATENT, "prediction_type": prediction_type})
+
+
+@pytest.mark.parametrize("num_steps", (1, 4, 50))
+def test_stable_diffusion_offsets(num_steps):
+    ddim_case(num_steps, LATENT, "leading", steps_offset=1, set_alpha_to_one=False)
+    dpm_case(num_steps, LATENT, "leading", steps_offset=1)
+
+
+@pytest.mark.parametrize("config", (COSINE, LATENT), ids=("cosine", "latent"))
+@pytest.mark.parametrize("prediction_type", ("sample", "v_prediction"))
+def test_zero_terminal_snr_equals_diffusers(prediction_type, config):
+    config = {**config, "prediction_type": prediction_type, "rescale_betas_zero_snr": True}
+    ddim_case(4, config)
+    dpm_case(4, config)
+    lcm_case(4, config)
+
+
+@pytest.mark.parametrize("original_steps,scaling", ((30, 10.0), (100, 0.001), (10, 10.0)))
+def test_lcm_other_solver_grids_and_scalings(original_steps, scaling):
+    lcm_case(4, LATENT, original_steps, scaling)
+
+
+@pytest.mark.parametrize(
+    "num_steps,original_steps,want",
+    (
+        (1, 50, [999]),
+        (2, 50, [999, 499]),
+        (3, 50, [999, 679, 339]),
+        (4, 50, [999, 759, 499, 259]),
+        (6, 50, [999, 839, 679, 499, 339, 179]),
+        (8, 50, [999, 879, 759, 639, 499, 379, 259, 139]),
+        (10, 50, list(range(999, 0, -100))),
+        (50, 50, list(range(999, 0, -20))),
+        (4, 100, [999, 749, 499, 249]),
+        (4, 10, [999, 799, 499, 299]),
+        (4, 30, [989, 758, 494, 263]),
+    ),
+)
+def test_lcm_timestep_tables(num_steps, original_steps, want):
+    got = samplers.timesteps("lcm", num_steps, original_steps=original_steps)
+    assert got.tolist() == want and got.dtype == np.int32
+
+
+def test_lcm_timesteps_equal_diffusers_for_every_number_of_steps():
+    scheduler = diffusers.LCMScheduler()
+    for num_steps in range(1, 51):
+        scheduler.set_timesteps(num_steps)
+        np.testing.assert_array_equal(samplers.lcm_timesteps(num_steps), scheduler.timesteps)
+    assert [samplers.lcm_timesteps(n)[-1] for n in (25, 26, 50)] == [39, 39, 19]
+
+
+@pytest.mark.parametrize("spacing", samplers.SPACINGS)
+@pytest.mark.parametrize("kind", ("ddim", "dpm_solver_pp_2m"))
+def test_baseline_timesteps_equal_diffusers_for_every_number_of_steps(kind, spacing):
+    classes = {"ddim": diffusers.DDIMScheduler, "dpm_solver_pp_2m": diffusers.DPMSolverMultistepScheduler}
+    scheduler = classes[kind](timestep_spacing=spacing, **LATENT)
+    for num_steps in range(1, 1000):
+        scheduler.set_timesteps(num_steps)
+        want = scheduler.timesteps.numpy()
+        if len(want) > num_steps:  # rounding of 1000 / n in diffusers gives a value too many: -1
+            want = want[:num_steps]
+        got = samplers.timesteps(kind, num_steps, spacing=spacing)
+        np.testing.assert_array_equal(got, want, err_msg=f"{num_steps} steps")
+        assert np.all(np.diff(got) < 0) and got[-1] >= 0
+
+
+@pytest.mark.parametrize("num_steps,total,mean", ((1, 18.7097, 0.0244), (10, 197.7616, 0.2575)))
+def test_lcm_goldens_of_diffusers_unit_tests(num_steps, total, mean):
+    sample = np.moveaxis(np.arange(768, dtype=np.float32).reshape(3, 8, 8, 4) / 768, -1, 0)
+    torch.manual_seed(0)
+    noise = np.zeros((0, *sample.shape), np.float32)
+    if num_steps > 1:
+        noise = np.stack([torch.randn(sample.shape).numpy() for _ in range(num_steps - 1)])
+    config = {"_class_name": "LCMScheduler"}
+    x = samplers.lcm(lambda x, t: x * t / (t + 1), sample, noise, schedule.from_config(config), num_steps)
+    assert abs(float(jnp.abs(x).sum()) - total) < 1e-2
+    assert abs(float(jnp.abs(x).mean()) - mean) < 1e-3
+
+
+@pytest.mark.parametrize("name", ("lcm", "ddim", "dpm_solver_pp_2m"))
+def test_one_scan_and_one_network_in_the_program(name):
+    noise_schedule = schedule.from_config(LATENT)
+    calls = []
+
+    def model(x, t):
+        calls.append((x.shape, t.shape, t.dtype))
+        return jnp.sin(x)
+
+    x, noise = start_and_noise(8)
+    arguments = (x, noise) if name == "lcm" else (x,)
+    program = str(jax.make_jaxpr(lambda *a: getattr(samplers, name)(model, *a, noise_schedule, 8))(*arguments))
+    assert program.count("scan[") == 1 and program.count("sin ") == 1
+    assert set(calls) == {(SHAPE, (), jnp.dtype("int32"))}
+
+
+@pytest.mark.parametrize("name", ("lcm", "ddim", "dpm_solver_pp_2m"))
+def test_half_precision_networks_are_sampled_in_float32(name):
+    noise_schedule = schedule.from_config(LATENT)
+    x, noise = start_and_noise(4)
+    arguments = (x.astype(jnp.bfloat16), noise) if name == "lcm" else (x.astype(jnp.bfloat16),)
+    seen = []
+
+    def model(x, t):
+        seen.append(x.dtype)
+        return (0.3 * x).astype(jnp.bfloat16)
+
+    out = getattr(samplers, name)(model, *arguments, noise_schedule, 4)
+    assert out.dtype == jnp.float32 and set(seen) == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("num_steps", (1, 2, 50))
+def test_dpm_solver_ends_at_the_network_x0_without_nan(num_steps):
+    """The step to sigma = 0 has lambda = infinity: it must give x0 itself, which this network knows exactly."""
+    noise_schedule = schedule.from_config({**LATENT, "prediction_type": "sample"})
+    target = np.full(SHAPE, 0.7, np.float32)
+    x, _ = start_and_noise(1)
+    out = samplers.dpm_solver_pp_2m(lambda x, t: target, x, noise_schedule, num_steps)
+    np.testing.assert_array_equal(out, target)
+
+
+def test_lcm_takes_none_or_spare_noise():
+    noise_schedule = schedule.from_config(LATENT)
+    model = fake_model(jnp, noise_schedule)
+    x, noise = start_and_noise(4)
+    one = samplers.lcm(model, x, None, noise_schedule, 1)
+    np.testing.assert_array_equal(one, samplers.lcm(model, x, noise, noise_schedule, 1))
+    spare = np.concatenate([noise, np.full((1, *SHAPE), np.nan, np.float32)])
+    exact, more = (samplers.lcm(model, x, n, noise_schedule, 4) for n in (noise, spare))
+    np.testing.assert_array_equal(exact, more)
+
+
+@pytest.mark.parametrize(
+    "call,words",
+    (
+        (lambda: samplers.lcm_timesteps(0), "0 sampling steps are out of range; choose 1 to 50"),
+        (lambda: samplers.lcm_timesteps(51), "51 sampling steps"),
+        (lambda: samplers.lcm_timesteps(1, original_steps=0), "original_steps=0"),
+        (lambda: samplers.lcm_timesteps(1, original_steps=1001), "original_steps=1001"),
+        (lambda: samplers.ddim_timesteps(0), "0 sampling steps"),
+        (lambda: samplers.ddim_timesteps(1001), "choose 1 to 1000"),
+        (lambda: samplers.ddim_timesteps(4, spacing="even"), "unknown timestep spacing 'even'"),
+        (lambda: samplers.ddim_timesteps(1000, spacing="leading", steps_offset=1), "steps_offset=1"),
+        (lambda: samplers.dpm_solver_pp_2m_timesteps(1000, spacing="leading"), "choose 1 to 999"),
+        (lambda: samplers.dpm_solver_pp_2m_timesteps(4, spacing="even"), "leading, trailing, linspace"),
+        (lambda: samplers.timesteps("euler", 4), "unknown sampler 'euler'"),
+    ),
+)
+def test_bad_arguments_are_named(call, words):
+    with pytest.raises(LcmError, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_lcm_noise_of_wrong_shape_is_refused():
+    x, noise = start_and_noise(3)
+    for bad in (noise[:1], noise[..., :2], None):
+        with pytest.raises(LcmError, match="for 3 steps; it must be"):
+            samplers.lcm(lambda x, t: x, x, bad, schedule.from_config(LATENT), 3)

@@ -1,0 +1,146 @@
+"""The solver grid, the DDIM jump, and the guided ODE against closed-form solutions for Gaussian data."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcm_jax.diffusion import guidance, schedule, solvers
+from lcm_jax.diffusion.consistency import consistency_function
+from lcm_jax.errors import LcmError
+
+CONFIG = {"_class_name": "LCMScheduler"}
+SHAPE = (3, 4, 4, 2)
+
+
+@functools.cache
+def table(prediction_type="epsilon"):
+    return schedule.from_config({**CONFIG, "prediction_type": prediction_type})
+
+
+def gaussian_model(noise_schedule, mean, std):
+    """The exact network for data ~ N(mean, std^2): E[x0 | z_t] = mean + alpha std^2 / var_t (z_t - alpha mean)."""
+
+    def model(z_t, t):
+        alpha, sigma = noise_schedule.alpha(t), noise_schedule.sigma(t)
+        gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
+        x0 = mean + gain * (z_t - alpha * mean)
+        if noise_schedule.prediction_type == "sample":
+            return x0
+        eps = (z_t - alpha * x0) / sigma
+        return eps if noise_schedule.prediction_type == "epsilon" else alpha * eps - sigma * x0
+
+    return model
+
+
+def exact_flow(noise_schedule, mean, std, z, t_start, t_end):
+    """Solution of the probability-flow ODE for that data: (z_t - alpha_t mean) / sqrt(var_t) does not change."""
+    abar = noise_schedule.alphas_cumprod.astype(np.float64)[[t_start, t_end]]
+    alpha, deviation = np.sqrt(abar), np.sqrt(abar * std**2 + 1 - abar)
+    return alpha[1] * mean + deviation[1] / deviation[0] * (np.asarray(z, np.float64) - alpha[0] * mean)
+
+
+def start(seed=0):
+    return np.random.default_rng(seed).standard_normal(SHAPE).astype(np.float32)
+
+
+def test_grid_of_fifty_steps():
+    grid = solvers.solver_grid(table(), 50)
+    assert grid.num_steps == 50 and grid.skip == 20
+    assert grid.timesteps.tolist() == list(range(19, 1000, 20))
+    assert grid.prev_timesteps.tolist() == [0, *range(19, 980, 20)]
+    np.testing.assert_allclose(grid.alphas_cumprod_prev[:2], [0.99915, 0.982244], atol=1e-6)
+    np.testing.assert_array_equal(grid.alphas_cumprod_prev, table().alphas_cumprod[grid.prev_timesteps])
+
+
+def test_grid_that_does_not_divide_the_timesteps():
+    grid = solvers.solver_grid(table(), 30)
+    assert (grid.timesteps[:2].tolist(), int(grid.timesteps[-1]), grid.skip) == ([32, 65], 989, 33)
+    assert grid.prev_timesteps[:3].tolist() == [0, 32, 65]
+    assert solvers.solver_grid(table(), 1).timesteps.tolist() == [999]
+    assert solvers.solver_grid(table(), 1000).timesteps[:2].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("num_steps", (0, -1, 1001))
+def test_solver_steps_out_of_range(num_steps):
+    with pytest.raises(LcmError, match=f"solver steps {num_steps} .* choose 1 to 1000"):
+        solvers.solver_grid(table(), num_steps)
+
+
+def test_jump_from_the_truth_lands_on_the_truth():
+    grid = solvers.solver_grid(table(), 50)
+    x0, eps = start(1), start(2)
+    index = np.array([0, 17, 49])
+    got = solvers.ddim_jump(x0, eps, grid.alphas_cumprod_prev[index])
+    want = schedule.add_noise(table(), x0, eps, grid.prev_timesteps[index])
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_guiding_x0_and_eps_is_the_paper_s_guided_increment():
+    """z + (1+w) Psi(c) - w Psi(0), with Psi = (a_n/a_m - 1) z - (a_n s_m/a_m - s_n) eps (LCM-LoRA, algorithm 1)."""
+    grid = solvers.solver_grid(table(), 50)
+    i, w = np.array([0, 17, 49]), np.array([0.0, 7.5, 14.0], np.float32)
+    t, z_t, cond, uncond = grid.timesteps[i], start(1), start(2), start(3)
+    x0, eps = (guidance.classifier_free(f(table(), cond, z_t, t), f(table(), uncond, z_t, t), w)
+               for f in (schedule.to_x0, schedule.to_eps))  # fmt: skip
+    got = solvers.ddim_jump(x0, eps, grid.alphas_cumprod_prev[i])
+    abar = table().alphas_cumprod.astype(np.float64)
+    (a_m, s_m), (a_n, s_n) = ((np.sqrt(u)[:, None, None, None], np.sqrt(1 - u)[:, None, None, None])
+                              for u in (abar[t], abar[grid.prev_timesteps[i]]))  # fmt: skip
+    psi = [(a_n / a_m - 1) * z_t - (a_n * s_m / a_m - s_n) * e for e in (cond, uncond)]
+    w = w[:, None, None, None]
+    # x0 is of order 14.6 w before the jump scales it down, hence the looser bound
+    np.testing.assert_allclose(got, z_t + (1 + w) * psi[0] - w * psi[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", schedule.PREDICTION_TYPES)
+@pytest.mark.parametrize("num_steps", (50, 30, 1))
+def test_endpoint_is_exact_for_one_known_picture(num_steps, prediction_type):
+    """Where all data is one point, eps is constant along the ODE and DDIM makes no error, whatever the grid."""
+    noise_schedule, picture = table(prediction_type), start(5)
+    z = start()
+    got = solvers.ode_endpoint(gaussian_model(noise_schedule, picture, 0.0), z, noise_schedule, num_steps)
+    first = solvers.solver_grid(noise_schedule, num_steps).timesteps[-1]
+    np.testing.assert_allclose(got, exact_flow(noise_schedule, picture, 0.0, z, first, 0), atol=3e-5)
+
+
+@pytest.mark.parametrize("prediction_type", schedule.PREDICTION_TYPES)
+def test_endpoint_converges_to_the_exact_flow_for_gaussian_data(prediction_type):
+    noise_schedule, z = table(prediction_type), start()
+    model = gaussian_model(noise_schedule, 0.3, 0.5)
+    want = exact_flow(noise_schedule, 0.3, 0.5, z, 999, 0)
+    errors = [np.abs(solvers.ode_endpoint(model, z, noise_schedule, n) - want).max() for n in (25, 50, 100, 200)]
+    assert errors[3] < 0.02
+    ratios = np.divide(errors[:-1], errors[1:])
+    assert np.all((ratios > 1.6) & (ratios < 2.5)), errors  # a method of first order
+
+
+def test_exact_consistency_function_is_constant_along_the_path():
+    """The exact solution map, applied anywhere on the DDIM path, gives the endpoint up to the solver's own error."""
+    noise_schedule, z = table(), start()
+    model = gaussian_model(noise_schedule, 0.3, 0.5)
+    grid = solvers.solver_grid(noise_schedule, 50)
+    end, path = solvers.ode_endpoint(model, z, noise_schedule, 50, return_trajectory=True)
+    assert path.shape == (50, *SHAPE)
+    np.testing.assert_array_equal(path[-1], end)
+    points, times = [z, *path], [999, *grid.prev_timesteps[::-1]]
+    ends = [exact_flow(noise_schedule, 0.3, 0.5, p, t, 0) for p, t in zip(points, times, strict=True)]
+    drift = [np.abs(e - end).max() for e in ends]
+    assert drift[-1] < 1e-6 and max(drift) < 0.1
+    assert np.all(np.diff(drift) < 1e-6)  # each jump uses up its share of the error
+
+
+def test_consistency_function_of_one_known_picture_is_that_picture():
+    noise_schedule, picture, t = table("v_prediction"), start(5), np.array([39, 499, 999])
+    z_t = schedule.add_noise(noise_schedule, picture, start(6), t)
+    velocity = schedule.velocity(noise_schedule, picture, start(6), t)
+    np.testing.assert_allclose(consistency_function(noise_schedule, velocity, z_t, t), picture, atol=2e-5)
+
+
+def test_endpoint_is_one_scan():
+    noise_schedule = table()
+    run = functools.partial(solvers.ode_endpoint, lambda z, t: jnp.sin(z), schedule=noise_schedule)
+    program = str(jax.make_jaxpr(run)(start()))
+    assert program.count("scan[") == 1 and program.count("sin ") == 1
