@@ -1,0 +1,241 @@
+"""The configuration of a run: every key, its meaning and its default, and the check of its values.
+
+A config file (`configs/*.py`) starts from `default_config()` and changes what it needs; the command line changes the
+rest (`--config.train.steps=2000`). Keys are fixed: a key that is not below is an error wherever it is typed. Only the
+programs read the config; library functions take plain arguments.
+
+Inside, w is the paper's guidance weight (0 = no guidance); `sample.guidance_scale` is the user's w + 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from lcm_jax.errors import LcmError
+
+OBJECTIVES = ("lcd",)
+SOURCES = ("shapes",)
+LOSSES = ("huber", "l2")
+DTYPES = ("auto", "float32", "bfloat16")
+SHAPES_RESOLUTION = 64  # pixels; the embedded data set is rendered at this size only
+MAX_SOLVER_STEPS = 1000  # the solver grid is a subset of the 1000 training timesteps
+
+
+def default_config() -> ConfigDict:
+    """All keys with their defaults: the published full fine-tune of a Stable Diffusion teacher, on embedded data."""
+    config = ConfigDict()
+    config.seed = 0  # root of every random draw: data order, noise, timesteps, w, initial weights
+    config.objective = "lcd"  # "lcd": latent consistency distillation, Algorithm 1
+
+    config.model = model = ConfigDict()
+    model.teacher = config_dict.placeholder(str)  # folder in diffusers format, hub id, or "shapes" (comes with us)
+    model.student = config_dict.placeholder(str)  # what training starts from; None: the teacher's own weights
+    model.dtype = "auto"  # compute dtype of the networks; "auto": bfloat16 on accelerators, float32 on CPU
+
+    config.data = data = ConfigDict()
+    data.source = "shapes"  # "shapes": pictures rendered by code, with captions
+    data.path = config_dict.placeholder(str)  # where the source's files are; "shapes" has none
+    data.batch_size = 32  # images per step over all devices and hosts
+    data.resolution = 512  # side of the square training images in pixels
+    data.num_examples = 4096  # distinct pictures of "shapes"; an epoch, and the size of the latent cache
+
+    config.train = train = ConfigDict()
+    train.steps = 10_000  # length of the run; may be raised later on the same workdir
+    train.learning_rate = 8e-6  # peak rate, after the warm-up and before the decay
+    train.lr_warmup_steps = 0  # linear from 0 over the first steps
+    train.lr_decay_start = 0  # first step of the decay (only with lr_decay_steps > 0)
+    train.lr_decay_steps = 0  # linear to 0 over this many steps; 0: no decay; does not follow train.steps
+    train.ema_decay = 0.95  # of the target network: target = decay * target + (1 - decay) * student
+    train.weight_decay = 0.0  # AdamW's decoupled decay, on every parameter
+    train.adam_b1 = 0.9
+    train.adam_b2 = 0.999
+    train.adam_eps = 1e-8
+    train.max_grad_norm = 1.0  # global norm to which gradients are clipped; 0: no clipping
+    train.accumulation_steps = 1  # parts in which a batch goes through the networks; a step is one update all the same
+
+    config.distill = distill = ConfigDict()
+    distill.solver_steps = 50  # points of the teacher's DDIM grid; the skip k is 1000 // solver_steps
+    distill.w_min = 2.0  # w is uniform in [w_min, w_max]
+    distill.w_max = 14.0
+    distill.loss = "huber"  # "huber" (pseudo-Huber) or "l2"
+    distill.huber_c = 0.001  # pseudo-Huber's c: sqrt(d^2 + c^2) - c
+    distill.w_embedding_dim = 256  # width of the sinusoidal embedding of w; the UNet's time_cond_proj_dim
+    distill.timestep_scaling = 10.0  # s in the boundary scalings, c_skip and c_out are functions of s * t
+    distill.sigma_data = 0.5  # of the boundary scalings
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every = 1000  # steps between checkpoints; the last step and a stop by signal save as well
+    checkpoint.keep = 3  # newest checkpoints that stay on disk
+
+    config.log = log = ConfigDict()
+    log.every = 10  # steps between lines in metrics.jsonl and TensorBoard
+
+    config.sample = sample = ConfigDict()
+    sample.every = 1000  # steps between sample grids; 0: none
+    sample.steps = 4  # sampling steps of the grids
+    sample.guidance_scale = 8.0  # w + 1 of the grids
+    sample.prompts = ()  # captions of the grids, from noise that stays the same through the run
+    return config.lock()
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 1}} -> {"train.steps": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _as_json(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain dict as it comes back from JSON (tuples are lists)."""
+    tree = config.to_dict() if isinstance(config, ConfigDict) else config
+    return json.loads(json.dumps(tree))
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as indented JSON, keys sorted, the same text for the same values."""
+    return json.dumps(_as_json(config), indent=2, sort_keys=True) + "\n"
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Copy of `config` with the values that depend on others filled in: `model.student`, `model.dtype`."""
+    config = ConfigDict(config.to_dict())
+    if config.model.student is None:
+        config.model.student = config.model.teacher
+    if config.model.dtype == "auto":
+        import jax  # late: reading a config must not start a device
+
+        config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return config.lock()
+
+
+def _check(key: str, value: Any, ok: bool, remedy: str) -> None:
+    if not ok:
+        raise LcmError(f"config.{key} = {value!r}: {remedy}")
+
+
+def _check_keys_and_types(flat: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    unknown, missing = sorted(set(flat) - set(defaults)), sorted(set(defaults) - set(flat))
+    if unknown:
+        raise LcmError(f"config.{unknown[0]} = {flat[unknown[0]]!r}: unknown key; the keys are in lcm_jax/config.py")
+    if missing:
+        raise LcmError(f"config.{missing[0]} is missing; begin the config file with lcm_jax.config.default_config()")
+    for key, value in flat.items():
+        default = defaults[key]
+        if default is None:  # placeholder(str)
+            _check(key, value, value is None or isinstance(value, str), "must be a string or None")
+        elif isinstance(default, tuple):
+            _check(key, value, isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value),
+                   "must be a tuple of strings, as (\"a red circle\",)")
+        elif isinstance(default, float):
+            _check(key, value, isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+                   "must be a finite number")
+        else:
+            _check(key, value, type(value) is type(default), f"must be {type(default).__name__}")
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks keys, types and values. Raises LcmError that names the key, its value and what to do."""
+    flat, defaults = _flat(config.to_dict()), _flat(default_config().to_dict())
+    _check_keys_and_types(flat, defaults)
+
+    def check(key: str, ok: bool, remedy: str) -> None:
+        _check(key, flat[key], ok, remedy)
+
+    for key, choices in {"objective": OBJECTIVES, "data.source": SOURCES, "distill.loss": LOSSES,
+                         "model.dtype": DTYPES}.items():
+        check(key, flat[key] in choices, f"must be one of {', '.join(choices)}")
+    for key in ("data.batch_size", "data.resolution", "data.num_examples", "train.steps", "train.accumulation_steps",
+                "checkpoint.every", "checkpoint.keep", "log.every"):
+        check(key, flat[key] >= 1, "must be at least 1")
+    for key in ("train.lr_warmup_steps", "train.lr_decay_start", "train.lr_decay_steps", "train.weight_decay",
+                "train.max_grad_norm", "distill.w_min", "sample.every"):
+        check(key, flat[key] >= 0, "must not be negative")
+    for key in ("train.learning_rate", "train.adam_eps", "distill.huber_c", "distill.timestep_scaling",
+                "distill.sigma_data"):
+        check(key, flat[key] > 0, "must be greater than 0")
+    for key in ("train.ema_decay", "train.adam_b1", "train.adam_b2"):
+        check(key, 0 <= flat[key] < 1, "must be in [0, 1)")
+
+    check("seed", 0 <= flat["seed"] < 2**32, "must be in [0, 2^32)")
+    check("model.teacher", bool(flat["model.teacher"]),
+          "no teacher; set --config.model.teacher to a model folder in diffusers format, a hub id, or \"shapes\"")
+    check("model.student", flat["model.student"] != "", "must be a model folder, a hub id, or None for the teacher")
+    if flat["data.source"] == "shapes":
+        check("data.resolution", flat["data.resolution"] == SHAPES_RESOLUTION,
+              f"data.source \"shapes\" is rendered at {SHAPES_RESOLUTION} pixels; set {SHAPES_RESOLUTION}")
+        check("data.path", flat["data.path"] is None, "data.source \"shapes\" reads no files; leave it None")
+    check("train.lr_decay_start",
+          flat["train.lr_decay_steps"] == 0 or flat["train.lr_decay_start"] >= flat["train.lr_warmup_steps"],
+          f"the decay would begin inside the warm-up of {flat['train.lr_warmup_steps']} steps (train.lr_warmup_steps)")
+    check("train.accumulation_steps", flat["data.batch_size"] % flat["train.accumulation_steps"] == 0,
+          f"must divide data.batch_size = {flat['data.batch_size']}")
+    check("distill.solver_steps", 1 <= flat["distill.solver_steps"] <= MAX_SOLVER_STEPS,
+          f"must be in 1..{MAX_SOLVER_STEPS}")
+    check("distill.w_max", flat["distill.w_max"] >= flat["distill.w_min"],
+          f"must not be below distill.w_min = {flat['distill.w_min']!r}")
+    check("distill.w_embedding_dim", flat["distill.w_embedding_dim"] >= 4 and flat["distill.w_embedding_dim"] % 2 == 0,
+          "must be even and at least 4")
+    check("sample.steps", 1 <= flat["sample.steps"] <= flat["distill.solver_steps"],
+          f"must be in 1..distill.solver_steps = {flat['distill.solver_steps']}")
+    check("sample.guidance_scale", flat["sample.guidance_scale"] >= 1, "must be at least 1 (1 = no guidance, w = 0)")
+
+
+def _may_differ(key: str) -> bool:
+    return key == "train.steps" or key.endswith(".every") or key.startswith("log.")
+
+
+def differences(saved: Mapping[str, Any], config: ConfigDict | Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys in which a run that goes on must not differ from its beginning, but does.
+
+    Args:
+        saved: nested dict read from the workdir's config.json.
+        config: the resolved config of the command at hand.
+
+    Returns:
+        {dotted key: (saved value, present value)}; a key that one side lacks has "<absent>" there. `train.steps`, the
+        `*.every` keys and the `log` keys may differ and are left out.
+    """
+    before, now = _flat(_as_json(saved)), _flat(_as_json(config))
+    pairs = {key: (before.get(key, "<absent>"), now.get(key, "<absent>")) for key in sorted(before.keys() | now.keys())}
+    return {key: (a, b) for key, (a, b) in pairs.items() if a != b and not _may_differ(key)}
+
+
+def _one_line(error: BaseException) -> str:
+    """Message of `error` without line breaks; ml_collections puts a repr inside a repr."""
+    text = str(error.args[0]) if error.args else type(error).__name__
+    text = text.replace("\\'", "'").replace('\\"', '"').replace("\\n", " ")
+    return " ".join(text.strip("\"'").split())
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """`flags_parser` for `absl.app.run`: any error on the command line is one line on stderr and exit code 2.
+
+    Covers an unknown flag, an unknown config key, a value of the wrong type, a config file that is missing or broken,
+    and stray words (usually a blank after `=`).
+    """
+    from absl import flags
+
+    try:
+        rest = flags.FLAGS(argv)
+        for name in flags.FLAGS:
+            value = flags.FLAGS[name].value
+            if type(value).__name__ == "_ErrorConfig":  # config_flags postpones a missing file to the first access
+                _ = value.seed
+        if rest[1:]:
+            raise LcmError(f"unexpected argument {rest[1]!r}; write options as --name=value without blanks")
+        return rest
+    except (flags.Error, LcmError, OSError, ImportError, SyntaxError) as error:
+        message = _one_line(error) if not isinstance(error, OSError) else " ".join(str(error).split())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        given = [word for word in argv[1:] if word.startswith(("--config.", "-config."))]
+        message = f"config: {_one_line(error)} (given: {' '.join(given) or 'no overrides'}); " \
+                  "the keys are in lcm_jax/config.py"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,282 @@
+"""Captioned pictures of coloured shapes, drawn by code: the embedded data set.
+
+Every example is a pure function of (split, index, num_objects). The random numbers are the raw output of Philox-4x64,
+a counter-based generator, keyed by the split and the index, so that example 10**9 costs what example 0 costs and the
+set is the same on every platform and every NumPy.
+
+A picture is 64 px wide and high, holds one object (or up to three that do not touch), and is described by
+
+    a small red circle at the top left on a white background
+
+Objects are drawn from signed distances d (pixels, negative inside): coverage = clip(1/2 - d, 0, 1), which is a box
+filter one pixel wide, and pixel = background + coverage * (colour - background).
+
+One tenth of all (shape, colour, size, position, background) combinations is kept out of the "train" split; the
+"heldout" split draws from that tenth only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from lcm_jax.errors import LcmError
+
+RESOLUTION = 64
+SPLITS = ("train", "heldout")
+MAX_OBJECTS = 3
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+SIZES = ("small", "large")
+POSITIONS = ("center", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right")
+BACKGROUNDS = ("white", "black", "gray", "navy", "brown")
+ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "position": POSITIONS, "background": BACKGROUNDS}
+
+COLOUR_RGB = {
+    "red": (222, 28, 36),
+    "orange": (250, 138, 14),
+    "yellow": (250, 226, 36),
+    "green": (36, 164, 58),
+    "cyan": (52, 214, 226),
+    "blue": (40, 88, 236),
+    "purple": (142, 44, 184),
+    "pink": (250, 128, 188),
+}
+BACKGROUND_RGB = {
+    "white": (246, 246, 246),
+    "black": (10, 10, 10),
+    "gray": (134, 134, 134),
+    "navy": (14, 20, 72),
+    "brown": (98, 58, 26),
+}
+COLOUR_JITTER = 9.0  # largest change of a channel of an object's colour, of 255
+SHADE_JITTER = 6.0  # largest change of a background's shade, of 255, the same for its three channels
+ANGLE_JITTER = 12.0  # degrees
+
+# Column and row of each position in a 3 x 3 grid, counted from the top left.
+_CELL = {"center": (1, 1), "left": (0, 1), "right": (2, 1), "top": (1, 0), "bottom": (1, 2), "top left": (0, 0),
+         "top right": (2, 0), "bottom left": (0, 2), "bottom right": (2, 2)}
+_CIRCUMRADIUS = {"circle": 0.96, "square": 0.8 * 2**0.5, "triangle": 1.16, "star": 1.16, "cross": 1.112, "ring": 1.0}
+_COUNTS = tuple(len(words) for words in ATTRIBUTES.values())
+_HELDOUT_FRACTION = 0.1
+_KEY = 0x5EED_5AA9_E500  # first word of the Philox key, added to the split's number and the number of objects
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Where objects lie and how large they are, in pixels, for pictures with so many objects."""
+
+    centres: tuple[float, float, float]
+    jitter: float
+    radii: dict[str, tuple[float, float]]
+
+
+# One object may fill its third of the picture and more; several must fit into cells 20 px apart.
+_ONE = _Layout((18.56, 32.0, 45.44), 2.0, {"small": (9.0, 10.5), "large": (15.0, 17.0)})
+_SEVERAL = _Layout((12.0, 32.0, 52.0), 0.5, {"small": (4.6, 4.9), "large": (6.9, 7.3)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """One object: its words, and what the words leave open.
+
+    `centre` is (x, y) in pixels from the picture's top left corner (pixel (0, 0) has its middle at (0.5, 0.5)),
+    `radius` in pixels, `angle` in degrees, `rgb` in 0..255.
+    """
+
+    shape: str
+    colour: str
+    size: str
+    position: str
+    centre: tuple[float, float]
+    radius: float
+    angle: float
+    rgb: tuple[float, float, float]
+
+    @property
+    def extent(self) -> float:
+        """Radius in pixels of the smallest circle around `centre` that holds the object."""
+        return self.radius * _CIRCUMRADIUS[self.shape]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """All there is to know about one picture."""
+
+    background: str
+    background_rgb: tuple[float, float, float]
+    objects: tuple[Object, ...]
+
+
+def combination(shape: str, colour: str, size: str, position: str, background: str) -> int:
+    """Number of a combination of attributes, 0 .. 4319."""
+    words = (shape, colour, size, position, background)
+    return int(np.ravel_multi_index([names.index(w) for names, w in zip(ATTRIBUTES.values(), words, strict=True)],
+                                    _COUNTS))
+
+
+@functools.cache
+def heldout_combinations() -> frozenset[int]:
+    """The combinations (see `combination`) that the "train" split never shows and "heldout" draws from."""
+    total = int(np.prod(_COUNTS))
+    order = np.argsort(np.random.Philox(key=np.array([_KEY, 0], np.uint64)).random_raw(total), kind="stable")
+    return frozenset(int(i) for i in order[: round(_HELDOUT_FRACTION * total)])
+
+
+@functools.cache
+def _choices(split: str) -> tuple[np.ndarray, ...]:
+    """Per background, the split's combinations as rows (shape, colour, size, position) of indices."""
+    held = heldout_combinations()
+    rows = np.array([i for i in range(int(np.prod(_COUNTS))) if (i in held) == (split == "heldout")])
+    table = np.stack(np.unravel_index(rows, _COUNTS), axis=1)
+    return tuple(table[table[:, 4] == b, :4] for b in range(len(BACKGROUNDS)))
+
+
+def spec(index: int, split: str = "train", num_objects: int = 1) -> Spec:
+    """The picture number `index` (0 or more) of a split ("train" or "heldout"), with one to three objects."""
+    if split not in SPLITS:
+        raise LcmError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+    if not 1 <= num_objects <= MAX_OBJECTS:
+        raise LcmError(f"num_objects={num_objects}: a picture holds 1 to {MAX_OBJECTS} objects")
+    if not 0 <= index < 2**63:
+        raise LcmError(f"example index {index} is out of range: use 0 or more")
+    key = _KEY + 16 * (1 + SPLITS.index(split)) + num_objects
+    raw = np.random.Philox(key=np.array([key, index], np.uint64)).random_raw(2 + 8 * num_objects)
+    u = (raw >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
+    choices = _choices(split)
+    # Backgrounds in proportion to how many combinations they have: then each combination is equally likely.
+    sizes = np.cumsum([len(c) for c in choices])
+    b = int(np.searchsorted(sizes, u[0] * sizes[-1], side="right"))
+    shade = SHADE_JITTER * (2.0 * u[1] - 1.0)
+    background_rgb = tuple(c + float(shade) for c in BACKGROUND_RGB[BACKGROUNDS[b]])
+    layout = _ONE if num_objects == 1 else _SEVERAL
+    objects: list[Object] = []
+    table = choices[b]
+    for n in range(num_objects):
+        draws = u[2 + 8 * n : 10 + 8 * n]
+        row = table[int(draws[0] * len(table))]
+        objects.append(_object(row, draws[1:], layout))
+        if n + 1 < num_objects:
+            table = table[table[:, 3] != row[3]]
+    objects.sort(key=lambda o: _CELL[o.position][::-1])  # reading order
+    return Spec(BACKGROUNDS[b], background_rgb, tuple(objects))
+
+
+def _object(row: np.ndarray, u: np.ndarray, layout: _Layout) -> Object:
+    """One object from its indices (shape, colour, size, position) and seven uniform numbers."""
+    shape, colour, size, position = SHAPES[row[0]], COLOURS[row[1]], SIZES[row[2]], POSITIONS[row[3]]
+    low, high = layout.radii[size]
+    radius = float(low + (high - low) * u[0])
+    margin = radius * _CIRCUMRADIUS[shape] + 2.0  # the soft edge reaches beyond sharp corners
+    centre = tuple(
+        float(np.clip(layout.centres[cell] + layout.jitter * (2.0 * v - 1.0), margin, RESOLUTION - margin))
+        for cell, v in zip(_CELL[position], u[1:3], strict=True)
+    )
+    angle = float(ANGLE_JITTER * (2.0 * u[3] - 1.0))
+    rgb = tuple(float(np.clip(c + COLOUR_JITTER * (2.0 * v - 1.0), 0.0, 255.0))
+                for c, v in zip(COLOUR_RGB[colour], u[4:7], strict=True))
+    return Object(shape, colour, size, position, centre, radius, angle, rgb)
+
+
+def caption(spec: Spec) -> str:
+    """The picture in words, all lower case; several objects in reading order, joined by "and"."""
+    objects = " and ".join(f"a {o.size} {o.colour} {o.shape} at the {o.position}" for o in spec.objects)
+    return f"{objects} on a {spec.background} background"
+
+
+_CAPTION = re.compile(r"(?P<objects>.+) on a (?P<background>\w+) background")
+_OBJECT = re.compile(r"a (?P<size>\w+) (?P<colour>\w+) (?P<shape>\w+) at the (?P<position>\w+( \w+)?)")
+
+
+def parse_caption(text: str) -> list[dict[str, int]]:
+    """Class indices of each object that a caption names: the inverse of `caption`, as `labels` of each object."""
+    whole = _CAPTION.fullmatch(text)
+    parts = [_OBJECT.fullmatch(p) for p in whole["objects"].split(" and ")] if whole else [None]
+    try:
+        return [{name: words.index(whole[name] if name == "background" else part[name])
+                 for name, words in ATTRIBUTES.items()} for part in parts]
+    except (TypeError, ValueError):
+        raise LcmError(f"not a caption of the shapes set: {text!r}; the form is "
+                       "'a small red circle at the top left on a white background'") from None
+
+
+def labels(spec: Spec, which: int = 0) -> dict[str, int]:
+    """Class indices {shape, colour, size, position, background} of the object number `which`."""
+    o = spec.objects[which]
+    words = {"shape": o.shape, "colour": o.colour, "size": o.size, "position": o.position,
+             "background": spec.background}
+    return {name: ATTRIBUTES[name].index(word) for name, word in words.items()}
+
+
+def label_arrays(specs: Iterable[Spec | str]) -> dict[str, np.ndarray]:
+    """Class indices of one-object pictures, given as specs or captions: {attribute: int32 [b]}."""
+    rows = [parse_caption(s)[0] if isinstance(s, str) else labels(s) for s in specs]
+    return {name: np.array([r[name] for r in rows], np.int32) for name in ATTRIBUTES}
+
+
+def render(spec: Spec) -> np.ndarray:
+    """The picture: uint8 [64 64 3], RGB."""
+    picture = np.empty((RESOLUTION, RESOLUTION, 3), np.float32)
+    picture[:] = spec.background_rgb
+    for o in spec.objects:
+        # Only the square around the object; one pixel more on every side for the soft edge.
+        x0, y0 = (max(int(c - o.extent) - 1, 0) for c in o.centre)
+        x1, y1 = (min(int(c + o.extent) + 2, RESOLUTION) for c in o.centre)
+        x = np.arange(x0, x1, dtype=np.float32)[None, :] + np.float32(0.5 - o.centre[0])
+        y = np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(0.5 - o.centre[1])
+        c, s = np.float32(np.cos(np.deg2rad(o.angle))), np.float32(np.sin(np.deg2rad(o.angle)))
+        distance = _signed_distance(o.shape, c * x + s * y, c * y - s * x, np.float32(o.radius))
+        coverage = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
+        patch = picture[y0:y1, x0:x1]
+        patch += coverage * (np.asarray(o.rgb, np.float32) - patch)
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.float32) -> np.ndarray:
+    """Distance in pixels to the outline, negative inside; exact along straight edges, a lower bound outside corners."""
+    if shape == "circle":
+        return np.hypot(x, y) - 0.96 * r
+    if shape == "ring":
+        return np.abs(np.hypot(x, y) - 0.77 * r) - 0.23 * r
+    ax, ay = np.abs(x), np.abs(y)
+    if shape == "square":
+        return np.maximum(ax, ay) - 0.8 * r
+    if shape == "cross":  # arms 2.1 r long and 0.72 r wide
+        long, wide = 1.05 * r, 0.36 * r
+        return np.minimum(np.maximum(ax - long, ay - wide), np.maximum(ax - wide, ay - long))
+    if shape == "triangle":  # equilateral, a corner up; the inscribed circle has half the circumradius
+        return np.maximum(y, np.float32(0.75**0.5) * ax - 0.5 * y) - 0.58 * r
+    # Star: five points, one up. Fold the plane into the tenth between a tip (at angle 0) and the next notch.
+    tenth = np.pi / 5.0
+    angle = np.arctan2(ax, -y)
+    angle = np.abs(angle - 2.0 * tenth * np.rint(angle / (2.0 * tenth)))
+    length = np.hypot(x, y)
+    u, v = length * np.cos(angle), length * np.sin(angle)
+    tip, notch = 1.16 * r, 0.54 * r
+    edge_u, edge_v = notch * np.cos(tenth) - tip, notch * np.sin(tenth)
+    return ((u - tip) * edge_v - v * edge_u) / np.hypot(edge_u, edge_v)
+
+
+def render_batch(specs: Sequence[Spec]) -> np.ndarray:
+    """Pictures of several specs: uint8 [b 64 64 3]."""
+    out = np.empty((len(specs), RESOLUTION, RESOLUTION, 3), np.uint8)
+    for n, s in enumerate(specs):
+        out[n] = render(s)
+    return out
+
+
+def example(index: int, split: str = "train", num_objects: int = 1) -> tuple[np.ndarray, str]:
+    """Picture (uint8 [64 64 3]) and caption number `index` of a split."""
+    s = spec(index, split, num_objects)
+    return render(s), caption(s)
+
+
+def examples(start: int, count: int, split: str = "train", num_objects: int = 1) -> tuple[np.ndarray, list[str]]:
+    """Pictures (uint8 [count 64 64 3]) and captions number `start` .. `start + count - 1` of a split."""
+    specs = [spec(i, split, num_objects) for i in range(start, start + count)]
+    return render_batch(specs), [caption(s) for s in specs]

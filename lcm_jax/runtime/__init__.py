@@ -1,0 +1,1 @@
+"""What a long run needs: device mesh, checkpoints, measurements, its folder. Knows neither models nor method."""

@@ -1,0 +1,150 @@
+"""Keys, values and the command line of the config; what may differ when a run goes on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lcm_jax import assets
+from lcm_jax import config as config_lib
+from lcm_jax.errors import LcmError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def shapes():
+    scope = {}
+    exec((ROOT / "configs" / "shapes_lcm.py").read_text(), scope)
+    return scope["get_config"]()
+
+
+def test_shipped_configs_are_valid():
+    for file in (ROOT / "configs").glob("*.py"):
+        scope = {}
+        exec(file.read_text(), scope)
+        config_lib.validate(scope["get_config"]())
+        assert scope["__doc__"], f"{file}: the docstring is the card of the run"
+
+
+def test_promised_keys_exist():
+    flat = config_lib._flat(config_lib.default_config().to_dict())
+    promised = """seed objective model.teacher model.student data.source data.path data.batch_size data.resolution
+        train.steps train.learning_rate train.ema_decay distill.solver_steps distill.w_min distill.w_max distill.loss
+        checkpoint.every log.every sample.every""".split()
+    assert set(promised) <= set(flat)
+
+
+BAD = {
+    "seed": -1, "objective": "lcf2", "model.teacher": None, "model.student": "", "model.dtype": "float16",
+    "data.source": "imagenet", "data.path": "/x", "data.batch_size": 0, "data.resolution": 48, "data.num_examples": 0,
+    "train.steps": 0, "train.learning_rate": 0.0, "train.lr_warmup_steps": -1, "train.lr_decay_steps": -5,
+    "train.ema_decay": 1.0, "train.weight_decay": -0.1, "train.adam_b1": 1.5, "train.adam_b2": -0.1,
+    "train.adam_eps": 0.0, "train.max_grad_norm": -1.0, "train.accumulation_steps": 0, "distill.solver_steps": 1001,
+    "distill.w_min": -0.5, "distill.w_max": float("nan"), "distill.loss": "l1", "distill.huber_c": 0.0,
+    "distill.w_embedding_dim": 255, "distill.timestep_scaling": 0.0, "distill.sigma_data": float("inf"),
+    "checkpoint.every": 0, "checkpoint.keep": 0, "log.every": 0, "sample.every": -1, "sample.steps": 51,
+    "sample.guidance_scale": 0.5, "sample.prompts": (3,),
+}
+
+
+@pytest.mark.parametrize("key", BAD)
+def test_bad_value_names_key_and_value(shapes, key):
+    with shapes.unlocked():
+        shapes.update_from_flattened_dict({key: BAD[key]})
+    with pytest.raises(LcmError) as info:
+        config_lib.validate(shapes)
+    text = str(info.value)
+    assert f"config.{key} = {BAD[key]!r}" in text and "\n" not in text
+
+
+def test_values_that_contradict_each_other(shapes):
+    shapes.distill.w_min, shapes.distill.w_max = 9.0, 8.0
+    with pytest.raises(LcmError, match=r"distill.w_max = 8.0.*distill.w_min = 9.0"):
+        config_lib.validate(shapes)
+    shapes.distill.w_min, shapes.train.lr_warmup_steps = 0.0, 500
+    with pytest.raises(LcmError, match=r"train.lr_decay_start = 400.*500"):
+        config_lib.validate(shapes)
+
+
+def test_unknown_and_missing_keys(shapes):
+    with pytest.raises(AttributeError, match="steps"):  # the file itself: the config is locked
+        shapes.train.stepz = 3
+    with shapes.unlocked():
+        shapes.train.stepz = 3
+    with pytest.raises(LcmError, match=r"config.train.stepz = 3: unknown key"):
+        config_lib.validate(shapes)
+    with shapes.unlocked():
+        del shapes.train["stepz"], shapes.train["steps"]
+    with pytest.raises(LcmError, match=r"config.train.steps is missing"):
+        config_lib.validate(shapes)
+
+
+def test_resolve_fills_in_what_follows(shapes):
+    resolved = config_lib.resolve(shapes)
+    assert resolved.model.student == "shapes" and resolved.model.dtype in ("float32", "bfloat16")
+    assert shapes.model.student is None, "the argument stays as it was"
+    config_lib.validate(resolved)
+    assert config_lib.resolve(resolved).to_dict() == resolved.to_dict()
+
+
+def test_differences(shapes):
+    saved = json.loads(config_lib.to_json(shapes))
+    assert config_lib.differences(saved, shapes) == {}  # tuples became lists on the way
+    shapes.train.steps, shapes.checkpoint.every, shapes.log.every, shapes.sample.every = 7, 7, 7, 7
+    assert config_lib.differences(saved, shapes) == {}
+    shapes.train.lr_decay_steps, shapes.sample.prompts = 9, ("x",)
+    different = config_lib.differences(saved, shapes)
+    assert different["train.lr_decay_steps"] == (400, 9) and different["sample.prompts"][1] == ["x"]
+    assert set(different) == {"train.lr_decay_steps", "sample.prompts"}
+    del saved["distill"]["huber_c"]
+    assert config_lib.differences(saved, shapes)["distill.huber_c"] == ("<absent>", 0.001)
+
+
+APP = """
+from absl import app, flags
+from ml_collections import config_flags
+from lcm_jax import config as config_lib
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+flags.DEFINE_string("workdir", None, "where to")
+def main(_):
+    print(config_lib.to_json(CONFIG.value))
+app.run(main, flags_parser=config_lib.parse_flags)
+"""
+CONFIG = "--config=configs/shapes_lcm.py"
+
+
+def run_app(*arguments):
+    return subprocess.run([sys.executable, "-c", APP, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_command_line_overrides():
+    done = run_app(CONFIG, "--config.train.steps=7", "--config.train.learning_rate=1", "--config.model.student=/a")
+    assert done.returncode == 0, done.stderr
+    config = json.loads(done.stdout)
+    assert config["train"]["steps"] == 7 and config["train"]["learning_rate"] == 1.0
+    assert config["model"]["student"] == "/a"
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ((CONFIG, "--config.train.stepz=3"), ["stepz", "steps", "--config.train.stepz=3"]),
+    ((CONFIG, "--config.trane.steps=3"), ["trane", "train"]),
+    ((CONFIG, "--config.train.steps=many"), ["many", "train.steps"]),
+    (("--config=configs/none.py",), ["configs/none.py"]),
+    ((CONFIG, "--config.train.steps=", "3"), ["train.steps"]),
+    ((CONFIG, "stray"), ["stray"]),
+    ((CONFIG, "--workdirr=x"), ["workdirr", "workdir"]),
+])
+def test_command_line_errors_are_one_line_and_exit_2(arguments, words):
+    done = run_app(*arguments)
+    assert done.returncode == 2 and not done.stdout
+    line, = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line
+
+
+def test_asset_names():
+    assert assets.resolve("/some/folder") == "/some/folder"
+    with pytest.raises(LcmError, match="no_such_asset"):
+        assets.path("no_such_asset")

@@ -1,0 +1,208 @@
+"""The shapes set: determinism, the held-out split, and pictures that show what their captions say."""
+
+import colorsys
+import hashlib
+import time
+
+import numpy as np
+import pytest
+
+from lcm_jax.data import shapes
+from lcm_jax.errors import LcmError
+
+COUNT = 400
+
+
+@pytest.fixture(scope="module")
+def train():
+    specs = [shapes.spec(i) for i in range(COUNT)]
+    return specs, shapes.render_batch(specs)
+
+
+def foreground(spec, picture):
+    """Mask [64 64] of pixels that differ from the picture's own background, read off its border."""
+    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]]).astype(int)
+    return np.abs(picture.astype(int) - np.median(border, axis=0)).max(-1) > 24
+
+
+def test_a_function_of_split_and_index(train):
+    specs, pictures = train
+    picture, words = shapes.example(123)
+    assert specs[123] == shapes.spec(123) and words == shapes.caption(specs[123])
+    assert picture.dtype == np.uint8 and picture.shape == (64, 64, 3)
+    np.testing.assert_array_equal(picture, pictures[123])
+    some, captions = shapes.examples(120, 5)
+    np.testing.assert_array_equal(some, pictures[120:125])
+    assert captions[3] == words
+    assert shapes.spec(123, "heldout") != specs[123]
+    shapes.spec(2**62)
+    assert len({s.objects[0].centre for s in specs}) == COUNT
+
+
+def test_the_set_does_not_drift():
+    # Captions of a hundred indices, by digest: a change here makes every trained asset refer to another set.
+    text = "\n".join(shapes.caption(shapes.spec(i, split, n)) for split in shapes.SPLITS for n in (1, 2, 3)
+                     for i in range(100))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "c882aa96c0991ba5"
+
+
+def test_splits_share_no_combination():
+    seen = {split: set() for split in shapes.SPLITS}
+    for split in shapes.SPLITS:
+        for n in (1, 2, 3):
+            for i in range(1500 if n == 1 else 300):
+                s = shapes.spec(i, split, n)
+                seen[split] |= {(o.shape, o.colour, o.size, o.position, s.background) for o in s.objects}
+    assert not seen["train"] & seen["heldout"]
+    held = shapes.heldout_combinations()
+    assert len(held) == 432  # a tenth of 6 * 8 * 2 * 9 * 5
+    assert len(seen["heldout"]) > 400 and {shapes.combination(*c) for c in seen["heldout"]} <= held
+
+
+def test_all_words_are_about_equally_frequent(train):
+    for name, words in shapes.ATTRIBUTES.items():
+        for split in shapes.SPLITS:
+            counts = np.bincount(shapes.label_arrays(shapes.spec(i, split) for i in range(2000))[name],
+                                 minlength=len(words))
+            assert counts.min() > 0.7 * 2000 / len(words) and counts.max() < 1.4 * 2000 / len(words), (name, counts)
+
+
+def test_caption_and_back(train):
+    specs, _ = train
+    assert shapes.caption(specs[0]) == "a large orange square at the right on a gray background"
+    for n in (1, 2, 3):
+        for i in range(100):
+            s = shapes.spec(i, "train", n)
+            assert len(s.objects) == n
+            words = shapes.caption(s)
+            assert words == words.lower()
+            assert shapes.parse_caption(words) == [shapes.labels(s, k) for k in range(n)]
+    arrays = shapes.label_arrays(specs)
+    from_words = shapes.label_arrays([shapes.caption(s) for s in specs])
+    for name in shapes.ATTRIBUTES:
+        np.testing.assert_array_equal(arrays[name], from_words[name])
+
+
+def test_objects_lie_inside_and_apart():
+    for n in (1, 2, 3):
+        for i in range(200):
+            s = shapes.spec(i, "train", n)
+            picture = shapes.render(s)
+            mask = foreground(s, picture)
+            assert not (mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())
+            # As many separate blobs as objects (flood fill over the eight neighbours).
+            left, blobs = mask.copy(), 0
+            while left.any():
+                blobs += 1
+                reach = np.zeros_like(left)
+                reach[np.unravel_index(left.argmax(), left.shape)] = True
+                while True:
+                    grown = reach.copy()
+                    for dy in (-1, 0, 1):
+                        for dx in (-1, 0, 1):
+                            grown |= np.roll(reach, (dy, dx), (0, 1))
+                    grown &= left
+                    if (grown == reach).all():
+                        break
+                    reach = grown
+                left &= ~reach
+            assert blobs == n, shapes.caption(s)
+
+
+def test_pixels_show_position_size_and_background(train):
+    rows, columns = ("top", "", "bottom"), ("left", "", "right")
+    areas = {}
+    for s, picture in zip(*train, strict=True):
+        o = s.objects[0]
+        y, x = (np.mean(v) + 0.5 for v in np.nonzero(foreground(s, picture)))
+        place = " ".join(w for w in (rows[int(y > 26) + int(y > 38)], columns[int(x > 26) + int(x > 38)]) if w)
+        assert (place or "center") == o.position
+        areas.setdefault((o.shape, o.size), []).append(int(foreground(s, picture).sum()))
+        corner = picture[0, 0] / 255.0
+        hue, saturation, value = colorsys.rgb_to_hsv(*corner)
+        if s.background == "white":
+            assert corner.min() > 0.9
+        elif s.background == "black":
+            assert corner.max() < 0.1
+        elif s.background == "gray":
+            assert saturation < 0.05 and 0.4 < value < 0.65
+        elif s.background == "navy":
+            assert 0.58 < hue < 0.72 and value < 0.4
+        else:
+            assert s.background == "brown" and 0.04 < hue < 0.11 and 0.25 < value < 0.5
+    for shape in shapes.SHAPES:
+        assert min(areas[shape, "large"]) > 1.5 * max(areas[shape, "small"])
+
+
+def test_pixels_show_colour(train):
+    hues = {"orange": (22, 42), "yellow": (46, 62), "green": (115, 150), "cyan": (172, 195), "blue": (215, 235),
+            "purple": (270, 295), "pink": (315, 345)}
+    for s, picture in zip(*train, strict=True):
+        o = s.objects[0]
+        # The most frequent pixel value away from the background is the object's.
+        inside = picture[foreground(s, picture)]
+        values, counts = np.unique(inside, axis=0, return_counts=True)
+        hue = 360 * colorsys.rgb_to_hsv(*(values[counts.argmax()] / 255.0))[0]
+        if o.colour == "red":
+            assert hue > 345 or hue < 10
+        else:
+            assert hues[o.colour][0] < hue < hues[o.colour][1], (o.colour, hue)
+
+
+def test_pixels_show_shape(train):
+    """The outline, probed on a circle around the middle: directions that lie inside and that lie outside."""
+    probes = {  # radius of the circle, directions inside, directions outside (degrees clockwise from the right)
+        "circle": (0.8, range(0, 360, 30), ()),
+        "ring": (0.77, range(0, 360, 30), ()),
+        "square": (0.72, range(0, 360, 45), ()),
+        "cross": (0.78, range(0, 360, 90), range(45, 360, 90)),
+        "triangle": (0.8, range(-90, 270, 120), range(-30, 270, 120)),
+        "star": (0.8, range(-90, 270, 72), range(-54, 270, 72)),
+    }
+    for s, picture in zip(*train, strict=True):
+        o, mask = s.objects[0], foreground(s, picture)
+
+        def at(radius, degrees, o=o, mask=mask):
+            turn = np.deg2rad(degrees + o.angle)
+            return mask[int(o.centre[1] + radius * np.sin(turn)), int(o.centre[0] + radius * np.cos(turn))]
+
+        radius, inside, outside = probes[o.shape]
+        assert all(at(radius * o.radius, d) for d in inside), shapes.caption(s)
+        assert not any(at(radius * o.radius, d) for d in outside), shapes.caption(s)
+        assert at(0.0, 0.0) == (o.shape != "ring")
+        # A disc is round, a square is not.
+        y, x = np.nonzero(mask)
+        reach = np.hypot(y + 0.5 - o.centre[1], x + 0.5 - o.centre[0]).max()
+        roundness = mask.sum() / (np.pi * reach**2)
+        assert (roundness > 0.86) == (o.shape == "circle"), (o.shape, roundness)
+
+
+def test_edges_are_soft_and_area_exact():
+    # The anti-aliased disc's summed coverage is its area.
+    centre, radius = (31.3, 32.8), 10.0
+    o = shapes.Object("circle", "red", "small", "center", centre, radius, 0.0, (255.0, 0.0, 0.0))
+    picture = shapes.render(shapes.Spec("black", (0.0, 0.0, 0.0), (o,)))
+    assert picture[..., 0].sum() / 255.0 == pytest.approx(np.pi * (0.96 * radius) ** 2, rel=5e-3)
+    square = shapes.Object("square", "red", "small", "center", (32.0, 32.0), radius, 0.0, (255.0, 0.0, 0.0))
+    picture = shapes.render(shapes.Spec("black", (0.0, 0.0, 0.0), (square,)))
+    assert picture[..., 0].sum() / 255.0 == pytest.approx((1.6 * radius) ** 2, rel=1e-3)
+
+
+def test_drawing_is_quick():
+    shapes.examples(0, 10)
+    start = time.process_time()
+    shapes.examples(0, 200)
+    assert (time.process_time() - start) / 200 < 2e-3
+
+
+def test_refusals():
+    with pytest.raises(LcmError, match="'test'"):
+        shapes.spec(0, "test")
+    with pytest.raises(LcmError, match="-1"):
+        shapes.spec(-1)
+    with pytest.raises(LcmError, match="num_objects=4"):
+        shapes.spec(0, "train", 4)
+    for text in ("", "a red circle", "a small red blob at the top on a white background",
+                 "a small red circle at the top on a red background"):
+        with pytest.raises(LcmError, match="not a caption"):
+            shapes.parse_caption(text)

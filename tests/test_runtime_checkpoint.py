@@ -1,0 +1,199 @@
+"""Checkpoints: bitwise way there and back, strict restore, nothing half under a final name."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lcm_jax.errors import LcmError
+from lcm_jax.runtime import checkpoint as checkpoint_lib
+from lcm_jax.runtime import mesh as mesh_lib
+from lcm_jax.runtime.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parents[1]
+
+
+class State(NamedTuple):
+    step: Any
+    params: Any
+    opt_state: Any
+    ema_params: Any
+
+
+def make_state(seed: int = 0) -> State:
+    rng = np.random.default_rng(seed)
+    params = {"conv_in": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 4, 8)), jnp.float32),
+                          "bias": jnp.asarray(rng.normal(size=8), jnp.bfloat16)},
+              "down_blocks_0": {"resnets_1": {"norm1": {"scale": jnp.asarray([np.nan, -0.0, 1e-45], jnp.float32)}}}}
+    optimiser = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), 2)
+    return State(jnp.int32(seed), params, optimiser.init(params), jax.tree.map(jnp.copy, params))
+
+
+def bits(tree):
+    return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    with Checkpoints(folder, keep=2) as checkpoints:
+        assert checkpoints.latest_step() is None
+        for step in (5, 10, 15):
+            assert checkpoints.save(step, make_state(step), {"images": 32 * step})
+        assert not checkpoints.save(15, make_state(0)), "a step that is there is not written again"
+    return folder
+
+
+def test_there_and_back_bitwise(saved):
+    assert sorted(os.listdir(saved)) == ["10", "15"], "plain numbers, the newest two"
+    assert checkpoint_lib.list_steps(saved) == [10, 15]
+    abstract = jax.eval_shape(make_state)
+    with Checkpoints(saved, keep=2) as checkpoints:
+        assert checkpoints.steps() == [10, 15] and checkpoints.latest_step() == 15
+        for step, restored in ((15, checkpoints.restore(abstract)), (10, checkpoints.restore(make_state(), 10))):
+            assert bits(restored) == bits(make_state(step))
+            assert jax.tree.structure(restored) == jax.tree.structure(make_state())
+            assert checkpoints.extra(step) == {"images": 32 * step}
+
+
+def test_donated_right_after_save(tmp_path):
+    double = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2 + 1, tree), donate_argnums=0)
+    state = {"x": jnp.arange(2**20, dtype=jnp.float32)}
+    with Checkpoints(tmp_path / "c", keep=9) as checkpoints:
+        for step in range(4):
+            checkpoints.save(step, state)
+            state = double(state)
+        checkpoints.wait()
+        for step in range(4):  # x -> 2x + 1 in closed form
+            want = np.arange(2**20, dtype=np.float32) * 2**step + (2**step - 1)
+            np.testing.assert_array_equal(checkpoints.restore(state, step)["x"], want)
+
+
+def test_restore_onto_shardings(saved):
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    with Checkpoints(saved) as checkpoints:
+        restored = checkpoints.restore(mesh_lib.abstract_state(mesh, jax.eval_shape(make_state)))
+    assert bits(restored) == bits(make_state(15))
+    assert restored.params["conv_in"]["kernel"].sharding.mesh.axis_names == ("data", "fsdp")
+
+
+def _drop(tree):
+    return {k: v for k, v in tree.items() if k != "conv_in"}
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda p: {**p, "cond_proj": {"kernel": jnp.zeros((2, 2))}},
+     ["params/cond_proj/kernel: not in the checkpoint, expected float32[2,2]"]),
+    (_drop, ["params/conv_in/kernel: float32[3,3,4,8] in the checkpoint, not expected"]),
+    (lambda p: {**p, "conv_in": {**p["conv_in"], "kernel": jnp.zeros((3, 3, 4, 9))}},
+     ["params/conv_in/kernel: float32[3,3,4,8] in the checkpoint, expected float32[3,3,4,9]"]),
+    (lambda p: jax.tree.map(lambda x: x.astype(jnp.float32), p),
+     ["params/conv_in/bias: bfloat16[8] in the checkpoint, expected float32[8]"]),
+], ids=["missing", "unexpected", "shape", "dtype"])
+def test_any_difference_is_refused(saved, change, words):
+    state = make_state()
+    with Checkpoints(saved) as checkpoints, pytest.raises(LcmError) as info:
+        checkpoints.restore(state._replace(params=change(state.params)))
+    assert all(word in str(info.value) for word in words) and "\n" not in str(info.value)
+    assert "ema_params" not in str(info.value), "only what differs is listed"
+
+
+def test_long_diff_is_cut(saved):
+    with Checkpoints(saved) as checkpoints, pytest.raises(LcmError, match=r"and \d+ more\. Use the config"):
+        checkpoints.restore({f"x{i}": jnp.zeros(1) for i in range(30)})
+
+
+def test_one_part_without_the_rest(saved):
+    tree = checkpoint_lib.load_subtree(saved, 10, "ema_params")
+    assert bits(tree) == bits(make_state(10).ema_params) and isinstance(tree["conv_in"]["bias"], np.ndarray)
+    with pytest.raises(LcmError, match=r"no part 'weights'; it has ema_params, opt_state, params, step"):
+        checkpoint_lib.load_subtree(saved, 10, "weights")
+    with pytest.raises(LcmError, match=r"no checkpoint of step 11 .*present: 10, 15"):
+        checkpoint_lib.load_subtree(saved, 11, "params")
+    with pytest.raises(LcmError, match=r"present: none"):
+        checkpoint_lib.load_subtree(saved / "nowhere", 11, "params")
+
+
+def test_nothing_to_restore(tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints, pytest.raises(LcmError, match=r"no checkpoint in .*none"):
+        checkpoints.restore(make_state())
+
+
+# orbax drops its event loop when a read fails
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("victim", ["_METADATA", "manifest.ocdbt", "d"])
+def test_damaged_checkpoint_is_an_error_not_a_fresh_start(saved, tmp_path, victim):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved, folder)
+    for path in (folder / "15" / "state").rglob(victim):
+        shutil.rmtree(path) if path.is_dir() else path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with Checkpoints(folder) as checkpoints:
+        with pytest.raises(LcmError, match=r"checkpoints/15 cannot be read.*delete that folder"):
+            checkpoints.restore(make_state())
+        assert bits(checkpoints.restore(make_state(), 10)) == bits(make_state(10))
+
+
+def run_python(code, *arguments):
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+KILLED = """
+import os, sys, threading, time, jax.numpy as jnp
+from lcm_jax.runtime.checkpoint import Checkpoints
+checkpoints = Checkpoints(sys.argv[1], keep=9)
+checkpoints.save(1, {"x": jnp.full(1000, 1.0)})
+checkpoints.wait()
+checkpoints.save(2, {"x": jnp.full(30_000_000, 2.0)})
+time.sleep(float(sys.argv[2]))
+os._exit(9)
+"""
+
+
+def test_killed_while_saving(tmp_path):
+    for number, delay in enumerate((0.0, 0.03)):
+        folder = tmp_path / str(number) / "checkpoints"
+        assert run_python(KILLED, folder, delay).returncode == 9
+        size = {1: 1000, 2: 30_000_000}
+        with Checkpoints(folder, keep=9) as checkpoints:
+            for step in checkpoints.steps():  # 2 may have been quick enough; what is there must be whole
+                x = checkpoints.restore({"x": jax.ShapeDtypeStruct((size[step],), jnp.float32)}, step)["x"]
+                assert (np.asarray(x) == step).all()
+            assert 1 in checkpoints.steps()
+            assert checkpoints.save(3, {"x": jnp.zeros(2)})
+        assert all(name.isdigit() for name in os.listdir(folder)), "leavings are removed"
+
+
+FULL = """
+import resource, signal, sys, jax.numpy as jnp, numpy as np
+from lcm_jax.errors import LcmError
+from lcm_jax.runtime.checkpoint import Checkpoints
+noise = np.random.default_rng(0).normal(size=2_000_000).astype(np.float32)
+try:
+    with Checkpoints(sys.argv[1]) as checkpoints:
+        checkpoints.save(1, {"x": jnp.full(1000, 1.0)})
+        checkpoints.wait()
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the disk is full
+        checkpoints.save(2, {"x": jnp.asarray(noise)})
+        checkpoints.wait()
+except LcmError as error:
+    print("refused:", error)
+"""
+
+
+def test_full_disk(tmp_path):
+    done = run_python(FULL, tmp_path / "c")
+    assert "refused: saving" in done.stdout and "free disk space" in done.stdout, done.stdout + done.stderr
+    assert checkpoint_lib.list_steps(tmp_path / "c") == [1]
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        x = checkpoints.restore({"x": jax.ShapeDtypeStruct((1000,), jnp.float32)})["x"]
+    assert (np.asarray(x) == 1).all()
