@@ -1,0 +1,199 @@
+"""CLIP's text transformer, as Stable Diffusion uses it: CLIPTextModel and CLIPTextModelWithProjection.
+
+    x   = token embedding + position embedding
+    x  += MHA(LN1(x)), causal;  x += fc2(act(fc1(LN2(x))))        per layer
+    hidden_states = [embeddings, layer 1, ..., layer L]           before the final LayerNorm
+    pooled = final LN(x) at the end-of-text token [@ text_projection]
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lcm_jax.errors import UnsupportedConfig
+from lcm_jax.models.attention import AttentionFn, dot_product_attention, multi_head_attention
+from lcm_jax.models.config import module_fields
+from lcm_jax.models.layers import LayerNorm
+
+Dtype = Any
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+}
+
+# Files written by early CLIP code say 2 here whatever their vocabulary: then the end of text is the largest id.
+LEGACY_EOS = 2
+
+
+class CLIPTextOutput(NamedTuple):
+    """last_hidden_state [b l d] (after the final LN), hidden_states L+1 times [b l d], pooled [b d or p]."""
+
+    last_hidden_state: jax.Array
+    hidden_states: tuple[jax.Array, ...]
+    pooled: jax.Array
+
+
+class CLIPAttention(nn.Module):
+    heads: int
+    dtype: Dtype = jnp.float32
+    attention_fn: AttentionFn = dot_product_attention
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return multi_head_attention(
+            x,
+            x,
+            heads=self.heads,
+            qkv_bias=True,
+            dtype=self.dtype,
+            attention_fn=self.attention_fn,
+            causal=True,
+            names=("q_proj", "k_proj", "v_proj", "out_proj"),
+        )
+
+
+class CLIPMLP(nn.Module):
+    intermediate_size: int
+    hidden_act: str
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = ACTIVATIONS[self.hidden_act](nn.Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x))
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(y)
+
+
+class CLIPEncoderLayer(nn.Module):
+    heads: int
+    intermediate_size: int
+    hidden_act: str
+    epsilon: float
+    dtype: Dtype = jnp.float32
+    attention_fn: AttentionFn = dot_product_attention
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        attention = CLIPAttention(self.heads, self.dtype, self.attention_fn, name="self_attn")
+        x = x + attention(LayerNorm(self.epsilon, self.dtype, name="layer_norm1")(x))
+        mlp = CLIPMLP(self.intermediate_size, self.hidden_act, self.dtype, name="mlp")
+        return x + mlp(LayerNorm(self.epsilon, self.dtype, name="layer_norm2")(x))
+
+
+class CLIPEmbeddings(nn.Module):
+    vocab_size: int
+    max_position_embeddings: int
+    hidden_size: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
+        init = nn.initializers.normal(0.02)
+        tokens = nn.Embed(self.vocab_size, self.hidden_size, embedding_init=init, name="token_embedding")
+        positions = nn.Embed(
+            self.max_position_embeddings, self.hidden_size, embedding_init=init, name="position_embedding"
+        )
+        return (tokens(input_ids) + positions(jnp.arange(input_ids.shape[1]))).astype(self.dtype)
+
+
+class CLIPEncoder(nn.Module):
+    num_layers: int
+    layer: Mapping[str, Any]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        states = [x]
+        for i in range(self.num_layers):
+            states.append(CLIPEncoderLayer(**self.layer, name=f"layers_{i}")(states[-1]))
+        return tuple(states)
+
+
+class CLIPTextModel(nn.Module):
+    """Token ids [b l] -> CLIPTextOutput. Fields: transformers' CLIPTextConfig with its defaults."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    bos_token_id: int = 49406
+    eos_token_id: int = 49407
+    pad_token_id: int = 1
+    with_projection: bool = False
+    dtype: Dtype = jnp.float32
+    attention_fn: AttentionFn = dot_product_attention
+
+    FIXED: ClassVar[Mapping[str, tuple]] = {
+        "attention_dropout": (0.0, None),
+        "dropout": (0.0, None),
+        "model_type": ("clip_text_model",),
+    }
+
+    @nn.compact
+    def __call__(self, input_ids: jax.Array) -> CLIPTextOutput:
+        """input_ids: int [b l], l at most max_position_embeddings. No padding mask: padding is attended."""
+        if input_ids.shape[1] > self.max_position_embeddings:
+            raise ValueError(f"{input_ids.shape[1]} tokens; this text encoder has {self.max_position_embeddings}")
+        embeddings = CLIPEmbeddings(
+            self.vocab_size, self.max_position_embeddings, self.hidden_size, self.dtype, name="embeddings"
+        )
+        layer = dict(
+            heads=self.num_attention_heads,
+            intermediate_size=self.intermediate_size,
+            hidden_act=self.hidden_act,
+            epsilon=self.layer_norm_eps,
+            dtype=self.dtype,
+            attention_fn=self.attention_fn,
+        )
+        states = CLIPEncoder(self.num_hidden_layers, layer, name="encoder")(embeddings(input_ids))
+        last = LayerNorm(self.layer_norm_eps, self.dtype, name="final_layer_norm")(states[-1])
+        pooled = last[jnp.arange(last.shape[0]), self.end_of_text(input_ids)]
+        if self.with_projection:
+            pooled = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(pooled)
+        return CLIPTextOutput(last, states, pooled)
+
+    def end_of_text(self, input_ids: jax.Array) -> jax.Array:
+        """Position [b] that is pooled: the largest id (legacy files), else the first `eos_token_id`."""
+        if self.eos_token_id == LEGACY_EOS:
+            return input_ids.argmax(-1)
+        return (input_ids == self.eos_token_id).argmax(-1)
+
+
+# Of CLIPTextConfig, without meaning for a forward pass.
+_IGNORED = frozenset({
+    "architectures", "dtype", "torch_dtype", "transformers_version", "initializer_factor", "initializer_range",
+    "tie_word_embeddings", "use_cache", "is_decoder", "return_dict", "output_attentions", "output_hidden_states",
+})  # fmt: skip
+
+
+def from_config(
+    config: Mapping[str, Any], dtype: Dtype = jnp.float32, attention_fn: AttentionFn = dot_product_attention
+) -> CLIPTextModel:
+    """The text encoder that a `config.json` describes; `architectures` decides whether it projects."""
+    fields = module_fields(CLIPTextModel, config, CLIPTextModel.FIXED, ignored=_IGNORED)
+    architecture = (config.get("architectures") or ["CLIPTextModel"])[0]
+    if architecture not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+        raise UnsupportedConfig(
+            "architectures", architecture, supported=("CLIPTextModel", "CLIPTextModelWithProjection")
+        )
+    act = fields.get("hidden_act", "quick_gelu")
+    if act not in ACTIVATIONS:
+        raise UnsupportedConfig("hidden_act", act, supported=tuple(ACTIVATIONS))
+    projects = architecture == "CLIPTextModelWithProjection"
+    return CLIPTextModel(**fields, with_projection=projects, dtype=dtype, attention_fn=attention_fn)
+
+
+def to_config(model: CLIPTextModel) -> dict[str, Any]:
+    """A `config.json` for the module, readable by transformers 4 and 5 alike."""
+    skip = {"with_projection", "dtype", "attention_fn", "parent", "name"}
+    config = {key: getattr(model, key) for key in model.__dataclass_fields__ if key not in skip}
+    config |= {key: values[0] for key, values in CLIPTextModel.FIXED.items()}
+    config["architectures"] = ["CLIPTextModelWithProjection" if model.with_projection else "CLIPTextModel"]
+    return config

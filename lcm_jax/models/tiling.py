@@ -1,0 +1,99 @@
+"""A VAE on images too large for one pass: overlapping tiles, blended linearly.
+
+Tiles start every (1 - overlap) of a tile. Over `extent = overlap * tile` rows (columns) a tile fades in from its
+blended neighbour above, then from the one to its left:
+
+    new[y] = (1 - y / extent) above[-extent + y] + (y / extent) new[y]
+
+and each contributes its first (1 - overlap) part. This is the blend of diffusers' AutoencoderKL; the result differs
+from the untiled one, whose GroupNorm and attention see the whole image.
+
+Everything here is a plain function over a callable for one tile, so a caller jits that callable once and it compiles
+for at most four shapes (inner, right edge, bottom edge, corner; a few more where edges leave slivers).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+OVERLAP = 0.25
+
+Tree = Any
+
+
+def tile_size(vae: Any) -> int:
+    """Edge of a tile in pixels: the VAE's `sample_size`, what it was trained on."""
+    size = vae.sample_size
+    return min(size) if isinstance(size, tuple) else size
+
+
+def encode(
+    encode_tile: Callable[[jax.Array], Tree], images: jax.Array, *, tile: int, factor: int, overlap: float = OVERLAP
+) -> Tree:
+    """Tiled encoding.
+
+    Args:
+      encode_tile: [b h w 3] -> an array or a tree of arrays [b h/factor w/factor c], such as a VAE's `encode`, whose
+        mean and log-variance are blended each.
+      images: [b H W 3].
+      tile: edge of a tile in pixels; an image without a longer side goes through `encode_tile` as it is.
+      factor: pixels per latent.
+      overlap: part of a tile that its neighbour covers too.
+
+    Returns:
+      What `encode_tile` returns, for the whole image.
+    """
+    return _tiled(encode_tile, images, tile, tile // factor, overlap)
+
+
+def decode(
+    decode_tile: Callable[[jax.Array], Tree], z: jax.Array, *, tile: int, factor: int, overlap: float = OVERLAP
+) -> Tree:
+    """Tiled decoding, z [b h w c] -> [b h*factor w*factor 3]; `tile` in pixels as in `encode`."""
+    return _tiled(decode_tile, z, tile // factor, tile, overlap)
+
+
+def _tiled(fn: Callable[[jax.Array], Tree], x: jax.Array, tile: int, out_tile: int, overlap: float) -> Tree:
+    if max(x.shape[1:3]) <= tile:
+        return fn(x)
+    step = int(tile * (1 - overlap))
+    extent = int(out_tile * overlap)
+    if step < 1 or out_tile - extent < 1:
+        raise ValueError(f"tiles of {tile} (result: {out_tile}) with overlap {overlap} do not advance; use larger ones")
+    keep = out_tile - extent
+    bands, above = [], None
+    for top in range(0, x.shape[1], step):
+        row: list[Tree] = []
+        for j, left in enumerate(range(0, x.shape[2], step)):
+            out = fn(x[:, top : top + tile, left : left + tile])
+            if above is not None:
+                out = _fade(above[j], out, extent, axis=1)
+            if row:
+                out = _fade(row[-1], out, extent, axis=2)
+            row.append(out)
+        bands.append(_join([jax.tree.map(lambda a: a[:, :keep, :keep], out) for out in row], axis=2))
+        above = row
+    return _join(bands, axis=1)
+
+
+def _join(parts: list[Tree], axis: int) -> Tree:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=axis), *parts)
+
+
+def _fade(before: Tree, after: Tree, extent: int, axis: int) -> Tree:
+    """`after` with its first `extent` rows (axis 1) or columns (axis 2) faded in from the end of `before`."""
+
+    def fade(a: jax.Array, b: jax.Array) -> jax.Array:
+        n = min(a.shape[axis], b.shape[axis], extent)
+        if n == 0:
+            return b
+        ramp = jnp.arange(n, dtype=jnp.float32) / n
+        ramp = ramp[:, None, None] if axis == 1 else ramp[:, None]
+        tail = jax.lax.slice_in_dim(a, a.shape[axis] - n, a.shape[axis], axis=axis)
+        head = jax.lax.slice_in_dim(b, 0, n, axis=axis)
+        rest = jax.lax.slice_in_dim(b, n, b.shape[axis], axis=axis)
+        return jnp.concatenate([(tail * (1 - ramp) + head * ramp).astype(b.dtype), rest], axis=axis)
+
+    return jax.tree.map(fade, before, after)

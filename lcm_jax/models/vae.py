@@ -1,0 +1,217 @@
+"""AutoencoderKL, the VAE of every Stable Diffusion; images [b H W 3] in [-1, 1], latents [b h w c] unscaled.
+
+    encode: conv_in, down blocks, mid (resnet, attention, resnet), GN SiLU conv_out, quant_conv -> mean, log-variance
+    decode: post_quant_conv, conv_in, mid, up blocks, GN SiLU conv_out
+
+Diffusion works on z = scaling_factor * (mean + exp(logvar / 2) noise). All epsilons here are 1e-6, in every file.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lcm_jax.errors import UnsupportedConfig
+from lcm_jax.models import taesd
+from lcm_jax.models.attention import AttentionFn, dot_product_attention, multi_head_attention
+from lcm_jax.models.config import DIFFUSERS_VERSION, module_fields
+from lcm_jax.models.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv3x3
+
+Dtype = Any
+EPSILON = 1e-6
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+class VAEAttention(nn.Module):
+    """Single-head self-attention over all h*w tokens, projections with bias, residual."""
+
+    groups: int
+    dtype: Dtype
+    attention_fn: AttentionFn
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        y = GroupNorm(self.groups, EPSILON, self.dtype, name="group_norm")(x).reshape(b, h * w, c)
+        y = multi_head_attention(
+            y, y, heads=1, qkv_bias=True, dtype=self.dtype, attention_fn=self.attention_fn
+        )
+        return x + y.reshape(x.shape)
+
+
+class VAEMidBlock(nn.Module):
+    channels: int
+    groups: int
+    add_attention: bool
+    dtype: Dtype
+    attention_fn: AttentionFn
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = ResnetBlock2D(self.channels, self.groups, EPSILON, self.dtype, name="resnets_0")(x)
+        if self.add_attention:
+            x = VAEAttention(self.groups, self.dtype, self.attention_fn, name="attentions_0")(x)
+        return ResnetBlock2D(self.channels, self.groups, EPSILON, self.dtype, name="resnets_1")(x)
+
+
+class VAEBlock(nn.Module):
+    """`num_layers` resnets of one width, then the level's down- or upsampler ("down", "up" or None)."""
+
+    channels: int
+    num_layers: int
+    groups: int
+    dtype: Dtype
+    resample: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for j in range(self.num_layers):
+            x = ResnetBlock2D(self.channels, self.groups, EPSILON, self.dtype, name=f"resnets_{j}")(x)
+        if self.resample == "down":
+            return Downsample2D(self.channels, asymmetric=True, dtype=self.dtype, name="downsamplers_0")(x)
+        if self.resample == "up":
+            return Upsample2D(self.channels, self.dtype, name="upsamplers_0")(x)
+        return x
+
+
+class Encoder(nn.Module):
+    widths: tuple[int, ...]
+    layers_per_block: int
+    out_channels: int
+    groups: int
+    mid_attention: bool
+    dtype: Dtype
+    attention_fn: AttentionFn
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        last = len(self.widths) - 1
+        x = conv3x3(self.widths[0], "conv_in", self.dtype)(x)
+        for i, width in enumerate(self.widths):
+            resample = "down" if i < last else None
+            x = VAEBlock(width, self.layers_per_block, self.groups, self.dtype, resample, name=f"down_blocks_{i}")(x)
+        x = VAEMidBlock(
+            self.widths[-1], self.groups, self.mid_attention, self.dtype, self.attention_fn, name="mid_block"
+        )(x)
+        x = nn.silu(GroupNorm(self.groups, EPSILON, self.dtype, name="conv_norm_out")(x))
+        return conv3x3(self.out_channels, "conv_out", self.dtype)(x)
+
+
+class Decoder(nn.Module):
+    widths: tuple[int, ...]  # as the encoder's: the decoder walks them from the last
+    layers_per_block: int
+    out_channels: int
+    groups: int
+    mid_attention: bool
+    dtype: Dtype
+    attention_fn: AttentionFn
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        widths, last = self.widths[::-1], len(self.widths) - 1
+        x = conv3x3(widths[0], "conv_in", self.dtype)(z)
+        x = VAEMidBlock(
+            widths[0], self.groups, self.mid_attention, self.dtype, self.attention_fn, name="mid_block"
+        )(x)
+        for i, width in enumerate(widths):
+            resample = "up" if i < last else None
+            x = VAEBlock(width, self.layers_per_block + 1, self.groups, self.dtype, resample, name=f"up_blocks_{i}")(x)
+        x = nn.silu(GroupNorm(self.groups, EPSILON, self.dtype, name="conv_norm_out")(x))
+        return conv3x3(self.out_channels, "conv_out", self.dtype)(x)
+
+
+class AutoencoderKL(nn.Module):
+    """Fields: diffusers' AutoencoderKL with its defaults."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    dtype: Dtype = jnp.float32
+    attention_fn: AttentionFn = dot_product_attention
+
+    FIXED: ClassVar[Mapping[str, tuple]] = {
+        "act_fn": ("silu", "swish", None),
+        "_class_name": ("AutoencoderKL",),
+        "_diffusers_version": (DIFFUSERS_VERSION,),
+    }
+
+    def setup(self):
+        half = dict(
+            widths=self.block_out_channels,
+            layers_per_block=self.layers_per_block,
+            groups=self.norm_num_groups,
+            mid_attention=self.mid_block_add_attention,
+            dtype=self.dtype,
+            attention_fn=self.attention_fn,
+        )
+        self.encoder = Encoder(out_channels=2 * self.latent_channels, **half)
+        self.decoder = Decoder(out_channels=self.out_channels, **half)
+        if self.use_quant_conv:
+            self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
+        if self.use_post_quant_conv:
+            self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, each way."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """images [b H W 3] in [-1, 1] -> mean, log-variance [b h w c] of the posterior, unscaled, float32."""
+        moments = self.encoder(images.astype(self.dtype))
+        if self.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        """z [b h w c], already divided by `scaling_factor` -> images [b H W 3], about [-1, 1]."""
+        z = z.astype(self.dtype)
+        if self.use_post_quant_conv:
+            z = self.post_quant_conv(z)
+        return self.decoder(z)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Reconstruction through the posterior's mean; also what `init` calls to see every parameter."""
+        return self.decode(self.encode(images)[0])
+
+
+def from_config(
+    config: Mapping[str, Any], dtype: Dtype = jnp.float32, attention_fn: AttentionFn = dot_product_attention
+) -> AutoencoderKL | taesd.AutoencoderTiny:
+    """The VAE that a `config.json` describes; `_class_name` says which of the two.
+
+    Raises:
+      UnsupportedConfig: the class or a field's value is outside the Stable Diffusion family.
+    """
+    kind = config.get("_class_name", "AutoencoderKL").removeprefix("Flax")
+    if kind == "AutoencoderTiny":
+        return taesd.from_config(config, dtype)
+    if kind != "AutoencoderKL":
+        raise UnsupportedConfig("_class_name", kind, supported=("AutoencoderKL", "AutoencoderTiny"))
+    vae = AutoencoderKL(**module_fields(AutoencoderKL, config, AutoencoderKL.FIXED), dtype=dtype,
+                        attention_fn=attention_fn)  # fmt: skip
+    for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        kinds = getattr(vae, key)
+        if set(kinds) != {block} or len(kinds) != len(vae.block_out_channels):
+            raise UnsupportedConfig(key, kinds, supported=f"{len(vae.block_out_channels)} times {block}")
+    for width in vae.block_out_channels:
+        if width % vae.norm_num_groups:
+            raise UnsupportedConfig("block_out_channels", width, supported=f"multiples of {vae.norm_num_groups}")
+    return vae

@@ -1,0 +1,10 @@
+"""Model folders of diffusers and transformers <-> parameter trees, without torch.
+
+    pipeline = load_pipeline("stabilityai/sdxl-turbo", variant="fp16")
+    save_pipeline(pipeline, "out/my-model")
+"""
+
+from lcm_jax.pretrained.pipeline import Pipeline, load_pipeline, load_unet, load_vae
+from lcm_jax.pretrained.saving import save_pipeline, save_unet
+
+__all__ = ["Pipeline", "load_pipeline", "load_unet", "load_vae", "save_pipeline", "save_unet"]

@@ -1,0 +1,64 @@
+"""Captions -> what a UNet is conditioned on, by the rules of the model's family.
+
+    SD 1.x, 2.x   encoder_hidden_states = last hidden state (after the final LayerNorm)
+    SDXL          encoder_hidden_states = concat of both encoders' penultimate hidden states (before it),
+                  text_embeds = second encoder's pooled output, time_ids = sizes and crop, height first
+
+The null text is "" encoded, but for SDXL models whose model_index says `force_zeros_for_empty_prompt`: zeros.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax.pretrained.pipeline import Pipeline
+from lcm_jax.pretrained.tokenizer import tokenize
+
+Tokens = Mapping[str, Any]  # text encoder's name in the pipeline -> ids [b l]
+
+
+def tokens(pipeline: Pipeline, captions: Sequence[str]) -> dict[str, np.ndarray]:
+    """Token ids int32 [b l] for each text encoder that the pipeline has."""
+    pairs = {"text_encoder": pipeline.tokenizer, "text_encoder_2": pipeline.tokenizer_2}
+    return {
+        name: tokenize(tokenizer, captions)
+        for name, tokenizer in pairs.items()
+        if getattr(pipeline, name) is not None
+    }
+
+
+def encode_tokens(pipeline: Pipeline, params: Mapping[str, Any], ids: Tokens) -> dict[str, jax.Array]:
+    """Conditioning of the captions, without SDXL's time_ids; pure, to be jitted with `params` and `ids` as arguments.
+
+    params: the pipeline's `.params`, or the part of it that holds the text encoders.
+    """
+    outputs = {name: getattr(pipeline, name).apply({"params": params[name]}, i) for name, i in ids.items()}
+    if not pipeline.is_xl:
+        return {"encoder_hidden_states": outputs["text_encoder"].last_hidden_state}
+    hidden = [out.hidden_states[-2] for out in outputs.values()]
+    pooled = list(outputs.values())[-1].pooled
+    return {"encoder_hidden_states": jnp.concatenate(hidden, axis=-1), "text_embeds": pooled}
+
+
+_encode_tokens = jax.jit(encode_tokens, static_argnums=0)
+
+
+def encode(pipeline: Pipeline, captions: Sequence[str]) -> dict[str, jax.Array]:
+    """Conditioning [b ...] of captions with the pipeline's own weights, jitted; see `encode_tokens`."""
+    params = {name: tree for name, tree in pipeline.params.items() if name.startswith("text_encoder")}
+    return _encode_tokens(pipeline, params, tokens(pipeline, captions))
+
+
+def null(pipeline: Pipeline) -> dict[str, jax.Array]:
+    """The null text's conditioning [1 ...], without time_ids."""
+    empty = encode(pipeline, [""])
+    zeros = pipeline.configs["model_index"].get("force_zeros_for_empty_prompt", True)
+    return jax.tree.map(jnp.zeros_like, empty) if pipeline.is_xl and zeros else empty
+
+
+def time_ids(height: int, width: int, batch: int) -> np.ndarray:
+    """SDXL's condition of uncropped pictures of this size in pixels: original h w, crop 0 0, target h w; [b 6]."""
+    return np.tile(np.array([height, width, 0, 0, height, width], np.float32), (batch, 1))

@@ -1,0 +1,244 @@
+"""A whole model folder as one small record: modules, parameters, tokenizers, noise schedule.
+
+    FOLDER/model_index.json  scheduler/  tokenizer[_2]/  text_encoder[_2]/  unet/  vae/
+
+What a config leaves out has diffusers' defaults; what does not fit (tensors, widths, classes) is refused. Safety
+checkers, feature extractors and Flax weights in the folder are not looked at.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lcm_jax.diffusion import schedule
+from lcm_jax.diffusion.schedule import NoiseSchedule
+from lcm_jax.errors import LcmError, UnsupportedConfig
+from lcm_jax.models import clip, unet, vae
+from lcm_jax.pretrained import files, hub, names, tokenizer
+
+Config = dict[str, Any]
+Dtype = Any
+
+TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": TEXT_ENCODERS,
+    "text_encoder_2": TEXT_ENCODERS,
+}
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline:
+    """The parts of one text-to-image model. `dataclasses.replace` exchanges one. Hashed by identity: static under jit.
+
+    Attributes:
+      unet, vae: Linen modules.
+      text_encoder, text_encoder_2: Linen modules or None. SD has the first, SDXL both, its refiner only the second.
+      params: part -> parameter tree (numpy, on the host), for the parts that are not None.
+      tokenizer, tokenizer_2: transformers' CLIPTokenizer beside each text encoder, or None.
+      schedule: noise table and prediction type.
+      configs: part -> raw JSON; also "scheduler" and "model_index".
+      source: local folder; saving copies the tokenizers' files from there.
+    """
+
+    unet: unet.UNet2DConditionModel
+    vae: nn.Module
+    text_encoder: clip.CLIPTextModel | None
+    text_encoder_2: clip.CLIPTextModel | None
+    params: Mapping[str, names.Params]
+    tokenizer: Any
+    tokenizer_2: Any
+    schedule: NoiseSchedule
+    configs: Mapping[str, Config]
+    source: str
+
+    @property
+    def is_xl(self) -> bool:
+        """SDXL and its refiner: context from hidden_states[-2], pooled text and sizes beside it."""
+        return self.text_encoder_2 is not None
+
+    @property
+    def has_w_embedding(self) -> bool:
+        """The UNet takes the guidance scale as an input: a latent consistency model."""
+        return self.unet.time_cond_proj_dim is not None
+
+
+def load_pipeline(
+    source: str | Path,
+    variant: str | None = None,
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype = jnp.float32,
+    *,
+    unet: str | Path | None = None,
+    vae: str | Path | None = None,
+) -> Pipeline:
+    """Load a diffusers folder of the Stable Diffusion family.
+
+    Args:
+      source: folder or hub id.
+      variant: weights to take, e.g. "fp16"; None: those without a suffix.
+      dtype: compute dtype of the modules.
+      param_dtype: dtype of the parameters, whatever the files hold.
+      unet, vae: folders or hub ids whose UNet or VAE takes the place of the source's, which is then not even read.
+
+    Raises:
+      LcmError: folder missing, incomplete, damaged or of another kind; each names the file and the remedy.
+      UnsupportedConfig: a config asks for something outside the Stable Diffusion family.
+    """
+    taken = {part for part, other in (("unet", unet), ("vae", vae)) if other is None}
+    wanted = taken | {"text_encoder", "text_encoder_2"}
+    folder = hub.local_folder(source, _pipeline_patterns(wanted, variant))
+    index = _model_index(folder, str(source))
+    encoders = _encoder_slots(folder, index)
+    configs = {"model_index": index, "scheduler": files.read_json(folder / "scheduler" / "scheduler_config.json")}
+    noise = schedule.from_config(configs["scheduler"])
+
+    modules: dict[str, Any] = dict.fromkeys(_PARTS)
+    tokenizers: dict[str, Any] = dict.fromkeys(("tokenizer", "tokenizer_2"))
+    weights: dict[str, tuple[Path, str, str | None]] = {}
+    for part, other in (("unet", unet), ("vae", vae)):
+        place = folder / part if other is None else _part_folder(other, part, variant)
+        configs[part] = _config(place, part)
+        modules[part] = _module(part, configs[part], dtype)
+        weights[part] = place, files.DIFFUSERS_NAME, variant
+    for part, (place, kind) in encoders.items():
+        configs[part] = _config(place, part) | ({"architectures": [kind]} if kind else {})
+        modules[part] = _module(part, configs[part], dtype)
+        weights[part] = place, files.TRANSFORMERS_NAME, variant
+        slot = place.name.replace("text_encoder", "tokenizer")
+        length = modules[part].max_position_embeddings
+        tokenizers[part.replace("text_encoder", "tokenizer")] = tokenizer.load_tokenizer(folder / slot, length)
+    _check_fit(modules)
+    for place, name, kind in weights.values():  # all there, before minutes go into reading the first
+        files.weight_files(place, name, kind)
+    params = {part: _params(modules[part], *weights[part], param_dtype) for part in weights}
+    return Pipeline(
+        **modules, **tokenizers, params=params, schedule=noise, configs=configs, source=str(folder.resolve())
+    )
+
+
+def load_unet(
+    source: str | Path, variant: str | None = None, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32
+) -> tuple[unet.UNet2DConditionModel, names.Params]:
+    """(module, params) of a pipeline's `unet/`, or of a folder or hub repository that holds only a UNet, at its root.
+
+    Raises: as `load_pipeline`.
+    """
+    return _load_part("unet", source, variant, dtype, param_dtype)
+
+
+def load_vae(
+    source: str | Path, variant: str | None = None, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32
+) -> tuple[nn.Module, names.Params]:
+    """(module, params) of a pipeline's `vae/`, or of a folder or hub repository that holds only a VAE, at its root.
+
+    Raises: as `load_pipeline`.
+    """
+    return _load_part("vae", source, variant, dtype, param_dtype)
+
+
+def _load_part(part: str, source: str | Path, variant: str | None, dtype: Dtype, param_dtype: Dtype):
+    folder = _part_folder(source, part, variant)
+    module = _module(part, _config(folder, part), dtype)
+    return module, _params(module, folder, files.DIFFUSERS_NAME, variant, param_dtype)
+
+
+def _part_folder(source: str | Path, part: str, variant: str | None) -> Path:
+    """Folder of one part: SOURCE/part where that is, else SOURCE itself."""
+    patterns = ["config.json", "model_index.json", f"{part}/config.json"]
+    weights = files.download_patterns(files.DIFFUSERS_NAME, variant)
+    patterns += [prefix + pattern for prefix in ("", f"{part}/") for pattern in weights]
+    folder = hub.local_folder(source, patterns)
+    inside = folder / part
+    if (inside / "config.json").is_file() or (folder / "model_index.json").is_file():
+        return inside
+    return folder
+
+
+def _pipeline_patterns(parts: set[str], variant: str | None) -> list[str]:
+    patterns = ["model_index.json", "scheduler/scheduler_config.json"]
+    patterns += [f"{slot}/{name}" for slot in ("tokenizer", "tokenizer_2") for name in ("*.json", "*.txt")]
+    for part in sorted(parts):
+        name = files.TRANSFORMERS_NAME if part.startswith("text_encoder") else files.DIFFUSERS_NAME
+        patterns += [f"{part}/{file}" for file in ("config.json", *files.download_patterns(name, variant))]
+    return patterns
+
+
+def _model_index(folder: Path, source: str) -> Config:
+    if not (folder / "model_index.json").is_file():
+        if (folder / "config.json").is_file():
+            raise LcmError(f"{source} holds a single model, no pipeline (no model_index.json); give its whole pipeline")
+        raise LcmError(f"{source} is no diffusers folder (no model_index.json); give the folder that holds that file")
+    index = files.read_json(folder / "model_index.json")
+    if "unet" not in index:
+        kind = index.get("_class_name")
+        raise LcmError(f"{source} is a {kind} without a unet; a model of the Stable Diffusion family is needed")
+    return index
+
+
+def _entry_class(index: Config, part: str) -> str | None:
+    """Class name that model_index gives a part (without "Flax"); None: the part is declared absent."""
+    entry = index.get(part)
+    if not (isinstance(entry, list) and len(entry) == 2 and entry[1]):
+        return None
+    return entry[1].removeprefix("Flax")
+
+
+def _encoder_slots(folder: Path, index: Config) -> dict[str, tuple[Path, str | None]]:
+    """Part -> (folder, class). A refiner's only encoder becomes "text_encoder_2" wherever its folder puts it."""
+    found = {}
+    for part in ("text_encoder", "text_encoder_2"):
+        kind = _entry_class(index, part)
+        if kind is not None:
+            if kind not in TEXT_ENCODERS:
+                raise UnsupportedConfig(f"{part} in model_index.json", kind, TEXT_ENCODERS)
+            found[part] = folder / part, kind
+    if not found:
+        raise LcmError(f"{folder} has no text encoder (text_encoder, text_encoder_2 in model_index.json); add one")
+    if list(found) == ["text_encoder"] and found["text_encoder"][1] == "CLIPTextModelWithProjection":
+        return {"text_encoder_2": found["text_encoder"]}
+    return found
+
+
+def _config(folder: Path, part: str) -> Config:
+    config = files.read_json(folder / "config.json")
+    kind = config.get("_class_name")
+    if isinstance(kind, str) and kind.removeprefix("Flax") not in _CLASSES[part]:
+        raise UnsupportedConfig(f"_class_name of {folder / 'config.json'}", kind, _CLASSES[part])
+    return config
+
+
+def _module(part: str, config: Config, dtype: Dtype) -> nn.Module:
+    return _FROM_CONFIG[part](config, dtype=dtype)
+
+
+_FROM_CONFIG: dict[str, Callable[..., nn.Module]] = {
+    "unet": unet.from_config,
+    "vae": vae.from_config,
+    "text_encoder": clip.from_config,
+    "text_encoder_2": clip.from_config,
+}
+
+
+def _params(module: nn.Module, folder: Path, name: str, variant: str | None, dtype: Dtype) -> names.Params:
+    with files.open_weights(folder, name, variant) as weights:
+        return names.read_params(module, weights.shapes, weights.read, jnp.dtype(dtype), str(weights.source))
+
+
+def _check_fit(modules: Mapping[str, Any]) -> None:
+    """The parts' widths agree, so that a mixed-up folder fails here and not inside a compiled program."""
+    encoders = [modules[part] for part in ("text_encoder", "text_encoder_2") if modules[part] is not None]
+    text = sum(encoder.hidden_size for encoder in encoders)
+    for width in set(modules["unet"].per_level("cross_attention_dim")) - {text}:
+        raise LcmError(
+            f"the UNet attends to text of width {width}, the text encoders give {text}; take both from the same model"
+        )
+    latent, channels = modules["vae"].latent_channels, modules["unet"].in_channels
+    if channels not in (latent, 2 * latent + 1):  # plain, or inpainting: latents, masked image's latents, mask
+        raise LcmError(f"the UNet takes {channels} channels, the VAE's latents have {latent}; choose another VAE")

@@ -1,0 +1,286 @@
+"""Writing model folders that diffusers and transformers, old and new, load without a further word.
+
+A folder is written beside its final name, seen onto the disk, and renamed: under the final name there is either nothing
+or all of it. Configs are written in full, text encoders with `text_model.` in their keys (transformers 4 reads nothing
+else), and dtypes in configs as float32 (transformers 5 would otherwise load the text encoder in another than the UNet).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lcm_jax.diffusion import schedule
+from lcm_jax.errors import LcmError
+from lcm_jax.models import clip
+from lcm_jax.models.config import DIFFUSERS_VERSION, to_config
+from lcm_jax.pretrained import files, names, tokenizer
+from lcm_jax.pretrained.pipeline import Config, Pipeline
+
+_SLACK = 1 << 20  # bytes for headers, configs and the file system's own rounding
+
+_LCM_SCHEDULER = {
+    "_class_name": "LCMScheduler",
+    "_diffusers_version": DIFFUSERS_VERSION,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995,
+    "num_train_timesteps": 1000,
+    "original_inference_steps": 50,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,  # anything else makes StableDiffusionPipeline rewrite the config with a warning
+    "thresholding": False,
+    "timestep_scaling": 10.0,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+}
+_TEACHER_KEYS = (
+    "beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "rescale_betas_zero_snr",
+    "trained_betas",
+)  # fmt: skip
+_LCM_KEYS = ("original_inference_steps", "timestep_scaling")
+# What diffusers' other schedulers assume for betas that their files leave out.
+_PLAIN_BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+
+
+def lcm_scheduler_config(source: Config, **overrides: Any) -> Config:
+    """LCMScheduler's full config with the noise table and prediction type of a scheduler config `source`.
+
+    overrides: keys to set, e.g. original_inference_steps=100; unknown ones are refused by name.
+    """
+    is_lcm = source.get("_class_name") in ("LCMScheduler", "TCDScheduler")
+    base = _LCM_SCHEDULER if is_lcm else _LCM_SCHEDULER | _PLAIN_BETAS
+    keys = _TEACHER_KEYS + _LCM_KEYS if is_lcm else _TEACHER_KEYS
+    unknown = overrides.keys() - _LCM_SCHEDULER.keys()
+    if unknown:
+        raise LcmError(f"LCMScheduler has no {', '.join(sorted(unknown))}; keys: {', '.join(_LCM_SCHEDULER)}")
+    carried = {key: source[key] for key in keys if source.get(key) is not None}
+    return dict(sorted((base | carried | overrides).items()))
+
+
+def save_pipeline(
+    pipeline: Pipeline,
+    out: str | Path,
+    *,
+    scheduler_config: Config | None = None,
+    model_index_extra: Mapping[str, Any] | None = None,
+    dtype: Any = jnp.float32,
+    variant: str | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
+) -> Path:
+    """Write a complete diffusers folder.
+
+    Args:
+      out: the folder; must not exist, or be empty.
+      scheduler_config: scheduler/scheduler_config.json; None: LCMScheduler for a UNet with w embedding, else the
+        pipeline's own.
+      model_index_extra: keys to add to model_index.json.
+      dtype: of all weights.
+      variant: suffix of the weight files, e.g. "fp16".
+      extra_files: path inside the folder -> content, e.g. {"README.md": card}.
+
+    Returns:
+      `out`.
+
+    Raises:
+      LcmError: `out` holds something, too little disk space (both before anything is written), parameters that do not
+        fit their modules or are not finite in `dtype`, a scheduler with another noise table than the pipeline's.
+      OSError: writing failed; nothing is left under `out`.
+    """
+    scheduler_config = _checked_scheduler(pipeline, scheduler_config)
+    parts = {part: getattr(pipeline, part) for part in names_of_parts(pipeline)}
+    texts = {
+        f"{part}/config.json": _json(_text_config(module, pipeline.configs.get(part, {})))
+        if isinstance(module, clip.CLIPTextModel)
+        else _json(to_config(module))
+        for part, module in parts.items()
+    }
+    texts["scheduler/scheduler_config.json"] = _json(scheduler_config)
+    index = _model_index(pipeline, scheduler_config["_class_name"]) | dict(model_index_extra or {})
+    texts["model_index.json"] = _json(index)
+    texts |= _tokenizer_texts(pipeline)
+    trees = {
+        f"{part}/{files.single_file(_weights_name(module), variant)}": (module, pipeline.params[part])
+        for part, module in parts.items()
+    }
+    return _write(Path(out), trees, texts, extra_files or {}, dtype)
+
+
+def save_unet(
+    unet: nn.Module,
+    params: names.Params,
+    out: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    variant: str | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
+) -> Path:
+    """Write only a UNet, config and weights at the folder's root (the layout of `lcm-sdxl`). See `save_pipeline`."""
+    trees = {files.single_file(files.DIFFUSERS_NAME, variant): (unet, params)}
+    return _write(Path(out), trees, {"config.json": _json(to_config(unet))}, extra_files or {}, dtype)
+
+
+def names_of_parts(pipeline: Pipeline) -> tuple[str, ...]:
+    """The parts with weights that the pipeline has."""
+    present = (part for part in ("text_encoder", "text_encoder_2") if getattr(pipeline, part) is not None)
+    return "unet", "vae", *present
+
+
+def check_target(out: str | Path, needed: int = 0) -> None:
+    """Refuse to write `needed` bytes to the folder `out` if it is in use or the disk too full.
+
+    A program calls it before its long work, too.
+
+    Raises:
+      LcmError: `out` is a file or not empty, or fewer than `needed` bytes are free.
+    """
+    out = Path(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise LcmError(f"{out} already exists and is not empty; choose another folder or remove it first")
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise LcmError(f"{out} needs {needed} bytes, {free} are free; make room or choose another disk")
+
+
+def _weights_name(module: nn.Module) -> str:
+    return files.TRANSFORMERS_NAME if isinstance(module, clip.CLIPTextModel) else files.DIFFUSERS_NAME
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def _text_config(module: clip.CLIPTextModel, source: Config) -> Config:
+    """The source's config (extra keys are harmless) with the module's fields; dtype in both spellings."""
+    kept = {key: value for key, value in source.items() if key != "_name_or_path"}
+    return kept | clip.to_config(module) | {"dtype": "float32", "torch_dtype": "float32"}
+
+
+def _checked_scheduler(pipeline: Pipeline, config: Config | None) -> Config:
+    if config is None:
+        config = dict(pipeline.configs["scheduler"])
+        if pipeline.has_w_embedding:
+            config = lcm_scheduler_config(config)
+    if "_class_name" not in config:
+        raise LcmError("the scheduler config has no _class_name; diffusers needs it, e.g. LCMScheduler")
+    made = schedule.from_config(config)
+    mine = pipeline.schedule
+    if made.prediction_type != mine.prediction_type or not np.array_equal(made.alphas_cumprod, mine.alphas_cumprod):
+        raise LcmError(
+            f"the scheduler config ({config['_class_name']}, {made.prediction_type}, {made.num_train_timesteps} steps) "
+            f"has another noise table or prediction type than the model ({mine.prediction_type}, "
+            f"{mine.num_train_timesteps} steps); make it from the model's own by lcm_scheduler_config"
+        )
+    return config
+
+
+def _model_index(pipeline: Pipeline, scheduler_class: str) -> Config:
+    source = pipeline.configs.get("model_index", {})
+    index = {
+        "_class_name": _pipeline_class(pipeline),
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", scheduler_class],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", to_config(pipeline.vae)["_class_name"]],
+    }
+    for slot in ("", "_2") if pipeline.is_xl else ("",):
+        encoder = getattr(pipeline, "text_encoder" + slot)
+        kind = None if encoder is None else clip.to_config(encoder)["architectures"][0]
+        index["text_encoder" + slot] = ["transformers", kind] if kind else [None, None]
+        index["tokenizer" + slot] = ["transformers", "CLIPTokenizer"] if kind else [None, None]
+    if not pipeline.is_xl:
+        return index | {"requires_safety_checker": False, "safety_checker": [None, None]}
+    is_refiner = pipeline.text_encoder is None
+    index["force_zeros_for_empty_prompt"] = source.get("force_zeros_for_empty_prompt", not is_refiner)
+    if is_refiner:
+        index["requires_aesthetics_score"] = source.get("requires_aesthetics_score", True)
+    return index
+
+
+def _pipeline_class(pipeline: Pipeline) -> str:
+    inpainting = pipeline.unet.in_channels > pipeline.vae.latent_channels
+    if pipeline.is_xl:
+        if pipeline.text_encoder is None:
+            return "StableDiffusionXLImg2ImgPipeline"
+        return "StableDiffusionXLInpaintPipeline" if inpainting else "StableDiffusionXLPipeline"
+    if inpainting:
+        return "StableDiffusionInpaintPipeline"
+    return "LatentConsistencyModelPipeline" if pipeline.has_w_embedding else "StableDiffusionPipeline"
+
+
+def _tokenizer_texts(pipeline: Pipeline) -> dict[str, bytes]:
+    texts = {}
+    for part in names_of_parts(pipeline)[2:]:
+        slot = part.replace("text_encoder", "tokenizer")
+        place = Path(pipeline.source) / slot
+        if not place.is_dir():  # a refiner whose only encoder stands under the first name
+            place = place.with_name("tokenizer")
+        texts |= {f"{slot}/{name}": content for name, content in tokenizer.tokenizer_files(place).items()}
+    return texts
+
+
+def _write(
+    out: Path,
+    trees: Mapping[str, tuple[nn.Module, names.Params]],
+    texts: Mapping[str, str | bytes],
+    extra: Mapping[str, str | bytes],
+    dtype: Any,
+) -> Path:
+    outside = [name for name in extra if Path(name).is_absolute() or ".." in Path(name).parts]
+    bad = outside + [name for name in extra if name in texts or name in trees]
+    if bad:
+        raise LcmError(f"extra file {bad[0]!r} is one of the model's own or not inside the folder; rename it")
+    leaves = {name: names.torch_leaves(module, params) for name, (module, params) in trees.items()}
+    shapes = {name: {key: p.torch_shape for key, (p, _) in found.items()} for name, found in leaves.items()}
+    needed = sum(files.weights_size(found, dtype) for found in shapes.values())
+    needed += sum(len(text) for text in (*texts.values(), *extra.values())) + _SLACK
+    with _all_or_nothing(out, needed) as folder:
+        for name, text in {**texts, **extra}.items():
+            files.write_text(folder / name, text)
+        for name, found in leaves.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+
+            def tensor(key: str, found=found) -> np.ndarray:
+                parameter, leaf = found[key]
+                return names.to_torch_layout(leaf, parameter, jnp.dtype(dtype))
+
+            files.write_weights(folder / name, shapes[name], tensor, jnp.dtype(dtype))
+    return out
+
+
+@contextlib.contextmanager
+def _all_or_nothing(out: Path, needed: int) -> Iterator[Path]:
+    """A new folder beside `out` that takes its name when the block ends well, and is removed when it does not."""
+    check_target(out, needed)
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
+    folder.mkdir()
+    try:
+        yield folder
+        for place in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+            files.sync_folder(place)
+        os.rename(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    files.sync_folder(out.parent)

@@ -1,0 +1,208 @@
+"""Names and layouts: against torch's own state dicts, both ways, bit for bit; what does not fit is listed once."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+import torch
+from flax import traverse_util
+
+from lcm_jax.errors import LcmError
+from lcm_jax.models import clip, unet, vae
+from lcm_jax.pretrained import names
+
+
+def modules():
+    """id -> (Linen module, torch state dict)."""
+    cases = {}
+    for name in tiny.UNETS:
+        model = tiny.torch_unet(name)
+        cases["unet " + name] = unet.from_config(model.config), model.state_dict()
+    cases["vae"] = vae.from_config(tiny.torch_vae().config), tiny.torch_vae().state_dict()
+    for name, (kind, _) in tiny.TEXT_ENCODERS.items():
+        model = tiny.torch_text_encoder(name)
+        config = model.config.to_dict() | {"architectures": [kind.__name__]}
+        cases["text " + name] = clip.from_config(config), model.state_dict()
+    return cases
+
+
+CASES = modules()
+
+
+def arrays(state_dict):
+    return {key: value.numpy() for key, value in state_dict.items()}
+
+
+def prefixed(key: str) -> str:
+    return key if key.startswith(("text_model.", "text_projection.")) else "text_model." + key
+
+
+@pytest.mark.parametrize(
+    "path, key",
+    [
+        ("down_blocks_0/resnets_1/conv1/kernel", "down_blocks.0.resnets.1.conv1.weight"),
+        ("time_embedding/linear_1/bias", "time_embedding.linear_1.bias"),
+        ("add_embedding/linear_2/kernel", "add_embedding.linear_2.weight"),
+        ("mid_block/attentions_0/transformer_blocks_10/attn1/to_out_0/bias",
+         "mid_block.attentions.0.transformer_blocks.10.attn1.to_out.0.bias"),
+        ("up_blocks_1/attentions_2/transformer_blocks_0/ff/net_0/proj/kernel",
+         "up_blocks.1.attentions.2.transformer_blocks.0.ff.net.0.proj.weight"),
+        ("embeddings/token_embedding/embedding", "embeddings.token_embedding.weight"),
+        ("encoder/layers_11/layer_norm1/scale", "encoder.layers.11.layer_norm1.weight"),
+        ("decoder/layers_3/conv_4/kernel", "decoder.layers.3.conv.4.weight"),
+        ("post_quant_conv/kernel", "post_quant_conv.weight"),
+    ],
+)  # fmt: skip
+def test_torch_name(path, key):
+    assert names.torch_name(tuple(path.split("/"))) == key
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_key_set_and_shapes_are_torchs(case):
+    module, state_dict = CASES[case]
+    expected = {prefixed(k) if "text" in case else k: tuple(v.shape) for k, v in state_dict.items()}
+    assert {key: p.torch_shape for key, p in names.torch_table(module).items()} == expected
+    assert names.num_params(module) == sum(v.numel() for v in state_dict.values())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_is_bitwise(case):
+    module, state_dict = CASES[case]
+    back = names.to_torch(module, names.from_torch(module, state_dict))
+    assert len(back) == len(state_dict)
+    for key, value in state_dict.items():
+        found = back[prefixed(key) if "text" in case else key]
+        assert found.flags.c_contiguous and np.array_equal(found, value.numpy()), key
+
+
+def test_layouts_of_square_weights():
+    """Square weights load without any complaint when a transpose is forgotten: they are compared as maps."""
+    module, state_dict = CASES["unet sd1"]
+    block = names.from_torch(module, state_dict)["down_blocks_0"]["attentions_0"]
+    x = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
+    kernel = block["transformer_blocks_0"]["attn1"]["to_q"]["kernel"]
+    layer = tiny.torch_unet("sd1").down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    np.testing.assert_allclose(x @ kernel, layer(torch.from_numpy(x)).numpy(), atol=1e-5)
+    kernel = block["proj_in"]["kernel"]  # a 1x1 convolution in SD 1
+    assert kernel.shape == (1, 1, 32, 32)
+    image = torch.from_numpy(x.T[None, :, :, None])
+    y = tiny.torch_unet("sd1").down_blocks[0].attentions[0].proj_in(image)
+    np.testing.assert_allclose(x @ kernel[0, 0] + block["proj_in"]["bias"], y[0, :, :, 0].numpy().T, atol=1e-5)
+
+    module, state_dict = CASES["text openclip_projection"]
+    params = names.from_torch(module, state_dict)
+    projection = tiny.torch_text_encoder("openclip_projection").text_projection
+    np.testing.assert_allclose(
+        x @ params["text_projection"]["kernel"], projection(torch.from_numpy(x)).numpy(), atol=1e-5
+    )
+    tokens = state_dict["text_model.embeddings.token_embedding.weight"].numpy()
+    assert np.array_equal(params["embeddings"]["token_embedding"]["embedding"], tokens)
+
+
+def test_convolution_layout():
+    module, state_dict = CASES["unet sd1"]
+    kernel = names.from_torch(module, state_dict)["conv_in"]["kernel"]
+    weight = state_dict["conv_in.weight"]
+    for out, inside, row, column in [(0, 1, 0, 2), (31, 3, 2, 1)]:
+        assert kernel[row, column, inside, out] == weight[out, inside, row, column].item()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_files_become_the_dtype_asked_for(dtype):
+    module, state_dict = CASES["vae"]
+    half = {key: value.astype(dtype) for key, value in arrays(state_dict).items()}
+    params = names.from_torch(module, half, np.float32)
+    assert {leaf.dtype for leaf in traverse_util.flatten_dict(params).values()} == {np.dtype(np.float32)}
+    bias = params["decoder"]["conv_out"]["bias"]
+    assert np.array_equal(bias, half["decoder.conv_out.bias"].astype(np.float32))
+    assert names.from_torch(module, half, dtype)["decoder"]["conv_out"]["bias"].dtype == dtype
+
+
+@pytest.mark.parametrize("as_convolution", [False, True])
+def test_old_attention_names(as_convolution):
+    module, state_dict = CASES["vae"]
+    old = {}
+    for key, value in arrays(state_dict).items():
+        for new, name in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            if f".{new}." in key:
+                key = key.replace(new, name)
+                value = value[:, :, None, None] if as_convolution and value.ndim == 2 else value
+        old[key] = value
+    assert len(old.keys() - state_dict.keys()) == 16
+    back = names.to_torch(module, names.from_torch(module, old))
+    for key, value in state_dict.items():
+        assert np.array_equal(back[key], value.numpy()), key
+
+
+@pytest.mark.parametrize("case", ["unet sd1", "unet sd2"])
+def test_projections_of_the_other_rank(case):
+    module, state_dict = CASES[case]
+    other = arrays(state_dict)
+    for key in [key for key in other if key.endswith(("proj_in.weight", "proj_out.weight"))]:
+        value = other[key]
+        other[key] = value[:, :, 0, 0] if value.ndim == 4 else value[:, :, None, None]
+    back = names.to_torch(module, names.from_torch(module, other))
+    for key, value in state_dict.items():
+        assert np.array_equal(back[key], value.numpy()), key
+
+
+def test_text_encoder_prefix_and_buffers():
+    module, state_dict = CASES["text clip"]
+    bare = {key.removeprefix("text_model."): value for key, value in arrays(state_dict).items()}
+    full = {"text_model." + key: value for key, value in bare.items()}
+    full["text_model.embeddings.position_ids"] = np.arange(77)[None]
+    for read in (bare, full):
+        back = names.to_torch(module, names.from_torch(module, read))
+        assert back.keys() == {"text_model." + key for key in bare}
+        assert all(np.array_equal(back["text_model." + key], value) for key, value in bare.items())
+
+
+def test_whatever_does_not_fit_is_listed_once():
+    module, state_dict = CASES["unet sd1"]
+    wrong = arrays(state_dict)
+    gone = sorted(key for key in wrong if key.startswith("up_blocks.1.attentions"))[:12]
+    for key in gone:
+        del wrong[key]
+    wrong["extra.weight"] = np.zeros(3, np.float32)
+    wrong["conv_in.weight"] = np.zeros((32, 9, 3, 3), np.float32)
+    with pytest.raises(LcmError) as caught:
+        names.from_torch(module, wrong)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "12 missing" in message and all(key in message for key in gone[:10]) and gone[10] not in message
+    assert "and 2 more" in message
+    assert "1 unexpected (extra.weight)" in message
+    assert "1 mis-shaped (conv_in.weight [32, 9, 3, 3] instead of [32, 4, 3, 3])" in message
+
+
+def test_a_transposed_linear_weight_is_mis_shaped():
+    module, state_dict = CASES["unet sd1"]
+    wrong = arrays(state_dict)
+    wrong["time_embedding.linear_1.weight"] = wrong["time_embedding.linear_1.weight"].T
+    with pytest.raises(LcmError, match="1 mis-shaped"):
+        names.from_torch(module, wrong)
+
+
+def test_the_same_tensor_twice_is_refused():
+    module, state_dict = CASES["text clip"]
+    twice = arrays(state_dict)
+    bare = {key.removeprefix("text_model."): value for key, value in twice.items()}
+    twice = {"text_model." + key: value for key, value in bare.items()}
+    twice["final_layer_norm.bias"] = bare["final_layer_norm.bias"]
+    with pytest.raises(LcmError, match="final_layer_norm.bias .a second time"):
+        names.from_torch(module, twice)
+
+
+def test_integer_weights_are_refused():
+    module, state_dict = CASES["vae"]
+    wrong = arrays(state_dict) | {"quant_conv.bias": np.zeros(8, np.int8)}
+    with pytest.raises(LcmError, match="quant_conv.bias is int8"):
+        names.from_torch(module, wrong)
+
+
+def test_writing_checks_the_tree():
+    module, state_dict = CASES["vae"]
+    params = names.from_torch(module, state_dict)
+    del params["quant_conv"]
+    with pytest.raises(LcmError, match=r"AutoencoderKL: 2 missing \(quant_conv/bias, quant_conv/kernel\)"):
+        names.to_torch(module, params)

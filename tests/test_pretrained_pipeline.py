@@ -1,0 +1,264 @@
+"""Loading whole folders: every part of what torch wrote, all spellings of an index, one clear error for the rest."""
+
+import fnmatch
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import traverse_util
+
+from lcm_jax.errors import LcmError, UnsupportedConfig
+from lcm_jax.pretrained import load_pipeline, load_unet, load_vae, names
+
+
+def edit(path: Path, **changes):
+    tiny.write_json(path, {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not ...})
+
+
+def assert_same_weights(pipeline, part, model):
+    back = names.to_torch(getattr(pipeline, part), pipeline.params[part])
+    for key, value in model.state_dict().items():
+        key = key if key in back else "text_model." + key
+        assert np.array_equal(back[key], value.numpy()), key
+    assert len(back) == len(model.state_dict())
+
+
+@pytest.fixture
+def sd1(tmp_path):
+    return tiny.copy("sd1", tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", tiny.FOLDERS)
+def test_every_part_is_loaded(name):
+    unet, vae, encoders, prediction_type, _ = tiny.FOLDERS[name]
+    pipeline = load_pipeline(tiny.folder(name))
+    assert_same_weights(pipeline, "unet", tiny.torch_unet(unet))
+    assert_same_weights(pipeline, "vae", tiny.torch_vae(vae))
+    for slot in ("", "_2"):
+        if slot in encoders:
+            assert_same_weights(pipeline, "text_encoder" + slot, tiny.torch_text_encoder(encoders[slot][0]))
+            assert getattr(pipeline, "tokenizer" + slot).model_max_length == 77
+        else:
+            assert getattr(pipeline, "text_encoder" + slot) is None and getattr(pipeline, "tokenizer" + slot) is None
+            assert "text_encoder" + slot not in pipeline.params
+    assert pipeline.schedule.prediction_type == prediction_type
+    assert pipeline.vae.scaling_factor == tiny.VAES[vae].get("scaling_factor", 0.18215)
+    assert pipeline.configs["scheduler"]["_class_name"] == "DDIMScheduler"
+    assert pipeline.configs["unet"]["sample_size"] == 8
+    assert pipeline.source == str(tiny.folder(name).resolve())
+    assert pipeline.is_xl == ("_2" in encoders) and pipeline.has_w_embedding == (name == "lcm")
+
+
+def test_dtypes_and_variant(tmp_path):
+    folder = tiny.build("sd1", tmp_path / "half", variant="fp16")
+    pipeline = load_pipeline(folder, "fp16", jnp.bfloat16)
+    assert pipeline.unet.dtype == pipeline.vae.dtype == pipeline.text_encoder.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in traverse_util.flatten_dict(dict(pipeline.params)).values()} == {np.dtype("float32")}
+    back = names.to_torch(pipeline.unet, pipeline.params["unet"])
+    for key, value in tiny.torch_unet("sd1").state_dict().items():
+        assert np.array_equal(back[key], value.half().float().numpy()), key
+    params = load_unet(folder, "fp16", param_dtype=jnp.float16)[1]
+    assert params["conv_in"]["kernel"].dtype == np.float16
+    with pytest.raises(LcmError, match="name the variant"):
+        load_pipeline(folder)
+    with pytest.raises(LcmError, match="no variant 'bf16'"):
+        load_pipeline(folder, "bf16")
+
+
+def test_shards(tmp_path):
+    folder = tiny.build("sd1", tmp_path / "shards", max_shard_size="500KB")
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    assert_same_weights(load_pipeline(folder), "unet", tiny.torch_unet("sd1"))
+
+
+def test_old_folders_written_by_flax_and_with_a_safety_checker(sd1):
+    edit(
+        sd1 / "model_index.json", _class_name="FlaxStableDiffusionPipeline",
+        safety_checker=["stable_diffusion", "FlaxStableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPFeatureExtractor"], unet=["diffusers", "FlaxUNet2DConditionModel"],
+        text_encoder=["transformers", "FlaxCLIPTextModel"], vae=["diffusers", "FlaxAutoencoderKL"],
+    )  # fmt: skip
+    edit(sd1 / "unet" / "config.json", _class_name="FlaxUNet2DConditionModel", _diffusers_version="0.6.0", decay=0.9999)
+    edit(sd1 / "vae" / "config.json", _class_name="FlaxAutoencoderKL", scaling_factor=..., force_upcast=...)
+    edit(sd1 / "text_encoder" / "config.json", architectures=["FlaxCLIPTextModel"])
+    pipeline = load_pipeline(sd1)
+    assert pipeline.vae.scaling_factor == 0.18215 and not pipeline.text_encoder.with_projection
+    assert_same_weights(pipeline, "text_encoder", tiny.torch_text_encoder("clip"))
+
+
+def test_a_refiners_encoder_under_the_first_name(tmp_path):
+    folder = tiny.copy("refiner", tmp_path / "refiner")
+    (folder / "text_encoder_2").rename(folder / "text_encoder")
+    (folder / "tokenizer_2").rename(folder / "tokenizer")
+    index = json.loads((folder / "model_index.json").read_text())
+    edit(
+        folder / "model_index.json", text_encoder=index["text_encoder_2"], text_encoder_2=...,
+        tokenizer=index["tokenizer_2"], tokenizer_2=[None, None],
+    )  # fmt: skip
+    pipeline = load_pipeline(folder)
+    assert pipeline.text_encoder is None and pipeline.tokenizer is None and pipeline.tokenizer_2 is not None
+    assert_same_weights(pipeline, "text_encoder_2", tiny.torch_text_encoder("openclip_projection"))
+
+
+def test_parts_from_pipelines_and_from_folders_of_their_own(tmp_path):
+    module, params = load_unet(tiny.folder("lcm"))
+    assert module.time_cond_proj_dim == 16
+    alone = shutil.copytree(tiny.folder("lcm") / "unet", tmp_path / "unet-only")
+    again, same = load_unet(alone)
+    assert again == module
+    np.testing.assert_array_equal(same["conv_in"]["kernel"], params["conv_in"]["kernel"])
+    vae, params = load_vae(tiny.folder("sdxl"))
+    assert vae.scaling_factor == 0.13025 and set(params) == {"encoder", "decoder", "quant_conv", "post_quant_conv"}
+
+    base = tiny.copy("sd1", tmp_path / "base")
+    (base / "unet" / "diffusion_pytorch_model.safetensors").unlink()  # not even looked at
+    pipeline = load_pipeline(base, unet=alone)
+    assert pipeline.has_w_embedding and pipeline.configs["unet"]["time_cond_proj_dim"] == 16
+    assert_same_weights(pipeline, "unet", tiny.torch_unet("lcm"))
+
+
+def break_widths(folder):
+    shutil.rmtree(folder / "unet")
+    shutil.copytree(tiny.folder("sdxl") / "unet", folder / "unet")
+
+
+def break_latents(folder):
+    edit(folder / "vae" / "config.json", latent_channels=8)
+
+
+BROKEN = {
+    "no index": (lambda f: (f / "model_index.json").unlink(), r"no diffusers folder \(no model_index.json\)"),
+    "single model": (
+        lambda f: (f / "model_index.json").rename(f / "config.json"),
+        "holds a single model, no pipeline",
+    ),
+    "bad json": (lambda f: (f / "model_index.json").write_text("{"), "model_index.json is not valid JSON"),
+    "json list": (lambda f: (f / "model_index.json").write_text("[]"), "holds a list"),
+    "transformer": (
+        lambda f: edit(f / "model_index.json", unet=..., _class_name="FluxPipeline"),
+        "is a FluxPipeline without a unet",
+    ),
+    "no encoder": (lambda f: edit(f / "model_index.json", text_encoder=[None, None]), "no text encoder"),
+    "t5": (
+        lambda f: edit(f / "model_index.json", text_encoder=["transformers", "T5EncoderModel"]),
+        "text_encoder in model_index.json='T5EncoderModel'",
+    ),
+    "no unet folder": (lambda f: shutil.rmtree(f / "unet"), "unet/config.json is missing"),
+    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json is missing"),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer lacks vocab.json, merges.txt"),
+    "no text encoder weights": (
+        lambda f: (f / "text_encoder" / "model.safetensors").unlink(),
+        "text_encoder has no model.safetensors: no weights at all",
+    ),
+    "unet class": (
+        lambda f: edit(f / "unet" / "config.json", _class_name="UNet3DConditionModel"),
+        "unet/config.json='UNet3DConditionModel'; supported: 'UNet2DConditionModel'",
+    ),
+    "unet field": (
+        lambda f: edit(f / "unet" / "config.json", class_embed_type="timestep"),
+        "unsupported class_embed_type='timestep'",
+    ),
+    "prediction": (
+        lambda f: edit(f / "scheduler" / "scheduler_config.json", prediction_type="flow"),
+        "unsupported prediction_type='flow'",
+    ),
+    "widths": (break_widths, "attends to text of width 64, the text encoders give 32"),
+    "latents": (break_latents, "takes 4 channels, the VAE's latents have 8"),
+    "config of another model": (
+        lambda f: edit(f / "unet" / "config.json", layers_per_block=2),
+        r"unet/diffusion_pytorch_model.safetensors does not fit its config: \d+ missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_folders(sd1, case):
+    damage, message = BROKEN[case]
+    damage(sd1)
+    with pytest.raises(LcmError, match=message) as caught:
+        load_pipeline(sd1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_file_is_named(sd1):
+    path = sd1 / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(LcmError, match="vae/diffusion_pytorch_model.safetensors .* truncated"):
+        load_pipeline(sd1)
+
+
+def test_unsupported_values_carry_field_and_value(sd1):
+    edit(sd1 / "unet" / "config.json", resnet_time_scale_shift="scale_shift")
+    with pytest.raises(UnsupportedConfig) as caught:
+        load_unet(sd1)
+    assert caught.value.field == "resnet_time_scale_shift" and caught.value.value == "scale_shift"
+
+
+def test_sources_that_are_none(tmp_path):
+    with pytest.raises(LcmError, match="does not exist; give a folder in diffusers format, or owner/name"):
+        load_pipeline(tmp_path / "nothing")
+    single = tmp_path / "v1-5-pruned.safetensors"
+    single.write_bytes(b"")
+    with pytest.raises(LcmError, match="is a file; .*from_single_file"):
+        load_pipeline(single)
+    # The suite runs with HF_HUB_OFFLINE=1, so this is what a machine without network says.
+    with pytest.raises(LcmError, match="no folder owner/name here, and it cannot be fetched .* local folder") as caught:
+        load_pipeline("owner/name")
+    assert "\n" not in str(caught.value)
+
+
+def fake_hub(monkeypatch, folder: Path, target: Path) -> list[str]:
+    """Lets snapshot_download copy from `folder` what the patterns allow; returns the list of what was fetched."""
+    fetched = []
+
+    def snapshot_download(repository, *, allow_patterns):
+        assert repository == "owner/name"
+        for file in folder.rglob("*"):
+            name = str(file.relative_to(folder))
+            if file.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, target / name)
+                fetched.append(name)
+        return str(target)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return fetched
+
+
+def test_hub_fetches_what_is_needed_and_no_more(monkeypatch, tmp_path, sd1):
+    for name in (
+        "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors", "v1-5.safetensors",
+        "safety_checker/config.json", "safety_checker/model.safetensors", "unet/diffusion_flax_model.msgpack",
+    ):  # fmt: skip
+        (sd1 / name).parent.mkdir(exist_ok=True)
+        (sd1 / name).write_bytes(b"x")
+    fetched = fake_hub(monkeypatch, sd1, tmp_path / "cache")
+    pipeline = load_pipeline("owner/name")
+    assert_same_weights(pipeline, "unet", tiny.torch_unet("sd1"))
+    assert sorted(fetched) == [
+        "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
+        "text_encoder/model.safetensors", "tokenizer/merges.txt", "tokenizer/special_tokens_map.json",
+        "tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+
+
+def test_hub_repositories_of_one_part(monkeypatch, tmp_path):
+    fetched = fake_hub(monkeypatch, tiny.folder("lcm") / "unet", tmp_path / "root")
+    assert load_unet("owner/name")[0].time_cond_proj_dim == 16
+    assert sorted(fetched) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    fetched = fake_hub(monkeypatch, tiny.folder("lcm"), tmp_path / "whole")
+    load_vae("owner/name")
+    assert sorted(fetched) == ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+
+
+def test_a_hub_repository_with_pickles_only_is_named_in_the_way_out(monkeypatch, tmp_path, sd1):
+    (sd1 / "unet" / "diffusion_pytorch_model.safetensors").rename(sd1 / "unet" / "diffusion_pytorch_model.bin")
+    fake_hub(monkeypatch, sd1, tmp_path / "models--owner--name" / "snapshots" / "0123")
+    with pytest.raises(LcmError, match="DiffusionPipeline as M; M.from_pretrained.'owner/name'"):
+        load_pipeline("owner/name")

@@ -1,0 +1,101 @@
+"""The tokenizer's files: ids, padding, length, and that every file travels."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+from transformers import CLIPTokenizer
+
+from lcm_jax.errors import LcmError
+from lcm_jax.pretrained.tokenizer import FILES, load_tokenizer, tokenize, tokenizer_files
+
+VOCAB = tiny.vocabulary()[0]
+START, END = VOCAB[tiny.START], VOCAB[tiny.END]
+
+
+@pytest.mark.parametrize("kind, pad", [("sd1", END), ("sd2", 0), ("sdxl_2", 0)])
+def test_ids_and_padding(tmp_path, kind, pad):
+    tokenizer = load_tokenizer(tiny.write_tokenizer(tmp_path / "t", kind), 77)
+    ids = tokenize(tokenizer, ["a RED  circle", ""])
+    assert ids.shape == (2, 77) and ids.dtype == np.int32
+    words = [VOCAB["a</w>"], VOCAB["red</w>"], VOCAB["circle</w>"]]
+    assert ids[0].tolist() == [START, *words, END] + [pad] * 72
+    assert ids[1].tolist() == [START, END] + [pad] * 75
+
+
+def test_the_exclamation_mark_is_the_pad_token_where_it_pads(tmp_path):
+    plain = load_tokenizer(tiny.write_tokenizer(tmp_path / "a", "sd1"), 77)
+    pads = load_tokenizer(tiny.write_tokenizer(tmp_path / "b", "sdxl_2"), 77)
+    assert tokenize(plain, ["hello!"])[0, 2] == VOCAB["!</w>"]
+    assert tokenize(pads, ["hello!"])[0, 2] == 0
+
+
+def test_long_captions_are_cut_and_keep_their_end(tmp_path):
+    tokenizer = load_tokenizer(tiny.write_tokenizer(tmp_path / "t"), 77)
+    ids = tokenize(tokenizer, ["red " * 200])
+    assert ids[0].tolist() == [START] + [VOCAB["red</w>"]] * 75 + [END]
+
+
+def test_no_captions_and_one_string(tmp_path):
+    tokenizer = load_tokenizer(tiny.write_tokenizer(tmp_path / "t"), 77)
+    assert tokenize(tokenizer, []).shape == (0, 77)
+    with pytest.raises(TypeError, match="sequence of captions"):
+        tokenize(tokenizer, "a red circle")
+
+
+def test_a_config_without_length_takes_the_text_encoders(tmp_path):
+    folder = tiny.write_tokenizer(tmp_path / "t")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["model_max_length"]
+    tiny.write_json(folder / "tokenizer_config.json", config)
+    assert tokenize(load_tokenizer(folder, 77), ["a"]).shape == (1, 77)
+
+
+def test_added_tokens_that_the_vocabulary_has_change_nothing(tmp_path):
+    folder = tiny.write_tokenizer(tmp_path / "t")
+    before = tokenize(load_tokenizer(folder, 77), ["a red square"])
+    tiny.write_json(folder / "added_tokens.json", {tiny.START: START, tiny.END: END})
+    assert np.array_equal(tokenize(load_tokenizer(folder, 77), ["a red square"]), before)
+
+
+@pytest.mark.parametrize("name", FILES[:3])
+def test_missing_files_are_named(tmp_path, name):
+    folder = tiny.write_tokenizer(tmp_path / "t")
+    (folder / name).unlink()
+    with pytest.raises(LcmError, match=name):
+        load_tokenizer(folder, 77)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer_config.json"])
+def test_broken_files_are_named(tmp_path, name):
+    folder = tiny.write_tokenizer(tmp_path / "t")
+    (folder / name).write_text("{")
+    with pytest.raises(LcmError, match=str(folder)):
+        load_tokenizer(folder, 77)
+
+
+def test_files_are_copied_as_they_are(tmp_path):
+    folder = tiny.write_tokenizer(tmp_path / "t")
+    assert tokenizer_files(folder) == {name: (folder / name).read_bytes() for name in FILES}
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(LcmError, match="no tokenizer to copy"):
+        tokenizer_files(folder)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_files_of_transformers_5_gain_those_that_transformers_4_reads(tmp_path, kind):
+    original = tiny.write_tokenizer(tmp_path / "original", kind)
+    modern = tmp_path / "modern"
+    CLIPTokenizer.from_pretrained(str(original)).save_pretrained(str(modern))
+    assert not (modern / "vocab.json").exists()
+    ids = tokenize(load_tokenizer(modern, 77), ["a red circle!"])
+    found = tokenizer_files(modern)
+    assert set(found) == {*FILES, "tokenizer.json"}
+    assert json.loads(found["vocab.json"]) == VOCAB
+    assert found["merges.txt"] == (original / "merges.txt").read_bytes()
+    derived = tmp_path / "derived"
+    derived.mkdir()
+    for name in FILES:
+        (derived / name).write_bytes(found[name])
+    assert np.array_equal(tokenize(load_tokenizer(derived, 77), ["a red circle!"]), ids)
