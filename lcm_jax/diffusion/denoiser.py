@@ -1,4 +1,4 @@
-"""Calling a UNet with its conditioning: plainly, with guidance weights told to it, or guided by two passes in one batch.
+"""Calling a UNet with its conditioning: plainly, with a w embedding, or guided by two passes in one batch.
 
 A UNet here is anything whose `apply` is that of `models.unet.UNet2DConditionModel`.
 """

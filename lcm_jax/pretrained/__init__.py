@@ -4,7 +4,16 @@
     save_pipeline(pipeline, "out/my-model")
 """
 
-from lcm_jax.pretrained.pipeline import Pipeline, load_pipeline, load_unet, load_vae
+from lcm_jax.pretrained.pipeline import RECORD, Pipeline, load_pipeline, load_unet, load_vae, read_record
 from lcm_jax.pretrained.saving import save_pipeline, save_unet
 
-__all__ = ["Pipeline", "load_pipeline", "load_unet", "load_vae", "save_pipeline", "save_unet"]
+__all__ = [
+    "RECORD",
+    "Pipeline",
+    "load_pipeline",
+    "load_unet",
+    "load_vae",
+    "read_record",
+    "save_pipeline",
+    "save_unet",
+]

@@ -30,6 +30,7 @@ _CLASSES = {
     "text_encoder": TEXT_ENCODERS,
     "text_encoder_2": TEXT_ENCODERS,
 }
+RECORD = "lcm_config.json"  # what an export of ours says about its training: w range, solver steps, scalings
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -143,6 +144,12 @@ def load_vae(
     return _load_part("vae", source, variant, dtype, param_dtype)
 
 
+def read_record(source: str | Path) -> Config:
+    """What the `lcm_config.json` of a folder or hub repository says of its distillation; {} where there is none."""
+    path = hub.local_folder(source, [RECORD]) / RECORD
+    return files.read_json(path) if path.is_file() else {}
+
+
 def _load_part(part: str, source: str | Path, variant: str | None, dtype: Dtype, param_dtype: Dtype):
     folder = _part_folder(source, part, variant)
     module = _module(part, _config(folder, part), dtype)
@@ -151,7 +158,7 @@ def _load_part(part: str, source: str | Path, variant: str | None, dtype: Dtype,
 
 def _part_folder(source: str | Path, part: str, variant: str | None) -> Path:
     """Folder of one part: SOURCE/part where that is, else SOURCE itself."""
-    patterns = ["config.json", "model_index.json", f"{part}/config.json"]
+    patterns = ["config.json", "model_index.json", RECORD, f"{part}/config.json"]
     weights = files.download_patterns(files.DIFFUSERS_NAME, variant)
     patterns += [prefix + pattern for prefix in ("", f"{part}/") for pattern in weights]
     folder = hub.local_folder(source, patterns)
@@ -162,7 +169,7 @@ def _part_folder(source: str | Path, part: str, variant: str | None) -> Path:
 
 
 def _pipeline_patterns(parts: set[str], variant: str | None) -> list[str]:
-    patterns = ["model_index.json", "scheduler/scheduler_config.json"]
+    patterns = ["model_index.json", RECORD, "scheduler/scheduler_config.json"]
     patterns += [f"{slot}/{name}" for slot in ("tokenizer", "tokenizer_2") for name in ("*.json", "*.txt")]
     for part in sorted(parts):
         name = files.TRANSFORMERS_NAME if part.startswith("text_encoder") else files.DIFFUSERS_NAME

@@ -1,0 +1,53 @@
+"""The state of a run: one frozen pytree; and how a student begins from its teacher."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import struct
+
+from lcm_jax.errors import LcmError
+
+
+class TrainState(struct.PyTreeNode):
+    """step: optimiser updates made, int32; params: theta; ema_params: theta^-, the target."""
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+    ema_params: Any
+
+
+def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """State at step 0. Student and target are copies of `params`: the step donates both."""
+    copy = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+    return TrainState(jnp.int32(0), copy, optimizer.init(copy), jax.tree.map(jnp.copy, copy))
+
+
+def update_ema(ema: Any, params: Any, decay: float) -> Any:
+    """theta^- <- decay theta^- + (1 - decay) theta, in float32."""
+    return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
+
+
+def student_of(unet: nn.Module, params: Any, w_embedding_dim: int) -> tuple[nn.Module, Any]:
+    """A student that starts from `unet`, with a w embedding of `w_embedding_dim`.
+
+    The projection of w is zero (LCM paper, after ControlNet), so student(z, t, c, w) = unet(z, t, c) for every w. A
+    UNet that has a w embedding already (a distilled LCM) is returned as it is.
+
+    Raises:
+      LcmError: the UNet's own w embedding has another dimension.
+    """
+    if unet.time_cond_proj_dim is not None:
+        if unet.time_cond_proj_dim != w_embedding_dim:
+            raise LcmError(
+                f"model.student has a w embedding of dimension {unet.time_cond_proj_dim}, "
+                f"config.distill.w_embedding_dim is {w_embedding_dim}; make them equal"
+            )
+        return unet, params
+    kernel = np.zeros((w_embedding_dim, unet.block_out_channels[0]), np.float32)
+    embedding = {**params["time_embedding"], "cond_proj": {"kernel": kernel}}
+    return unet.clone(time_cond_proj_dim=w_embedding_dim), {**params, "time_embedding": embedding}

@@ -1,0 +1,277 @@
+"""Distil a Stable Diffusion into a Latent Consistency Model: the life of a run, top to bottom.
+
+    python -m lcm_jax.train --config=configs/shapes_lcm.py --workdir=runs/shapes_lcm [--config.train.steps=2000]
+
+The workdir receives config.json, metrics.jsonl, TensorBoard events, sample grids and checkpoints/<step>/. The same
+command on the same workdir goes on from the newest checkpoint, bit for bit as if it had never stopped.
+"""
+
+import contextlib
+import functools
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from lcm_jax import assets, sample
+from lcm_jax import config as config_lib
+from lcm_jax.data import loader, shapes
+from lcm_jax.diffusion import solvers
+from lcm_jax.distill import losses, objectives
+from lcm_jax.distill import state as state_lib
+from lcm_jax.distill import step as step_lib
+from lcm_jax.errors import LcmError
+from lcm_jax.pretrained import Pipeline, conditioning, load_pipeline
+from lcm_jax.runtime import mesh as mesh_lib
+from lcm_jax.runtime.checkpoint import Checkpoints
+from lcm_jax.runtime.telemetry import Telemetry
+from lcm_jax.runtime.workdir import StopSignal, locked, prepare_workdir
+from lcm_jax.student import load_student
+
+ENCODE_BATCH = 64
+GRID_COLUMNS = 4  # pictures per prompt in a sample grid
+
+
+def train(config: ConfigDict, workdir: str | Path) -> state_lib.TrainState:
+    """Runs, or goes on with, the training that `config` describes; returns the state at its end.
+
+    Raises:
+      LcmError: a bad config, model or workdir, before anything long has begun; NaN or Inf during training.
+    """
+    config_lib.validate(config)
+    config = config_lib.resolve(config)
+    workdir = Path(workdir).expanduser().absolute()
+    if workdir.exists() and not workdir.is_dir():
+        raise LcmError(f"workdir {workdir} is a file; choose a folder")
+    workdir.mkdir(parents=True, exist_ok=True)
+    with locked(workdir):  # first of all: config.json is the running process's
+        prepare_workdir(workdir, config)
+        teacher = load_pipeline(assets.resolve(config.model.teacher), dtype=jnp.dtype(config.model.dtype))
+        check_fit(config, teacher)
+        student = load_student(config, teacher)
+        check_student(config, teacher, student)
+        return run(config, workdir, teacher, student)
+
+
+def run(config: ConfigDict, workdir: Path, teacher: Pipeline, student: Pipeline) -> state_lib.TrainState:
+    """The training loop. `student` is the teacher's pipeline with the student's UNet and initial weights."""
+    problem = make_problem(config, teacher, student)
+    rate = step_lib.learning_rate_schedule(
+        config.train.learning_rate,
+        config.train.lr_warmup_steps,
+        config.train.lr_decay_start,
+        config.train.lr_decay_steps,
+    )
+    optimizer = step_lib.make_optimizer(
+        rate,
+        b1=config.train.adam_b1,
+        b2=config.train.adam_b2,
+        eps=config.train.adam_eps,
+        weight_decay=config.train.weight_decay,
+        max_grad_norm=config.train.max_grad_norm,
+    )
+    mesh = mesh_lib.make_mesh()
+    abstract = jax.eval_shape(lambda p: state_lib.create(p, optimizer), student.params["unet"])
+    shardings = mesh_lib.state_shardings(mesh, abstract)
+    step_fn = jax.jit(
+        step_lib.make_step(problem, optimizer, config.train.ema_decay, config.train.accumulation_steps),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+    key = named_key(config.seed, "draws")
+
+    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+        if checkpoints.latest_step() is not None:
+            state = checkpoints.restore(mesh_lib.abstract_state(mesh, abstract))
+        else:
+            state = jax.device_put(state_lib.create(student.params["unet"], optimizer), shardings)
+        step = int(state.step)
+        if step >= config.train.steps:
+            print(f"{workdir} is trained to step {step} already; raise --config.train.steps to go on", file=sys.stderr)
+            return state
+
+        frozen = objectives.Frozen(teacher.params["unet"], conditioning.null(teacher))
+        frozen = jax.device_put(frozen, mesh_lib.state_shardings(mesh, frozen))
+        source = encode_shapes(teacher, config.data.num_examples)
+        draw_grid = make_grid_drawer(config, student)
+        put = functools.partial(put_batch, mesh)
+        with (
+            contextlib.closing(
+                loader.batches(
+                    source,
+                    config.seed,
+                    step,
+                    config.data.batch_size,
+                    put=put,
+                    process_index=jax.process_index(),
+                    process_count=jax.process_count(),
+                )
+            ) as batches,
+            Telemetry(
+                workdir,
+                config.train.steps,
+                batch_size=config.data.batch_size,
+                start_step=step,
+                log_every=config.log.every,
+            ) as telemetry,
+            StopSignal() as stop,
+        ):
+
+            def save() -> None:
+                telemetry.settle()  # a step whose loss or gradient was not finite raises here and is never saved
+                checkpoints.save(step, state)
+
+            while step < config.train.steps and not stop:
+                state, metrics = step_fn(state, frozen, next(batches), key)
+                step += 1
+                telemetry.update(step, {**metrics, "learning_rate": rate(step - 1)})
+                if step == config.train.steps or step % config.checkpoint.every == 0:
+                    save()
+                if draw_grid and step % config.sample.every == 0:
+                    telemetry.settle()
+                    telemetry.images(step, draw_grid(state.ema_params))
+            if stop:
+                save()
+                telemetry.message(f"{stop.name}: saved step {step}; the same command goes on from there")
+    return state
+
+
+def check_fit(config: ConfigDict, teacher: Pipeline) -> None:
+    """Raises LcmError where config, teacher and devices do not go together."""
+    devices = jax.device_count()
+    if config.data.batch_size % devices:
+        raise LcmError(
+            f"config.data.batch_size = {config.data.batch_size} does not split over {devices} devices; use a multiple"
+        )
+    factor, resolution = teacher.vae.factor, config.data.resolution
+    if resolution % factor:
+        raise LcmError(f"config.data.resolution = {resolution} is no multiple of the VAE's factor {factor}; use one")
+    if teacher.has_w_embedding:
+        raise LcmError(
+            f"config.model.teacher = {config.model.teacher!r} is a Latent Consistency Model itself "
+            "(it has a w embedding); give the diffusion model that it was made from"
+        )
+    if teacher.unet.in_channels != teacher.vae.latent_channels:
+        raise LcmError(
+            f"config.model.teacher = {config.model.teacher!r} takes {teacher.unet.in_channels} channels "
+            f"(inpainting); LCD needs a text-to-image model with {teacher.vae.latent_channels}"
+        )
+
+
+def check_student(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> None:
+    """Raises LcmError where the student's UNet cannot take what the teacher's takes."""
+    for field in ("in_channels", "out_channels", "addition_embed_type", "cross_attention_dim"):
+        has, needs = ({*unet.per_level(field)} for unet in (student.unet, teacher.unet))
+        if has != needs:
+            raise LcmError(
+                f"config.model.student = {config.model.student!r} has {field} {_list(has)}, the teacher "
+                f"{_list(needs)}; start from a model of the teacher's family"
+            )
+
+
+def _list(values: set) -> str:
+    return ", ".join(sorted(map(str, values)))
+
+
+def make_problem(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> objectives.Problem:
+    distance = {
+        "l2": losses.l2,
+        "huber": functools.partial(losses.pseudo_huber, c=config.distill.huber_c),
+    }[config.distill.loss]
+    return objectives.Problem(
+        student=student.unet,
+        teacher=teacher.unet,
+        schedule=teacher.schedule,
+        grid=solvers.solver_grid(teacher.schedule, config.distill.solver_steps),
+        distance=distance,
+        w_min=config.distill.w_min,
+        w_max=config.distill.w_max,
+        scaling_factor=teacher.vae.scaling_factor,
+        sigma_data=config.distill.sigma_data,
+        timestep_scaling=config.distill.timestep_scaling,
+    )
+
+
+def named_key(seed: int, name: str) -> jax.Array:
+    """The root key of one named stream of random numbers; step n of it is fold_in(key, n)."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def put_batch(mesh: jax.sharding.Mesh, rows: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Flat arrays of the loader -> the step's batch on the mesh: the posterior's moments, and "cond"."""
+    arrays = mesh_lib.put_batch(mesh, rows)
+    moments = {name: arrays.pop(name) for name in ("mean", "logvar")}
+    return {**moments, "cond": arrays}
+
+
+def encode_shapes(pipeline: Pipeline, count: int) -> dict[str, np.ndarray]:
+    """Posterior moments and caption conditioning of the first `count` examples of the shapes set, on the host.
+
+    Every picture is encoded once: the step draws a new latent from its posterior each time it meets it.
+    """
+    encode = jax.jit(lambda params, images: pipeline.vae.apply({"params": params}, images, method="encode"))
+    vae_params = jax.device_put(pipeline.params["vae"])
+    chunks = []
+    for start in range(0, count, ENCODE_BATCH):
+        images, captions = shapes.examples(start, ENCODE_BATCH)
+        mean, logvar = encode(vae_params, images.astype(np.float32) / 127.5 - 1.0)
+        cond = conditioning.encode(pipeline, captions)
+        if pipeline.is_xl:
+            cond["time_ids"] = conditioning.time_ids(shapes.RESOLUTION, shapes.RESOLUTION, ENCODE_BATCH)
+        chunks.append(jax.device_get({"mean": mean, "logvar": logvar, **cond}))
+    return {name: np.concatenate([chunk[name] for chunk in chunks])[:count] for name in chunks[0]}
+
+
+def make_grid_drawer(config: ConfigDict, student: Pipeline):
+    """weights -> picture [h w 3] uint8 with a row per prompt of `config.sample`, from noise that never changes.
+
+    None where the config asks for no pictures.
+    """
+    if not config.sample.every or not config.sample.prompts:
+        return None
+    generate = sample.Generator(student)
+    side = config.data.resolution // student.vae.factor
+    captions = [prompt for prompt in config.sample.prompts for _ in range(GRID_COLUMNS)]
+    cond = generate.encode(captions)
+    noise = sample.draw_noise(
+        config.seed, range(len(captions)), config.sample.steps, (side, side, student.unet.in_channels)
+    )
+    settings = sample.Settings(
+        steps=config.sample.steps,
+        original_steps=config.distill.solver_steps,
+        timestep_scaling=config.distill.timestep_scaling,
+        sigma_data=config.distill.sigma_data,
+    )
+
+    def draw(params: Any) -> np.ndarray:
+        images = generate(cond, noise, config.sample.guidance_scale, settings, unet_params=params)
+        return sample.grid(sample.to_uint8(images), GRID_COLUMNS)
+
+    return draw
+
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "the run's config file, as configs/shapes_lcm.py")
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: metrics, samples, checkpoints")
+
+
+def main(argv: list[str]) -> int:
+    del argv
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax tells its life otherwise
+    try:
+        train(_CONFIG.value, _WORKDIR.value)
+    except (LcmError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=config_lib.parse_flags)

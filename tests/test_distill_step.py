@@ -1,0 +1,196 @@
+"""The training step: against torch's AdamW, accumulation, one compilation, no weights in the program, donation."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+import torch
+from flax import linen as nn
+
+from lcm_jax.diffusion import schedule, solvers
+from lcm_jax.distill import losses, objectives, state
+from lcm_jax.distill import step as step_lib
+from lcm_jax.models import unet as unet_lib
+from lcm_jax.pretrained import names
+
+SHAPE = (4, 4, 4, 2)
+NOISE_SCHEDULE = schedule.from_config({"_class_name": "LCMScheduler"})
+
+
+class Net(nn.Module):
+    """Something small with a UNet's signature."""
+
+    time_cond_proj_dim: int | None = None
+
+    @nn.compact
+    def __call__(self, z, t, text, timestep_cond=None, added_cond_kwargs=None):
+        told = nn.Dense(8, name="text")(text.mean(1)) + jnp.sin(t / 100.0)[:, None]
+        if timestep_cond is not None:
+            told += nn.Dense(8, use_bias=False, name="cond_proj")(timestep_cond)
+        hidden = nn.Conv(8, (3, 3), name="conv_in")(z) + told[:, None, None, :]
+        return nn.Conv(z.shape[-1], (3, 3), name="conv_out")(nn.tanh(hidden))
+
+
+def make_case(distance=losses.l2):
+    """(problem, student's params, frozen, batch)."""
+    teacher, student = Net(), Net(time_cond_proj_dim=8)
+    rng = np.random.default_rng(0)
+
+    def draw(*size: int) -> np.ndarray:
+        return rng.standard_normal(size).astype(np.float32)
+
+    batch = {"mean": draw(*SHAPE), "logvar": draw(*SHAPE), "cond": {"encoder_hidden_states": draw(4, 3, 6)}}
+    args = jnp.zeros(SHAPE), jnp.zeros(4, jnp.int32), jnp.zeros((4, 3, 6))
+    weights = teacher.init(jax.random.key(0), *args)["params"]
+    params = student.init(jax.random.key(1), *args, jnp.zeros((4, 8)))["params"]
+    problem = objectives.Problem(
+        student=student, teacher=teacher, schedule=NOISE_SCHEDULE, grid=solvers.solver_grid(NOISE_SCHEDULE, 50),
+        distance=distance, w_min=2.0, w_max=9.0, scaling_factor=0.5,
+    )  # fmt: skip
+    frozen = objectives.Frozen(teacher=weights, null={"encoder_hidden_states": draw(1, 3, 6)})
+    return problem, params, frozen, batch
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.1, 0.0])
+def test_three_steps_match_torch_adamw(max_grad_norm):
+    """Clipping, decoupled weight decay, warm-up and the EMA by torch, fed with the gradients of `lcd_loss`."""
+    problem, params, frozen, batch = make_case()
+    rates, decay, key = [1e-2, 2e-2, 3e-2], 0.9, jax.random.key(7)
+    rate = step_lib.learning_rate_schedule(3e-2, warmup_steps=2)
+    optimizer = step_lib.make_optimizer(rate, b2=0.99, weight_decay=0.1, max_grad_norm=max_grad_norm)
+    step = jax.jit(step_lib.make_step(problem, optimizer, decay))
+    now = state.create(params, optimizer)
+
+    leaves, tree = jax.tree.flatten(params)
+    theta = [torch.tensor(np.array(x), requires_grad=True) for x in leaves]
+    target = [x.detach().clone() for x in theta]
+    adamw = torch.optim.AdamW(theta, lr=1.0, betas=(0.9, 0.99), weight_decay=0.1)
+    gradient = jax.jit(jax.value_and_grad(
+        lambda p, ema, draws: objectives.lcd_loss(problem, p, ema, frozen, batch, draws)
+    ))  # fmt: skip
+    for n in range(3):
+        now, metrics = step(now, frozen, batch, key)
+        draws = objectives.draw(problem, jax.random.fold_in(key, n), SHAPE)
+        back = (jax.tree.unflatten(tree, [x.detach().numpy() for x in values]) for values in (theta, target))
+        loss, grads = gradient(*back, draws)
+        for x, g in zip(theta, jax.tree.leaves(grads), strict=True):
+            x.grad = torch.tensor(np.array(g))
+        norm = torch.nn.utils.clip_grad_norm_(theta, max_grad_norm or float("inf"))
+        assert norm > 0.1  # so that clipping clips
+        adamw.param_groups[0]["lr"] = rates[n]
+        adamw.step()
+        for ema, x in zip(target, theta, strict=True):
+            ema.mul_(decay).add_(x.detach(), alpha=1 - decay)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+        assert now.step == n + 1
+        for got, want in ((now.params, theta), (now.ema_params, target)):
+            for a, b in zip(jax.tree.leaves(got), want, strict=True):
+                np.testing.assert_allclose(a, b.detach(), rtol=0, atol=1e-5)
+
+
+def test_accumulation_changes_nothing_but_rounding():
+    problem, params, frozen, batch = make_case(losses.pseudo_huber)
+    optimizer = step_lib.make_optimizer(1e-3)
+    results = []
+    for accumulation_steps in (1, 2):
+        step = jax.jit(step_lib.make_step(problem, optimizer, 0.9, accumulation_steps))
+        now = state.create(params, optimizer)
+        for _ in range(2):
+            now, metrics = step(now, frozen, batch, jax.random.key(1))
+        results.append((now.params, now.ema_params, metrics))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
+
+
+def test_draws_depend_on_key_and_step_alone():
+    problem, params, frozen, batch = make_case()
+    optimizer = step_lib.make_optimizer(1e-3)
+    step = jax.jit(step_lib.make_step(problem, optimizer, 0.9))
+    begun = state.create(params, optimizer)
+    later = begun.replace(step=jnp.int32(5))
+    runs = [step(s, frozen, batch, jax.random.key(k)) for s, k in ((begun, 1), (begun, 1), (later, 1), (begun, 2))]
+    jax.tree.map(np.testing.assert_array_equal, runs[0], runs[1])
+    assert len({float(metrics["loss"]) for _, metrics in runs}) == 3
+
+
+def test_compiles_once_and_donates_the_state():
+    traces = []
+
+    def distance(prediction, target):
+        traces.append(prediction.shape)
+        return losses.l2(prediction, target)
+
+    problem, params, frozen, batch = make_case(distance)
+    optimizer = step_lib.make_optimizer(step_lib.learning_rate_schedule(1e-3, 2, 10, 5), weight_decay=1e-2)
+    step = jax.jit(step_lib.make_step(problem, optimizer, 0.95), donate_argnums=0)
+    now, frozen = state.create(params, optimizer), jax.device_put(frozen)
+    kept = jax.device_put(params)
+    for _ in range(3):
+        before = now
+        now, _ = step(now, frozen, batch, jax.random.key(0))
+        assert all(x.is_deleted() for x in jax.tree.leaves(before))
+    assert len(traces) == 1 and step._cache_size() == 1
+    assert not any(x.is_deleted() for x in jax.tree.leaves((now, frozen, kept)))
+
+
+def lowered_text(width: int) -> tuple[str, int]:
+    """The step's program for UNets of one level of that width, nothing computed; and their parameter count."""
+    one_level = {"down_block_types": (tiny.CROSS,), "up_block_types": (tiny.CROSS_UP,), "block_out_channels": (width,)}
+    teacher = unet_lib.from_config(tiny.UNETS["sd1"] | one_level)
+    weights = names.abstract_params(teacher)
+    student, params = state.student_of(teacher, weights, 16)
+    problem = objectives.Problem(
+        student=student, teacher=teacher, schedule=NOISE_SCHEDULE, grid=solvers.solver_grid(NOISE_SCHEDULE, 50),
+        distance=losses.l2, w_min=2.0, w_max=14.0, scaling_factor=0.18215,
+    )  # fmt: skip
+    optimizer = step_lib.make_optimizer(1e-6)
+    array = jax.ShapeDtypeStruct
+    cond, null = ({"encoder_hidden_states": array((b, 7, 32), jnp.float32)} for b in (4, 1))
+    latents = array((4, 8, 8, 4), jnp.float32)
+    begun = jax.eval_shape(lambda p: state.create(p, optimizer), params)
+    frozen = objectives.Frozen(teacher=weights, null=null)
+    batch = {"mean": latents, "logvar": latents, "cond": cond}
+    key = jax.eval_shape(jax.random.key, 0)
+    step = jax.jit(step_lib.make_step(problem, optimizer, 0.95), donate_argnums=0)
+    lowered = step.lower(begun, frozen, batch, key)
+    arguments = sum(x.size for x in jax.tree.leaves((begun, frozen)) if x.dtype == jnp.float32)
+    count = names.num_params(teacher)
+    # theta, theta^- and Adam's two moments have a cond_proj [16 width], the teacher has none; null text [1 7 32].
+    assert arguments == 5 * count + 4 * 16 * width + 7 * 32
+    return lowered.as_text(), count
+
+
+def test_program_holds_no_weights():
+    (small, few), (large, many) = lowered_text(32), lowered_text(128)
+    assert many > 10 * few
+    assert abs(len(large) - len(small)) < 0.02 * len(small)
+    # Written out as hexadecimal; the largest are the noise table's [1000] float32.
+    constants = re.findall(r'dense<"0x([0-9A-F]+)"', large)
+    assert max(len(digits) // 2 for digits in constants) <= 4000
+
+
+def test_learning_rate_schedule():
+    warm = step_lib.learning_rate_schedule(2.0, warmup_steps=3)
+    np.testing.assert_allclose([warm(n) for n in range(6)], [0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
+    constant = step_lib.learning_rate_schedule(1e-6)
+    np.testing.assert_allclose([constant(n) for n in (0, 1, 10**6)], 1e-6)
+    decayed = step_lib.learning_rate_schedule(1.0, decay_start=10, decay_steps=4)
+    np.testing.assert_allclose([decayed(n) for n in (0, 10, 11, 12, 13, 14, 99)], [1, 1, 0.75, 0.5, 0.25, 0, 0])
+    both = step_lib.learning_rate_schedule(1.0, warmup_steps=1, decay_start=0, decay_steps=10)
+    np.testing.assert_allclose([both(n) for n in (0, 1, 5)], [0.5, 0.9, 0.5])
+    np.testing.assert_allclose(jax.jit(decayed)(jnp.int32(12)), 0.5)
+
+
+def test_frozen_arrays_and_batch_stay_as_they_are():
+    """A zero learning rate and decay 0: nothing moves but the step, and theta^- = theta."""
+    problem, params, frozen, batch = make_case()
+    optimizer = optax.sgd(0.0)
+    now = state.create(params, optimizer)
+    after, metrics = jax.jit(step_lib.make_step(problem, optimizer, 0.0))(now, frozen, batch, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, after.params, params)
+    jax.tree.map(np.testing.assert_array_equal, after.ema_params, params)
+    assert after.step == 1 and set(metrics) == {"loss", "grad_norm"} and metrics["grad_norm"] > 0

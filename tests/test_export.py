@@ -1,0 +1,333 @@
+"""`python -m lcm_jax.export`: what is written, that diffusers draws the same from it, and what is refused."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import diffusers
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+import torch
+from diffusers.schedulers import scheduling_lcm
+from PIL import Image
+
+import lcm_jax
+from lcm_jax import config as config_lib
+from lcm_jax import export, pretrained, sample, verify
+from lcm_jax.distill import state as state_lib
+from lcm_jax.pretrained import files, load_pipeline, load_unet
+from lcm_jax.runtime.checkpoint import Checkpoints
+from lcm_jax.student import load_student
+
+STEPS_SAVED = (3, 7)
+PROMPTS = ("a red circle", "hello")
+TABLE = "| steps | accuracy |\n|---|---|\n| 4 | 0.93 |\n"
+
+
+def make_config(teacher, **changes) -> config_lib.ConfigDict:
+    config = config_lib.default_config()
+    config.model.teacher = str(teacher)
+    config.data.resolution = 64
+    config.train.steps = 7
+    config.distill.w_embedding_dim = 16
+    config.distill.w_min, config.distill.w_max = 2.0, 8.0
+    config.sample.prompts = PROMPTS
+    config.update_from_flattened_dict(changes)
+    return config_lib.resolve(config)
+
+
+def make_run(workdir: Path, teacher: Path, steps=STEPS_SAVED, spoil=None, **changes) -> dict[int, state_lib.TrainState]:
+    """A workdir as training leaves it. The weights of each checkpoint differ, its EMA's from them, and w is in use."""
+    config = make_config(teacher, **changes)
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(config_lib.to_json(config))
+    begun = load_student(config, load_pipeline(teacher)).params["unet"]
+    states = {}
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        for step in steps:
+            trees = []
+            for seed in (2 * step, 2 * step + 1):
+                rng = np.random.default_rng(seed)
+                tree = jax.tree.map(lambda x: x + 0.02 * rng.standard_normal(x.shape, np.float32), begun)  # noqa: B023
+                tree["time_embedding"]["cond_proj"]["kernel"] *= 10.0
+                trees.append(spoil(tree) if spoil else tree)
+            state = state_lib.create(trees[0], optax.sgd(0.1)).replace(step=np.int32(step), ema_params=trees[1])
+            checkpoints.save(step, state)
+            states[step] = state
+    return states
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(workdir, states) of a run on the tiny SD 1."""
+    workdir = tmp_path_factory.mktemp("export") / "run"
+    return workdir, make_run(workdir, tiny.folder("sd1"))
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "model"
+    (out.parent / "table.md").write_text(TABLE)
+    words = [f"--workdir={run[0]}", f"--out={out}", f"--table={out.parent / 'table.md'}"]
+    assert export.main(words) == 0
+    return out
+
+
+def kernel(state: state_lib.TrainState, part: str) -> np.ndarray:
+    return np.asarray(getattr(state, part)["time_embedding"]["cond_proj"]["kernel"])
+
+
+def torch_kernel(unet) -> np.ndarray:
+    return unet.time_embedding.cond_proj.weight.detach().numpy().T
+
+
+def diffusers_pictures(pipe, monkeypatch, prompts, noise, size, **options) -> np.ndarray:
+    """uint8 pictures as int [b h w 3], the scheduler's noise replaced by noise[1:] ([steps b h w c])."""
+    pipe.set_progress_bar_config(disable=True)
+    start, *between = (torch.from_numpy(n.transpose(0, 3, 1, 2).copy()) for n in noise)
+    draws = iter(between)
+    monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda shape, **_: next(draws).reshape(shape))
+    images = pipe(
+        list(prompts), height=size, width=size, num_inference_steps=len(noise), latents=start, **options
+    ).images
+    assert next(draws, None) is None
+    return np.stack([np.asarray(image).astype(int) for image in images])
+
+
+def test_diffusers_draws_what_our_sampler_draws(exported, tmp_path, monkeypatch):
+    """The PNG files of lcm_jax.sample against LatentConsistencyModelPipeline.from_pretrained."""
+    words = [f"--prompt={prompt}" for prompt in PROMPTS]
+    options = ["--num_images=2", "--batch_size=4", "--seed=3", "--steps=4", "--guidance_scale=8"]
+    assert sample.main([f"--model={exported}", f"--out={tmp_path}", *words, *options]) == 0
+    ours = np.stack([np.asarray(Image.open(path)).astype(int) for path in sorted(tmp_path.glob("*.png"))])
+
+    pipe = diffusers.LatentConsistencyModelPipeline.from_pretrained(exported)
+    assert type(pipe.scheduler) is diffusers.LCMScheduler
+    noise = sample.draw_noise(3, [0, 1, 0, 1], 4, (8, 8, 4))
+    prompts = [prompt for prompt in PROMPTS for _ in range(2)]
+    theirs = diffusers_pictures(pipe, monkeypatch, prompts, noise, 16, guidance_scale=8.0)
+    assert ((theirs > 0) & (theirs < 255)).mean() > 0.5  # pictures, not saturation
+    difference = np.abs(ours - theirs).max()
+    print(f"largest difference {difference}/255")
+    assert difference <= 2
+    other = diffusers_pictures(pipe, monkeypatch, prompts, noise, 16, guidance_scale=3.0)
+    assert np.abs(other - theirs).max() > 8  # w is in use
+
+
+def test_verify_measures_the_difference_and_fails_on_another_model(run, exported, tmp_path, capsys):
+    out = tmp_path / "model"
+    assert export.main([f"--workdir={run[0]}", f"--out={out}", "--verify"]) == 0
+    said = capsys.readouterr().out
+    print(said)
+    pixel = re.search(r"4 pictures, 4 steps, guidance scale 8, .* pixel difference (\d+)/255, .* (\S+)\n", said)
+    assert int(pixel[1]) <= 2 and float(pixel[2]) < 2e-3
+
+    record = json.loads((out / pretrained.RECORD).read_text())
+    tiny.write_json(out / pretrained.RECORD, record | {"timestep_scaling": 1e-3})  # ours now has other scalings
+    assert export.report_difference(out, make_config("x")) == 1
+    assert re.search(r"(?m)^error: the pictures differ by \d+/255, more than 2/255", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("teacher", ["sd2", "sdxl"])
+def test_the_rest_of_the_family(teacher, tmp_path, capsys):
+    """v prediction; and SDXL's two encoders, sizes and own pipeline class."""
+    make_run(tmp_path / "run", tiny.folder(teacher), steps=(3,), **{"distill.solver_steps": 20})
+    out = tmp_path / "model"
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={out}", "--verify"]) == 0
+    print(capsys.readouterr().out)
+    scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["original_inference_steps"] == 20
+    prediction_type = {"sd2": "v_prediction", "sdxl": "epsilon"}[teacher]
+    record = json.loads((out / pretrained.RECORD).read_text())
+    assert scheduler["prediction_type"] == record["prediction_type"] == prediction_type
+
+
+def test_the_folder_says_what_inference_must_match(run, exported):
+    record = json.loads((exported / pretrained.RECORD).read_text())
+    assert record == {
+        "w_min": 2.0, "w_max": 8.0, "solver_steps": 50, "timestep_scaling": 10.0, "sigma_data": 0.5,
+        "prediction_type": "epsilon", "teacher": str(tiny.folder("sd1")), "step": 7, "weights": "ema",
+        "lcm_jax": lcm_jax.__version__,
+    }  # fmt: skip
+    scheduler = diffusers.LCMScheduler.from_pretrained(exported, subfolder="scheduler")
+    assert scheduler.config.original_inference_steps == 50 and scheduler.config.timestep_scaling == 10.0
+    index = json.loads((exported / "model_index.json").read_text())
+    assert index["_class_name"] == "LatentConsistencyModelPipeline"
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        copied, original = (folder / "tokenizer" / name for folder in (exported, tiny.folder("sd1")))
+        assert copied.read_bytes() == original.read_bytes()
+
+
+def test_the_model_card(exported):
+    card = (exported / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\n") and card.count("---\n") == 2
+    for words in (
+        str(tiny.folder("sd1")), "the EMA target network after step 7 of 7", "32 images of 64 pixels",
+        "w in [2, 8], that is `guidance_scale` 3 to 9", "| `train.learning_rate` | `8e-06` |", TABLE,
+        'DiffusionPipeline.from_pretrained("model")', "--model=model --prompt=", "guidance_scale=8",
+    ):  # fmt: skip
+        assert words in card, words
+
+
+@pytest.mark.parametrize(
+    ("options", "step", "part", "dtype"),
+    [
+        ([], 7, "ema_params", np.float32),
+        (["--step=3", "--weights=online", "--dtype=float16"], 3, "params", np.float16),
+        (["--step=3", "--weights=ema", "--dtype=bfloat16"], 3, "ema_params", "bfloat16"),
+    ],
+)
+def test_unet_format_holds_the_weights_asked_for(run, tmp_path, options, step, part, dtype):
+    workdir, states = run
+    out = tmp_path / "unet"
+    assert export.main([f"--workdir={workdir}", f"--out={out}", "--format=unet", *options]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "diffusion_pytorch_model.safetensors", "README.md", pretrained.RECORD
+    }  # fmt: skip
+    unet, info = diffusers.UNet2DConditionModel.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()) and unet.config.time_cond_proj_dim == 16
+    wanted = kernel(states[step], part).astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(torch_kernel(unet), wanted)
+    module, params = load_unet(out)
+    saved = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), getattr(states[step], part))
+    jax.tree.map(np.testing.assert_array_equal, params, saved)
+    record = json.loads((out / pretrained.RECORD).read_text())
+    assert (record["step"], record["weights"]) == (step, "ema" if part == "ema_params" else "online")
+
+
+def test_the_card_of_a_unet_shows_code_that_runs(run, exported, tmp_path, monkeypatch):
+    """The example of the model card, with the teacher's folder filled in, loads what the whole export is."""
+    out = tmp_path / "unet"
+    assert export.main([f"--workdir={run[0]}", f"--out={out}", "--format=unet"]) == 0
+    code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)[1]
+    code = code.replace("folder of the teacher", str(tiny.folder("sd1"))).replace('"unet"', f'"{out}"')
+    names = {}
+    exec(code.split("image = ")[0], names)
+    pipe, whole = names["pipe"], diffusers.DiffusionPipeline.from_pretrained(exported)
+    assert type(pipe) is type(whole)
+    for key in ("original_inference_steps", "timestep_scaling", "prediction_type", "beta_start", "num_train_timesteps"):
+        assert pipe.scheduler.config[key] == whole.scheduler.config[key]
+    for mine, other in zip(pipe.unet.parameters(), whole.unet.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def error_of(capsys, *words) -> str:
+    """The line that the program says on stderr when it exits with 2."""
+    try:
+        code = export.main(list(words))
+    except SystemExit as exit:
+        code = exit.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, (code, error)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workdir=EMPTY"], r"config.json does not exist; give the workdir of a run"),
+        (["--workdir=BROKEN"], r"config.json cannot be read .*restore it"),
+        (["--workdir=INVALID"], r"is not a config of this lcm_jax: config.train.steps = 0: must be at least 1"),
+        (["--workdir=UNTRAINED"], r"no checkpoint in .*train until the first is saved"),
+        (["--step=5"], r"--step=5: no such checkpoint in .*; present: 3, 7"),
+        (["--step=x"], r"argument --step: invalid int value: 'x'"),
+        (["--weights=both"], r"argument --weights: invalid choice: 'both'"),
+        (["--out=FULL"], r"full already exists and is not empty; choose another folder"),
+        (["--table=NOWHERE"], r"--table=NOWHERE cannot be read \(No such file or directory\)"),
+        (["--verify", "--format=unet"], r"--verify draws pictures and --format=unet is no pipeline"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_any_work(run, tmp_path, capsys, monkeypatch, options, message):
+    def no_work(*_, **__):
+        raise AssertionError("the teacher is loaded already")
+
+    monkeypatch.setattr(export, "load_pipeline", no_work)
+    for name in ("empty", "broken", "invalid", "untrained", "full"):
+        (tmp_path / name).mkdir()
+    config = json.loads((run[0] / "config.json").read_text())
+    (tmp_path / "broken" / "config.json").write_text('{"seed": ')
+    tiny.write_json(tmp_path / "untrained" / "config.json", config)
+    config["train"]["steps"] = 0
+    tiny.write_json(tmp_path / "invalid" / "config.json", config)
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    for name in ("empty", "broken", "invalid", "untrained", "full"):
+        options = [option.replace(f"={name.upper()}", f"={tmp_path / name}") for option in options]
+    out = tmp_path / "out"
+    error = error_of(capsys, f"--workdir={run[0]}", f"--out={out}", *options)
+    assert re.search(message, error), error
+    assert not out.exists() and [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+
+
+def test_verify_without_torch_names_the_extra(run, tmp_path, capsys, monkeypatch):
+    find = verify.importlib.util.find_spec
+    monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    error = error_of(capsys, f"--workdir={run[0]}", f"--out={tmp_path / 'out'}", "--verify")
+    assert error == "error: --verify needs torch; pip install lcm_jax[torch], or leave --verify out\n"
+
+
+def test_a_checkpoint_of_another_model_is_refused(run, tmp_path, capsys):
+    workdir = Path(shutil.copytree(run[0], tmp_path / "run"))
+    (workdir / "config.json").write_text(config_lib.to_json(make_config(tiny.folder("sd2"))))
+    error = error_of(capsys, f"--workdir={workdir}", f"--out={tmp_path / 'out'}")
+    assert "is not of the student that its config.json describes" in error and "proj_in/kernel" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_is_gone_is_named(run, tmp_path, capsys):
+    workdir = Path(shutil.copytree(run[0], tmp_path / "run"))
+    (workdir / "config.json").write_text(config_lib.to_json(make_config(tmp_path / "moved" / "teacher")))
+    assert "moved/teacher does not exist" in error_of(capsys, f"--workdir={workdir}", f"--out={tmp_path / 'out'}")
+
+
+def test_a_full_disk_is_noticed_before_writing(run, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    error = error_of(capsys, f"--workdir={run[0]}", f"--out={tmp_path / 'out'}")
+    assert re.search(r"out needs \d+ bytes, 1000 are free; make room", error)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["pipeline", "unet"])
+def test_a_failed_write_leaves_nothing(run, tmp_path, capsys, monkeypatch, form):
+    write = files.write_weights
+
+    def fail(path, *rest):
+        write(path, *rest)
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(files, "write_weights", fail)
+    error = error_of(capsys, f"--workdir={run[0]}", f"--out={tmp_path / 'out'}", f"--format={form}")
+    assert "No space left on device" in error
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_interrupted_write_leaves_nothing(run, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "write_weights", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export.main([f"--workdir={run[0]}", f"--out={tmp_path / 'out'}"])
+    assert not any(tmp_path.iterdir())
+
+
+def test_weights_that_do_not_fit_the_dtype_are_refused(tmp_path, capsys):
+    """float16 ends at 65504."""
+
+    def spoil(tree):
+        tree["conv_in"]["bias"] = tree["conv_in"]["bias"] + 1e5
+        return tree
+
+    make_run(tmp_path / "run", tiny.folder("sd1"), steps=(3,), spoil=spoil)
+    error = error_of(capsys, f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--dtype=float16")
+    assert "conv_in.bias" in error and "not finite in float16" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_scale_that_is_verified():
+    assert verify.guidance_scale(2.0, 14.0) == 8.0
+    assert verify.guidance_scale(0.0, 4.0) == 3.0
