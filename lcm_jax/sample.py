@@ -22,6 +22,7 @@ from lcm_jax import assets
 from lcm_jax.diffusion import consistency, samplers
 from lcm_jax.diffusion.denoiser import call, guided_output, student_output
 from lcm_jax.errors import LcmError
+from lcm_jax.models import tiling
 from lcm_jax.pretrained import Pipeline, conditioning, load_pipeline, read_record
 
 SAMPLERS = ("lcm", "ddim", "dpm_solver_pp_2m")
@@ -107,12 +108,6 @@ def latents(
     return samplers.dpm_solver_pp_2m(*common)
 
 
-def decode(pipeline: Pipeline, params: Any, z: jax.Array) -> jax.Array:
-    """Scaled latents [b h w c] -> pictures float32 in [0, 1], [b H W 3]; pure."""
-    images = pipeline.vae.apply({"params": params}, z / pipeline.vae.scaling_factor, method="decode")
-    return jnp.clip(images.astype(jnp.float32) / 2.0 + 0.5, 0.0, 1.0)
-
-
 def to_uint8(images: jax.Array) -> np.ndarray:
     """[0, 1] -> 0..255, rounded as diffusers rounds."""
     return (np.asarray(images) * 255.0).round().astype(np.uint8)
@@ -131,7 +126,9 @@ def grid(images: np.ndarray, columns: int) -> np.ndarray:
 class Generator:
     """Draws batches of pictures with one pipeline: the weights lie on the device, each setting is compiled once."""
 
-    def __init__(self, pipeline: Pipeline):
+    def __init__(self, pipeline: Pipeline, tiled: bool = False):
+        """tiled: decode large pictures in overlapping tiles, for less memory (`models.tiling`)."""
+        self.tiled = tiled
         self.pipeline = dataclasses.replace(pipeline, params=jax.device_put(pipeline.params))
         self.params = self.pipeline.params
         self.null = conditioning.null(self.pipeline)
@@ -141,7 +138,7 @@ class Generator:
             ),
             static_argnames=("settings", "guided"),
         )
-        self._decode = jax.jit(lambda params, z: decode(pipeline, params, z))
+        self._decode = jax.jit(lambda params, z: pipeline.vae.apply({"params": params}, z, method="decode"))
 
     def __call__(
         self,
@@ -152,8 +149,15 @@ class Generator:
         unet_params: Any = None,
     ) -> np.ndarray:
         """Pictures float32 in [0, 1], [b H W 3]. cond: `encode`d captions; noise: [steps b h w c]; see `latents`."""
-        z = self.latents(cond, noise, guidance_scale, settings, unet_params)
-        return np.asarray(self._decode(self.params["vae"], z))
+        return self.decode(self.latents(cond, noise, guidance_scale, settings, unet_params))
+
+    def decode(self, z: jax.Array) -> np.ndarray:
+        """Scaled latents [b h w c] -> pictures float32 in [0, 1], [b H W 3]."""
+        vae = self.pipeline.vae
+        decode = functools.partial(self._decode, self.params["vae"])
+        z = z / vae.scaling_factor
+        images = tiling.decode(decode, z, tile=tiling.tile_size(vae), factor=vae.factor) if self.tiled else decode(z)
+        return np.clip(np.asarray(images, np.float32) / 2.0 + 0.5, 0.0, 1.0)
 
     def encode(self, captions: Sequence[str]) -> dict[str, jax.Array]:
         """Conditioning [b ...] of captions."""
@@ -273,6 +277,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch_size", type=int, default=4, help="pictures drawn at once")
     p.add_argument("--height", type=int, help="pixels; default: the model's")
     p.add_argument("--width", type=int, help="pixels; default: the model's")
+    p.add_argument("--tiled", action="store_true", help="decode large pictures in tiles: less memory, faint seams")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the networks")
     p.add_argument("--out", type=Path, required=True, help="folder for the PNG files")
     return p
@@ -322,7 +327,7 @@ def run(args: argparse.Namespace) -> list[Path]:
         print(f"warning: {warning}", file=sys.stderr)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    generate = Generator(pipeline)
+    generate = Generator(pipeline, args.tiled)
     factor = pipeline.vae.factor
     shape = (height // factor, width // factor, pipeline.unet.in_channels)
     words = {

@@ -59,7 +59,7 @@ def module_fields(
         elif value is not None or key in keep_null:
             fields[key] = _frozen(value)
     if unknown:
-        logging.info("%s: config keys without meaning here: %s", module.__name__, ", ".join(sorted(unknown)))
+        logging.warning("%s: config keys without meaning here: %s", module.__name__, ", ".join(sorted(unknown)))
     return fields
 
 

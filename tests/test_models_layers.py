@@ -1,0 +1,86 @@
+"""Layers alone: statistics and softmax against float64 numpy, resizing and sinusoids against torch and closed forms."""
+
+import diffusers.models.embeddings as reference
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from lcm_jax.models.attention import dot_product_attention
+from lcm_jax.models.layers import GroupNorm, LayerNorm, TimestepEmbedding, nearest_resize, sinusoid
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 1e-4), (jnp.bfloat16, 2e-2), (jnp.float16, 3e-3)])
+def test_group_norm_at_mean_100(dtype, atol):
+    """The one-pass variance is off by 1e-2 here already in float32; half precision must lose only its last bits."""
+    x = jnp.asarray(100 + draw(2, 32, 32, 32), dtype)
+    scale, bias = 1 + 0.2 * draw(32, seed=1), 0.2 * draw(32, seed=2)
+    exact = np.asarray(x, np.float64).reshape(2, 32 * 32, 8, 4)
+    mean, var = exact.mean((1, 3), keepdims=True), exact.var((1, 3), keepdims=True)
+    want = ((exact - mean) / np.sqrt(var + 1e-6)).reshape(x.shape) * scale + bias
+    got = GroupNorm(8, 1e-6, dtype).apply({"params": {"scale": scale, "bias": bias}}, x)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 1e-4), (jnp.bfloat16, 2e-2)])
+def test_layer_norm_at_mean_100(dtype, atol):
+    x = jnp.asarray(100 + draw(2, 5, 64), dtype)
+    scale, bias = 1 + 0.2 * draw(64, seed=1), 0.2 * draw(64, seed=2)
+    exact = np.asarray(x, np.float64)
+    want = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-5) * scale + bias
+    got = LayerNorm(dtype=dtype).apply({"params": {"scale": scale, "bias": bias}}, x)
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 2e-5), (jnp.bfloat16, 2e-2), (jnp.float16, 4e-3)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_softmax_is_float32_at_large_logits(dtype, atol, causal):
+    """Logits of size 100, where bfloat16 steps by 0.5: rounded to it, weights would be off by half."""
+    q, k, v = (jnp.asarray(s * draw(2, 9, 2, 16, seed=i), dtype) for i, s in enumerate((10, 4, 1)))
+    exact_q, exact_k, exact_v = (np.asarray(a, np.float64) for a in (q, k, v))
+    logits = np.einsum("bsnd,blnd->bnsl", exact_q, exact_k) / 4
+    assert np.abs(logits).max() > 80
+    if causal:
+        logits = np.where(np.arange(9)[:, None] >= np.arange(9), logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    want = np.einsum("bnsl,blnd->bsnd", weights / weights.sum(-1, keepdims=True), exact_v)
+    got = dot_product_attention(q, k, v, causal=causal)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize(("dim", "shift"), [(320, 0), (64, 1), (33, 0)])
+def test_sinusoid(flip, dim, shift):
+    values = np.array([0, 0.25, 17.5, 480, 999], np.float32)
+    want = reference.get_timestep_embedding(torch.from_numpy(values), dim, flip, shift)
+    np.testing.assert_allclose(sinusoid(jnp.asarray(values), dim, flip_sin_to_cos=flip, freq_shift=shift), want,
+                               rtol=0, atol=1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(4, 7), (7, 4), (7, 13), (7, 14), (1, 2), (5, 9)])
+def test_nearest_resize_is_torchs(size):
+    old, new = size
+    x = draw(1, old, old + 2, 3)
+    want = torch.nn.functional.interpolate(torch.from_numpy(x).permute(0, 3, 1, 2), size=(new, 2 * (old + 2)))
+    got = jax.jit(nearest_resize, static_argnums=(1, 2))(x, new, 2 * (old + 2))
+    np.testing.assert_array_equal(got, want.permute(0, 2, 3, 1).numpy())
+
+
+def test_cond_proj_starts_at_zero():
+    """A student begins as its teacher, whatever w: the LCM's one new parameter changes nothing at first."""
+    x, w = draw(2, 8), draw(2, 16, seed=1)
+    mlp = TimestepEmbedding(32, cond_proj_dim=16)
+    variables = mlp.init(jax.random.key(0), x, w)
+    teacher = {"params": {k: v for k, v in variables["params"].items() if k != "cond_proj"}}
+    want = TimestepEmbedding(32).apply(teacher, x)
+    np.testing.assert_array_equal(mlp.apply(variables, x, w), want)
+    np.testing.assert_array_equal(mlp.apply(variables, x), want)
+    variables["params"]["cond_proj"]["kernel"] += 1
+    assert np.abs(mlp.apply(variables, x, w) - want).max() > 0.1

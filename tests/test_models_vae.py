@@ -1,0 +1,209 @@
+"""AutoencoderKL and AutoencoderTiny against torch diffusers; tiling against diffusers' tiled paths."""
+
+import functools
+from types import SimpleNamespace
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from tiny_configs import TINY_VAES, VAES, torch_model
+
+from lcm_jax.errors import UnsupportedConfig
+from lcm_jax.models import config as model_config
+from lcm_jax.models import taesd, tiling, vae
+from lcm_jax.pretrained import names
+
+ATOL = 2e-5
+ALL = VAES | TINY_VAES
+
+
+@functools.cache
+def pair(name: str):
+    """torch model, our module, its variables."""
+    model, module = torch_model(ALL[name]), vae.from_config(ALL[name])
+    return model, module, {"params": names.from_torch(module, model.state_dict())}
+
+
+def draw(*shape: int) -> np.ndarray:
+    return np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+
+
+def nchw(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(x).permute(0, 3, 1, 2)
+
+
+def nhwc(x: torch.Tensor) -> np.ndarray:
+    return x.detach().permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize(("name", "size"), [("sd", (24, 32)), ("sd", (21, 35)), ("sdxl", (21, 35)), ("bare", (21, 35))])
+def test_kl_encode(name, size):
+    model, module, variables = pair(name)
+    images = draw(2, *size, 3)
+    with torch.no_grad():
+        posterior = model.encode(nchw(images)).latent_dist
+    mean, logvar = module.apply(variables, images, method="encode")
+    assert mean.shape[-1] == module.latent_channels
+    np.testing.assert_allclose(mean, nhwc(posterior.mean), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(logvar, nhwc(posterior.logvar), rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "bare"])
+def test_kl_decode(name):
+    model, module, variables = pair(name)
+    z = draw(2, 5, 7, module.latent_channels)
+    with torch.no_grad():
+        want = nhwc(model.decode(nchw(z)).sample)
+    got = module.apply(variables, z, method="decode")
+    assert got.shape == (2, 5 * module.factor, 7 * module.factor, 3)
+    np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
+
+
+def test_kl_clips_the_log_variance():
+    module = vae.from_config(VAES["sd"])
+    _, _, variables = pair("sd")
+    loud = jax.tree.map(np.copy, variables)
+    loud["params"]["quant_conv"]["bias"][4:] = [100, -100, 20.5, -31]
+    _, logvar = module.apply(loud, draw(1, 16, 16, 3), method="encode")
+    assert float(logvar.max()) == 20
+    assert float(logvar.min()) == -30
+
+
+@pytest.mark.parametrize("size", [(24, 32), (21, 35)])
+@pytest.mark.parametrize("name", TINY_VAES)
+def test_tiny_encode(name, size):
+    model, module, variables = pair(name)
+    images = draw(2, *size, 3)
+    with torch.no_grad():
+        want = nhwc(model.encode(nchw(images)).latents)
+    mean, logvar = module.apply(variables, images, method="encode")
+    np.testing.assert_allclose(mean, want, rtol=0, atol=ATOL)
+    assert logvar.shape == mean.shape and float(logvar.max()) == -30
+    np.testing.assert_allclose(module.scale_latents(mean), nhwc(model.scale_latents(nchw(want))), atol=ATOL)
+    np.testing.assert_allclose(module.unscale_latents(mean), nhwc(model.unscale_latents(nchw(want))), atol=2e-4)
+
+
+@pytest.mark.parametrize("name", TINY_VAES)
+def test_tiny_decode(name):
+    model, module, variables = pair(name)
+    z = 3 * draw(2, 3, 5, module.latent_channels)
+    with torch.no_grad():
+        want = nhwc(model.decode(nchw(z)).sample)
+    got = module.apply(variables, z, method="decode")
+    assert got.shape == (2, 3 * module.factor, 5 * module.factor, 3)
+    np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
+
+
+def test_tiny_has_the_published_parameters():
+    assert names.num_params(vae.from_config({"_class_name": "AutoencoderTiny"})) == 2_445_063
+    assert len(names.torch_table(taesd.AutoencoderTiny())) == 134
+
+
+@pytest.mark.parametrize("size", [(56, 72), (72, 20)])
+def test_tiling_matches_diffusers(size):
+    """Tiles of 32 px, with ragged edges and slivers narrower than the blend."""
+    model, module, variables = pair("sd")
+    images, z = draw(1, *size, 3), draw(1, size[0] // 4, size[1] // 4, 4)
+    model.enable_tiling()
+    try:
+        with torch.no_grad():
+            posterior, want = model.encode(nchw(images)).latent_dist, nhwc(model.decode(nchw(z)).sample)
+    finally:
+        model.disable_tiling()
+    tile = tiling.tile_size(module)
+    assert tile == model.tile_sample_min_size
+    part = jax.jit(functools.partial(module.apply, variables), static_argnames="method")
+    mean, logvar = tiling.encode(lambda x: part(x, method="encode"), images, tile=tile, factor=module.factor)
+    got = tiling.decode(lambda x: part(x, method="decode"), z, tile=tile, factor=module.factor)
+    np.testing.assert_allclose(mean, nhwc(posterior.mean), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(logvar, nhwc(posterior.logvar), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
+
+
+def test_tiling_of_the_tiny_vae_blends_its_tiles():
+    """Where no tile edge is within the network's reach, tiled and untiled pixels agree; shapes always."""
+    _, module, variables = pair("two-levels")
+    z = draw(1, 40, 56, 16)
+    whole = module.apply(variables, z, method="decode")
+    fn = functools.partial(module.apply, variables, method="decode")
+    tiled = tiling.decode(fn, z, tile=64, factor=module.factor)
+    assert tiled.shape == whole.shape == (1, 80, 112, 3)
+    np.testing.assert_allclose(tiled[:, :20, :20], whole[:, :20, :20], atol=ATOL)  # reach: 11 latents
+    images = draw(1, 40, 72, 3)
+    means = tiling.encode(functools.partial(module.apply, variables, method="encode"), images, tile=32, factor=2)
+    assert [leaf.shape for leaf in means] == [(1, 20, 36, 16)] * 2
+    assert float(means[1].max()) == -30
+
+
+def test_tiling_of_a_pointwise_map_is_the_map():
+    """Identical overlaps blend to themselves, whatever the sizes: up 2, down 2, and nothing to tile."""
+    up = lambda x: jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)  # noqa: E731
+    down = lambda x: {"a": x[:, ::2, ::2], "b": 2 * x[:, ::2, ::2]}  # noqa: E731
+    for height, width in ((8, 8), (9, 23), (31, 12)):
+        z, x = draw(1, height, width, 2), draw(1, 2 * height, 2 * width, 2)
+        np.testing.assert_allclose(tiling.decode(up, z, tile=16, factor=2), up(z), atol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+                     tiling.encode(down, x, tile=16, factor=2), down(x))  # fmt: skip
+    with pytest.raises(ValueError, match="do not advance"):
+        tiling.decode(up, draw(1, 8, 8, 2), tile=2, factor=2)
+    assert tiling.tile_size(SimpleNamespace(sample_size=(640, 512))) == 512
+    assert tiling.tile_size(taesd.AutoencoderTiny()) == 512
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_config_round_trip_through_diffusers(name):
+    module = vae.from_config(ALL[name])
+    config = model_config.to_config(module)
+    cls = getattr(diffusers, config["_class_name"])
+    with torch.device("meta"):
+        want = dict(cls.from_config(ALL[name]).config)
+        model, unused = cls.from_config(dict(config), return_unused_kwargs=True)
+    assert all(key.startswith("_") for key in unused)
+    same = lambda v: list(v) if isinstance(v, tuple) else v  # noqa: E731
+    for key, value in want.items():
+        if not key.startswith("_"):
+            assert same(model.config[key]) == same(value), key
+    assert vae.from_config(config) == module
+
+
+@pytest.mark.parametrize("name", ["sd", "taesd"])
+def test_either_vae_is_usable_wherever_a_vae_is(name):
+    module = vae.from_config(ALL[name])
+    for field in ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size",
+                  "latent_channels", "factor", "dtype"):  # fmt: skip
+        getattr(module, field)
+    low = module.clone(dtype=jnp.bfloat16)
+    images = jnp.zeros((1, 32, 32, 3))
+    variables = jax.eval_shape(low.init, jax.random.key(0), images)
+    mean, logvar = jax.eval_shape(functools.partial(low.apply, method="encode"), variables, images)
+    assert mean.shape == logvar.shape == (1, 32 // module.factor, 32 // module.factor, module.latent_channels)
+    assert mean.dtype == logvar.dtype == jnp.float32  # what the posterior is sampled from
+    out = jax.eval_shape(functools.partial(low.apply, method="decode"), variables, mean)
+    assert (out.shape, out.dtype) == (images.shape, jnp.bfloat16)
+
+
+REFUSED = [
+    ("sd", "_class_name", "VQModel"),
+    ("sd", "act_fn", "gelu"),
+    ("sd", "down_block_types", ["DownEncoderBlock2D", "AttnDownEncoderBlock2D", "DownEncoderBlock2D"]),
+    ("sd", "up_block_types", ["UpDecoderBlock2D"] * 2),
+    ("sd", "block_out_channels", [32, 36, 64]),
+    ("taesd", "act_fn", "silu"),
+    ("taesd", "upsample_fn", "bilinear"),
+    ("taesd", "encoder_block_out_channels", [16, 16, 32, 32]),
+    ("taesd", "num_decoder_blocks", [3, 3]),
+    ("taesd", "upsampling_scaling_factor", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), REFUSED)
+def test_refuses_by_name_and_value(name, field, value):
+    with pytest.raises(UnsupportedConfig) as caught:
+        vae.from_config(ALL[name] | {field: value})
+    assert caught.value.field == field
+    assert field in str(caught.value)
+    shown = 36 if field == "block_out_channels" else model_config._frozen(value)
+    assert repr(shown) in str(caught.value)
