@@ -32,7 +32,7 @@ def test_first_time_writes_config_then_the_same_goes_on(tmp_path, config):
 
 def test_other_config_is_refused_with_both_values(tmp_path, config):
     workdir_lib.prepare_workdir(tmp_path, config)
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     before = (tmp_path / "config.json").read_bytes()
     config.train.learning_rate, config.distill.loss = 0.5, "l2"
     with pytest.raises(LcmError) as info:
@@ -60,7 +60,7 @@ def test_steps_and_intervals_may_differ_and_are_recorded(tmp_path, config):
 
 @pytest.mark.parametrize("content", ["{half", "[1]", b"\xff\xfe"])
 def test_broken_config_json(tmp_path, config, content):
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(LcmError, match="config.json"):
         workdir_lib.prepare_workdir(tmp_path, config)
@@ -70,7 +70,7 @@ def test_places_that_are_no_workdir(tmp_path, config):
     (tmp_path / "file").write_text("")
     with pytest.raises(LcmError, match="is a file"):
         workdir_lib.prepare_workdir(tmp_path / "file", config)
-    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(LcmError, match="holds a run but no config.json"):
         workdir_lib.prepare_workdir(tmp_path, config)
     with pytest.raises(LcmError, match="does not exist"):

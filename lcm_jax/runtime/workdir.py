@@ -27,7 +27,6 @@ from lcm_jax import config as config_lib
 from lcm_jax.errors import LcmError
 
 CONFIG_FILE = "config.json"
-_BEGUN = ("checkpoints", "metrics.jsonl")  # a workdir without them holds no run: a first command may have failed early
 
 
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
@@ -59,6 +58,12 @@ def read_config(workdir: str | os.PathLike[str]) -> dict:
     return saved
 
 
+def _begun(workdir: Path) -> bool:
+    """Whether a run got anywhere here; a first command that failed early must not bar the corrected one."""
+    metrics = workdir / "metrics.jsonl"
+    return any((workdir / "checkpoints").glob("[0-9]*")) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
 def prepare_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Path:
     """Makes the workdir of a new run, or checks that this config may go on in an old one.
 
@@ -77,7 +82,7 @@ def prepare_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Path
     if workdir.exists() and not workdir.is_dir():
         raise LcmError(f"workdir {workdir} is a file; choose a folder")
     path = workdir / CONFIG_FILE
-    begun = any((workdir / name).exists() for name in _BEGUN)
+    begun = _begun(workdir)
     if path.exists() and begun:
         different = config_lib.differences(read_config(workdir), config)
         if different:

@@ -1,0 +1,290 @@
+"""`python -m lcm_jax.train`: what a workdir holds, going on bit for bit, stop on NaN, refused input, one trace.
+
+One teacher, one batch shape and one matmul precision everywhere, so that the step is compiled once for all runs.
+"""
+
+import functools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from absl import flags
+from PIL import Image
+
+from lcm_jax import config as config_lib
+from lcm_jax import train
+from lcm_jax.data import loader
+from lcm_jax.distill import step as step_lib
+from lcm_jax.runtime import checkpoint, telemetry
+
+ROOT = Path(__file__).parents[1]
+STEPS, STOP_FROM = 200, 15  # of the interrupted run: its length, and the step from which it is told to stop
+PROGRAM = [sys.executable, "-m", "lcm_jax.train"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return tiny.build("teacher", tmp_path_factory.mktemp("train") / "teacher")
+
+
+def arguments(workdir, teacher, *more: str) -> list[str]:
+    """The command's options; later ones win."""
+    return [
+        "--config=configs/shapes_lcm.py",
+        f"--workdir={workdir}",
+        f"--config.model.teacher={teacher}",
+        f"--config.train.steps={STEPS}",
+        "--config.data.num_examples=64",
+        "--config.data.batch_size=4",
+        "--config.log.every=5",
+        "--config.checkpoint.every=1000",
+        "--config.sample.every=0",
+        *more,
+    ]
+
+
+def command(workdir, teacher, *more: str) -> int:
+    """The program in this process: its exit code."""
+    argv = ["train", *arguments(workdir, teacher, *more)]
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:  # of the command before
+        delattr(flags.FLAGS, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", argv)  # config_flags looks for overrides there
+        try:
+            config_lib.parse_flags(argv)
+            return train.main([])
+        except SystemExit as stop:
+            return stop.code
+
+
+def start(workdir, teacher, *more: str) -> subprocess.Popen:
+    """The program in a process of its own."""
+    environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # as conftest.py: the same cached programs
+    return subprocess.Popen(
+        [*PROGRAM, *arguments(workdir, teacher, *more)], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def logged(workdir) -> list[tuple[int, float, float]]:
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in telemetry.read_metrics(workdir)]
+
+
+def saved_steps(workdir) -> list[int]:
+    return checkpoint.list_steps(Path(workdir) / "checkpoints")
+
+
+def arrays(workdir, step: int) -> dict[str, np.ndarray]:
+    """Everything in a checkpoint that moves: parameters, target, optimiser."""
+    folder = Path(workdir) / "checkpoints"
+    parts = {name: checkpoint.load_subtree(folder, step, name) for name in ("params", "ema_params", "opt_state")}
+    leaves = jax.tree_util.tree_leaves_with_path(parts)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def snapshot(workdir) -> dict[str, bytes]:
+    return {str(p.relative_to(workdir)): p.read_bytes() for p in sorted(Path(workdir).rglob("*")) if p.is_file()}
+
+
+PICTURES = ("--config.sample.every=40", "--config.sample.steps=2", "--config.sample.prompts=('a red circle', 'a star')")
+
+
+@pytest.fixture(scope="module")
+def stopped(teacher, tmp_path_factory) -> tuple[Path, int, str]:
+    """A workdir whose run got SIGTERM and then the same command again; the step of the stop; what it said."""
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    process = start(workdir, teacher, *PICTURES)
+    while process.poll() is None and not [r for r in logged(workdir) if r[0] >= STOP_FROM]:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    step, = saved_steps(workdir)
+    assert STOP_FROM <= step < STEPS and f"SIGTERM: saved step {step}" in said
+    assert logged(workdir)[-1][0] == step - step % 5
+    process = start(workdir, teacher, *PICTURES)
+    _, more = process.communicate()
+    assert process.returncode == 0, more
+    return workdir, step, said + more
+
+
+@pytest.fixture(scope="module")
+def whole(teacher, tmp_path_factory) -> tuple[Path, list[int]]:
+    """A workdir of the same run in one go; and how often its step was traced (each trace one number)."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    traces, make_step = [], step_lib.make_step
+
+    def counting(*args):
+        step = make_step(*args)
+
+        @functools.wraps(step)  # a program of the same name, so the cached one
+        def traced(state, frozen, batch, key):
+            traces.append(1)
+            return step(state, frozen, batch, key)
+
+        return traced
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_lib, "make_step", counting)
+        assert command(workdir, teacher, *PICTURES) == 0
+    return workdir, traces
+
+
+def test_the_workdir_holds_what_is_promised(stopped, teacher):
+    workdir, _, said = stopped
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["model"] == {"teacher": str(teacher), "student": str(teacher), "dtype": "float32"}
+    assert saved["train"]["steps"] == STEPS and set(saved) == set(config_lib.default_config())
+    for record in telemetry.read_metrics(workdir):
+        assert {"step", "loss", "images_per_second", "grad_norm", "learning_rate"} <= set(record)
+        assert record["loss"] > 0 and record["images_per_second"] > 0
+        assert math.isclose(record["learning_rate"], 1e-3, rel_tol=1e-6)
+    assert saved_steps(workdir)[-1] == STEPS
+    events = list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+    assert len(events) == 2 and all(e.stat().st_size > 200 for e in events)
+    pictures = sorted((workdir / "samples").iterdir())
+    assert [p.name for p in pictures] == [f"{step:08d}.png" for step in range(40, STEPS + 1, 40)]
+    first, last = (np.asarray(Image.open(p)).astype(int) for p in (pictures[0], pictures[-1]))
+    assert first.shape == last.shape == (2 * 64, train.GRID_COLUMNS * 64, 3) and (first != last).any()
+    assert f"step {STEPS}/{STEPS}: loss" in said and "Traceback" not in said
+
+
+def test_stopped_and_gone_on_is_bitwise_the_same_as_never_stopped(stopped, whole):
+    (one, step, _), (other, _) = stopped, whole
+    a, b = arrays(one, STEPS), arrays(other, STEPS)
+    assert a.keys() == b.keys() and any(name.startswith("opt_state") for name in a)
+    for name, value in a.items():
+        np.testing.assert_array_equal(value, b[name], err_msg=name)
+    assert [line[0] for line in logged(one)] == list(range(5, STEPS + 1, 5))
+    assert logged(one) == logged(other)
+    assert snapshot(one / "samples") == snapshot(other / "samples")
+    # It moved, and the target follows behind.
+    kernel = "time_embedding/cond_proj/kernel"
+    early = arrays(one, step)
+    assert (early[f"params/{kernel}"] != a[f"params/{kernel}"]).any()
+    assert (a[f"params/{kernel}"] != a[f"ema_params/{kernel}"]).any() and np.abs(a[f"params/{kernel}"]).max() > 0
+
+
+def test_the_step_is_traced_once(whole):
+    assert len(whole[1]) == 1
+
+
+def test_more_steps_go_on_until_one_is_not_finite(whole, teacher, tmp_path, capsys, monkeypatch):
+    """`train.steps` raised; of the data that then come, the first example of step 205 is infinite."""
+    workdir, bad_step = Path(shutil.copytree(whole[0], tmp_path / "run")), STEPS + 5
+    before, encode = logged(workdir), train.encode_shapes
+
+    def one_bad(pipeline, count):
+        source = encode(pipeline, count)
+        source["mean"][loader.batch_indices(0, bad_step - 1, 4, count)[0]] = np.inf
+        return source
+
+    monkeypatch.setattr(train, "encode_shapes", one_bad)
+    more = (*PICTURES, f"--config.train.steps={STEPS + 9}", "--config.log.every=2", "--config.checkpoint.every=1")
+    assert command(workdir, teacher, *more) == 2
+    line, = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("step ")]
+    assert line.startswith(f"error: loss of step {bad_step} is nan")
+    assert logged(workdir)[: len(before)] == before
+    assert [line[0] for line in logged(workdir)] == [*range(5, STEPS + 1, 5), STEPS + 2, STEPS + 4]
+    assert all(math.isfinite(value) for line in logged(workdir) for value in line)
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == STEPS + 9
+    assert saved_steps(workdir) == [bad_step - 2, bad_step - 1]  # checkpoint.keep = 2
+    for step in saved_steps(workdir):
+        assert all(np.isfinite(value).all() for value in arrays(workdir, step).values())
+
+    fewer = (*PICTURES, "--config.train.steps=50")
+    assert command(workdir, teacher, *fewer) == 0
+    assert f"trained to step {bad_step - 1} already" in capsys.readouterr().err
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def unsupported(folder: Path) -> None:
+    path = folder / "unet" / "config.json"
+    tiny.write_json(path, json.loads(path.read_text()) | {"class_embed_type": "timestep"})
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (shutil.rmtree, ["broken"]),
+    (truncate, ["unet/diffusion_pytorch_model.safetensors"]),
+    (unsupported, ["class_embed_type", "timestep"]),
+])  # fmt: skip
+def test_a_bad_teacher_is_refused_and_the_corrected_command_runs(teacher, tmp_path, capsys, monkeypatch, damage, words):
+    broken, workdir = Path(shutil.copytree(teacher, tmp_path / "broken")), tmp_path / "run"
+    damage(broken)
+    refused(capsys, words, workdir, broken)
+    begun = []
+    monkeypatch.setattr(train, "run", lambda *args: begun.append(args))
+    assert command(workdir, teacher, "--config.seed=3") == 0 and len(begun) == 1
+
+
+def refused(capsys, words, *args) -> None:
+    """The command ends with exit code 2 and says `words` in one line."""
+    capsys.readouterr()  # what making the models said
+    assert command(*args) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line
+
+
+def test_models_that_cannot_be_distilled(teacher, tmp_path, capsys):
+    refused(capsys, ["Latent Consistency Model", "w embedding", "lcm"], tmp_path / "a", tiny.folder("lcm"))
+    inpainting = tiny.build("inpainting", tmp_path / "inpainting")
+    refused(capsys, ["inpainting", "9 channels"], tmp_path / "b", inpainting)
+    student = f"--config.model.student={inpainting}"
+    refused(capsys, [str(inpainting), "in_channels 9", "teacher 4"], tmp_path / "c", teacher, student)
+
+
+@pytest.mark.parametrize(("option", "words"), [
+    ("--config.train.stepz=3", ["stepz", "steps"]),
+    ("--config.train.steps=many", ["many"]),
+    ("--config.train.steps=0", ["train.steps", "0"]),
+    ("--config.objective=lcm", ["objective", "'lcm'", "lcd"]),
+    ("--config.distill.w_max=1e999", ["w_max", "inf"]),
+    ("--config.data.resolution=60", ["data.resolution", "60", "64"]),
+])  # fmt: skip
+def test_config_keys_and_values(teacher, tmp_path, capsys, option, words):
+    refused(capsys, words, tmp_path / "run", teacher, option)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resolution_and_batch_must_fit_vae_and_devices(teacher, monkeypatch):
+    pipeline = train.load_pipeline(teacher)
+    config = config_lib.default_config()
+    config.data.resolution = 60
+    with pytest.raises(train.LcmError, match=r"data\.resolution = 60 .* factor 8"):
+        train.check_fit(config, pipeline)
+    config.data.resolution, config.data.batch_size = 64, 6
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    with pytest.raises(train.LcmError, match=r"data\.batch_size = 6 .* 4 devices"):
+        train.check_fit(config, pipeline)
+
+
+def test_another_runs_workdir_is_refused_with_both_values_and_left_alone(whole, teacher, capsys):
+    workdir, _ = whole
+    before = snapshot(workdir)
+    different = (*PICTURES, "--config.train.learning_rate=5e-4", "--config.distill.loss=l2")
+    refused(capsys, ["train.learning_rate", "0.001", "0.0005", "'huber'", "'l2'"], workdir, teacher, *different)
+    with train.locked(workdir):
+        refused(capsys, ["in use", str(workdir)], workdir, teacher, *PICTURES, "--config.train.steps=99")
+    refused(capsys, ["config.json", "is a file"], workdir / "config.json", teacher)
+    assert snapshot(workdir) == before
+
+
+def test_a_missing_flag_is_one_line_of_the_program():
+    done = subprocess.run([*PROGRAM, "--workdir=x"], cwd=ROOT, capture_output=True, text=True)
+    line, = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and line.startswith("error: ") and "--config" in line
