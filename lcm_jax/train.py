@@ -7,6 +7,7 @@ command on the same workdir goes on from the newest checkpoint, bit for bit as i
 """
 
 import contextlib
+import dataclasses
 import functools
 import sys
 import zlib
@@ -216,11 +217,12 @@ def encode_shapes(pipeline: Pipeline, count: int) -> dict[str, np.ndarray]:
     Every picture is encoded once: the step draws a new latent from its posterior each time it meets it.
     """
     encode = jax.jit(lambda params, images: pipeline.vae.apply({"params": params}, images, method="encode"))
-    vae_params = jax.device_put(pipeline.params["vae"])
+    encoders = {name: jax.device_put(tree) for name, tree in pipeline.params.items() if name != "unet"}
+    pipeline = dataclasses.replace(pipeline, params=encoders)
     chunks = []
     for start in range(0, count, ENCODE_BATCH):
         images, captions = shapes.examples(start, ENCODE_BATCH)
-        mean, logvar = encode(vae_params, images.astype(np.float32) / 127.5 - 1.0)
+        mean, logvar = encode(encoders["vae"], images.astype(np.float32) / 127.5 - 1.0)
         cond = conditioning.encode(pipeline, captions)
         if pipeline.is_xl:
             cond["time_ids"] = conditioning.time_ids(shapes.RESOLUTION, shapes.RESOLUTION, ENCODE_BATCH)

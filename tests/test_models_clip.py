@@ -78,6 +78,7 @@ def test_config_round_trip_through_transformers(name):
     module = clip.from_config(CLIPS[name])
     config = clip.to_config(module)
     read = transformers.CLIPTextConfig(**config)
+    assert set(config) <= set(read.to_dict()) | {"dropout"}  # nothing of ours among transformers' keys
     for key, value in CLIPS[name].items():
         if key not in ("torch_dtype", "transformers_version", "dropout"):
             assert getattr(read, key) == value, key

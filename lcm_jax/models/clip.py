@@ -6,6 +6,7 @@
     pooled = final LN(x) at the end-of-text token [@ text_projection]
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,7 +16,7 @@ from flax import linen as nn
 
 from lcm_jax.errors import UnsupportedConfig
 from lcm_jax.models.attention import AttentionFn, dot_product_attention, multi_head_attention
-from lcm_jax.models.config import module_fields
+from lcm_jax.models.config import RUN_FIELDS, module_fields
 from lcm_jax.models.layers import LayerNorm
 
 Dtype = Any
@@ -192,8 +193,8 @@ def from_config(
 
 def to_config(model: CLIPTextModel) -> dict[str, Any]:
     """A `config.json` for the module, readable by transformers 4 and 5 alike."""
-    skip = {"with_projection", "dtype", "attention_fn", "parent", "name"}
-    config = {key: getattr(model, key) for key in model.__dataclass_fields__ if key not in skip}
+    skip = RUN_FIELDS | {"with_projection"}
+    config = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in skip}
     config |= {key: values[0] for key, values in CLIPTextModel.FIXED.items()}
     config["architectures"] = ["CLIPTextModelWithProjection" if model.with_projection else "CLIPTextModel"]
     return config

@@ -1,0 +1,79 @@
+"""The training loop that the parts of the embedded teacher share: resumable, one JSON line per logged step."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import struct
+
+from lcm_jax.runtime.checkpoint import Checkpoints
+
+
+class State(struct.PyTreeNode):
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+
+
+def make_state(params: Any, optimizer: optax.GradientTransformation) -> State:
+    params = jax.tree.map(np.asarray, params)
+    return State(np.int32(0), params, optimizer.init(params), jax.tree.map(np.copy, params))
+
+
+def make_step(
+    loss_fn: Callable, optimizer: optax.GradientTransformation, ema_decay: float
+) -> Callable[[State, Any, jax.Array], tuple[State, dict]]:
+    """loss_fn(params, batch, key) -> (loss, metrics); the EMA's decay warms up as (1 + n) / (10 + n)."""
+
+    def step(state: State, batch: Any, key: jax.Array) -> tuple[State, dict]:
+        key = jax.random.fold_in(key, state.step)
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jax.numpy.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+        return State(state.step + 1, params, opt_state, ema), {"loss": loss, **metrics}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def run(
+    workdir: Path,
+    state: State,
+    step_fn: Callable,
+    batch_fn: Callable[[int], Any],
+    steps: int,
+    *,
+    seed: int = 0,
+    log_every: int = 50,
+    save_every: int = 500,
+) -> State:
+    """Trains to `steps`, going on from the newest checkpoint in `workdir`; batch i is `batch_fn(i)`."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    key = jax.random.key(seed)
+    with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints, (workdir / "metrics.jsonl").open("a") as log:
+        if checkpoints.latest_step() is not None:
+            state = checkpoints.restore(state)
+        begun, first = time.time(), int(state.step)
+        sums: dict[str, float] = {}
+        for i in range(first, steps):
+            state, metrics = step_fn(state, batch_fn(i), key)
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            if (i + 1) % log_every == 0:
+                record = {name: round(value / log_every, 6) for name, value in sums.items()}
+                sums = {}
+                seconds = (time.time() - begun) / (i + 1 - first)
+                log.write(json.dumps({"step": i + 1, **record, "seconds_per_step": round(seconds, 4)}) + "\n")
+                log.flush()
+                if not np.isfinite(record["loss"]):
+                    raise FloatingPointError(f"loss {record['loss']} at step {i + 1}")
+            if (i + 1) % save_every == 0 or i + 1 == steps:
+                checkpoints.save(i + 1, state)
+    return state

@@ -1,0 +1,64 @@
+"""The embedded teacher's AutoencoderKL: 64 px renders <-> 8 x 8 x 4 latents.
+
+loss = mean |x - y| + 4 mean (x - y)^2 + 0.5 mean |grad x - grad y| + 2e-4 KL (mean over latent values); edges count
+because shapes are told apart by them. Adam, 2e-3, cosine.
+
+    python -m experiments.shapes_teacher.train_vae --workdir=/tmp/shapes_teacher
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.shapes_teacher.loop import make_state, make_step, run
+from lcm_jax.data import shapes
+from lcm_jax.models import vae
+
+CONFIG = {
+    "block_out_channels": [16, 24, 48, 96],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 1,  # with a few channels a group, GroupNorm would take the colours away
+    "sample_size": 64,
+    "force_upcast": False,
+}
+BATCH = 16
+
+
+def loss_fn(module, params, images, key):
+    """images [b 64 64 3] in [-1, 1]."""
+    mean, logvar = module.apply({"params": params}, images, method="encode")
+    z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    diff = module.apply({"params": params}, z, method="decode") - images
+    l1, mse = jnp.abs(diff).mean(), jnp.square(diff).mean()
+    edges = jnp.abs(jnp.diff(diff, axis=1)).mean() + jnp.abs(jnp.diff(diff, axis=2)).mean()
+    kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).mean()
+    psnr = -10.0 * jnp.log10(mse / 4.0)
+    return l1 + 4.0 * mse + 0.5 * edges + 2e-4 * kl, {"l1": l1, "kl": kl, "psnr": psnr}
+
+
+def batch(i: int) -> np.ndarray:
+    images, _ = shapes.examples(i * BATCH, BATCH)
+    return images.astype(np.float32) / 127.5 - 1.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2500)
+    args = parser.parse_args()
+    module = vae.from_config(CONFIG)
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 50, args.steps, 2e-5)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+    step = make_step(lambda p, x, k: loss_fn(module, p, x, k), optimizer, ema_decay=0.99)
+    run(args.workdir / "vae", make_state(params, optimizer), step, batch, args.steps, save_every=200)
+
+
+if __name__ == "__main__":
+    main()

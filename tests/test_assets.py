@@ -1,0 +1,48 @@
+"""The embedded teacher: loads in diffusers, draws the same there, and is as good as its recorded rows say."""
+
+import json
+
+import diffusers
+import numpy as np
+import torch
+
+from experiments.shapes_lcm import table
+from experiments.shapes_teacher import teacher_rows
+from lcm_jax import assets, sample
+from lcm_jax.data import shapes
+from lcm_jax.metrics import shapes_scorer
+
+LARGEST_BYTES = 16 * 2**20
+CAPTIONS = [shapes.caption(shapes.spec(i, "heldout")) for i in range(4)]
+
+
+def test_size():
+    size = sum(path.stat().st_size for path in assets.path("shapes").rglob("*") if path.is_file())
+    assert size <= LARGEST_BYTES
+
+
+def test_diffusers_draws_the_same():
+    """StableDiffusionPipeline on the folder, DDIM with 4 trailing steps, from the same latents."""
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(assets.path("shapes")))
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.set_progress_bar_config(disable=True)
+    noise = sample.draw_noise(0, range(4), 4, (8, 8, 4))
+    latents = torch.from_numpy(np.ascontiguousarray(noise[0].transpose(0, 3, 1, 2)))
+    theirs = pipe(CAPTIONS, num_inference_steps=4, guidance_scale=3.0, latents=latents, output_type="np").images
+    generator = teacher_rows.teacher()
+    ours = generator(generator.encode(CAPTIONS), noise, 3.0, teacher_rows.settings("ddim", 4))
+    assert np.abs(sample.to_uint8(ours).astype(int) - sample.to_uint8(theirs).astype(int)).max() <= 2
+    predicted, _ = shapes_scorer.score(sample.to_uint8(ours))
+    right = shapes_scorer.attribute_accuracies(predicted, shapes.label_arrays(CAPTIONS))
+    assert right["background"] == 1.0 and right["position"] >= 0.75  # pictures of the captions, not just equal noise
+
+
+def test_recorded_rows_belong_to_this_asset_and_show_what_a_teacher_must():
+    record = json.loads(teacher_rows.FILE.read_text())
+    assert record["asset"] == table.asset_hash(assets.path("shapes"))
+    real = {row["method"]: row["accuracy"] for row in record["real"]}
+    assert real["renders"] >= 0.95
+    best = max(record["scan"], key=lambda row: row["accuracy"])
+    unguided = next(row for row in record["scan"] if row["guidance_scale"] == 1.0)
+    assert best["accuracy"] >= 0.9 * real["VAE reconstructions"]
+    assert unguided["accuracy"] <= best["accuracy"] - 0.1
