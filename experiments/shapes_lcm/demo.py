@@ -98,7 +98,8 @@ def measure(folder: Path, count: int, full: bool) -> tuple[list[table.Row], np.n
     for steps in (4, 2, 1):
         settings = sample.settings_for(student.pipeline, record, "lcm", steps, "trailing")
         lines.append(table.draw(student, few, settings, best)[0])
-    return rows, sample.grid(np.concatenate(lines), GRID_PROMPTS)
+    pictures = sample.grid(np.concatenate(lines), GRID_PROMPTS)
+    return rows, pictures.repeat(2, axis=0).repeat(2, axis=1)  # 64 px is small on today's screens
 
 
 if __name__ == "__main__":

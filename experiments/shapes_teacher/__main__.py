@@ -18,7 +18,6 @@ def main() -> None:
         ("train_unet", workdir),
         ("build", workdir),
         ("teacher_rows", "--scan", "--count=256"),
-        ("teacher_rows", "--count=2000"),
     ):
         print(f"== {module} {' '.join(options)}", flush=True)
         subprocess.run([sys.executable, "-m", f"experiments.shapes_teacher.{module}", *options], check=True)
