@@ -1,6 +1,7 @@
 """Keys, values and the command line of the config; what may differ when a run goes on."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +17,12 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def shapes():
-    scope = {}
-    exec((ROOT / "configs" / "shapes_lcm.py").read_text(), scope)
-    return scope["get_config"]()
+    return runpy.run_path(str(ROOT / "configs" / "shapes_lcm.py"))["get_config"]()
 
 
 def test_shipped_configs_are_valid():
     for file in (ROOT / "configs").glob("*.py"):
-        scope = {}
-        exec(file.read_text(), scope)
+        scope = runpy.run_path(str(file))
         config_lib.validate(scope["get_config"]())
         assert scope["__doc__"], f"{file}: the docstring is the card of the run"
 
@@ -64,7 +62,7 @@ def test_values_that_contradict_each_other(shapes):
     shapes.distill.w_min, shapes.distill.w_max = 9.0, 8.0
     with pytest.raises(LcmError, match=r"distill.w_max = 8.0.*distill.w_min = 9.0"):
         config_lib.validate(shapes)
-    shapes.distill.w_min, shapes.train.lr_warmup_steps = 0.0, 500
+    shapes.distill.w_min, shapes.train.lr_decay_start, shapes.train.lr_warmup_steps = 0.0, 400, 500
     with pytest.raises(LcmError, match=r"train.lr_decay_start = 400.*500"):
         config_lib.validate(shapes)
 
@@ -91,6 +89,7 @@ def test_resolve_fills_in_what_follows(shapes):
 
 
 def test_differences(shapes):
+    shapes.train.lr_decay_steps = 400
     saved = json.loads(config_lib.to_json(shapes))
     assert config_lib.differences(saved, shapes) == {}  # tuples became lists on the way
     shapes.train.steps, shapes.checkpoint.every, shapes.log.every, shapes.sample.every = 7, 7, 7, 7
