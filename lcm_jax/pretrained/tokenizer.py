@@ -5,6 +5,7 @@ so a lost file changes every picture; tokenizer_config.json carries the length o
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def load_tokenizer(folder: Path, max_length: int) -> Any:
         missing = [name for name in FILES[:3] if not (folder / name).is_file()]
         raise LcmError(f"{folder} lacks {', '.join(missing)}; copy the tokenizer's files from the original model")
     read_json(folder / "tokenizer_config.json")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no word about torch, which is not needed
     from transformers import CLIPTokenizer  # slow to import, and only whoever has text needs it
 
     try:
