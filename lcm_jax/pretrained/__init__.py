@@ -2,18 +2,28 @@
 
     pipeline = load_pipeline("stabilityai/sdxl-turbo", variant="fp16")
     save_pipeline(pipeline, "out/my-model")
+
+and single-file checkpoints:
+
+    pipeline = load_pipeline("dreamshaper_8.safetensors", config="a/diffusers/folder/of/SD-1.5")
+    save_single_file(pipeline, "out/my-model.safetensors")
 """
 
 from lcm_jax.pretrained.pipeline import RECORD, Pipeline, load_pipeline, load_unet, load_vae, read_record
 from lcm_jax.pretrained.saving import save_pipeline, save_unet
+from lcm_jax.pretrained.single_file import is_single_file, load_single_file
+from lcm_jax.pretrained.single_file_saving import save_single_file
 
 __all__ = [
     "RECORD",
     "Pipeline",
+    "is_single_file",
     "load_pipeline",
+    "load_single_file",
     "load_unet",
     "load_vae",
     "read_record",
     "save_pipeline",
+    "save_single_file",
     "save_unet",
 ]

@@ -186,21 +186,32 @@ def weights_size(shapes: Mapping[str, tuple[int, ...]], dtype: Any) -> int:
     return sum(math.prod(shape) for shape in shapes.values()) * np.dtype(dtype).itemsize
 
 
+def writable(dtype: Any) -> np.dtype:
+    """`dtype` as numpy's. Raises LcmError where weights cannot be written in it."""
+    dtype = np.dtype(dtype)
+    if dtype.name not in _DTYPES:
+        raise LcmError(f"weights cannot be written as {dtype.name}; choose one of {', '.join(_DTYPES)}")
+    return dtype
+
+
 def write_weights(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], tensor: Callable[[str], np.ndarray], dtype: Any
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensor: Callable[[str], np.ndarray],
+    dtype: Any,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write one safetensors file, calling `tensor` for one key after another, and see it onto the disk.
 
     Layout: 8 bytes of header length, a JSON header, the tensors' bytes in C order, little endian, without gaps.
+    `metadata` stands in the header beside `format`.
 
     Raises:
       LcmError: unknown dtype; a tensor that is not of its shape and dtype, contiguous and finite.
     """
-    dtype = np.dtype(dtype)
-    if dtype.name not in _DTYPES:
-        raise LcmError(f"weights cannot be written as {dtype.name}; choose one of {', '.join(_DTYPES)}")
+    dtype = writable(dtype)
     # `format`: transformers 4 does not open a file without it.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for key, shape in shapes.items():
         end = position + math.prod(shape) * dtype.itemsize

@@ -24,9 +24,8 @@ def local_folder(source: str | Path, patterns: Sequence[str]) -> Path:
         return path
     if path.is_file():
         raise LcmError(
-            f"{source} is a file; a folder in diffusers format is needed. A single-file checkpoint becomes one by: "
-            f"python -c \"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{source}')"
-            ".save_pretrained('converted')\" (StableDiffusionXLPipeline for SDXL)"
+            f"{source} is a file; a folder in diffusers format is needed here. Only a whole model, not one part, is "
+            "read from a single .safetensors file (lcm_jax.sample --model=FILE.safetensors)"
         )
     if not _HUB_ID.fullmatch(str(source)):
         raise LcmError(f"{source} does not exist; give a folder in diffusers format, or owner/name on the hub")

@@ -78,20 +78,28 @@ def load_pipeline(
     *,
     unet: str | Path | None = None,
     vae: str | Path | None = None,
+    config: str | Path | None = None,
 ) -> Pipeline:
-    """Load a diffusers folder of the Stable Diffusion family.
+    """Load a diffusers folder, or a single-file checkpoint, of the Stable Diffusion family.
 
     Args:
-      source: folder or hub id.
+      source: folder or hub id; or NAME.safetensors with the original key names (see `load_single_file`).
       variant: weights to take, e.g. "fp16"; None: those without a suffix.
       dtype: compute dtype of the modules.
       param_dtype: dtype of the parameters, whatever the files hold.
       unet, vae: folders or hub ids whose UNet or VAE takes the place of the source's, which is then not even read.
+      config: for a single file: folder or hub id with what it lacks, tokenizers and configs.
 
     Raises:
       LcmError: folder missing, incomplete, damaged or of another kind; each names the file and the remedy.
       UnsupportedConfig: a config asks for something outside the Stable Diffusion family.
     """
+    from lcm_jax.pretrained import single_file  # here, because it makes Pipelines itself
+
+    if single_file.is_single_file(source):
+        return single_file.load_single_file(source, variant, dtype, param_dtype, config=config, unet=unet, vae=vae)
+    if config is not None:
+        raise LcmError(f"config {config} goes with a single .safetensors file; {source} has its own, leave config out")
     taken = {part for part, other in (("unet", unet), ("vae", vae)) if other is None}
     wanted = taken | {"text_encoder", "text_encoder_2"}
     folder = hub.local_folder(source, _pipeline_patterns(wanted, variant))
@@ -115,7 +123,7 @@ def load_pipeline(
         slot = place.name.replace("text_encoder", "tokenizer")
         length = modules[part].max_position_embeddings
         tokenizers[part.replace("text_encoder", "tokenizer")] = tokenizer.load_tokenizer(folder / slot, length)
-    _check_fit(modules)
+    check_fit(modules)
     for place, name, kind in weights.values():  # all there, before minutes go into reading the first
         files.weight_files(place, name, kind)
     params = {part: _params(modules[part], *weights[part], param_dtype) for part in weights}
@@ -145,7 +153,11 @@ def load_vae(
 
 
 def read_record(source: str | Path) -> Config:
-    """What the `lcm_config.json` of a folder or hub repository says of its distillation; {} where there is none."""
+    """What the `lcm_config.json` of a folder, hub repository or single file says of its distillation; else {}."""
+    from lcm_jax.pretrained import single_file  # here, because it imports this module
+
+    if single_file.is_single_file(source):
+        return single_file.read_record(source)
     path = hub.local_folder(source, [RECORD]) / RECORD
     return files.read_json(path) if path.is_file() else {}
 
@@ -238,7 +250,7 @@ def _params(module: nn.Module, folder: Path, name: str, variant: str | None, dty
         return names.read_params(module, weights.shapes, weights.read, jnp.dtype(dtype), str(weights.source))
 
 
-def _check_fit(modules: Mapping[str, Any]) -> None:
+def check_fit(modules: Mapping[str, Any]) -> None:
     """The parts' widths agree, so that a mixed-up folder fails here and not inside a compiled program."""
     encoders = [modules[part] for part in ("text_encoder", "text_encoder_2") if modules[part] is not None]
     text = sum(encoder.hidden_size for encoder in encoders)

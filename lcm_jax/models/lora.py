@@ -1,0 +1,195 @@
+"""Low-rank adapters of a Linen model, held outside of it and added to its layers by interception.
+
+    y = layer(x) + scale * B(A(x))        linear   lora_A [i r],        lora_B [r o]
+                                          conv     lora_A [kh kw i r],  lora_B [1 1 r o]; A strides and pads like it
+
+An adapter tree mirrors the parameter tree down to the layer, whose place holds {"lora_A", "lora_B"}, float32. The dense
+change B A is formed by `merge` alone: training differentiates the two small products.
+"""
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+from lcm_jax.errors import LcmError
+
+Params = Any
+Path = tuple[str, ...]
+Scale = float | Mapping[Path, float]
+
+# What the LCM-LoRA report adapts, as ends of torch's module names: attention, feed-forward, transformers' projections,
+# resnets and their time projections, down- and upsamplers.
+DEFAULT_TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+
+
+def target_paths(params: Params, targets: Sequence[str] = DEFAULT_TARGETS) -> list[Path]:
+    """Paths of the linear and convolutional layers whose torch name ends in one of `targets`, sorted.
+
+    params: the model's tree, of arrays or of shapes. A target covers whole parts of a dotted name: "conv1" is not the
+    end of "myconv1".
+
+    Raises:
+      LcmError: a target matches no layer.
+    """
+    layers = [path[:-1] for path, leaf in traverse_util.flatten_dict(params).items()
+              if path[-1] == "kernel" and len(leaf.shape) in (2, 4)]  # fmt: skip
+    found: set[Path] = set()
+    for target in targets:
+        end = tuple(re.sub(r"\.(\d+)(?=\.|$)", r"_\1", target).split("."))
+        matched = {path for path in layers if path[-len(end) :] == end}
+        if not matched:
+            raise LcmError(f"LoRA target {target!r} matches no layer of the model; correct it or leave it out")
+        found |= matched
+    return sorted(found)
+
+
+def init(key: jax.Array, params: Params, rank: int, targets: Sequence[str] = DEFAULT_TARGETS) -> dict[str, Any]:
+    """Adapters that change nothing yet: A uniform in +-1/sqrt(fan_in) as peft draws it, B zero.
+
+    params: the model's tree, of arrays or of shapes. Each layer's draw depends on `key` and its own path alone.
+    """
+    if rank < 1:
+        raise LcmError(f"LoRA rank {rank} must be at least 1")
+    flat = traverse_util.flatten_dict(params)
+    adapters = {}
+    for path in target_paths(params, targets):
+        *window, fan, out = flat[(*path, "kernel")].shape
+        bound = (fan * int(np.prod(window))) ** -0.5
+        own = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
+        adapters[(*path, "lora_A")] = jax.random.uniform(own, (*window, fan, rank), jnp.float32, -bound, bound)
+        adapters[(*path, "lora_B")] = jnp.zeros((*(1 for _ in window), rank, out), jnp.float32)
+    return traverse_util.unflatten_dict(adapters)
+
+
+def by_layer(tree: Params) -> dict[Path, dict[str, Any]]:
+    """Layer's path -> {"lora_A", "lora_B"}: an adapter tree, flat."""
+    layers: dict[Path, dict[str, Any]] = {}
+    for path, leaf in traverse_util.flatten_dict(tree).items():
+        layers.setdefault(path[:-1], {})[path[-1]] = leaf
+    return layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """`module` with adapters on: its `apply` takes {"params": {"base": weights, "lora": adapters}}.
+
+    The module's own fields and properties (time_cond_proj_dim, dtype, ...) can be read here; what Linen gives every
+    module (init, clone, ...) cannot, as it would leave the adapters behind.
+    """
+
+    module: nn.Module
+    scale: float
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "module" or hasattr(nn.Module, name):
+            raise AttributeError(f"an adapted model has no {name!r}; take it from its .module")
+        return getattr(self.module, name)
+
+    def apply(self, variables: Mapping[str, Any], *args, **kwargs) -> Any:
+        """The module's output with the adapters' part added in each adapted layer, in the layer's compute dtype.
+
+        Raises:
+          LcmError: adapters for layers that this call does not reach.
+        """
+        params = variables["params"]
+        layers, reached = by_layer(params["lora"]), set()
+
+        def add(call, call_args, call_kwargs, context):
+            y = call(*call_args, **call_kwargs)
+            path = context.module.path
+            if context.method_name != "__call__" or path not in layers:
+                return y
+            reached.add(path)
+            return y + _low_rank(context.module, layers[path], self.scale, call_args[0]).astype(y.dtype)
+
+        with nn.intercept_methods(add):
+            output = self.module.apply({**variables, "params": params["base"]}, *args, **kwargs)
+        _check_all(layers.keys() - reached, f"layers of {type(self.module).__name__}")
+        return output
+
+
+def _low_rank(layer: nn.Module, factors: Mapping[str, jax.Array], scale: float, x: jax.Array) -> jax.Array:
+    """scale * B(A(x)) of a Dense or Conv."""
+    dtype = layer.dtype or x.dtype
+    x, a, b = (value.astype(dtype) for value in (x, factors["lora_A"], factors["lora_B"]))
+    if isinstance(layer, nn.Dense):
+        hidden = x @ a
+    elif layer.kernel_size == (1, 1) and layer.strides in (1, None, (1, 1)):
+        hidden = x @ a[0, 0]
+    else:
+        hidden = jax.lax.conv_general_dilated(
+            x, a, _pair(layer.strides), layer.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    return (hidden * jnp.asarray(scale, dtype)) @ b.reshape(b.shape[-2:])
+
+
+def _pair(strides: int | Sequence[int] | None) -> tuple[int, ...]:
+    return (strides or 1,) * 2 if strides is None or isinstance(strides, int) else tuple(strides)
+
+
+def merge(params: Params, adapters: Sequence[tuple[Params, Scale]]) -> Params:
+    """W + sum_i scale_i A_i B_i for every adapted kernel, summed in float32; the other leaves are `params`' own.
+
+    Args:
+      params: the model's tree. It stays as it is, so one base serves any number of combinations.
+      adapters: (adapter tree, scale) pairs; scale is one number, or a number for each layer's path.
+
+    Raises:
+      LcmError: adapters for layers that `params` has not, or of other shapes.
+    """
+    flat = dict(traverse_util.flatten_dict(params))
+    changes: dict[Path, Any] = {}
+    for tree, scale in adapters:
+        layers = by_layer(tree)
+        _check_all({path for path in layers if (*path, "kernel") not in flat}, "the model's layers")
+        _check_shapes(layers, flat)
+        for path, factors in layers.items():
+            a, b = (factors[name].astype(np.float32) for name in ("lora_A", "lora_B"))
+            one = (scale[path] if isinstance(scale, Mapping) else scale) * (a @ b.reshape(b.shape[-2:]))
+            changes[path] = changes[path] + one if path in changes else one
+    for path, change in changes.items():
+        kernel = flat[(*path, "kernel")]
+        flat[(*path, "kernel")] = (kernel.astype(np.float32) + change).astype(kernel.dtype)
+    return traverse_util.unflatten_dict(flat)
+
+
+def _check_all(unknown: set[Path], what: str) -> None:
+    if unknown:
+        some = ", ".join("/".join(path) for path in sorted(unknown)[:5])
+        raise LcmError(f"{len(unknown)} LoRA adapters are for none of {what} ({some}); is it another model's LoRA?")
+
+
+def _check_shapes(layers: Mapping[Path, Mapping[str, Any]], flat: Mapping[Path, Any]) -> None:
+    wrong = list(_misfits(layers, flat))
+    if wrong:
+        raise LcmError(f"{len(wrong)} LoRA adapters do not fit ({'; '.join(wrong[:5])}); is it another model's LoRA?")
+
+
+def _misfits(layers: Mapping[Path, Mapping[str, Any]], flat: Mapping[Path, Any]) -> Iterator[str]:
+    for path, factors in layers.items():
+        a, b, kernel = factors["lora_A"].shape, factors["lora_B"].shape, flat[(*path, "kernel")].shape
+        if (*a[:-1], b[-1]) != tuple(kernel) or b != (*(1 for _ in kernel[2:]), a[-1], b[-1]):
+            yield f"{'/'.join(path)}: lora_A {list(a)} and lora_B {list(b)} on a kernel {list(kernel)}"

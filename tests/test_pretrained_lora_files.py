@@ -1,0 +1,423 @@
+"""LoRA files: what diffusers and peft load, we read to the same model; what we write, they load."""
+
+import functools
+import hashlib
+import json
+import struct
+
+import diffusers
+import family
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import safetensors.numpy
+import tiny
+import torch
+from diffusers.utils import convert_state_dict_to_diffusers
+from lora_kit import ATTENTION, TEXT, factors, file_keys, pipeline, same_lora, save, tensors_of
+
+from lcm_jax.errors import LcmError
+from lcm_jax.models import lora
+from lcm_jax.models import unet as unet_lib
+from lcm_jax.pretrained import load_pipeline, lora_files, lora_keys, names
+from lcm_jax.pretrained.lora_files import merge_into, modules_of, read_lora, write_lora
+
+
+@functools.cache
+def torch_pipeline(name):
+    kind = diffusers.StableDiffusionXLPipeline if name == "sdxl" else diffusers.StableDiffusionPipeline
+    options = {} if name == "sdxl" else {"safety_checker": None}
+    pipe = kind.from_pretrained(tiny.folder(name), **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def oracle():
+    """name -> diffusers' pipeline, freed of its adapters afterwards."""
+    taken = []
+
+    def get(name):
+        taken.append(torch_pipeline(name))
+        return taken[-1]
+
+    yield get
+    for pipe in taken:
+        pipe.unload_lora_weights()
+
+
+@functools.cache
+def inputs(name):
+    unet, generator = pipeline(name).unet, np.random.default_rng(5)
+    side, width = 8, unet.per_level("cross_attention_dim")[0]
+    x = generator.normal(size=(1, side, side, 4)).astype(np.float32)
+    text = generator.normal(size=(1, 7, width)).astype(np.float32)
+    added = None
+    if unet.addition_embed_type:
+        sizes = np.array([[64, 64, 0, 0, 64, 64]], np.float32)
+        added = {"text_embeds": generator.normal(size=(1, 32)).astype(np.float32), "time_ids": sizes}
+    return x, np.array([321.0], np.float32), text, added
+
+
+@functools.cache
+def compiled(name):
+    x, t, text, added = inputs(name)
+    return jax.jit(lambda params: pipeline(name).unet.apply({"params": params}, x, t, text, None, added))
+
+
+def ours(name, params):
+    return np.asarray(compiled(name)(params))
+
+
+@torch.no_grad()
+def theirs(name, unet):
+    x, t, text, added = inputs(name)
+    added = added and {key: torch.from_numpy(value) for key, value in added.items()}
+    x = torch.from_numpy(x).permute(0, 3, 1, 2)
+    out = unet(x, torch.from_numpy(t), torch.from_numpy(text), added_cond_kwargs=added).sample
+    return out.permute(0, 2, 3, 1).numpy()
+
+
+def agree(name, mine, other):
+    """UNet outputs within 1e-5, and far from the base's."""
+    got, wanted = ours(name, mine.params["unet"]), theirs(name, other)
+    np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=1e-5)
+    assert np.abs(got - ours(name, pipeline(name).params["unet"])).max() > 0.05
+
+
+SGM_OUTSIDE = (
+    "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "add_embedding.linear_1",
+    "add_embedding.linear_2",
+)  # fmt: skip
+
+
+def everything(form, name, path, seed=0, rank=4, alpha=None):
+    """A file of one format for the UNet of `name`, over everything that the format can name in diffusers too."""
+    unet = pipeline(name).unet
+    targets = {"processors": ATTENTION, "sgm": lora.DEFAULT_TARGETS + SGM_OUTSIDE}.get(form, lora.DEFAULT_TARGETS)
+    found = factors(unet, targets, rank, seed)
+    return save(path, tensors_of(form, found, alpha, original=lora_keys.sgm_names(unet)))
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "alpha"),
+    [
+        ("sd1", "peft", None), ("sd1", "diffusers", None), ("sd1", "processors", None), ("sd1", "kohya", 2.0),
+        ("sd2", "kohya", None), ("sdxl", "peft", None), ("sdxl", "kohya", 8.0), ("sdxl", "sgm", 3.0),
+    ],
+)  # fmt: skip
+def test_one_file_gives_the_model_that_diffusers_gives(name, form, alpha, tmp_path, oracle):
+    path = everything(form, name, tmp_path / "x.safetensors", alpha=alpha)
+    pipe = oracle(name)
+    pipe.load_lora_weights(str(tmp_path), weight_name=path.name)
+    merged = merge_into(pipeline(name), [(read_lora(path, modules_of(pipeline(name))), 1.0)])
+    agree(name, merged, pipe.unet)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_adapters_add_up_as_in_diffusers(name, tmp_path, oracle):
+    """Two and three files of different ranks, formats and alphas; one weight is negative."""
+    pipe, base = oracle(name), pipeline(name)
+    forms = [("kohya", 4, 2.0), ("peft", 3, None), ("sgm" if name == "sdxl" else "processors", 7, None)]
+    loras, adapters, weights = [], [], [0.8, 1.0, -0.6]
+    for i, (form, rank, alpha) in enumerate(forms):
+        path = everything(form, name, tmp_path / f"{i}.safetensors", i, rank, alpha)
+        pipe.load_lora_weights(str(tmp_path), weight_name=path.name, adapter_name=f"a{i}")
+        loras.append(read_lora(path, modules_of(base)))
+        adapters.append(f"a{i}")
+        if i:
+            pipe.set_adapters(adapters, weights[: i + 1])
+            agree(name, merge_into(base, list(zip(loras, weights, strict=False))), pipe.unet)
+
+
+def test_what_diffusers_saves_is_read_exactly(tmp_path):
+    """UNet and text encoder of `save_lora_weights`, alphas in its metadata, ranks and alphas from patterns too."""
+    base, parts = pipeline("sd1"), {}
+    patterns = dict(rank_pattern={"conv1": 2, ".*attn2.to_q": 5}, alpha_pattern={"down_blocks.0.resnets.0.conv1": 3})
+    options = dict(init_lora_weights=False)
+    unet = peft.LoraConfig(r=4, lora_alpha=6, target_modules=list(lora.DEFAULT_TARGETS), **patterns, **options)
+    text = peft.LoraConfig(r=3, lora_alpha=9, target_modules=list(TEXT), use_rslora=True, **options)
+    for part, config in (("unet", unet), ("text_encoder", text)):
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny.folder("sd1"), safety_checker=None)
+        model = getattr(pipe, part)
+        torch.manual_seed(7)
+        model.add_adapter(config)
+        parts[part] = model
+    state = {part: peft.get_peft_model_state_dict(model, adapter_name="default") for part, model in parts.items()}
+    diffusers.StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=convert_state_dict_to_diffusers(state["unet"]),
+        text_encoder_lora_layers=convert_state_dict_to_diffusers(state["text_encoder"]),
+        unet_lora_adapter_metadata=parts["unet"].peft_config["default"].to_dict(),
+        text_encoder_lora_adapter_metadata=parts["text_encoder"].peft_config["default"].to_dict(),
+    )
+    got = read_lora(tmp_path, modules_of(base))
+    assert got.parts.keys() == {"unet", "text_encoder"}
+    for part, model in parts.items():
+        table = lora_keys.layers(getattr(base, part))
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, peft.tuners.lora.LoraLayer)}
+        assert len(layers) == len(got.parts[part])
+        for name, layer in layers.items():
+            kernel = table[name if name in table else f"text_model.{name}"]
+            found = got.parts[part][kernel.path[:-1]]
+            a, b = (x["default"].weight.detach().numpy() for x in (layer.lora_A, layer.lora_B))
+            np.testing.assert_array_equal(found.lora_A, a.transpose(2, 3, 1, 0) if a.ndim == 4 else a.T)
+            np.testing.assert_array_equal(found.lora_B, b.transpose(2, 3, 1, 0) if b.ndim == 4 else b.T)
+            assert found.scale == pytest.approx(layer.scaling["default"], rel=1e-12)
+    scales = {f.scale for f in got.parts["unet"].values()}
+    assert scales == {6 / 4, 6 / 2, 3 / 2, 6 / 5}
+    merged = merge_into(base, [(got, 1.0)])
+    agree("sd1", merged, parts["unet"])
+    texts_agree("sd1", merged, parts["text_encoder"], "text_encoder")
+
+
+@functools.cache
+def text_compiled(name, part):
+    module = getattr(pipeline(name), part)
+    return jax.jit(lambda params, ids: module.apply({"params": params}, ids))
+
+
+def texts_agree(name, merged, other, part):
+    ids = np.array([[0, 5, 6, 9, len(tiny.vocabulary()[0]) - 1]])
+    got = text_compiled(name, part)(merged.params[part], ids)
+    with torch.no_grad():
+        wanted = other(torch.from_numpy(ids), output_hidden_states=True)
+    base = text_compiled(name, part)(pipeline(name).params[part], ids)
+    np.testing.assert_allclose(got.last_hidden_state, wanted.last_hidden_state, atol=1e-5)
+    np.testing.assert_allclose(got.hidden_states[-2], wanted.hidden_states[-2], atol=1e-5)
+    if hasattr(wanted, "text_embeds"):
+        np.testing.assert_allclose(got.pooled, wanted.text_embeds, atol=1e-5)
+    assert np.abs(got.last_hidden_state - base.last_hidden_state).max() > 0.05
+
+
+@pytest.mark.parametrize("form", ["peft", "peft, flat", "diffusers", "kohya", "kohya, flat"])
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_text_encoders(name, form, tmp_path, oracle):
+    """UNet and text encoders in one file. "flat": without `text_model.`, as newer transformers names the layers."""
+    base, pipe, form = pipeline(name), oracle(name), form.split(",")
+    tensors, loaded = {}, {}
+    for part, module in modules_of(base).items():
+        found = factors(module, ATTENTION if part == "unet" else TEXT, seed=len(part))
+        renamed = {(n.removeprefix("text_model.") if form[1:] else n): f for n, f in found.items()}
+        kohya = {"unet": "unet", "text_encoder": "te1" if name == "sdxl" else "te", "text_encoder_2": "te2"}[part]
+        spelled = kohya if form[0] == "kohya" else part
+        alpha = 2.0 if form[0] == "kohya" else None
+        tensors |= tensors_of(form[0], renamed, alpha, spelled)
+        # diffusers wants `text_model.` in kohya's names
+        loaded |= tensors_of(form[0], found, alpha, spelled)
+    got = read_lora(save(tmp_path / "x.safetensors", tensors), modules_of(base))
+    same_lora(got, read_lora(save(tmp_path / "loaded.safetensors", loaded), modules_of(base)))
+    pipe.load_lora_weights(str(tmp_path), weight_name="loaded.safetensors")
+    merged = merge_into(base, [(got, 0.7)])
+    pipe.set_adapters(pipe.get_list_adapters()["unet"], 0.7)
+    agree(name, merged, pipe.unet)
+    for part in modules_of(base).keys() - {"unet"}:
+        texts_agree(name, merged, getattr(pipe, part), part)
+
+
+def random_adapters(name, rank=4):
+    """(UNet, random adapters of the default layers)."""
+    unet, generator = pipeline(name).unet, np.random.default_rng(3)
+    shapes = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, rank), pipeline(name).params["unet"])
+    return unet, jax.tree.map(lambda x: (0.1 * generator.normal(size=x.shape)).astype(np.float32), shapes)
+
+
+@pytest.mark.parametrize("form", lora_files.FORMATS)
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_what_is_written_is_read_again_bit_for_bit(name, form, dtype, tmp_path):
+    unet, tree = random_adapters(name)
+    path = write_lora(tmp_path / "new" / "x.safetensors", tree, unet, alpha=8, rank=4, format=form, dtype=dtype)
+    got = read_lora(path, {"unet": unet})
+    wanted = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), tree)
+    jax.tree.map(np.testing.assert_array_equal, got.tree("unet"), wanted)
+    assert set(got.scales("unet").values()) == {2.0} and set(got.scales("unet", 0.5).values()) == {1.0}
+    stored = safetensors.numpy.load_file(path)
+    assert {x.dtype for x in stored.values()} == {np.dtype(dtype)}
+    assert {key: x.shape for key, x in stored.items()} == lora_files.file_shapes(tree, unet, form)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("form", lora_files.FORMATS)
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_what_is_written_loads_in_diffusers(name, form, tmp_path, oracle):
+    unet, tree = random_adapters(name)
+    options = dict(dtype=np.float32, metadata={"modelspec.title": "x"})
+    path = write_lora(tmp_path / "x.safetensors", tree, unet, alpha=2.5, rank=4, format=form, **options)
+    with safetensors.safe_open(path, "np") as handle:
+        assert handle.metadata()["modelspec.title"] == "x" and handle.metadata()["format"] == "pt"
+    pipe = oracle(name)
+    pipe.load_lora_weights(str(tmp_path), weight_name=path.name)
+    params = lora.merge(pipeline(name).params["unet"], [(tree, 2.5 / 4)])
+    np.testing.assert_allclose(ours(name, params), theirs(name, pipe.unet), atol=1e-5, rtol=1e-5)
+    read = merge_into(pipeline(name), [(read_lora(path, {"unet": unet}), 1.0)])
+    jax.tree.map(np.testing.assert_array_equal, read.params["unet"], params)
+
+
+def abstract_adapters(name, rank=64):
+    unet = unet_lib.from_config(family.UNETS[name])
+    shapes = names.abstract_params(unet)
+    return unet, jax.eval_shape(lambda key: lora.init(key, shapes, rank), jax.random.key(0))
+
+
+def header_of(unet, tree):
+    """The header that safetensors writes for these shapes in float16."""
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    for key, shape in lora_files.file_shapes(tree, unet).items():
+        end = position + 2 * int(np.prod(shape, dtype=np.int64))
+        header[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8), position
+
+
+def test_the_published_lcm_lora_has_our_keys_and_shapes():
+    """`lcm-lora-sdv1-5`: 834 tensors; its header's length and hash and the file's size are public."""
+    unet, tree = abstract_adapters("sd15")
+    header, data = header_of(unet, tree)
+    shapes = lora_files.file_shapes(tree, unet)
+    assert len(shapes) == 834 and sum(key.endswith(".alpha") for key in shapes) == 278
+    assert len(header) == 116_544 and hashlib.sha256(header).hexdigest().startswith("3ca15dde66470e73")
+    assert 8 + len(header) + data == 134_621_556
+    assert shapes["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"] == (64, 320, 1, 1)
+    assert shapes["lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight"] == (320, 64, 1, 1)
+    assert shapes["lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight"] == (64, 320, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "size"), [("sdxl", 2364, 393_854_624), ("ssd-1b", 1269, 209_991_222), ("sd21", 834, None)]
+)
+def test_key_sets_of_the_family(name, tensors, size):
+    unet, tree = abstract_adapters(name)
+    header, data = header_of(unet, tree)
+    assert len(lora_files.file_shapes(tree, unet)) == tensors
+    assert size is None or 8 + len(header) + data == size
+    assert len(lora_files.file_shapes(tree, unet, "peft")) == tensors * 2 // 3
+
+
+def test_the_header_in_a_file_is_that_header(tmp_path):
+    """What `write_lora` writes begins with the header of `header_of`, safetensors' own."""
+    unet, tree = random_adapters("sd1")
+    data = write_lora(tmp_path / "x.safetensors", tree, unet, alpha=4, rank=4).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    assert data[8 : 8 + length] == header_of(unet, tree)[0]
+
+
+def test_a_single_model_saved_by_diffusers(tmp_path):
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny.folder("sd1") / "unet")
+    unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=3, target_modules=["to_q"], init_lora_weights=False))
+    unet.save_lora_adapter(tmp_path)
+    got = read_lora(tmp_path, modules_of(pipeline("sd1")))
+    assert set(got.scales("unet").values()) == {1.5}
+    agree("sd1", merge_into(pipeline("sd1"), [(got, 1.0)]), unet)
+
+
+def test_mixed_ranks_and_alphas_and_the_missing_ones(tmp_path):
+    """W + weight * alpha / rank * B A in every layer by itself, in float64 as the oracle; without alpha the rank."""
+    base = pipeline("sd1")
+    found = factors(base.unet, rank_of=lambda name: 2 + len(name) % 4)
+    tensors, alphas = tensors_of("kohya", found), {}
+    for i, name in enumerate(found):
+        if i % 3:
+            alphas[name] = 0.5 * (i % 7 + 1)
+            tensors[file_keys("kohya", name)[2]] = np.full([1] * (i % 2), alphas[name], np.float16)
+    merged = merge_into(base, [(read_lora(save(tmp_path / "x.safetensors", tensors), modules_of(base)), 0.8)])
+    got, before = (names.to_torch(base.unet, p.params["unet"]) for p in (merged, base))
+    for key, value in before.items():
+        name = key.removesuffix(".weight")
+        if name not in found or key.endswith(".bias"):
+            np.testing.assert_array_equal(got[key], value)
+            continue
+        a, b = (x.astype(np.float64) for x in found[name])
+        rank = len(a)
+        delta = np.tensordot(b.reshape(-1, rank), a, 1) * 0.8 * alphas.get(name, rank) / rank
+        np.testing.assert_allclose(got[key], value + delta, atol=2e-6)
+
+
+def test_1x1_layers_in_either_rank(tmp_path):
+    """SD 1's projections are 1x1 convolutions, SDXL's are linear: [r i] and [r i 1 1] are the same to both."""
+    for name in ("sd1", "sdxl"):
+        modules = modules_of(pipeline(name))
+        found = factors(modules["unet"], ("proj_in", "proj_out", "conv_shortcut", "to_q"))
+        flat = {n: tuple(x.reshape(x.shape[:2]) for x in f) for n, f in found.items()}
+        full = {n: tuple(x.reshape(*x.shape[:2], 1, 1) for x in f) for n, f in found.items()}
+        one, two, three = (
+            read_lora(save(tmp_path / f"{name}{i}.safetensors", tensors_of("kohya", f)), modules)
+            for i, f in enumerate((found, flat, full))
+        )
+        same_lora(one, two)
+        same_lora(one, three)
+
+
+def test_merging_is_pure_and_keeps_the_dtype(tmp_path):
+    base = load_pipeline(tiny.folder("sd1"), param_dtype=jnp.bfloat16)
+    before = jax.tree.map(np.copy, base.params)
+    path = everything("kohya", "sd1", tmp_path / "x.safetensors", alpha=1.0)
+    got = read_lora(path, modules_of(base))
+    merged = merge_into(base, [(got, 0.5), (got, 0.5)])
+    jax.tree.map(np.testing.assert_array_equal, base.params, before)
+    assert merged.params["text_encoder"] is base.params["text_encoder"] and merged.params["vae"] is base.params["vae"]
+    changed = jax.tree.map(lambda x, y: bool((x != y).any()), merged.params["unet"], base.params["unet"])
+    assert sum(jax.tree.leaves(changed)) == len(got.parts["unet"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged.params["unet"])} == {np.dtype(jnp.bfloat16)}
+    assert merge_into(base, []).params["unet"] is base.params["unet"]
+
+
+LINEAR = {"lora_A": np.full((32, 4), 1e6, np.float32), "lora_B": np.zeros((4, 128), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(format="a1111"), "unknown LoRA format 'a1111'; choose one of kohya, peft"),
+        (dict(dtype=np.float64), "cannot be written as float64"),
+        (dict(rank=8), r"is of rank 4, not 8; give the rank that was trained"),
+        (dict(alpha=0), "LoRA alpha 0 must be positive"),
+        (dict(alpha=1e6), "alpha has values that are not finite in float16"),
+        (dict(tree={}), "there are no adapters to write"),
+        (dict(tree={"nowhere": LINEAR}), "the adapter nowhere is for no layer of this UNet; take the UNet"),
+        (dict(tree={"conv_in": LINEAR}), r"adapter conv_in: shapes \[32, 4\], \[4, 128\] on a kernel \[3, 3, 4, 32\]"),
+        (dict(tree={"add_embedding": {"linear_1": LINEAR}}, unet=pipeline("sdxl").unet),
+         "diffusers cannot read kohya's name of add_embedding.linear_1; write format='peft'"),
+        (dict(tree={"time_embedding": {"linear_1": LINEAR}}),
+         "lora_down.weight has values that are not finite in float16"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written(change, message, tmp_path):
+    unet, tree = random_adapters("sd1")
+    options = dict(tree=tree, unet=unet, alpha=4, rank=4) | change
+    with pytest.raises(LcmError, match=message):
+        write_lora(tmp_path / "x.safetensors", **options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_file_is_never_overwritten_and_appears_whole(tmp_path, monkeypatch):
+    unet, tree = random_adapters("sd1")
+    path = tmp_path / "x.safetensors"
+
+    def fail(tensors, target, metadata):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors.numpy, "save_file", fail)
+        with pytest.raises(OSError, match="No space"):
+            write_lora(path, tree, unet, alpha=4, rank=4)
+    assert not any(tmp_path.iterdir())
+    path.write_text("mine")
+    with pytest.raises(LcmError, match="already exists; choose another name"):
+        write_lora(path, tree, unet, alpha=4, rank=4)
+    assert path.read_text() == "mine"
+
+
+def test_merging_refuses(tmp_path):
+    base = pipeline("sdxl")
+    found = factors(base.text_encoder_2, TEXT[:1])
+    path = save(tmp_path / "x.safetensors", tensors_of("peft", found, part="text_encoder_2"))
+    got = read_lora(path, modules_of(base))
+    with pytest.raises(LcmError, match="the LoRA is for a text_encoder_2, which this model has not"):
+        merge_into(pipeline("sd1"), [(got, 1.0)])
+    with pytest.raises(LcmError, match="LoRA weight nan is not finite"):
+        merge_into(base, [(got, float("nan"))])

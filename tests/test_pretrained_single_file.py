@@ -1,0 +1,498 @@
+"""Single-file checkpoints against diffusers' own conversion, and there and back bit for bit."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import family
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+import tiny_configs
+import torch
+from absl import logging
+from diffusers.loaders import single_file_utils as original
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from lcm_jax.diffusion import guidance, schedule
+from lcm_jax.errors import LcmError, UnsupportedConfig
+from lcm_jax.models import clip, unet, vae
+from lcm_jax.pretrained import files, load_pipeline, read_record, save_single_file, single_file
+from lcm_jax.pretrained import single_file_keys as keys
+from lcm_jax.pretrained.single_file_saving import check_file, fold_w
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+XL = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+BIG_G = dict(tiny.TEXT, hidden_act="gelu", hidden_size=48)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """name -> tiny diffusers folder. SDXL's encoders differ in width, by which diffusers tells them apart."""
+    patch = pytest.MonkeyPatch()
+    patch.setitem(tiny.TEXT_ENCODERS, "wide", (CLIPTextModelWithProjection, BIG_G))
+    patch.setitem(tiny.UNETS, "wide", dict(tiny.UNETS["sdxl"], cross_attention_dim=80))
+    encoders = {"": ("clip", "sd1"), "_2": ("wide", "sdxl_2")}
+    patch.setitem(tiny.FOLDERS, "wide", ("wide", "sdxl", encoders, "epsilon", "StableDiffusionXLPipeline"))
+    wide = tiny.build("wide", tmp_path_factory.mktemp("wide") / "wide")
+    yield lambda name: wide if name == "sdxl" else tiny.folder(name)
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def written(folders, tmp_path_factory):
+    """name -> (pipeline, its single file in float32), each made once and not to be changed."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            pipeline = load_pipeline(folders(name))
+            out = tmp_path_factory.mktemp("single") / f"{name}.safetensors"
+            made[name] = pipeline, save_single_file(pipeline, out, dtype=jnp.float32)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    return said
+
+
+def rewrite(source: Path, out: Path, change, metadata=None) -> Path:
+    """A copy of a file whose tensors went through `change` (dict -> None or dict)."""
+    tensors = safetensors.numpy.load_file(source)
+    tensors = change(tensors) or tensors
+    safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, out, metadata=metadata)
+    return out
+
+
+def same_trees(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def meta(layout: keys.Layout, prefix: str) -> dict[str, torch.Tensor]:
+    return {prefix + key: torch.empty(stored.shape, device="meta") for key, stored in layout.tensors.items()}
+
+
+def shapes_of(tensors) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in tensors.items()}
+
+
+def published(kind, config) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the torch model of a config, a text encoder's with `text_model.`."""
+    with torch.device("meta"):
+        model = kind.from_config(config) if hasattr(kind, "from_config") else kind(CLIPTextConfig(**config))
+    prefix = "text_model." if kind is CLIPTextModel else ""
+    return {prefix + key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["sd15", "lcm-dreamshaper", "sd21", "sdxl"])
+def test_full_size_unet_keys(name):
+    config = family.UNETS[name]
+    module = unet.from_config(config)
+    stored = meta(keys.unet_layout(module), UNET)
+    assert len(stored) == family.UNET_SIZES[name][1]
+    expected = published(diffusers.UNet2DConditionModel, config)
+    if name == "lcm-dreamshaper":  # diffusers' conversion leaves the w embedding behind
+        cond = stored.pop(UNET + "time_embed.cond_proj.weight")
+        assert tuple(cond.shape) == expected.pop("time_embedding.cond_proj.weight") == (320, 256)
+    assert shapes_of(original.convert_ldm_unet_checkpoint(stored, config)) == expected
+
+
+def test_full_size_vae_keys():
+    config = family.VAES["sdxl"]
+    stored = meta(keys.vae_layout(vae.from_config(config)), VAE)
+    assert len(stored) == 248 and stored[VAE + "decoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1)
+    expected = published(diffusers.AutoencoderKL, config)
+    assert shapes_of(original.convert_ldm_vae_checkpoint(stored, config)) == expected
+
+
+@pytest.mark.parametrize("name", ["clip-l", "openclip-h", "openclip-bigg"])
+def test_full_size_text_encoder_keys(name):
+    config = family.TEXT_ENCODERS[name]
+    module = clip.from_config(config)
+    if name == "clip-l":
+        stored = meta(keys.clip_layout(module), CLIP)
+        assert len(stored) == 196
+        assert shapes_of(original.convert_ldm_clip_checkpoint(stored)) == published(CLIPTextModel, config)
+        return
+    kind = CLIPTextModelWithProjection if module.with_projection else CLIPTextModel
+    prefix = XL[1] if module.with_projection else OPEN_CLIP
+    stored = meta(keys.open_clip_layout(module), prefix)
+    assert len(stored) == {"openclip-h": 23 * 12 + 4, "openclip-bigg": 32 * 12 + 5}[name]
+    model = type("Model", (), {"config": CLIPTextConfig(**config)})
+    assert shapes_of(original.convert_open_clip_checkpoint(model, stored, prefix)) == published(kind, config)
+
+
+WHOLE = {
+    "sd15": ("sd1", ["clip-l"], 1130), "lcm-dreamshaper": ("sd1", ["clip-l"], 1131),
+    "sd21": ("sd2", ["openclip-h"], 1214), "sdxl": ("sdxl", ["clip-l", "openclip-bigg"], 2513),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_files_need_no_configs(name):
+    """Keys and shapes of a published file -> family -> configs -> the published modules."""
+    kind, encoders, count = WHOLE[name]
+    family_, = (f for f in single_file.FAMILIES if f.name == kind)
+    vae_config = family.VAES["sdxl" if kind == "sdxl" else "sd15"]
+    modules = {"unet": unet.from_config(family.UNETS[name]), "vae": vae.from_config(vae_config)}
+    modules |= {part: clip.from_config(family.TEXT_ENCODERS[encoder])
+                for part, encoder in zip(family_.encoders, encoders, strict=True)}  # fmt: skip
+    shapes = {}
+    for layout, prefix in single_file.layouts(family_, modules).values():
+        shapes |= {prefix + key: stored.shape for key, stored in layout.tensors.items()}
+    assert len(shapes) == count
+
+    found = single_file._family(shapes, Path("x.safetensors"))
+    assert found is family_
+    weights = files.Weights(Path("x.safetensors"), shapes, lambda key: pytest.fail(f"{key} read"))
+    configs = single_file._configs(None, found, weights, {}, {})
+    modules["unet"] = modules["unet"].clone(upcast_attention=False)  # for the file; softmax is float32 anyway
+    if kind == "sd2":
+        modules["vae"] = modules["vae"].clone(sample_size=768)
+    for part, module in modules.items():
+        assert single_file._FROM_CONFIG[part](configs[part]) == module, part
+    noise = schedule.from_config(configs["scheduler"])
+    assert noise.prediction_type == ("v_prediction" if kind == "sd2" else "epsilon")
+    expected = schedule.from_config(tiny.scheduler_config("epsilon"))
+    np.testing.assert_array_equal(noise.alphas_cumprod, expected.alphas_cumprod)
+
+
+STRUCTURES = [name for name in tiny_configs.UNETS if name not in ("prefixed", "sd21-768", "sd-turbo")]
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_unet_config_is_read_off_the_tensors(name, monkeypatch):
+    monkeypatch.setattr(keys, "_HEAD_CHANNELS", 16)
+    module = unet.from_config(tiny_configs.UNETS[name])
+    layout = keys.unet_layout(module)
+    made = unet.from_config(keys.unet_config({key: stored.shape for key, stored in layout.tensors.items()}))
+    assert made.mid_block_type == module.mid_block_type
+    if made.mid_block_type == "UNetMidBlock2DCrossAttn":
+        assert made.mid_depth() == module.mid_depth()
+    for i in range(module.num_levels):
+        assert made.down_depths(i) == module.down_depths(i) and made.up_depths(i) == module.up_depths(i)
+    for field in ("block_out_channels", "layers_per_block", "cross_attention_dim"):
+        assert made.per_level(field) == module.per_level(field)
+    for field in ("in_channels", "out_channels", "use_linear_projection", "time_cond_proj_dim", "addition_embed_type",
+                  "projection_class_embeddings_input_dim", "down_block_types", "up_block_types"):  # fmt: skip
+        assert getattr(made, field) == getattr(module, field), field
+
+
+@pytest.mark.parametrize("name", ["sd1", "lcm", "sd2", "sdxl", "refiner"])
+def test_there_and_back_is_exact(folders, written, tmp_path, name):
+    pipeline, path = written(name)
+    again = load_pipeline(path, config=folders(name))
+    same_trees(again.params, pipeline.params)
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        assert getattr(again, part) == getattr(pipeline, part)
+    np.testing.assert_array_equal(again.schedule.alphas_cumprod, pipeline.schedule.alphas_cumprod)
+    assert again.schedule.prediction_type == pipeline.schedule.prediction_type
+    for slot in ("tokenizer", "tokenizer_2"):
+        a, b = getattr(again, slot), getattr(pipeline, slot)
+        assert (a is None) == (b is None) and (a is None or a("red !").input_ids == b("red !").input_ids)
+    second = save_single_file(again, tmp_path / "second.safetensors", dtype=jnp.float32)
+    assert second.read_bytes() == path.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["second.safetensors"]
+
+
+def test_square_matrices_are_told_apart(written):
+    """By value, since shapes do not: q, k, v of OpenCLIP stacked in this order, its projection [in out]."""
+    tensors = safetensors.numpy.load_file(written("sdxl")[1])
+    state = tiny.randomise(CLIPTextModelWithProjection(
+        CLIPTextConfig(vocab_size=len(tiny.vocabulary()[0]), **BIG_G)), 4).state_dict()  # fmt: skip
+    layer = "text_model.encoder.layers.1.self_attn."
+    stacked = np.concatenate([state[f"{layer}{x}_proj.weight"].numpy() for x in "qkv"])
+    np.testing.assert_array_equal(tensors[XL[1] + "transformer.resblocks.1.attn.in_proj_weight"], stacked)
+    np.testing.assert_array_equal(tensors[XL[1] + "text_projection"], state["text_projection.weight"].numpy().T)
+    assert sum(key.startswith(XL[0] + "text_model.") for key in tensors) == 2 * 16 + 4
+    assert tensors[VAE + "encoder.mid.attn_1.proj_out.weight"].shape == (32, 32, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_diffusers_loads_the_same_bits(folders, written, name):
+    path, folder = written(name)[1], folders(name)
+    kind = diffusers.StableDiffusionXLPipeline if name == "sdxl" else diffusers.StableDiffusionPipeline
+    pipe = kind.from_single_file(str(path), config=str(folder))
+    other = kind.from_pretrained(folder)
+    for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if name == "sdxl" else [])):
+        mine, expected = getattr(pipe, part).state_dict(), getattr(other, part).state_dict()
+        assert mine.keys() == expected.keys()
+        for key, value in mine.items():
+            assert torch.equal(value, expected[key]), (part, key)
+    images = []
+    for which in (pipe, other):
+        which.set_progress_bar_config(disable=True)
+        options = dict(num_inference_steps=1, output_type="np", height=16, width=16)
+        images.append(which("a red circle", generator=torch.Generator().manual_seed(0), **options).images)
+    np.testing.assert_allclose(*images, atol=1e-5)  # equal weights at other addresses: torch's sums differ by 4e-7
+
+
+def test_half_precision_and_header(written, folders, tmp_path):
+    pipeline, path = written("sd1")
+    record = {"w_min": 2.0}
+    out = save_single_file(pipeline, tmp_path / "half.safetensors", metadata={"lcm_config.json": json.dumps(record)})
+    assert {value.dtype for value in safetensors.numpy.load_file(out).values()} == {np.dtype(np.float16)}
+    half = load_pipeline(out, config=folders("sd1")).params
+    same_trees(half, jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), dict(pipeline.params)))
+    assert read_record(out) == record and read_record(path) == {}
+    with safetensors.safe_open(out, framework="np") as handle:
+        assert handle.metadata()["format"] == "pt"
+        assert handle.metadata()["modelspec.architecture"] == "stable-diffusion-v1"
+    with safetensors.safe_open(written("sd2")[1], framework="np") as handle:
+        assert handle.metadata()["modelspec.architecture"] == "stable-diffusion-v2-768-v"
+        assert handle.metadata()["modelspec.prediction_type"] == "v" and "v_pred" in handle.keys()
+
+
+def test_files_as_they_circulate(folders, written, tmp_path):
+    """Leftovers of training, a 24th layer that nothing uses, no `text_model.`, matrices where 1x1 convolutions were."""
+    pipeline, path = written("sd2")
+    last = OPEN_CLIP + "transformer.resblocks.2."
+
+    def sd2(tensors):
+        for key in [key for key in tensors if key.startswith(last)]:
+            tensors[key.replace("resblocks.2.", "resblocks.3.")] = tensors[key] + 1
+        tensors |= {
+            OPEN_CLIP + "text_projection": np.eye(32, dtype=np.float32),
+            OPEN_CLIP + "logit_scale": np.float32(4.6),
+            "betas": np.zeros(1000), "alphas_cumprod": np.zeros(1000), "global_step": np.array(5),
+            "model_ema.diffusion_modeltime_embed0weight": np.zeros((2, 2), np.float32),
+            VAE + "loss.logvar": np.zeros((), np.float32),
+        }  # fmt: skip
+
+    same_trees(load_pipeline(rewrite(path, tmp_path / "sd2.safetensors", sd2), config=folders("sd2")).params,
+               pipeline.params)  # fmt: skip
+    pipeline, path = written("sd1")
+
+    def sd1(tensors):
+        changed = {key.replace(CLIP + "text_model.", CLIP): value for key, value in tensors.items()}
+        changed[CLIP + "embeddings.position_ids"] = np.arange(77)[None]
+        for key, value in changed.items():
+            if key.endswith((".attn_1.q.weight", ".proj_in.weight")):
+                changed[key] = value[:, :, 0, 0]
+        return changed
+
+    same_trees(load_pipeline(rewrite(path, tmp_path / "sd1.safetensors", sd1), config=folders("sd1")).params,
+               pipeline.params)  # fmt: skip
+
+
+def test_the_files_channels_and_w_embedding_count(folders, written):
+    """A fine-tune's base folder as config: what the tensors settle is the file's."""
+    pipeline = load_pipeline(written("lcm")[1], config=folders("sd1"))
+    assert pipeline.unet == load_pipeline(folders("lcm")).unet and pipeline.has_w_embedding
+
+
+def test_a_folder_of_tokenizers_is_enough_where_the_rest_is_known(folders, written, tmp_path):
+    """What the family's built-in configs say: the reduced text encoder does not fit the published one."""
+    for slot in ("tokenizer", "unet", "vae", "text_encoder"):
+        shutil.copytree(folders("sd1") / slot, tmp_path / slot, ignore=shutil.ignore_patterns("*.safetensors"))
+    pipeline = load_pipeline(written("sd1")[1], config=tmp_path)
+    assert pipeline.configs["scheduler"]["_class_name"] == "PNDMScheduler"
+    expected = schedule.from_config(tiny.scheduler_config("epsilon"))
+    np.testing.assert_array_equal(pipeline.schedule.alphas_cumprod, expected.alphas_cumprod)
+    shutil.rmtree(tmp_path / "text_encoder")
+    with pytest.raises(LcmError, match="the text encoders give 768"):
+        load_pipeline(written("sd1")[1], config=tmp_path)
+
+
+def without(part: str, folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors", part)))
+
+
+def test_prediction_type(folders, written, tmp_path, warnings):
+    """Config, then metadata, then marker, then diffusers' rule for SD 2.x."""
+    bare = without("scheduler", folders("sd2"), tmp_path / "bare")
+    path = written("sd2")[1]
+
+    def kind(name, change=lambda tensors: None, metadata=None, config=bare):
+        pipeline = load_pipeline(rewrite(path, tmp_path / f"{name}.safetensors", change, metadata), config=config)
+        return pipeline.schedule.prediction_type
+
+    def unmarked(**more):
+        return lambda tensors: tensors.pop("v_pred") is None or tensors.update(more)
+
+    assert kind("marker") == "v_prediction" and not warnings
+    assert kind("said", metadata={"modelspec.prediction_type": "epsilon"}) == "epsilon" and not warnings
+    epsilon = without("scheduler", folders("sd2"), tmp_path / "epsilon")
+    (epsilon / "scheduler").mkdir()
+    tiny.write_json(epsilon / "scheduler" / "scheduler_config.json", tiny.scheduler_config("epsilon"))
+    assert kind("config", config=epsilon) == "epsilon" and not warnings
+    assert kind("nothing", unmarked()) == "v_prediction"
+    assert kind("base", unmarked(global_step=np.array(875000))) == "epsilon"
+    assert len(warnings) == 2 and all("give config=" in text for text in warnings)
+    zero = lambda tensors: tensors.update(ztsnr=np.zeros(0, np.float32))  # noqa: E731
+    pipeline = load_pipeline(rewrite(path, tmp_path / "z.safetensors", zero), config=bare)
+    assert pipeline.schedule.alphas_cumprod[-1] == 0
+    again = save_single_file(pipeline, tmp_path / "zero.safetensors", dtype=jnp.float32)
+    assert {"v_pred", "ztsnr"} <= safetensors.numpy.load_file(again).keys()
+
+
+def test_folding_w_changes_nothing_at_that_w(folders, written, tmp_path, warnings):
+    pipeline = written("lcm")[0]
+    folded = fold_w(pipeline, 6.5)
+    assert not folded.has_w_embedding and pipeline.has_w_embedding
+    warnings.clear()
+    out = save_single_file(pipeline, tmp_path / "folded.safetensors", dtype=jnp.float32, w=6.5)
+    assert not warnings and UNET + "time_embed.cond_proj.weight" not in safetensors.numpy.load_file(out)
+    model = diffusers.UNet2DConditionModel.from_single_file(str(out), config=str(folders("sd1")), subfolder="unet")
+    generator = torch.Generator().manual_seed(0)
+    x, text = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 5, 32)))
+    t = torch.tensor([999, 259])
+    embedding = torch.tensor(np.array(guidance.w_embedding(jnp.full((2,), 6.5), 16)))
+    with torch.no_grad():
+        found = model(x, t, text).sample
+        expected = tiny.torch_unet("lcm")(x, t, text, timestep_cond=embedding).sample
+        without = tiny.torch_unet("lcm")(x, t, text).sample
+    assert (found - expected).abs().max() < 1e-5 and (without - expected).abs().max() > 1e-2
+    save_single_file(pipeline, tmp_path / "whole.safetensors", dtype=jnp.float32)
+    assert len(warnings) == 1 and "fold one w" in warnings[0]
+    with pytest.raises(LcmError, match="no w embedding to fold"):
+        fold_w(folded, 6.5)
+
+
+def test_other_unet_and_vae(folders, written, tmp_path):
+    """The file's own are then not read: this one has none that would fit."""
+    def cut(tensors):
+        del tensors[VAE + "decoder.conv_in.bias"], tensors[UNET + "out.2.bias"]
+
+    path = rewrite(written("sd1")[1], tmp_path / "cut.safetensors", cut)
+    pipeline = load_pipeline(path, config=folders("sd1"), unet=folders("lcm"), vae=folders("sdxl"))
+    assert pipeline.has_w_embedding and pipeline.vae.scaling_factor == 0.13025
+    assert pipeline.configs["vae"]["scaling_factor"] == 0.13025
+    same_trees(pipeline.params["unet"], load_pipeline(folders("lcm")).params["unet"])
+
+
+def test_what_a_file_cannot_say_is_logged(written, tmp_path, warnings):
+    pipeline = written("sd1")[0]
+    other = dataclasses.replace(pipeline, vae=pipeline.vae.clone(scaling_factor=0.5))
+    save_single_file(other, tmp_path / "a.safetensors")
+    assert len(warnings) == 1 and "scaling_factor is 0.5" in warnings[0] and "0.18215" in warnings[0]
+
+
+def test_from_the_hub(folders, written, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+
+    def download(repository, file, revision=None):
+        asked.append((repository, file, revision))
+        return str(written("sd1")[1])
+
+    with pytest.raises(LcmError, match="no file a/b/c.safetensors here, and it cannot be fetched"):
+        load_pipeline("a/b/c.safetensors")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    load_pipeline("Lykon/DreamShaper/DreamShaper_8.safetensors", config=folders("sd1"))
+    address = "https://huggingface.co/Lykon/DreamShaper/blob/main/sub/DreamShaper_8.safetensors?download=true"
+    load_pipeline(address, config=folders("sd1"))
+    assert asked == [("Lykon/DreamShaper", "DreamShaper_8.safetensors", None),
+                     ("Lykon/DreamShaper", "sub/DreamShaper_8.safetensors", "main")]  # fmt: skip
+    # The suite runs offline: the family's tokenizers cannot be fetched.
+    for name, kind in (("sd1", "v1"), ("sd2", "v2"), ("sdxl", "xl_base"), ("refiner", "xl_refiner")):
+        known = original.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+        with pytest.raises(LcmError, match=f"holds no tokenizer, .*{name}.*{known}.*give config=, a local folder"):
+            load_pipeline(written(name)[1])
+
+
+def refused(path, match, config=None, **options):
+    with pytest.raises(LcmError, match=match) as caught:
+        load_pipeline(path, config=config, **options)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_files_that_are_refused(folders, written, tmp_path):
+    path, sd1 = written("sd1")[1], folders("sd1")
+
+    def broken(name, change):
+        return rewrite(path, tmp_path / f"{name}.safetensors", change)
+
+    def drop(*prefixes):
+        return lambda tensors: {k: v for k, v in tensors.items() if not k.startswith(prefixes)}
+
+    for name, prefix in (("unet", UNET), ("vae", VAE), ("text", CLIP)):
+        error = str(refused(broken(name, drop(prefix)), "no checkpoint of a known family", sd1))
+        assert all(key in error for key in (UNET + "input_blocks.0.0.weight", VAE + "encoder.conv_in.weight", *XL,
+                                            CLIP, OPEN_CLIP))  # fmt: skip
+    refused(sd1 / "unet" / "diffusion_pytorch_model.safetensors", "no checkpoint of a known family.*conv_in.bias", sd1)
+    refused(broken("few", drop(UNET + "input_blocks.1.0.in_layers")), "unet of .*4 missing .*in_layers", sd1)
+    more = broken("more", lambda tensors: tensors.update({UNET + "extra.weight": np.zeros(3, np.float32)}))
+    refused(more, r"unet of .*1 unexpected \(extra.weight\)", sd1)
+    shape = broken("shape", lambda t: t.update({UNET + "out.2.bias": np.zeros(5, np.float32)}))
+    refused(shape, r"1 mis-shaped \(out.2.bias \[5\] instead of \[4\]\)", sd1)
+    narrow = refused(written("sd2")[1], "attention_head_dim", without("unet", folders("sd2"), tmp_path / "bare"))
+    assert isinstance(narrow, UnsupportedConfig)
+    whole = broken("whole", lambda t: t.update({UNET + "out.2.bias": np.zeros(4, np.int32)}))
+    refused(whole, "out.2.bias is int32; only floating-point", sd1)
+    label = broken("label", lambda t: t.update({UNET + "label_emb.0.0.weight": np.zeros((4, 4), np.float32)}))
+    refused(label, "text encoders of sd1, but a .*label_emb", sd1)
+    edm = broken("edm", lambda t: t.update(edm_mean=np.zeros(4, np.float32)))
+    assert isinstance(refused(edm, "edm_mean", sd1), UnsupportedConfig)
+    refused(tmp_path / "none.safetensors", "does not exist; give a .safetensors file")
+    refused(path, "is a single file and has no variant 'fp16'", sd1, variant="fp16")
+    refused(path, "tokenizer lacks vocab.json", tmp_path)
+    refused(sd1, "goes with a single .safetensors file", sd1)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(path.read_bytes()[:-8])
+    refused(cut, "truncated or corrupt", sd1)
+    with pytest.raises(LcmError, match="truncated or corrupt"):
+        read_record(cut)
+    record = rewrite(path, tmp_path / "record.safetensors", drop("none"), {"lcm_config.json": "{"})
+    with pytest.raises(LcmError, match="is not valid JSON"):
+        read_record(record)
+
+
+def test_targets_that_are_refused(written, tmp_path):
+    pipeline = written("sd1")[0]
+    out = tmp_path / "x.safetensors"
+    with pytest.raises(LcmError, match="does not end in .safetensors"):
+        save_single_file(pipeline, tmp_path / "x")
+    out.write_bytes(b"mine")
+    with pytest.raises(LcmError, match="already exists"):
+        save_single_file(pipeline, out)
+    assert out.read_bytes() == b"mine"
+    with pytest.raises(LcmError, match="[0-9]+ are free"):
+        check_file(tmp_path / "y.safetensors", 1 << 60)
+    with pytest.raises(LcmError, match="int32"):
+        save_single_file(pipeline, tmp_path / "y.safetensors", dtype=np.int32)
+    params = jax.tree.map(lambda leaf: leaf * 1e6, pipeline.params["vae"])
+    loud = dataclasses.replace(pipeline, params={**pipeline.params, "vae": params})
+    with pytest.raises(LcmError, match="first_stage_model.* not finite in float16"):
+        save_single_file(loud, tmp_path / "y.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+    encoder = pipeline.text_encoder.clone(with_projection=True)
+    with pytest.raises(UnsupportedConfig, match="text encoders of a single file"):
+        save_single_file(dataclasses.replace(pipeline, text_encoder=encoder), tmp_path / "y.safetensors")
+
+
+def test_an_interrupted_write_leaves_nothing(written, tmp_path, monkeypatch):
+    def interrupted(stream):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "sync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_single_file(written("sd1")[0], tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_appears_meanwhile_is_kept(written, tmp_path, monkeypatch):
+    out, sync = tmp_path / "x.safetensors", files.sync
+
+    def slow(stream):
+        out.write_bytes(b"mine")
+        sync(stream)
+
+    monkeypatch.setattr(files, "sync", slow)
+    with pytest.raises(LcmError, match="already exists"):
+        save_single_file(written("sd1")[0], out)
+    assert out.read_bytes() == b"mine" and list(tmp_path.iterdir()) == [out]
