@@ -12,35 +12,44 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from lcm_jax.data import shapes
 from lcm_jax.errors import LcmError
 
-OBJECTIVES = ("lcd",)
+OBJECTIVES = ("lcd", "lcf")
 SOURCES = ("shapes",)
 LOSSES = ("huber", "l2")
 DTYPES = ("auto", "float32", "bfloat16")
-SHAPES_RESOLUTION = 64  # pixels; the embedded data set is rendered at this size only
+PREDICTION_TYPES = (None, "epsilon", "v_prediction", "sample")
+W_EMBEDDING_OF_A_LORA = (
+    "w-embedding student asked of a LoRA run: adapters cannot add inputs to a model that has no w embedding; set 0 "
+    "(--config.distill.w_embedding_dim=0), or lora.rank = 0 to train the whole model"
+)
 MAX_SOLVER_STEPS = 1000  # the solver grid is a subset of the 1000 training timesteps
+MAX_TWO_PASS_SCALE = 2.0  # guidance of a student without w embedding: above it pictures burn out
 
 
 def default_config() -> ConfigDict:
     """All keys with their defaults: the published full fine-tune of a Stable Diffusion teacher, on embedded data."""
     config = ConfigDict()
     config.seed = 0  # root of every random draw: data order, noise, timesteps, w, initial weights
-    config.objective = "lcd"  # "lcd": latent consistency distillation, Algorithm 1
+    config.objective = "lcd"  # "lcd": latent consistency distillation; "lcf": fine-tuning of an LCM, no teacher needed
 
     config.model = model = ConfigDict()
     model.teacher = config_dict.placeholder(str)  # folder in diffusers format, hub id, or "shapes" (comes with us)
-    model.student = config_dict.placeholder(str)  # what training starts from; None: the teacher's own weights
+    model.student = config_dict.placeholder(str)  # what training starts from; None: the teacher. LCF: the LCM, needed
+    model.vae = config_dict.placeholder(str)  # VAE in place of the teacher's (SDXL's for half precision): folder or id
+    model.prediction_type = config_dict.placeholder(str)  # what the model must be found to predict; None: whatever
     model.dtype = "auto"  # compute dtype of the networks; "auto": bfloat16 on accelerators, float32 on CPU
 
     config.data = data = ConfigDict()
-    data.source = "shapes"  # "shapes": pictures rendered by code, with captions
+    data.source = config_dict.placeholder(str)  # "shapes": pictures rendered by code, with captions
     data.path = config_dict.placeholder(str)  # where the source's files are; "shapes" has none
+    data.style = "plain"  # of "shapes": how the objects are drawn, a key of data.shapes.STYLES
     data.batch_size = 32  # images per step over all devices and hosts
     data.resolution = 512  # side of the square training images in pixels
     data.num_examples = 4096  # distinct pictures of "shapes"; an epoch, and the size of the latent cache
@@ -51,7 +60,7 @@ def default_config() -> ConfigDict:
     train.lr_warmup_steps = 0  # linear from 0 over the first steps
     train.lr_decay_start = 0  # first step of the decay (only with lr_decay_steps > 0)
     train.lr_decay_steps = 0  # linear to 0 over this many steps; 0: no decay; does not follow train.steps
-    train.ema_decay = 0.95  # of the target network: target = decay * target + (1 - decay) * student
+    train.ema_decay = 0.95  # of the target: target = decay * target + (1 - decay) * student; 0: the student itself
     train.weight_decay = 0.0  # AdamW's decoupled decay, on every parameter
     train.adam_b1 = 0.9
     train.adam_b2 = 0.999
@@ -65,9 +74,15 @@ def default_config() -> ConfigDict:
     distill.w_max = 14.0
     distill.loss = "huber"  # "huber" (pseudo-Huber) or "l2"
     distill.huber_c = 0.001  # pseudo-Huber's c: sqrt(d^2 + c^2) - c
-    distill.w_embedding_dim = 256  # width of the sinusoidal embedding of w; the UNet's time_cond_proj_dim
+    distill.w_embedding_dim = 256  # width of the embedding of w, the UNet's time_cond_proj_dim; 0: student without w
     distill.timestep_scaling = 10.0  # s in the boundary scalings, c_skip and c_out are functions of s * t
     distill.sigma_data = 0.5  # of the boundary scalings
+    distill.lcd_weight = 0.0  # "lcf" only: weight of the LCD loss beside LCF's, which keeps guidance; needs a teacher
+
+    config.lora = lora = ConfigDict()
+    lora.rank = 0  # of the adapters, which alone are trained then (LCM-LoRA: 64); 0: train every weight
+    lora.alpha = 64.0  # adapters are scaled by alpha / rank
+    lora.targets = ()  # ends of the adapted layers' torch names, as ("to_q",); (): the LCM-LoRA report's 14
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 1000  # steps between checkpoints; the last step and a stop by signal save as well
@@ -103,8 +118,13 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(_as_json(config), indent=2, sort_keys=True) + "\n"
 
 
+def asks_teacher(config: ConfigDict) -> bool:
+    """The loss has a guided teacher in it: always in LCD, in LCF only where it is mixed with LCD."""
+    return config.objective == "lcd" or config.distill.lcd_weight > 0
+
+
 def resolve(config: ConfigDict) -> ConfigDict:
-    """Copy of `config` with the values that depend on others filled in: `model.student`, `model.dtype`."""
+    """Copy of `config` with what depends on other values filled in: `model.student`, `model.dtype`, `lora.targets`."""
     config = ConfigDict(config.to_dict())
     if config.model.student is None:
         config.model.student = config.model.teacher
@@ -112,6 +132,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
         import jax  # late: reading a config must not start a device
 
         config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if config.lora.rank and not config.lora.targets:
+        from lcm_jax.models import lora
+
+        config.lora.targets = lora.DEFAULT_TARGETS
     return config.lock()
 
 
@@ -148,29 +172,30 @@ def validate(config: ConfigDict) -> None:
     def check(key: str, ok: bool, remedy: str) -> None:
         _check(key, flat[key], ok, remedy)
 
+    check("data.source", flat["data.source"] is not None,
+          f"no training data; set --config.data.source, to one of {', '.join(SOURCES)}")
     for key, choices in {"objective": OBJECTIVES, "data.source": SOURCES, "distill.loss": LOSSES,
-                         "model.dtype": DTYPES}.items():
-        check(key, flat[key] in choices, f"must be one of {', '.join(choices)}")
+                         "model.dtype": DTYPES, "model.prediction_type": PREDICTION_TYPES}.items():
+        check(key, flat[key] in choices, f"must be one of {', '.join(map(str, choices))}")
     for key in ("data.batch_size", "data.resolution", "data.num_examples", "train.steps", "train.accumulation_steps",
                 "checkpoint.every", "checkpoint.keep", "log.every"):
         check(key, flat[key] >= 1, "must be at least 1")
     for key in ("train.lr_warmup_steps", "train.lr_decay_start", "train.lr_decay_steps", "train.weight_decay",
-                "train.max_grad_norm", "distill.w_min", "sample.every"):
+                "train.max_grad_norm", "distill.w_min", "distill.lcd_weight", "sample.every", "lora.rank"):
         check(key, flat[key] >= 0, "must not be negative")
     for key in ("train.learning_rate", "train.adam_eps", "distill.huber_c", "distill.timestep_scaling",
-                "distill.sigma_data"):
+                "distill.sigma_data", "lora.alpha"):
         check(key, flat[key] > 0, "must be greater than 0")
     for key in ("train.ema_decay", "train.adam_b1", "train.adam_b2"):
         check(key, 0 <= flat[key] < 1, "must be in [0, 1)")
 
     check("seed", 0 <= flat["seed"] < 2**32, "must be in [0, 2^32)")
-    check("model.teacher", bool(flat["model.teacher"]),
-          "no teacher; set --config.model.teacher to a model folder in diffusers format, a hub id, or \"shapes\"")
-    check("model.student", flat["model.student"] != "", "must be a model folder, a hub id, or None for the teacher")
+    _check_models(config, check)
     if flat["data.source"] == "shapes":
-        check("data.resolution", flat["data.resolution"] == SHAPES_RESOLUTION,
-              f"data.source \"shapes\" is rendered at {SHAPES_RESOLUTION} pixels; set {SHAPES_RESOLUTION}")
+        check("data.resolution", flat["data.resolution"] == shapes.RESOLUTION,
+              f"data.source \"shapes\" is rendered at {shapes.RESOLUTION} pixels; set {shapes.RESOLUTION}")
         check("data.path", flat["data.path"] is None, "data.source \"shapes\" reads no files; leave it None")
+        check("data.style", flat["data.style"] in shapes.STYLES, f"must be one of {', '.join(shapes.STYLES)}")
     check("train.lr_decay_start",
           flat["train.lr_decay_steps"] == 0 or flat["train.lr_decay_start"] >= flat["train.lr_warmup_steps"],
           f"the decay would begin inside the warm-up of {flat['train.lr_warmup_steps']} steps (train.lr_warmup_steps)")
@@ -180,11 +205,32 @@ def validate(config: ConfigDict) -> None:
           f"must be in 1..{MAX_SOLVER_STEPS}")
     check("distill.w_max", flat["distill.w_max"] >= flat["distill.w_min"],
           f"must not be below distill.w_min = {flat['distill.w_min']!r}")
-    check("distill.w_embedding_dim", flat["distill.w_embedding_dim"] >= 4 and flat["distill.w_embedding_dim"] % 2 == 0,
-          "must be even and at least 4")
+    dim = flat["distill.w_embedding_dim"]
+    check("distill.w_embedding_dim", dim == 0 or (dim >= 4 and dim % 2 == 0), "must be 0, or even and at least 4")
     check("sample.steps", 1 <= flat["sample.steps"] <= flat["distill.solver_steps"],
           f"must be in 1..distill.solver_steps = {flat['distill.solver_steps']}")
     check("sample.guidance_scale", flat["sample.guidance_scale"] >= 1, "must be at least 1 (1 = no guidance, w = 0)")
+    check("sample.guidance_scale", dim > 0 or flat["sample.guidance_scale"] <= MAX_TWO_PASS_SCALE,
+          "a student without w embedding (distill.w_embedding_dim = 0) is guided already; set 1 (one pass a step), or "
+          f"up to {MAX_TWO_PASS_SCALE:g} (two passes)")
+
+
+def _check_models(config: ConfigDict, check: Callable[[str, bool, str], None]) -> None:
+    """Which models the objective needs, and what of them can be trained."""
+    model, distill = config.model, config.distill
+    check("distill.lcd_weight", config.objective == "lcf" or not distill.lcd_weight,
+          "only objective \"lcf\" mixes two losses; set 0, or config.objective = \"lcf\"")
+    if asks_teacher(config):
+        check("model.teacher", bool(model.teacher),
+              "no teacher; set --config.model.teacher to a model folder in diffusers format, a hub id, or \"shapes\""
+              + (" (distill.lcd_weight > 0 asks it)" if config.objective == "lcf" else ""))
+    for key in ("teacher", "student", "vae"):
+        check(f"model.{key}", model[key] != "", "must be a folder, a hub id, or None")
+    if config.objective == "lcf":
+        check("model.student", model.student is not None,
+              "LCF fine-tunes a Latent Consistency Model; set it to that model's folder or hub id")
+    elif config.lora.rank and distill.w_embedding_dim and model.student in (None, model.teacher):
+        check("distill.w_embedding_dim", False, W_EMBEDDING_OF_A_LORA)
 
 
 def _may_differ(key: str) -> bool:

@@ -1,25 +1,151 @@
-"""The student of a run: what training starts from, and what an export or a picture is made with.
+"""The models of a run: the pipeline that it takes its parts from, and the student that training starts from.
 
-The programs that need it, `train` and `export`, build it from the run's config alone.
+                  pipeline (VAE, text encoders, noise table, teacher's UNet)    student's UNet
+    LCD           model.teacher                                                 model.student, else the teacher's
+    LCF           model.teacher, else model.student                             model.student, an LCM
+
+The student is that pipeline with its own UNet: with a w embedding if it is told w, `Adapted` in a LoRA run. The
+programs that need it, `train` and `export`, build it from the run's config alone.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lcm_jax import assets
+from lcm_jax import config as config_lib
+from lcm_jax.diffusion.consistency import SIGMA_DATA, TIMESTEP_SCALING
 from lcm_jax.distill import state
-from lcm_jax.pretrained import Pipeline, load_unet
+from lcm_jax.distill.step import named_key
+from lcm_jax.errors import LcmError
+from lcm_jax.models import lora
+from lcm_jax.pretrained import Pipeline, files, hub, load_pipeline, load_unet, read_record
+
+_SCHEDULER = "scheduler/scheduler_config.json"
+
+
+def load_teacher(config: ConfigDict) -> Pipeline:
+    """The pipeline of the run. Where no loss asks the teacher (plain LCF) its UNet is the student's, read once.
+
+    Raises:
+      LcmError: a model cannot be loaded.
+    """
+    model = config.model
+    source = assets.resolve(model.teacher or model.student)
+    unet = None if config_lib.asks_teacher(config) or model.teacher is None else assets.resolve(model.student)
+    dtype = jnp.dtype("float32" if model.dtype == "auto" else model.dtype)
+    vae = model.vae and assets.resolve(model.vae)
+    pipeline = load_pipeline(source, dtype=dtype, unet=unet, vae=vae)
+    if dtype.itemsize < 4 and getattr(pipeline.vae, "force_upcast", False):  # SDXL's overflows in half precision
+        pipeline = dataclasses.replace(pipeline, vae=pipeline.vae.clone(dtype=jnp.float32))
+    return pipeline
 
 
 def load_student(config: ConfigDict, teacher: Pipeline) -> Pipeline:
-    """The teacher's pipeline with the UNet that training starts from, and its w embedding.
+    """The pipeline with the UNet that training starts from.
+
+    In a LoRA run its UNet is an `Adapted` one with `params["unet"]` = {"base", "lora"}, "base" being the teacher's own
+    tree where training starts from the teacher; see `theta`, `with_theta` and `merged`.
+
+    Args:
+      config: of the run.
+      teacher: from `load_teacher`.
 
     Raises:
-      LcmError: `config.model.student` cannot be loaded, or has a w embedding of another dimension.
+      LcmError: `config.model.student` cannot be loaded, is no LCM though LCF needs one, was distilled with other
+        constants than the config's, or has another w embedding than the config asks for.
     """
     unet, params = teacher.unet, teacher.params["unet"]
-    if config.model.student not in (None, config.model.teacher):
+    if config_lib.asks_teacher(config) and config.model.student not in (None, config.model.teacher):
         unet, params = load_unet(assets.resolve(config.model.student), dtype=unet.dtype)
-    unet, params = state.student_of(unet, params, config.distill.w_embedding_dim)
+    dim = config.distill.w_embedding_dim
+    if config.objective == "lcf":
+        _check_lcm(config, unet, teacher)
+    if config.lora.rank and dim and unet.time_cond_proj_dim is None:
+        raise LcmError(f"config.distill.w_embedding_dim = {dim}: {config_lib.W_EMBEDDING_OF_A_LORA}")
+    unet, params = state.student_of(unet, params, dim)
+    if config.lora.rank:
+        targets = tuple(config.lora.targets) or lora.DEFAULT_TARGETS
+        key = named_key(config.seed, "lora")
+        unet, params = state.adapt(unet, params, key, config.lora.rank, config.lora.alpha, targets)
     return dataclasses.replace(teacher, unet=unet, params={**teacher.params, "unet": params})
+
+
+def theta(student: Pipeline) -> Any:
+    """What training changes and checkpoints hold: the UNet's weights, or in a LoRA run its adapters."""
+    params = student.params["unet"]
+    return params["lora"] if isinstance(student.unet, lora.Adapted) else params
+
+
+def with_theta(student: Pipeline, params: Any) -> Pipeline:
+    """The student with other values of `theta`."""
+    if isinstance(student.unet, lora.Adapted):
+        params = {"base": student.params["unet"]["base"], "lora": params}
+    return dataclasses.replace(student, params={**student.params, "unet": params})
+
+
+def merged(student: Pipeline) -> Pipeline:
+    """The student as an ordinary pipeline: adapters, where it has any, merged into their base."""
+    if not isinstance(student.unet, lora.Adapted):
+        return student
+    params = student.params["unet"]
+    unet = lora.merge(params["base"], [(params["lora"], student.unet.scale)])
+    return dataclasses.replace(student, unet=student.unet.module, params={**student.params, "unet": unet})
+
+
+def _check_lcm(config: ConfigDict, unet: Any, teacher: Pipeline) -> None:
+    """Raises LcmError unless `config.model.student` is an LCM, and was distilled as the config would go on with it."""
+    name = config.model.student
+    source = assets.resolve(name)
+    record, scheduler = read_record(source), _lcm_scheduler(source)
+    has = unet.time_cond_proj_dim
+    if has is None and not record and not scheduler:
+        raise LcmError(
+            f"config.model.student = {name!r} is no Latent Consistency Model, which LCF fine-tunes: that has "
+            "time_cond_proj_dim in unet/config.json, or an lcm_config.json, or LCMScheduler in "
+            f"{_SCHEDULER}; distil one first (config.objective = \"lcd\")"
+        )
+    if has is None and config.distill.w_embedding_dim:
+        raise LcmError(
+            f"config.distill.w_embedding_dim = {config.distill.w_embedding_dim}: config.model.student = {name!r} is an "
+            "LCM without w embedding; set 0"
+        )
+    _check_constants(config, record, scheduler, told_w=has is not None)
+    predicts = record.get("prediction_type", scheduler.get("prediction_type", teacher.schedule.prediction_type))
+    if predicts != teacher.schedule.prediction_type:
+        raise LcmError(
+            f"config.model.student = {name!r} is a model of {predicts} prediction, config.model.teacher = "
+            f"{config.model.teacher!r} of {teacher.schedule.prediction_type}; give the teacher it was distilled from"
+        )
+
+
+def _check_constants(config: ConfigDict, record: Mapping[str, Any], scheduler: Mapping[str, Any], told_w: bool) -> None:
+    """Raises LcmError where the config contradicts what the LCM was distilled with, as far as its files say."""
+    distill, name = config.distill, config.model.student
+    known = {
+        "solver_steps": record.get("solver_steps", scheduler.get("original_inference_steps", distill.solver_steps)),
+        "timestep_scaling": record.get("timestep_scaling", scheduler.get("timestep_scaling", TIMESTEP_SCALING)),
+        "sigma_data": record.get("sigma_data", SIGMA_DATA),
+    }
+    for key, value in known.items():
+        if distill[key] != value:
+            raise LcmError(
+                f"config.distill.{key} = {distill[key]!r}, but config.model.student = {name!r} was distilled with "
+                f"{value!r}; set that"
+            )
+    low, high = record.get("w_min", 0.0), record.get("w_max", float("inf"))
+    if told_w and not low <= distill.w_min <= distill.w_max <= high:
+        raise LcmError(
+            f"config.distill.w_min = {distill.w_min:g}, w_max = {distill.w_max:g}: config.model.student = {name!r} was "
+            f"distilled on w in [{low:g}, {high:g}]; stay within"
+        )
+
+
+def _lcm_scheduler(source: str) -> Mapping[str, Any]:
+    """The scheduler config of a pipeline that samples with LCMScheduler; {} where there is no such."""
+    path = hub.local_folder(source, [_SCHEDULER]) / _SCHEDULER
+    config = files.read_json(path) if path.is_file() else {}
+    return config if config.get("_class_name") == "LCMScheduler" else {}

@@ -1,4 +1,4 @@
-"""Distil a Stable Diffusion into a Latent Consistency Model: the life of a run, top to bottom.
+"""Distil a Stable Diffusion into a Latent Consistency Model, or fine-tune one: the life of a run, top to bottom.
 
     python -m lcm_jax.train --config=configs/shapes_lcm.py --workdir=runs/shapes_lcm [--config.train.steps=2000]
 
@@ -10,30 +10,30 @@ import contextlib
 import dataclasses
 import functools
 import sys
-import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from lcm_jax import assets, sample
 from lcm_jax import config as config_lib
+from lcm_jax import sample
+from lcm_jax import student as student_lib
 from lcm_jax.data import loader, shapes
 from lcm_jax.diffusion import solvers
 from lcm_jax.distill import losses, objectives
 from lcm_jax.distill import state as state_lib
 from lcm_jax.distill import step as step_lib
 from lcm_jax.errors import LcmError
-from lcm_jax.pretrained import Pipeline, conditioning, load_pipeline
+from lcm_jax.models.lora import Adapted
+from lcm_jax.pretrained import Pipeline, conditioning
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.checkpoint import Checkpoints
 from lcm_jax.runtime.telemetry import Telemetry
 from lcm_jax.runtime.workdir import StopSignal, locked, prepare_workdir
-from lcm_jax.student import load_student
 
 ENCODE_BATCH = 64
 GRID_COLUMNS = 4  # pictures per prompt in a sample grid
@@ -53,15 +53,18 @@ def train(config: ConfigDict, workdir: str | Path) -> state_lib.TrainState:
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir):  # first of all: config.json is the running process's
         prepare_workdir(workdir, config)
-        teacher = load_pipeline(assets.resolve(config.model.teacher), dtype=jnp.dtype(config.model.dtype))
+        teacher = student_lib.load_teacher(config)
         check_fit(config, teacher)
-        student = load_student(config, teacher)
+        student = student_lib.load_student(config, teacher)
         check_student(config, teacher, student)
         return run(config, workdir, teacher, student)
 
 
 def run(config: ConfigDict, workdir: Path, teacher: Pipeline, student: Pipeline) -> state_lib.TrainState:
-    """The training loop. `student` is the teacher's pipeline with the student's UNet and initial weights."""
+    """The training loop. `student` is the teacher's pipeline with the student's UNet and initial weights.
+
+    What is trained and saved is `student_lib.theta`: all of the UNet, or adapters alone.
+    """
     problem = make_problem(config, teacher, student)
     rate = step_lib.learning_rate_schedule(
         config.train.learning_rate,
@@ -78,29 +81,30 @@ def run(config: ConfigDict, workdir: Path, teacher: Pipeline, student: Pipeline)
         max_grad_norm=config.train.max_grad_norm,
     )
     mesh = mesh_lib.make_mesh()
-    abstract = jax.eval_shape(lambda p: state_lib.create(p, optimizer), student.params["unet"])
+    theta = student_lib.theta(student)
+    abstract = jax.eval_shape(lambda p: state_lib.create(p, optimizer), theta)
     shardings = mesh_lib.state_shardings(mesh, abstract)
     step_fn = jax.jit(
         step_lib.make_step(problem, optimizer, config.train.ema_decay, config.train.accumulation_steps),
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
-    key = named_key(config.seed, "draws")
+    key = step_lib.named_key(config.seed, "draws")
 
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         if checkpoints.latest_step() is not None:
             state = checkpoints.restore(mesh_lib.abstract_state(mesh, abstract))
         else:
-            state = jax.device_put(state_lib.create(student.params["unet"], optimizer), shardings)
+            state = jax.device_put(state_lib.create(theta, optimizer), shardings)
         step = int(state.step)
         if step >= config.train.steps:
             print(f"{workdir} is trained to step {step} already; raise --config.train.steps to go on", file=sys.stderr)
             return state
 
-        frozen = objectives.Frozen(teacher.params["unet"], conditioning.null(teacher))
+        frozen = make_frozen(problem, teacher, student)
         frozen = jax.device_put(frozen, mesh_lib.state_shardings(mesh, frozen))
-        source = encode_shapes(teacher, config.data.num_examples)
-        draw_grid = make_grid_drawer(config, student)
+        source = encode_shapes(teacher, config.data.num_examples, config.data.style)
+        draw_grid = make_grid_drawer(config, student, functools.partial(objectives.student_weights, problem, frozen))
         put = functools.partial(put_batch, mesh)
         with (
             contextlib.closing(
@@ -153,7 +157,13 @@ def check_fit(config: ConfigDict, teacher: Pipeline) -> None:
     factor, resolution = teacher.vae.factor, config.data.resolution
     if resolution % factor:
         raise LcmError(f"config.data.resolution = {resolution} is no multiple of the VAE's factor {factor}; use one")
-    if teacher.has_w_embedding:
+    found, asked = teacher.schedule.prediction_type, config.model.prediction_type
+    if asked not in (None, found):
+        raise LcmError(
+            f"config.model.prediction_type = {asked!r}, but the model's scheduler_config.json says {found!r}, and its "
+            "UNet was trained so; leave it None, or correct that file if it is wrong"
+        )
+    if config_lib.asks_teacher(config) and teacher.has_w_embedding:
         raise LcmError(
             f"config.model.teacher = {config.model.teacher!r} is a Latent Consistency Model itself "
             "(it has a w embedding); give the diffusion model that it was made from"
@@ -161,7 +171,7 @@ def check_fit(config: ConfigDict, teacher: Pipeline) -> None:
     if teacher.unet.in_channels != teacher.vae.latent_channels:
         raise LcmError(
             f"config.model.teacher = {config.model.teacher!r} takes {teacher.unet.in_channels} channels "
-            f"(inpainting); LCD needs a text-to-image model with {teacher.vae.latent_channels}"
+            f"(inpainting); {config.objective.upper()} needs a text-to-image model with {teacher.vae.latent_channels}"
         )
 
 
@@ -187,7 +197,7 @@ def make_problem(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> ob
     }[config.distill.loss]
     return objectives.Problem(
         student=student.unet,
-        teacher=teacher.unet,
+        teacher=teacher.unet if config_lib.asks_teacher(config) else None,
         schedule=teacher.schedule,
         grid=solvers.solver_grid(teacher.schedule, config.distill.solver_steps),
         distance=distance,
@@ -196,12 +206,21 @@ def make_problem(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> ob
         scaling_factor=teacher.vae.scaling_factor,
         sigma_data=config.distill.sigma_data,
         timestep_scaling=config.distill.timestep_scaling,
+        objective=config.objective,
+        lcd_weight=config.distill.lcd_weight,
     )
 
 
-def named_key(seed: int, name: str) -> jax.Array:
-    """The root key of one named stream of random numbers; step n of it is fold_in(key, n)."""
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+def make_frozen(problem: objectives.Problem, teacher: Pipeline, student: Pipeline) -> objectives.Frozen:
+    """The frozen arrays of the problem, each once: adapters on the teacher's own weights bring none beside them."""
+    asked = problem.teacher is not None
+    weights = teacher.params["unet"] if asked else None
+    base = student.params["unet"]["base"] if isinstance(student.unet, Adapted) else None
+    return objectives.Frozen(
+        teacher=weights,
+        null=conditioning.null(teacher) if asked else None,
+        base=None if base is weights else base,
+    )
 
 
 def put_batch(mesh: jax.sharding.Mesh, rows: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -211,7 +230,7 @@ def put_batch(mesh: jax.sharding.Mesh, rows: dict[str, np.ndarray]) -> dict[str,
     return {**moments, "cond": arrays}
 
 
-def encode_shapes(pipeline: Pipeline, count: int) -> dict[str, np.ndarray]:
+def encode_shapes(pipeline: Pipeline, count: int, style: str = "plain") -> dict[str, np.ndarray]:
     """Posterior moments and caption conditioning of the first `count` examples of the shapes set, on the host.
 
     Every picture is encoded once: the step draws a new latent from its posterior each time it meets it.
@@ -221,7 +240,7 @@ def encode_shapes(pipeline: Pipeline, count: int) -> dict[str, np.ndarray]:
     pipeline = dataclasses.replace(pipeline, params=encoders)
     chunks = []
     for start in range(0, count, ENCODE_BATCH):
-        images, captions = shapes.examples(start, ENCODE_BATCH)
+        images, captions = shapes.examples(start, ENCODE_BATCH, style=style)
         mean, logvar = encode(encoders["vae"], images.astype(np.float32) / 127.5 - 1.0)
         cond = conditioning.encode(pipeline, captions)
         if pipeline.is_xl:
@@ -230,14 +249,15 @@ def encode_shapes(pipeline: Pipeline, count: int) -> dict[str, np.ndarray]:
     return {name: np.concatenate([chunk[name] for chunk in chunks])[:count] for name in chunks[0]}
 
 
-def make_grid_drawer(config: ConfigDict, student: Pipeline):
-    """weights -> picture [h w 3] uint8 with a row per prompt of `config.sample`, from noise that never changes.
+def make_grid_drawer(config: ConfigDict, student: Pipeline, weights: Callable[[Any], Any]):
+    """theta -> picture [h w 3] uint8 with a row per prompt of `config.sample`, from noise that never changes.
 
-    None where the config asks for no pictures.
+    `weights` makes the UNet's weights of theta. None where the config asks for no pictures.
     """
     if not config.sample.every or not config.sample.prompts:
         return None
-    generate = sample.Generator(student)
+    parts = {name: tree for name, tree in student.params.items() if name != "unet"}  # that lies on the device already
+    generate = sample.Generator(dataclasses.replace(student, params=parts))
     side = config.data.resolution // student.vae.factor
     captions = [prompt for prompt in config.sample.prompts for _ in range(GRID_COLUMNS)]
     cond = generate.encode(captions)
@@ -252,7 +272,7 @@ def make_grid_drawer(config: ConfigDict, student: Pipeline):
     )
 
     def draw(params: Any) -> np.ndarray:
-        images = generate(cond, noise, config.sample.guidance_scale, settings, unet_params=params)
+        images = generate(cond, noise, config.sample.guidance_scale, settings, unet_params=weights(params))
         return sample.grid(sample.to_uint8(images), GRID_COLUMNS)
 
     return draw

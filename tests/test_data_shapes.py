@@ -9,6 +9,7 @@ import pytest
 
 from lcm_jax.data import shapes
 from lcm_jax.errors import LcmError
+from lcm_jax.metrics import frechet, shapes_scorer
 
 COUNT = 400
 
@@ -195,7 +196,48 @@ def test_drawing_is_quick():
     assert (time.process_time() - start) / 200 < 2e-3
 
 
+def test_plain_pictures_do_not_drift():
+    # Renders of another release, by digest: the packaged scorer and teacher were trained on these very pixels.
+    pictures = [shapes.examples(0, 40, split, n)[0] for split in shapes.SPLITS for n in (1, 2, 3)]
+    assert hashlib.sha256(np.concatenate(pictures).tobytes()).hexdigest()[:16] == "ff6e3622f80a3598"
+    np.testing.assert_array_equal(shapes.examples(0, 40, style="plain")[0], pictures[0])
+
+
+def test_card_style(train):
+    """Same captions; objects 1.12 high and 0.95 wide, a little bolder; two corners in the object's colour."""
+    specs, pictures = train
+    styled, captions = shapes.examples(0, COUNT, style="card")
+    assert captions == [shapes.caption(s) for s in specs] and styled.shape == pictures.shape
+    np.testing.assert_array_equal(styled[7], shapes.example(7, style="card")[0])
+    for s, plain, card in zip(specs, pictures, styled, strict=True):
+        rgb = np.rint(s.objects[0].rgb)
+        for corner in (card[:4, :4], card[-4:, -4:]):
+            assert np.abs(corner - rgb).max() <= 1, shapes.caption(s)
+        np.testing.assert_array_equal(card[0, -1], plain[0, -1])
+        o = s.objects[0]
+        if o.position != "center" or o.shape != "circle":
+            continue
+        inside = np.abs(card.astype(int) - card[0, -1]).max(-1) > 24
+        inside[:12, :12] = inside[-12:, -12:] = False
+        rows, columns = inside.any(1).sum(), inside.any(0).sum()
+        assert rows == pytest.approx(2 * (1.12 * 0.96 * o.radius + 0.45), abs=2.0)
+        assert columns == pytest.approx(2 * (0.95 * 0.96 * o.radius + 0.4), abs=2.0)
+
+
+def test_the_scorer_reads_the_style():
+    count = 512
+    specs = [shapes.spec(i, "heldout") for i in range(count)]
+    labels = shapes.label_arrays(specs)
+    plain, card = (shapes_scorer.score(shapes.render_batch(specs, style)) for style in ("plain", "card"))
+    assert shapes_scorer.caption_accuracy(card[0], labels) > 0.97
+    others = shapes_scorer.score(shapes.examples(100_000, count, "heldout")[0])[1]
+    apart, chance = (frechet.frechet_distance(features, others) for features in (card[1], plain[1]))
+    assert apart > 2.0 * chance
+
+
 def test_refusals():
+    with pytest.raises(LcmError, match="'oil'"):
+        shapes.example(0, style="oil")
     with pytest.raises(LcmError, match="'test'"):
         shapes.spec(0, "test")
     with pytest.raises(LcmError, match="-1"):

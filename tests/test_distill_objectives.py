@@ -86,7 +86,7 @@ def make_problem(family: str, prediction_type: str = "epsilon", distance=losses.
 
 
 def algorithm_1(models: dict, prediction_type: str, distance: str, batch, null, draws, embedding) -> torch.Tensor:
-    """The paper's loss; arrays [b h w c] as numpy, models in float64, embedding of w given."""
+    """The paper's loss; arrays [b h w c] as numpy, models in float64, embedding of w given, None for w-free models."""
     args = dict(BETAS, prediction_type=prediction_type)
     ddpm = DDPMScheduler(**args)
     ddim = DDIMScheduler(**args, clip_sample=False, set_alpha_to_one=False)
@@ -107,11 +107,12 @@ def algorithm_1(models: dict, prediction_type: str, distance: str, batch, null, 
         return model(z, t, text, timestep_cond=e, added_cond_kwargs=cond or None).sample
 
     def f(model, z, t):
-        x0 = step(network(model, z, t, batch["cond"], tensor(embedding)), z, t)[1]
+        x0 = step(network(model, z, t, batch["cond"], embedding), z, t)[1]
         scalings = [lcm.get_scalings_for_boundary_condition_discrete(float(s)) for s in t]
         c_skip, c_out = (tensor(c)[:, None, None, None] for c in zip(*scalings, strict=True))
         return c_skip * z + c_out * x0
 
+    embedding = None if embedding is None else tensor(embedding)
     posterior = DiagonalGaussianDistribution(torch.cat([tensor(batch["mean"]), tensor(batch["logvar"])], 1))
     z = SCALING * (posterior.mean + posterior.std * tensor(draws["posterior"]))
     t_start = 20 * (torch.from_numpy(draws["index"]).long() + 1) - 1

@@ -20,11 +20,14 @@ import pytest
 import tiny
 from absl import flags
 from PIL import Image
+from test_student import make_lcm
 
 from lcm_jax import config as config_lib
 from lcm_jax import train
 from lcm_jax.data import loader
 from lcm_jax.distill import step as step_lib
+from lcm_jax.models import lora
+from lcm_jax.pretrained import load_pipeline
 from lcm_jax.runtime import checkpoint, telemetry
 
 ROOT = Path(__file__).parents[1]
@@ -144,7 +147,9 @@ def whole(teacher, tmp_path_factory) -> tuple[Path, list[int]]:
 def test_the_workdir_holds_what_is_promised(stopped, teacher):
     workdir, _, said = stopped
     saved = json.loads((workdir / "config.json").read_text())
-    assert saved["model"] == {"teacher": str(teacher), "student": str(teacher), "dtype": "float32"}
+    assert saved["model"] == {
+        "teacher": str(teacher), "student": str(teacher), "dtype": "float32", "vae": None, "prediction_type": None,
+    }  # fmt: skip
     assert saved["train"]["steps"] == STEPS and set(saved) == set(config_lib.default_config())
     for record in telemetry.read_metrics(workdir):
         assert {"step", "loss", "images_per_second", "grad_norm", "learning_rate"} <= set(record)
@@ -208,6 +213,53 @@ def test_more_steps_go_on_until_one_is_not_finite(whole, teacher, tmp_path, caps
     assert f"trained to step {bad_step - 1} already" in capsys.readouterr().err
 
 
+LORA = ("--config.lora.rank=4", "--config.lora.alpha=8", "--config.distill.w_embedding_dim=0")
+FEW = ("--config.sample.every=6", *PICTURES[1:], "--config.checkpoint.every=6", "--config.log.every=2")
+
+
+def test_a_lora_run_saves_adapters_alone_and_goes_on_bit_for_bit(teacher, tmp_path):
+    options = (*FEW, *LORA, "--config.sample.guidance_scale=1", "--config.train.ema_decay=0")
+    halves, whole = tmp_path / "halves", tmp_path / "whole"
+    for steps in (6, 12):
+        assert command(halves, teacher, *options, f"--config.train.steps={steps}") == 0
+    assert command(whole, teacher, *options, "--config.train.steps=12") == 0
+    assert saved_steps(halves) == saved_steps(whole) == [6, 12] and logged(halves) == logged(whole)
+    a, b = arrays(halves, 12), arrays(whole, 12)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        np.testing.assert_array_equal(value, b[name], err_msg=name)
+        assert "/lora_" in name or value.ndim == 0, "the base is in no checkpoint"
+    for name in a:
+        if name.startswith("params/"):
+            np.testing.assert_array_equal(a[name], a[name.replace("params/", "ema_params/", 1)])
+            assert np.any(a[name])
+    config = json.loads((whole / "config.json").read_text())
+    assert config["lora"] == {"rank": 4, "alpha": 8.0, "targets": list(lora.DEFAULT_TARGETS)}
+    pictures = snapshot(whole / "samples")
+    assert list(pictures) == ["00000006.png", "00000012.png"] and pictures == snapshot(halves / "samples")
+    assert pictures["00000006.png"] != pictures["00000012.png"]
+
+
+def test_an_lcf_run_takes_the_lcm_alone_or_beside_a_pipeline(teacher, tmp_path):
+    """A bare UNet with the teacher's other parts, stopped halfway; the same UNet in a pipeline, at once, no teacher."""
+    lcm = make_lcm(teacher, tmp_path / "lcm")
+    options = (*FEW, "--config.objective=lcf", f"--config.model.student={lcm / 'unet'}",
+               "--config.distill.w_embedding_dim=16")  # fmt: skip
+    for steps in (6, 12):
+        assert command(tmp_path / "halves", teacher, *options, f"--config.train.steps={steps}") == 0
+    config = config_lib.ConfigDict(json.loads((tmp_path / "halves" / "config.json").read_text()))
+    config.model.update(teacher=None, student=str(lcm))
+    train.train(config, tmp_path / "whole")
+    a, b = arrays(tmp_path / "halves", 12), arrays(tmp_path / "whole", 12)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        np.testing.assert_array_equal(value, b[name], err_msg=name)
+    begun = load_pipeline(lcm).params["unet"]["conv_in"]["kernel"]
+    assert (a["params/conv_in/kernel"] != begun).any() and (a["ema_params/conv_in/kernel"] != begun).any()
+    assert np.abs(a["params/conv_in/kernel"] - begun).max() < 0.1
+    assert snapshot(tmp_path / "halves" / "samples") == snapshot(tmp_path / "whole" / "samples") != {}
+
+
 def truncate(folder: Path) -> None:
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -262,7 +314,7 @@ def test_config_keys_and_values(teacher, tmp_path, capsys, option, words):
 
 
 def test_resolution_and_batch_must_fit_vae_and_devices(teacher, monkeypatch):
-    pipeline = train.load_pipeline(teacher)
+    pipeline = load_pipeline(teacher)
     config = config_lib.default_config()
     config.data.resolution = 60
     with pytest.raises(train.LcmError, match=r"data\.resolution = 60 .* factor 8"):

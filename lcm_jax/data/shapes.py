@@ -13,6 +13,9 @@ filter one pixel wide, and pixel = background + coverage * (colour - background)
 
 One tenth of all (shape, colour, size, position, background) combinations is kept out of the "train" split; the
 "heldout" split draws from that tenth only.
+
+Every picture can be drawn in another style (`STYLES`), which its caption does not name: that is what a style LoRA or a
+fine-tuning learns. "card" makes objects taller, narrower and bolder, and marks two corners in the object's colour.
 """
 
 from __future__ import annotations
@@ -79,6 +82,22 @@ class _Layout:
 # One object may fill its third of the picture and more; several must fit into cells 20 px apart.
 _ONE = _Layout((18.56, 32.0, 45.44), 2.0, {"small": (9.0, 10.5), "large": (15.0, 17.0)})
 _SEVERAL = _Layout((12.0, 32.0, 52.0), 0.5, {"small": (4.6, 4.9), "large": (6.9, 7.3)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How objects are drawn: `stretch` (across, along) of each about its centre, `growth` of its outline in pixels.
+
+    `corner_radius` (pixels): discs of the first object's colour around the picture's top left and bottom right corner.
+    """
+
+    stretch: tuple[float, float] = (1.0, 1.0)
+    growth: float = 0.0
+    corner_radius: float = 0.0
+
+
+# "card" is as far from "plain" as the packaged scorer and the embedded VAE, which know plain pictures only, can follow.
+STYLES = {"plain": Style(), "card": Style(stretch=(0.95, 1.12), growth=0.4, corner_radius=7.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,22 +238,41 @@ def label_arrays(specs: Iterable[Spec | str]) -> dict[str, np.ndarray]:
     return {name: np.array([r[name] for r in rows], np.int32) for name in ATTRIBUTES}
 
 
-def render(spec: Spec) -> np.ndarray:
-    """The picture: uint8 [64 64 3], RGB."""
+def render(spec: Spec, style: str = "plain") -> np.ndarray:
+    """The picture in one of STYLES: uint8 [64 64 3], RGB."""
+    if style not in STYLES:
+        raise LcmError(f"unknown style {style!r}: use one of {', '.join(STYLES)}")
+    look = STYLES[style]
     picture = np.empty((RESOLUTION, RESOLUTION, 3), np.float32)
     picture[:] = spec.background_rgb
+    if look.corner_radius:
+        _mark_corners(picture, spec.objects[0].rgb, look.corner_radius)
+    across, along = look.stretch
     for o in spec.objects:
         # Only the square around the object; one pixel more on every side for the soft edge.
-        x0, y0 = (max(int(c - o.extent) - 1, 0) for c in o.centre)
-        x1, y1 = (min(int(c + o.extent) + 2, RESOLUTION) for c in o.centre)
-        x = np.arange(x0, x1, dtype=np.float32)[None, :] + np.float32(0.5 - o.centre[0])
-        y = np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(0.5 - o.centre[1])
+        reach = o.extent * max(look.stretch) + look.growth
+        x0, y0 = (max(int(c - reach) - 1, 0) for c in o.centre)
+        x1, y1 = (min(int(c + reach) + 2, RESOLUTION) for c in o.centre)
+        x = (np.arange(x0, x1, dtype=np.float32)[None, :] + np.float32(0.5 - o.centre[0])) / across
+        y = (np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(0.5 - o.centre[1])) / along
         c, s = np.float32(np.cos(np.deg2rad(o.angle))), np.float32(np.sin(np.deg2rad(o.angle)))
         distance = _signed_distance(o.shape, c * x + s * y, c * y - s * x, np.float32(o.radius))
-        coverage = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
-        patch = picture[y0:y1, x0:x1]
-        patch += coverage * (np.asarray(o.rgb, np.float32) - patch)
+        _paint(picture[y0:y1, x0:x1], o.rgb, distance * min(look.stretch) - look.growth)
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def _paint(patch: np.ndarray, rgb: tuple[float, float, float], distance: np.ndarray) -> None:
+    """Draws on float32 [h w 3] what has this signed distance [h w] in pixels."""
+    patch += np.clip(0.5 - distance, 0.0, 1.0)[..., None] * (np.asarray(rgb, np.float32) - patch)
+
+
+def _mark_corners(picture: np.ndarray, rgb: tuple[float, float, float], radius: float) -> None:
+    """Quarter discs on float32 [64 64 3], at the top left and at the bottom right."""
+    side = int(radius) + 2
+    n = np.arange(side, dtype=np.float32) + np.float32(0.5)
+    distance = np.hypot(n[None, :], n[:, None]) - np.float32(radius)
+    _paint(picture[:side, :side], rgb, distance)
+    _paint(picture[-side:, -side:], rgb, distance[::-1, ::-1])
 
 
 def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.float32) -> np.ndarray:
@@ -262,21 +300,25 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.float32) ->
     return ((u - tip) * edge_v - v * edge_u) / np.hypot(edge_u, edge_v)
 
 
-def render_batch(specs: Sequence[Spec]) -> np.ndarray:
+def render_batch(specs: Sequence[Spec], style: str = "plain") -> np.ndarray:
     """Pictures of several specs: uint8 [b 64 64 3]."""
     out = np.empty((len(specs), RESOLUTION, RESOLUTION, 3), np.uint8)
     for n, s in enumerate(specs):
-        out[n] = render(s)
+        out[n] = render(s, style)
     return out
 
 
-def example(index: int, split: str = "train", num_objects: int = 1) -> tuple[np.ndarray, str]:
+def example(
+    index: int, split: str = "train", num_objects: int = 1, style: str = "plain"
+) -> tuple[np.ndarray, str]:
     """Picture (uint8 [64 64 3]) and caption number `index` of a split."""
     s = spec(index, split, num_objects)
-    return render(s), caption(s)
+    return render(s, style), caption(s)
 
 
-def examples(start: int, count: int, split: str = "train", num_objects: int = 1) -> tuple[np.ndarray, list[str]]:
+def examples(
+    start: int, count: int, split: str = "train", num_objects: int = 1, style: str = "plain"
+) -> tuple[np.ndarray, list[str]]:
     """Pictures (uint8 [count 64 64 3]) and captions number `start` .. `start + count - 1` of a split."""
     specs = [spec(i, split, num_objects) for i in range(start, start + count)]
-    return render_batch(specs), [caption(s) for s in specs]
+    return render_batch(specs, style), [caption(s) for s in specs]

@@ -1,6 +1,6 @@
 """Calling a UNet with its conditioning: plainly, with a w embedding, or guided by two passes in one batch.
 
-A UNet here is anything whose `apply` is that of `models.unet.UNet2DConditionModel`.
+A UNet here is anything whose `apply` is that of `models.unet.UNet2DConditionModel`: one with adapters, too.
 """
 
 from collections.abc import Mapping

@@ -1,5 +1,6 @@
-"""The state of a run: one frozen pytree; and how a student begins from its teacher."""
+"""The state of a run, one frozen pytree; and how a student begins: from its teacher, or as adapters on it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,10 +11,11 @@ from flax import linen as nn
 from flax import struct
 
 from lcm_jax.errors import LcmError
+from lcm_jax.models import lora
 
 
 class TrainState(struct.PyTreeNode):
-    """step: optimiser updates made, int32; params: theta; ema_params: theta^-, the target."""
+    """step: optimiser updates made, int32; params: theta, all that is trained; ema_params: theta^-, the target."""
 
     step: jax.Array
     params: Any
@@ -33,7 +35,7 @@ def update_ema(ema: Any, params: Any, decay: float) -> Any:
 
 
 def student_of(unet: nn.Module, params: Any, w_embedding_dim: int) -> tuple[nn.Module, Any]:
-    """A student that starts from `unet`, with a w embedding of `w_embedding_dim`.
+    """A student that starts from `unet`, with a w embedding of `w_embedding_dim` (0: none, it averages over w).
 
     The projection of w is zero (LCM paper, after ControlNet), so student(z, t, c, w) = unet(z, t, c) for every w. A
     UNet that has a w embedding already (a distilled LCM) is returned as it is.
@@ -48,6 +50,18 @@ def student_of(unet: nn.Module, params: Any, w_embedding_dim: int) -> tuple[nn.M
                 f"config.distill.w_embedding_dim is {w_embedding_dim}; make them equal"
             )
         return unet, params
+    if not w_embedding_dim:
+        return unet, params
     kernel = np.zeros((w_embedding_dim, unet.block_out_channels[0]), np.float32)
     embedding = {**params["time_embedding"], "cond_proj": {"kernel": kernel}}
     return unet.clone(time_cond_proj_dim=w_embedding_dim), {**params, "time_embedding": embedding}
+
+
+def adapt(
+    unet: nn.Module, params: Any, key: jax.Array, rank: int, alpha: float, targets: Sequence[str]
+) -> tuple[lora.Adapted, dict[str, Any]]:
+    """A student of fresh adapters, scaled by alpha / rank, on `unet`: (module, {"base": params, "lora": adapters}).
+
+    It begins as `unet` itself. A w embedding cannot be an adapter's: `unet` must have one already, or none is used.
+    """
+    return lora.Adapted(unet, alpha / rank), {"base": params, "lora": lora.init(key, params, rank, targets)}

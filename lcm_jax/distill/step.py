@@ -5,6 +5,7 @@
 Randomness has no state: the draws of step n come from fold_in(key, n).
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,11 @@ import optax
 
 from lcm_jax.distill import objectives
 from lcm_jax.distill.state import TrainState, update_ema
+
+
+def named_key(seed: int, name: str) -> jax.Array:
+    """The root key of one named stream of random numbers; step n of it is fold_in(key, n)."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def learning_rate_schedule(rate: float, warmup_steps: int = 0, decay_start: int = 0, decay_steps: int = 0):
@@ -48,12 +54,12 @@ def make_step(
     ema_decay: float,
     accumulation_steps: int = 1,
 ) -> Callable[[TrainState, objectives.Frozen, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """The training step of LCD, not yet jitted (`jax.jit(step, donate_argnums=0)`).
+    """The training step, not yet jitted (`jax.jit(step, donate_argnums=0)`).
 
     Args:
       problem: what is distilled.
       optimizer: see `make_optimizer`.
-      ema_decay: of the target.
+      ema_decay: of the target; 0: the target is the student itself, without gradient.
       accumulation_steps: the batch goes through the networks in so many parts, which must divide it; the update is
         the same but for rounding.
 
@@ -62,7 +68,7 @@ def make_step(
     """
 
     def loss_fn(params, target_params, frozen, batch, draws):
-        return objectives.lcd_loss(problem, params, target_params, frozen, batch, draws)
+        return objectives.LOSSES[problem.objective](problem, params, target_params, frozen, batch, draws)
 
     def step(state: TrainState, frozen: objectives.Frozen, batch: Any, key: jax.Array):
         draws = objectives.draw(problem, jax.random.fold_in(key, state.step), batch["mean"].shape)

@@ -1,0 +1,219 @@
+"""LCM-LoRA in the method: LCD of adapters against torch and peft, what a step costs and holds, what it is fed.
+
+The torch side is `test_distill_objectives.algorithm_1` on models whose adapters are peft's.
+"""
+
+import dataclasses
+import functools
+import math
+
+import family
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import test_distill_objectives as lcd
+import test_models_lora as peft
+import tiny
+from diffusers import UNet2DConditionModel
+from flax.traverse_util import flatten_dict
+
+from lcm_jax.diffusion import schedule, solvers
+from lcm_jax.distill import losses, objectives, state
+from lcm_jax.distill import step as step_lib
+from lcm_jax.models import lora
+from lcm_jax.models import unet as unet_lib
+from lcm_jax.pretrained import names
+
+SCALE = peft.ALPHA / peft.RANK
+
+
+def make_problem(kind: str, prediction_type: str, distance=losses.l2) -> objectives.Problem:
+    unet = unet_lib.from_config(tiny.UNETS[kind])
+    whole = lcd.make_problem(kind, prediction_type, distance)
+    return dataclasses.replace(whole, student=lora.Adapted(unet, SCALE), teacher=unet)
+
+
+CASES = [("sd1", "epsilon"), ("sd2", "v_prediction"), ("sdxl", "epsilon")]
+
+
+@pytest.mark.parametrize(("kind", "prediction_type"), CASES)
+def test_loss_and_gradient_match_torch_with_peft(kind, prediction_type):
+    """theta and theta^- are different adapters on one base, which is the teacher."""
+    student, target = (peft.peft_unet(kind, seed) for seed in (21, 22))
+    teacher = tiny.randomise(UNet2DConditionModel(**tiny.UNETS[kind]), 1)
+    batch, null, draws = inputs(kind)
+    p = make_problem(kind, prediction_type)
+    base, theta, theta_minus = peft.base_params(p.teacher, student), peft.factors(student), peft.factors(target)
+
+    models = {"student": student.double(), "target": target.double(), "teacher": teacher.double()}
+    for name, value in models["student"].named_parameters():
+        value.requires_grad_(".lora_" in name)
+    want_loss = lcd.algorithm_1(models, prediction_type, "l2", batch, null, draws, None)
+    want_loss.backward()
+    gradient = {k: v.grad for k, v in models["student"].named_parameters() if ".lora_" in k}
+    want = flatten_dict(peft.adapter_tree(gradient), sep="/")
+
+    def loss(theta, theta_minus, base):
+        frozen = objectives.Frozen(teacher=base, null=null)
+        return objectives.lcd_loss(p, theta, theta_minus, frozen, batch, objectives.Draws(**draws))
+
+    got_loss, got = peft.jit(jax.value_and_grad(loss))(theta, theta_minus, base)
+    got = flatten_dict(got, sep="/")
+    np.testing.assert_allclose(got_loss, want_loss.item(), rtol=1e-4)
+    assert got.keys() == want.keys() and len(got) == 2 * len(lora.target_paths(base))
+    errors = {key: np.linalg.norm(got[key] - want[key]) / np.linalg.norm(want[key]) for key in want}
+    worst = max(errors, key=errors.get)
+    print(f"loss {got_loss:.6g} {abs(got_loss / want_loss.item() - 1):.1e}; gradient {errors[worst]:.1e} ({worst})")
+    assert errors[worst] <= 1e-4, f"{worst}: {errors[worst]}"
+
+
+def inputs(kind: str) -> tuple[dict, dict, dict]:
+    """`test_distill_objectives.inputs`; sd2 is told as sd1, in text of the same width."""
+    return lcd.inputs("sd1" if kind == "sd2" else kind)
+
+
+def test_a_student_of_adapters_keeps_the_base_it_is_given():
+    unet = unet_lib.from_config(tiny.UNETS["sd1"])
+    base = names.abstract_params(unet)
+    student, params = state.adapt(unet, base, jax.random.key(0), 4, 8.0, ("to_q", "conv1"))
+    assert student == lora.Adapted(unet, 2.0) and params["base"] is base
+    assert {path[-1] for path in lora.by_layer(params["lora"])} == {"to_q", "conv1"}
+    assert state.student_of(unet, base, 0) == (unet, base)  # nor does a student without w get one
+
+
+def abstract_step(unet, text_width: int, rank: int, side: int = 8, adapted: bool = True):
+    """(step's arguments as shapes, jitted step) of LCM-LoRA on `unet`, or of full LCD."""
+    weights = names.abstract_params(unet)
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    if adapted:
+        student = lora.Adapted(unet, 1.0)
+        theta = jax.eval_shape(lambda key: lora.init(key, weights, rank), jax.random.key(0))
+    else:
+        student, theta = state.student_of(unet, weights, 16)
+    noise_schedule = schedule.from_config(lcd.BETAS)
+    problem = objectives.Problem(
+        student=student, teacher=unet, schedule=noise_schedule, grid=solvers.solver_grid(noise_schedule, 50),
+        distance=losses.l2, w_min=6.5, w_max=6.5, scaling_factor=0.18215,
+    )  # fmt: skip
+    optimizer = step_lib.make_optimizer(1e-4)
+    cond, null = ({"encoder_hidden_states": array((b, 7, text_width))} for b in (2, 1))
+    latents = array((2, side, side, 4))
+    begun = jax.eval_shape(lambda p: state.create(p, optimizer), theta)
+    frozen = objectives.Frozen(teacher=weights, null=null)
+    key = jax.eval_shape(jax.random.key, 0)
+    batch = {"mean": latents, "logvar": latents, "cond": cond}
+    return (begun, frozen, batch, key), jax.jit(step_lib.make_step(problem, optimizer, 0.0), donate_argnums=0)
+
+
+def test_a_step_is_given_the_base_once():
+    """By XLA's count of the compiled step's arguments: LoRA holds W + 4 adapters, full LCD 5 W and w's projections."""
+    unet = unet_lib.from_config(tiny.UNETS["small"])
+    held = {}
+    for adapted in (True, False):
+        arguments, step = abstract_step(unet, 32, 4, adapted=adapted)
+        compiled = step.lower(*arguments).compile({"xla_backend_optimization_level": 0})
+        data = sum(x.size * 4 for x in jax.tree.leaves((arguments[2], arguments[1].null)))
+        held[adapted] = (compiled.memory_analysis().argument_size_in_bytes - data) / 4, arguments[0]
+    base = names.num_params(unet)
+    adapters = size(held[True][1].params)
+    assert 0 < adapters < base
+    # Beside the float32 arrays: step, Adam's count, the key.
+    assert abs(held[True][0] - (base + 4 * adapters)) <= 8
+    assert abs(held[False][0] - (5 * base + 4 * 16 * 16)) <= 8
+
+
+def size(tree) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def costs(unet, rank: int, side: int, text_width: int) -> dict[str, float]:
+    """Floating-point operations that XLA counts, from shapes alone: forward with adapters on, and with gradients."""
+    weights = names.abstract_params(unet)
+    theta = jax.eval_shape(lambda key: lora.init(key, weights, rank), jax.random.key(0))
+    adapted = lora.Adapted(unet, 1.0)
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    inputs = array((1, side, side, 4)), array((1,)), array((1, 77, text_width))
+
+    def output(theta, base, *inputs):
+        return adapted.apply({"params": {"base": base, "lora": theta}}, *inputs).sum()
+
+    def count(function, *arguments) -> float:
+        return jax.jit(function).lower(*arguments).cost_analysis()["flops"]
+
+    return {
+        "forward": count(output, theta, weights, *inputs),
+        "gradient": count(jax.value_and_grad(output), theta, weights, *inputs),
+    }
+
+
+def test_no_dense_gradient_is_formed():
+    """At SD 1.5's widths and rank 64, 64x64 latents: at most 2.3 forward passes, where dense gradients take 2.9."""
+    cost = costs(unet_lib.from_config(family.UNETS["sd15"]), 64, 64, 768)
+    ratio = cost["gradient"] / cost["forward"]
+    print(f"forward {cost['forward'] / 1e12:.3f} TFLOP, value and gradient {ratio:.3f} x")
+    assert 1.9 < ratio <= 2.3
+
+
+def test_a_steps_arguments_at_the_real_widths():
+    """SD 1.5, rank 64: 0.86 G weights and 4 times 67.3 M adapters; full LCD 5 times the weights."""
+    unet = unet_lib.from_config(family.UNETS["sd15"])
+    (begun, frozen, *_), _ = abstract_step(unet, 768, 64)
+    assert size(frozen.teacher) == names.num_params(unet) and frozen.base is None
+    assert size(begun.params) == size(begun.ema_params) == 67_252_224  # the published file has 134.6 MB, float16
+    total = size((begun, frozen))
+    (begun, frozen, *_), _ = abstract_step(unet, 768, 64, adapted=False)
+    print(f"LoRA {total * 4 / 2**30:.2f} GiB, full LCD {size((begun, frozen)) * 4 / 2**30:.2f} GiB")
+    assert total < 0.27 * size((begun, frozen))
+
+
+def test_a_base_of_its_own_and_steps_move_adapters_alone():
+    """The student's base differs from the teacher: `Frozen.base` is taken; decay 0 makes the target the student."""
+    unet = unet_lib.from_config(tiny.UNETS["small"])
+    teacher, base = (
+        names.from_torch(unet, tiny.randomise(UNet2DConditionModel(**tiny.UNETS["small"]), seed).state_dict())
+        for seed in (1, 2)
+    )
+    (_, _, shapes, _), step = abstract_step(unet, 32, 4)
+    rng = np.random.default_rng(0)
+    batch = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
+    null = {"encoder_hidden_states": np.zeros((1, 7, 32), np.float32)}
+    theta = lora.init(jax.random.key(0), base, 4)
+    optimizer = step_lib.make_optimizer(1e-4)
+    losses_of = {}
+    for name, own in (("own base", base), ("teacher's", None)):
+        now = state.create(theta, optimizer)
+        frozen = objectives.Frozen(teacher=teacher, null=null, base=own)
+        for _ in range(2):
+            now, metrics = step(now, frozen, batch, jax.random.key(3))
+        losses_of[name] = float(metrics["loss"])
+        jax.tree.map(np.testing.assert_array_equal, now.params, now.ema_params)
+        moved = jax.tree.map(lambda a, b: bool((a != b).any()), now.params, theta)
+        assert all(pair["lora_B"] for pair in lora.by_layer(moved).values())
+    assert losses_of["own base"] != losses_of["teacher's"]
+    assert jax.tree.structure(optax.tree.get(now.opt_state, "mu")) == jax.tree.structure(theta)
+
+
+class Recorder:
+    """Stands for a UNet in bfloat16; keeps what it is called with."""
+
+    def __init__(self, time_cond_proj_dim=None):
+        self.calls, self.time_cond_proj_dim, self.dtype = [], time_cond_proj_dim, jnp.bfloat16
+
+    def apply(self, variables, z, t, text, timestep_cond=None, added_cond_kwargs=None):
+        self.calls.append((variables, z, t, text, timestep_cond, added_cond_kwargs))
+        return z.astype(jnp.bfloat16)
+
+
+def test_sizes_and_crops_reach_every_pass_in_float32():
+    """bfloat16 would round 1023 to 1024; the null pass has the caption's sizes beside the zero text."""
+    batch, null, draws = lcd.inputs("sdxl")
+    student, teacher = Recorder(), Recorder()
+    p = dataclasses.replace(lcd.make_problem("sdxl"), student=student, teacher=teacher)
+    objectives.lcd_loss(p, {}, {}, objectives.Frozen(teacher={}, null=null), batch, objectives.Draws(**draws))
+    ids = batch["cond"]["time_ids"]
+    for (*_, added), want in zip([*student.calls, *teacher.calls], [ids, ids, np.concatenate([ids, ids])], strict=True):
+        assert added["time_ids"].dtype == jnp.float32
+        np.testing.assert_array_equal(added["time_ids"], want)
+    assert not teacher.calls[0][-1]["text_embeds"][4:].any() and teacher.calls[0][-1]["text_embeds"][:4].all()
