@@ -40,7 +40,8 @@ def default_config() -> ConfigDict:
     config.objective = "lcd"  # "lcd": latent consistency distillation; "lcf": fine-tuning of an LCM, no teacher needed
 
     config.model = model = ConfigDict()
-    model.teacher = config_dict.placeholder(str)  # folder in diffusers format, hub id, or "shapes" (comes with us)
+    model.teacher = config_dict.placeholder(str)  # diffusers folder, hub id, FILE.safetensors, or "shapes" (our own)
+    model.config = config_dict.placeholder(str)  # for FILE.safetensors: folder or hub id with its tokenizers and configs
     model.student = config_dict.placeholder(str)  # what training starts from; None: the teacher. LCF: the LCM, needed
     model.vae = config_dict.placeholder(str)  # VAE in place of the teacher's (SDXL's for half precision): folder or id
     model.prediction_type = config_dict.placeholder(str)  # what the model must be found to predict; None: whatever
@@ -224,8 +225,10 @@ def _check_models(config: ConfigDict, check: Callable[[str, bool, str], None]) -
         check("model.teacher", bool(model.teacher),
               "no teacher; set --config.model.teacher to a model folder in diffusers format, a hub id, or \"shapes\""
               + (" (distill.lcd_weight > 0 asks it)" if config.objective == "lcf" else ""))
-    for key in ("teacher", "student", "vae"):
+    for key in ("teacher", "student", "vae", "config"):
         check(f"model.{key}", model[key] != "", "must be a folder, a hub id, or None")
+    check("model.config", model.config is None or str(model.teacher).endswith(".safetensors"),
+          f"goes with a single .safetensors file; model.teacher = {model.teacher!r} has its own, leave it None")
     if config.objective == "lcf":
         check("model.student", model.student is not None,
               "LCF fine-tunes a Latent Consistency Model; set it to that model's folder or hub id")

@@ -1,14 +1,17 @@
-"""A run -> a model folder that diffusers and lcm_jax load with no further word.
+"""A run -> a model that diffusers, lcm_jax and others load with no further word.
 
-    python -m lcm_jax.export --workdir=runs/shapes_lcm --out=runs/shapes_lcm/export [--verify]
+    python -m lcm_jax.export --workdir=runs/shapes_lcm --out=runs/shapes_lcm/export [--format=pipeline] [--verify]
 
-`--format=pipeline` is a whole pipeline (SD: LatentConsistencyModelPipeline), `--format=unet` the UNet alone, as
-lcm-sdxl's. Either has a model card and `lcm_config.json`, what inference must match. The student is built from the
-workdir's config.json, its weights come from one checkpoint, and every tensor must find its place.
+    of a full run   pipeline      whole folder (default)        unet        the UNet alone, as lcm-sdxl's
+    of a LoRA run   lora-kohya    folder with one LoRA file     lora-peft   the same with peft's names
+                    merged        whole folder, adapters merged into the base
+    of either       single-file   --out=NAME.safetensors, as A1111 and ComfyUI have it, adapters merged
+
+Each has a model card and `lcm_config.json`, what inference must match (a single file and a LoRA in their header). The
+student is built from the workdir's config.json, its weights come from one checkpoint, every tensor must find its place.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,18 +23,31 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import lcm_jax
-from lcm_jax import assets, pretrained, sample, verify
 from lcm_jax import config as config_lib
+from lcm_jax import pretrained, sample, verify
+from lcm_jax import student as student_lib
 from lcm_jax.diffusion.consistency import SIGMA_DATA
 from lcm_jax.errors import LcmError
+from lcm_jax.generate import default_guidance_scale
 from lcm_jax.model_card import model_card
-from lcm_jax.pretrained import Pipeline, load_pipeline, save_pipeline, save_unet, saving
+from lcm_jax.pretrained import (
+    Pipeline,
+    files,
+    lora_files,
+    save_pipeline,
+    save_single_file,
+    save_unet,
+    saving,
+)
+from lcm_jax.pretrained.single_file_saving import check_file, fold_w
 from lcm_jax.runtime import checkpoint
 from lcm_jax.runtime.workdir import read_config
-from lcm_jax.student import load_student
 
 WEIGHTS = {"ema": "ema_params", "online": "params"}  # what a user calls them -> in the training state
-FORMATS = ("pipeline", "unet")
+FOLDERS = ("pipeline", "unet", "merged")  # of whole weights, in diffusers' layout
+LORA_FORMATS = {"lora-kohya": "kohya", "lora-peft": "peft"}  # what a user calls them -> in lora_files
+FORMATS = (*FOLDERS, "single-file", *LORA_FORMATS)
+VERIFIABLE = ("pipeline", "merged")
 DTYPES = ("float32", "float16", "bfloat16")
 PROMPTS = ("a photo of a cat", "a red car on a street", "a mountain lake in the evening", "a portrait of an old man")
 
@@ -39,11 +55,12 @@ PROMPTS = ("a photo of a cat", "a red car on a street", "a mountain lake in the 
 def parser() -> argparse.ArgumentParser:
     p = sample.Parser(prog="python -m lcm_jax.export", description=__doc__.splitlines()[0])
     p.add_argument("--workdir", type=Path, required=True, help="of the run: config.json and checkpoints/")
-    p.add_argument("--out", type=Path, required=True, help="folder to write; must not exist, or be empty")
+    p.add_argument("--out", type=Path, required=True, help="folder to write; single-file: NAME.safetensors; new")
     p.add_argument("--step", type=int, help="checkpoint to take; default: the newest")
     p.add_argument("--weights", choices=tuple(WEIGHTS), default="ema", help="EMA target (default) or online student")
-    p.add_argument("--format", choices=FORMATS, default="pipeline")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights in the files")
+    p.add_argument("--format", choices=FORMATS, help="default: pipeline, of a LoRA run lora-kohya")
+    p.add_argument("--dtype", choices=DTYPES, help="of the weights; default: float32, LoRA and single file float16")
+    p.add_argument("--guidance_scale", type=float, help="of a single file: scale to fold in, in place of a w embedding")
     p.add_argument("--table", type=Path, help="Markdown file with measurements, for the model card")
     p.add_argument("--verify", action="store_true", help="draw with diffusers, too, and compare; needs lcm_jax[torch]")
     return p
@@ -71,45 +88,100 @@ def choose_step(workdir: Path, step: int | None) -> int:
 
 
 def read_weights(workdir: Path, step: int, weights: str, expected: Any) -> dict[str, Any]:
-    """UNet weights of a checkpoint, numpy. Raises LcmError unless names, shapes and dtypes are those of `expected`."""
+    """What a checkpoint trained, numpy. Raises LcmError unless names, shapes and dtypes are those of `expected`."""
     params = checkpoint.load_subtree(workdir / "checkpoints", step, WEIGHTS[weights])
     diff = checkpoint.tree_diff(params, expected)
     if diff:
         more = f"; and {len(diff) - checkpoint.MAX_DIFF} more" if len(diff) > checkpoint.MAX_DIFF else ""
         raise LcmError(
             f"checkpoint {step} of {workdir} is not of the student that its config.json describes "
-            f"({'; '.join(diff[: checkpoint.MAX_DIFF])}{more}); has the teacher's folder changed since?"
+            f"({'; '.join(diff[: checkpoint.MAX_DIFF])}{more}); has the model's folder changed since?"
         )
     return params
 
 
-def make_record(config: ConfigDict, pipeline: Pipeline, step: int, weights: str) -> dict[str, Any]:
-    """What `lcm_config.json` says: the constants that inference must match, and where the weights come from."""
+def make_record(config: ConfigDict, student: Pipeline, step: int, weights: str) -> dict[str, Any]:
+    """What `lcm_config.json` says: the constants that inference must match, and where the weights come from.
+
+    w_embedding_dim 0 is a student that is not told w; w_min and w_max are then what it averages over, if it does.
+    """
     distill = config.distill
+    told_w = student.unet.time_cond_proj_dim or 0
+    uses_w = told_w or config_lib.asks_teacher(config)
+    lora = {key: config.lora[key] for key in ("rank", "alpha")} | {"targets": list(config.lora.targets)}
     return {
-        "w_min": distill.w_min,
-        "w_max": distill.w_max,
+        "objective": config.objective,
+        "w_embedding_dim": told_w,
+        **({"w_min": distill.w_min, "w_max": distill.w_max} if uses_w else {}),
         "solver_steps": distill.solver_steps,
         "timestep_scaling": distill.timestep_scaling,
         "sigma_data": distill.sigma_data,
-        "prediction_type": pipeline.schedule.prediction_type,
+        "prediction_type": student.schedule.prediction_type,
+        **({"lora": lora} if config.lora.rank else {}),
         "teacher": config.model.teacher,
+        "student": config.model.student,
         "step": step,
         "weights": weights,
         "lcm_jax": lcm_jax.__version__,
     }
 
 
-def bytes_needed(params: Mapping[str, Any], parts: Sequence[str], dtype: str) -> int:
-    """Bytes of these parts' weights in `dtype`."""
-    leaves = jax.tree.leaves({part: params[part] for part in parts})
-    return sum(leaf.size for leaf in leaves) * jnp.dtype(dtype).itemsize
+def choose_format(config: ConfigDict, given: str | None) -> str:
+    """`given`, or what is usual for the run. Raises LcmError, which says what to take, where the run has no such."""
+    rank = config.lora.rank
+    usual = ("lora-kohya", "lora-peft", "merged", "single-file") if rank else ("pipeline", "unet", "single-file")
+    if given is None:
+        return usual[0]
+    if given in usual:
+        return given
+    if rank:
+        raise LcmError(
+            f"--format={given}: this is a LoRA run (config.lora.rank = {rank}), which trained adapters alone; use "
+            "--format=merged for a whole pipeline with them merged, or lora-kohya, lora-peft, single-file"
+        )
+    raise LcmError(
+        f"--format={given}: this run trained every weight (config.lora.rank = 0), there are no adapters; use "
+        f"--format={' or '.join(usual)}"
+    )
 
 
-def check_verifiable(args: argparse.Namespace) -> None:
-    """Raises LcmError where `--verify` could not be done."""
-    if args.format != "pipeline":
-        raise LcmError(f"--verify draws pictures and --format={args.format} is no pipeline; use --format=pipeline")
+def card_of(out: Path) -> Path:
+    """Where a single file's model card goes."""
+    return out.with_suffix(".md")
+
+
+def check_out(out: Path, form: str, needed: int = 0) -> None:
+    """Raises LcmError where `needed` bytes cannot be written to `out`."""
+    if form != "single-file":
+        saving.check_target(out, needed)
+        return
+    check_file(out, needed)
+    if card_of(out).exists():
+        raise LcmError(f"{card_of(out)}, the model card's place, already exists; choose another name or remove it")
+
+
+def bytes_needed(student: Pipeline, form: str, dtype: Any) -> int:
+    """Bytes of the weights that `form` consists of, in `dtype`."""
+    params = student.params
+    if form in ("pipeline", "merged", "single-file"):
+        tree = {part: params[part] for part in saving.names_of_parts(student)}
+    else:
+        tree = student_lib.theta(student)
+    return sum(leaf.size for leaf in jax.tree.leaves(tree)) * jnp.dtype(dtype).itemsize
+
+
+def check_options(args: argparse.Namespace, config: ConfigDict, form: str) -> None:
+    """Raises LcmError where an option cannot be followed in this format."""
+    if args.guidance_scale is not None and form != "single-file":
+        raise LcmError(
+            f"--guidance_scale={args.guidance_scale:g} is folded into a single file only; use --format=single-file, or "
+            "leave it out"
+        )
+    if not args.verify:
+        return
+    if form not in VERIFIABLE:
+        remedy = "merged" if config.lora.rank else "pipeline"
+        raise LcmError(f"--verify draws pictures and --format={form} is no pipeline; use --format={remedy}")
     verify.check_installed()
 
 
@@ -125,58 +197,93 @@ def run(args: argparse.Namespace) -> int:
       LcmError, OSError: nothing is left under `args.out`.
     """
     config = run_config(args.workdir)
+    form = choose_format(config, args.format)
+    dtype = jnp.dtype(args.dtype or ("float32" if form in FOLDERS else "float16"))
     step = choose_step(args.workdir, args.step)
     table = None if args.table is None else sample.read_text("table", args.table)
-    saving.check_target(args.out)
-    if args.verify:
-        check_verifiable(args)
+    check_out(args.out, form)
+    check_options(args, config, form)
 
-    student = load_student(config, load_pipeline(assets.resolve(config.model.teacher)))
-    student = with_unet(student, jax.eval_shape(lambda params: params, student.params["unet"]))  # frees the weights
-    parts = saving.names_of_parts(student) if args.format == "pipeline" else ("unet",)
-    saving.check_target(args.out, bytes_needed(student.params, parts, args.dtype))
+    student = student_lib.load_student(config, student_lib.load_teacher(config))
+    theta = jax.eval_shape(lambda params: params, student_lib.theta(student))
+    student = student_lib.with_theta(student, theta)  # frees the weights that training began with
+    check_out(args.out, form, bytes_needed(student, form, dtype))
     if args.verify:
         check_text_to_image(student)
-    student = with_unet(student, read_weights(args.workdir, step, args.weights, student.params["unet"]))
+    student = student_lib.with_theta(student, read_weights(args.workdir, step, args.weights, theta))
+    if form in ("merged", "single-file"):
+        student = student_lib.merged(student)
 
     record = make_record(config, student, step, args.weights)
+    if args.guidance_scale is not None:
+        student, record = fold_guidance(student, record, args.guidance_scale)
     if record["sigma_data"] != SIGMA_DATA:
         print(
             f"warning: sigma_data is {record['sigma_data']:g}, diffusers' LCMScheduler always takes {SIGMA_DATA:g}; "
             "its pictures will differ slightly from lcm_jax's",
             file=sys.stderr,
         )
-    write(args, student, record, model_card(config.to_dict(), record, student, args.out.name, args.format, table))
-    print(f"step {step}, {args.weights} weights, {args.dtype}: {args.out}")
-    return report_difference(args.out, config) if args.verify else 0
+    card = model_card(config.to_dict(), record, student, args.out.name, form, table)
+    write(args.out, form, dtype, student, record, card)
+    print(f"step {step}, {args.weights} weights, {form}, {dtype}: {args.out}")
+    return report_difference(args.out, record, tuple(config.sample.prompts)) if args.verify else 0
 
 
-def with_unet(pipeline: Pipeline, params: Any) -> Pipeline:
-    """The pipeline with other weights of its UNet."""
-    return dataclasses.replace(pipeline, params={**pipeline.params, "unet": params})
+def fold_guidance(student: Pipeline, record: Mapping[str, Any], scale: float) -> tuple[Pipeline, dict[str, Any]]:
+    """The student at one guidance scale, without w embedding, and its record."""
+    if not student.has_w_embedding:
+        raise LcmError(f"--guidance_scale={scale:g}: this student has no w embedding to fold; leave it out")
+    low, high = record["w_min"] + 1.0, record["w_max"] + 1.0
+    if not low <= scale <= high:
+        raise LcmError(f"--guidance_scale={scale:g} was not trained; choose {low:g} to {high:g}")
+    return fold_w(student, scale - 1.0), {**record, "w_embedding_dim": 0, "guidance_scale": scale}
 
 
-def write(args: argparse.Namespace, student: Pipeline, record: Mapping[str, Any], card: str) -> None:
-    """The folder `args.out`, all of it or nothing."""
-    extra = {pretrained.RECORD: json.dumps(record, indent=2) + "\n", "README.md": card}
-    dtype = jnp.dtype(args.dtype)
-    if args.format == "unet":
-        save_unet(student.unet, student.params["unet"], args.out, dtype=dtype, extra_files=extra)
-        return
-    scheduler = saving.lcm_scheduler_config(
-        student.configs["scheduler"],
-        original_inference_steps=record["solver_steps"],
-        timestep_scaling=record["timestep_scaling"],
-    )
-    save_pipeline(student, args.out, scheduler_config=scheduler, dtype=dtype, extra_files=extra)
+def write(out: Path, form: str, dtype: Any, student: Pipeline, record: Mapping[str, Any], card: str) -> None:
+    """What `form` asks for under `out`, all of it or nothing."""
+    text = json.dumps(record, indent=2) + "\n"
+    extra = {pretrained.RECORD: text, "README.md": card}
+    if form in LORA_FORMATS:
+        write_lora(out, LORA_FORMATS[form], dtype, student, record, extra)
+    elif form == "single-file":
+        save_single_file(student, out, dtype=dtype, metadata={pretrained.RECORD: text})
+        card_of(out).write_text(card, encoding="utf-8")
+    elif form == "unet":
+        save_unet(student.unet, student.params["unet"], out, dtype=dtype, extra_files=extra)
+    else:
+        scheduler = saving.lcm_scheduler_config(
+            student.configs["scheduler"],
+            original_inference_steps=record["solver_steps"],
+            timestep_scaling=record["timestep_scaling"],
+        )
+        save_pipeline(student, out, scheduler_config=scheduler, dtype=dtype, extra_files=extra)
 
 
-def report_difference(folder: Path, config: ConfigDict) -> int:
+def write_lora(
+    out: Path, form: str, dtype: Any, student: Pipeline, record: Mapping[str, Any], extra: Mapping[str, str]
+) -> None:
+    """A folder of one LoRA file, which carries the record too, and the texts `extra`."""
+    with saving.all_or_nothing(out, bytes_needed(student, form, dtype)) as folder:
+        for name, text in extra.items():
+            files.write_text(folder / name, text)
+        lora_files.write_lora(
+            folder / lora_files.FILE_NAME,
+            student_lib.theta(student),
+            student.unet.module,
+            alpha=record["lora"]["alpha"],
+            rank=record["lora"]["rank"],
+            format=form,
+            dtype=dtype,
+            metadata={pretrained.RECORD: extra[pretrained.RECORD]},
+        )
+
+
+def report_difference(folder: Path, record: Mapping[str, Any], given: Sequence[str] = ()) -> int:
     """Prints how far diffusers' pictures are from ours; exit code 1 where they are not the same, else 0."""
-    scale = verify.guidance_scale(config.distill.w_min, config.distill.w_max)
-    given = tuple(config.sample.prompts) or PROMPTS
+    scale = default_guidance_scale(bool(record["w_embedding_dim"]), record)
+    given = tuple(given) or PROMPTS
     prompts = [given[i % len(given)] for i in range(len(PROMPTS))]
-    steps = min(verify.STEPS, config.distill.solver_steps)
+    steps = min(verify.STEPS, record["solver_steps"])
     difference = verify.compare(folder, prompts, scale, steps)
     print(
         f"verify: diffusers and lcm_jax, {len(prompts)} pictures, {steps} steps, guidance scale {scale:g}, float32: "

@@ -37,8 +37,8 @@ def load_teacher(config: ConfigDict) -> Pipeline:
     source = assets.resolve(model.teacher or model.student)
     unet = None if config_lib.asks_teacher(config) or model.teacher is None else assets.resolve(model.student)
     dtype = jnp.dtype("float32" if model.dtype == "auto" else model.dtype)
-    vae = model.vae and assets.resolve(model.vae)
-    pipeline = load_pipeline(source, dtype=dtype, unet=unet, vae=vae)
+    vae, configs = (name and assets.resolve(name) for name in (model.vae, model.config))
+    pipeline = load_pipeline(source, dtype=dtype, unet=unet, vae=vae, config=configs)
     if dtype.itemsize < 4 and getattr(pipeline.vae, "force_upcast", False):  # SDXL's overflows in half precision
         pipeline = dataclasses.replace(pipeline, vae=pipeline.vae.clone(dtype=jnp.float32))
     return pipeline

@@ -11,7 +11,6 @@ from pathlib import Path
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax import sample
@@ -19,7 +18,6 @@ from lcm_jax.errors import LcmError
 
 NEEDS = ("torch", "diffusers")
 STEPS = 4
-GUIDANCE_SCALE = 8.0
 LARGEST_PIXEL = 2  # of 255: two roundings may fall apart; anything beyond is another picture
 
 
@@ -42,15 +40,9 @@ def check_installed() -> None:
         raise LcmError(f"--verify needs {' and '.join(missing)}; pip install lcm_jax[torch], or leave --verify out")
 
 
-def guidance_scale(w_min: float, w_max: float) -> float:
-    """8 where the model was distilled on it, else the middle of its range."""
-    low, high = w_min + 1.0, w_max + 1.0
-    return GUIDANCE_SCALE if low <= GUIDANCE_SCALE <= high else (low + high) / 2.0
-
-
 def compare(folder: str | Path, prompts: Sequence[str], scale: float, steps: int = STEPS, seed: int = 0) -> Difference:
     """Draws one picture per prompt with either program from the folder of an LCM, and compares them."""
-    pipeline, record = sample.load(str(folder), None, None, None, jnp.dtype("float32"))
+    pipeline, record = sample.load(str(folder))
     height, width = sample.default_size(pipeline)
     shape = (height // pipeline.vae.factor, width // pipeline.vae.factor, pipeline.unet.in_channels)
     settings = sample.settings_for(pipeline, record, "lcm", steps, "trailing")

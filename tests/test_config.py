@@ -37,7 +37,7 @@ BAD = {
     "train.adam_eps": 0.0, "train.max_grad_norm": -1.0, "train.accumulation_steps": 0, "distill.solver_steps": 1001,
     "distill.w_min": -0.5, "distill.w_max": float("nan"), "distill.loss": "l1", "distill.huber_c": 0.0,
     "distill.w_embedding_dim": 255, "distill.lcd_weight": -1.0, "lora.rank": -1, "lora.alpha": 0.0,
-    "lora.targets": (1,), "model.vae": "", "model.prediction_type": "eps",
+    "lora.targets": (1,), "model.vae": "", "model.config": "x", "model.prediction_type": "eps",
     "distill.timestep_scaling": 0.0, "distill.sigma_data": float("inf"),
     "checkpoint.every": 0, "checkpoint.keep": 0, "log.every": 0, "sample.every": -1, "sample.steps": 51,
     "sample.guidance_scale": 0.5, "sample.prompts": (3,),

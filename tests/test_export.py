@@ -17,11 +17,10 @@ from PIL import Image
 
 import lcm_jax
 from lcm_jax import config as config_lib
-from lcm_jax import export, pretrained, sample, verify
+from lcm_jax import export, generate, pretrained, sample, student, verify
 from lcm_jax.distill import state as state_lib
-from lcm_jax.pretrained import files, load_pipeline, load_unet
+from lcm_jax.pretrained import files, load_unet
 from lcm_jax.runtime.checkpoint import Checkpoints
-from lcm_jax.student import load_student
 
 STEPS_SAVED = (3, 7)
 PROMPTS = ("a red circle", "hello")
@@ -30,8 +29,8 @@ TABLE = "| steps | accuracy |\n|---|---|\n| 4 | 0.93 |\n"
 
 def make_config(teacher, **changes) -> config_lib.ConfigDict:
     config = config_lib.default_config()
-    config.model.teacher = str(teacher)
-    config.data.resolution = 64
+    config.model.teacher = teacher and str(teacher)
+    config.data.source, config.data.resolution = "shapes", 64
     config.train.steps = 7
     config.distill.w_embedding_dim = 16
     config.distill.w_min, config.distill.w_max = 2.0, 8.0
@@ -40,12 +39,14 @@ def make_config(teacher, **changes) -> config_lib.ConfigDict:
     return config_lib.resolve(config)
 
 
-def make_run(workdir: Path, teacher: Path, steps=STEPS_SAVED, spoil=None, **changes) -> dict[int, state_lib.TrainState]:
+def make_run(
+    workdir: Path, teacher: Path | None, steps=STEPS_SAVED, spoil=None, **changes
+) -> dict[int, state_lib.TrainState]:
     """A workdir as training leaves it. The weights of each checkpoint differ, its EMA's from them, and w is in use."""
     config = make_config(teacher, **changes)
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(config_lib.to_json(config))
-    begun = load_student(config, load_pipeline(teacher)).params["unet"]
+    begun = student.theta(student.load_student(config, student.load_teacher(config)))
     states = {}
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         for step in steps:
@@ -53,7 +54,8 @@ def make_run(workdir: Path, teacher: Path, steps=STEPS_SAVED, spoil=None, **chan
             for seed in (2 * step, 2 * step + 1):
                 rng = np.random.default_rng(seed)
                 tree = jax.tree.map(lambda x: x + 0.02 * rng.standard_normal(x.shape, np.float32), begun)  # noqa: B023
-                tree["time_embedding"]["cond_proj"]["kernel"] *= 10.0
+                if "cond_proj" in tree.get("time_embedding", {}):
+                    tree["time_embedding"]["cond_proj"]["kernel"] *= 10.0
                 trees.append(spoil(tree) if spoil else tree)
             state = state_lib.create(trees[0], optax.sgd(0.1)).replace(step=np.int32(step), ema_params=trees[1])
             checkpoints.save(step, state)
@@ -128,7 +130,7 @@ def test_verify_measures_the_difference_and_fails_on_another_model(run, exported
 
     record = json.loads((out / pretrained.RECORD).read_text())
     tiny.write_json(out / pretrained.RECORD, record | {"timestep_scaling": 1e-3})  # ours now has other scalings
-    assert export.report_difference(out, make_config("x")) == 1
+    assert export.report_difference(out, record) == 1
     assert re.search(r"(?m)^error: the pictures differ by \d+/255, more than 2/255", capsys.readouterr().err)
 
 
@@ -149,9 +151,9 @@ def test_the_rest_of_the_family(teacher, tmp_path, capsys):
 def test_the_folder_says_what_inference_must_match(run, exported):
     record = json.loads((exported / pretrained.RECORD).read_text())
     assert record == {
-        "w_min": 2.0, "w_max": 8.0, "solver_steps": 50, "timestep_scaling": 10.0, "sigma_data": 0.5,
-        "prediction_type": "epsilon", "teacher": str(tiny.folder("sd1")), "step": 7, "weights": "ema",
-        "lcm_jax": lcm_jax.__version__,
+        "objective": "lcd", "w_embedding_dim": 16, "w_min": 2.0, "w_max": 8.0, "solver_steps": 50,
+        "timestep_scaling": 10.0, "sigma_data": 0.5, "prediction_type": "epsilon", "teacher": str(tiny.folder("sd1")),
+        "student": str(tiny.folder("sd1")), "step": 7, "weights": "ema", "lcm_jax": lcm_jax.__version__,
     }  # fmt: skip
     scheduler = diffusers.LCMScheduler.from_pretrained(exported, subfolder="scheduler")
     assert scheduler.config.original_inference_steps == 50 and scheduler.config.timestep_scaling == 10.0
@@ -238,14 +240,18 @@ def error_of(capsys, *words) -> str:
         (["--weights=both"], r"argument --weights: invalid choice: 'both'"),
         (["--out=FULL"], r"full already exists and is not empty; choose another folder"),
         (["--table=NOWHERE"], r"--table=NOWHERE cannot be read \(No such file or directory\)"),
-        (["--verify", "--format=unet"], r"--verify draws pictures and --format=unet is no pipeline"),
+        (["--verify", "--format=unet"], r"--verify draws pictures and --format=unet is no pipeline; use .*=pipeline"),
+        (["--format=lora-peft"], r"--format=lora-peft: this run trained every weight .*use --format=pipeline or unet"),
+        (["--format=merged"], r"--format=merged: this run trained every weight"),
+        (["--format=single-file"], r"out does not end in .safetensors; name the single file so"),
+        (["--guidance_scale=8"], r"--guidance_scale=8 is folded into a single file only; use --format=single-file"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_any_work(run, tmp_path, capsys, monkeypatch, options, message):
     def no_work(*_, **__):
         raise AssertionError("the teacher is loaded already")
 
-    monkeypatch.setattr(export, "load_pipeline", no_work)
+    monkeypatch.setattr(student, "load_pipeline", no_work)
     for name in ("empty", "broken", "invalid", "untrained", "full"):
         (tmp_path / name).mkdir()
     config = json.loads((run[0] / "config.json").read_text())
@@ -328,6 +334,9 @@ def test_weights_that_do_not_fit_the_dtype_are_refused(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_the_scale_that_is_verified():
-    assert verify.guidance_scale(2.0, 14.0) == 8.0
-    assert verify.guidance_scale(0.0, 4.0) == 3.0
+def test_the_scale_that_is_verified_and_the_default():
+    assert generate.default_guidance_scale(True, {"w_min": 2.0, "w_max": 14.0}) == 8.0
+    assert generate.default_guidance_scale(True, {"w_min": 0.0, "w_max": 4.0}) == 3.0
+    assert generate.default_guidance_scale(True, {}) == 8.0
+    assert generate.default_guidance_scale(False, {"w_min": 2.0, "w_max": 14.0}) == 1.0
+    assert generate.default_guidance_scale(False, {}, "ddim") == 8.0

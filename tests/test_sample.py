@@ -94,7 +94,7 @@ def test_unet_and_vae_are_exchanged(three, lcm, tmp_path, capsys):
     other = tiny.randomise(type(tiny.torch_vae())(**tiny.VAE), 99)
     other.save_pretrained(vae)
     pictures = draw(lcm, tmp_path / "other", f"--vae={vae}", *options)
-    pipeline, record = sample.load(str(lcm), None, str(vae), None, np.dtype("float32"))
+    pipeline, record = sample.load(str(lcm), vae=str(vae))
     assert record == RECORD
     want = other.decoder.conv_out.bias.numpy()
     np.testing.assert_array_equal(pipeline.params["vae"]["decoder"]["conv_out"]["bias"], want)
@@ -105,10 +105,11 @@ def test_unet_and_vae_are_exchanged(three, lcm, tmp_path, capsys):
     ("guidance_scale", "warned"), [(3, False), (9, False), (2.9, True), (9.5, True)]
 )  # fmt: skip
 def test_guidance_outside_the_record_is_warned_of(lcm, guidance_scale, warned):
-    warning = sample.guidance_warning(pretrained.read_record(lcm), guidance_scale)
+    pipeline, record = sample.load(str(lcm))
+    warning = sample.guidance_warning(pipeline, record, sample.Settings(), guidance_scale)
     assert (warning is not None) == warned
     assert not warned or "3 to 9" in warning and f"{guidance_scale:g}" in warning
-    assert sample.guidance_warning(pretrained.read_record(tiny.folder("lcm")), guidance_scale) is None
+    assert sample.guidance_warning(pipeline, {}, sample.Settings(), guidance_scale) is None
 
 
 def test_the_warning_is_one_line_and_the_picture_comes_all_the_same(lcm, tmp_path, capsys):
@@ -137,7 +138,11 @@ def test_the_warning_is_one_line_and_the_picture_comes_all_the_same(lcm, tmp_pat
         ([], r"no prompt; give --prompt"),
         (["--prompts=NOWHERE"], r"--prompts=NOWHERE cannot be read \(No such file or directory\)"),
         (["--prompt=a", "--model=/no/such/folder"], r"/no/such/folder does not exist; give a folder"),
-        (["--prompt=a", "--model=SD1"], r"--guidance_scale=8.0: this UNet has no w embedding .*use --guidance_scale=1"),
+        (["--prompt=a", "--negative_prompt=b"], r"--negative_prompt='b': this UNet has a w embedding.*LCM-LoRA"),
+        (["--prompt=a", "--model_config=SD1"], r"--model_config=\S+ is for a single .safetensors, not for --model="),
+        (["--prompt=a", "--lora=/no/such.safetensors"], r"--lora=\S+: /no/such.safetensors does not exist; give a"),
+        (["--prompt=a", "--lora=TEXT:inf"], r"weight inf is not finite"),
+        (["--prompt=a", "--lora=TEXT"], r"prompts.txt is not a .safetensors file"),
         (["--prompt=a", "--vae=TEXT"], r"prompts.txt is a file; a folder in diffusers format is needed"),
         (["--prompt=a", "--out=TEXT"], r"prompts.txt is a file; give a folder"),
         (["--prompt=a", "--model=BROKEN"], r"diffusion_pytorch_model.safetensors .*cannot be read"),

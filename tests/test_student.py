@@ -16,7 +16,7 @@ from lcm_jax import student as student_lib
 from lcm_jax import train
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
-from lcm_jax.pretrained import RECORD, load_pipeline
+from lcm_jax.pretrained import RECORD, load_pipeline, save_single_file
 
 DIM = 16
 
@@ -195,3 +195,12 @@ def test_another_vae_and_its_precision(teacher, tmp_path):
     tiny.write_json(path, json.loads(path.read_text()) | {"force_upcast": False})
     assert student_lib.load_teacher(config).vae.dtype == jnp.bfloat16
     assert load_pipeline(teacher).vae.scaling_factor != 0.5
+
+
+def test_a_single_file_teacher_is_the_folder_it_was_made_from(teacher, tmp_path):
+    file = save_single_file(load_pipeline(teacher), tmp_path / "teacher.safetensors", dtype=np.float32)
+    with pytest.raises(LcmError, match=r"config\.model\.config = '.*': goes with a single \.safetensors file"):
+        make_config(teacher, model__config=str(teacher))
+    _, student = load(make_config(file, model__config=str(teacher)))
+    _, expected = load(make_config(teacher))
+    assert student.unet == expected.unet and same(student.params["unet"], expected.params["unet"])

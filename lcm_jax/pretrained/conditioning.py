@@ -4,7 +4,8 @@
     SDXL          encoder_hidden_states = concat of both encoders' penultimate hidden states (before it),
                   text_embeds = second encoder's pooled output, time_ids = sizes and crop, height first
 
-The null text is "" encoded, but for SDXL models whose model_index says `force_zeros_for_empty_prompt`: zeros.
+The null text is "" encoded, but for SDXL models whose model_index says `force_zeros_for_empty_prompt`: zeros. A
+negative prompt, "" too, takes its place encoded. Encoders read 77 tokens; what is cut off is counted and logged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from lcm_jax.pretrained.pipeline import Pipeline
 from lcm_jax.pretrained.tokenizer import tokenize
@@ -46,17 +48,39 @@ def encode_tokens(pipeline: Pipeline, params: Mapping[str, Any], ids: Tokens) ->
 _encode_tokens = jax.jit(encode_tokens, static_argnums=0)
 
 
-def encode(pipeline: Pipeline, captions: Sequence[str]) -> dict[str, jax.Array]:
-    """Conditioning [b ...] of captions with the pipeline's own weights, jitted; see `encode_tokens`."""
+def encode(pipeline: Pipeline, captions: Sequence[str], report: bool = True) -> dict[str, jax.Array]:
+    """Conditioning [b ...] of captions with the pipeline's own weights, jitted; see `encode_tokens`.
+
+    report: log how many captions were too long, and by how much; for who does not say it otherwise.
+    """
+    cut = truncated(pipeline, captions) if report else {}
+    if cut:
+        caption, (length, kept) = max(cut.items(), key=lambda item: item[1][0])
+        logging.warning("%d of %d captions are longer than %d tokens and were cut; the longest, of %d, begins %r",
+                        len(cut), len(captions), kept, length, caption[:60])  # fmt: skip
     params = {name: tree for name, tree in pipeline.params.items() if name.startswith("text_encoder")}
     return _encode_tokens(pipeline, params, tokens(pipeline, captions))
 
 
-def null(pipeline: Pipeline) -> dict[str, jax.Array]:
-    """The null text's conditioning [1 ...], without time_ids."""
-    empty = encode(pipeline, [""])
-    zeros = pipeline.configs["model_index"].get("force_zeros_for_empty_prompt", True)
-    return jax.tree.map(jnp.zeros_like, empty) if pipeline.is_xl and zeros else empty
+def truncated(pipeline: Pipeline, captions: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Captions that are longer than a text encoder reads -> (its tokens, tokens kept), start and end included."""
+    found: dict[str, tuple[int, int]] = {}
+    given = list(dict.fromkeys(captions))
+    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+        if tokenizer is None or not given:
+            continue
+        kept = tokenizer.model_max_length
+        for caption, ids in zip(given, tokenizer(given, truncation=False, verbose=False).input_ids, strict=True):
+            if len(ids) > kept:
+                found[caption] = max(found.get(caption, (0, kept)), (len(ids), kept))
+    return found
+
+
+def null(pipeline: Pipeline, negative_prompt: str | None = None) -> dict[str, jax.Array]:
+    """Conditioning [1 ...], without time_ids, of the pass that guidance leads away from; None: the null text."""
+    encoded = encode(pipeline, [negative_prompt or ""], report=False)
+    zeros = negative_prompt is None and pipeline.configs["model_index"].get("force_zeros_for_empty_prompt", True)
+    return jax.tree.map(jnp.zeros_like, encoded) if pipeline.is_xl and zeros else encoded
 
 
 def time_ids(height: int, width: int, batch: int) -> np.ndarray:

@@ -253,7 +253,7 @@ def _write(
     shapes = {name: {key: p.torch_shape for key, (p, _) in found.items()} for name, found in leaves.items()}
     needed = sum(files.weights_size(found, dtype) for found in shapes.values())
     needed += sum(len(text) for text in (*texts.values(), *extra.values())) + _SLACK
-    with _all_or_nothing(out, needed) as folder:
+    with all_or_nothing(out, needed) as folder:
         for name, text in {**texts, **extra}.items():
             files.write_text(folder / name, text)
         for name, found in leaves.items():
@@ -268,7 +268,7 @@ def _write(
 
 
 @contextlib.contextmanager
-def _all_or_nothing(out: Path, needed: int) -> Iterator[Path]:
+def all_or_nothing(out: Path, needed: int) -> Iterator[Path]:
     """A new folder beside `out` that takes its name when the block ends well, and is removed when it does not."""
     check_target(out, needed)
     out = out.absolute()

@@ -1,0 +1,266 @@
+"""`python -m lcm_jax.export`: LoRA files, merged pipelines, single files, students without w embedding, LCF runs.
+
+One LoRA run comes from the training program itself; the other workdirs are written as training leaves them.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import safetensors
+import tiny
+from test_export import diffusers_pictures, make_run
+from test_sample import arrays, draw
+from test_train import LORA, command
+
+from lcm_jax import export, pretrained, sample
+from lcm_jax.models import lora
+from lcm_jax.pretrained import lora_files, lora_keys
+
+PROMPT = "a small red circle"
+SEED, STEPS = 3, 4
+OPTIONS = (f"--seed={SEED}", f"--steps={STEPS}", "--num_images=4", "--batch_size=4")
+TINY_RUN = {"distill.w_embedding_dim": 0, "sample.guidance_scale": 1.0}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return tiny.build("teacher", tmp_path_factory.mktemp("formats") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def lora_run(teacher, tmp_path_factory) -> Path:
+    """The workdir of a LoRA run that `lcm_jax.train` made."""
+    workdir = tmp_path_factory.mktemp("formats") / "run"
+    options = (*LORA, "--config.sample.guidance_scale=1", "--config.train.ema_decay=0", "--config.train.steps=40")
+    assert command(workdir, teacher, *options) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def exports(lora_run, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    for form in ("lora-kohya", "lora-peft", "merged", "single-file"):
+        out = folder / (form + (".safetensors" if form == "single-file" else ""))
+        words = [] if form == "lora-kohya" else [f"--format={form}"]  # of a LoRA run it is the default
+        assert export.main([f"--workdir={lora_run}", f"--out={out}", *words]) == 0
+    return {path.stem: path for path in folder.iterdir() if path.suffix != ".md"}
+
+
+@pytest.fixture(scope="module")
+def ours(teacher, exports, tmp_path_factory) -> dict[str, np.ndarray]:
+    """What `lcm_jax.sample` draws with the LoRA's files, with the merged model, and with the teacher alone."""
+    sources = {
+        "lora-kohya": (teacher, f"--lora={exports['lora-kohya']}"),
+        "lora-peft": (teacher, f"--lora={exports['lora-peft'] / lora_files.FILE_NAME}:1.0"),
+        "merged": (exports["merged"],),
+        "single-file": (exports["single-file"], f"--model_config={teacher}"),
+        "alone": (teacher,),
+    }
+    out = tmp_path_factory.mktemp("pictures")
+    return {form: arrays(draw(model, out / form, *words, *OPTIONS, prompt=PROMPT))
+            for form, (model, *words) in sources.items()}  # fmt: skip
+
+
+def theirs(pipe, monkeypatch, size=64) -> np.ndarray:
+    """What diffusers draws of the four pictures, size pixels from latents of 8x8."""
+    noise = sample.draw_noise(SEED, range(4), STEPS, (8, 8, 4))
+    return diffusers_pictures(pipe, monkeypatch, [PROMPT] * 4, noise, size, guidance_scale=1.0)
+
+
+@pytest.mark.parametrize("form", ["lora-kohya", "lora-peft", "merged"])
+def test_diffusers_draws_what_our_sampler_draws(form, teacher, exports, ours, monkeypatch):
+    if form == "merged":
+        pipe = diffusers.DiffusionPipeline.from_pretrained(exports[form])
+        assert type(pipe.scheduler) is diffusers.LCMScheduler and type(pipe) is diffusers.StableDiffusionPipeline
+    else:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(teacher)
+        pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+        pipe.load_lora_weights(exports[form])
+    pictures = theirs(pipe, monkeypatch)
+    assert ((pictures > 0) & (pictures < 255)).mean() > 0.5  # pictures, not saturation
+    difference = np.abs(ours[form] - pictures).max()
+    print(f"{form}: largest difference {difference}/255")
+    assert difference <= 2
+
+
+def test_all_formats_draw_the_same_and_other_than_the_teacher(ours):
+    for form in ("lora-peft", "merged", "single-file"):
+        assert np.abs(ours[form] - ours["lora-kohya"]).max() <= 2, form
+    change = np.abs(ours["alone"] - ours["lora-kohya"]).max()
+    print(f"the LoRA changes pictures by up to {change}/255")
+    assert change > 8
+
+
+def header(path: Path) -> dict[str, str]:
+    with safetensors.safe_open(path, framework="np") as handle:
+        return handle.metadata()
+
+
+def test_a_lora_folder_is_complete(lora_run, exports, teacher):
+    trained = json.loads((lora_run / "config.json").read_text())
+    unet = pretrained.load_unet(teacher)[0]
+    for form in ("lora-kohya", "lora-peft"):
+        folder = exports[form]
+        assert {path.name for path in folder.iterdir()} == {lora_files.FILE_NAME, "README.md", pretrained.RECORD}
+        record = pretrained.read_record(folder)
+        assert record == pretrained.read_record(folder / lora_files.FILE_NAME), "a file alone says the same"
+        wanted = {"objective": "lcd", "w_embedding_dim": 0, "solver_steps": 50, "step": 40, "teacher": str(teacher),
+                  "lora": {"rank": 4, "alpha": 8.0, "targets": list(lora.DEFAULT_TARGETS)}}  # fmt: skip
+        assert wanted.items() <= record.items() and trained["lora"] == record["lora"]
+        read = lora_files.read_lora(folder, {"unet": unet}).parts["unet"]
+        layers = [name for name in lora_keys.layers(unet) if name.endswith(lora.DEFAULT_TARGETS)]
+        assert len(read) == len(layers) > 20
+        assert {(one.rank, one.alpha) for one in read.values()} == {(4, 8.0)}
+    assert "lora_adapter_metadata" in header(exports["lora-peft"] / lora_files.FILE_NAME)
+    with safetensors.safe_open(exports["lora-kohya"] / lora_files.FILE_NAME, framework="np") as handle:
+        keys = list(handle.keys())
+        assert len(keys) == 3 * len(layers) and all(key.startswith("lora_unet_") for key in keys)
+        assert {str(handle.get_tensor(key).dtype) for key in keys} == {"float16"}
+
+
+@pytest.mark.parametrize("form", ["lora-kohya", "lora-peft"])
+def test_the_card_of_a_lora_shows_code_that_runs(form, teacher, exports, monkeypatch, ours):
+    card = (exports[form] / "README.md").read_text()
+    assert "LoRA of rank 4, alpha 8" in card and "- lora\n" in card and "guidance_scale=1" in card
+    assert (f"<lora:{form}:1>" in card and "models/loras" in card) == (form == "lora-kohya")
+    assert f"--model={teacher} --lora={form} --prompt" in card
+    code = re.search(r"```python\n(.*?)```", card, re.S)[1]
+    code = code.replace("folder of the teacher", str(teacher)).replace(f'"{form}"', f'"{exports[form]}"')
+    names = {}
+    exec(code.split("image = ")[0], names)
+    assert np.abs(theirs(names["pipe"], monkeypatch) - ours[form]).max() <= 2
+
+
+def test_merged_is_verified(lora_run, tmp_path, capsys):
+    assert export.main([f"--workdir={lora_run}", f"--out={tmp_path / 'out'}", "--format=merged", "--verify"]) == 0
+    said = capsys.readouterr().out
+    print(said)
+    pixel = re.search(r"4 pictures, 4 steps, guidance scale 1, .* pixel difference (\d+)/255, .* (\S+)\n", said)
+    assert int(pixel[1]) <= 2 and float(pixel[2]) < 2e-3
+
+
+def error_of(capsys, *words) -> str:
+    assert export.main(list(words)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--format=pipeline"], r"--format=pipeline: this is a LoRA run \(config.lora.rank = 4\).*use --format=merged"),
+    (["--format=unet"], r"--format=unet: this is a LoRA run .*lora-kohya, lora-peft"),
+    (["--verify"], r"--format=lora-kohya is no pipeline; use --format=merged"),
+    (["--format=single-file", "--guidance_scale=8"], r"no w embedding to fold; leave it out"),
+])  # fmt: skip
+def test_what_a_lora_run_has_not(lora_run, tmp_path, capsys, options, message):
+    suffix = ".safetensors" if "--format=single-file" in options else ""
+    assert re.search(message, error_of(capsys, f"--workdir={lora_run}", f"--out={tmp_path / 'out'}{suffix}", *options))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["lora-kohya", "merged", "single-file"])
+def test_a_failed_write_leaves_nothing(form, lora_run, tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for name in ("rename", "fsync"):
+        monkeypatch.setattr(f"os.{name}", fail)
+    out = tmp_path / ("out.safetensors" if form == "single-file" else "out")
+    assert "No space left" in error_of(capsys, f"--workdir={lora_run}", f"--out={out}", f"--format={form}")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_a_student_without_w_is_a_plain_pipeline(name, tmp_path, capsys):
+    make_run(tmp_path / "run", tiny.folder(name), steps=(3,), **TINY_RUN)
+    out = tmp_path / "model"
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={out}", "--verify"]) == 0
+    said = capsys.readouterr().out
+    print(said)
+    assert "guidance scale 1, " in said
+    index = json.loads((out / "model_index.json").read_text())
+    kind = {"sd1": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[name]
+    assert index["_class_name"] == kind and index["scheduler"] == ["diffusers", "LCMScheduler"]
+    assert pretrained.read_record(out)["w_embedding_dim"] == 0
+    card = (out / "README.md").read_text()
+    assert "Guidance is distilled in" in card and "guidance_scale=1)" in card
+
+
+def test_the_card_of_an_sdxl_unet_shows_code_that_runs(tmp_path, monkeypatch):
+    """diffengine's way: our UNet folder, another VAE, the base pipeline, LCMScheduler; and the same in lcm_jax."""
+    make_run(tmp_path / "run", tiny.folder("sdxl"), steps=(3,), **TINY_RUN)
+    out = tmp_path / "unet"
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={out}", "--format=unet"]) == 0
+    card = (out / "README.md").read_text()
+    assert "--unet=unet --vae=madebyollin/sdxl-vae-fp16-fix" in card
+    vae = diffusers.AutoencoderKL(**tiny.VAES["sdxl"], force_upcast=False)
+    tiny.randomise(vae, 42).save_pretrained(tmp_path / "vae")
+    code = re.search(r"```python\n(.*?)```", card, re.S)[1].split("image = ")[0]
+    places = {"folder of the teacher": tiny.folder("sdxl"), "unet": out, "madebyollin/sdxl-vae-fp16-fix":
+              tmp_path / "vae"}  # fmt: skip
+    for word, place in places.items():
+        code = code.replace(f'"{word}"', f'"{place}"')
+    names = {}
+    exec(code.replace("torch.float16", "torch.float32"), names)  # half precision is for accelerators
+    assert type(names["pipe"]) is diffusers.StableDiffusionXLPipeline
+    pictures = theirs(names["pipe"], monkeypatch, 16)
+    options = (f"--unet={out}", f"--vae={tmp_path / 'vae'}", *OPTIONS)
+    drawn = arrays(draw(tiny.folder("sdxl"), tmp_path / "out", *options, prompt=PROMPT))
+    print(f"largest difference {np.abs(drawn - pictures).max()}/255")
+    assert np.abs(drawn - pictures).max() <= 2
+
+
+def test_a_single_file_with_and_without_w(tmp_path, capsys, monkeypatch):
+    folder = tiny.folder("sd1")
+    make_run(tmp_path / "run", folder, steps=(3,))
+    word = f"--workdir={tmp_path / 'run'}"
+    assert export.main([word, f"--out={tmp_path / 'whole'}"]) == 0
+    single = ["--format=single-file", "--dtype=float32"]
+    assert export.main([word, f"--out={tmp_path / 'w.safetensors'}", *single]) == 0
+    assert export.main([word, f"--out={tmp_path / 'folded.safetensors'}", *single, "--guidance_scale=5"]) == 0
+    capsys.readouterr()
+    assert "choose 3 to 9" in error_of(capsys, word, f"--out={tmp_path / 'x.safetensors'}", *single,
+                                       "--guidance_scale=2")  # fmt: skip
+    kept, folded = (pretrained.read_record(tmp_path / f"{name}.safetensors") for name in ("w", "folded"))
+    assert kept == pretrained.read_record(tmp_path / "whole")
+    assert folded == kept | {"w_embedding_dim": 0, "guidance_scale": 5.0}
+    assert "do not know the w embedding" in (tmp_path / "w.md").read_text()
+    card = (tmp_path / "folded.md").read_text()
+    assert "models/checkpoints" in card and "`guidance_scale` 5 folded in" in card
+
+    config = f"--model_config={folder}"
+    whole = arrays(draw(tmp_path / "whole", tmp_path / "a", "--guidance_scale=5", *OPTIONS, prompt=PROMPT))
+    with_w = draw(tmp_path / "w.safetensors", tmp_path / "b", config, "--guidance_scale=5", *OPTIONS, prompt=PROMPT)
+    without = draw(tmp_path / "folded.safetensors", tmp_path / "c", config, *OPTIONS, prompt=PROMPT)
+    assert np.abs(arrays(with_w) - whole).max() <= 1 and np.abs(arrays(without) - whole).max() <= 1
+    assert without["0000_0000.png"].text["guidance_scale"] == "1.0" and not capsys.readouterr().err
+
+    code = re.search(r"```python\n(.*?)```", card, re.S)[1].split("image = ")[0]
+    code = code.replace('"folded.safetensors"', f'"{tmp_path / "folded.safetensors"}", config="{folder}"')
+    names = {}
+    exec(code, names)
+    pictures = theirs(names["pipe"], monkeypatch, 16)
+    print(f"largest difference {np.abs(arrays(without) - pictures).max()}/255")
+    assert np.abs(arrays(without) - pictures).max() <= 2
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_lcf_runs_export_what_their_student_is(rank, tmp_path, capsys):
+    """No teacher; the student is an LCM with w embedding, trained whole or by adapters."""
+    lcm = tiny.copy("lcm", tmp_path / "lcm")
+    changes = {"objective": "lcf", "model.student": str(lcm), "lora.rank": rank, "lora.alpha": 4.0}
+    make_run(tmp_path / "run", None, steps=(3,), **changes)
+    out, form = tmp_path / "model", "merged" if rank else "pipeline"
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={out}", f"--format={form}", "--verify"]) == 0
+    said = capsys.readouterr().out
+    print(said)
+    assert "guidance scale 8, " in said
+    record = pretrained.read_record(out)
+    wanted = {"objective": "lcf", "teacher": None, "student": str(lcm), "w_embedding_dim": 16, "w_max": 8.0}
+    assert wanted.items() <= record.items() and ("lora" in record) == bool(rank)
+    card = (out / "README.md").read_text()
+    assert "latent consistency fine-tuning" in card and f"| Fine-tuned | `{lcm}`" in card and "None" not in card

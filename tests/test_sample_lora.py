@@ -1,0 +1,233 @@
+"""`python -m lcm_jax.sample` on UNets without w embedding: LoRAs, negative prompts, single files, warnings.
+
+The oracle is a torch diffusers pipeline with LCMScheduler, from the same latents and noise.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import diffusers
+import lora_kit
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_export import diffusers_pictures
+from test_sample import PROMPT, arrays, draw
+
+from lcm_jax import generate, sample
+from lcm_jax.errors import LcmError
+from lcm_jax.pretrained import RECORD, conditioning, load_pipeline, save_single_file
+
+SEED, STEPS = 5, 3
+OPTIONS = (f"--seed={SEED}", f"--steps={STEPS}", "--num_images=2", "--batch_size=2")
+LONG = "hello " * 80  # 82 tokens with start and end
+
+
+def theirs(name, monkeypatch, prepare=lambda pipe: None, folder=None, prompt=PROMPT, **options) -> np.ndarray:
+    """What diffusers draws of the two pictures; `prepare` changes the pipeline first."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder or tiny.folder(name))
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    prepare(pipe)
+    if "negative_prompt" in options:
+        options["negative_prompt"] = [options["negative_prompt"]] * 2
+    noise = sample.draw_noise(SEED, [0, 1], STEPS, (8, 8, 4))
+    pictures = diffusers_pictures(pipe, monkeypatch, [prompt] * 2, noise, 16, **options)
+    assert ((pictures > 0) & (pictures < 255)).mean() > 0.5  # pictures, not saturation
+    return pictures
+
+
+def same(ours, pictures, what) -> None:
+    difference = np.abs(arrays(ours) - pictures).max()
+    print(f"{what}: largest difference {difference}/255")
+    assert difference <= 2, what
+
+
+@pytest.fixture(scope="module")
+def lora_files(tmp_path_factory) -> tuple[Path, Path]:
+    """One for the UNet, kohya's names with alphas; one for UNet and text encoder, peft's names."""
+    folder, pipeline = tmp_path_factory.mktemp("loras"), lora_kit.pipeline("sd1")
+    one = lora_kit.tensors_of("kohya", lora_kit.factors(pipeline.unet, seed=1), alpha=2.0)
+    two = lora_kit.tensors_of("peft", lora_kit.factors(pipeline.unet, lora_kit.ATTENTION, rank=2, seed=2))
+    text = lora_kit.factors(pipeline.text_encoder, ("q_proj", "v_proj"), rank=2, seed=3)
+    two |= lora_kit.tensors_of("peft", text, part="text_encoder")
+    return lora_kit.save(folder / "one.safetensors", one), lora_kit.save(folder / "two.safetensors", two)
+
+
+def test_loras_are_merged_as_diffusers_adds_them(lora_files, tmp_path, monkeypatch):
+    """Two at once with weights, one pass a step by default; a LoRA for the text encoder counts."""
+    one, two = lora_files
+    ours = draw(tiny.folder("sd1"), tmp_path / "out", f"--lora={one}:0.5", f"--lora={two}", *OPTIONS)
+    assert ours["0000_0000.png"].text["guidance_scale"] == "1.0"
+    assert ours["0000_0000.png"].text["lora"] == f"{one}:0.5, {two}"
+
+    def add(pipe):
+        for name, path in (("one", one), ("two", two)):
+            pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        pipe.set_adapters(["one", "two"], [0.5, 1.0])
+
+    same(ours, theirs("sd1", monkeypatch, add, guidance_scale=1.0), "two LoRAs")
+    alone = arrays(draw(tiny.folder("sd1"), tmp_path / "alone", f"--lora={one}:0.5", *OPTIONS))
+    assert np.abs(alone - arrays(ours)).max() > 8
+
+
+@pytest.mark.parametrize("negative", [None, "", "a large blue square"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_guidance_between_1_and_2_is_diffusers_two_passes(name, negative, tmp_path, monkeypatch):
+    """SDXL: no negative prompt is zeros, "" is encoded; SD: both are "" encoded."""
+    words = () if negative is None else (f"--negative_prompt={negative}",)
+    ours = draw(tiny.folder(name), tmp_path, "--guidance_scale=1.5", *words, *OPTIONS)
+    options = {} if negative is None else {"negative_prompt": negative}
+    same(ours, theirs(name, monkeypatch, guidance_scale=1.5, **options), f"{name}, {negative!r}")
+    assert ours["0000_0000.png"].text.get("negative_prompt") == negative
+
+
+def test_what_null_texts_are():
+    for name in ("sd1", "sdxl"):
+        pipeline = load_pipeline(tiny.folder(name))
+        unset, empty, other = (conditioning.null(pipeline, text) for text in (None, "", "blue"))
+        encoded = conditioning.encode(pipeline, [""])
+        for key, value in encoded.items():
+            np.testing.assert_array_equal(empty[key], value)
+            np.testing.assert_array_equal(unset[key], np.zeros_like(value) if name == "sdxl" else value)
+            assert np.abs(other[key] - value).max() > 0.01
+    pipeline.configs["model_index"]["force_zeros_for_empty_prompt"] = False
+    np.testing.assert_array_equal(conditioning.null(pipeline)["text_embeds"], encoded["text_embeds"])
+
+
+def test_the_negative_prompt_is_the_teachers_too(tmp_path):
+    options = ("--sampler=ddim", "--guidance_scale=5", *OPTIONS)
+    ours = draw(tiny.folder("sd1"), tmp_path, "--negative_prompt=a blue square", *options)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tiny.folder("sd1"))
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    noise = sample.draw_noise(SEED, [0, 1], 1, (8, 8, 4))[0]
+    pictures = pipe(
+        [PROMPT] * 2, negative_prompt=["a blue square"] * 2, height=16, width=16, num_inference_steps=STEPS,
+        guidance_scale=5.0, latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
+    ).images  # fmt: skip
+    same(ours, np.stack([np.asarray(picture).astype(int) for picture in pictures]), "ddim")
+
+
+def test_a_single_file_is_a_model(tmp_path):
+    folder = tiny.folder("sd1")
+    path = save_single_file(load_pipeline(folder), tmp_path / "model.safetensors", dtype=np.float32)
+    ours = draw(path, tmp_path / "a", f"--model_config={folder}", *OPTIONS)
+    np.testing.assert_array_equal(arrays(ours), arrays(draw(folder, tmp_path / "b", *OPTIONS)))
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("FILE", ("FILE", 1.0)), ("FILE:0.8", ("FILE", 0.8)), ("FILE:-1", ("FILE", -1.0)), ("FILE:1e-1", ("FILE", 0.1)),
+    ("owner/name", ("owner/name", 1.0)), ("owner/name/x.safetensors:.5", ("owner/name/x.safetensors", 0.5)),
+    ("ODD:name", ("ODD:name", 1.0)), ("ODD:name:2", ("ODD:name", 2.0)),
+])  # fmt: skip
+def test_what_follows_the_last_colon_is_a_weight_if_it_is_a_number(tmp_path, text, expected):
+    for name in ("file", "odd:name"):
+        (tmp_path / name).touch()
+
+    def real(text):
+        return text.replace("FILE", str(tmp_path / "file")).replace("ODD", str(tmp_path / "odd"))
+
+    assert sample.parse_lora(real(text)) == (real(expected[0]), expected[1])
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("FILE:nan", "weight nan is not finite"), ("FILE:", "does not exist"), ("nothing", "nothing does not exist"),
+    ("/no/such:2", "/no/such does not exist; give a .safetensors file, a folder, or owner/name"),
+])  # fmt: skip
+def test_bad_lora_options(tmp_path, text, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(LcmError, match=message):
+        sample.parse_lora(text.replace("FILE", str(tmp_path / "file")))
+
+
+def lora_with_record(folder: Path, record: dict, **tensors) -> Path:
+    """A LoRA in a folder with its lcm_config.json, as `export` writes it."""
+    folder.mkdir()
+    found = lora_kit.factors(lora_kit.pipeline("sd1").unet, ("to_q",), rank=2, seed=4)
+    lora_kit.save(folder / "pytorch_lora_weights.safetensors", lora_kit.tensors_of("peft", found) | tensors)
+    tiny.write_json(folder / RECORD, record)
+    return folder
+
+
+def test_the_constants_are_the_loras(lora_files, tmp_path):
+    """Without a record 50 steps and 10, the published LCM-LoRAs'; else the record's, in file or folder."""
+    pipeline, record = sample.load(str(tiny.folder("sd1")))
+    assert record == {} and not generate.is_lcm(pipeline, record)
+
+    def constants(*sources):
+        merged, found = sample.add_loras(pipeline, record, [(str(source), 1.0) for source in sources])
+        settings = sample.settings_for(merged, found, "lcm", 4, "trailing")
+        return settings.original_steps, settings.timestep_scaling
+
+    assert constants(lora_files[0]) == (50, 10.0)
+    folder = lora_with_record(tmp_path / "a", {"solver_steps": 20, "timestep_scaling": 5.0})
+    assert constants(folder) == constants(lora_files[0], folder) == (20, 5.0)
+    header = {RECORD: json.dumps({"solver_steps": 25})}
+    found = lora_kit.factors(pipeline.unet, ("to_q",), rank=2)
+    path = lora_kit.save(tmp_path / "b.safetensors", lora_kit.tensors_of("kohya", found, alpha=2.0), **header)
+    assert constants(path) == (25, 10.0)
+    with pytest.raises(LcmError, match=r"solver_steps is 20 for \S+, 25 for \S+; they cannot go together"):
+        constants(folder, path)
+    other = lora_with_record(tmp_path / "v", {"prediction_type": "v_prediction"})
+    with pytest.raises(LcmError, match="prediction_type is epsilon for the model, v_prediction for"):
+        constants(other)
+
+
+def test_keys_of_no_layer_are_refused_unless_asked(tmp_path, capsys, caplog):
+    extra = {"unet.nowhere.lora_A.weight": np.ones((2, 3), np.float32)}
+    folder = lora_with_record(tmp_path / "lora", {}, **extra)
+    words = [f"--model={tiny.folder('sd1')}", f"--out={tmp_path / 'out'}", "--prompt=a", f"--lora={folder}", *OPTIONS]
+    assert sample.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "unet.nowhere.lora_A.weight" in error and not (tmp_path / "out").exists()
+    assert sample.main([*words, "--ignore_unused"]) == 0
+    assert "1 of" in caplog.text and "unet.nowhere" in caplog.text
+
+
+def test_a_lora_of_another_architecture_is_refused(tmp_path, capsys):
+    words = [f"--model={tiny.folder('sdxl')}", f"--out={tmp_path / 'out'}", "--prompt=a"]
+    assert sample.main([*words, f"--lora={lora_with_record(tmp_path / 'lora', {})}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "architecture" in error
+
+
+def warned(pipeline, record=(), **options) -> str:
+    options = {"guidance_scale": 1.0, "negative_prompt": None} | options
+    settings = sample.Settings(sampler=options.pop("sampler", "lcm"))
+    return "\n".join(sample.warnings(pipeline, dict(record), settings, **options))
+
+
+def test_warnings():
+    plain, lcm = (load_pipeline(tiny.folder(name)) for name in ("sd1", "lcm"))
+    record = {"solver_steps": 50}
+    for scale in (1.0, 1.5, 2.0):
+        assert warned(plain, record, guidance_scale=scale) == ""
+    burnt = warned(plain, record, guidance_scale=2.5)
+    assert re.search("guidance scale 2.5 .* oversaturated, with burnt contrast", burnt) and "\n" not in burnt
+    assert warned(plain, sampler="ddim", guidance_scale=7.5) == warned(lcm, guidance_scale=8.0) == ""
+    assert "has no effect at guidance scale 1" in warned(plain, record, negative_prompt="b")
+    assert warned(plain, record, negative_prompt="b", guidance_scale=1.5) == ""
+    assert "nothing says that this is a Latent Consistency Model" in warned(plain)
+    assert warned(plain, may_be_lcm=True) == ""
+    plain.configs["scheduler"]["_class_name"] = "LCMScheduler"
+    assert generate.is_lcm(plain, {}) and warned(plain) == ""
+
+
+def test_warnings_and_cut_prompts_are_on_stderr_and_pictures_come(lora_files, tmp_path, capsys):
+    words = ("--guidance_scale=3", f"--negative_prompt={LONG}", f"--lora={lora_files[0]}", *OPTIONS)
+    assert len(draw(tiny.folder("sd1"), tmp_path, *words, prompt=f"a red {LONG}")) == 2
+    first, *cut = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert "oversaturated" in first
+    assert [re.match(r"warning: a prompt of (\d+) tokens is cut to 77, (\d+) are lost: '", line).groups()
+            for line in cut] == [("84", "7"), ("82", "5")]  # fmt: skip
+
+
+def test_captions_are_counted_where_no_program_does(caplog):
+    pipeline = load_pipeline(tiny.folder("sdxl"))
+    exact = "hello " * 75
+    assert conditioning.truncated(pipeline, [exact, LONG, LONG, "a"]) == {LONG: (82, 77)}
+    conditioning.encode(pipeline, [exact, "a"])
+    assert not caplog.text
+    conditioning.encode(pipeline, ["a", LONG])
+    assert "1 of 2 captions are longer than 77 tokens and were cut; the longest, of 82" in caplog.text
