@@ -41,7 +41,7 @@ def default_config() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.teacher = config_dict.placeholder(str)  # diffusers folder, hub id, FILE.safetensors, or "shapes" (our own)
-    model.config = config_dict.placeholder(str)  # for FILE.safetensors: folder or hub id with its tokenizers and configs
+    model.config = config_dict.placeholder(str)  # for FILE.safetensors: folder or hub id with tokenizers and configs
     model.student = config_dict.placeholder(str)  # what training starts from; None: the teacher. LCF: the LCM, needed
     model.vae = config_dict.placeholder(str)  # VAE in place of the teacher's (SDXL's for half precision): folder or id
     model.prediction_type = config_dict.placeholder(str)  # what the model must be found to predict; None: whatever

@@ -50,15 +50,15 @@ class Row:
 
 
 class Judge:
-    """Held-out captions, their labels, and the renders' features that samples are compared with."""
+    """Held-out captions, their labels, and the features of renders, in one style, that samples are compared with."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, style: str = "plain"):
         specs = [shapes.spec(i, "heldout") for i in range(count)]
         self.count = count
         self.captions = [shapes.caption(spec) for spec in specs]
         self.labels = shapes.label_arrays(specs)
-        self.renders = shapes.render_batch(specs)
-        references, _ = shapes.examples(REFERENCE_START, REFERENCES, "heldout")
+        self.renders = shapes.render_batch(specs, style)
+        references, _ = shapes.examples(REFERENCE_START, REFERENCES, "heldout", style=style)
         self.statistics = frechet.statistics(shapes_scorer.score(references)[1])
 
     def score(self, images: np.ndarray) -> tuple[float, float]:
@@ -74,6 +74,11 @@ class Judge:
 
     def real_rows(self, generator: Generator) -> list[Row]:
         """What the scorer says of the renders themselves and of their reconstructions by the VAE."""
+        again = self.reconstructions(generator)
+        return [self.row("renders", self.renders), self.row("VAE reconstructions", again)]
+
+    def reconstructions(self, generator: Generator) -> np.ndarray:
+        """The renders through the generator's VAE and back, uint8."""
         vae = generator.pipeline.vae
 
         def reconstruct(params, images):
@@ -83,8 +88,7 @@ class Judge:
 
         reconstruct = jax.jit(reconstruct)
         parts = [reconstruct(generator.params["vae"], part) for part in _batches(self.renders)]
-        again = to_uint8(np.concatenate(parts)[: self.count])
-        return [self.row("renders", self.renders), self.row("VAE reconstructions", again)]
+        return to_uint8(np.concatenate(parts)[: self.count])
 
 
 def _batches(array: np.ndarray) -> list[np.ndarray]:
