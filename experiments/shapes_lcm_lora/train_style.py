@@ -1,0 +1,115 @@
+"""A style LoRA of the embedded teacher, trained by plain denoising on styled renders.
+
+The teacher's own loss, mean |v_theta(z_t, t, c) - v|^2 with t uniform and 10 % of the captions "", but with adapters on
+its frozen UNet. Adam, linear to 0 over the second half; the EMA of the adapters is written as a kohya file.
+
+    python -m experiments.shapes_lcm_lora.train_style --workdir=runs/shapes_lcm_lora/style
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.shapes_teacher.loop import make_state, make_step, run
+from lcm_jax import assets
+from lcm_jax.data import shapes
+from lcm_jax.data.loader import batch_indices
+from lcm_jax.diffusion import schedule
+from lcm_jax.diffusion.denoiser import call
+from lcm_jax.errors import LcmError
+from lcm_jax.models import lora
+from lcm_jax.pretrained import Pipeline, conditioning, load_pipeline, lora_files
+
+STYLE = "card"
+RANK = 16  # alpha is the rank, so that weight 1.0 is what was trained
+EXAMPLES = 4096
+BATCH = 32
+DROP_CAPTION = 0.1
+FILE = "style_lora.safetensors"
+
+
+def latents(pipeline: Pipeline, style: str, count: int, batch: int = 64) -> dict[str, np.ndarray]:
+    """Scaled posterior moments [n h w c] of the first styled renders, and their captions' conditioning [n l d]."""
+    vae = pipeline.vae
+    encode = jax.jit(lambda params, images: vae.apply({"params": params}, images, method="encode"))
+    params = {name: jax.device_put(tree) for name, tree in pipeline.params.items() if name != "unet"}
+    pipeline = dataclasses.replace(pipeline, params=params)
+    parts = []
+    for start in range(0, count, batch):
+        images, captions = shapes.examples(start, batch, style=style)
+        mean, logvar = encode(params["vae"], images.astype(np.float32) / 127.5 - 1.0)
+        text = conditioning.encode(pipeline, captions)["encoder_hidden_states"]
+        parts.append(jax.device_get((mean * vae.scaling_factor, jnp.exp(0.5 * logvar) * vae.scaling_factor, text)))
+    mean, std, text = (np.concatenate(column)[:count] for column in zip(*parts, strict=True))
+    return {"mean": mean, "std": std, "text": text}
+
+
+def loss_fn(unet: lora.Adapted, noise_schedule: schedule.NoiseSchedule, adapters: Any, batch: Any, key: jax.Array):
+    """(loss, {}); batch: rows of `latents`, and the frozen arrays "base" (UNet) and "null" [1 l d]."""
+    keys = jax.random.split(key, 4)
+    z = batch["mean"] + batch["std"] * jax.random.normal(keys[0], batch["mean"].shape)
+    eps = jax.random.normal(keys[1], z.shape)
+    t = jax.random.randint(keys[2], z.shape[:1], 0, noise_schedule.num_train_timesteps)
+    drop = jax.random.bernoulli(keys[3], DROP_CAPTION, t.shape)
+    text = jnp.where(drop[:, None, None], batch["null"], batch["text"])
+    z_t = schedule.add_noise(noise_schedule, z, eps, t)
+    v = call(unet, {"base": batch["base"], "lora": adapters}, z_t, t, {"encoder_hidden_states": text})
+    return jnp.square(v - schedule.velocity(noise_schedule, z, eps, t)).mean(), {}
+
+
+def train(workdir: Path, steps: int, rank: int, learning_rate: float) -> Path:
+    """Trains, or goes on, and writes workdir/style_lora.safetensors. Raises LcmError where the teacher is unfit."""
+    teacher = load_pipeline(assets.path("shapes"))
+    if teacher.schedule.prediction_type != "v_prediction":
+        raise LcmError(f"the loss is of v, the teacher predicts {teacher.schedule.prediction_type}; take another")
+    data = latents(teacher, STYLE, EXAMPLES)
+    frozen = jax.device_put(
+        {"base": teacher.params["unet"], "null": conditioning.null(teacher)["encoder_hidden_states"]}
+    )
+    unet = lora.Adapted(teacher.unet, 1.0)
+    adapters = lora.init(jax.random.key(0), teacher.params["unet"], rank)
+
+    half = steps // 2
+    rate = optax.join_schedules(
+        [optax.constant_schedule(learning_rate), optax.linear_schedule(learning_rate, 0.0, steps - half)], [half]
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+    step = make_step(lambda p, b, k: loss_fn(unet, teacher.schedule, p, b, k), optimizer, ema_decay=0.98)
+
+    def batch(i: int) -> dict[str, Any]:
+        rows = batch_indices(0, i, BATCH, EXAMPLES)
+        return {**{name: array[rows] for name, array in data.items()}, **frozen}
+
+    state = run(workdir, make_state(adapters, optimizer), step, batch, steps, log_every=20, save_every=200)
+    path = workdir / FILE
+    path.unlink(missing_ok=True)  # made by this command, from the checkpoint beside it
+    words = {"style": STYLE, "steps": str(int(state.step)), "rank": str(rank)}
+    return lora_files.write_lora(
+        path, jax.device_get(state.ema), teacher.unet, alpha=float(rank), rank=rank, metadata=words
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    args = parser.parse_args()
+    print(train(args.workdir, args.steps, args.rank, args.learning_rate))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (LcmError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
