@@ -1,0 +1,25 @@
+"""LCM-LoRA of SDXL on 833 captioned pictures: diffengine's `lcm_xl_lora_pokemon_blip`.
+
+Command   python -m lcm_jax.train --config=configs/lcm_xl_lora_pokemon_blip.py --workdir=runs/lcm_xl_lora_pokemon_blip
+              --config.data.source=SOURCE --config.data.path=PATH
+Data      As `lcm_xl_pokemon_blip`. No source is set here
+Hardware  14.5 GB before activations, two pictures at a time: the base once, 20 bytes for each of 25 million adapter
+          weights, VAE and text encoders; one 40 GB card; not yet measured
+Time      Not yet measured
+Source    diffengine, lcm_xl_lora: rank 8, alpha 8, the 14 kinds of layers, lr 1e-5, no target network; the rest as
+          `lcm_xl_pokemon_blip`, w in [3, 15] among it, which this config starts from
+Deviates  As `lcm_xl_pokemon_blip`
+Result    Not yet measured
+"""
+
+import runpy
+from pathlib import Path
+
+
+def get_config():
+    config = runpy.run_path(str(Path(__file__).with_name("lcm_xl_pokemon_blip.py")))["get_config"]()
+    config.lora.rank = 8
+    config.lora.alpha = 8.0
+    config.train.learning_rate = 1e-5
+    config.train.ema_decay = 0.0
+    return config

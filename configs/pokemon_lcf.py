@@ -1,0 +1,35 @@
+"""LCM_Dreamshaper_v7 fine-tuned (LCF) on captioned Pokemon, without a teacher: the paper's example.
+
+Command   python -m lcm_jax.train --config=configs/pokemon_lcf.py --workdir=runs/pokemon_lcf
+              --config.data.source=SOURCE --config.data.path=PATH
+Data      lambdalabs/pokemon-blip-captions, some held back to judge by. No source is set here
+Hardware  17.2 GB before activations: no teacher; one 80 GB card, with
+          --config.train.accumulation_steps=N for a batch in parts; not yet measured
+Time      Not yet measured
+Source    Paper, LCF: 30,000 steps, target EMA. What else it does not state for LCF is what it distils with: lr 8e-6,
+          EMA 0.999943, w in [2, 14] and k = 20, which must be those the LCM was made with (`sd21_base_lcm`); resolution
+          and batch as `dreamshaper_v7_lcm`, which this config starts from
+Result    Not yet measured. LCF pulls every w towards the unguided model: long runs wear guidance away. Against that:
+          fewer steps, or --config.model.teacher=Lykon/dreamshaper-7 --config.distill.lcd_weight=1
+"""
+
+import runpy
+from pathlib import Path
+
+
+def get_config():
+    config = runpy.run_path(str(Path(__file__).with_name("dreamshaper_v7_lcm.py")))["get_config"]()
+    config.objective = "lcf"
+    config.model.teacher = None
+    config.model.student = "SimianLuo/LCM_Dreamshaper_v7"
+    config.train.steps = 30_000
+    config.train.ema_decay = 0.999943
+    config.checkpoint.every = 1_000
+    config.sample.every = 1_000
+    config.sample.prompts = (
+        "a drawing of a green pokemon with red eyes",
+        "a cartoon picture of a yellow pokemon with a long tail",
+        "a blue pokemon with a shell on its back",
+        "a drawing of a dragon pokemon that breathes fire",
+    )
+    return config

@@ -1,0 +1,25 @@
+"""SDXL-base 1.0 distilled at 1024 pixels: the recipe of diffusers' `consistency_distillation` README.
+
+Command   python -m lcm_jax.train --config=configs/sdxl_lcm.py --workdir=runs/sdxl_lcm
+              --config.data.source=SOURCE --config.data.path=PATH
+Data      Captioned pictures of at least 1024 pixels; the README takes CC12M, enlarged. No source is set here
+Hardware  61.6 GB before activations (24 bytes for each of 2.57 billion weights), 3.6 GB of VAE and text encoders: one
+          141 GB card, not yet measured; `sdxl_lcm_lora` needs far less
+Time      Not yet measured
+Source    README: teacher, fp16-fix VAE, and all of `sd15_lcm`, which this config starts from. Defaults of its script:
+          1024 pixels, w in [3, 15]
+Deviates  Sizes are told height first, as the model was trained (the script swaps them), and stay float32
+Result    Not yet measured
+"""
+
+import runpy
+from pathlib import Path
+
+
+def get_config():
+    config = runpy.run_path(str(Path(__file__).with_name("sd15_lcm.py")))["get_config"]()
+    config.model.teacher = "stabilityai/stable-diffusion-xl-base-1.0"
+    config.model.vae = "madebyollin/sdxl-vae-fp16-fix"
+    config.data.resolution = 1024
+    config.distill.w_min = 3.0
+    return config

@@ -1,0 +1,135 @@
+"""Every file in configs/: a card, valid values, and one step of `train` on random folders of its architecture.
+
+The models are reduced, and so is the batch; everything else is the file's own. Programs are compiled without
+optimisation, which takes most of the time here.
+"""
+
+import re
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_family
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+from tiny_family import compiled_in_a_hurry  # noqa: F401
+
+from lcm_jax import config as config_lib
+from lcm_jax import train
+from lcm_jax.errors import LcmError
+from lcm_jax.runtime import checkpoint, telemetry
+
+FILES = {file.stem: file for file in sorted((Path(__file__).parents[1] / "configs").glob("*.py"))}
+FAMILIES = {
+    "dreamshaper_v7_lcm": "sd15", "sd15_lcm": "sd15", "sd15_lcm_lora": "sd15", "collage_lcm_lora": "sd15",
+    "pokemon_lcf": "sd15", "simpsons_lcf": "sd15", "sd21_base_lcm": "sd21-base", "sd21_lcm": "sd21-768",
+    "sdxl_lcm": "sdxl", "sdxl_lcm_lora": "sdxl", "lcm_xl_pokemon_blip": "sdxl", "lcm_xl_lora_pokemon_blip": "sdxl",
+    "ssd1b_lcm": "ssd-1b", "ssd1b_lcm_lora": "ssd-1b",
+}  # fmt: skip
+EMBEDDED = {name for name in FILES if name.startswith("shapes_")}
+QUICK = ("sd21_lcm", "ssd1b_lcm_lora")  # LCF is in test_train.py too, XL without w in test_family_runs.py
+
+
+def load(name: str) -> ConfigDict:
+    return runpy.run_path(str(FILES[name]))["get_config"]()
+
+
+def reduced(name: str) -> ConfigDict:
+    """The config with random folders in the place of its models, for one step on a few embedded pictures."""
+    config, family = load(name), FAMILIES.get(name, "sd15")
+    if config.model.teacher is not None:
+        config.model.teacher = str(tiny_family.folder(family, short=True))
+    if config.model.student is not None:
+        config.model.student = str(tiny_family.folder(family, short=True, w_dim=tiny_family.W_DIM))
+    if config.model.vae is not None:
+        config.model.vae = str(tiny_family.vae_folder())
+    config.data.source, config.data.resolution, config.data.num_examples = "shapes", 64, 4
+    config.data.batch_size = max(2, config.train.accumulation_steps)
+    config.train.steps = config.log.every = 1
+    return config
+
+
+def test_every_promised_config_is_there():
+    assert set(FAMILIES) | EMBEDDED == set(FILES) and {"shapes_lcm", "shapes_lcm_long"} <= EMBEDDED
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_card_and_values(name, tmp_path, monkeypatch):
+    """The card tells what it must; the values are valid from any folder, once there are pictures."""
+    card = runpy.run_path(str(FILES[name]))["__doc__"]
+    assert len(card) > 300
+    if name in FAMILIES:
+        assert f"--config=configs/{name}.py --workdir=" in card
+        for word in ("Command", "Data", "Hardware", "Time", "Source", "Result"):
+            assert re.search(rf"^{word} {{2,}}\S", card, re.MULTILINE), word
+        assert "measured" in card
+    monkeypatch.chdir(tmp_path)
+    config = load(name)
+    if name not in EMBEDDED:
+        with pytest.raises(LcmError, match=r"config\.data\.source = None"):
+            config_lib.validate(config)
+        assert config.data.resolution in (512, 768, 1024)
+        config.data.source, config.data.resolution = "shapes", 64
+    config_lib.validate(config)
+    config_lib.validate(config_lib.resolve(config))
+
+
+def differences(a: str, b: str) -> set[str]:
+    one, other = (flatten_dict(load(name).to_dict(), sep=".") for name in (a, b))
+    return {key for key in one | other if one[key] != other[key]}
+
+
+def test_variants_change_what_their_cards_say_and_nothing_else():
+    assert differences("sd21_base_lcm", "sd21_lcm") == {
+        "model.teacher", "model.prediction_type", "data.resolution", "data.batch_size"}  # fmt: skip
+    assert differences("sdxl_lcm", "ssd1b_lcm") == {"model.teacher"}
+    adapters = {"lora.rank", "train.learning_rate", "train.ema_decay", "distill.w_embedding_dim", "distill.w_min",
+                "distill.w_max", "sample.guidance_scale"}  # fmt: skip
+    for full in ("sd15_lcm", "sdxl_lcm", "ssd1b_lcm"):
+        assert differences(full, f"{full}_lora") == adapters
+    assert differences("pokemon_lcf", "simpsons_lcf") == {"sample.prompts"}
+
+
+PUBLISHED = {
+    "sd15_lcm": {"train.learning_rate": 1e-6, "distill.loss": "huber", "distill.huber_c": 1e-3, "data.batch_size": 12,
+                 "train.steps": 1000, "train.ema_decay": 0.95, "distill.w_min": 5.0, "distill.w_max": 15.0},
+    "sd21_base_lcm": {"data.resolution": 512, "data.batch_size": 72, "train.steps": 100_000, "distill.w_min": 2.0,
+                      "train.learning_rate": 8e-6, "train.ema_decay": 0.999943, "distill.w_max": 14.0,
+                      "distill.solver_steps": 50, "distill.loss": "l2"},
+    "sd21_lcm": {"data.resolution": 768, "data.batch_size": 16, "model.prediction_type": "v_prediction"},
+    "dreamshaper_v7_lcm": {"data.resolution": 768, "train.steps": 4000, "model.teacher": "Lykon/dreamshaper-7"},
+    "sdxl_lcm": {"data.resolution": 1024, "distill.w_min": 3.0, "distill.w_max": 15.0, "train.learning_rate": 1e-6},
+    "sdxl_lcm_lora": {"lora.rank": 64, "lora.alpha": 64.0, "train.learning_rate": 1e-4, "distill.w_min": 6.5,
+                      "distill.w_max": 6.5, "train.weight_decay": 0.0},
+    "lcm_xl_pokemon_blip": {"distill.w_embedding_dim": 0, "train.learning_rate": 1e-6, "data.batch_size": 4,
+                            "train.accumulation_steps": 2, "train.ema_decay": 0.95, "distill.w_min": 3.0},
+    "lcm_xl_lora_pokemon_blip": {"lora.rank": 8, "lora.alpha": 8.0, "train.learning_rate": 1e-5},
+    "pokemon_lcf": {"objective": "lcf", "train.steps": 30_000, "model.teacher": None, "distill.lcd_weight": 0.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_hyper_parameters_are_the_published_ones(name):
+    values = flatten_dict(load(name).to_dict(), sep=".")
+    assert {key: values[key] for key in PUBLISHED[name]} == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FILES])
+def test_one_step(name, tmp_path):
+    config = reduced(name)
+    state = train.train(config, tmp_path / "run")
+    assert int(state.step) == 1 and checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [1]
+    metrics, = telemetry.read_metrics(tmp_path / "run")
+    assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0 and metrics["grad_norm"] > 0
+    weights = flatten_dict(state.params, sep="/")
+    assert all(np.isfinite(value).all() for value in weights.values())
+    if config.lora.rank:
+        assert all("/lora_" in key for key in weights)
+        moved = [np.any(value) for key, value in weights.items() if key.endswith("/lora_B")]  # they start at zero
+        assert np.mean(moved) > 0.9
+    else:
+        assert ("time_embedding/cond_proj/kernel" in weights) == (config.distill.w_embedding_dim > 0)
+    target = flatten_dict(state.ema_params, sep="/")
+    lag = max(np.abs(target[key] - value).max() for key, value in weights.items())
+    assert (lag > 0) == (config.train.ema_decay > 0)

@@ -1,0 +1,145 @@
+"""The whole family, at toy widths, through a step of `train`, `lcm_jax.export` and torch diffusers.
+
+Random weights in each architecture's own structure. One large step, so that the w embedding, which starts at zero,
+counts in what is compared.
+"""
+
+import functools
+from pathlib import Path
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import tiny_family
+import torch
+from PIL import Image
+from test_export import diffusers_pictures
+from tiny_family import compiled_in_a_hurry  # noqa: F401
+
+from lcm_jax import config as config_lib
+from lcm_jax import export, generate, sample, train
+from lcm_jax.diffusion import denoiser, guidance
+from lcm_jax.pretrained import names
+from lcm_jax.student import load_student, load_teacher
+
+QUICK = ("tiny-sd",)
+PROMPTS = ("a red circle", "hello")
+W = np.array([3.0, 11.5], np.float32)
+
+
+def run(teacher: Path, workdir: Path, **changes) -> tuple[config_lib.ConfigDict, dict]:
+    """A run of one step: (its config, the target's weights)."""
+    config = config_lib.default_config()
+    config.model.teacher = str(teacher)
+    config.data.source, config.data.resolution = "shapes", 64
+    config.data.batch_size, config.data.num_examples = 2, 4
+    config.train.steps, config.train.learning_rate, config.train.ema_decay = 1, 0.01, 0.5
+    config.distill.w_embedding_dim = tiny_family.W_DIM
+    config.log.every, config.sample.every = 1, 0
+    config.update_from_flattened_dict(changes)
+    state = train.train(config, workdir)
+    return config_lib.resolve(config), jax.device_get(state.ema_params)
+
+
+def exported(workdir: Path, out: Path, *options: str) -> Path:
+    assert export.main([f"--workdir={workdir}", f"--out={out}", *options]) == 0
+    return out
+
+
+def inputs(unet) -> tuple[np.ndarray, np.ndarray, dict]:
+    """(z [2 8 8 4], t, conditioning) of a UNet of the family."""
+    rng = np.random.default_rng(4)
+    is_xl = unet.addition_embed_type is not None
+    cond = {"encoder_hidden_states": rng.standard_normal((2, 77, 64 if is_xl else 32), np.float32)}
+    if is_xl:
+        ids = np.array([[1024, 768, 0, 12, 1024, 1024], [512, 513, 3, 0, 640, 333]], np.float32)
+        cond |= {"text_embeds": rng.standard_normal((2, 32), np.float32), "time_ids": ids}
+    return rng.standard_normal((2, 8, 8, 4), np.float32), np.array([999, 259], np.int32), cond
+
+
+def torch_output(unet, z, t, cond, w) -> np.ndarray:
+    """diffusers' output [2 8 8 4] for w, None where the UNet has no such input."""
+    cond = {key: torch.from_numpy(value) for key, value in cond.items()}
+    embedding = None if w is None else torch.from_numpy(np.array(guidance.w_embedding(w, tiny_family.W_DIM)))
+    with torch.no_grad():
+        out = unet(
+            torch.from_numpy(z).permute(0, 3, 1, 2), torch.from_numpy(t), cond.pop("encoder_hidden_states"),
+            timestep_cond=embedding, added_cond_kwargs=cond or None,
+        ).sample  # fmt: skip
+    return out.permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in tiny_family.FAMILY]
+)
+def test_trained_and_exported_it_is_the_same_model_in_diffusers(name, tmp_path):
+    config, weights = run(tiny_family.folder(name), tmp_path / "run")
+    out = exported(tmp_path / "run", tmp_path / "out")
+    loaded, info = diffusers.UNet2DConditionModel.from_pretrained(out / "unet", output_loading_info=True)
+    assert not any(info.values()), info
+    assert loaded.config.time_cond_proj_dim == tiny_family.W_DIM
+    student = load_student(config, load_teacher(config)).unet
+    begun = diffusers.UNet2DConditionModel.from_pretrained(tiny_family.folder(name) / "unet")
+    assert len(loaded.state_dict()) == len(begun.state_dict()) + 1 == len(names.torch_table(student))
+
+    z, t, cond = inputs(student)
+    ours = jax.jit(functools.partial(denoiser.student_output, student))
+    want = torch_output(loaded.eval(), z, t, cond, W)
+    assert 0.1 < want.std() < 30
+    got = ours(weights, z, t, cond, W)
+    print(f"{name}: largest difference {np.abs(got - want).max():.1e}, outputs of {want.std():.2f}")
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * max(1.0, want.std()))
+    assert np.abs(ours(weights, z, t, cond, W + 1.0) - want).max() > 1e-3  # w counts
+    assert np.abs(torch_output(begun.eval(), z, t, cond, None) - want).max() > 1e-2  # the step counts
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(out)
+    is_xl = student.addition_embed_type is not None
+    assert type(pipe).__name__ == ("StableDiffusionXLPipeline" if is_xl else "LatentConsistencyModelPipeline")
+    assert type(pipe.scheduler) is diffusers.LCMScheduler
+    assert pipe.scheduler.config.prediction_type == tiny_family.FAMILY[name][1]
+
+
+def our_pictures(out: Path, *options: str) -> np.ndarray:
+    """The PNG files of `lcm_jax.sample`: two prompts, two steps; int [2 64 64 3]."""
+    words = [*(f"--prompt={prompt}" for prompt in PROMPTS), "--num_images=1", "--batch_size=2", "--steps=2", "--seed=3"]
+    assert sample.main([f"--out={out}", *words, *options]) == 0
+    return np.stack([np.asarray(Image.open(path)).astype(int) for path in sorted(out.glob("*.png"))])
+
+
+def check_pictures(pipe, ours: np.ndarray, monkeypatch, guidance_scale: float) -> None:
+    noise = generate.draw_noise(3, [0, 0], 2, (8, 8, 4))
+    theirs = diffusers_pictures(pipe, monkeypatch, PROMPTS, noise, 64, guidance_scale=guidance_scale)
+    difference = np.abs(ours - theirs).max()
+    print(f"largest difference {difference}/255")
+    assert ((theirs > 0) & (theirs < 255)).mean() > 0.5  # pictures, not saturation
+    assert difference <= 2
+
+
+@pytest.mark.slow
+def test_sdxl_draws_the_same_pictures_in_diffusers(tmp_path, monkeypatch):
+    run(tiny_family.folder("sdxl", short=True), tmp_path / "run")
+    out = exported(tmp_path / "run", tmp_path / "out")
+    ours = our_pictures(tmp_path / "pictures", f"--model={out}", "--guidance_scale=8")
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(out)
+    check_pictures(pipe, ours, monkeypatch, 8.0)
+
+
+def test_a_student_without_w_as_a_bare_unet_beside_another_vae(tmp_path, monkeypatch):
+    """As diffengine's results are used: their UNet, the half-precision VAE, the teacher's pipeline, LCMScheduler."""
+    changes = {"distill.w_embedding_dim": 0, "sample.guidance_scale": 1.0, "model.vae": str(tiny_family.vae_folder())}
+    base, vae = tiny_family.folder("sdxl", short=True), tiny_family.vae_folder()
+    run(base, tmp_path / "run", **changes)
+    out = exported(tmp_path / "run", tmp_path / "unet", "--format=unet")
+    unet, info = diffusers.UNet2DConditionModel.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()) and unet.config.time_cond_proj_dim is None
+
+    options = [f"--model={base}", f"--unet={out}", f"--vae={vae}", "--guidance_scale=1"]
+    ours = our_pictures(tmp_path / "pictures", *options)
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(
+        base, unet=unet, vae=diffusers.AutoencoderKL.from_pretrained(vae)
+    )
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    check_pictures(pipe, ours, monkeypatch, 1.0)
+    own = our_pictures(tmp_path / "own", *options[:2], options[3])
+    assert np.abs(own - ours).max() > 8  # the VAE counts
