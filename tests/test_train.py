@@ -149,6 +149,7 @@ def test_the_workdir_holds_what_is_promised(stopped, teacher):
     saved = json.loads((workdir / "config.json").read_text())
     assert saved["model"] == {
         "teacher": str(teacher), "student": str(teacher), "dtype": "float32", "vae": None, "prediction_type": None,
+        "config": None,
     }  # fmt: skip
     assert saved["train"]["steps"] == STEPS and set(saved) == set(config_lib.default_config())
     for record in telemetry.read_metrics(workdir):
@@ -190,8 +191,8 @@ def test_more_steps_go_on_until_one_is_not_finite(whole, teacher, tmp_path, caps
     workdir, bad_step = Path(shutil.copytree(whole[0], tmp_path / "run")), STEPS + 5
     before, encode = logged(workdir), train.encode_shapes
 
-    def one_bad(pipeline, count):
-        source = encode(pipeline, count)
+    def one_bad(pipeline, count, style):
+        source = encode(pipeline, count, style)
         source["mean"][loader.batch_indices(0, bad_step - 1, 4, count)[0]] = np.inf
         return source
 
