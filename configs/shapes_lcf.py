@@ -3,8 +3,7 @@
 Start         the export of `make demo`, runs/shapes_lcm/export: a full LCM with w embedding
 Data          4,096 renders in the style "card" (lcm_jax/data/shapes.py), which their captions do not name
 Method        LCF; --config.distill.lcd_weight=0.5 --config.model.teacher=shapes adds LCD, which keeps guidance
-Optimiser     AdamW, lr 1e-3, from step 300 on linear to 0 at 600; target EMA 0.8: what is new climbs the 50 points of the
-              grid one target at a time, and with 0.95 it had not reached the top in 400 steps, at 5e-4 or at 1e-3
+Optimiser     AdamW, lr 5e-4, from step 200 on linear to 0 at 400
 
     python -m lcm_jax.train --config=configs/shapes_lcf.py --workdir=runs/shapes_lcf/lcf
 
@@ -21,10 +20,10 @@ def get_config():
     config.model.teacher = None
     config.model.student = "runs/shapes_lcm/export"
     config.data.style = "card"
-    config.train.steps = 600
-    config.train.lr_decay_start = 300
-    config.train.lr_decay_steps = 300
-    config.train.ema_decay = 0.8
-    config.checkpoint.every = 300
-    config.sample.every = 300
+    config.train.steps = 400
+    config.train.learning_rate = 5e-4
+    config.train.lr_decay_start = 200
+    config.train.lr_decay_steps = 200
+    config.checkpoint.every = 200
+    config.sample.every = 200
     return config
