@@ -12,7 +12,9 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import struct
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -229,6 +231,32 @@ def write_weights(
                 raise LcmError(f"{key} has values that are not finite in {dtype}; write float32, or look at the run")
             stream.write(value.reshape(-1).view(np.uint8).data)
         sync(stream)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to: the file appears as `path` when the block ends well, else not at all."""
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.rename(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.absolute().parent)
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raises LcmError where fewer than `needed` bytes are free for `target`, which need not exist."""
+    place = target.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise LcmError(f"{target} needs {needed} bytes, {free} are free; make room or choose another disk")
 
 
 def write_text(path: Path, text: str | bytes) -> None:

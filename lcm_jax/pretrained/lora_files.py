@@ -11,9 +11,7 @@ is in the header under `lora_adapter_metadata`, or in peft's adapter_config.json
 import dataclasses
 import json
 import math
-import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,17 +168,8 @@ def write_lora(
         tensors[key] = names.to_torch_layout(value, parameter, dtype).reshape(parameter.torch_shape)
         if not np.isfinite(tensors[key]).all():
             raise LcmError(f"{key} has values that are not finite in {dtype}; write float32, or look at the run")
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with files.new_file(path) as partial:
         safetensors.numpy.save_file(tensors, partial, metadata=header)
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.rename(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    files.sync_folder(path.absolute().parent)
     return path
 
 

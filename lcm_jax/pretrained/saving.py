@@ -151,12 +151,7 @@ def check_target(out: str | Path, needed: int = 0) -> None:
     out = Path(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise LcmError(f"{out} already exists and is not empty; choose another folder or remove it first")
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise LcmError(f"{out} needs {needed} bytes, {free} are free; make room or choose another disk")
+    files.check_space(out, needed)
 
 
 def _weights_name(module: nn.Module) -> str:

@@ -1,9 +1,6 @@
 """Writing single-file checkpoints: the names of `single_file`, one tensor at a time, without torch."""
 
 import dataclasses
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -152,12 +149,7 @@ def check_file(out: str | Path, needed: int = 0) -> None:
         raise LcmError(f"{out} does not end in {SUFFIX}; name the single file so")
     if out.exists():
         raise LcmError(f"{out} already exists; choose another name or remove it first")
-    place = out.absolute().parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise LcmError(f"{out} needs {needed} bytes, {free} are free; make room or choose another disk")
+    files.check_space(out, needed)
 
 
 def _write(
@@ -168,14 +160,7 @@ def _write(
     metadata: Mapping[str, str],
 ) -> Path:
     check_file(out, files.weights_size(shapes, files.writable(dtype)) + _SLACK)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
+    with files.new_file(out) as partial:
         files.write_weights(partial, shapes, tensor, dtype, metadata)
         check_file(out)
-        os.rename(partial, out)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    files.sync_folder(out.absolute().parent)
     return out
