@@ -24,15 +24,13 @@ from lcm_jax import assets
 from lcm_jax.config import MAX_TWO_PASS_SCALE
 from lcm_jax.diffusion import samplers
 from lcm_jax.errors import LcmError
-from lcm_jax.generate import (  # noqa: F401  (some for who draws without the command line)
+from lcm_jax.generate import (
     Generator,
     Settings,
     default_guidance_scale,
     default_size,
     draw_noise,
-    grid,
     is_lcm,
-    latents,
     settings_for,
     to_uint8,
 )

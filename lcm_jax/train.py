@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from lcm_jax import config as config_lib
-from lcm_jax import sample
+from lcm_jax import generate as generate_lib
 from lcm_jax import student as student_lib
 from lcm_jax.data import loader, shapes
 from lcm_jax.diffusion import solvers
@@ -257,14 +257,14 @@ def make_grid_drawer(config: ConfigDict, student: Pipeline, weights: Callable[[A
     if not config.sample.every or not config.sample.prompts:
         return None
     parts = {name: tree for name, tree in student.params.items() if name != "unet"}  # that lies on the device already
-    generate = sample.Generator(dataclasses.replace(student, params=parts))
+    generate = generate_lib.Generator(dataclasses.replace(student, params=parts))
     side = config.data.resolution // student.vae.factor
     captions = [prompt for prompt in config.sample.prompts for _ in range(GRID_COLUMNS)]
     cond = generate.encode(captions)
-    noise = sample.draw_noise(
+    noise = generate_lib.draw_noise(
         config.seed, range(len(captions)), config.sample.steps, (side, side, student.unet.in_channels)
     )
-    settings = sample.Settings(
+    settings = generate_lib.Settings(
         steps=config.sample.steps,
         original_steps=config.distill.solver_steps,
         timestep_scaling=config.distill.timestep_scaling,
@@ -273,7 +273,7 @@ def make_grid_drawer(config: ConfigDict, student: Pipeline, weights: Callable[[A
 
     def draw(params: Any) -> np.ndarray:
         images = generate(cond, noise, config.sample.guidance_scale, settings, unet_params=weights(params))
-        return sample.grid(sample.to_uint8(images), GRID_COLUMNS)
+        return generate_lib.grid(generate_lib.to_uint8(images), GRID_COLUMNS)
 
     return draw
 

@@ -13,6 +13,7 @@ from unittest import mock
 import jax
 import numpy as np
 
+from lcm_jax import generate as generate_lib
 from lcm_jax import sample
 from lcm_jax.errors import LcmError
 
@@ -43,15 +44,15 @@ def check_installed() -> None:
 def compare(folder: str | Path, prompts: Sequence[str], scale: float, steps: int = STEPS, seed: int = 0) -> Difference:
     """Draws one picture per prompt with either program from the folder of an LCM, and compares them."""
     pipeline, record = sample.load(str(folder))
-    height, width = sample.default_size(pipeline)
+    height, width = generate_lib.default_size(pipeline)
     shape = (height // pipeline.vae.factor, width // pipeline.vae.factor, pipeline.unet.in_channels)
-    settings = sample.settings_for(pipeline, record, "lcm", steps, "trailing")
-    noise = sample.draw_noise(seed, range(len(prompts)), steps, shape)
+    settings = generate_lib.settings_for(pipeline, record, "lcm", steps, "trailing")
+    noise = generate_lib.draw_noise(seed, range(len(prompts)), steps, shape)
     with jax.default_matmul_precision("highest"):
-        generate = sample.Generator(pipeline)
+        generate = generate_lib.Generator(pipeline)
         ours = generate(generate.encode(prompts), noise, scale, settings)
     theirs = diffusers_pictures(folder, prompts, noise, scale, (height, width))
-    pixels = np.abs(sample.to_uint8(ours).astype(int) - sample.to_uint8(theirs).astype(int))
+    pixels = np.abs(generate_lib.to_uint8(ours).astype(int) - generate_lib.to_uint8(theirs).astype(int))
     return Difference(int(pixels.max()), float(np.abs(ours - theirs).max()))
 
 

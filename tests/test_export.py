@@ -18,6 +18,7 @@ from PIL import Image
 import lcm_jax
 from lcm_jax import config as config_lib
 from lcm_jax import export, generate, pretrained, sample, student, verify
+from lcm_jax import generate as generate_lib
 from lcm_jax.distill import state as state_lib
 from lcm_jax.pretrained import files, load_unet
 from lcm_jax.runtime.checkpoint import Checkpoints
@@ -109,7 +110,7 @@ def test_diffusers_draws_what_our_sampler_draws(exported, tmp_path, monkeypatch)
 
     pipe = diffusers.LatentConsistencyModelPipeline.from_pretrained(exported)
     assert type(pipe.scheduler) is diffusers.LCMScheduler
-    noise = sample.draw_noise(3, [0, 1, 0, 1], 4, (8, 8, 4))
+    noise = generate_lib.draw_noise(3, [0, 1, 0, 1], 4, (8, 8, 4))
     prompts = [prompt for prompt in PROMPTS for _ in range(2)]
     theirs = diffusers_pictures(pipe, monkeypatch, prompts, noise, 16, guidance_scale=8.0)
     assert ((theirs > 0) & (theirs < 255)).mean() > 0.5  # pictures, not saturation

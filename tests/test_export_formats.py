@@ -16,7 +16,8 @@ from test_export import diffusers_pictures, make_run
 from test_sample import arrays, draw
 from test_train import LORA, command
 
-from lcm_jax import export, pretrained, sample
+from lcm_jax import export, pretrained
+from lcm_jax import generate as generate_lib
 from lcm_jax.models import lora
 from lcm_jax.pretrained import lora_files, lora_keys
 
@@ -67,7 +68,7 @@ def ours(teacher, exports, tmp_path_factory) -> dict[str, np.ndarray]:
 
 def theirs(pipe, monkeypatch, size=64) -> np.ndarray:
     """What diffusers draws of the four pictures, size pixels from latents of 8x8."""
-    noise = sample.draw_noise(SEED, range(4), STEPS, (8, 8, 4))
+    noise = generate_lib.draw_noise(SEED, range(4), STEPS, (8, 8, 4))
     return diffusers_pictures(pipe, monkeypatch, [PROMPT] * 4, noise, size, guidance_scale=1.0)
 
 

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
+from lcm_jax import generate as generate_lib
 from lcm_jax import pretrained, sample
 
 RECORD = {"w_min": 2.0, "w_max": 8.0, "solver_steps": 20, "timestep_scaling": 10.0, "sigma_data": 0.5}
@@ -65,10 +66,10 @@ def test_a_picture_depends_on_its_number_alone(three, lcm, tmp_path):
 
 
 def test_the_first_noise_is_the_same_for_every_number_of_steps():
-    few, many = (sample.draw_noise(3, [4, 9], steps, (2, 3, 4)) for steps in (1, 4))
+    few, many = (generate_lib.draw_noise(3, [4, 9], steps, (2, 3, 4)) for steps in (1, 4))
     np.testing.assert_array_equal(few, many[:1])
-    np.testing.assert_array_equal(sample.draw_noise(3, [9], 4, (2, 3, 4))[:, 0], many[:, 1])
-    assert abs(sample.draw_noise(0, range(8), 4, (16, 16, 4)).std() - 1) < 0.02
+    np.testing.assert_array_equal(generate_lib.draw_noise(3, [9], 4, (2, 3, 4))[:, 0], many[:, 1])
+    assert abs(generate_lib.draw_noise(0, range(8), 4, (16, 16, 4)).std() - 1) < 0.02
 
 
 def test_prompts_from_a_file_come_after_those_of_the_command_line(three, lcm, tmp_path):
@@ -106,10 +107,10 @@ def test_unet_and_vae_are_exchanged(three, lcm, tmp_path, capsys):
 )  # fmt: skip
 def test_guidance_outside_the_record_is_warned_of(lcm, guidance_scale, warned):
     pipeline, record = sample.load(str(lcm))
-    warning = sample.guidance_warning(pipeline, record, sample.Settings(), guidance_scale)
+    warning = sample.guidance_warning(pipeline, record, generate_lib.Settings(), guidance_scale)
     assert (warning is not None) == warned
     assert not warned or "3 to 9" in warning and f"{guidance_scale:g}" in warning
-    assert sample.guidance_warning(pipeline, {}, sample.Settings(), guidance_scale) is None
+    assert sample.guidance_warning(pipeline, {}, generate_lib.Settings(), guidance_scale) is None
 
 
 def test_the_warning_is_one_line_and_the_picture_comes_all_the_same(lcm, tmp_path, capsys):
@@ -179,7 +180,7 @@ def test_a_broken_record_is_named(tmp_path, capsys):
 
 def test_grid_lays_pictures_row_by_row():
     pictures = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1) * np.ones((3, 2, 2, 3), np.uint8)
-    laid = sample.grid(pictures, 2)
+    laid = generate_lib.grid(pictures, 2)
     assert laid.shape == (4, 4, 3)
     assert (laid[:2, :2] == 0).all() and (laid[:2, 2:] == 1).all()
     assert (laid[2:, :2] == 2).all() and (laid[2:, 2:] == 255).all()
@@ -202,7 +203,7 @@ def test_the_teacher_draws_what_diffusers_draws(tmp_path, sampler, scheduler, gu
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     pipe.set_progress_bar_config(disable=True)
-    noise = sample.draw_noise(seed, [0, 1], 1, (8, 8, 4))[0]
+    noise = generate_lib.draw_noise(seed, [0, 1], 1, (8, 8, 4))[0]
     theirs = pipe(
         [PROMPT] * 2, height=16, width=16, num_inference_steps=4, guidance_scale=guidance_scale, output_type="pil",
         latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),

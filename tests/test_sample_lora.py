@@ -17,6 +17,7 @@ from test_export import diffusers_pictures
 from test_sample import PROMPT, arrays, draw
 
 from lcm_jax import generate, sample
+from lcm_jax import generate as generate_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import RECORD, conditioning, load_pipeline, save_single_file
 
@@ -32,7 +33,7 @@ def theirs(name, monkeypatch, prepare=lambda pipe: None, folder=None, prompt=PRO
     prepare(pipe)
     if "negative_prompt" in options:
         options["negative_prompt"] = [options["negative_prompt"]] * 2
-    noise = sample.draw_noise(SEED, [0, 1], STEPS, (8, 8, 4))
+    noise = generate_lib.draw_noise(SEED, [0, 1], STEPS, (8, 8, 4))
     pictures = diffusers_pictures(pipe, monkeypatch, [prompt] * 2, noise, 16, **options)
     assert ((pictures > 0) & (pictures < 255)).mean() > 0.5  # pictures, not saturation
     return pictures
@@ -101,7 +102,7 @@ def test_the_negative_prompt_is_the_teachers_too(tmp_path):
     ours = draw(tiny.folder("sd1"), tmp_path, "--negative_prompt=a blue square", *options)
     pipe = diffusers.DiffusionPipeline.from_pretrained(tiny.folder("sd1"))
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    noise = sample.draw_noise(SEED, [0, 1], 1, (8, 8, 4))[0]
+    noise = generate_lib.draw_noise(SEED, [0, 1], 1, (8, 8, 4))[0]
     pictures = pipe(
         [PROMPT] * 2, negative_prompt=["a blue square"] * 2, height=16, width=16, num_inference_steps=STEPS,
         guidance_scale=5.0, latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
@@ -157,7 +158,7 @@ def test_the_constants_are_the_loras(lora_files, tmp_path):
 
     def constants(*sources):
         merged, found = sample.add_loras(pipeline, record, [(str(source), 1.0) for source in sources])
-        settings = sample.settings_for(merged, found, "lcm", 4, "trailing")
+        settings = generate_lib.settings_for(merged, found, "lcm", 4, "trailing")
         return settings.original_steps, settings.timestep_scaling
 
     assert constants(lora_files[0]) == (50, 10.0)
@@ -194,7 +195,7 @@ def test_a_lora_of_another_architecture_is_refused(tmp_path, capsys):
 
 def warned(pipeline, record=(), **options) -> str:
     options = {"guidance_scale": 1.0, "negative_prompt": None} | options
-    settings = sample.Settings(sampler=options.pop("sampler", "lcm"))
+    settings = generate_lib.Settings(sampler=options.pop("sampler", "lcm"))
     return "\n".join(sample.warnings(pipeline, dict(record), settings, **options))
 
 

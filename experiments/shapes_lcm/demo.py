@@ -19,9 +19,10 @@ import numpy as np
 from experiments.shapes_lcm import table
 from experiments.shapes_teacher import teacher_rows
 from lcm_jax import export, pretrained, sample
+from lcm_jax import generate as generate_lib
 from lcm_jax.errors import LcmError
+from lcm_jax.generate import Generator
 from lcm_jax.pretrained import load_pipeline
-from lcm_jax.sample import Generator
 from lcm_jax.train import train
 
 STEPS = (1, 2, 4, 8)
@@ -90,15 +91,15 @@ def measure(folder: Path, count: int, full: bool) -> tuple[list[table.Row], np.n
     rows += teacher_rows.compute(judge, scales) if full else teacher_rows.recorded(count)
     for scale in scales:
         for steps in STEPS:
-            settings = sample.settings_for(student.pipeline, record, "lcm", steps, "trailing")
+            settings = generate_lib.settings_for(student.pipeline, record, "lcm", steps, "trailing")
             rows.append(table.sampler_row(student, judge, settings, scale, endpoints))
 
     few = table.Judge(GRID_PROMPTS)
     lines = [table.draw(teacher, few, teacher_rows.settings("ddim", n), best)[0] for n in (50, 4, 2, 1)]
     for steps in (4, 2, 1):
-        settings = sample.settings_for(student.pipeline, record, "lcm", steps, "trailing")
+        settings = generate_lib.settings_for(student.pipeline, record, "lcm", steps, "trailing")
         lines.append(table.draw(student, few, settings, best)[0])
-    pictures = sample.grid(np.concatenate(lines), GRID_PROMPTS)
+    pictures = generate_lib.grid(np.concatenate(lines), GRID_PROMPTS)
     return rows, pictures.repeat(2, axis=0).repeat(2, axis=1)  # 64 px is small on today's screens
 
 

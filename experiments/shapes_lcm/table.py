@@ -19,8 +19,8 @@ import numpy as np
 from lcm_jax.data import shapes
 from lcm_jax.diffusion import solvers
 from lcm_jax.diffusion.denoiser import guided_output
+from lcm_jax.generate import Generator, Settings, draw_noise, to_uint8
 from lcm_jax.metrics import frechet, shapes_scorer
-from lcm_jax.sample import Generator, Settings, draw_noise, to_uint8
 
 BATCH = 64
 REFERENCES = 2048  # held-out renders behind every Frechet distance
