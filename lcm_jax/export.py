@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 import lcm_jax
 from lcm_jax import config as config_lib
-from lcm_jax import pretrained, sample, verify
+from lcm_jax import files, pretrained, sample, verify
 from lcm_jax import student as student_lib
 from lcm_jax.diffusion.consistency import SIGMA_DATA
 from lcm_jax.errors import LcmError
@@ -32,7 +32,6 @@ from lcm_jax.generate import default_guidance_scale
 from lcm_jax.model_card import model_card
 from lcm_jax.pretrained import (
     Pipeline,
-    files,
     lora_files,
     save_pipeline,
     save_single_file,

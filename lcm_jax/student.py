@@ -15,14 +15,14 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from lcm_jax import assets
+from lcm_jax import assets, files
 from lcm_jax import config as config_lib
 from lcm_jax.diffusion.consistency import SIGMA_DATA, TIMESTEP_SCALING
 from lcm_jax.distill import state
 from lcm_jax.distill.step import named_key
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
-from lcm_jax.pretrained import Pipeline, files, hub, load_pipeline, load_unet, read_record
+from lcm_jax.pretrained import Pipeline, hub, load_pipeline, load_unet, read_record
 
 _SCHEDULER = "scheduler/scheduler_config.json"
 

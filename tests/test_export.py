@@ -20,7 +20,7 @@ from lcm_jax import config as config_lib
 from lcm_jax import export, generate, pretrained, sample, student, verify
 from lcm_jax import generate as generate_lib
 from lcm_jax.distill import state as state_lib
-from lcm_jax.pretrained import files, load_unet
+from lcm_jax.pretrained import load_unet, weight_files
 from lcm_jax.runtime.checkpoint import Checkpoints
 
 STEPS_SAVED = (3, 7)
@@ -300,13 +300,13 @@ def test_a_full_disk_is_noticed_before_writing(run, tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize("form", ["pipeline", "unet"])
 def test_a_failed_write_leaves_nothing(run, tmp_path, capsys, monkeypatch, form):
-    write = files.write_weights
+    write = weight_files.write_weights
 
     def fail(path, *rest):
         write(path, *rest)
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(files, "write_weights", fail)
+    monkeypatch.setattr(weight_files, "write_weights", fail)
     error = error_of(capsys, f"--workdir={run[0]}", f"--out={tmp_path / 'out'}", f"--format={form}")
     assert "No space left on device" in error
     assert not any(tmp_path.iterdir())
@@ -316,7 +316,7 @@ def test_an_interrupted_write_leaves_nothing(run, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "write_weights", interrupt)
+    monkeypatch.setattr(weight_files, "write_weights", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export.main([f"--workdir={run[0]}", f"--out={tmp_path / 'out'}"])
     assert not any(tmp_path.iterdir())

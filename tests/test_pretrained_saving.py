@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from lcm_jax.diffusion import schedule
 from lcm_jax.errors import LcmError
 from lcm_jax.models.config import to_config
-from lcm_jax.pretrained import files, load_pipeline, load_unet, load_vae, save_pipeline, save_unet, saving
+from lcm_jax.pretrained import load_pipeline, load_unet, load_vae, save_pipeline, save_unet, saving, weight_files
 
 FILES = {
     "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json",
@@ -276,7 +276,7 @@ def test_too_little_space_is_told_before_anything_is_written(saved, tmp_path, mo
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "disk full"), LcmError("x")])
 def test_an_interrupted_save_leaves_nothing(saved, tmp_path, monkeypatch, error):
-    write, calls = files.write_weights, []
+    write, calls = weight_files.write_weights, []
 
     def failing(path, shapes, tensor, dtype):
         calls.append(path)
@@ -285,7 +285,7 @@ def test_an_interrupted_save_leaves_nothing(saved, tmp_path, monkeypatch, error)
             raise error
         write(path, shapes, tensor, dtype)
 
-    monkeypatch.setattr(files, "write_weights", failing)
+    monkeypatch.setattr(weight_files, "write_weights", failing)
     with pytest.raises(type(error)):
         save_pipeline(saved("sd1")[0], tmp_path / "out")
     assert len(calls) == 2 and calls[0].parents[1].parent == tmp_path
@@ -295,8 +295,9 @@ def test_an_interrupted_save_leaves_nothing(saved, tmp_path, monkeypatch, error)
 def test_a_killed_save_leaves_nothing_under_the_final_name(tmp_path):
     script = (
         "import os, signal, sys\n"
-        "from lcm_jax.pretrained import files, load_unet, save_unet\n"
-        "files.sync = lambda stream: os.kill(os.getpid(), signal.SIGKILL) if 'model' in str(stream.name) else None\n"
+        "from lcm_jax.pretrained import weight_files, load_unet, save_unet\n"
+        "kill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "weight_files.sync = lambda stream: kill() if 'model' in str(stream.name) else None\n"
         "save_unet(*load_unet(sys.argv[1]), sys.argv[2])\n"
     )
     arguments = [sys.executable, "-c", script, str(tiny.folder("sd1")), str(tmp_path / "out")]

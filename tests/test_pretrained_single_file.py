@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lcm_jax.diffusion import guidance, schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
-from lcm_jax.pretrained import files, load_pipeline, read_record, save_single_file, single_file
+from lcm_jax.pretrained import load_pipeline, read_record, save_single_file, single_file, weight_files
 from lcm_jax.pretrained import single_file_keys as keys
 from lcm_jax.pretrained.single_file_saving import check_file, fold_w
 
@@ -156,7 +156,7 @@ def test_whole_files_need_no_configs(name):
 
     found = single_file._family(shapes, Path("x.safetensors"))
     assert found is family_
-    weights = files.Weights(Path("x.safetensors"), shapes, lambda key: pytest.fail(f"{key} read"))
+    weights = weight_files.Weights(Path("x.safetensors"), shapes, lambda key: pytest.fail(f"{key} read"))
     configs = single_file._configs(None, found, weights, {}, {})
     modules["unet"] = modules["unet"].clone(upcast_attention=False)  # for the file; softmax is float32 anyway
     if kind == "sd2":
@@ -479,20 +479,20 @@ def test_an_interrupted_write_leaves_nothing(written, tmp_path, monkeypatch):
     def interrupted(stream):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "sync", interrupted)
+    monkeypatch.setattr(weight_files, "sync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_single_file(written("sd1")[0], tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_appears_meanwhile_is_kept(written, tmp_path, monkeypatch):
-    out, sync = tmp_path / "x.safetensors", files.sync
+    out, sync = tmp_path / "x.safetensors", weight_files.sync
 
     def slow(stream):
         out.write_bytes(b"mine")
         sync(stream)
 
-    monkeypatch.setattr(files, "sync", slow)
+    monkeypatch.setattr(weight_files, "sync", slow)
     with pytest.raises(LcmError, match="already exists"):
         save_single_file(written("sd1")[0], out)
     assert out.read_bytes() == b"mine" and list(tmp_path.iterdir()) == [out]

@@ -23,10 +23,11 @@ from absl import logging
 from flax import linen as nn
 from flax import traverse_util
 
+from lcm_jax import files
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.models.unet import UNet2DConditionModel
-from lcm_jax.pretrained import files, hub, lora_keys, names
+from lcm_jax.pretrained import hub, lora_keys, names, weight_files
 from lcm_jax.pretrained.pipeline import Pipeline
 from lcm_jax.pretrained.saving import check_target
 
@@ -99,7 +100,7 @@ def read_lora(source: str | Path, modules: Mapping[str, nn.Module], ignore_unuse
     """
     path = _locate(source)
     _check_container(path)
-    with files.open_weights(path.parent, path.stem) as weights:
+    with weight_files.open_weights(path.parent, path.stem) as weights:
         metadata = _metadata(path)
         found = lora_keys.match(str(path), weights.shapes, modules, ignore_unused)
         alphas = _alphas(path, found, weights, metadata)
@@ -254,7 +255,7 @@ def _factor(path: Path, layer: lora_keys.Layer, role: str, key: str, read: Any) 
 
 
 def _alphas(
-    path: Path, found: lora_keys.Matched, weights: files.Weights, metadata: Mapping[str, str]
+    path: Path, found: lora_keys.Matched, weights: weight_files.Weights, metadata: Mapping[str, str]
 ) -> dict[lora_keys.Layer, float | None]:
     """Each layer's alpha, None where nothing says one."""
     tensors = {layer: weights.read(keys["alpha"]) for layer, keys in found.items() if "alpha" in keys}

@@ -14,11 +14,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lcm_jax import files
 from lcm_jax.diffusion import schedule
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
-from lcm_jax.pretrained import files, hub, names, tokenizer
+from lcm_jax.pretrained import hub, names, tokenizer, weight_files
 
 Config = dict[str, Any]
 Dtype = Any
@@ -115,17 +116,17 @@ def load_pipeline(
         place = folder / part if other is None else _part_folder(other, part, variant)
         configs[part] = _config(place, part)
         modules[part] = _module(part, configs[part], dtype)
-        weights[part] = place, files.DIFFUSERS_NAME, variant
+        weights[part] = place, weight_files.DIFFUSERS_NAME, variant
     for part, (place, kind) in encoders.items():
         configs[part] = _config(place, part) | ({"architectures": [kind]} if kind else {})
         modules[part] = _module(part, configs[part], dtype)
-        weights[part] = place, files.TRANSFORMERS_NAME, variant
+        weights[part] = place, weight_files.TRANSFORMERS_NAME, variant
         slot = place.name.replace("text_encoder", "tokenizer")
         length = modules[part].max_position_embeddings
         tokenizers[part.replace("text_encoder", "tokenizer")] = tokenizer.load_tokenizer(folder / slot, length)
     check_fit(modules)
     for place, name, kind in weights.values():  # all there, before minutes go into reading the first
-        files.weight_files(place, name, kind)
+        weight_files.weight_files(place, name, kind)
     params = {part: _params(modules[part], *weights[part], param_dtype) for part in weights}
     return Pipeline(
         **modules, **tokenizers, params=params, schedule=noise, configs=configs, source=str(folder.resolve())
@@ -165,13 +166,13 @@ def read_record(source: str | Path) -> Config:
 def _load_part(part: str, source: str | Path, variant: str | None, dtype: Dtype, param_dtype: Dtype):
     folder = _part_folder(source, part, variant)
     module = _module(part, _config(folder, part), dtype)
-    return module, _params(module, folder, files.DIFFUSERS_NAME, variant, param_dtype)
+    return module, _params(module, folder, weight_files.DIFFUSERS_NAME, variant, param_dtype)
 
 
 def _part_folder(source: str | Path, part: str, variant: str | None) -> Path:
     """Folder of one part: SOURCE/part where that is, else SOURCE itself."""
     patterns = ["config.json", "model_index.json", RECORD, f"{part}/config.json"]
-    weights = files.download_patterns(files.DIFFUSERS_NAME, variant)
+    weights = weight_files.download_patterns(weight_files.DIFFUSERS_NAME, variant)
     patterns += [prefix + pattern for prefix in ("", f"{part}/") for pattern in weights]
     folder = hub.local_folder(source, patterns)
     inside = folder / part
@@ -184,8 +185,8 @@ def _pipeline_patterns(parts: set[str], variant: str | None) -> list[str]:
     patterns = ["model_index.json", RECORD, "scheduler/scheduler_config.json"]
     patterns += [f"{slot}/{name}" for slot in ("tokenizer", "tokenizer_2") for name in ("*.json", "*.txt")]
     for part in sorted(parts):
-        name = files.TRANSFORMERS_NAME if part.startswith("text_encoder") else files.DIFFUSERS_NAME
-        patterns += [f"{part}/{file}" for file in ("config.json", *files.download_patterns(name, variant))]
+        name = weight_files.TRANSFORMERS_NAME if part.startswith("text_encoder") else weight_files.DIFFUSERS_NAME
+        patterns += [f"{part}/{file}" for file in ("config.json", *weight_files.download_patterns(name, variant))]
     return patterns
 
 
@@ -246,7 +247,7 @@ _FROM_CONFIG: dict[str, Callable[..., nn.Module]] = {
 
 
 def _params(module: nn.Module, folder: Path, name: str, variant: str | None, dtype: Dtype) -> names.Params:
-    with files.open_weights(folder, name, variant) as weights:
+    with weight_files.open_weights(folder, name, variant) as weights:
         return names.read_params(module, weights.shapes, weights.read, jnp.dtype(dtype), str(weights.source))
 
 

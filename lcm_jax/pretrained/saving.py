@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from lcm_jax import files
 from lcm_jax.diffusion import schedule
 from lcm_jax.errors import LcmError
 from lcm_jax.models import clip
 from lcm_jax.models.config import DIFFUSERS_VERSION, to_config
-from lcm_jax.pretrained import files, names, tokenizer
+from lcm_jax.pretrained import names, tokenizer, weight_files
 from lcm_jax.pretrained.pipeline import Config, Pipeline
 
 _SLACK = 1 << 20  # bytes for headers, configs and the file system's own rounding
@@ -114,7 +115,7 @@ def save_pipeline(
     texts["model_index.json"] = _json(index)
     texts |= _tokenizer_texts(pipeline)
     trees = {
-        f"{part}/{files.single_file(_weights_name(module), variant)}": (module, pipeline.params[part])
+        f"{part}/{weight_files.single_file(_weights_name(module), variant)}": (module, pipeline.params[part])
         for part, module in parts.items()
     }
     return _write(Path(out), trees, texts, extra_files or {}, dtype)
@@ -130,7 +131,7 @@ def save_unet(
     extra_files: Mapping[str, str | bytes] | None = None,
 ) -> Path:
     """Write only a UNet, config and weights at the folder's root (the layout of `lcm-sdxl`). See `save_pipeline`."""
-    trees = {files.single_file(files.DIFFUSERS_NAME, variant): (unet, params)}
+    trees = {weight_files.single_file(weight_files.DIFFUSERS_NAME, variant): (unet, params)}
     return _write(Path(out), trees, {"config.json": _json(to_config(unet))}, extra_files or {}, dtype)
 
 
@@ -155,7 +156,7 @@ def check_target(out: str | Path, needed: int = 0) -> None:
 
 
 def _weights_name(module: nn.Module) -> str:
-    return files.TRANSFORMERS_NAME if isinstance(module, clip.CLIPTextModel) else files.DIFFUSERS_NAME
+    return weight_files.TRANSFORMERS_NAME if isinstance(module, clip.CLIPTextModel) else weight_files.DIFFUSERS_NAME
 
 
 def _json(value: Mapping[str, Any]) -> str:
@@ -246,7 +247,7 @@ def _write(
         raise LcmError(f"extra file {bad[0]!r} is one of the model's own or not inside the folder; rename it")
     leaves = {name: names.torch_leaves(module, params) for name, (module, params) in trees.items()}
     shapes = {name: {key: p.torch_shape for key, (p, _) in found.items()} for name, found in leaves.items()}
-    needed = sum(files.weights_size(found, dtype) for found in shapes.values())
+    needed = sum(weight_files.weights_size(found, dtype) for found in shapes.values())
     needed += sum(len(text) for text in (*texts.values(), *extra.values())) + _SLACK
     with all_or_nothing(out, needed) as folder:
         for name, text in {**texts, **extra}.items():
@@ -258,7 +259,7 @@ def _write(
                 parameter, leaf = found[key]
                 return names.to_torch_layout(leaf, parameter, jnp.dtype(dtype))
 
-            files.write_weights(folder / name, shapes[name], tensor, jnp.dtype(dtype))
+            weight_files.write_weights(folder / name, shapes[name], tensor, jnp.dtype(dtype))
     return out
 
 

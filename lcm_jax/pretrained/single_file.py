@@ -25,11 +25,12 @@ import safetensors
 from absl import logging
 from flax import linen as nn
 
+from lcm_jax import files
 from lcm_jax.diffusion import schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
 from lcm_jax.models.config import to_config
-from lcm_jax.pretrained import files, hub, pipeline, tokenizer
+from lcm_jax.pretrained import hub, pipeline, tokenizer, weight_files
 from lcm_jax.pretrained import single_file_keys as keys
 from lcm_jax.pretrained.names import Shape
 
@@ -171,7 +172,7 @@ def load_single_file(
     if variant is not None and unet is None and vae is None:
         raise LcmError(f"{source} is a single file and has no variant {variant!r}; leave the variant out")
     path = local_file(source)
-    with files.open_weights(path.parent, path.stem) as weights:
+    with weight_files.open_weights(path.parent, path.stem) as weights:
         family = _family(weights.shapes, path)
         folder = _config_folder(config, family, path)
         given = None if config is None else folder
@@ -202,7 +203,7 @@ def load_single_file(
 def read_record(source: str | Path) -> Config:
     """What a file that `save_single_file` wrote says of its distillation (metadata `lcm_config.json`), else {}."""
     path = local_file(source)
-    with files.open_weights(path.parent, path.stem):  # says what is wrong with a file that cannot be read
+    with weight_files.open_weights(path.parent, path.stem):  # says what is wrong with a file that cannot be read
         text = _metadata(path).get(pipeline.RECORD, "{}")
     try:
         return json.loads(text)
@@ -295,7 +296,7 @@ def _slot(folder: Path, name: str) -> Path:
 
 
 def _configs(
-    folder: Path | None, family: Family, weights: files.Weights, metadata: Mapping[str, str], replaced: Mapping
+    folder: Path | None, family: Family, weights: weight_files.Weights, metadata: Mapping[str, str], replaced: Mapping
 ) -> dict[str, Config]:
     """Part -> config: the folder's where it has one, else the family's; also "scheduler" and "model_index"."""
 
@@ -323,7 +324,7 @@ def _configs(
     return configs | {part: to_config(module) for part, module in replaced.items()}
 
 
-def _scheduler(family: Family, weights: files.Weights, metadata: Mapping[str, str]) -> Config:
+def _scheduler(family: Family, weights: weight_files.Weights, metadata: Mapping[str, str]) -> Config:
     kind = _prediction_type(family, weights, metadata)
     config = _SCHEDULER | {"prediction_type": kind}
     if "ztsnr" in weights.shapes:
@@ -333,7 +334,7 @@ def _scheduler(family: Family, weights: files.Weights, metadata: Mapping[str, st
     return {"_class_name": "PNDMScheduler" if kind == "epsilon" else "DDIMScheduler"} | config
 
 
-def _prediction_type(family: Family, weights: files.Weights, metadata: Mapping[str, str]) -> str:
+def _prediction_type(family: Family, weights: weight_files.Weights, metadata: Mapping[str, str]) -> str:
     said = metadata.get("modelspec.prediction_type")
     if said:
         return "v_prediction" if said == "v" else said

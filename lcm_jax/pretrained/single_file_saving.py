@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from lcm_jax import files
 from lcm_jax.diffusion import guidance
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip
 from lcm_jax.models.config import to_config
-from lcm_jax.pretrained import files
 from lcm_jax.pretrained import single_file_keys as keys
+from lcm_jax.pretrained import weight_files
 from lcm_jax.pretrained.names import Shape
 from lcm_jax.pretrained.pipeline import Config, Pipeline
 from lcm_jax.pretrained.saving import names_of_parts
@@ -159,8 +160,8 @@ def _write(
     dtype: np.dtype,
     metadata: Mapping[str, str],
 ) -> Path:
-    check_file(out, files.weights_size(shapes, files.writable(dtype)) + _SLACK)
+    check_file(out, weight_files.weights_size(shapes, weight_files.writable(dtype)) + _SLACK)
     with files.new_file(out) as partial:
-        files.write_weights(partial, shapes, tensor, dtype, metadata)
+        weight_files.write_weights(partial, shapes, tensor, dtype, metadata)
         check_file(out)
     return out

@@ -13,13 +13,13 @@ import tiny
 import torch
 
 from lcm_jax.errors import LcmError
-from lcm_jax.pretrained import files, load_unet, names
+from lcm_jax.pretrained import load_unet, names, weight_files
 
-NAME = files.DIFFUSERS_NAME
+NAME = weight_files.DIFFUSERS_NAME
 
 
 def read_all(folder, variant=None, name=NAME):
-    with files.open_weights(folder, name, variant) as weights:
+    with weight_files.open_weights(folder, name, variant) as weights:
         return {key: weights.read(key) for key in weights.shapes}
 
 
@@ -155,7 +155,7 @@ def test_written_files_are_torchs(tmp_path, dtype):
     values = {key: value.astype(jnp.dtype(dtype)) for key, value in values.items()}
     path = tmp_path / "x.safetensors"
     shapes = {key: value.shape for key, value in values.items()}
-    files.write_weights(path, shapes, values.__getitem__, jnp.dtype(dtype))
+    weight_files.write_weights(path, shapes, values.__getitem__, jnp.dtype(dtype))
     loaded = safetensors.torch.load_file(path)
     assert loaded.keys() == values.keys()
     for key, value in values.items():
@@ -164,7 +164,7 @@ def test_written_files_are_torchs(tmp_path, dtype):
     with safetensors.safe_open(path, framework="pt") as handle:
         assert handle.metadata() == {"format": "pt"}
     header = int.from_bytes(path.read_bytes()[:8], "little")
-    assert header % 8 == 0 and path.stat().st_size == 8 + header + files.weights_size(shapes, jnp.dtype(dtype))
+    assert header % 8 == 0 and path.stat().st_size == 8 + header + weight_files.weights_size(shapes, jnp.dtype(dtype))
 
 
 def test_the_writer_checks_every_tensor(tmp_path):
@@ -176,9 +176,9 @@ def test_the_writer_checks_every_tensor(tmp_path):
         (square + np.nan, "not finite"),
     ]):  # fmt: skip
         with pytest.raises(LcmError, match=what):
-            files.write_weights(tmp_path / str(i), {"w": (2, 2)}, lambda key, bad=bad: bad, np.float32)
+            weight_files.write_weights(tmp_path / str(i), {"w": (2, 2)}, lambda key, bad=bad: bad, np.float32)
     with pytest.raises(LcmError, match="int8"):
-        files.write_weights(tmp_path / "int", {"w": (2, 2)}, lambda key: square, np.int8)
+        weight_files.write_weights(tmp_path / "int", {"w": (2, 2)}, lambda key: square, np.int8)
 
 
 def test_download_patterns_take_one_variant_only():
@@ -195,7 +195,7 @@ def test_download_patterns_take_one_variant_only():
     ]  # fmt: skip
 
     def taken(variant):
-        patterns = ["unet/" + pattern for pattern in files.download_patterns(NAME, variant)]
+        patterns = ["unet/" + pattern for pattern in weight_files.download_patterns(NAME, variant)]
         return {file for file in present if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)}
 
     assert taken(None) == {present[0], present[2], present[8]}

@@ -11,10 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import shutil
 import struct
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,29 +21,13 @@ import numpy as np
 import safetensors
 
 from lcm_jax.errors import LcmError
+from lcm_jax.files import read_json, sync
 
 DIFFUSERS_NAME = "diffusion_pytorch_model"
 TRANSFORMERS_NAME = "model"
 
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      LcmError: no such file, or it does not hold one JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LcmError(f"{path} is missing; the model folder is incomplete, copy or download it again") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LcmError(f"{path} is not valid JSON ({error}); copy or download it again") from None
-    if not isinstance(value, dict):
-        raise LcmError(f"{path} holds a {type(value).__name__} where a JSON object is needed; download it again")
-    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,51 +212,3 @@ def write_weights(
                 raise LcmError(f"{key} has values that are not finite in {dtype}; write float32, or look at the run")
             stream.write(value.reshape(-1).view(np.uint8).data)
         sync(stream)
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to: the file appears as `path` when the block ends well, else not at all."""
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        yield partial
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.rename(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.absolute().parent)
-
-
-def check_space(target: Path, needed: int) -> None:
-    """Raises LcmError where fewer than `needed` bytes are free for `target`, which need not exist."""
-    place = target.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise LcmError(f"{target} needs {needed} bytes, {free} are free; make room or choose another disk")
-
-
-def write_text(path: Path, text: str | bytes) -> None:
-    """Write a new file and see it onto the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as stream:
-        stream.write(text.encode() if isinstance(text, str) else text)
-        sync(stream)
-
-
-def sync(stream) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` last: a rename is durable only with its directory."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

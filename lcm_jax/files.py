@@ -1,0 +1,77 @@
+"""Files as every room writes and reads them: whole or not at all, and seen onto the disk."""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lcm_jax.errors import LcmError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      LcmError: no such file, or it does not hold one JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LcmError(f"{path} is missing; the folder is incomplete, copy or download it again") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise LcmError(f"{path} is not valid JSON ({error}); copy or download it again") from None
+    if not isinstance(value, dict):
+        raise LcmError(f"{path} holds a {type(value).__name__} where a JSON object is needed; download it again")
+    return value
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to: the file appears as `path` when the block ends well, else not at all."""
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.rename(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.absolute().parent)
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raises LcmError where fewer than `needed` bytes are free for `target`, which need not exist."""
+    place = target.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise LcmError(f"{target} needs {needed} bytes, {free} are free; make room or choose another disk")
+
+
+def write_text(path: Path, text: str | bytes) -> None:
+    """Write a new file and see it onto the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb") as stream:
+        stream.write(text.encode() if isinstance(text, str) else text)
+        sync(stream)
+
+
+def sync(stream) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` last: a rename is durable only with its directory."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
