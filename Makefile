@@ -40,8 +40,9 @@ demo: $(CORE)
 demo-full: $(CORE)
 	$(DEMO) --full
 
+# A file's tests stay in one process: they share models and compiled programs.
 test: $(TESTS)
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 test-slow: $(TESTS)
 	$(PY) -m pytest -m slow

@@ -10,18 +10,20 @@ readme = here / "README.md"
 CORE = [
     "absl-py",
     "flax>=0.12",
+    "grain>=0.2.18",
     "huggingface_hub",
     "jax>=0.10.2,<0.12",
     "ml-collections>=1.0",
     "numpy>=2.0",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.20",
-    "pillow",
+    "pillow>=10.1",
     "safetensors",
     "tensorboardX",
     "tqdm",
     "transformers>=4.56",  # the CLIP tokenizer only; works without torch
 ]
+DATA = ["array_record>=0.8", "datasets>=5", "opencv-python-headless>=5", "tensorflow-datasets>=4.9.10"]  # no TensorFlow
 TORCH = ["torch>=2.6", "diffusers>=0.35", "accelerate", "peft"]  # lcm_jax.export --verify
 
 setup(
@@ -38,10 +40,10 @@ setup(
     install_requires=CORE,
     extras_require={
         "torch": TORCH,
-        "test": [*TORCH, "pytest>=8", "ruff"],  # torch and diffusers are the tests' oracles
+        "test": [*DATA, *TORCH, "pytest>=8", "pytest-xdist", "ruff"],  # torch and diffusers are the tests' oracles
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-        "data": [],  # the embedded data set needs nothing more
+        "data": DATA,  # latent caches, data sets of Hugging Face and TFDS, OpenCV; tar shards and folders need nothing
         "demo": [],  # nor does `make demo`
     },
     classifiers=[

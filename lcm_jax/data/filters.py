@@ -1,0 +1,189 @@
+"""Rules about numbers of records, as "side >= 512" or "pwatermark <= 0.5 or missing": which records stay, and why not.
+
+    rule = FIELD OP NUMBER [or missing]        OP: <=  >=  <  >  ==
+
+FIELD is a number that the source knows about its records, or of their size in pixels: `side`, the shorter side, and
+`aspect`, the longer side over the shorter. The size is that of the width and height fields or, where no record has
+them, that of the images' headers. A record without the number is dropped unless the rule ends in "or missing".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from lcm_jax.data import images
+from lcm_jax.data.records import BadRecord, Fault, Record, Source
+from lcm_jax.errors import LcmError
+
+SIZE_FIELDS = ("side", "aspect")
+GRAMMAR = 'FIELD OP NUMBER [or missing], OP one of <= >= < > ==, as "side >= 512" or "pwatermark <= 0.5 or missing"'
+
+_OPERATORS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt}
+_RULE = re.compile(r"\s*([^\s<>=!]+)\s*(<=|>=|==|<|>)\s*(\S+?)\s*(\s+or\s+missing\s*)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """`field` `op` `value`; records without the number stay if `or_missing`."""
+
+    field: str
+    op: str
+    value: float
+    or_missing: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.op} {self.value:g}" + " or missing" * self.or_missing
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What rules did to a source.
+
+    Attributes:
+      total: records before.
+      kept: records after.
+      rules: (rule, records it dropped, those of them that lack the number), in the rules' order; a record counts at
+        the first rule that drops it.
+      faults: unusable records that the source had left out before.
+    """
+
+    total: int
+    kept: int
+    rules: tuple[tuple[Rule, int, int], ...]
+    faults: int
+
+    def __str__(self) -> str:
+        rows = [("records", self.total, "")]
+        rows += [(str(rule), -dropped, f"({missing} missing)" if missing else "")
+                 for rule, dropped, missing in self.rules]
+        rows += [("kept", self.kept, "")]
+        if self.faults:
+            rows += [("unusable, not counted above", self.faults, "")]
+        left, right = max(len(row[0]) for row in rows), max(len(str(row[1])) for row in rows)
+        return "\n".join(f"{name:<{left}}  {count:>{right}}  {note}".rstrip() for name, count, note in rows)
+
+
+    def line(self) -> str:
+        """The same in one line, without rules that dropped nothing."""
+        parts = [f"{self.kept} of {self.total} records" if self.kept < self.total else f"{self.total} records"]
+        parts += [f'"{rule}" dropped {dropped}' for rule, dropped, _ in self.rules if dropped]
+        parts += [f"{self.faults} more are unusable"] if self.faults else []
+        return ", ".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """A `Source` of some records of another: record i is record `numbers[i]` of `source`."""
+
+    source: Source
+    numbers: np.ndarray  # int64 [n]
+
+    @property
+    def faults(self) -> Sequence[Fault]:
+        return self.source.faults
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, number: int) -> Record:
+        return self.source[int(self.numbers[number])]
+
+    def field(self, name: str) -> np.ndarray | None:
+        values = self.source.field(name)
+        values = None if values is None else values[self.numbers]
+        return None if values is None or np.isnan(values).all() else values
+
+    def where(self, number: int) -> tuple[str, str]:
+        return self.source.where(int(self.numbers[number]))
+
+
+def parse(text: str) -> Rule:
+    """Raises LcmError where `text` is no rule."""
+    match = _RULE.fullmatch(text)
+    try:
+        name, op, number, or_missing = match.groups()
+        value = float(number)
+    except (AttributeError, ValueError):
+        raise LcmError(f"{text!r} is no rule; write {GRAMMAR} (--config.data.filters)") from None
+    if np.isnan(value):
+        raise LcmError(f"{text!r} compares with no number; write {GRAMMAR} (--config.data.filters)")
+    return Rule(name, op, value, or_missing is not None)
+
+
+def apply(source: Source, rules: Sequence[str], *, width_key: str = "width",
+          height_key: str = "height") -> tuple[Source, Report]:
+    """The records that satisfy all rules, in their order, and what each rule dropped.
+
+    Raises:
+      LcmError: no rule, a field that no record has (unless "or missing"), nothing left.
+    """
+    parsed = [parse(text) for text in rules]
+    if not parsed and len(source):
+        return source, Report(len(source), len(source), (), len(source.faults))
+    if not len(source):
+        first = f"; the first of {len(source.faults)} unusable ones: {source.faults[0]}" if source.faults else ""
+        raise LcmError(f"the source has no records{first} (--config.data.path)")
+    found: dict[str, np.ndarray] = {}
+    dropper = np.full(len(source), -1)  # the rule that dropped each record; -1: none
+    counts = []
+    for i, rule in enumerate(parsed):
+        if rule.field not in found:
+            found |= _numbers(source, rule, width_key, height_key)
+        values = found[rule.field]
+        missing = np.isnan(values)
+        passed = np.where(missing, rule.or_missing, _OPERATORS[rule.op](values, rule.value))
+        dropped = (dropper < 0) & ~passed
+        dropper[dropped] = i
+        counts.append((rule, int(dropped.sum()), int((dropped & missing).sum())))
+    kept = np.flatnonzero(dropper < 0)
+    report = Report(len(source), len(kept), tuple(counts), len(source.faults))
+    if not len(kept):
+        raise LcmError(_nothing_left(source, parsed[dropper[0]], found, report))
+    return Selection(source, kept), report
+
+
+def sizes(source: Source, width_key: str = "width", height_key: str = "height") -> np.ndarray:
+    """int32 [n 2], each record's (height, width) in pixels as it is shown; (0, 0) where it is not known.
+
+    From the fields, or from the images' headers where no record has both fields (with a progress bar: it reads every
+    record).
+    """
+    height, width = source.field(height_key), source.field(width_key)
+    if height is not None and width is not None:
+        both = np.stack([height, width], -1)
+        return np.where((both >= 1).all(-1, keepdims=True), both, 0).astype(np.int32)  # NaN >= 1 is False
+    both = np.zeros((len(source), 2), np.int32)
+    for number in tqdm(range(len(source)), "image sizes", unit=" images", disable=None):
+        try:
+            both[number] = images.header_size(source[number].image)
+        except BadRecord:
+            continue  # stays unknown
+    return both
+
+
+def _numbers(source: Source, rule: Rule, width_key: str, height_key: str) -> dict[str, np.ndarray]:
+    """field -> float64 [n] of the field that `rule` asks for; both size fields at once, since both cost the same."""
+    if rule.field in SIZE_FIELDS:
+        known = sizes(source, width_key, height_key).astype(np.float64)
+        known[(known == 0).any(-1)] = np.nan
+        return {"side": known.min(-1), "aspect": known.max(-1) / known.min(-1)}
+    values = source.field(rule.field)
+    if values is None and not rule.or_missing:
+        raise LcmError(f'no record has a number {rule.field!r}, which the rule "{rule}" needs; correct its name, or '
+                       f'write "{rule} or missing" to keep such records (--config.data.filters)')
+    return {rule.field: np.full(len(source), np.nan) if values is None else values}
+
+
+def _nothing_left(source: Source, rule: Rule, found: dict[str, np.ndarray], report: Report) -> str:
+    shard, key = source.where(0)
+    value = found[rule.field][0]
+    has = f"has no {rule.field}" if np.isnan(value) else f"{rule.field} is {value:g}"
+    drops = ", ".join(f'"{rule}" dropped {dropped}' for rule, dropped, _ in report.rules)
+    return (f'no record is left of {report.total}: {drops}; for one, {shard}: {key}: {has}, the rule is "{rule}"; '
+            "relax the rules (--config.data.filters)")

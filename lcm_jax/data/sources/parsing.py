@@ -1,0 +1,69 @@
+"""What files of records hold besides pictures: captions and numbers, from texts and JSON objects nobody has checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lcm_jax.data.records import BadRecord
+
+# Files taken for pictures. Each is the usual suffix of a format that Pillow reads.
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+
+
+def text_of(content: bytes) -> str:
+    """UTF-8 text, with or without a byte order mark. Raises BadRecord."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"the caption is not UTF-8 (byte {error.start})") from None
+
+
+def captions_of(value: Any) -> tuple[str, ...]:
+    """The captions in a text or a list of texts, without white space around them and without empty ones.
+
+    Raises:
+      BadRecord: none is left, or `value` is something else.
+    """
+    texts = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRecord(f"the caption is {json.dumps(value)[:60]}, not text")
+    captions = tuple(text.strip() for text in texts if text.strip())
+    if not captions:
+        raise BadRecord("no caption: its text is empty")
+    return captions
+
+
+def json_object(content: bytes) -> dict[str, Any]:
+    """One JSON object. Raises BadRecord."""
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON
+        raise BadRecord(f"broken JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BadRecord(f"broken JSON (a {type(value).__name__}, not an object)")
+    return value
+
+
+def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among a JSON object's values; true is 1, false 0. Texts, null and lists are none."""
+    return {name: _as_float(value) for name, value in row.items() if isinstance(value, int | float)}
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # JSON's integers have no largest
+        return float("inf") if value > 0 else float("-inf")
+
+
+def columns(rows: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
+    """n rows of numbers -> name: float64 [n], NaN where a row has none; names are sorted."""
+    found = {name: np.full(len(rows), np.nan) for name in sorted({name for row in rows for name in row})}
+    for number, row in enumerate(rows):
+        for name, value in row.items():
+            found[name][number] = value
+    return {name: column for name, column in found.items() if not np.isnan(column).all()}

@@ -1,0 +1,315 @@
+"""Where the records of a tar shard lie: one pass over its headers, kept in a file of its own beside the shard.
+
+A shard holds groups of members as img2dataset writes them,
+
+    000000123.jpg  000000123.txt  000000123.json     key.suffix, the key ending at the first dot of the base name
+
+and its sidecar, an uncompressed npz, holds for its n usable records
+
+    keys      S [n]         hashes   uint64 [n]      BLAKE2 of the key, by which repeats over many shards are found
+    spans     int64 [n 4]   offset and size of the picture, offset and size of what holds the caption, in bytes
+    is_json   bool [n]      the caption is a field of the JSON member, else the text of the .txt member
+    fields    float64 [f n] numbers in the JSON members, NaN where there is none
+    header    the JSON of: format version, size and mtime of the shard, the keys asked for, names of fields, faults
+
+Sidecars of one shard are equal byte for byte, whoever makes them. Where a tar is damaged the members before and after
+the damage are read; what lies between is a fault that names the first byte lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zipfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from lcm_jax import files
+from lcm_jax.data.records import BadRecord
+from lcm_jax.data.sources import parsing
+from lcm_jax.errors import LcmError
+
+VERSION = 1  # of the sidecar; another one is made anew
+
+_BLOCK = tarfile.BLOCKSIZE
+_CHUNK = 1 << 20  # bytes looked through at once for the next header after damage
+_LONGEST_PADDING = 1 << 20  # bytes of zeros that may end a tar; more is a file whose end was never written
+_MAGIC_AT = 257  # of "ustar" in a header
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_NO_IMAGE, _NO_CAPTION = "no image", "no caption"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardIndex:
+    """The n usable records of one shard, in its order: see the module. `faults` are (key, reason)."""
+
+    size: int
+    mtime_ns: int
+    keys: np.ndarray
+    hashes: np.ndarray
+    spans: np.ndarray
+    is_json: np.ndarray
+    fields: dict[str, np.ndarray]
+    faults: tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """Members of one key: suffix -> (offset, size), and the content of those that are text."""
+
+    key: str
+    members: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    texts: dict[str, bytes] = dataclasses.field(default_factory=dict)
+
+
+def sidecar_path(shard: Path, index_dir: Path | None) -> Path:
+    """Beside the shard, or in `index_dir` under a name that tells shards of different folders apart."""
+    if index_dir is None:
+        return shard.with_name(f"{shard.name}.index.npz")
+    folder = hashlib.blake2b(os.fsencode(os.path.realpath(shard.parent)), digest_size=6).hexdigest()
+    return index_dir / f"{shard.name}.{folder}.index.npz"
+
+
+def make(shard: Path, sidecar: Path, image_key: str | None, caption_key: str | None) -> ShardIndex:
+    """`scan` the shard and keep the result as `sidecar`.
+
+    Raises:
+      LcmError: as `scan`, or the sidecar cannot be written.
+    """
+    index = scan(shard, image_key, caption_key)
+    try:
+        with files.new_file(sidecar) as partial:
+            partial.write_bytes(_packed(index, image_key, caption_key))
+    except OSError as error:
+        raise LcmError(f"the index {sidecar} cannot be written ({error.strerror}); "
+                       "name a folder for it as --config.data.index_dir") from None
+    return index
+
+
+def read(shard: Path, sidecar: Path, image_key: str | None, caption_key: str | None) -> ShardIndex | None:
+    """What `sidecar` holds; None if there is none, or it was made of another state of the shard or by other keys.
+
+    Raises:
+      LcmError: the shard cannot be read.
+    """
+    try:
+        state = shard.stat()
+    except OSError as error:
+        raise LcmError(f"tar shard {shard} cannot be read ({error.strerror})") from None
+    try:
+        with np.load(sidecar, allow_pickle=False) as arrays:
+            header = json.loads(arrays["header"].tobytes())
+            if header["made_of"] != [VERSION, state.st_size, state.st_mtime_ns, image_key, caption_key]:
+                return None
+            return ShardIndex(
+                state.st_size, state.st_mtime_ns, arrays["keys"], arrays["hashes"], arrays["spans"], arrays["is_json"],
+                dict(zip(header["fields"], arrays["fields"], strict=True)),
+                tuple((key, reason) for key, reason in header["faults"]),
+            )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):  # no sidecar, or another's file
+        return None
+
+
+def scan(shard: Path, image_key: str | None = None, caption_key: str | None = None) -> ShardIndex:
+    """Find the records of a shard.
+
+    Args:
+      image_key: suffix of the pictures; None: the first member of a key that has a picture's suffix.
+      caption_key: "txt" or a field of the JSON member; None: .txt, or "caption" in JSON where there is no .txt.
+
+    Raises:
+      LcmError: the file cannot be read, is compressed or still being written; it is whole, but holds no pictures or no
+        captions.
+    """
+    losses: list[tuple[str, str]] = []
+    try:
+        with shard.open("rb") as stream:
+            state = os.fstat(stream.fileno())
+            _refuse_compressed(shard, stream)
+            samples = _samples(stream, state.st_size, losses)
+        after = shard.stat()
+    except OSError as error:
+        raise LcmError(f"tar shard {shard} cannot be read ({error.strerror})") from None
+    if (after.st_size, after.st_mtime_ns) != (state.st_size, state.st_mtime_ns):
+        raise LcmError(f"tar shard {shard} is being written to; wait until it is complete")
+    keys, spans, is_json, numbers, faults = [], [], [], [], []
+    for sample in samples:
+        try:
+            span, from_json, row = _record(sample, image_key, caption_key)
+        except BadRecord as error:
+            faults.append((sample.key, str(error)))
+            continue
+        faults += _other_pictures(sample, image_key)
+        keys.append(sample.key.encode())
+        spans.append(span)
+        is_json.append(from_json)
+        numbers.append(row)
+    if samples and not keys and not losses:
+        _check_reasons(shard, samples, {reason for _, reason in faults}, image_key, caption_key)
+    hashes = [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") for key in keys]
+    return ShardIndex(state.st_size, state.st_mtime_ns, np.array(keys, np.bytes_), np.array(hashes, np.uint64),
+                      np.array(spans, np.int64).reshape(-1, 4), np.array(is_json, bool), parsing.columns(numbers),
+                      (*losses, *faults))
+
+
+def caption_in(content: bytes, is_json: bool, caption_key: str | None) -> tuple[str, ...]:
+    """The captions in a .txt or JSON member. Raises BadRecord."""
+    if not is_json:
+        return parsing.captions_of(parsing.text_of(content))
+    return parsing.captions_of(parsing.json_object(content).get(caption_key or "caption"))
+
+
+def _packed(index: ShardIndex, image_key: str | None, caption_key: str | None) -> bytes:
+    made_of = [VERSION, index.size, index.mtime_ns, image_key, caption_key]
+    header = json.dumps({"made_of": made_of, "fields": list(index.fields), "faults": index.faults})
+    fields = np.array(list(index.fields.values()), np.float64).reshape(len(index.fields), len(index.keys))
+    packed = io.BytesIO()  # NumPy writes no times into an npz, so equal arrays are equal bytes
+    np.savez(packed, header=np.frombuffer(header.encode(), np.uint8), keys=index.keys, hashes=index.hashes,
+             spans=index.spans, is_json=index.is_json, fields=fields)
+    return packed.getvalue()
+
+
+def _refuse_compressed(shard: Path, stream: BinaryIO) -> None:
+    start = stream.read(8)
+    for magic, kind in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise LcmError(f"tar shard {shard} is compressed ({kind}); records can be read from plain tars only, "
+                           "unpack it first")
+
+
+def _record(sample: _Sample, image_key: str | None, caption_key: str | None):
+    """((picture offset, size, caption offset, size), is_json, numbers). Raises BadRecord."""
+    pictures = _pictures(sample, image_key)
+    if not pictures:
+        raise BadRecord(f"{_NO_IMAGE} among its members ({_suffixes([sample])})")
+    offset, size = sample.members[pictures[0]]
+    if size == 0:
+        raise BadRecord("image of 0 bytes")
+    row = parsing.json_object(sample.texts["json"]) if "json" in sample.texts else {}
+    if caption_key in (None, "txt") and "txt" in sample.texts:
+        holder = "txt"
+    elif caption_key != "txt" and (caption_key or "caption") in row:
+        holder = "json"
+    else:
+        raise BadRecord(_NO_CAPTION)
+    caption_in(sample.texts[holder], holder == "json", caption_key)
+    return (offset, size, *sample.members[holder]), holder == "json", parsing.numbers_of(row)
+
+
+def _pictures(sample: _Sample, image_key: str | None) -> list[str]:
+    wanted = parsing.IMAGE_SUFFIXES if image_key is None else (image_key.lower().lstrip("."),)
+    return [suffix for suffix in sample.members if suffix in wanted]
+
+
+def _other_pictures(sample: _Sample, image_key: str | None) -> list[tuple[str, str]]:
+    return [(sample.key, f"a second picture, .{suffix}; --config.data.image_key chooses one")
+            for suffix in _pictures(sample, image_key)[1:]]
+
+
+def _suffixes(samples: list[_Sample]) -> str:
+    return " ".join(sorted({f".{suffix}" for sample in samples for suffix in sample.members}))
+
+
+def _check_reasons(shard: Path, samples: list[_Sample], reasons: set[str], image_key: str | None,
+                   caption_key: str | None) -> None:
+    """A whole shard that lacks one kind of member is no accident of single records."""
+    if not all(reason == _NO_CAPTION or reason.startswith(_NO_IMAGE) for reason in reasons):
+        return
+    if _NO_CAPTION in reasons:
+        wanted = "a .txt, or a JSON field 'caption'," if caption_key is None else f"{caption_key!r}"
+        raise LcmError(f"tar without captions: {shard} holds {_suffixes(samples)}, and {wanted} nowhere; "
+                       "name a field of its JSON as --config.data.caption_key")
+    wanted = parsing.IMAGE_SUFFIXES if image_key is None else (image_key,)
+    raise LcmError(f"tar without pictures: {shard} holds {_suffixes(samples)}, but none of {' '.join(wanted)}; "
+                   "name the pictures' suffix as --config.data.image_key")
+
+
+def _split(name: str) -> tuple[str, str] | None:
+    """(key, suffix) of a member; None for what has no suffix and for hidden files."""
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # so that it can be printed
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return (folder + slash + stem, suffix.lower()) if stem and dot else None
+
+
+def _samples(stream: BinaryIO, size: int, losses: list[tuple[str, str]]) -> list[_Sample]:
+    """Members by key. A suffix that a key has already starts a new sample of that key."""
+    samples: list[_Sample] = []
+    latest: dict[str, _Sample] = {}
+    for member in _members(stream, size, losses):
+        name = _split(member.name)
+        if name is None or not member.isreg() or member.issparse() or member.offset_data + member.size > size:
+            continue
+        key, suffix = name
+        if key not in latest or suffix in latest[key].members:
+            latest[key] = _Sample(key)
+            samples.append(latest[key])
+        latest[key].members[suffix] = (member.offset_data, member.size)
+        if suffix in ("txt", "json"):
+            latest[key].texts[suffix] = os.pread(stream.fileno(), member.size, member.offset_data)
+    return samples
+
+
+def _members(stream: BinaryIO, size: int, losses: list[tuple[str, str]]) -> Iterator[tarfile.TarInfo]:
+    """All members that can be found; what lies between is appended to `losses`."""
+    offset = 0
+    while True:
+        offset = yield from _stretch(stream, offset)
+        following = _next_header(stream, offset + 1)
+        stream.seek(offset)
+        end_mark = stream.read(_BLOCK)
+        if following is None and end_mark and not end_mark.strip(b"\0") and size - offset <= _LONGEST_PADDING:
+            return
+        if following is None:
+            what = "the tar is cut off here" if offset >= size else "the tar is damaged from here to its end"
+            losses.append((f"byte {min(offset, size)}", what))
+            return
+        losses.append((f"byte {offset}", f"the tar is damaged from here to byte {following}"))
+        offset = following
+
+
+def _stretch(stream: BinaryIO, offset: int) -> Generator[tarfile.TarInfo, None, int]:
+    """Members one after the other from `offset` on; returns the first byte that is no part of them."""
+    stream.seek(offset)
+    try:
+        tar = tarfile.TarFile(fileobj=stream, encoding="utf-8", errors="surrogateescape")
+        while (member := tar.next()) is not None and tar.offset > offset:
+            offset = tar.offset
+            yield member
+            tar.members.clear()
+    except (tarfile.TarError, ValueError):  # ValueError: an extended header of nonsense
+        pass
+    return offset
+
+
+def _next_header(stream: BinaryIO, start: int) -> int | None:
+    """Offset of the first header at or after `start`, wherever it lies: lost bytes may have moved it off its block."""
+    stream.seek(start)
+    held = stream.read(_CHUNK)
+    while len(held) >= _BLOCK:
+        at = held.find(b"ustar", _MAGIC_AT)
+        while 0 <= at <= len(held) - (_BLOCK - _MAGIC_AT):
+            if _is_header(held[at - _MAGIC_AT : at - _MAGIC_AT + _BLOCK]):
+                return start + at - _MAGIC_AT
+            at = held.find(b"ustar", at + 1)
+        moved = len(held) - (_BLOCK - 1)
+        start += moved
+        held = held[moved:] + stream.read(_CHUNK)
+        if len(held) < _BLOCK:
+            return None
+    return None
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True

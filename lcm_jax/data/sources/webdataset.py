@@ -1,0 +1,282 @@
+"""Tar shards as img2dataset writes them (the webdataset layout), with random access.
+
+`path` is one or several, by commas or as a list, of: a file, a folder (its *.tar), a glob, a brace pattern as in bash
+(`laion-{00000..00099}.tar`, `{a,b}/{0..9}.tar`, nested too). A shard is read once however often it is named. Records
+come in the order of the shards and, within, of the tar; of records with one key the first stands, over all shards. What
+is known of a record without reading it comes from an index beside its shard: see `tar_index`.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import itertools
+import operator
+import os
+import re
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from lcm_jax.data.records import BadRecord, Fault, Record
+from lcm_jax.data.sources import tar_index
+from lcm_jax.data.sources.tar_index import ShardIndex
+from lcm_jax.errors import LcmError
+
+MAX_OPEN = 64  # shards a process keeps open at once
+_THREADS = 8  # that index shards; they wait for the disk, or for each other where it is quick
+
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
+
+
+def open(path: str | os.PathLike | Sequence[str | os.PathLike], *, image_key: str | None = None,
+         caption_key: str | None = None, index_dir: str | os.PathLike | None = None) -> TarSource:
+    """The records of tar shards.
+
+    Args:
+      path: shards, as in the module's docstring.
+      image_key: suffix of the pictures, "jpg"; None: a key's first member with a picture's suffix.
+      caption_key: "txt", or a field of the JSON members; None: the .txt, or "caption" in JSON where there is no .txt.
+      index_dir: folder for the indices; None: each beside its shard.
+
+    Raises:
+      LcmError: nothing is found under `path`, a shard cannot be read or holds no pictures or captions, an index cannot
+        be written, no record is usable.
+    """
+    shards = find_shards(path)
+    folder = None if index_dir is None else Path(index_dir)
+    sidecars = [tar_index.sidecar_path(shard, folder) for shard in shards]
+    source = TarSource(shards, _indices(shards, sidecars, image_key, caption_key), caption_key)
+    if not len(source):
+        first = f"; the first of {len(source.faults)} faults is {source.faults[0]}" if source.faults else ""
+        raise LcmError(f"no usable record in {len(shards)} tar shards of {path}{first}")
+    return source
+
+
+class TarSource:
+    """Random access to the records of indexed shards. It holds arrays and names, no open files."""
+
+    def __init__(self, shards: Sequence[Path], indices: Sequence[ShardIndex], caption_key: str | None = None) -> None:
+        """`indices` [number of shards]; records whose key stands in an earlier place become faults."""
+        self._shards = tuple(map(str, shards))
+        self._states = tuple((index.size, index.mtime_ns) for index in indices)
+        self._caption_key = caption_key
+        kept, repeats = _first_of_each_key(self._shards, indices)
+        bounds = list(itertools.pairwise(_starts([index.keys for index in indices])))
+        self._keys = [index.keys[kept[a:b]] for index, (a, b) in zip(indices, bounds, strict=True)]
+        self._starts = _starts(self._keys)
+        self._spans = np.concatenate([index.spans for index in indices])[kept]
+        self._is_json = np.concatenate([index.is_json for index in indices])[kept]
+        self._fields = {name: column[kept] for name, column in _columns(indices).items()}
+        self.faults = (*(Fault(shard, key, reason) for shard, index in zip(self._shards, indices, strict=True)
+                         for key, reason in index.faults), *repeats)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, number: int) -> Record:
+        shard, key = self._place(number)
+        offset, size, caption_offset, caption_size = map(int, self._spans[number])
+        file = _handle(self._shards[shard], *self._states[shard])
+        caption = file.bytes_at(caption_offset, caption_size)
+        captions = tar_index.caption_in(caption, bool(self._is_json[number]), self._caption_key)
+        values = ((name, float(column[number])) for name, column in self._fields.items())
+        return Record(key, file.bytes_at(offset, size), captions, {name: x for name, x in values if x == x})
+
+    def field(self, name: str) -> np.ndarray | None:
+        column = self._fields.get(name)
+        return None if column is None or np.isnan(column).all() else column
+
+    def where(self, number: int) -> tuple[str, str]:
+        shard, key = self._place(number)
+        return self._shards[shard], key
+
+    def _place(self, number: int) -> tuple[int, str]:
+        number = operator.index(number)
+        if not 0 <= number < len(self):
+            raise IndexError(f"record {number} of {len(self)}")
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return shard, self._keys[shard][number - self._starts[shard]].decode()
+
+
+class _Handle:
+    """An open shard. It closes when no thread uses it any more, which may be after the cache has let it go."""
+
+    def __init__(self, shard: str, state: tuple[int, int]) -> None:
+        self.fd = -1
+        try:
+            self.fd = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise BadRecord(f"the shard cannot be opened ({error.strerror})") from None
+        found = os.fstat(self.fd)
+        if (found.st_size, found.st_mtime_ns) != state:
+            raise BadRecord("the shard has changed since it was indexed")
+
+    def bytes_at(self, offset: int, size: int) -> bytes:
+        try:
+            content = os.pread(self.fd, size, offset)  # moves no file position: threads may share the handle
+        except OSError as error:
+            raise BadRecord(f"the shard cannot be read at byte {offset} ({error.strerror})") from None
+        if len(content) != size:
+            raise BadRecord(f"the shard has changed since it was indexed: it ends before byte {offset + size}")
+        return content
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+@functools.lru_cache(maxsize=MAX_OPEN)
+def _handle(shard: str, size: int, mtime_ns: int) -> _Handle:
+    return _Handle(shard, (size, mtime_ns))
+
+
+def _starts(per_shard: Sequence[np.ndarray]) -> np.ndarray:
+    return np.cumsum([0, *map(len, per_shard)])
+
+
+def _columns(indices: Sequence[ShardIndex]) -> dict[str, np.ndarray]:
+    names = sorted({name for index in indices for name in index.fields})
+    missing = [np.full(len(index.keys), np.nan) for index in indices]
+    return {
+        name: np.concatenate([index.fields.get(name, gap) for index, gap in zip(indices, missing, strict=True)])
+        for name in names
+    }
+
+
+def _first_of_each_key(shards: Sequence[str], indices: Sequence[ShardIndex]) -> tuple[np.ndarray, list[Fault]]:
+    """bool [n over all shards], and a fault for each record that is not the first of its key.
+
+    Only keys whose hashes meet are looked at one by one.
+    """
+    starts = _starts([index.keys for index in indices])
+    hashes = np.concatenate([index.hashes for index in indices])
+    order = np.argsort(hashes, kind="stable")
+    meet = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    kept, faults, first = np.ones(len(hashes), bool), [], {}
+    for number in np.union1d(order[meet], order[meet + 1]):
+        shard = int(np.searchsorted(starts, number, side="right")) - 1
+        key = indices[shard].keys[number - starts[shard]].decode()
+        if key in first:
+            kept[number] = False
+            faults.append(Fault(shards[shard], key, f"key stands already in {first[key]}"))
+        else:
+            first[key] = shards[shard]
+    return kept, faults
+
+
+def _indices(shards: Sequence[Path], sidecars: Sequence[Path], image_key: str | None,
+             caption_key: str | None) -> list[ShardIndex]:
+    """The shards' indices; those that are missing or out of date are made."""
+    found = [tar_index.read(shard, sidecar, image_key, caption_key)
+             for shard, sidecar in zip(shards, sidecars, strict=True)]
+    missing = [number for number, index in enumerate(found) if index is None]
+    if not missing:
+        return found
+
+    def make(number: int) -> ShardIndex:
+        return tar_index.make(shards[number], sidecars[number], image_key, caption_key)
+
+    bar = tqdm(total=len(missing), desc="indexing", unit="shard", file=sys.stderr, disable=None, dynamic_ncols=True)
+    with bar, ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            for number, index in zip(missing, pool.map(make, missing), strict=True):
+                found[number] = index
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return found
+
+
+def find_shards(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
+    """The files that `path` names, each once, in order: see the module's docstring.
+
+    Raises:
+      LcmError: one of its patterns names nothing, or a file that does not exist.
+    """
+    if isinstance(path, str) and not os.path.exists(path):
+        path = [part.strip() for part in _at_commas(path)]
+    patterns = [path] if isinstance(path, str | os.PathLike) else path
+    names = [name for pattern in patterns for name in _files_of(os.fspath(pattern))]
+    if not names:
+        raise LcmError("no tar shards are named; give --config.data.path")
+    once = {os.path.realpath(name): Path(name).absolute() for name in reversed(names)}  # of two names, the first
+    return list(dict.fromkeys(once[os.path.realpath(name)] for name in names))
+
+
+def _files_of(pattern: str) -> list[str]:
+    if "://" in pattern or pattern.startswith("pipe:"):
+        raise LcmError(f"{pattern}: tar shards are read from disks only; download or mount them")
+    expanded = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
+    missing = [name for name in expanded if not os.path.exists(name) and not glob.has_magic(name)]
+    if missing:
+        count = f" ({len(missing)} of {len(expanded)} files of {pattern}; a glob takes those that are there)"
+        raise LcmError(f"no tar shard {missing[0]!r}{count if len(expanded) > 1 else ''}; "
+                       "see --config.data.path")
+    found = []
+    for name in expanded:
+        found += [name] if os.path.isfile(name) else sorted(
+            glob.glob(f"{glob.escape(name)}/*.tar" if os.path.isdir(name) else name, recursive=True))
+    if not found:
+        raise LcmError(f"no tar shard matches {pattern}; see --config.data.path")
+    return found
+
+
+def _at_commas(text: str) -> list[str]:
+    """`text` cut at the commas that stand in no braces."""
+    depth, parts = 0, [""]
+    for letter in text:
+        depth += (letter == "{") - (letter == "}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Bash's brace expansion: lists, ranges of integers with leading zeros and a step, nested, several of them.
+
+    Braces with neither a comma nor a range stand for themselves, as do those without a partner.
+    """
+    start = pattern.find("{")
+    while start >= 0:
+        end = _partner(pattern, start)
+        inside = pattern[start + 1 : end] if end else ""
+        heads = _numbers(inside) or _alternatives(inside)
+        if heads:
+            tails = expand_braces(pattern[end + 1 :])
+            return [pattern[:start] + head + tail for head in heads for tail in tails]
+        start = pattern.find("{", start + 1)
+    return [pattern]
+
+
+def _partner(text: str, start: int) -> int | None:
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] == "{") - (text[place] == "}")
+        if depth == 0:
+            return place
+    return None
+
+
+def _numbers(inside: str) -> list[str]:
+    found = _RANGE.fullmatch(inside)
+    if not found:
+        return []
+    first, last = int(found[1]), int(found[2])
+    step = abs(int(found[3] or 1)) or 1
+    padded = any(re.match(r"-?0\d", end) for end in found.group(1, 2))
+    width = max(map(len, found.group(1, 2))) if padded else 0
+    numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+    return [f"{number:0{width}d}" for number in numbers]
+
+
+def _alternatives(inside: str) -> list[str]:
+    parts = _at_commas(inside)
+    return [whole for part in parts for whole in expand_braces(part)] if len(parts) > 1 else []

@@ -1,0 +1,243 @@
+"""Hugging Face data sets as sources: parquet written by pyarrow and pandas, `save_to_disk`, ids on the hub."""
+
+import io
+import multiprocessing
+import os
+import re
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lcm_jax.data.records import BadRecord
+from lcm_jax.data.sources import huggingface
+from lcm_jax.errors import LcmError
+
+datasets = pytest.importorskip("datasets")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    # datasets reads HF_HOME when it is imported: its own name for the folder is what a test can still change
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+def picture(seed, form="PNG"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (8 + seed, 12, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, form)
+    return stream.getvalue()
+
+
+PICTURES = [picture(seed, form) for seed, form in enumerate(["PNG", "JPEG", "WEBP", "PNG", "JPEG"])]
+TEXTS = ["a cat", "ein Käfer", "猫", "d", "e"]
+
+
+def write(path, pictures=PICTURES, texts=TEXTS, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(pictures, pa.Array):
+        pictures = pa.array([{"bytes": content, "path": None} for content in pictures], IMAGE)
+    text = texts if isinstance(texts, pa.Array) else pa.array(texts)
+    pq.write_table(pa.table({"image": pictures, "text": text, **columns}), path)
+
+
+def contents(source):
+    return [(record.image, record.captions) for record in (source[i] for i in range(len(source)))]
+
+
+def expected(rows=range(5)):
+    return [(PICTURES[i], (TEXTS[i],)) for i in rows]
+
+
+def files_below(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def test_hub_layout_with_splits(tmp_path):
+    write(tmp_path / "data/train-00000-of-00002-6adc9a.parquet", PICTURES[:3], TEXTS[:3])
+    write(tmp_path / "data/train-00001-of-00002-6adc9a.parquet", PICTURES[3:], TEXTS[3:])
+    write(tmp_path / "data/test-00000-of-00001.parquet", PICTURES[:1], TEXTS[:1])
+    (tmp_path / "README.md").write_text("a card")
+    before = files_below(tmp_path)
+    source = huggingface.open(str(tmp_path))
+    assert contents(source) == expected() and len(source.faults) == 0
+    assert [source[i].key for i in (0, 4)] == ["train-000000000", "train-000000004"]
+    assert [os.path.basename(source.where(i)[0])[:11] for i in range(5)] == ["train-00000"] * 3 + ["train-00001"] * 2
+    assert all(source.where(i)[1] == source[i].key for i in range(5))
+    assert contents(huggingface.open(str(tmp_path), split="test")) == expected([0])
+    with pytest.raises(LcmError, match="no split 'val'.*train, test"):
+        huggingface.open(str(tmp_path), split="val")
+    with pytest.raises(IndexError):
+        source[5]
+    assert files_below(tmp_path) == before
+
+
+def test_plain_files_one_file_and_globs(tmp_path):
+    write(tmp_path / "part_0.parquet", PICTURES[:2], TEXTS[:2])
+    write(tmp_path / "part_1.parquet", PICTURES[2:], TEXTS[2:])
+    (tmp_path / "_SUCCESS").touch()  # as Spark leaves one
+    assert contents(huggingface.open(str(tmp_path))) == expected()
+    assert contents(huggingface.open(str(tmp_path / "part_1.parquet"))) == expected(range(2, 5))
+    assert contents(huggingface.open(str(tmp_path / "part_*.parquet"))) == expected()
+    with pytest.raises(LcmError, match="no split 'test'"):
+        huggingface.open(str(tmp_path / "part_*.parquet"), split="test")
+
+
+@pytest.mark.parametrize("with_splits", [False, True])
+def test_saved_to_disk(tmp_path, with_splits):
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = {"image": [{"bytes": p, "path": None} for p in PICTURES], "text": TEXTS}
+    saved = datasets.Dataset.from_dict(rows, features=features)
+    if with_splits:
+        saved = datasets.DatasetDict(train=saved, test=saved.select([1]))
+    saved.save_to_disk(str(tmp_path / "saved"))
+    before = files_below(tmp_path)
+    source = huggingface.open(str(tmp_path / "saved"))
+    assert contents(source) == expected()
+    assert source.where(2) == (str(tmp_path / "saved"), source[2].key)
+    if with_splits:
+        assert contents(huggingface.open(str(tmp_path / "saved"), split="test")) == expected([1])
+        with pytest.raises(LcmError, match="no split 'val'.*train, test"):
+            huggingface.open(str(tmp_path / "saved"), split="val")
+    assert files_below(tmp_path) == before
+
+
+def test_images_as_plain_bytes_and_captions_as_lists_or_bytes(tmp_path):
+    texts = [["a", "b"], ["c"], [" ", None, "d"], [], None]
+    write(tmp_path / "x.parquet", pa.array(PICTURES, pa.binary()), pa.array(texts, pa.list_(pa.string())))
+    source = huggingface.open(str(tmp_path))
+    assert [source[i].captions for i in range(3)] == [("a", "b"), ("c",), ("d",)]
+    assert [source[i].image for i in range(3)] == PICTURES[:3]
+    for number in (3, 4):
+        with pytest.raises(BadRecord, match="no caption"):
+            source[number]
+    write(tmp_path / "y.parquet", texts=pa.array([t.encode("latin-1", "replace") for t in TEXTS], pa.binary()))
+    source = huggingface.open(str(tmp_path / "y.parquet"))
+    assert source[0].captions == ("a cat",)
+    with pytest.raises(BadRecord, match="UTF-8"):
+        source[1]
+
+
+def test_images_by_path_and_unusable_records(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/0.png").write_bytes(PICTURES[0])
+    rows = [{"bytes": None, "path": "pictures/0.png"}, {"bytes": None, "path": "pictures/1.png"},
+            {"bytes": None, "path": None}, None, {"bytes": b"", "path": None}]
+    write(tmp_path / "x.parquet", pa.array(rows, IMAGE))
+    source = huggingface.open(str(tmp_path))
+    assert source[0].image == PICTURES[0]
+    with pytest.raises(BadRecord, match="pictures/1.png.*No such file"):
+        source[1]
+    for number in (2, 3, 4):
+        with pytest.raises(BadRecord, match="no image"):
+            source[number]
+
+
+def test_captions_that_are_not_utf8_or_empty(tmp_path):
+    raw = b"ab\xff\xfe  "
+    offsets = np.array([0, 2, 4, 6, 6], np.int32).tobytes()
+    texts = pa.Array.from_buffers(pa.string(), 4, [None, pa.py_buffer(offsets), pa.py_buffer(raw)])
+    write(tmp_path / "x.parquet", PICTURES[:4], texts)
+    source = huggingface.open(str(tmp_path))
+    assert source[0].captions == ("ab",)
+    with pytest.raises(BadRecord, match="UTF-8"):
+        source[1]
+    for number in (2, 3):
+        with pytest.raises(BadRecord, match="no caption"):
+            source[number]
+
+
+def test_fields(tmp_path):
+    write(tmp_path / "x.parquet", width=pa.array([640, None, 512, 1, 2]), score=pa.array([0.5, np.nan, 1, None, 2]),
+          nothing=pa.array([None] * 5, pa.int64()), title=pa.array(list("abcde")), small=pa.array([1] * 5, pa.int8()),
+          many=pa.array([[1.0]] * 5))
+    source = huggingface.open(str(tmp_path))
+    width = source.field("width")
+    assert width.dtype == np.float64
+    np.testing.assert_array_equal(width, [640, np.nan, 512, 1, 2])
+    np.testing.assert_array_equal(source.field("score"), [0.5, np.nan, 1, np.nan, 2])
+    assert all(source.field(name) is None for name in ("nothing", "title", "many", "image", "unknown"))
+    assert source[0].fields == {"width": 640, "score": 0.5, "small": 1} and source[1].fields == {"small": 1}
+
+
+def test_keys(tmp_path):
+    write(tmp_path / "a.parquet", key=pa.array(["x", "y", "x", None, "y"]), n=pa.array(range(5)))
+    source = huggingface.open(str(tmp_path / "a.parquet"))
+    assert [source[i].key for i in range(3)] == ["x", "y", "train-000000003"]
+    assert contents(source) == expected([0, 1, 3])
+    assert [(f.key, os.path.basename(f.shard)) for f in source.faults] == [("x", "a.parquet"), ("y", "a.parquet")]
+    np.testing.assert_array_equal(source.field("n"), [0, 1, 3])
+    assert source.where(2)[1] == "train-000000003"
+    write(tmp_path / "b.parquet", id=pa.array([10, 11, 12, 13, 14]))
+    source = huggingface.open(str(tmp_path / "b.parquet"))
+    assert [source[i].key for i in range(5)] == ["10", "11", "12", "13", "14"] and source.field("id") is None
+    write(tmp_path / "c.parquet", id=pa.array([1, 1, 2, 2, 2]))  # of something else than records: a number like others
+    source = huggingface.open(str(tmp_path / "c.parquet"))
+    assert len(source) == 5 and not source.faults and source[4].key == "train-000000004"
+    np.testing.assert_array_equal(source.field("id"), [1, 1, 2, 2, 2])
+
+
+def test_chosen_columns_and_wrong_ones(tmp_path):
+    table = pa.table({"jpg": pa.array(PICTURES), "blip": pa.array(TEXTS), "n": pa.array(range(5))})
+    pq.write_table(table, tmp_path / "x.parquet")
+    path = str(tmp_path / "x.parquet")
+    assert contents(huggingface.open(path, image_key="jpg", caption_key="blip")) == expected()
+    with pytest.raises(LcmError, match="no column 'image'.*jpg, blip, n.*image_key"):
+        huggingface.open(path)
+    with pytest.raises(LcmError, match="no column 'text'.*jpg, blip, n.*caption_key"):
+        huggingface.open(path, image_key="jpg")
+    with pytest.raises(LcmError, match="'blip' holds string, not encoded images"):
+        huggingface.open(path, image_key="blip", caption_key="blip")
+    with pytest.raises(LcmError, match="'n' holds int64, not text"):
+        huggingface.open(path, image_key="jpg", caption_key="n")
+
+
+def test_what_is_no_data_set(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/x.parquet").write_bytes(b"PAR1 nothing PAR1")
+    (tmp_path / "dict").mkdir()
+    (tmp_path / "dict/state.json").write_text("{}")
+    for name, message in [("empty", "no parquet files"), ("broken", "not all files are parquet"),
+                          ("missing/folder", "does not exist"), ("no*.parquet", "not all files|no parquet"),
+                          ("dict", "save_to_disk")]:
+        with pytest.raises(LcmError, match=message) as caught:
+            huggingface.open(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["lambdalabs/pokemon-blip-captions", "pokemon"])
+def test_hub_without_network_says_how_to_pass_a_folder(name):
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    with pytest.raises(LcmError, match=f"(?s){re.escape(name)}.*--local-dir FOLDER.*--config.data.path=FOLDER"):
+        huggingface.open(name)
+
+
+def test_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(LcmError, match="pip install 'lcm_jax.data.'"):
+        huggingface.open(str(tmp_path))
+
+
+def _in_process(source, queue):
+    queue.put((contents(source), source.field("n").tolist(), source.where(1), len(source.faults)))
+
+
+def test_pickles_to_a_process(tmp_path):
+    write(tmp_path / "x.parquet", key=pa.array(["x", "y", "x", "z", "w"]), n=pa.array(range(5)))
+    source = huggingface.open(str(tmp_path))
+    spawn = multiprocessing.get_context("spawn")
+    queue = spawn.Queue()
+    process = spawn.Process(target=_in_process, args=(source, queue))
+    process.start()
+    assert queue.get(timeout=60) == (expected([0, 1, 3, 4]), [0, 1, 3, 4], source.where(1), 1)
+    process.join(60)
+    assert process.exitcode == 0

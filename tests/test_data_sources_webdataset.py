@@ -1,0 +1,472 @@
+"""Tar shards as img2dataset writes them: read back equal, damaged, repeated, indexed once, by two, or killed at it."""
+
+import gzip
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from lcm_jax.data.records import BadRecord
+from lcm_jax.data.sources import tar_index, webdataset
+from lcm_jax.errors import LcmError
+
+
+def picture(number, kind="JPEG"):
+    pixels = np.random.default_rng(number).integers(0, 256, (9 + number % 5, 12, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind)
+    return stream.getvalue()
+
+
+def members(number, suffix="jpg", **changes):
+    """[(name, content)] of one record as img2dataset lays it out; a change of None leaves the member out."""
+    caption, key = f"caption {number}, ünïcode", f"{number:09d}"
+    metadata = {"caption": caption, "url": f"https://x/{number}", "key": key, "status": "success",
+                "error_message": None, "width": 12, "height": 9 + number % 5,
+                "original_width": 100 + number, "original_height": 90, "nsfw": number % 2 == 0,
+                "pwatermark": number / 100 if number % 3 else None, "sha256": "0" * 64}
+    contents = {suffix: picture(number), "json": json.dumps(metadata, indent=4).encode(), "txt": caption.encode()}
+    contents |= changes
+    return [(f"{key}.{end}", content) for end, content in contents.items() if content is not None]
+
+
+def write_tar(path, entries, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in entries:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def shard(path, numbers, **changes):
+    return write_tar(path, [entry for number in numbers for entry in members(number, **changes)])
+
+
+def keys(source):
+    return [source.where(number)[1] for number in range(len(source))]
+
+
+def reasons(source):
+    return {fault.key: fault.reason for fault in source.faults}
+
+
+def sidecars(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*.index.npz")}
+
+
+def offset_of(path, name):
+    with tarfile.open(path) as tar:
+        return tar.getmember(name).offset
+
+
+def test_read_back_equal(tmp_path):
+    for part in range(3):
+        shard(tmp_path / f"{part:05d}.tar", range(part * 10, part * 10 + 10))
+    source = webdataset.open(tmp_path)
+    assert len(source) == 30 and not source.faults
+    for number in range(30):
+        record = source[number]
+        assert record.key == f"{number:09d}" and record.image == picture(number)
+        assert record.captions == (f"caption {number}, ünïcode",)
+        expected = {"width": 12, "height": 9 + number % 5, "original_width": 100 + number, "original_height": 90,
+                    "nsfw": number % 2 == 0}
+        assert record.fields == expected | ({"pwatermark": number / 100} if number % 3 else {})
+        assert source.where(number) == (str(tmp_path / f"{number // 10:05d}.tar"), record.key)
+    for number in (-1, 30):
+        with pytest.raises(IndexError):
+            source[number]
+
+
+def test_field(tmp_path):
+    shard(tmp_path / "a.tar", range(4))
+    shard(tmp_path / "b.tar", range(4, 6), json=json.dumps({"caption": "c", "score": 7, "big": 10**400}).encode())
+    source = webdataset.open(tmp_path)
+    np.testing.assert_array_equal(source.field("pwatermark"), [np.nan, 0.01, 0.02, np.nan, np.nan, np.nan])
+    np.testing.assert_array_equal(source.field("score"), [np.nan] * 4 + [7, 7])
+    np.testing.assert_array_equal(source.field("big"), [np.nan] * 4 + [np.inf] * 2)
+    np.testing.assert_array_equal(source.field("nsfw"), [1, 0, 1, 0, np.nan, np.nan])
+    assert source.field("width").dtype == np.float64 and source.field("nothing") is None
+    assert source.field("caption") is None and source.field("error_message") is None, "texts and null are no numbers"
+
+
+def test_groups_members_as_hugging_face_does(tmp_path):
+    entries = [("a/b.c/0001.jpg", picture(1)), ("a/b.c/0001.txt", b"one"), ("x/0001.jpg", picture(2)),
+               ("x/0001.txt", b"two"), ("0001.jpg", picture(3)), ("0001.txt", b"three")]
+    path = write_tar(tmp_path / "a.tar", entries)
+    table = datasets.load_dataset("webdataset", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    theirs = table.cast_column("jpg", datasets.Image(decode=False))
+    source = webdataset.open(path)
+    assert [(row["__key__"], row["jpg"]["bytes"], row["txt"]) for row in theirs] == [
+        (record.key, record.image, record.captions[0]) for record in map(source.__getitem__, range(len(source)))
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["png", "JPEG", "webp", "Tif", "bmp", "gif"])
+def test_suffixes_of_pictures(tmp_path, suffix):
+    source = webdataset.open(shard(tmp_path / "a.tar", [1], jpg=None, **{suffix: b"picture"}))
+    assert source[0].image == b"picture"
+
+
+def test_image_key_chooses(tmp_path):
+    path = shard(tmp_path / "a.tar", [1], png=b"png", webp=b"webp")
+    first = webdataset.open(path)
+    assert first[0].image == picture(1)
+    assert sorted(fault.reason.split(";")[0] for fault in first.faults) == [f"a second picture, .{s}"
+                                                                           for s in ("png", "webp")]
+    chosen = webdataset.open(path, image_key="webp")  # another key: the index is made anew
+    assert chosen[0].image == b"webp" and not chosen.faults
+    with pytest.raises(LcmError, match=r"tar without pictures: .*a\.tar.*\.jpg .*none of gif; .*data\.image_key"):
+        webdataset.open(path, image_key="gif")
+
+
+def test_captions(tmp_path):
+    metadata = {"caption": " from json ", "all": ["one", "", "two "], "number": 3, "width": 5}
+    path = shard(tmp_path / "a.tar", range(2), json=json.dumps(metadata).encode())
+    write_tar(tmp_path / "b.tar", [(name.replace("00000000", "1"), content)
+                                   for name, content in members(1, txt=None, json=json.dumps(metadata).encode())])
+    assert webdataset.open(path)[0].captions == ("caption 0, ünïcode",)
+    assert webdataset.open(tmp_path / "b.tar")[0].captions == ("from json",)
+    assert webdataset.open(tmp_path, caption_key="caption")[0].captions == ("from json",)
+    assert webdataset.open(tmp_path, caption_key="all")[2].captions == ("one", "two")
+    assert webdataset.open(path, caption_key="txt")[1].captions == ("caption 1, ünïcode",)
+    with pytest.raises(LcmError, match=r"no usable record in 2 .*the caption is 3, not text"):
+        webdataset.open(tmp_path, caption_key="number")
+    with pytest.raises(LcmError, match=r"tar without captions: .*a\.tar holds \.jpg \.json \.txt, and 'TEXT' nowhere.*"
+                                       r"data\.caption_key"):
+        webdataset.open(tmp_path, caption_key="TEXT")
+    assert webdataset.open(tmp_path)[0].captions == ("caption 0, ünïcode",), "an index for other keys is no use here"
+
+
+def test_tar_without_captions(tmp_path):
+    shard(tmp_path / "a.tar", range(3))
+    shard(tmp_path / "b.tar", range(3, 6), txt=None, json=None)
+    with pytest.raises(LcmError, match=r"tar without captions: .*b\.tar holds \.jpg, and a \.txt"):
+        webdataset.open(tmp_path)
+
+
+def test_every_unusable_record_is_a_fault(tmp_path):
+    broken = {1: {"jpg": b""}, 2: {"txt": b""}, 3: {"txt": b" \n"}, 4: {"txt": b"caf\xe9"}, 5: {"jpg": None},
+              6: {"txt": None, "json": None}, 7: {"json": b"{"}, 8: {"json": b"[1]"}, 9: {"jpg": None, "jqg": b"x"}}
+    entries = [entry for number in range(11) for entry in members(number, **broken.get(number, {}))]
+    entries += [("README", b"no suffix"), ("._000000001.jpg", b"hidden"), ("notes.md", b"no record")]
+    source = webdataset.open(write_tar(tmp_path / "a.tar", entries))
+    assert keys(source) == ["000000000", "000000010"]
+    found = reasons(source)
+    assert found["000000001"] == "image of 0 bytes"
+    assert found["000000002"].startswith("no caption") and found["000000003"].startswith("no caption")
+    assert found["000000004"] == "the caption is not UTF-8 (byte 3)"
+    assert found["000000005"] == "no image among its members (.json .txt)"
+    assert found["000000006"] == "no caption"
+    assert found["000000007"].startswith("broken JSON") and found["000000008"] == "broken JSON (a list, not an object)"
+    assert found["000000009"] == "no image among its members (.jqg .json .txt)"
+    assert found["notes"] == "no image among its members (.md)"
+    assert len(found) == 10 and {fault.shard for fault in source.faults} == {str(tmp_path / "a.tar")}
+
+
+def test_of_one_key_the_first_stands(tmp_path):
+    again = members(1, jpg=b"another", txt=b"another")
+    first = write_tar(tmp_path / "a.tar", members(1) + [("000000001.jpg", b"at once")] + members(2) + again)
+    second = write_tar(tmp_path / "b.tar", members(3) + again)
+    source = webdataset.open([second, first])
+    assert [(record.key, record.image) for record in map(source.__getitem__, range(3))] == [
+        ("000000003", picture(3)), ("000000001", b"another"), ("000000002", picture(2))]
+    source = webdataset.open([first, second])
+    assert keys(source) == ["000000001", "000000002", "000000003"] and source[0].image == picture(1)
+    stands = f"key stands already in {first}"
+    assert [(fault.shard, fault.reason) for fault in source.faults] == [
+        (str(first), "no caption"), (str(first), stands), (str(second), stands)]
+    np.testing.assert_array_equal(source.field("original_width"), [101, 102, 103])
+    assert source.where(2) == (str(second), "000000003")
+
+
+def test_keys_whose_hashes_meet_are_two_records(tmp_path):
+    path = shard(tmp_path / "a.tar", range(4))
+    index = tar_index.scan(path)
+    index.hashes[:] = 7
+    source = webdataset.TarSource([path], [index])
+    assert len(source) == 4 and not source.faults
+
+
+def test_a_shard_is_read_once(tmp_path):
+    path = shard(tmp_path / "x" / "a.tar", range(3))
+    shard(tmp_path / "y" / "a.tar", range(3, 5))
+    (tmp_path / "link.tar").symlink_to(path)
+    named = [path, str(path), tmp_path / "x" / ".." / "x" / "a.tar", tmp_path / "link.tar", tmp_path / "y"]
+    assert webdataset.find_shards(named) == [path, tmp_path / "y" / "a.tar"]
+    assert keys(webdataset.open(named)) == [f"{number:09d}" for number in range(5)]
+
+
+def test_index_dir_keeps_equal_names_apart(tmp_path):
+    shard(tmp_path / "x" / "a.tar", range(3))
+    shard(tmp_path / "y" / "a.tar", range(3, 5))
+    for _ in range(2):
+        source = webdataset.open(f"{tmp_path}/{{x,y}}/a.tar", index_dir=tmp_path / "new" / "indices")
+        assert len(source) == 5
+    assert len(sidecars(tmp_path / "new" / "indices")) == 2 == len(sidecars(tmp_path))
+
+
+def test_names_of_shards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/00000.tar", "a/00001.tar", "a/00002.tar", "b/00001.tar", "b/odd,{1..2}.tar", "b/x.zip"):
+        write_tar(tmp_path / name, [])
+
+    def names(path):
+        return [str(found.relative_to(tmp_path)) for found in webdataset.find_shards(path)]
+
+    assert names("a/{00000..00001}.tar") == ["a/00000.tar", "a/00001.tar"]
+    assert names("{a,b}/{00001..00001}.tar") == ["a/00001.tar", "b/00001.tar"]
+    assert names("{b,a}/0000[12].tar, a/00000.tar") == ["b/00001.tar", "a/00001.tar", "a/00002.tar", "a/00000.tar"]
+    assert names("b") == ["b/00001.tar", "b/odd,{1..2}.tar"] and names("b/odd,{1..2}.tar") == ["b/odd,{1..2}.tar"]
+    assert names("**/00001.tar") == ["a/00001.tar", "b/00001.tar"]
+    assert names(["a", "{a,b}"]) == ["a/00000.tar", "a/00001.tar", "a/00002.tar", "b/00001.tar", "b/odd,{1..2}.tar"]
+    for path, message in {"c/*.tar": r"no tar shard matches c/\*\.tar", "nowhere": "no tar shard 'nowhere'",
+                          "a/{00001..00004}.tar": r"'a/00003\.tar' \(2 of 4 files of a/\{00001\.\.00004\}\.tar",
+                          "s3://bucket/{0..9}.tar": "from disks only", "pipe:cat x": "from disks only",
+                          "": "no tar shard"}.items():
+        with pytest.raises(LcmError, match=message):
+            webdataset.find_shards(path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LcmError, match="no tar shard matches empty"):
+        webdataset.find_shards("empty")
+    with pytest.raises(LcmError, match="no tar shards are named"):
+        webdataset.find_shards([])
+
+
+@pytest.mark.parametrize("pattern", [
+    "a{0..3}b", "{00..11}", "{8..12..2}", "{3..1}", "{-1..1}", "{09..10}{a,b}", "{a,b{1..2},{x,{y,z}}w}.tar", "{a}",
+    "{a{b,c}}", "{{0..2}}", "a{,b}", "x{", "}x{1,2}", "{0..1}/{a,b}/{2..3}", "{1..2,7}", "{01..100..33}", "plain",
+])  # fmt: skip
+def test_braces_are_those_of_bash(pattern):
+    command = f'for name in {pattern}; do echo "$name"; done'
+    theirs = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert webdataset.expand_braces(pattern) == theirs.splitlines()
+
+
+def test_cut_off_tar(tmp_path):
+    path = shard(tmp_path / "a.tar", range(10))
+    between = offset_of(path, "000000005.txt")
+    cut = offset_of(path, "000000007.jpg") + 512 + 100  # inside a picture
+    os.truncate(path, cut)
+    source = webdataset.open(path)
+    assert keys(source) == [f"{number:09d}" for number in range(7)] and source[6].image == picture(6)
+    assert reasons(source) == {f"byte {cut}": "the tar is cut off here"}
+    os.truncate(path, between)  # between members: only the missing end mark tells
+    source = webdataset.open(path)
+    assert keys(source) == [f"{number:09d}" for number in range(5)] + ["000000005"]
+    assert source[5].captions == ("caption 5, ünïcode",), "its JSON has the caption too"
+    assert reasons(source) == {f"byte {between}": "the tar is cut off here"}
+
+
+@pytest.mark.parametrize("long_names", [False, True])
+def test_damage_in_the_middle(tmp_path, long_names):
+    prefix = "folder/" * 30 if long_names else ""  # more than 100 characters: an extended header before each member
+    entries = [(prefix + name, content) for number in range(10) for name, content in members(number)]
+    path = write_tar(tmp_path / "a.tar", entries, format=tarfile.GNU_FORMAT)
+    start, end = (offset_of(path, f"{prefix}00000000{number}.jpg") for number in (3, 6))
+    content = path.read_bytes()
+    garbage = np.random.default_rng(0).integers(0, 256, end - start - 700, np.uint8).tobytes()
+    path.write_bytes(content[:start] + garbage + content[end:])  # what follows has moved, and not by whole blocks
+    source = webdataset.open(path)
+    wanted = [0, 1, 2, 6, 7, 8, 9]
+    assert keys(source) == [f"{prefix}{number:09d}" for number in wanted]
+    assert [source[i].image for i in range(7)] == [picture(number) for number in wanted]
+    assert reasons(source) == {f"byte {start}": f"the tar is damaged from here to byte {end - 700}"}
+
+
+def test_zeros_in_the_middle_are_no_end(tmp_path):
+    path = shard(tmp_path / "a.tar", range(10))
+    start, end = (offset_of(path, f"00000000{number}.jpg") for number in (3, 5))
+    content = path.read_bytes()
+    path.write_bytes(content[:start] + bytes(end - start) + content[end:])
+    source = webdataset.open(path)
+    assert len(source) == 8 and list(reasons(source)) == [f"byte {start}"]
+    path.write_bytes(content[:start] + bytes(2 << 20))  # a file whose space was kept, but never filled
+    source = webdataset.open(path)
+    assert len(source) == 3 and list(reasons(source)) == [f"byte {start}"]
+
+
+def test_header_search_over_its_chunks(tmp_path, monkeypatch):
+    header = tarfile.TarInfo("a.txt").tobuf()
+    for chunk in (512, 700, 1 << 20):
+        monkeypatch.setattr(tar_index, "_CHUNK", chunk)
+        for before in (0, 1, 255, 511, 512, 1000, 1500):
+            stream = io.BytesIO(b"ustar" * (before // 5) + b"x" * (before % 5) + header + b"rest")
+            assert tar_index._next_header(stream, 0) == before
+            assert tar_index._next_header(stream, before + 1) is None
+
+
+def test_what_is_no_tar(tmp_path):
+    good = shard(tmp_path / "good.tar", range(2))
+    (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
+    (tmp_path / "empty.tar").write_bytes(b"")
+    source = webdataset.open(tmp_path)
+    assert len(source) == 2
+    assert {fault.shard: str(fault).split(": ")[1:] for fault in source.faults} == {
+        str(tmp_path / "bad.tar"): ["byte 0", "the tar is damaged from here to its end"],
+        str(tmp_path / "empty.tar"): ["byte 0", "the tar is cut off here"]}
+    with pytest.raises(LcmError, match=r"no usable record in 1 tar shards of .*bad\.tar; .*byte 0"):
+        webdataset.open(tmp_path / "bad.tar")
+    (tmp_path / "packed.tar").write_bytes(gzip.compress(good.read_bytes()))
+    with pytest.raises(LcmError, match=r"packed\.tar is compressed \(gzip\)"):
+        webdataset.open(tmp_path)
+
+
+def count_scans(monkeypatch):
+    scanned, scan = [], tar_index.scan
+    monkeypatch.setattr(tar_index, "scan", lambda path, *keys: scanned.append(path.name) or scan(path, *keys))
+    return scanned
+
+
+def test_index_is_made_once_and_anew_for_another_shard(tmp_path, monkeypatch):
+    for part in range(3):
+        shard(tmp_path / f"{part}.tar", range(part * 3, part * 3 + 3))
+    webdataset.open(tmp_path)
+    made = sidecars(tmp_path)
+    scanned = count_scans(monkeypatch)
+    assert len(webdataset.open(tmp_path)) == 9 and not scanned and sidecars(tmp_path) == made
+
+    state = os.stat(tmp_path / "1.tar")
+    shard(tmp_path / "1.tar", range(103, 106))  # the same size, another mtime
+    os.utime(tmp_path / "1.tar", ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    assert os.stat(tmp_path / "1.tar").st_size == state.st_size
+    assert keys(webdataset.open(tmp_path))[3:6] == ["000000103", "000000104", "000000105"] and scanned == ["1.tar"]
+
+    state = os.stat(tmp_path / "2.tar")
+    shard(tmp_path / "2.tar", range(50, 90))  # another size, the same mtime
+    os.utime(tmp_path / "2.tar", ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert len(webdataset.open(tmp_path)) == 46 and scanned == ["1.tar", "2.tar"]
+
+    name = tmp_path / "0.tar.index.npz"
+    for broken in (b"", b"garbage", name.read_bytes()[:-100], name.read_bytes().replace(b"pwatermark", b"pwAtermark")):
+        name.write_bytes(broken)
+        assert len(webdataset.open(tmp_path)) == 46 and scanned[-1] == "0.tar"
+        assert name.read_bytes() == made["0.tar.index.npz"]
+    assert len(scanned) == 6
+    monkeypatch.setattr(tar_index, "VERSION", 2)
+    assert len(webdataset.open(tmp_path)) == 46 and len(scanned) == 9
+
+
+def test_index_that_cannot_be_written(tmp_path):
+    path = shard(tmp_path / "a.tar", range(3))
+    (tmp_path / "taken").write_text("a file")
+    for folder in (tmp_path / "taken", "/proc/no_such_folder"):
+        with pytest.raises(LcmError, match=r"cannot be written .*--config\.data\.index_dir"):
+            webdataset.open(path, index_dir=folder)
+
+
+def test_a_shard_that_changes_under_a_source(tmp_path):
+    path = shard(tmp_path / "a.tar", range(3))
+    source = webdataset.open(path)
+    shard(path, range(10, 14))
+    with pytest.raises(BadRecord, match="has changed since it was indexed"):
+        source[0]
+    path.unlink()
+    with pytest.raises(BadRecord, match="cannot be opened"):
+        source[0]
+    path = shard(tmp_path / "b.tar", range(3))
+    source = webdataset.open(path)
+    assert source[0].image == picture(0)
+    os.truncate(path, 2000)  # the open handle sees it
+    with pytest.raises(BadRecord, match="has changed since it was indexed: it ends before byte"):
+        source[2]
+
+
+def test_few_shards_are_open_at_once(tmp_path, monkeypatch):
+    for part in range(webdataset.MAX_OPEN + 20):
+        write_tar(tmp_path / f"{part:03d}.tar", [(f"{part}.jpg", b"%d" % part), (f"{part}.txt", b"text")])
+    source = webdataset.open(tmp_path)
+    for _ in range(2):
+        assert [int(source[number].image) for number in range(len(source))] == list(range(len(source)))
+    opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+              if os.path.exists(f"/proc/self/fd/{fd}")]
+    assert 0 < sum(str(tmp_path) in name for name in opened) <= webdataset.MAX_OPEN
+
+
+def _read(source):
+    return [(record.key, record.image, record.captions) for record in map(source.__getitem__, range(len(source)))]
+
+
+def test_another_process_reads_the_same(tmp_path):
+    shard(tmp_path / "a.tar", range(5))
+    source = webdataset.open(tmp_path)
+    mine = _read(source)  # with its shard open
+    assert _read(pickle.loads(pickle.dumps(source))) == mine
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_read, (source,)) == mine
+
+
+INDEX = """
+import os, signal, sys
+from pathlib import Path
+from lcm_jax.data.sources import webdataset
+
+webdataset._THREADS = 1
+folder, kill = Path(sys.argv[1]), sys.argv[2]
+written = []
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_bytes, rename = Path.write_bytes, os.rename
+def dying_write(path, content):
+    written.append(path)
+    if kill == "write" and len(written) == 3:
+        write_bytes(path, content[: len(content) // 2])
+        die()
+    return write_bytes(path, content)
+
+def dying_rename(source, target):
+    if kill == "rename" and len(written) == 3:
+        die()
+    rename(source, target)
+
+Path.write_bytes, os.rename = dying_write, dying_rename
+print(len(webdataset.open(folder)))
+"""
+
+
+def index_process(folder, kill="no"):
+    return subprocess.Popen([sys.executable, "-c", INDEX, str(folder), kill], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def five_shards(tmp_path):
+    for part in range(5):
+        shard(tmp_path / "data" / f"{part}.tar", range(part * 20, part * 20 + 20))
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("kill", ["write", "rename"])
+def test_killed_while_indexing(five_shards, kill):
+    webdataset.open(five_shards)
+    whole = sidecars(five_shards)
+    for name in whole:
+        (five_shards / name).unlink()
+
+    process = index_process(five_shards, kill)
+    assert process.wait() == -signal.SIGKILL
+    assert sidecars(five_shards) == {name: whole[name] for name in ("0.tar.index.npz", "1.tar.index.npz")}
+    assert len(webdataset.open(five_shards)) == 100
+    assert sidecars(five_shards) == whole
+
+
+def test_two_processes_index_at_once(five_shards):
+    processes = [index_process(five_shards) for _ in range(2)]
+    assert [process.communicate()[0] for process in processes] == ["100\n"] * 2
+    made = sidecars(five_shards)
+    for name in made:
+        (five_shards / name).unlink()
+    webdataset.open(five_shards)
+    assert sidecars(five_shards) == made and len(made) == 5
