@@ -1,9 +1,9 @@
 """LCM-LoRA of one's own fine-tune of Stable Diffusion 1.5 on one 24 GB card; here a public collage-style model.
 
 Command   python -m lcm_jax.train --config=configs/collage_lcm_lora.py --workdir=runs/collage_lcm_lora
-              --config.model.teacher=FOLDER_OR_HUB_ID --config.data.source=SOURCE --config.data.path=PATH
-Data      Captioned pictures in the model's style: what it was fine-tuned on, or a few thousand of its own. No source is
-          set here
+              --config.model.teacher=FOLDER_OR_HUB_ID --config.data.path=FOLDER
+Data      Captioned pictures in the model's style: what it was fine-tuned on, or a few thousand of its own:
+          images with a .txt beside each, or with metadata.jsonl
 Hardware  One card of 24 GB: 5.6 GB before activations with VAE and text encoder, four pictures at a time; not yet
           measured. If it does not fit: --config.train.accumulation_steps=6, or 12
 Time      Not yet measured
@@ -19,6 +19,7 @@ from pathlib import Path
 def get_config():
     config = runpy.run_path(str(Path(__file__).with_name("sd15_lcm_lora.py")))["get_config"]()
     config.model.teacher = "wavymulder/collage-diffusion"
+    config.data.source = "folder"
     config.train.accumulation_steps = 3
     config.sample.prompts = (
         "collage style, a child looking at the night sky, full of stars",

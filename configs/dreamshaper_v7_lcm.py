@@ -1,8 +1,8 @@
 """Dreamshaper 7 distilled at 768 pixels in 4,000 steps: the paper's LCM_Dreamshaper_v7.
 
 Command   python -m lcm_jax.train --config=configs/dreamshaper_v7_lcm.py --workdir=runs/dreamshaper_v7_lcm
-              --config.data.source=SOURCE --config.data.path=PATH
-Data      As `sd21_lcm`: LAION-5B, aesthetic score above 6.5. No source is set here
+              --config.data.path='SHARDS/{00000..00999}.tar'
+Data      As `sd21_lcm`: LAION-5B, aesthetic score above 6.5
 Hardware  20.6 GB before activations, as `sd15_lcm`; the paper had eight A100; how many pictures of 768 pixels
           fit beside that is not yet measured
 Time      Paper: 32 A100 hours (4 hours on eight, says the project page). Ours: not yet measured

@@ -1,8 +1,7 @@
 """LCM_Dreamshaper_v7 fine-tuned (LCF) on captioned Pokemon, without a teacher: the paper's example.
 
 Command   python -m lcm_jax.train --config=configs/pokemon_lcf.py --workdir=runs/pokemon_lcf
-              --config.data.source=SOURCE --config.data.path=PATH
-Data      lambdalabs/pokemon-blip-captions, some held back to judge by. No source is set here
+Data      lambdalabs/pokemon-blip-captions, some held back to judge by
 Hardware  17.2 GB before activations: no teacher; one 80 GB card, with
           --config.train.accumulation_steps=N for a batch in parts; not yet measured
 Time      Not yet measured
@@ -22,6 +21,8 @@ def get_config():
     config.objective = "lcf"
     config.model.teacher = None
     config.model.student = "SimianLuo/LCM_Dreamshaper_v7"
+    config.data.source = "huggingface"
+    config.data.path = "lambdalabs/pokemon-blip-captions"
     config.train.steps = 30_000
     config.train.ema_decay = 0.999943
     config.checkpoint.every = 1_000

@@ -1,15 +1,15 @@
 """Stable Diffusion 1.5 distilled at 512 pixels: the recipe of diffusers' `consistency_distillation` README.
 
 Command   python -m lcm_jax.train --config=configs/sd15_lcm.py --workdir=runs/sd15_lcm
-              --config.data.source=SOURCE --config.data.path=PATH
-Data      Captioned pictures of at least 512 pixels; the README takes CC12M. No source is set here: a dry run on the
-          embedded one has --config.data.source=shapes --config.data.resolution=64, and no path
+              --config.data.path='SHARDS/{00000..00999}.tar'
+Data      Captioned pictures of at least 512 pixels; the README takes CC12M, as img2dataset writes it (anything
+          else: --config.data.source). A dry run on rendered pictures has --config.data.source=shapes, and no path
 Hardware  Student, gradient, AdamW's moments, target and teacher in float32 take 20.6 GB before activations: one 80 GB
           card; not yet measured
 Time      Not yet measured
 Source    README of the script: lr 1e-6, weight decay 0, pseudo-Huber c = 1e-3, target EMA 0.95, batch 12, 1,000
           steps, checkpoints and pictures every 200. Its defaults: w in [5, 15], 50 solver steps (k = 20), w embedding
-          of 256, timestep scaling 10, gradients clipped at norm 1
+          of 256, timestep scaling 10, gradients clipped at norm 1, random crops, bilinear
 Deviates  AdamW in float32 instead of 8 bits; bfloat16 instead of float16, and only inside the networks; the w
           projection starts at zero (LCM paper), not at random
 Result    Not yet measured. 12,000 pictures are a demonstration: the LCM paper's run takes 7.2 million
@@ -25,7 +25,9 @@ def get_config():
     config = default_config()
     config.model.teacher = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     config.model.prediction_type = "epsilon"
+    config.data.source = "webdataset"
     config.data.resolution = 512
+    config.data.resize_filter = "bilinear"
     config.data.batch_size = 12
     config.train.steps = 1_000
     config.train.learning_rate = 1e-6

@@ -1,8 +1,8 @@
 """LCM-LoRA of Stable Diffusion 1.5 at 512 pixels: adapters that make any of its fine-tunes a few-step model.
 
 Command   python -m lcm_jax.train --config=configs/sd15_lcm_lora.py --workdir=runs/sd15_lcm_lora
-              --config.data.source=SOURCE --config.data.path=PATH
-Data      As `sd15_lcm`. No source is set here
+              --config.data.path='SHARDS/{00000..00999}.tar'
+Data      As `sd15_lcm`
 Hardware  4.8 GB before activations: the base once (3.4 GB), 20 bytes for each of 67.5 million adapter weights; one
           40 GB card, or 24 GB with the batch in parts (`collage_lcm_lora`); not yet measured
 Time      Not yet measured

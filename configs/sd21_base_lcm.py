@@ -1,8 +1,9 @@
 """Stable Diffusion 2.1-base distilled at 512 pixels: the main run of the LCM paper.
 
 Command   python -m lcm_jax.train --config=configs/sd21_base_lcm.py --workdir=runs/sd21_base_lcm
-              --config.data.source=SOURCE --config.data.path=PATH
-Data      LAION-5B with an aesthetic score above 6: 12 million captioned pictures (paper). No source is set here
+              --config.data.path='SHARDS/{00000..00999}.tar'
+Data      LAION-5B with an aesthetic score above 6: 12 million captioned pictures (paper). Out of a larger
+          set: --config.data.filters="('AESTHETIC_SCORE >= 6',)", or whatever the score's name is in the shards' JSON
 Hardware  20.8 GB before activations, as `sd15_lcm`; 72 pictures a step: how many of them fit beside that is not
           yet measured; --config.train.accumulation_steps=N takes the batch in parts
 Time      Not yet measured

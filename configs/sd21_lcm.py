@@ -1,8 +1,8 @@
 """Stable Diffusion 2.1 (v-prediction) distilled at 768 pixels: the high-resolution run of the LCM paper.
 
 Command   python -m lcm_jax.train --config=configs/sd21_lcm.py --workdir=runs/sd21_lcm
-              --config.data.source=SOURCE --config.data.path=PATH
-Data      LAION-5B with an aesthetic score above 6.5: 650,000 captioned pictures (paper). No source is set here
+              --config.data.path='SHARDS/{00000..00999}.tar'
+Data      LAION-5B with an aesthetic score above 6.5: 650,000 captioned pictures (paper)
 Hardware  20.8 GB before activations, as `sd15_lcm`; 16 pictures a step: how many of 768 pixels fit beside
           that is not yet measured; --config.train.accumulation_steps=N takes the batch in parts
 Time      Not yet measured

@@ -1,8 +1,9 @@
 """SDXL-base 1.0 distilled at 1024 pixels: the recipe of diffusers' `consistency_distillation` README.
 
 Command   python -m lcm_jax.train --config=configs/sdxl_lcm.py --workdir=runs/sdxl_lcm
-              --config.data.source=SOURCE --config.data.path=PATH
-Data      Captioned pictures of at least 1024 pixels; the README takes CC12M, enlarged. No source is set here
+              --config.data.path='SHARDS/{00000..00999}.tar'
+Data      Captioned pictures of at least 1024 pixels; the README takes CC12M, enlarged. As in the script, what
+          is smaller than 700 pixels or has a watermark score above 0.5 is left out
 Hardware  61.6 GB before activations (24 bytes for each of 2.57 billion weights), 3.6 GB of VAE and text encoders: one
           141 GB card, not yet measured; `sdxl_lcm_lora` needs far less
 Time      Not yet measured
@@ -21,5 +22,6 @@ def get_config():
     config.model.teacher = "stabilityai/stable-diffusion-xl-base-1.0"
     config.model.vae = "madebyollin/sdxl-vae-fp16-fix"
     config.data.resolution = 1024
+    config.data.filters = ("side >= 700", "pwatermark <= 0.5 or missing")
     config.distill.w_min = 3.0
     return config

@@ -1,8 +1,8 @@
 """LCM-LoRA of SDXL-base 1.0 at 1024 pixels.
 
 Command   python -m lcm_jax.train --config=configs/sdxl_lcm_lora.py --workdir=runs/sdxl_lcm_lora
-              --config.data.source=SOURCE --config.data.path=PATH
-Data      As `sdxl_lcm`. No source is set here
+              --config.data.path='SHARDS/{00000..00999}.tar'
+Data      As `sdxl_lcm`
 Hardware  18 GB before activations: the base once (10.3 GB), 20 bytes for each of 197 million adapter weights, VAE and
           text encoders; one 80 GB card; not yet measured
 Time      Not yet measured

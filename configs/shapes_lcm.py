@@ -21,6 +21,7 @@ def get_config():
     config.data.resolution = 64
     config.data.batch_size = 32
     config.data.num_examples = 4096
+    config.data.encode = "start"
     config.train.steps = 500
     config.train.learning_rate = 1e-3
     config.train.lr_decay_start = 250

@@ -1,8 +1,8 @@
 """SSD-1B, half of SDXL, distilled at 1024 pixels.
 
 Command   python -m lcm_jax.train --config=configs/ssd1b_lcm.py --workdir=runs/ssd1b_lcm
-              --config.data.source=SOURCE --config.data.path=PATH
-Data      As `sdxl_lcm`. No source is set here
+              --config.data.path='SHARDS/{00000..00999}.tar'
+Data      As `sdxl_lcm`
 Hardware  32 GB before activations (24 bytes for each of 1.33 billion weights), 3.6 GB of VAE and text encoders: one
           80 GB card; not yet measured
 Time      Not yet measured

@@ -17,11 +17,19 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from lcm_jax.data import shapes
+from lcm_jax.data import images, shapes
 from lcm_jax.errors import LcmError
 
 OBJECTIVES = ("lcd", "lcf")
-SOURCES = ("shapes",)
+SOURCES = {
+    "shapes": "pictures rendered by code, with captions",
+    "webdataset": "tar shards as img2dataset writes them",
+    "huggingface": "a data set in parquet or save_to_disk form, or its hub id",
+    "tfds": "a TensorFlow Datasets builder in array_record form",
+    "folder": "images with metadata.jsonl, or a .txt beside each",
+    "latents": "what lcm_jax.precompute wrote",
+    "mixture": "several of them, in data.mixture",
+}
 LOSSES = ("huber", "l2")
 DTYPES = ("auto", "float32", "bfloat16")
 PREDICTION_TYPES = (None, "epsilon", "v_prediction", "sample")
@@ -48,12 +56,31 @@ def default_config() -> ConfigDict:
     model.dtype = "auto"  # compute dtype of the networks; "auto": bfloat16 on accelerators, float32 on CPU
 
     config.data = data = ConfigDict()
-    data.source = config_dict.placeholder(str)  # "shapes": pictures rendered by code, with captions
-    data.path = config_dict.placeholder(str)  # where the source's files are; "shapes" has none
+    data.source = config_dict.placeholder(str)  # a key of SOURCES below
+    data.path = config_dict.placeholder(str)  # where the source's files are: folder, pattern, name or hub id
+    data.split = "train"  # of "huggingface", "tfds" and "shapes"
+    data.image_key = config_dict.placeholder(str)  # column of the pictures; None: what the format calls it
+    data.caption_key = config_dict.placeholder(str)  # column of the captions; None: what the format calls it
+    data.width_key = "width"  # fields with a record's original size in pixels, as LAION's "original_width",
+    data.height_key = "height"  # for filters, aspect buckets and SDXL; where they are missing: the picture's own
+    data.index_dir = config_dict.placeholder(str)  # of "webdataset": where indices of shards go; None: beside them
     data.style = "plain"  # of "shapes": how the objects are drawn, a key of data.shapes.STYLES
+    data.num_examples = 4096  # of "shapes": distinct pictures, an epoch
+    data.mixture = ()  # of "mixture": parts "WEIGHT SOURCE PATH", as ("3 webdataset /a/{00..99}.tar", "1 folder /b")
+    data.filters = ()  # records to use, as ("side >= 512", "aspect <= 2", "pwatermark <= 0.5 or missing")
+    data.max_bad_fraction = 0.01  # share of unusable records above which a run stops
     data.batch_size = 32  # images per step over all devices and hosts
-    data.resolution = 512  # side of the square training images in pixels
-    data.num_examples = 4096  # distinct pictures of "shapes"; an epoch, and the size of the latent cache
+    data.resolution = 512  # side of the square training images in pixels, or of a square of the buckets' area
+    data.aspect_buckets = False  # keep aspect ratios: a batch's pictures have one size of about resolution^2 pixels
+    data.bucket_step = 64  # sides of buckets are multiples of this, in pixels
+    data.bucket_max_aspect = 2.0  # longest to shortest side of a bucket
+    data.crop = "random"  # "random" or "center", after the shorter side was resized
+    data.flip = 0.0  # probability of a mirrored picture
+    data.resize_filter = "lanczos"  # "lanczos", "bicubic", "bilinear", "box" (Pillow's); "area" (OpenCV's)
+    data.decoder = "pillow"  # "pillow" (the reference) or "opencv" (faster, needs OpenCV)
+    data.caption_dropout = 0.0  # probability that a caption is replaced by ""
+    data.encode = "step"  # pictures and captions are encoded each "step", or once at "start" and held in memory
+    data.workers = 0  # processes that read and decode; 0: threads of the training process
 
     config.train = train = ConfigDict()
     train.steps = 10_000  # length of the run; may be raised later on the same workdir
@@ -165,8 +192,11 @@ def _check_keys_and_types(flat: Mapping[str, Any], defaults: Mapping[str, Any]) 
             _check(key, value, type(value) is type(default), f"must be {type(default).__name__}")
 
 
-def validate(config: ConfigDict) -> None:
-    """Checks keys, types and values. Raises LcmError that names the key, its value and what to do."""
+def validate(config: ConfigDict, models: bool = True) -> None:
+    """Checks keys, types and values. Raises LcmError that names the key, its value and what to do.
+
+    models: that the objective has the models it needs is checked too.
+    """
     flat, defaults = _flat(config.to_dict()), _flat(default_config().to_dict())
     _check_keys_and_types(flat, defaults)
 
@@ -174,7 +204,7 @@ def validate(config: ConfigDict) -> None:
         _check(key, flat[key], ok, remedy)
 
     check("data.source", flat["data.source"] is not None,
-          f"no training data; set --config.data.source, to one of {', '.join(SOURCES)}")
+          f"no training data; set --config.data.source, to one of {', '.join(SOURCES)}, and --config.data.path")
     for key, choices in {"objective": OBJECTIVES, "data.source": SOURCES, "distill.loss": LOSSES,
                          "model.dtype": DTYPES, "model.prediction_type": PREDICTION_TYPES}.items():
         check(key, flat[key] in choices, f"must be one of {', '.join(map(str, choices))}")
@@ -191,12 +221,9 @@ def validate(config: ConfigDict) -> None:
         check(key, 0 <= flat[key] < 1, "must be in [0, 1)")
 
     check("seed", 0 <= flat["seed"] < 2**32, "must be in [0, 2^32)")
-    _check_models(config, check)
-    if flat["data.source"] == "shapes":
-        check("data.resolution", flat["data.resolution"] == shapes.RESOLUTION,
-              f"data.source \"shapes\" is rendered at {shapes.RESOLUTION} pixels; set {shapes.RESOLUTION}")
-        check("data.path", flat["data.path"] is None, "data.source \"shapes\" reads no files; leave it None")
-        check("data.style", flat["data.style"] in shapes.STYLES, f"must be one of {', '.join(shapes.STYLES)}")
+    if models:
+        _check_models(config, check)
+    _check_data(config.data, check)
     check("train.lr_decay_start",
           flat["train.lr_decay_steps"] == 0 or flat["train.lr_decay_start"] >= flat["train.lr_warmup_steps"],
           f"the decay would begin inside the warm-up of {flat['train.lr_warmup_steps']} steps (train.lr_warmup_steps)")
@@ -214,6 +241,25 @@ def validate(config: ConfigDict) -> None:
     check("sample.guidance_scale", dim > 0 or flat["sample.guidance_scale"] <= MAX_TWO_PASS_SCALE,
           "a student without w embedding (distill.w_embedding_dim = 0) is guided already; set 1 (one pass a step), or "
           f"up to {MAX_TWO_PASS_SCALE:g} (two passes)")
+
+
+def _check_data(data: ConfigDict, check: Callable[[str, bool, str], None]) -> None:
+    """Which keys the source needs, and the choices of how pictures are made."""
+    for key, choices in {"crop": ("random", "center"), "encode": ("step", "start"), "decoder": images.FILTERS}.items():
+        check(f"data.{key}", data[key] in choices, f"must be one of {', '.join(choices)}")
+    images.check_choice(data.decoder, data.resize_filter)
+    for key in ("flip", "caption_dropout", "max_bad_fraction"):
+        check(f"data.{key}", 0 <= data[key] <= 1, "must be in [0, 1]")
+    check("data.workers", data.workers >= 0, "must not be negative")
+    check("data.bucket_step", data.bucket_step >= 1, "must be at least 1")
+    check("data.bucket_max_aspect", data.bucket_max_aspect >= 1, "must be at least 1")
+    check("data.style", data.style in shapes.STYLES, f"must be one of {', '.join(shapes.STYLES)}")
+    if data.source in ("shapes", "mixture"):
+        check("data.path", data.path is None, f"data.source {data.source!r} has no files of its own; leave it None")
+    else:
+        check("data.path", bool(data.path), f"data.source {data.source!r} ({SOURCES[data.source]}) needs it")
+    check("data.mixture", bool(data.mixture) == (data.source == "mixture"),
+          "goes with data.source \"mixture\", and only with it")
 
 
 def _check_models(config: ConfigDict, check: Callable[[str, bool, str], None]) -> None:

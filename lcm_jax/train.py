@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from lcm_jax import config as config_lib
+from lcm_jax import encoding, training_data
 from lcm_jax import generate as generate_lib
 from lcm_jax import student as student_lib
-from lcm_jax.data import loader, shapes
+from lcm_jax.data import loader
 from lcm_jax.diffusion import solvers
 from lcm_jax.distill import losses, objectives
 from lcm_jax.distill import state as state_lib
@@ -32,10 +33,9 @@ from lcm_jax.models.lora import Adapted
 from lcm_jax.pretrained import Pipeline, conditioning
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.checkpoint import Checkpoints
-from lcm_jax.runtime.telemetry import Telemetry
+from lcm_jax.runtime.telemetry import BadRecords, Telemetry
 from lcm_jax.runtime.workdir import StopSignal, locked, prepare_workdir
 
-ENCODE_BATCH = 64
 GRID_COLUMNS = 4  # pictures per prompt in a sample grid
 
 
@@ -53,14 +53,18 @@ def train(config: ConfigDict, workdir: str | Path) -> state_lib.TrainState:
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir):  # first of all: config.json is the running process's
         prepare_workdir(workdir, config)
+        parts = training_data.open_parts(config)
         teacher = student_lib.load_teacher(config)
         check_fit(config, teacher)
+        training_data.check_caches(config, parts, teacher)
         student = student_lib.load_student(config, teacher)
         check_student(config, teacher, student)
-        return run(config, workdir, teacher, student)
+        return run(config, workdir, parts, teacher, student)
 
 
-def run(config: ConfigDict, workdir: Path, teacher: Pipeline, student: Pipeline) -> state_lib.TrainState:
+def run(
+    config: ConfigDict, workdir: Path, parts: Sequence[training_data.Part], teacher: Pipeline, student: Pipeline
+) -> state_lib.TrainState:
     """The training loop. `student` is the teacher's pipeline with the student's UNet and initial weights.
 
     What is trained and saved is `student_lib.theta`: all of the UNet, or adapters alone.
@@ -81,6 +85,7 @@ def run(config: ConfigDict, workdir: Path, teacher: Pipeline, student: Pipeline)
         max_grad_norm=config.train.max_grad_norm,
     )
     mesh = mesh_lib.make_mesh()
+    teacher, student = place_encoders(mesh, teacher, student)
     theta = student_lib.theta(student)
     abstract = jax.eval_shape(lambda p: state_lib.create(p, optimizer), theta)
     shardings = mesh_lib.state_shardings(mesh, abstract)
@@ -103,17 +108,19 @@ def run(config: ConfigDict, workdir: Path, teacher: Pipeline, student: Pipeline)
 
         frozen = make_frozen(problem, teacher, student)
         frozen = jax.device_put(frozen, mesh_lib.state_shardings(mesh, frozen))
-        source = encode_shapes(teacher, config.data.num_examples, config.data.style)
         draw_grid = make_grid_drawer(config, student, functools.partial(objectives.student_weights, problem, frozen))
-        put = functools.partial(put_batch, mesh)
+        encode = encoding.make_encode(teacher)
+        watch = training_data.Watch(loader.Faults(config.data.max_bad_fraction, BadRecords(workdir)), say)
+        examples, order = training_data.open_examples(config, parts, teacher, encode, watch)
         with (
             contextlib.closing(
                 loader.batches(
-                    source,
-                    config.seed,
+                    examples,
+                    order,
                     step,
-                    config.data.batch_size,
-                    put=put,
+                    faults=watch.faults,
+                    put=functools.partial(to_device, mesh, encode, watch),
+                    workers=config.data.workers,
                     process_index=jax.process_index(),
                     process_count=jax.process_count(),
                 )
@@ -133,7 +140,9 @@ def run(config: ConfigDict, workdir: Path, teacher: Pipeline, student: Pipeline)
                 checkpoints.save(step, state)
 
             while step < config.train.steps and not stop:
-                state, metrics = step_fn(state, frozen, next(batches), key)
+                with telemetry.waiting():
+                    batch = next(batches)
+                state, metrics = step_fn(state, frozen, batch, key)
                 step += 1
                 telemetry.update(step, {**metrics, "learning_rate": rate(step - 1)})
                 if step == config.train.steps or step % config.checkpoint.every == 0:
@@ -223,30 +232,20 @@ def make_frozen(problem: objectives.Problem, teacher: Pipeline, student: Pipelin
     )
 
 
-def put_batch(mesh: jax.sharding.Mesh, rows: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Flat arrays of the loader -> the step's batch on the mesh: the posterior's moments, and "cond"."""
-    arrays = mesh_lib.put_batch(mesh, rows)
+def place_encoders(mesh: jax.sharding.Mesh, *pipelines: Pipeline) -> tuple[Pipeline, ...]:
+    """The pipelines of one family with what they share, all but the UNets, on every device of the mesh, once."""
+    shared = {name: tree for name, tree in pipelines[0].params.items() if name != "unet"}
+    shared = jax.device_put(shared, mesh_lib.replicated(mesh))
+    return tuple(dataclasses.replace(p, params={**shared, "unet": p.params["unet"]}) for p in pipelines)
+
+
+def to_device(
+    mesh: jax.sharding.Mesh, encode: Callable, watch: training_data.Watch, rows: encoding.Rows
+) -> dict[str, Any]:
+    """This process's rows -> the step's batch on the mesh: the posterior's moments, and "cond"."""
+    arrays = encode(mesh_lib.put_batch(mesh, watch.captions(rows)))
     moments = {name: arrays.pop(name) for name in ("mean", "logvar")}
     return {**moments, "cond": arrays}
-
-
-def encode_shapes(pipeline: Pipeline, count: int, style: str = "plain") -> dict[str, np.ndarray]:
-    """Posterior moments and caption conditioning of the first `count` examples of the shapes set, on the host.
-
-    Every picture is encoded once: the step draws a new latent from its posterior each time it meets it.
-    """
-    encode = jax.jit(lambda params, images: pipeline.vae.apply({"params": params}, images, method="encode"))
-    encoders = {name: jax.device_put(tree) for name, tree in pipeline.params.items() if name != "unet"}
-    pipeline = dataclasses.replace(pipeline, params=encoders)
-    chunks = []
-    for start in range(0, count, ENCODE_BATCH):
-        images, captions = shapes.examples(start, ENCODE_BATCH, style=style)
-        mean, logvar = encode(encoders["vae"], images.astype(np.float32) / 127.5 - 1.0)
-        cond = conditioning.encode(pipeline, captions)
-        if pipeline.is_xl:
-            cond["time_ids"] = conditioning.time_ids(shapes.RESOLUTION, shapes.RESOLUTION, ENCODE_BATCH)
-        chunks.append(jax.device_get({"mean": mean, "logvar": logvar, **cond}))
-    return {name: np.concatenate([chunk[name] for chunk in chunks])[:count] for name in chunks[0]}
 
 
 def make_grid_drawer(config: ConfigDict, student: Pipeline, weights: Callable[[Any], Any]):
@@ -256,8 +255,8 @@ def make_grid_drawer(config: ConfigDict, student: Pipeline, weights: Callable[[A
     """
     if not config.sample.every or not config.sample.prompts:
         return None
-    parts = {name: tree for name, tree in student.params.items() if name != "unet"}  # that lies on the device already
-    generate = generate_lib.Generator(dataclasses.replace(student, params=parts))
+    encoders = {name: tree for name, tree in student.params.items() if name != "unet"}
+    generate = generate_lib.Generator(dataclasses.replace(student, params=encoders))
     side = config.data.resolution // student.vae.factor
     captions = [prompt for prompt in config.sample.prompts for _ in range(GRID_COLUMNS)]
     cond = generate.encode(captions)
@@ -276,6 +275,12 @@ def make_grid_drawer(config: ConfigDict, student: Pipeline, weights: Callable[[A
         return generate_lib.grid(generate_lib.to_uint8(images), GRID_COLUMNS)
 
     return draw
+
+
+def say(line: str) -> None:
+    """A line for the reader of the terminal, from one process of all."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "the run's config file, as configs/shapes_lcm.py")

@@ -30,8 +30,10 @@ def test_promised_keys_exist():
 
 BAD = {
     "seed": -1, "objective": "lcf2", "model.teacher": None, "model.student": "", "model.dtype": "float16",
-    "data.source": "imagenet", "data.path": "/x", "data.batch_size": 0, "data.resolution": 48, "data.num_examples": 0,
-    "data.style": "oil",
+    "data.source": "imagenet", "data.path": "/x", "data.batch_size": 0, "data.resolution": 0, "data.num_examples": 0,
+    "data.style": "oil", "data.crop": "left", "data.flip": 1.5, "data.decoder": "gd", "data.encode": "never",
+    "data.caption_dropout": -0.1, "data.max_bad_fraction": 2.0, "data.workers": -1, "data.bucket_step": 0,
+    "data.bucket_max_aspect": 0.5, "data.mixture": ("1 folder /x",),
     "train.steps": 0, "train.learning_rate": 0.0, "train.lr_warmup_steps": -1, "train.lr_decay_steps": -5,
     "train.ema_decay": 1.0, "train.weight_decay": -0.1, "train.adam_b1": 1.5, "train.adam_b2": -0.1,
     "train.adam_eps": 0.0, "train.max_grad_norm": -1.0, "train.accumulation_steps": 0, "distill.solver_steps": 1001,

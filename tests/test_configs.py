@@ -44,7 +44,8 @@ def reduced(name: str) -> ConfigDict:
         config.model.student = str(tiny_family.folder(family, short=True, w_dim=tiny_family.W_DIM))
     if config.model.vae is not None:
         config.model.vae = str(tiny_family.vae_folder())
-    config.data.source, config.data.resolution, config.data.num_examples = "shapes", 64, 4
+    config.data.source, config.data.path, config.data.filters = "shapes", None, ()
+    config.data.resolution, config.data.num_examples = 64, 4
     config.data.batch_size = max(2, config.train.accumulation_steps)
     config.train.steps = config.log.every = 1
     return config
@@ -56,7 +57,7 @@ def test_every_promised_config_is_there():
 
 @pytest.mark.parametrize("name", FILES)
 def test_card_and_values(name, tmp_path, monkeypatch):
-    """The card tells what it must; the values are valid from any folder, once there are pictures."""
+    """The card tells what it must; the values are valid from any folder, once it is said where pictures are."""
     card = runpy.run_path(str(FILES[name]))["__doc__"]
     assert len(card) > 300
     if name in FAMILIES:
@@ -67,10 +68,12 @@ def test_card_and_values(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load(name)
     if name not in EMBEDDED:
-        with pytest.raises(LcmError, match=r"config\.data\.source = None"):
-            config_lib.validate(config)
         assert config.data.resolution in (512, 768, 1024)
-        config.data.source, config.data.resolution = "shapes", 64
+        assert (config.data.path is None) == ("--config.data.path=" in card)
+    if config.data.source != "shapes" and config.data.path is None:
+        with pytest.raises(LcmError, match=r"config\.data\.path = None"):
+            config_lib.validate(config)
+        config.data.path = "pictures"
     config_lib.validate(config)
     config_lib.validate(config_lib.resolve(config))
 
@@ -88,21 +91,24 @@ def test_variants_change_what_their_cards_say_and_nothing_else():
                 "distill.w_max", "sample.guidance_scale"}  # fmt: skip
     for full in ("sd15_lcm", "sdxl_lcm", "ssd1b_lcm"):
         assert differences(full, f"{full}_lora") == adapters
-    assert differences("pokemon_lcf", "simpsons_lcf") == {"sample.prompts"}
+    assert differences("pokemon_lcf", "simpsons_lcf") == {"sample.prompts", "data.path"}
 
 
 PUBLISHED = {
     "sd15_lcm": {"train.learning_rate": 1e-6, "distill.loss": "huber", "distill.huber_c": 1e-3, "data.batch_size": 12,
-                 "train.steps": 1000, "train.ema_decay": 0.95, "distill.w_min": 5.0, "distill.w_max": 15.0},
+                 "data.crop": "random", "data.resize_filter": "bilinear", "train.steps": 1000,
+                 "train.ema_decay": 0.95, "distill.w_min": 5.0, "distill.w_max": 15.0},
     "sd21_base_lcm": {"data.resolution": 512, "data.batch_size": 72, "train.steps": 100_000, "distill.w_min": 2.0,
                       "train.learning_rate": 8e-6, "train.ema_decay": 0.999943, "distill.w_max": 14.0,
                       "distill.solver_steps": 50, "distill.loss": "l2"},
     "sd21_lcm": {"data.resolution": 768, "data.batch_size": 16, "model.prediction_type": "v_prediction"},
     "dreamshaper_v7_lcm": {"data.resolution": 768, "train.steps": 4000, "model.teacher": "Lykon/dreamshaper-7"},
-    "sdxl_lcm": {"data.resolution": 1024, "distill.w_min": 3.0, "distill.w_max": 15.0, "train.learning_rate": 1e-6},
+    "sdxl_lcm": {"data.resolution": 1024, "data.filters": ("side >= 700", "pwatermark <= 0.5 or missing"),
+                  "distill.w_min": 3.0, "distill.w_max": 15.0, "train.learning_rate": 1e-6},
     "sdxl_lcm_lora": {"lora.rank": 64, "lora.alpha": 64.0, "train.learning_rate": 1e-4, "distill.w_min": 6.5,
                       "distill.w_max": 6.5, "train.weight_decay": 0.0},
-    "lcm_xl_pokemon_blip": {"distill.w_embedding_dim": 0, "train.learning_rate": 1e-6, "data.batch_size": 4,
+    "lcm_xl_pokemon_blip": {"data.flip": 0.5, "data.filters": (), "distill.w_embedding_dim": 0,
+                            "train.learning_rate": 1e-6, "data.batch_size": 4,
                             "train.accumulation_steps": 2, "train.ema_decay": 0.95, "distill.w_min": 3.0},
     "lcm_xl_lora_pokemon_blip": {"lora.rank": 8, "lora.alpha": 8.0, "train.learning_rate": 1e-5},
     "pokemon_lcf": {"objective": "lcf", "train.steps": 30_000, "model.teacher": None, "distill.lcd_weight": 0.0},

@@ -1,6 +1,7 @@
-"""Batches as a function of (seed, step): epochs, going on, hosts, prefetching."""
+"""Batches: going on, processes and workers, bad records, prefetching."""
 
 import contextlib
+import dataclasses
 import itertools
 import threading
 
@@ -9,77 +10,101 @@ import numpy as np
 import pytest
 
 from lcm_jax.data import loader
+from lcm_jax.data.examples import Arrays, CaptionDropout
+from lcm_jax.data.order import Order, batch_indices
+from lcm_jax.data.records import BadRecord, Fault
 from lcm_jax.errors import LcmError
 
-
-def stream(seed, batch_size, num_examples, steps, start=0):
-    rows = [loader.batch_indices(seed, step, batch_size, num_examples) for step in range(start, start + steps)]
-    return np.concatenate(rows)
+LATENTS = np.random.default_rng(0).normal(size=(37, 2, 2, 4)).astype(np.float32)
+ARRAYS = Arrays(({"latents": LATENTS, "label": np.arange(37, dtype=np.int32)},))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 100, 1000, 4097])
-def test_permutation(size):
-    image = loader.permuted(np.arange(size), np.full(size, 7, np.uint64), size)
-    assert sorted(image) == list(range(size))
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Examples that tell their place and their first draw; those of `bad` cannot be used."""
+
+    groups: tuple[int, ...]
+    bad: frozenset = frozenset()
+
+    def row(self, group, rank, draws):
+        if (group, rank) in self.bad:
+            raise BadRecord("truncated")
+        return {"label": np.array([group, rank], np.int32), "draw": np.array(draws.random())}
+
+    def where(self, group, rank):
+        return "a.tar", f"{group}-{rank}"
 
 
-def test_every_example_once_per_epoch_in_new_orders():
-    epochs = stream(seed=3, batch_size=7, num_examples=50, steps=50).reshape(7, 50)  # batches cross epochs: 7 x 50
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 7
-    assert not np.array_equal(epochs[0], stream(4, 7, 50, 8)[:50]), "another seed, another order"
-
-
-def test_orders_look_random():
-    # mean of each example's place over many epochs: uniform on [0, n) has mean (n-1)/2 and deviation n / sqrt(12)
-    n, epochs = 64, 2000
-    orders = stream(0, n, n, epochs).reshape(epochs, n)
-    z = (orders.mean(0) - (n - 1) / 2) / (n / np.sqrt(12 * epochs))
-    assert np.abs(z).max() < 4.5
-    follows = np.mean(np.diff(orders, axis=1) == 1)  # neighbours stay neighbours in 1 of n places
-    assert abs(follows - 1 / n) < 5 * np.sqrt(1 / n / (n * epochs))
-
-
-def test_pinned():
-    # the order is part of what "the same run" means: a change here breaks runs that go on
-    assert loader.batch_indices(0, 0, 8, 1000).tolist() == PINNED[0]
-    assert loader.batch_indices(123, 10**9, 4, 600_000_000).tolist() == PINNED[1]
-
-
-def test_bad_sizes():
-    for arguments in ((0, -1, 4, 10), (0, 0, 0, 10), (0, 0, 4, 0)):
-        with pytest.raises(LcmError, match="no batch of"):
-            loader.batch_indices(*arguments)
-    for source in ({}, {"a": np.zeros(0)}, {"a": np.zeros(3), "b": np.zeros(4)}):
-        with pytest.raises(LcmError, match="one length"):
-            loader.batches(source, 0, 0, 2)
-
-
-PINNED = [[618, 140, 118, 773, 988, 247, 278, 0], [517871412, 566509175, 420639957, 211343406]]
-SOURCE = {"latents": np.random.default_rng(0).normal(size=(37, 2, 2, 4)).astype(np.float32),
-          "label": np.arange(37, dtype=np.int32)}
-
-
-def take(n, **kwargs):
-    with contextlib.closing(loader.batches(SOURCE, seed=1, batch_size=6, **kwargs)) as batches:
+def take(n, examples=ARRAYS, batch_size=6, seed=1, **kwargs):
+    order = Order(seed, batch_size, (examples.groups,))
+    with contextlib.closing(loader.batches((examples,), order, **kwargs)) as batches:
         return [jax.device_get(b) for b in itertools.islice(batches, n)]
 
 
+def same(a, b):
+    return all(x.keys() == y.keys() and all(x[k].tobytes() == y[k].tobytes() for k in x)
+               for x, y in zip(a, b, strict=True))  # fmt: skip
+
+
 def test_going_on_equals_never_stopping():
-    whole, rest = take(20, start_step=0), take(8, start_step=12)
-    for a, b in zip(whole[12:], rest, strict=True):
-        assert a["latents"].tobytes() == b["latents"].tobytes() and a["label"].tobytes() == b["label"].tobytes()
-    for batch in whole:  # the arrays of one example stay together
-        np.testing.assert_array_equal(batch["latents"], SOURCE["latents"][batch["label"]])
+    whole, rest = take(20), take(8, start_step=12)
+    assert same(whole[12:], rest) and not same(whole[:8], rest)
+    for step, batch in enumerate(whole):  # the arrays of one example stay together
+        np.testing.assert_array_equal(batch["label"], batch_indices(1, step, 6, 37))
+        np.testing.assert_array_equal(batch["latents"], LATENTS[batch["label"]])
 
 
-def test_hosts_share_one_global_batch():
-    whole = take(5, start_step=0, put=dict)
-    parts = [take(5, start_step=0, put=dict, process_index=i, process_count=3) for i in range(3)]
-    for step, batch in enumerate(whole):
-        np.testing.assert_array_equal(batch["label"], np.concatenate([p[step]["label"] for p in parts]))
+@pytest.mark.parametrize("groups", [(37,), (20, 9)])
+def test_hosts_share_one_global_batch_with_its_draws(groups):
+    examples = Drawn(groups, frozenset({(0, 3), (0, 4)}))
+    allowed = {"faults": loader.Faults(0.1, lambda fault: None)}
+    whole = take(9, examples, put=dict, **allowed)
+    parts = [take(9, examples, put=dict, process_index=i, process_count=3, **allowed) for i in range(3)]
+    joined = [
+        {name: np.concatenate([batch[name] for batch in rows]) for name in rows[0]} for rows in zip(*parts, strict=True)
+    ]
+    assert same(whole, joined)
     with pytest.raises(LcmError, match="does not split over 4 processes"):
-        take(1, start_step=0, process_index=0, process_count=4)
+        take(1, process_index=0, process_count=4)
+
+
+def test_workers_and_threads_make_the_same_batches():
+    examples = Drawn((37,))
+    assert same(take(10, examples, start_step=3), take(10, examples, start_step=3, workers=2))
+
+
+def test_a_bad_record_is_replaced_told_once_and_not_forgotten():
+    told = []
+    examples = Drawn((10,), frozenset({(0, 2), (0, 3)}))
+    batches = take(6, examples, batch_size=5, faults=loader.Faults(0.01, told.append))
+    for epoch in range(3):
+        ranks = sorted(np.concatenate([b["label"][:, 1] for b in batches[2 * epoch : 2 * epoch + 2]]))
+        assert ranks == [0, 1, 4, 4, 4, 5, 6, 7, 8, 9], "the next good one stands in"
+    assert set(told) == {Fault("a.tar", "0-2", "truncated"), Fault("a.tar", "0-3", "truncated")} and len(told) == 2
+
+
+def test_too_many_bad_records_stop_the_run():
+    examples = Drawn((100,), frozenset((0, rank) for rank in range(0, 100, 2)))
+    with pytest.raises(LcmError, match=r"a\.tar: 0-\d+: truncated.*max_bad_fraction=0.01"):
+        take(100, examples, faults=loader.Faults(0.01, lambda fault: None))
+    with pytest.raises(LcmError, match="truncated"):
+        take(5, examples)  # where nobody counts, the first one
+    with pytest.raises(LcmError, match="none of 4 records can be used"):
+        take(1, Drawn((4,), frozenset((0, rank) for rank in range(4))), faults=loader.Faults(1.0, lambda fault: None))
+
+
+def test_examples_and_order_must_fit():
+    with pytest.raises(LcmError, match="do not fit an order"):
+        loader.batches((ARRAYS,), Order(0, 4, ((36,),)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_caption_dropout(share):
+    text = {"label": np.array(-1, np.int32)}
+    batches = take(100, CaptionDropout(ARRAYS, text | {"not in the rows": np.zeros(3)}, share), batch_size=37)
+    dropped = np.mean([b["label"] == -1 for b in batches])
+    assert abs(dropped - share) <= 4 * np.sqrt(share * (1 - share) / 3700)
+    assert set(batches[0]) == {"label", "latents"}
 
 
 def test_errors_come_through():
@@ -109,7 +134,7 @@ def test_end_and_limit_of_prefetching():
 
 @pytest.mark.gpu
 def test_batches_arrive_on_the_accelerator():
-    with contextlib.closing(loader.batches(SOURCE, 1, 0, 6)) as batches:
+    with contextlib.closing(loader.batches((ARRAYS,), Order(1, 6, (ARRAYS.groups,)))) as batches:
         batch = next(batches)
     assert batch["latents"].devices() == {jax.devices()[0]} and jax.devices()[0].platform != "cpu"
-    np.testing.assert_array_equal(batch["label"], loader.batch_indices(1, 0, 6, 37))
+    np.testing.assert_array_equal(batch["label"], batch_indices(1, 0, 6, 37))

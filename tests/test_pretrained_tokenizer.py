@@ -1,5 +1,6 @@
 """The tokenizer's files: ids, padding, length, and that every file travels."""
 
+import concurrent.futures
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import tiny
 from transformers import CLIPTokenizer
 
 from lcm_jax.errors import LcmError
-from lcm_jax.pretrained.tokenizer import FILES, load_tokenizer, tokenize, tokenizer_files
+from lcm_jax.pretrained.tokenizer import FILES, load_tokenizer, tokenize, tokenize_counted, tokenizer_files
 
 VOCAB = tiny.vocabulary()[0]
 START, END = VOCAB[tiny.START], VOCAB[tiny.END]
@@ -99,3 +100,16 @@ def test_files_of_transformers_5_gain_those_that_transformers_4_reads(tmp_path, 
     for name in FILES:
         (derived / name).write_bytes(found[name])
     assert np.array_equal(tokenize(load_tokenizer(derived, 77), ["a red circle!"]), ids)
+
+
+def test_threads_share_a_tokenizer():
+    """Long and short captions at once: every thread gets what it would get alone."""
+    tokenizer = load_tokenizer(tiny.folder("sd1") / "tokenizer", 77)
+    captions = ["a red circle", "a blue square and " * 40, "x", "hello " * 30] * 100
+    alone = [tokenize_counted(tokenizer, [caption]) for caption in captions]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda caption: tokenize_counted(tokenizer, [caption]), captions))
+    for (ids, lost), (others, other_lost) in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(ids, others)
+        assert lost == other_lost
+    assert [int(lost[0]) > 0 for _, lost in alone[:3]] == [False, True, False]

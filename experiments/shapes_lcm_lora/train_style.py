@@ -20,7 +20,7 @@ import optax
 from experiments.shapes_teacher.loop import make_state, make_step, run
 from lcm_jax import assets
 from lcm_jax.data import shapes
-from lcm_jax.data.loader import batch_indices
+from lcm_jax.data.order import batch_indices
 from lcm_jax.diffusion import schedule
 from lcm_jax.diffusion.denoiser import call
 from lcm_jax.errors import LcmError

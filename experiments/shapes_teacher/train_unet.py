@@ -20,7 +20,7 @@ import optax
 from experiments.shapes_teacher import tokenizer, train_vae
 from experiments.shapes_teacher.loop import make_state, make_step, run
 from lcm_jax.data import shapes
-from lcm_jax.data.loader import batch_indices
+from lcm_jax.data.order import batch_indices
 from lcm_jax.diffusion import schedule
 from lcm_jax.models import clip, unet, vae
 from lcm_jax.runtime.checkpoint import list_steps, load_subtree

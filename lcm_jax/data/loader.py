@@ -1,103 +1,130 @@
-"""Records -> batches; the position in the data is one integer, the step.
+"""Examples -> batches on the device, in the order of `order.py`; the position in the data is one integer, the step.
 
-The stream of examples is epoch after epoch, each in an order of its own:
-
-    position p = step * batch_size + row,   epoch e = p // N,   example = permutation[seed, e](p % N)
-
-so batch i is a function of (seed, i) alone: nothing needs saving, a run that goes on reads what it would have read, and
-hosts take their rows of the same global batch. The permutation is never stored: it is a Feistel network (a bijection of
-[0, 4^m) made of hashes) walked along its cycles until it falls inside [0, N), the same on every platform and version.
+Batch i is a function of (seed, i) alone: nothing needs saving, a run that goes on reads what it would have read, and
+hosts take their rows of the same global batch. Grain reads ahead, in threads or in processes; one more thread takes
+finished batches to the device. A record that cannot be used is replaced by another, counted and told.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
+import grain
 import jax
 import numpy as np
+from absl import flags
 
+from lcm_jax.data.order import Order, Place, draws_at
+from lcm_jax.data.records import BadRecord, Fault
 from lcm_jax.errors import LcmError
 
-FEISTEL_ROUNDS = 6  # four suffice for a pseudo-random permutation if the hash is good; two more cost microseconds
+THREADS = min(8, os.cpu_count() or 1)  # batches in the making at a time, where no processes make them
+MAX_STEPS = 2**40  # length of a stream that has no end, for grain
+MIN_READ = 1000  # the share of bad records is taken of no fewer, or the first one would be 100 %
 
 Batch = Mapping[str, Any]
 
 
-def _hash(x: np.ndarray) -> np.ndarray:
-    """Bijective 64-bit mixer (splitmix64's finaliser); wraps modulo 2^64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+class Examples(Protocol):
+    """Rows of training data, by random access. They lie in groups: one, or one for each aspect bucket.
+
+    Rows of a group have one shape. Examples are pickled to worker processes.
+    """
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Number of examples in each group."""
+        ...
+
+    def row(self, group: int, rank: int, draws: np.random.Generator) -> dict[str, np.ndarray]:
+        """Arrays of one example; what is random about them comes from `draws`. Raises BadRecord."""
+        ...
+
+    def where(self, group: int, rank: int) -> tuple[str, str]:
+        """(shard, key) of an example, for messages."""
+        ...
 
 
-def permuted(index: np.ndarray, key: np.ndarray, size: int) -> np.ndarray:
-    """Image of each index in a pseudo-random permutation of [0, size).
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Random access to this process's rows of the batches from `start` on: what grain reads ahead.
+
+    An example that cannot be used is replaced by the next of its group that can; both are told in the faults.
+    """
+
+    examples: tuple[Examples, ...]
+    order: Order
+    start: int
+    rows: tuple[int, int]  # first and end, of the global batch's
+
+    def __len__(self) -> int:
+        return MAX_STEPS
+
+    def __getitem__(self, number: int) -> tuple[dict[str, np.ndarray], tuple[Fault, ...]]:
+        step, faults = self.start + number, []
+        places = self.order.places(step)
+        rows = [self._row(places[row], step * self.order.batch_size + row, faults) for row in range(*self.rows)]
+        return stacked(rows), tuple(faults)
+
+    def _row(self, place: Place, position: int, faults: list[Fault]) -> dict[str, np.ndarray]:
+        examples, size = self.examples[place.stream], self.order.streams[place.stream][place.group]
+        for step in range(size):
+            rank = (place.rank + step) % size
+            try:
+                return examples.row(place.group, rank, draws_at(self.order.seed, position))
+            except BadRecord as error:
+                faults.append(Fault(*examples.where(place.group, rank), str(error)))
+        raise LcmError(f"none of {size} records can be used; the last one: {faults[-1]}")
+
+
+def stacked(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Rows -> a batch."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class Faults:
+    """Counts the records that could not be used, tells each once, and stops where they are too many.
 
     Args:
-        index: [b] integers in [0, size).
-        key: [b] uint64; equal keys, same permutation.
-        size: number of elements, at least 1.
-
-    Returns:
-        [b] int64 in [0, size).
+        share: of the records read (of MIN_READ at least) that may be bad.
+        tell: called with each fault the first time it comes.
     """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    x = index.astype(np.uint64)
-    outside = np.ones(x.shape, bool)  # walk on where the value is not in [0, size) yet; every element walks once
-    while outside.any():
-        left, right = x >> half, x & mask
-        for r in range(FEISTEL_ROUNDS):
-            left, right = right, left ^ (_hash(right ^ _hash(key + np.uint64(r))) & mask)
-        x = np.where(outside, (left << half) | right, x)
-        outside &= x >= np.uint64(size)
-    return x.astype(np.int64)
+
+    def __init__(self, share: float, tell: Callable[[Fault], None]) -> None:
+        self.share, self.tell = share, tell
+        self.read, self.told = 0, set()
+
+    def add(self, faults: Sequence[Fault], read: int) -> None:
+        """Takes what came of reading `read` records. Raises LcmError above the share."""
+        self.read += read
+        for fault in faults:
+            if fault not in self.told:
+                self.told.add(fault)
+                self.tell(fault)
+        if len(self.told) > self.share * max(self.read, MIN_READ):
+            raise LcmError(f"{len(self.told)} of {self.read} records could not be used, the last one {fault}; mend the "
+                           f"data, or allow more than --config.data.max_bad_fraction={self.share}")
 
 
-def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> np.ndarray:
-    """Examples of the global batch of `step`: [batch_size] int64 in [0, num_examples).
-
-    In each epoch of `num_examples` positions every example comes once; a batch may reach into the next epoch.
-    """
-    if num_examples < 1 or batch_size < 1 or step < 0:
-        raise LcmError(f"no batch of {batch_size} at step {step} from {num_examples} examples; "
-                       "sizes must be at least 1 and the step not negative")
-    position = step * batch_size + np.arange(batch_size, dtype=np.int64)
-    epoch = (position // num_examples).astype(np.uint64)
-    key = _hash(_hash(np.full(1, seed % 2**64, np.uint64)) + epoch)
-    return permuted(position % num_examples, key, num_examples)
-
-
-def _num_examples(source: Mapping[str, np.ndarray]) -> int:
-    sizes = {name: len(array) for name, array in source.items()}
-    if not sizes or len(set(sizes.values())) != 1 or 0 in sizes.values():
-        raise LcmError(f"arrays of a source must have one length, greater than 0; got {sizes}")
-    return next(iter(sizes.values()))
-
-
-def host_batches(source: Mapping[str, np.ndarray], seed: int, start_step: int, batch_size: int, *,
-                 process_index: int = 0, process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches from `start_step` on, as numpy arrays: this process's rows of each global batch.
-
-    Args:
-        source: name -> array [n ...]; memory-mapped arrays will do.
-        seed: of the order.
-        start_step: first step to be made.
-        batch_size: rows of the global batch, a multiple of `process_count`.
-    """
-    if batch_size % process_count:
-        raise LcmError(f"data.batch_size = {batch_size} does not split over {process_count} processes; "
-                       "choose a multiple")
-    num_examples, rows = _num_examples(source), batch_size // process_count
-    mine = slice(process_index * rows, (process_index + 1) * rows)
-    step = start_step
-    while True:
-        indices = batch_indices(seed, step, batch_size, num_examples)[mine]
-        yield {name: np.asarray(array[indices]) for name, array in source.items()}
-        step += 1
+def read_ahead(batches: Batches, workers: int = 0) -> Iterator[tuple[dict[str, np.ndarray], tuple[Fault, ...]]]:
+    """The batches in order, read by grain: in `workers` processes, or in threads of this one if 0."""
+    if not flags.FLAGS.is_parsed():  # grain reads flags to start processes; a notebook or a script has parsed none
+        flags.FLAGS.mark_as_parsed()
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * THREADS)
+    ahead = grain.MapDataset.source(batches).to_iter_dataset(options)
+    if workers:
+        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    iterator = iter(ahead)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 def prefetched(batches: Iterator[Batch], put: Callable[[Batch], Any] = jax.device_put, depth: int = 2) -> Iterator[Any]:
@@ -141,16 +168,37 @@ def prefetched(batches: Iterator[Batch], put: Callable[[Batch], Any] = jax.devic
         thread.join()
 
 
-def batches(source: Mapping[str, np.ndarray], seed: int, start_step: int, batch_size: int, *,
-            put: Callable[[Batch], Any] = jax.device_put, depth: int = 2,
+def batches(examples: Sequence[Examples], order: Order, start_step: int = 0, *, faults: Faults | None = None,
+            put: Callable[[Batch], Any] = jax.device_put, workers: int = 0, depth: int = 2,
             process_index: int = 0, process_count: int = 1) -> Iterator[Any]:
-    """`host_batches`, prefetched to the device: the training loop's data. Close it (`contextlib.closing`) at the end.
+    """Endless batches on the device from `start_step` on: the training loop's data. Close it (`contextlib.closing`).
 
-    `put` takes this process's rows to the device: `functools.partial(mesh.put_batch, m)` on a mesh. Bad arguments are
-    refused here, not when the first batch is asked for.
+    Args:
+        examples: of each of the order's streams.
+        order: of the global batches.
+        start_step: first step to be made.
+        faults: what counts bad records; None: the first one is an error.
+        put: takes this process's rows to the device: `functools.partial(mesh.put_batch, m)` on a mesh.
+        workers: processes that read and decode; 0: threads of this one.
+        depth: batches in waiting on the device.
+
+    Bad arguments are refused here, not when the first batch is asked for.
     """
-    _num_examples(source)
-    batch_indices(seed, start_step, batch_size, 1)
-    on_host = host_batches(source, seed, start_step, batch_size, process_index=process_index,
-                           process_count=process_count)
-    return prefetched(on_host, put, depth)
+    if order.batch_size % process_count:
+        raise LcmError(f"data.batch_size = {order.batch_size} does not split over {process_count} processes; "
+                       "choose a multiple")
+    if tuple(tuple(e.groups) for e in examples) != order.streams or start_step < 0:
+        raise LcmError(f"examples in groups {[e.groups for e in examples]} from step {start_step} do not fit an order "
+                       f"of {order.streams}")
+    faults = faults or Faults(0.0, lambda fault: None)
+    rows = order.batch_size // process_count
+    mine = (process_index * rows, (process_index + 1) * rows)
+
+    def on_host() -> Iterator[Batch]:
+        read = read_ahead(Batches(tuple(examples), order, start_step, mine), workers)
+        with contextlib.closing(read):
+            for batch, found in read:
+                faults.add(found, rows)
+                yield batch
+
+    return prefetched(on_host(), put, depth)

@@ -17,19 +17,22 @@ import numpy as np
 from absl import logging
 
 from lcm_jax.pretrained.pipeline import Pipeline
-from lcm_jax.pretrained.tokenizer import tokenize
+from lcm_jax.pretrained.tokenizer import tokenize, tokenize_counted
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # parts of a pipeline
 
 Tokens = Mapping[str, Any]  # text encoder's name in the pipeline -> ids [b l]
 
 
+def tokenizers(pipeline: Pipeline) -> dict[str, Any]:
+    """The tokenizer of each text encoder that the pipeline has."""
+    pairs = zip(TEXT_ENCODERS, (pipeline.tokenizer, pipeline.tokenizer_2), strict=True)
+    return {name: tokenizer for name, tokenizer in pairs if getattr(pipeline, name) is not None}
+
+
 def tokens(pipeline: Pipeline, captions: Sequence[str]) -> dict[str, np.ndarray]:
     """Token ids int32 [b l] for each text encoder that the pipeline has."""
-    pairs = {"text_encoder": pipeline.tokenizer, "text_encoder_2": pipeline.tokenizer_2}
-    return {
-        name: tokenize(tokenizer, captions)
-        for name, tokenizer in pairs.items()
-        if getattr(pipeline, name) is not None
-    }
+    return {name: tokenize(tokenizer, captions) for name, tokenizer in tokenizers(pipeline).items()}
 
 
 def encode_tokens(pipeline: Pipeline, params: Mapping[str, Any], ids: Tokens) -> dict[str, jax.Array]:
@@ -66,13 +69,11 @@ def truncated(pipeline: Pipeline, captions: Sequence[str]) -> dict[str, tuple[in
     """Captions that are longer than a text encoder reads -> (its tokens, tokens kept), start and end included."""
     found: dict[str, tuple[int, int]] = {}
     given = list(dict.fromkeys(captions))
-    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
-        if tokenizer is None or not given:
-            continue
+    for tokenizer in tokenizers(pipeline).values():
         kept = tokenizer.model_max_length
-        for caption, ids in zip(given, tokenizer(given, truncation=False, verbose=False).input_ids, strict=True):
-            if len(ids) > kept:
-                found[caption] = max(found.get(caption, (0, kept)), (len(ids), kept))
+        for caption, lost in zip(given, tokenize_counted(tokenizer, given)[1].tolist(), strict=True):
+            if lost:
+                found[caption] = max(found.get(caption, (0, kept)), (kept + lost, kept))
     return found
 
 

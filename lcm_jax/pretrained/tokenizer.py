@@ -46,13 +46,26 @@ def load_tokenizer(folder: Path, max_length: int) -> Any:
 
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> np.ndarray:
     """Captions -> ids, int32 [b l]: start, words, end, padded or cut to the tokenizer's length (77)."""
+    return tokenize_counted(tokenizer, captions)[0]
+
+
+def tokenize_counted(tokenizer: Any, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(`tokenize`, number of tokens of each caption that were cut off: int32 [b]).
+
+    Cutting and padding are done here: transformers keeps how it does them as a state of the tokenizer, which threads
+    would change under each other.
+    """
     if isinstance(captions, str):
         raise TypeError(f"tokenize takes a sequence of captions, not one string: {captions!r}")
     length = tokenizer.model_max_length
-    if not captions:  # transformers takes no empty batch
-        return np.zeros((0, length), np.int32)
-    ids = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length).input_ids
-    return np.array(ids, np.int32).reshape(len(captions), length)
+    ids = np.full((len(captions), length), tokenizer.pad_token_id, np.int32)
+    lost = np.zeros(len(captions), np.int32)
+    whole = tokenizer(list(captions), truncation=False, padding=False, verbose=False).input_ids if len(captions) else []
+    for row, found in enumerate(whole):  # transformers takes no empty batch
+        lost[row] = max(0, len(found) - length)
+        kept = found if len(found) <= length else [*found[: length - 1], found[-1]]
+        ids[row, : len(kept)] = kept
+    return ids, lost
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:

@@ -5,7 +5,8 @@ metrics.jsonl is the source of truth, one JSON object per logged step:
     {"step": 20, "loss": 0.031, "grad_norm": 0.8, ..., "images_per_second": 31.5, "images": 640, "seconds": 22.1}
 
 `images_per_second` is over the steps since the line before, from one finished step to another; compiling counts only in
-a line for the very first step of a process. `images` counts from the run's beginning, `seconds` from the process's.
+a line for the very first step of a process. `data_wait` is the share of that time that the program waited for data.
+`images` counts from the run's beginning, `seconds` from the process's.
 
 Steps are counted by how many are done: after the first one, `step` is 1. Numbers stay on the device for `LAG` steps so
 that the host never waits for the step in progress; a logged step and `settle()` wait.
@@ -14,18 +15,20 @@ that the host never waits for the step in progress; a logged step and `settle()`
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import numpy as np
 
+from lcm_jax.data.records import Fault
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime.workdir import write_atomic
 
@@ -132,6 +135,7 @@ class Telemetry:
         self._pending: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque()
         self._start_time = self._mark_time = time.monotonic()
         self._first_step, self._mark_step = start_step + 1, start_step
+        self._waited = 0.0
         self._file = self._board = self._progress = None
         if jax.process_index() == 0:
             from tensorboardX import SummaryWriter
@@ -161,6 +165,13 @@ class Telemetry:
         if self._progress:
             self._progress.move(step)
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for the next batch."""
+        begun = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begun
+
     def settle(self) -> None:
         """Waits for the numbers of all steps so far and checks them. Call it before a checkpoint is saved."""
         while self._pending:
@@ -171,14 +182,24 @@ class Telemetry:
         check_finite(step, values["loss"], values.get("grad_norm"))
         now = time.monotonic()
         if step % self.log_every == 0 or step >= self.total_steps:
-            rate = (step - self._mark_step) * self.batch_size / max(now - self._mark_time, 1e-9)
-            self._write({"step": step, **values, "images_per_second": round(rate, 3),
-                         "images": step * self.batch_size, "seconds": round(now - self._start_time, 3)})
-            self._mark_step, self._mark_time = step, now
+            passed = max(now - self._mark_time, 1e-9)
+            rate = (step - self._mark_step) * self.batch_size / passed
+            self._write({
+                "step": step,
+                **values,
+                "images_per_second": round(rate, 3),
+                "data_wait": round(self._waited / passed, 4),
+                "images": step * self.batch_size,
+                "seconds": round(now - self._start_time, 3),
+            })
+            self._mark(step, now)
         if step == self._first_step:
-            self._mark_step, self._mark_time = step, now
+            self._mark(step, now)
             if self._progress:
                 self._progress.compiled(step)
+
+    def _mark(self, step: int, now: float) -> None:
+        self._mark_step, self._mark_time, self._waited = step, now, 0.0
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is None:
@@ -209,7 +230,7 @@ class Telemetry:
     def _restart_clock(self, step: int) -> None:
         """Time for samples is not training time; used when the numbers of `step` are settled."""
         if not self._pending and self._mark_step == step:
-            self._mark_time = time.monotonic()
+            self._mark(step, time.monotonic())
 
     def message(self, text: str) -> None:
         """A line for the reader of the terminal."""
@@ -223,3 +244,29 @@ class Telemetry:
             self._file.close()
             self._board.close()
             self._file = self._board = self._progress = None
+
+
+class BadRecords:
+    """The list of records that could not be used: bad_records.jsonl, a line {"shard", "key", "reason"} each, once.
+
+    The first LOUD of a process are told on the terminal too. Processes other than 0 write bad_records.<process>.jsonl.
+    """
+
+    LOUD = 20
+
+    def __init__(self, workdir: str | Path, stream: TextIO | None = None) -> None:
+        index = jax.process_index()
+        self.path = Path(workdir) / (f"bad_records.{index}.jsonl" if index else "bad_records.jsonl")
+        self.stream, self.count = stream or sys.stderr, 0
+        self._listed = set(self.path.read_text().splitlines()) if self.path.exists() else set()
+
+    def __call__(self, fault: Fault) -> None:
+        self.count += 1
+        if self.count <= self.LOUD:
+            rest = f" (more are listed in {self.path} only)" if self.count == self.LOUD else ""
+            print(f"unusable record: {fault}{rest}", file=self.stream, flush=True)
+        line = json.dumps({"shard": fault.shard, "key": fault.key, "reason": fault.reason})
+        if line not in self._listed:
+            self._listed.add(line)
+            with open(self.path, "a") as file:
+                file.write(line + "\n")

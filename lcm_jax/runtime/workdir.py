@@ -3,6 +3,7 @@
     workdir/
       config.json          the resolved config; a command with another one is refused
       metrics.jsonl        runtime/telemetry.py
+      bad_records.jsonl    runtime/telemetry.py, where there are any
       tensorboard/         runtime/telemetry.py
       samples/             runtime/telemetry.py
       checkpoints/<step>/  runtime/checkpoint.py
@@ -113,7 +114,7 @@ def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LcmError(f"workdir {workdir} is in use by another process; wait for it or choose another workdir"
+            raise LcmError(f"{workdir} is in use by another process; wait for it or choose another folder"
                            ) from None
         except OSError:  # no lock service there
             pass

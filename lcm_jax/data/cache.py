@@ -1,0 +1,206 @@
+"""The latent cache on disk: pictures and captions that were encoded once, as rows that training reads at random.
+
+    DIR/manifest.json                      written last: without it the cache is unfinished
+    DIR/latents-GG-SSSSS.array_record      shard S of group G (an aspect bucket; 00 where there are none)
+    DIR/bad_records.jsonl                  what could not be encoded, where there is any
+
+A record is one row: its arrays as little-endian bytes one after another, in the manifest's order and with its dtypes
+and shapes, then a JSON object {"key", "shard", "caption"} that says what it was made of. The manifest:
+
+    format, made_by      version of this layout; the package that wrote it
+    fingerprint          what decides how pictures and captions are encoded, see `check_fit`
+    text                 "ids": token ids, encoded while training; "embeddings": encoded already
+    arrays               [{"name", "dtype", "shapes": [of a row, for each group]}]
+    groups               [{"rows", "shards": [{"file", "rows", "bytes"}]}]
+    examples             records in each group
+    variants             rows of one record (other crops, flips and captions), one after another
+    data, seed, ...      what the rows were made of, and how
+    faults               number of records that could not be used
+
+`cache_writing.py` writes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  numpy knows bfloat16 by it
+import numpy as np
+
+from lcm_jax import files
+from lcm_jax.data.records import BadRecord
+from lcm_jax.errors import LcmError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TEXTS = ("ids", "embeddings")
+DTYPES = ("float32", "float16", "bfloat16")
+_WAYS_OUT = {
+    "resolution": "set --config.data.resolution to the cache's, or precompute again",
+    "sizes": "set --config.data.aspect_buckets, bucket_step and bucket_max_aspect to the cache's, or precompute again",
+    "time_ids": "the cache is of another family of models (SDXL or not); precompute again",
+    "scaling_factor": "set --config.model.vae to the one it was made with, or precompute again",
+    "vae": "set --config.model.vae to the one it was made with, or precompute again",
+    "tokenizers": "set --config.model.teacher to a model with the same tokenizers, or precompute again",
+    "text_encoders": "set --config.model.teacher to a model with the same text encoders, or precompute again",
+}
+
+
+def shard_name(group: int, shard: int) -> str:
+    return f"latents-{group:02d}-{shard:05d}.array_record"
+
+
+class Cached:
+    """The rows of a cache: `loader.Examples`, and its `manifest`. See `open`.
+
+    Rows are {"mean", "logvar"} float32 [h w c], unscaled, with {token ids int32 [l] by text encoder} or
+    {"encoder_hidden_states" float32 [l d] (and SDXL's "text_embeds" [d])}, and SDXL's "time_ids" float32 [6]. What is
+    stored in half precision is float32 when it is read.
+    """
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]):
+        self.path, self.manifest = path, manifest
+        self.groups = tuple(group["rows"] for group in manifest["groups"])
+        kinds = [(array["name"], np.dtype(array["dtype"]), array["shapes"]) for array in manifest["arrays"]]
+        self._layouts = [
+            [(name, dtype, tuple(shapes[group])) for name, dtype, shapes in kinds] for group in range(len(self.groups))
+        ]
+        self._sizes = [sum(d.itemsize * math.prod(shape) for _, d, shape in layout) for layout in self._layouts]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_readers"}
+
+    def __len__(self) -> int:
+        return sum(self.groups)
+
+    @functools.cached_property
+    def _readers(self) -> list[Any]:
+        """array_record's random access to each group; it opens a shard when it is first read."""
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        return [
+            ArrayRecordDataSource(
+                [_Shard(str(self.path / s["file"]), s["rows"], s["rows"]) for s in group["shards"]]
+            )
+            if group["shards"]
+            else ()
+            for group in self.manifest["groups"]
+        ]  # fmt: skip
+
+    def row(self, group: int, rank: int, draws: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+        """Arrays of one row, read-only; nothing about it is random. Raises BadRecord."""
+        del draws
+        record, offset, row = self._read(group, rank), 0, {}
+        for name, dtype, shape in self._layouts[group]:
+            count = math.prod(shape)
+            value = np.frombuffer(record, dtype, count, offset).reshape(shape)
+            row[name] = value.astype(np.float32) if dtype.itemsize == 2 else value
+            offset += count * dtype.itemsize
+        return row
+
+    def about(self, group: int, rank: int) -> dict[str, str]:
+        """{"key", "shard", "caption"} of the record that a row was made of. Raises BadRecord."""
+        try:
+            return json.loads(self._read(group, rank)[self._sizes[group] :])
+        except ValueError as error:
+            raise BadRecord(f"the row's description cannot be read ({error})") from None
+
+    def where(self, group: int, rank: int) -> tuple[str, str]:
+        """(shard, key) of the record that a row was made of; the row's own place where that cannot be read."""
+        try:
+            about = self.about(group, rank)
+            return about["shard"], about["key"]
+        except BadRecord:
+            return str(self.path), f"row {rank} of group {group}"
+
+    def _read(self, group: int, rank: int) -> bytes:
+        try:
+            record = self._readers[group][rank]
+        except (RuntimeError, OSError) as error:
+            raise BadRecord(f"the row cannot be read ({' '.join(str(error).split())})") from None
+        if len(record) < self._sizes[group]:
+            raise BadRecord(f"the row has {len(record)} bytes, its arrays {self._sizes[group]}")
+        return record
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """A whole shard, as array_record takes one whose length is known: without opening it."""
+
+    filename: str
+    take: int
+    examples_in_shard: int
+    skip: int = 0
+
+
+def open(path: str | Path) -> Cached:
+    """The cache in the folder `path`.
+
+    Raises:
+      LcmError: no such folder, unfinished, of another format, shards missing or cut short, array_record not installed.
+    """
+    path = Path(path).expanduser().absolute()
+    check_reader()
+    manifest = read_manifest(path)
+    for shard in (shard for group in manifest["groups"] for shard in group["shards"]):
+        file = path / shard["file"]
+        found = file.stat().st_size if file.is_file() else None
+        if found != shard["bytes"]:
+            state = "is missing" if found is None else f"has {found} bytes where {shard['bytes']} were written"
+            raise LcmError(f"{file} {state}; copy the cache again, or remove {path} and precompute again")
+    return Cached(path, manifest)
+
+
+def check_reader() -> None:
+    """Raises LcmError where array_record is not installed."""
+    try:
+        import array_record.python.array_record_module  # noqa: F401
+    except ImportError:
+        raise LcmError("a latent cache needs array_record: pip install 'lcm_jax[data]'") from None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a finished cache. Raises LcmError where there is none, or one of another format."""
+    if not path.is_dir():
+        raise LcmError(f"{path} is no folder; --config.data.path is the --out of lcm_jax.precompute")
+    if not (path / MANIFEST).is_file():
+        raise LcmError(f"{path} has no {MANIFEST}: it is no latent cache, or an unfinished one; run the same "
+                       "lcm_jax.precompute command again, it goes on where it was stopped")
+    manifest = files.read_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise LcmError(f"{path} is a latent cache of format {manifest.get('format')!r}, this version reads {FORMAT}; "
+                       "precompute again, or use the version that wrote it")
+    return manifest
+
+
+def check_fit(manifest: Mapping[str, Any], fingerprint: Mapping[str, Any], path: str | Path) -> None:
+    """Refuses a cache that was encoded by other models, or in another size, than the run's.
+
+    Args:
+      manifest: of the cache.
+      fingerprint: of the run, see `lcm_jax.training_data.fingerprint`. The text encoders count only where the cache
+        holds embeddings.
+
+    Raises:
+      LcmError: names the key, both values, and the way out.
+    """
+    made = manifest["fingerprint"]
+    for key, way_out in _WAYS_OUT.items():
+        if key == "text_encoders" and manifest["text"] == "ids":
+            continue
+        if made.get(key) != fingerprint[key]:
+            raise LcmError(f"the latent cache {path} was made with {key} {short(made.get(key))}, the run's is "
+                           f"{short(fingerprint[key])}; {way_out}")
+
+
+def short(value: Any) -> str:
+    """A value in a message: hashes by their beginning."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {short(part)}" for key, part in value.items()) + "}"
+    return value[:12] if isinstance(value, str) else str(value)

@@ -1,0 +1,137 @@
+"""Pictures and captions -> what the step is conditioned on and learns from, in a program of its own.
+
+    rows {"pixels", token ids, "time_ids"} -> encode -> {"mean", "logvar", "encoder_hidden_states", ...}
+
+The same program encodes a step's batch, a whole set before training begins, and a latent cache.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from lcm_jax.data import loader
+from lcm_jax.data.order import draws_at
+from lcm_jax.data.records import BadRecord, Fault
+from lcm_jax.pretrained import Pipeline, conditioning
+
+ENCODE_PIXELS = 8 * 1024**2  # of a batch that is encoded outside a step: a few GB of the VAE's activations
+MAX_BATCH = 64
+AHEAD = 128  # rows read before they are asked for
+
+Rows = dict[str, np.ndarray]
+
+
+def batch_size(resolution: int) -> int:
+    """Pictures of about resolution^2 pixels that are encoded at once outside a step: a power of two."""
+    return 2 ** int(math.log2(max(1, min(MAX_BATCH, ENCODE_PIXELS // resolution**2))))
+
+
+def make_encode(pipeline: Pipeline) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """rows -> {"mean", "logvar", and the conditioning}, float32, jitted; what is encoded already passes through.
+
+    The pipeline's VAE and text encoders are used where they lie, in their own compute dtypes. float32 is what a latent
+    cache gives, so that the step is one program.
+    """
+    params = {name: tree for name, tree in pipeline.params.items() if name != "unet"}
+
+    @jax.jit
+    def encode(params: Any, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        encoded = dict(rows)
+        if "pixels" in rows:
+            pixels = encoded.pop("pixels").astype(np.float32) / 127.5 - 1.0
+            moments = pipeline.vae.apply({"params": params["vae"]}, pixels, method="encode")
+            encoded["mean"], encoded["logvar"] = moments
+        ids = {name: encoded.pop(name) for name in conditioning.TEXT_ENCODERS if name in rows}
+        if ids:
+            text = conditioning.encode_tokens(pipeline, params, ids)
+            encoded |= {name: value.astype(np.float32) for name, value in text.items()}
+        return encoded
+
+    def call(rows: Mapping[str, Any]) -> dict[str, Any]:
+        to_do = {"pixels", *conditioning.TEXT_ENCODERS} & rows.keys()
+        return encode(params, dict(rows)) if to_do else dict(rows)
+
+    return call
+
+
+def encode_rows(encode: Callable, rows: Rows, batch: int) -> Rows:
+    """`encode` of at most `batch` rows, to the host; always through the program of a full batch."""
+    count = len(next(iter(rows.values())))
+    padding = np.minimum(np.arange(batch), count - 1)
+    encoded = encode({name: value[padding] for name, value in rows.items()})
+    return {name: value[:count] for name, value in jax.device_get(encoded).items()}
+
+
+def in_order(
+    examples: loader.Examples, group: int, seed: int, ranks: Sequence[int]
+) -> Iterator[tuple[int, Rows | Fault]]:
+    """(rank, its row, or why it has none) of examples one after another, read ahead by threads.
+
+    What is random about a row is a function of (seed, group, rank).
+    """
+    first = sum(examples.groups[:group])
+
+    def read(rank: int) -> tuple[int, Rows | Fault]:
+        try:
+            return rank, examples.row(group, rank, draws_at(seed, first + rank))
+        except BadRecord as error:
+            return rank, Fault(*examples.where(group, rank), str(error))
+
+    with concurrent.futures.ThreadPoolExecutor(loader.THREADS) as pool:
+        waiting: collections.deque = collections.deque()
+        for rank in ranks:
+            waiting.append(pool.submit(read, rank))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def fingerprint(pipeline: Pipeline, resolution: int, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """What decides how pictures and captions are encoded: a latent cache must agree in it with the run that reads it.
+
+    {"resolution", "sizes" (h, w of each group), "time_ids", "scaling_factor", "vae", "tokenizers", "text_encoders"},
+    models and tokenizers by the SHA-256 of their weights and vocabularies; values as they come back from JSON.
+    """
+    return {
+        "resolution": resolution,
+        "sizes": [list(size) for size in sizes],
+        "time_ids": pipeline.is_xl,
+        "scaling_factor": pipeline.vae.scaling_factor,
+        "vae": weights_hash(pipeline.params["vae"]),
+        "tokenizers": {name: vocabulary_hash(t) for name, t in conditioning.tokenizers(pipeline).items()},
+        "text_encoders": {name: weights_hash(pipeline.params[name]) for name in conditioning.tokenizers(pipeline)},
+    }
+
+
+def weights_hash(params: Any) -> str:
+    """SHA-256 of a tree's names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(flatten_dict(params, sep="/").items()):
+        array = np.ascontiguousarray(jax.device_get(value))
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """SHA-256 of what a tokenizer makes ids with: its vocabulary, its length, its padding."""
+    words = [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+
+def null_text(pipeline: Pipeline, encode: Callable, encoded: bool) -> Rows:
+    """The arrays of a row that stand for the caption "", of one row: its token ids, or its embeddings."""
+    ids = conditioning.tokens(pipeline, [""])
+    rows = encode_rows(encode, ids, 1) if encoded else ids
+    return {name: value[0] for name, value in rows.items()}

@@ -1,0 +1,351 @@
+"""Encode a config's pictures and captions once, for `data.source = "latents"`; or pack its records for `"tfds"`.
+
+    python -m lcm_jax.precompute --config=configs/my_run.py --out=DIR [--variants=2] [--dtype=float16]
+    python -m lcm_jax.precompute --config=configs/my_run.py --out=DIR --what=records
+
+Of the config it reads `data`, `seed` and the models. Row by row the cache holds what `data.encode = "start"` would have
+made of the same config; variant v of example i draws its crop, flip and caption at position v * N + i of N examples.
+
+DIR is whole when it has a manifest.json, see `lcm_jax.data.cache`. Until then DIR/progress tells which shards are
+finished: the same command goes on after them, whatever ended the one before, and the files come out the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+import lcm_jax
+from lcm_jax import config as config_lib
+from lcm_jax import encoding, files, training_data
+from lcm_jax import student as student_lib
+from lcm_jax.data import cache, cache_writing, loader, tfds_builder
+from lcm_jax.data.cache_writing import Shard
+from lcm_jax.data.order import draws_at
+from lcm_jax.data.records import Fault
+from lcm_jax.errors import LcmError
+from lcm_jax.pretrained import Pipeline, conditioning
+from lcm_jax.runtime import mesh as mesh_lib
+from lcm_jax.runtime.progress import Progress
+from lcm_jax.runtime.telemetry import BadRecords
+from lcm_jax.runtime.workdir import StopSignal, locked
+
+CAPTION = "caption"  # a row's text, kept for people to read
+DATA_KEYS = (  # of config.data, that decide what a row holds; sizes stand in the fingerprint
+    "source", "path", "split", "image_key", "caption_key", "style", "num_examples", "filters", "width_key",
+    "height_key", "crop", "flip", "resize_filter", "decoder",
+)  # fmt: skip
+
+
+class Stopped(Exception):
+    """A signal came: its name, and what the same command will do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the cache holds of each picture: flags of the program.
+
+    Attributes:
+      text: "ids": token ids; "embeddings": what the text encoders make of them.
+      variants: crops, flips and captions of each example, rows one after another.
+      dtype: that moments and embeddings are stored in.
+      shard_size: rows of a file.
+    """
+
+    text: str = "ids"
+    variants: int = 1
+    dtype: str = "float32"
+    shard_size: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, choices in {"text": cache.TEXTS, "dtype": cache.DTYPES}.items():
+            if getattr(self, name) not in choices:
+                raise LcmError(f"--{name}={getattr(self, name)}: must be one of {', '.join(choices)}")
+        for name in ("variants", "shard_size"):
+            if getattr(self, name) < 1:
+                raise LcmError(f"--{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variants:
+    """`examples`, each `count` times in a row; what is random about them is a function of (seed, number) alone."""
+
+    examples: loader.Examples
+    count: int
+    seed: int
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        return tuple(size * self.count for size in self.examples.groups)
+
+    def row(self, group: int, rank: int, draws: np.random.Generator) -> dict[str, np.ndarray]:
+        del draws
+        number, variant = divmod(rank, self.count)
+        sizes = self.examples.groups
+        position = variant * sum(sizes) + sum(sizes[:group]) + number
+        return self.examples.row(group, number, draws_at(self.seed, position))
+
+    def where(self, group: int, rank: int) -> tuple[str, str]:
+        return self.examples.where(group, rank // self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioned:
+    """`tokenize`, which keeps the captions beside their ids."""
+
+    tokenize: Callable[[Sequence[str]], Mapping[str, np.ndarray]]
+
+    def __call__(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        return {**self.tokenize(captions), CAPTION: np.array(captions, object)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One cache in the making."""
+
+    out: Path
+    plan: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+    examples: Variants
+    batch: int
+    encode: Callable[[encoding.Rows], encoding.Rows]
+    watch: training_data.Watch
+
+
+def latents(config: ConfigDict, out: str | Path, options: Options) -> None:
+    """Writes the cache of `config`'s pictures and captions to the folder `out`, or goes on with it.
+
+    Raises:
+      LcmError: a bad config, source or model; `out` holds something else; too many records cannot be used.
+      Stopped: SIGTERM or SIGINT; what is finished stays.
+    """
+    config, out = check_config(config), Path(out).expanduser().absolute()
+    cache.check_reader()
+    cache_writing.check_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        part, = training_data.open_parts(config)
+        say(f"{part.name}: {part.report.line()}")
+        pipeline = student_lib.load_teacher(config)
+        check_sizes(config, pipeline)
+        tokenize = Captioned(training_data.Tokenize(conditioning.tokenizers(pipeline)))
+        pictures = training_data.pictures(config, part.source, tokenize, time_ids=pipeline.is_xl)
+        plan = make_plan(config, options, pipeline, pictures)
+        if not cache_writing.begin(out, plan):
+            return say(f"{out} is complete already")
+        watch = training_data.Watch(loader.Faults(config.data.max_bad_fraction, BadRecords(out)), say)
+        watch.faults.add(part.source.faults, len(part.source.faults) + len(part.source))
+        examples = Variants(pictures, options.variants, config.seed)
+        shards = cache_writing.shards_of(examples.groups, options.shard_size)
+        batch = encoding.batch_size(config.data.resolution)
+        write(Job(out, plan, shards, examples, batch, make_encode(pipeline, options.text, batch), watch))
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("all shards are written")
+        if jax.process_index() == 0:
+            total, lost = cache_writing.finish(out, plan, shards, part.source.faults)
+            say(f"{out}: {total} rows; {lost} records could not be used")
+
+
+def check_config(config: ConfigDict) -> ConfigDict:
+    """The config resolved. Raises LcmError: a bad one, or one whose data cannot be one cache."""
+    config_lib.validate(config)
+    if config.data.source == "mixture":
+        raise LcmError("config.data.source = 'mixture': a cache holds one source; precompute each part on its own, "
+                       "then mix them as parts \"WEIGHT latents DIR\"")
+    if config.data.source == "latents":
+        raise LcmError(f"config.data.source = 'latents': {config.data.path} is encoded already; give its pictures")
+    return config_lib.resolve(config)
+
+
+def check_sizes(config: ConfigDict, pipeline: Pipeline) -> None:
+    factor = pipeline.vae.factor
+    for height, width in training_data.picture_sizes(config):
+        if height % factor or width % factor:
+            raise LcmError(f"config.data.resolution = {config.data.resolution} makes pictures of {width} x {height}, "
+                           f"no multiples of the VAE's factor {factor}; change it, or config.data.bucket_step")
+
+
+def make_plan(config: ConfigDict, options: Options, pipeline: Pipeline, examples: loader.Examples) -> dict[str, Any]:
+    """All that decides what the cache will hold: the manifest but for what comes of it. As it comes back from JSON."""
+    plan = {
+        "made_by": f"lcm_jax {lcm_jax.__version__}",
+        "fingerprint": encoding.fingerprint(pipeline, config.data.resolution, training_data.picture_sizes(config)),
+        **dataclasses.asdict(options),
+        "seed": config.seed,
+        "compute_dtype": config.model.dtype,
+        "data": {key: config.data[key] for key in DATA_KEYS},
+        "examples": examples.groups,
+        "arrays": layout(pipeline, training_data.picture_sizes(config), options),
+    }
+    return json.loads(json.dumps(plan))
+
+
+def layout(pipeline: Pipeline, sizes: Sequence[tuple[int, int]], options: Options) -> list[dict[str, Any]]:
+    """Name, dtype and shapes (for each group) of the arrays of a row; nothing is computed."""
+    encode, struct = encoding.make_encode(pipeline), jax.ShapeDtypeStruct
+    ids = {name: struct(value.shape, value.dtype) for name, value in conditioning.tokens(pipeline, [""]).items()}
+    more = {"time_ids": struct((1, 6), np.float32)} if pipeline.is_xl else {}
+    more |= ids if options.text == "embeddings" else {}
+    rows = [jax.eval_shape(encode, {"pixels": struct((1, *size, 3), np.uint8), **more}) for size in sizes]
+    rows = [row | (ids if options.text == "ids" else {}) for row in rows]
+    return [
+        {
+            "name": name,
+            # SDXL's sizes and crops are small integers, but too large for half precision
+            "dtype": str(value.dtype) if name in ids or name == "time_ids" else options.dtype,
+            "shapes": [row[name].shape[1:] for row in rows],
+        }
+        for name, value in sorted(rows[0].items())
+    ]
+
+
+def make_encode(pipeline: Pipeline, text: str, batch: int) -> Callable[[encoding.Rows], encoding.Rows]:
+    """At most `batch` rows -> their arrays, encoded on all devices of this host."""
+    devices = jax.local_devices()
+    mesh = mesh_lib.make_mesh(devices=devices[: math.gcd(len(devices), batch)])
+    encoders = {name: tree for name, tree in pipeline.params.items() if name != "unet"}
+    encoders = jax.device_put(encoders, mesh_lib.replicated(mesh))
+    encode = encoding.make_encode(dataclasses.replace(pipeline, params=encoders))
+    sharding = mesh_lib.batch_sharding(mesh)
+    as_they_are = conditioning.TEXT_ENCODERS if text == "ids" else ()
+
+    def call(rows: encoding.Rows) -> encoding.Rows:
+        ids = {name: value for name, value in rows.items() if name in as_they_are}
+        rows = {name: value for name, value in rows.items() if name not in ids}
+        return encoding.encode_rows(lambda full: encode(jax.device_put(full, sharding)), rows, batch) | ids
+
+    return call
+
+
+def write(job: Job) -> None:
+    """The shards of this process that are not finished. Raises Stopped, LcmError."""
+    mine = job.shards[jax.process_index() :: jax.process_count()]
+    before = {shard: cache_writing.noted(job.out, shard) for shard in mine}
+    todo = [shard for shard, state in before.items() if state is None]
+    for _, _, faults in filter(None, before.values()):
+        job.watch.faults.add(faults, 0)
+    files.check_space(job.out, cache_writing.space(job.plan["arrays"], todo))
+    total, left = (sum(len(shard.ranks) for shard in shards) for shards in (mine, todo))
+    with StopSignal() as stop, Progress(total, total - left, "rows") as progress:
+        for group, shards in itertools.groupby(todo, lambda shard: shard.group):
+            shards = list(shards)
+            ranks = [rank for shard in shards for rank in shard.ranks]
+            rows = encoding.in_order(job.examples, group, job.plan["seed"], ranks)
+            with contextlib.closing(rows):
+                for shard in shards:
+                    write_shard(job, shard, rows, progress, stop)
+
+
+def write_shard(job: Job, shard: Shard, rows: Iterator, progress: Progress, stop: StopSignal) -> None:
+    """The next of `rows` as one file."""
+    faults: list[Fault] = []
+
+    def records() -> Iterator[bytes]:
+        for first in range(0, len(shard.ranks), job.batch):  # no batch reaches into another shard
+            if stop:
+                raise Stopped(f"{stop.name}: stopped; the same command goes on from the last whole file")
+            chunk = list(itertools.islice(rows, min(job.batch, len(shard.ranks) - first)))
+            bad = [row for _, row in chunk if isinstance(row, Fault)]
+            faults.extend(bad)
+            job.watch.faults.add(bad, 0)
+            yield from encoded(job, shard.group, [(rank, row) for rank, row in chunk if not isinstance(row, Fault)])
+            progress.move(len(chunk))
+
+    count = cache_writing.write_shard(job.out / shard.name, records())
+    cache_writing.note(job.out, shard, count, faults)
+
+
+def encoded(job: Job, group: int, good: Sequence[tuple[int, encoding.Rows]]) -> Iterator[bytes]:
+    """Records of the rows of one batch."""
+    if not good:
+        return
+    captions = [str(row.pop(CAPTION)) for _, row in good]
+    arrays = job.encode(job.watch.captions(loader.stacked([row for _, row in good])))
+    for i, ((rank, _), caption) in enumerate(zip(good, captions, strict=True)):
+        shard, key = job.examples.where(group, rank)
+        about = {"key": key, "shard": shard, "caption": caption}
+        yield cache_writing.pack({name: value[i] for name, value in arrays.items()}, job.plan["arrays"], about)
+
+
+def records(config: ConfigDict, out: str | Path) -> None:
+    """Packs the records of `config`'s source into a TensorFlow Datasets folder `out`.
+
+    Raises:
+      LcmError: a bad config or source; `out` exists; too many records cannot be used (nothing is left then).
+      Stopped: SIGTERM or SIGINT; nothing is left.
+    """
+    config, out = check_config(config), Path(out).expanduser().absolute()
+    part, = training_data.open_parts(config)
+    say(f"{part.name}: {part.report.line()}")
+    share = config.data.max_bad_fraction
+    loader.Faults(share, lambda fault: None).add(part.source.faults, len(part.source.faults) + len(part.source))
+    with StopSignal() as stop, Progress(len(part.source), 0, "records") as progress:
+
+        def report(done: int, total: int) -> None:
+            if stop:
+                raise Stopped(f"{stop.name}: stopped, nothing is left; the same command begins again")
+            progress.move(1)
+
+        packed = tfds_builder.pack(part.source, out, report=report)
+    try:
+        loader.Faults(share, BadRecords(out)).add(packed.faults, packed.records + len(packed.faults))
+    except LcmError:
+        shutil.rmtree(out)
+        raise
+    say(f"{out}: {packed.records} records in {packed.shards} shards; {len(packed.faults)} could not be used")
+
+
+def say(line: str) -> None:
+    """A line for the reader of the terminal, above the bar, from one process of all."""
+    if jax.process_index() == 0:
+        tqdm.write(line, file=sys.stderr)
+
+
+def main(argv: list[str]) -> int:
+    del argv
+    given = flags.FLAGS
+    if not given["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    try:
+        options = Options(given.text, given.variants, given.dtype, given.shard_size)
+        if given.what == "latents":
+            latents(given.config, given.out, options)
+        elif options != Options():
+            raise LcmError("--text, --variants, --dtype and --shard_size go with --what=latents; leave them out")
+        else:
+            records(given.config, given.out)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 1
+    except (LcmError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "the run's config file, as configs/shapes_lcm.py")
+    flags.DEFINE_string("out", None, "new folder, or one in which the same command was stopped")
+    flags.DEFINE_enum("what", "latents", ("latents", "records"), "encoded rows, or records as they are")
+    flags.DEFINE_string("text", Options.text, f"captions as {' or '.join(cache.TEXTS)}")
+    flags.DEFINE_integer("variants", Options.variants, "crops, flips and captions of each picture")
+    flags.DEFINE_string("dtype", Options.dtype, f"of moments and embeddings on disk: {', '.join(cache.DTYPES)}")
+    flags.DEFINE_integer("shard_size", Options.shard_size, "rows of a file")
+    flags.mark_flags_as_required(["config", "out"])
+    app.run(main, flags_parser=config_lib.parse_flags)
