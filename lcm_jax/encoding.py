@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -26,6 +27,7 @@ from lcm_jax.pretrained import Pipeline, conditioning
 
 ENCODE_PIXELS = 8 * 1024**2  # of a batch that is encoded outside a step: a few GB of the VAE's activations
 MAX_BATCH = 64
+LEVELS = np.arange(256, dtype=np.float32) / 127.5 - 1.0  # 0..255 -> [-1, 1]; XLA would round the division otherwise
 AHEAD = 128  # rows read before they are asked for
 
 Rows = dict[str, np.ndarray]
@@ -48,7 +50,7 @@ def make_encode(pipeline: Pipeline) -> Callable[[Mapping[str, Any]], dict[str, A
     def encode(params: Any, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
         encoded = dict(rows)
         if "pixels" in rows:
-            pixels = encoded.pop("pixels").astype(np.float32) / 127.5 - 1.0
+            pixels = jnp.asarray(LEVELS)[encoded.pop("pixels")]
             moments = pipeline.vae.apply({"params": params["vae"]}, pixels, method="encode")
             encoded["mean"], encoded["logvar"] = moments
         ids = {name: encoded.pop(name) for name in conditioning.TEXT_ENCODERS if name in rows}

@@ -3,10 +3,15 @@
 import contextlib
 import dataclasses
 import itertools
+import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import jax
 import numpy as np
+import psutil
 import pytest
 
 from lcm_jax.data import loader
@@ -130,6 +135,46 @@ def test_end_and_limit_of_prefetching():
     next(ahead)
     ahead.close()
     assert threading.active_count() == before
+
+
+READER = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from lcm_jax.data import loader
+from lcm_jax.data.examples import Arrays
+from lcm_jax.data.order import Order
+if __name__ == "__main__":
+    rows = Arrays(({"label": np.arange(8)},))
+    for batch in loader.batches((rows,), Order(0, 4, (rows.groups,)), workers=2, put=dict):
+        print("read", flush=True)
+        sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_workers_leave_signals_to_the_process_that_trains_and_end_with_it(tmp_path, number):
+    script = tmp_path / "reader.py"
+    script.write_text(READER)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(Path(__file__).parents[1])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == b"read\n"
+    if number == signal.SIGINT:  # to the workers alone: nothing happens
+        for worker in psutil.Process(process.pid).children(recursive=True):
+            if "spawn_main" in " ".join(worker.cmdline()):
+                worker.send_signal(number)
+        for _ in range(5):
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == b"read\n"
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len([w for w in workers if "spawn_main" in " ".join(w.cmdline())]) == 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
 
 
 @pytest.mark.gpu

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -112,14 +114,32 @@ class Faults:
                            f"data, or allow more than --config.data.max_bad_fraction={self.share}")
 
 
+def _begin_worker(index: int, count: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach all processes; the one that trains ends its workers when it has saved.
+
+    If that one is killed outright, its workers end too, instead of waiting for it for ever.
+    """
+    del index, count
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def read_ahead(batches: Batches, workers: int = 0) -> Iterator[tuple[dict[str, np.ndarray], tuple[Fault, ...]]]:
     """The batches in order, read by grain: in `workers` processes, or in threads of this one if 0."""
     if not flags.FLAGS.is_parsed():  # grain reads flags to start processes; a notebook or a script has parsed none
         flags.FLAGS.mark_as_parsed()
-    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * THREADS)
+    threads = 1 if workers else THREADS
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     ahead = grain.MapDataset.source(batches).to_iter_dataset(options)
     if workers:
-        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        several = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        ahead = ahead.mp_prefetch(several, worker_init_fn=_begin_worker)
     iterator = iter(ahead)
     try:
         yield from iterator
