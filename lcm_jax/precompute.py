@@ -141,7 +141,7 @@ def latents(config: ConfigDict, out: str | Path, options: Options) -> None:
         part, = training_data.open_parts(config)
         say(f"{part.name}: {part.report.line()}")
         pipeline = student_lib.load_teacher(config)
-        check_sizes(config, pipeline)
+        training_data.check_sizes(config, pipeline)
         tokenize = Captioned(training_data.Tokenize(conditioning.tokenizers(pipeline)))
         pictures = training_data.pictures(config, part.source, tokenize, time_ids=pipeline.is_xl)
         plan = make_plan(config, options, pipeline, pictures)
@@ -171,14 +171,6 @@ def check_config(config: ConfigDict) -> ConfigDict:
     if config.data.source == "latents":
         raise LcmError(f"config.data.source = 'latents': {config.data.path} is encoded already; give its pictures")
     return config_lib.resolve(config)
-
-
-def check_sizes(config: ConfigDict, pipeline: Pipeline) -> None:
-    factor = pipeline.vae.factor
-    for height, width in training_data.picture_sizes(config):
-        if height % factor or width % factor:
-            raise LcmError(f"config.data.resolution = {config.data.resolution} makes pictures of {width} x {height}, "
-                           f"no multiples of the VAE's factor {factor}; change it, or config.data.bucket_step")
 
 
 def make_plan(config: ConfigDict, options: Options, pipeline: Pipeline, examples: loader.Examples) -> dict[str, Any]:

@@ -163,9 +163,7 @@ def check_fit(config: ConfigDict, teacher: Pipeline) -> None:
         raise LcmError(
             f"config.data.batch_size = {config.data.batch_size} does not split over {devices} devices; use a multiple"
         )
-    factor, resolution = teacher.vae.factor, config.data.resolution
-    if resolution % factor:
-        raise LcmError(f"config.data.resolution = {resolution} is no multiple of the VAE's factor {factor}; use one")
+    training_data.check_sizes(config, teacher)
     found, asked = teacher.schedule.prediction_type, config.model.prediction_type
     if asked not in (None, found):
         raise LcmError(

@@ -142,6 +142,18 @@ def picture_sizes(config: ConfigDict) -> tuple[tuple[int, int], ...]:
     return images.bucket_sizes(side, step=data.bucket_step, max_aspect=data.bucket_max_aspect)
 
 
+def check_sizes(config: ConfigDict, pipeline: Pipeline) -> None:
+    """Raises LcmError where pictures would have sides that the VAE's factor does not divide."""
+    factor = pipeline.vae.factor
+    for height, width in picture_sizes(config):
+        if height % factor or width % factor:
+            raise LcmError(
+                f"config.data.resolution = {config.data.resolution} makes pictures of {width} x {height}, no multiples "
+                f"of the VAE's factor {factor}; change it"
+                + (", or config.data.bucket_step" if config.data.aspect_buckets else "")
+            )
+
+
 def pictures(
     config: ConfigDict, source: Source, tokenize: Callable[[Sequence[str]], Mapping[str, Any]], time_ids: bool = False
 ) -> Pictures:

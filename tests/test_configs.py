@@ -1,7 +1,6 @@
 """Every file in configs/: a card, valid values, and one step of `train` on random folders of its architecture.
 
-The models are reduced, and so is the batch; everything else is the file's own. Programs are compiled without
-optimisation, which takes most of the time here.
+The models are reduced, and so is the batch; everything else is the file's own.
 """
 
 import re
@@ -13,7 +12,6 @@ import pytest
 import tiny_family
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
-from tiny_family import compiled_in_a_hurry  # noqa: F401
 
 from lcm_jax import config as config_lib
 from lcm_jax import train

@@ -15,7 +15,6 @@ import tiny_family
 import torch
 from PIL import Image
 from test_export import diffusers_pictures
-from tiny_family import compiled_in_a_hurry  # noqa: F401
 
 from lcm_jax import config as config_lib
 from lcm_jax import export, generate, sample, train

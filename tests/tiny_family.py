@@ -9,7 +9,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 import tiny
 import tiny_configs
@@ -70,13 +69,3 @@ def vae_folder() -> Path:
     target = tiny.folder("sd1").parent / "family_vae"
     tiny.randomise(AutoencoderKL(**VAE_XL, force_upcast=False), 12).save_pretrained(target)
     return target
-
-
-@pytest.fixture(autouse=True)
-def compiled_in_a_hurry():
-    """For tests that spend their time on compiling; a module that imports it has it in all of them."""
-    option = "jax_disable_most_optimizations"
-    before = jax.config.read(option)
-    jax.config.update(option, True)
-    yield
-    jax.config.update(option, before)

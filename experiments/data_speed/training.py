@@ -98,8 +98,7 @@ def configs(folder: Path, steps: int) -> dict:
         config.checkpoint.every, config.sample.every = 10 * steps, 0
         made[name] = config
     out = folder / "cache"
-    code = precompute.main(["precompute", f"--config={CONFIG}", f"--out={out}"])
-    assert code == 0, "precompute failed"
+    precompute.latents(made["in memory"], out, precompute.Options())
     made["latent cache"].data.update(source="latents", path=str(out), encode="step")
     made["512 px JPEG tar"].data.update(
         source="webdataset", path=photo_shards(folder), encode="step", resolution=PHOTO_SIDE, batch_size=PHOTO_BATCH
