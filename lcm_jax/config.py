@@ -80,7 +80,7 @@ def default_config() -> ConfigDict:
     data.decoder = "pillow"  # "pillow" (the reference) or "opencv" (faster, needs OpenCV)
     data.caption_dropout = 0.0  # probability that a caption is replaced by ""
     data.encode = "step"  # pictures and captions are encoded each "step", or once at "start" and held in memory
-    data.workers = 0  # processes that read and decode; 0: threads of the training process
+    data.workers = 0  # processes that read and decode at every step; 0: threads of the training process
 
     config.train = train = ConfigDict()
     train.steps = 10_000  # length of the run; may be raised later on the same workdir
@@ -282,8 +282,11 @@ def _check_models(config: ConfigDict, check: Callable[[str, bool, str], None]) -
         check("distill.w_embedding_dim", False, W_EMBEDDING_OF_A_LORA)
 
 
+MAY_DIFFER = ("train.steps", "data.workers", "data.index_dir", "data.max_bad_fraction")  # as `*.every` and `log.*`
+
+
 def _may_differ(key: str) -> bool:
-    return key == "train.steps" or key.endswith(".every") or key.startswith("log.")
+    return key in MAY_DIFFER or key.endswith(".every") or key.startswith("log.")
 
 
 def differences(saved: Mapping[str, Any], config: ConfigDict | Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -294,8 +297,8 @@ def differences(saved: Mapping[str, Any], config: ConfigDict | Mapping[str, Any]
         config: the resolved config of the command at hand.
 
     Returns:
-        {dotted key: (saved value, present value)}; a key that one side lacks has "<absent>" there. `train.steps`, the
-        `*.every` keys and the `log` keys may differ and are left out.
+        {dotted key: (saved value, present value)}; a key that one side lacks has "<absent>" there. MAY_DIFFER, the
+        `*.every` keys and the `log` keys, which change nothing that was trained, are left out.
     """
     before, now = _flat(_as_json(saved)), _flat(_as_json(config))
     pairs = {key: (before.get(key, "<absent>"), now.get(key, "<absent>")) for key in sorted(before.keys() | now.keys())}

@@ -127,7 +127,7 @@ def weights_hash(params: Any) -> str:
 
 
 def vocabulary_hash(tokenizer: Any) -> str:
-    """SHA-256 of what a tokenizer makes ids with: its vocabulary, its length, its padding."""
+    """SHA-256 of a tokenizer's vocabulary, length and padding."""
     words = [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token_id]
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 

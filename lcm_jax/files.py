@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lcm_jax.errors import LcmError
+
+_OTHER_FILES = 512  # what a process has open beside its data: libraries, sockets, logs, other data
+_MOST_FILES = 2**16
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -53,6 +57,21 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise LcmError(f"{target} needs {needed} bytes, {free} are free; make room or choose another disk")
+
+
+def allow_open_files(needed: int) -> None:
+    """Raises this process's limit so that `needed` files may be open beside the usual ones; see `ulimit -n`.
+
+    Raises:
+      LcmError: the system's limit is too low.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != soft < needed + _OTHER_FILES:
+        soft = max(soft, _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES))
+        if soft < needed + _OTHER_FILES:
+            raise LcmError(f"{needed} files must be open at once, the limit of this process is {hard}; raise it "
+                           "(ulimit -n), or make fewer, larger files")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def write_text(path: Path, text: str | bytes) -> None:

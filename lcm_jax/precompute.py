@@ -69,7 +69,7 @@ class Options:
     text: str = "ids"
     variants: int = 1
     dtype: str = "float32"
-    shard_size: int = 1024
+    shard_size: int = 4096
 
     def __post_init__(self) -> None:
         for name, choices in {"text": cache.TEXTS, "dtype": cache.DTYPES}.items():
@@ -148,7 +148,7 @@ def latents(config: ConfigDict, out: str | Path, options: Options) -> None:
         if not cache_writing.begin(out, plan):
             return say(f"{out} is complete already")
         watch = training_data.Watch(loader.Faults(config.data.max_bad_fraction, BadRecords(out)), say)
-        watch.faults.add(part.source.faults, len(part.source.faults) + len(part.source))
+        watch.faults.indexed(part.source.faults, part.report.total, part.report.kept)
         examples = Variants(pictures, options.variants, config.seed)
         shards = cache_writing.shards_of(examples.groups, options.shard_size)
         batch = encoding.batch_size(config.data.resolution)
@@ -230,8 +230,9 @@ def write(job: Job) -> None:
     mine = job.shards[jax.process_index() :: jax.process_count()]
     before = {shard: cache_writing.noted(job.out, shard) for shard in mine}
     todo = [shard for shard, state in before.items() if state is None]
-    for _, _, faults in filter(None, before.values()):
-        job.watch.faults.add(faults, 0)
+    for shard, state in before.items():
+        if state is not None:
+            job.watch.faults.add(state[2], len(shard.ranks))
     files.check_space(job.out, cache_writing.space(job.plan["arrays"], todo))
     total, left = (sum(len(shard.ranks) for shard in shards) for shards in (mine, todo))
     with StopSignal() as stop, Progress(total, total - left, "rows") as progress:
@@ -255,7 +256,7 @@ def write_shard(job: Job, shard: Shard, rows: Iterator, progress: Progress, stop
             chunk = list(itertools.islice(rows, min(job.batch, len(shard.ranks) - first)))
             bad = [row for _, row in chunk if isinstance(row, Fault)]
             faults.extend(bad)
-            job.watch.faults.add(bad, 0)
+            job.watch.faults.add(bad, len(chunk))
             yield from encoded(job, shard.group, [(rank, row) for rank, row in chunk if not isinstance(row, Fault)])
             progress.move(len(chunk))
 
@@ -286,7 +287,7 @@ def records(config: ConfigDict, out: str | Path) -> None:
     part, = training_data.open_parts(config)
     say(f"{part.name}: {part.report.line()}")
     share = config.data.max_bad_fraction
-    loader.Faults(share, lambda fault: None).add(part.source.faults, len(part.source.faults) + len(part.source))
+    loader.Faults(share, lambda fault: None).indexed(part.source.faults, part.report.total, part.report.kept)
     with StopSignal() as stop, Progress(len(part.source), 0, "records") as progress:
 
         def report(done: int, total: int) -> None:
@@ -296,7 +297,7 @@ def records(config: ConfigDict, out: str | Path) -> None:
 
         packed = tfds_builder.pack(part.source, out, report=report)
     try:
-        loader.Faults(share, BadRecords(out)).add(packed.faults, packed.records + len(packed.faults))
+        loader.Faults(share, BadRecords(out)).indexed(packed.faults, packed.records, packed.records)
     except LcmError:
         shutil.rmtree(out)
         raise

@@ -34,7 +34,7 @@ from lcm_jax.pretrained import Pipeline, conditioning
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.checkpoint import Checkpoints
 from lcm_jax.runtime.telemetry import BadRecords, Telemetry
-from lcm_jax.runtime.workdir import StopSignal, locked, prepare_workdir
+from lcm_jax.runtime.workdir import StopSignal, locked, prepare_workdir, same_as_before
 
 GRID_COLUMNS = 4  # pictures per prompt in a sample grid
 
@@ -112,6 +112,7 @@ def run(
         encode = encoding.make_encode(teacher)
         watch = training_data.Watch(loader.Faults(config.data.max_bad_fraction, BadRecords(workdir)), say)
         examples, order = training_data.open_examples(config, parts, teacher, encode, watch)
+        same_as_before(workdir, "data.json", training_data.describe(order))
         with (
             contextlib.closing(
                 loader.batches(
@@ -119,8 +120,8 @@ def run(
                     order,
                     step,
                     faults=watch.faults,
-                    put=functools.partial(to_device, mesh, encode, watch),
-                    workers=config.data.workers,
+                    put=functools.partial(to_device, mesh, watch),
+                    workers=0 if config.data.encode == "start" else config.data.workers,  # rows in memory stay here
                     process_index=jax.process_index(),
                     process_count=jax.process_count(),
                 )
@@ -140,9 +141,14 @@ def run(
                 checkpoints.save(step, state)
 
             while step < config.train.steps and not stop:
-                with telemetry.waiting():
-                    batch = next(batches)
-                state, metrics = step_fn(state, frozen, batch, key)
+                try:
+                    with telemetry.waiting():
+                        rows = next(batches)
+                except (LcmError, OSError):  # the data gave out: what was trained until here is not lost
+                    if jax.process_count() == 1 and checkpoints.latest_step() != step > 0:
+                        save()  # by one of several hosts it would wait for the others
+                    raise
+                state, metrics = step_fn(state, frozen, as_batch(encode(rows)), key)
                 step += 1
                 telemetry.update(step, {**metrics, "learning_rate": rate(step - 1)})
                 if step == config.train.steps or step % config.checkpoint.every == 0:
@@ -237,11 +243,14 @@ def place_encoders(mesh: jax.sharding.Mesh, *pipelines: Pipeline) -> tuple[Pipel
     return tuple(dataclasses.replace(p, params={**shared, "unet": p.params["unet"]}) for p in pipelines)
 
 
-def to_device(
-    mesh: jax.sharding.Mesh, encode: Callable, watch: training_data.Watch, rows: encoding.Rows
-) -> dict[str, Any]:
-    """This process's rows -> the step's batch on the mesh: the posterior's moments, and "cond"."""
-    arrays = encode(mesh_lib.put_batch(mesh, watch.captions(rows)))
+def to_device(mesh: jax.sharding.Mesh, watch: training_data.Watch, rows: encoding.Rows) -> dict[str, jax.Array]:
+    """This process's rows -> global arrays on the mesh."""
+    return mesh_lib.put_batch(mesh, watch.captions(rows))
+
+
+def as_batch(arrays: dict[str, jax.Array]) -> dict[str, Any]:
+    """Encoded rows -> the step's batch: the posterior's moments, and "cond"."""
+    arrays = dict(arrays)
     moments = {name: arrays.pop(name) for name in ("mean", "logvar")}
     return {**moments, "cond": arrays}
 

@@ -12,23 +12,26 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from lcm_jax import config as config_lib
 from lcm_jax import encoding
 from lcm_jax.data import cache, filters, images, loader
 from lcm_jax.data.examples import Arrays, CaptionDropout, Look, Pictures
 from lcm_jax.data.order import Order
 from lcm_jax.data.records import Fault, Source
-from lcm_jax.data.sources import open_source
+from lcm_jax.data.sources import KEYWORDS, open_source
 from lcm_jax.encoding import Rows
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import Pipeline, conditioning
 from lcm_jax.pretrained.tokenizer import tokenize_counted
 
+DRAWN_KEYS = ("filters", "caption_key", "crop", "flip", "resize_filter", "decoder")  # of config.data: what rows show
 WEIGHT_UNIT = 10_000  # weights of a mixture are rounded to this part of their sum
 TRUNCATED = "truncated"  # a row's number of tokens that did not fit; told, not trained on
 
@@ -83,20 +86,14 @@ def open_parts(config: ConfigDict) -> list[Part]:
       LcmError: a source cannot be opened, or none of its records is left.
     """
     data, parts = config.data, []
+    given = keywords(config)
     for weight, name, path in mixture(config):
+        path = path and os.path.expanduser(path)
         if name == "latents":
-            parts.append(open_cache(config, weight, path))
+            parts.append(open_cache(weight, path))
             continue
-        given = {"style": data.style, "num_examples": data.num_examples} if name == "shapes" else {}
-        source = open_source(
-            name,
-            path,
-            split=data.split,
-            image_key=data.image_key,
-            caption_key=data.caption_key,
-            index_dir=data.index_dir,
-            **given,
-        )
+        takes = KEYWORDS.get(name, ())
+        source = open_source(name, path, **{key: value for key, value in given.items() if key in takes})
         source, report = filters.apply(source, data.filters, width_key=data.width_key, height_key=data.height_key)
         parts.append(Part(" ".join(filter(None, (name, path))), source, weight, report))
     kinds = {part.source.manifest["text"] if is_cached(part) else "pictures" for part in parts}
@@ -106,11 +103,24 @@ def open_parts(config: ConfigDict) -> list[Part]:
     return parts
 
 
-def open_cache(config: ConfigDict, weight: float, path: str | None) -> Part:
-    """A latent cache as a part of the data. Raises LcmError: see `cache.open`; filters, which would do nothing."""
-    if config.data.filters:
-        raise LcmError("config.data.filters: a latent cache is filtered when it is made; leave them out, or precompute "
-                       "with them")
+def keywords(config: ConfigDict) -> dict[str, Any]:
+    """What the config tells sources, each of which takes its own (`KEYWORDS`).
+
+    Raises:
+      LcmError: it tells something that none of its sources takes.
+    """
+    names, defaults = [name for _, name, _ in mixture(config)], config_lib.default_config().data
+    taken = {key for name in names for key in KEYWORDS.get(name, ())}
+    given = {key: config.data[key] for key in {key for keys in KEYWORDS.values() for key in keys} - {"path"}}
+    for key, value in given.items():
+        if key not in taken and value != defaults[key] and set(names) != {"latents"}:
+            users = " or ".join(map(repr, names))
+            raise LcmError(f"config.data.{key} = {value!r}: the source {users} does not use it; leave it out")
+    return given
+
+
+def open_cache(weight: float, path: str | None) -> Part:
+    """A latent cache as a part of the data. Raises LcmError: see `cache.open`."""
     if not path:
         raise LcmError('config.data.mixture has a part "WEIGHT latents" without a folder; add it')
     cached = cache.open(path)
@@ -220,9 +230,9 @@ def encode_at_start(
                 origins += [examples.where(group, rank) for rank, _ in good]
                 held = watch.captions(loader.stacked([row for _, row in good]))
                 chunks.append(encoding.encode_rows(encode, held, batch))
-        if chunks:
-            parts.append({name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]})
-            places.append(origins)
+        names = chunks[0] if chunks else ()
+        parts.append({name: np.concatenate([chunk[name] for chunk in chunks]) for name in names})
+        places.append(origins)
     return Arrays(tuple(parts), tuple(places))
 
 
@@ -242,12 +252,15 @@ def open_examples(
       LcmError: too many records cannot be used.
     """
     data, examples = config.data, []
+    pictured = [part for part in parts if not is_cached(part)]
+    left_out = [fault for part in pictured for fault in part.source.faults]
+    reports = [part.report for part in parts]
+    watch.faults.indexed(left_out, sum(report.total for report in reports), sum(report.kept for report in reports))
     for part in parts:
         watch.tell(f"{part.name}: {part.report.line()}")
         if is_cached(part):
             rows = part.source
         else:
-            watch.faults.add(part.source.faults, len(part.source.faults) + len(part.source))
             tokenize = Tokenize(conditioning.tokenizers(pipeline))
             rows = pictures(config, part.source, tokenize, time_ids=pipeline.is_xl)
         if data.encode == "start":
@@ -267,10 +280,26 @@ def order_of(config: ConfigDict, parts: Sequence[Part], examples: Sequence[loade
     return Order(config.seed, config.data.batch_size, tuple(tuple(rows.groups) for rows in examples), weights)
 
 
+def describe(order: Order) -> dict[str, Any]:
+    """What the order of a run's data depends on beside its config, as it comes back from JSON."""
+    return {"records": [list(groups) for groups in order.streams]}
+
+
 def check_caches(config: ConfigDict, parts: Sequence[Part], pipeline: Pipeline) -> None:
-    """Raises LcmError where a latent cache is of other models or picture sizes than the run's."""
+    """Raises LcmError where a latent cache is of other models or picture sizes than the run's, or otherwise drawn.
+
+    Parts of a mixture may be drawn each in its own way: their configs say how.
+    """
     cached = [part.source for part in parts if is_cached(part)]
-    if cached:
-        mine = encoding.fingerprint(pipeline, config.data.resolution, picture_sizes(config))
-        for source in cached:
-            cache.check_fit(source.manifest, mine, source.path)
+    if not cached:
+        return
+    mine = encoding.fingerprint(pipeline, config.data.resolution, picture_sizes(config))
+    for source in cached:
+        cache.check_fit(source.manifest, mine, source.path)
+    if config.data.source == "latents":
+        made = cached[0].manifest["data"]
+        for key in DRAWN_KEYS:
+            value = list(config.data[key]) if key == "filters" else config.data[key]
+            if made[key] != value:
+                raise LcmError(f"the latent cache {cached[0].path} was made with config.data.{key} = {made[key]!r}, "
+                               f"the run's is {value!r}; set the cache's, or precompute again")

@@ -81,7 +81,7 @@ def test_workers_and_threads_make_the_same_batches():
 def test_a_bad_record_is_replaced_told_once_and_not_forgotten():
     told = []
     examples = Drawn((10,), frozenset({(0, 2), (0, 3)}))
-    batches = take(6, examples, batch_size=5, faults=loader.Faults(0.01, told.append))
+    batches = take(6, examples, batch_size=5, faults=loader.Faults(0.2, told.append))
     for epoch in range(3):
         ranks = sorted(np.concatenate([b["label"][:, 1] for b in batches[2 * epoch : 2 * epoch + 2]]))
         assert ranks == [0, 1, 4, 4, 4, 5, 6, 7, 8, 9], "the next good one stands in"
@@ -94,8 +94,24 @@ def test_too_many_bad_records_stop_the_run():
         take(100, examples, faults=loader.Faults(0.01, lambda fault: None))
     with pytest.raises(LcmError, match="truncated"):
         take(5, examples)  # where nobody counts, the first one
-    with pytest.raises(LcmError, match="none of 4 records can be used"):
+    few = Drawn((1000,), frozenset((0, rank) for rank in range(11)))
+    with pytest.raises(LcmError, match=r"11 of \d+ records"):  # of so few, exactly the share
+        take(1000 // 6 + 1, few, faults=loader.Faults(0.01, lambda fault: None))
+    take(1000 // 6 + 1, few, faults=loader.Faults(0.011, lambda fault: None))
+    with pytest.raises(LcmError, match="none of 4 records in a row can be used"):
         take(1, Drawn((4,), frozenset((0, rank) for rank in range(4))), faults=loader.Faults(1.0, lambda fault: None))
+
+
+def test_what_an_index_left_out_counts_too():
+    faults, told = loader.Faults(0.01, lambda fault: told.append(fault)), []
+    bad = [Fault("a.tar", str(number), "empty") for number in range(1200)]
+    faults.indexed(bad[:900], 99_100, 99_100)
+    faults.add(bad[900:909], 6)  # of at least MIN_READ, a tenth of a percent may still be bad
+    with pytest.raises(LcmError, match="could not be used"):
+        faults.add(bad[909:920], 6)
+    with pytest.raises(LcmError, match="10 of 100 records"):
+        loader.Faults(0.09, lambda fault: None).indexed(bad[:10], 90, 50)
+    assert len(told) == 920
 
 
 def test_examples_and_order_must_fit():

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from lcm_jax import config as config_lib
 from lcm_jax import encoding, train, training_data
@@ -24,6 +26,7 @@ from lcm_jax.data import loader
 from lcm_jax.data.records import Fault
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import conditioning, load_pipeline
+from lcm_jax.runtime import checkpoint
 
 ROOT = Path(__file__).parents[1]
 COUNT = 44
@@ -144,6 +147,9 @@ def damaged(tmp_path_factory) -> tuple[str, list[dict], dict[str, str]]:
         found[number]["image"] = found[number]["image"][:-400]
     for number in bad["known format"]:  # a page in the place of the picture
         found[number]["image"] = b"<html><body>404 not found</body></html>" + whole[40:60]
+    stream = io.BytesIO()
+    Image.open(io.BytesIO(found[9]["image"])).save(stream, "PNG")
+    found[9]["image"] = stream.getvalue()  # a PNG named .jpg is a good picture
     for number in bad["0 bytes"]:
         found[number]["image"] = b""
     for number in bad["stands already"]:
@@ -187,7 +193,7 @@ def test_a_training_on_damaged_shards_finishes_and_lists_them(damaged, tmp_path,
     config = config_of("webdataset", pattern)
     with config.unlocked():
         config.model.teacher = config.model.student = str(tiny.folder("teacher"))
-        config.data.batch_size, config.train.steps = 50, 41
+        config.data.batch_size, config.data.workers, config.train.steps = 50, 1, 41
         config.distill.w_embedding_dim, config.sample.every, config.log.every = 16, 0, 10
     state = train.train(config, tmp_path / "run")
     assert int(state.step) == 41
@@ -196,10 +202,31 @@ def test_a_training_on_damaged_shards_finishes_and_lists_them(damaged, tmp_path,
     said = capsys.readouterr().err
     assert all(said.count(fault["reason"]) >= 1 for fault in listed) and "1994 records" in said
 
+
+def test_too_many_damaged_records_stop_a_training_that_loses_nothing(damaged, tmp_path):
+    """The index finds 6 of the 10; the run stops at the 8th, is saved there, and goes on when it may."""
+    config = config_of("webdataset", damaged[0])
     with config.unlocked():
-        config.data.max_bad_fraction = 0.002
-    with pytest.raises(LcmError, match=r"could not be used.*max_bad_fraction=0\.002"):
-        train.train(config, tmp_path / "strict")
+        config.model.teacher = config.model.student = str(tiny.folder("teacher"))
+        config.data.batch_size, config.train.steps, config.data.max_bad_fraction = 50, 41, 7 / DAMAGED
+        config.distill.w_embedding_dim, config.sample.every, config.log.every = 16, 0, 10
+    with pytest.raises(LcmError, match=r"could not be used.*max_bad_fraction=0\.0035"):
+        train.train(config, tmp_path / "run")
+    step, = checkpoint.list_steps(tmp_path / "run" / "checkpoints")
+    assert 0 < step < 41
+    with config.unlocked():
+        config.data.max_bad_fraction = 0.01
+        config.train.steps = 30
+    assert int(train.train(config, tmp_path / "run").step) == 30
+    config.train.steps = 31
+    more = data_kit.records(1)[0] | {"key": "one_more"}
+    shards = Path(damaged[0]).parent
+    data_kit.write_tar(shards / "zzzz.tar", data_kit.members(more))
+    try:
+        with pytest.raises(LcmError, match=r"data\.json says that records .*1994.*1995.* the data have changed"):
+            train.train(config, tmp_path / "run")
+    finally:
+        (shards / "zzzz.tar").unlink()
 
 
 def test_a_mixture_has_the_shares_of_its_weights(paths, pipeline):
@@ -221,6 +248,15 @@ def test_a_mixture_has_the_shares_of_its_weights(paths, pipeline):
 def test_mixtures_that_cannot_be(pipeline, entry, words):
     with pytest.raises(LcmError, match=words):
         training_data.open_parts(config_of("mixture", None, mixture=(entry,)))
+
+
+def test_each_part_of_a_mixture_takes_the_keys_that_are_its_own(paths, tmp_path):
+    parts = (f"1 webdataset {paths['webdataset']}", f"1 folder {paths['folder']}")
+    mixed = config_of("mixture", None, mixture=parts, index_dir=str(tmp_path))
+    assert [len(part.source) for part in training_data.open_parts(mixed)] == [COUNT, COUNT]
+    assert len(list(tmp_path.glob("*.npz"))) == 3
+    with pytest.raises(LcmError, match=r"config\.data\.split = 'test': the source 'webdataset' or 'folder' does not"):
+        training_data.open_parts(config_of("mixture", None, mixture=parts, split="test"))
 
 
 def test_buckets_keep_aspect_ratios_and_lose_nothing(paths, pipeline):

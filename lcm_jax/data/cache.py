@@ -154,6 +154,7 @@ def open(path: str | Path) -> Cached:
         if found != shard["bytes"]:
             state = "is missing" if found is None else f"has {found} bytes where {shard['bytes']} were written"
             raise LcmError(f"{file} {state}; copy the cache again, or remove {path} and precompute again")
+    files.allow_open_files(sum(len(group["shards"]) for group in manifest["groups"]))
     return Cached(path, manifest)
 
 
@@ -184,7 +185,7 @@ def check_fit(manifest: Mapping[str, Any], fingerprint: Mapping[str, Any], path:
 
     Args:
       manifest: of the cache.
-      fingerprint: of the run, see `lcm_jax.training_data.fingerprint`. The text encoders count only where the cache
+      fingerprint: of the run, see `lcm_jax.encoding.fingerprint`. The text encoders count only where the cache
         holds embeddings.
 
     Raises:

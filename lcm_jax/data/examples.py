@@ -99,7 +99,7 @@ class Arrays:
 
     @property
     def groups(self) -> tuple[int, ...]:
-        return tuple(len(next(iter(part.values()))) for part in self.parts)
+        return tuple(len(next(iter(part.values()), ())) for part in self.parts)
 
     def row(self, group: int, rank: int, draws: np.random.Generator) -> dict[str, np.ndarray]:
         del draws

@@ -43,21 +43,16 @@ class Once:
     seed: int
 
     @property
-    def _groups(self) -> list[int]:
-        return [group for group, size in enumerate(self.examples.groups) if size]
-
-    @property
     def groups(self) -> tuple[int, ...]:
-        return tuple(self.examples.groups[group] for group in self._groups)
+        return self.examples.groups
 
     def row(self, group: int, rank: int, draws: np.random.Generator) -> dict[str, np.ndarray]:
         del draws
-        group = self._groups[group]
         position = sum(self.examples.groups[:group]) + rank
         return self.examples.row(group, rank, draws_at(self.seed, position))
 
     def where(self, group: int, rank: int) -> tuple[str, str]:
-        return self.examples.where(self._groups[group], rank)
+        return self.examples.where(group, rank)
 
 
 def keep_caption(captions: Sequence[str]) -> dict[str, np.ndarray]:

@@ -91,10 +91,10 @@ def too_many(config: ConfigDict, parts: Sequence[training_data.Part], samples: S
     bad = read = 0.0
     for part, sample in zip(parts, samples, strict=True):
         indexed = 0 if training_data.is_cached(part) else len(part.source.faults)
-        bad += indexed + len(part.source) * len(sample.faults) / max(sample.read, 1)
-        read += indexed + len(part.source)
+        bad += indexed + part.report.total * len(sample.faults) / max(sample.read, 1)
+        read += indexed + part.report.total
     share = config.data.max_bad_fraction
-    if bad <= share * max(read, loader.MIN_READ):
+    if bad <= share * read:
         return []
     return report.paragraph(f"A run would stop: about {bad:,.0f} of {read:,.0f} records cannot be used, more than "
                             f"--config.data.max_bad_fraction={share}")

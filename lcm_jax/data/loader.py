@@ -28,7 +28,8 @@ from lcm_jax.errors import LcmError
 
 THREADS = min(8, os.cpu_count() or 1)  # batches in the making at a time, where no processes make them
 MAX_STEPS = 2**40  # length of a stream that has no end, for grain
-MIN_READ = 1000  # the share of bad records is taken of no fewer, or the first one would be 100 %
+MAX_IN_A_ROW = 100  # bad records: then it is no matter of single ones
+MIN_READ = 10_000  # the share of bad records is taken of no fewer (but of no more than there are)
 
 Batch = Mapping[str, Any]
 
@@ -76,13 +77,13 @@ class Batches:
 
     def _row(self, place: Place, position: int, faults: list[Fault]) -> dict[str, np.ndarray]:
         examples, size = self.examples[place.stream], self.order.streams[place.stream][place.group]
-        for step in range(size):
+        for step in range(min(size, MAX_IN_A_ROW)):
             rank = (place.rank + step) % size
             try:
                 return examples.row(place.group, rank, draws_at(self.order.seed, position))
             except BadRecord as error:
                 faults.append(Fault(*examples.where(place.group, rank), str(error)))
-        raise LcmError(f"none of {size} records can be used; the last one: {faults[-1]}")
+        raise LcmError(f"none of {min(size, MAX_IN_A_ROW)} records in a row can be used; the last one: {faults[-1]}")
 
 
 def stacked(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -93,25 +94,50 @@ def stacked(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 class Faults:
     """Counts the records that could not be used, tells each once, and stops where they are too many.
 
+    What indexing left out counts against all records; what reading finds, against as many as were read, so that a large
+    set that is bad throughout stops early, and a small one exactly at its share.
+
     Args:
-        share: of the records read (of MIN_READ at least) that may be bad.
+        share: of the records that may be bad.
         tell: called with each fault the first time it comes.
     """
 
     def __init__(self, share: float, tell: Callable[[Fault], None]) -> None:
         self.share, self.tell = share, tell
-        self.read, self.told = 0, set()
+        self.told: set[Fault] = set()
+        self.records = self.kept = self.left_out = self.read = 0
+
+    def indexed(self, faults: Sequence[Fault], records: int, kept: int) -> None:
+        """Takes what indexing all sources left out, the records it found, and how many of those the filters kept.
+
+        Raises:
+          LcmError: above the share.
+        """
+        self._tell(faults)
+        self.left_out, self.records, self.kept = len(self.told), records, kept
+        if self.left_out > self._allowed():
+            self._stop(self.left_out, self.left_out + records, faults[-1])
 
     def add(self, faults: Sequence[Fault], read: int) -> None:
         """Takes what came of reading `read` records. Raises LcmError above the share."""
+        self._tell(faults)
         self.read += read
+        found, seen = len(self.told) - self.left_out, min(max(self.read, MIN_READ), self.kept)
+        if faults and found * self.records > (self._allowed() - self.left_out) * seen:
+            self._stop(found, min(self.read, self.kept), faults[-1])
+
+    def _allowed(self) -> float:
+        return self.share * (self.left_out + self.records)
+
+    def _tell(self, faults: Sequence[Fault]) -> None:
         for fault in faults:
             if fault not in self.told:
                 self.told.add(fault)
                 self.tell(fault)
-        if len(self.told) > self.share * max(self.read, MIN_READ):
-            raise LcmError(f"{len(self.told)} of {self.read} records could not be used, the last one {fault}; mend the "
-                           f"data, or allow more than --config.data.max_bad_fraction={self.share}")
+
+    def _stop(self, bad: int, records: int, last: Fault) -> None:
+        raise LcmError(f"{bad} of {records} records could not be used, the last one {last}; mend the data, or allow "
+                       f"more than --config.data.max_bad_fraction={self.share}")
 
 
 def _begin_worker(index: int, count: int) -> None:
@@ -211,6 +237,9 @@ def batches(examples: Sequence[Examples], order: Order, start_step: int = 0, *, 
         raise LcmError(f"examples in groups {[e.groups for e in examples]} from step {start_step} do not fit an order "
                        f"of {order.streams}")
     faults = faults or Faults(0.0, lambda fault: None)
+    if not faults.records:
+        count = sum(map(sum, order.streams))
+        faults.indexed((), count, count)
     rows = order.batch_size // process_count
     mine = (process_index * rows, (process_index + 1) * rows)
 

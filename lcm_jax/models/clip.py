@@ -155,7 +155,8 @@ class CLIPTextModel(nn.Module):
         )
         states = CLIPEncoder(self.num_hidden_layers, layer, name="encoder")(embeddings(input_ids))
         last = LayerNorm(self.layer_norm_eps, self.dtype, name="final_layer_norm")(states[-1])
-        pooled = last[jnp.arange(last.shape[0]), self.end_of_text(input_ids)]
+        # Along an axis: indexing by [b] positions would gather over the devices of a sharded batch.
+        pooled = jnp.take_along_axis(last, self.end_of_text(input_ids)[:, None, None], axis=1)[:, 0]
         if self.with_projection:
             pooled = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(pooled)
         return CLIPTextOutput(last, states, pooled)

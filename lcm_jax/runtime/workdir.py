@@ -3,6 +3,7 @@
     workdir/
       config.json          the resolved config; a command with another one is refused
       metrics.jsonl        runtime/telemetry.py
+      data.json            sizes of the data: a run goes on with data of the same
       bad_records.jsonl    runtime/telemetry.py, where there are any
       tensorboard/         runtime/telemetry.py
       samples/             runtime/telemetry.py
@@ -99,6 +100,19 @@ def prepare_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Path
         if not path.exists() or path.read_bytes() != text.encode():
             write_atomic(path, text)
     return workdir
+
+
+def same_as_before(workdir: Path, name: str, found: dict) -> None:
+    """Keeps `found` in the file `name` of a new run. Raises LcmError where a run that goes on finds something else."""
+    path = workdir / name
+    if not (path.exists() and _begun(workdir)):
+        if jax.process_index() == 0:
+            write_atomic(path, json.dumps(found, indent=2) + "\n")
+        return
+    for key, before in json.loads(path.read_text()).items():
+        if before != found.get(key):
+            raise LcmError(f"{path} says that {key} of this run were {before}, now they are {found.get(key)}: the data "
+                           "have changed; restore them, or choose another workdir")
 
 
 @contextlib.contextmanager

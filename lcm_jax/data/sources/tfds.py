@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from lcm_jax import files
 from lcm_jax.data.records import BadRecord, Fault, Record
 from lcm_jax.data.sources.parsing import captions_of, text_of
 from lcm_jax.errors import LcmError
@@ -196,6 +197,7 @@ def _numbers(features: Any, without: set[str]) -> tuple[str, ...]:
 
 
 def _data(builder: Any, split: str, decoders: dict[str, Any]) -> Any:
+    files.allow_open_files(sum(part.num_shards for part in builder.info.splits.values()))
     try:
         return builder.as_data_source(split=split, decoders=decoders)
     except (OSError, ValueError, RuntimeError) as error:
