@@ -142,16 +142,17 @@ def test_damaged_copies(prepared, tmp_path):
     shards = sorted(copy.glob("*-train.array_record*"))
     content = bytearray(shards[0].read_bytes())
     at = content.index(PICTURES[0][:40])  # every example holds it
-    content[at - 200:at + 400] = bytes(600)
+    content[at:at + 400] = bytes(400)  # within the picture: what stands before it has no fixed length
     shards[0].write_bytes(content)
     source = tfds_source.open(str(copy))
-    good = 0
+    good, reasons = 0, []
     for i in range(6):
         try:
             good += bool(source[i].captions)
         except BadRecord as error:
-            assert "\n" not in str(error)
-    assert 1 <= good <= 4, "the other shards can be read: four records, one of them without a caption"
+            reasons.append(str(error))
+    assert good >= 1 and good + len(reasons) == 6
+    assert 1 <= sum("cannot be read" in reason for reason in reasons) <= 2 and "\n" not in "".join(reasons)
     shards[1].unlink()
     with pytest.raises(LcmError, match="00001-of-00003 is missing .1 of 3 files"):
         tfds_source.open(str(copy))
