@@ -45,7 +45,7 @@ test: $(TESTS)
 	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 test-slow: $(TESTS)
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow --numprocesses=2 --dist=loadfile
 
 # The accelerator's own jax comes from the extras "cuda" or "tpu".
 test-gpu: $(TESTS)
