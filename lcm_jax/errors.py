@@ -3,11 +3,22 @@
 Both classes are `ValueError`s. The programs print the message as `error: ...` and exit with code 2.
 """
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 
 class LcmError(ValueError):
     """Bad input: a wrong value, file, folder or configuration. The message is one line."""
+
+
+def exit_code(program: Callable[[], int | None]) -> int:
+    """Runs a program's work: its exit code (None is 0); bad input is one line on stderr and 2."""
+    try:
+        return program() or 0
+    except (LcmError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 class UnsupportedConfig(LcmError):

@@ -27,7 +27,7 @@ from lcm_jax import config as config_lib
 from lcm_jax import files, pretrained, sample, verify
 from lcm_jax import student as student_lib
 from lcm_jax.diffusion.consistency import SIGMA_DATA
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import LcmError, exit_code
 from lcm_jax.generate import default_guidance_scale
 from lcm_jax.model_card import model_card
 from lcm_jax.pretrained import (
@@ -300,11 +300,7 @@ def report_difference(folder: Path, record: Mapping[str, Any], given: Sequence[s
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    try:
-        return run(args)
-    except (LcmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from lcm_jax.data import cache, cache_writing, loader, tfds_builder
 from lcm_jax.data.cache_writing import Shard
 from lcm_jax.data.order import draws_at
 from lcm_jax.data.records import Fault
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import LcmError, exit_code
 from lcm_jax.pretrained import Pipeline, conditioning
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.progress import Progress
@@ -310,13 +310,10 @@ def say(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
-def main(argv: list[str]) -> int:
-    del argv
-    given = flags.FLAGS
-    if not given["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
+def run(given: flags.FlagValues) -> int:
+    """What the command line asks for: its exit code."""
+    options = Options(given.text, given.variants, given.dtype, given.shard_size)
     try:
-        options = Options(given.text, given.variants, given.dtype, given.shard_size)
         if given.what == "latents":
             latents(given.config, given.out, options)
         elif options != Options():
@@ -326,10 +323,14 @@ def main(argv: list[str]) -> int:
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 1
-    except (LcmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
+
+
+def main(argv: list[str]) -> int:
+    del argv
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    return exit_code(lambda: run(flags.FLAGS))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 from lcm_jax import assets
 from lcm_jax.config import MAX_TWO_PASS_SCALE
 from lcm_jax.diffusion import samplers
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import LcmError, exit_code
 from lcm_jax.generate import (
     Generator,
     Settings,
@@ -331,13 +331,7 @@ def report(
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    try:
-        written = run(args)
-    except (LcmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(written)} pictures in {args.out}")
-    return 0
+    return exit_code(lambda: print(f"{len(run(args))} pictures in {args.out}"))
 
 
 if __name__ == "__main__":

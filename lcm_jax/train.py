@@ -28,7 +28,7 @@ from lcm_jax.diffusion import solvers
 from lcm_jax.distill import losses, objectives
 from lcm_jax.distill import state as state_lib
 from lcm_jax.distill import step as step_lib
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import LcmError, exit_code
 from lcm_jax.models.lora import Adapted
 from lcm_jax.pretrained import Pipeline, conditioning
 from lcm_jax.runtime import mesh as mesh_lib
@@ -298,12 +298,11 @@ def main(argv: list[str]) -> int:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells its life otherwise
-    try:
+
+    def program() -> None:
         train(_CONFIG.value, _WORKDIR.value)
-    except (LcmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(program)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ import numpy as np
 from experiments.shapes_lcm import table
 from experiments.shapes_lcm_lora import styled
 from experiments.shapes_teacher import teacher_rows
-from lcm_jax import export, pretrained, sample
+from experiments.stage import trained_and_exported
+from lcm_jax import pretrained, sample
 from lcm_jax.errors import LcmError
 from lcm_jax.generate import Generator, Settings, draw_noise, settings_for
 from lcm_jax.pretrained import load_pipeline
-from lcm_jax.train import train
 
 CONFIG = Path("configs/shapes_lcf.py")
 LCD_WEIGHT = 0.5
@@ -68,18 +68,13 @@ def main() -> int:
 
     config = runpy.run_path(str(CONFIG))["get_config"]()
     config.model.student = args.student or config.model.student
-    for part, (name, weight) in RUNS.items():
+    for part, (_, weight) in RUNS.items():
         workdir = args.workdir / part
         if (workdir / "export").exists():
             continue
         config.distill.lcd_weight = weight
         config.model.teacher = "shapes" if weight else None
-        say(f"{name}: {config.train.steps} steps of {config.data.batch_size}")
-        state = train(config, workdir)
-        if int(state.step) < config.train.steps:
-            say("stopped; the same command goes on")
-            return 1
-        if export.main([f"--workdir={workdir}", f"--out={workdir / 'export'}"]):
+        if not trained_and_exported(config, workdir, say):
             return 1
 
     say(f"drawing {args.count} pictures per row")

@@ -9,7 +9,6 @@ experiments/shapes_teacher/teacher_rows.json, which names the asset it was measu
 
 import argparse
 import runpy
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,12 +17,12 @@ import numpy as np
 
 from experiments.shapes_lcm import table
 from experiments.shapes_teacher import teacher_rows
-from lcm_jax import export, pretrained, sample
+from experiments.stage import trained_and_exported
 from lcm_jax import generate as generate_lib
+from lcm_jax import pretrained, sample
 from lcm_jax.errors import LcmError
 from lcm_jax.generate import Generator
 from lcm_jax.pretrained import load_pipeline
-from lcm_jax.train import train
 
 STEPS = (1, 2, 4, 8)
 GRID_PROMPTS = 8
@@ -52,18 +51,10 @@ def main() -> int:
         print(f"[{time.monotonic() - begun:5.0f} s] {text}", flush=True)
 
     config = runpy.run_path(str(args.config))["get_config"]()
-    say(f"distilling: {config.train.steps} steps of {config.data.batch_size} pictures into {args.workdir}")
-    state = train(config, args.workdir)
-    if int(state.step) < config.train.steps:
-        say("stopped; the same command goes on")
+    if not trained_and_exported(config, args.workdir, say):
         return 1
 
     folder = args.workdir / "export"
-    shutil.rmtree(folder, ignore_errors=True)  # made by this command, from the checkpoint beside it
-    say(f"exporting to {folder}")
-    if export.main([f"--workdir={args.workdir}", f"--out={folder}"]):
-        return 1
-
     say(f"drawing {args.count} pictures per row")
     rows, pictures = measure(folder, args.count, args.full)
     recorded = "" if args.full else "; the teacher's are recorded"

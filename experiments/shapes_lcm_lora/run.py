@@ -23,11 +23,11 @@ from experiments.shapes_lcm import table
 from experiments.shapes_lcm_lora import styled, train_style
 from experiments.shapes_lcm_lora.styled import Row
 from experiments.shapes_teacher import teacher_rows
-from lcm_jax import assets, export, sample
+from experiments.stage import trained_and_exported
+from lcm_jax import assets, sample
 from lcm_jax.errors import LcmError
 from lcm_jax.generate import Generator, settings_for
 from lcm_jax.pretrained import load_pipeline
-from lcm_jax.train import train
 
 CONFIG = Path("configs/shapes_lcm_lora.py")
 STYLE_STEPS, STYLE_RATE = 800, 2e-3
@@ -81,12 +81,7 @@ def main() -> int:
     lcm_lora = args.workdir / "lcm" / "export"
     if not lcm_lora.exists():
         config = runpy.run_path(str(CONFIG))["get_config"]()
-        say(f"LCM-LoRA: {config.train.steps} steps of {config.data.batch_size}")
-        state = train(config, args.workdir / "lcm")
-        if int(state.step) < config.train.steps:
-            say("stopped; the same command goes on")
-            return 1
-        if export.main([f"--workdir={args.workdir / 'lcm'}", f"--out={lcm_lora}", "--format=lora-kohya"]):
+        if not trained_and_exported(config, args.workdir / "lcm", say, "--format=lora-kohya"):
             return 1
 
     say(f"drawing {args.count} pictures per row")

@@ -29,7 +29,7 @@ from lcm_jax.data.examples import CaptionDropout, Pictures
 from lcm_jax.data.excerpt import CAPTION, Once, Sample
 from lcm_jax.data.order import STREAM_KEY, Order
 from lcm_jax.data.records import Fault
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import LcmError, exit_code
 
 MEASURED_ROWS = 16  # of each batch, so that a few seconds see several of them
 
@@ -230,13 +230,9 @@ def main(argv: list[str]) -> int:
     given = flags.FLAGS
     if not given["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    try:
-        out = Path(given.out).expanduser() if given.out else None
-        inspect(given.config, Options(given.sample, given.seconds, given.count, out), write_out)
-    except (LcmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    out = Path(given.out).expanduser() if given.out else None
+    options = Options(given.sample, given.seconds, given.count, out)
+    return exit_code(lambda: inspect(given.config, options, write_out))
 
 
 if __name__ == "__main__":

@@ -26,24 +26,16 @@ import jax
 from ml_collections import ConfigDict
 
 from lcm_jax import config as config_lib
+from lcm_jax import files
 from lcm_jax.errors import LcmError
 
 CONFIG_FILE = "config.json"
 
 
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Writes a file so that its name holds the old or the new content, never a part (temporary file, then rename)."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Writes a file so that its name holds the old or the new content, never a part."""
+    with files.new_file(Path(path)) as partial:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def read_config(workdir: str | os.PathLike[str]) -> dict:
