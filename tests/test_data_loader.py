@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -168,6 +169,17 @@ if __name__ == "__main__":
 """
 
 
+def workers_of(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [p for p in psutil.Process(pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    return []
+
+
+def interrupt(workers: list[psutil.Process]) -> None:
+    for worker in workers:
+        worker.send_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_workers_leave_signals_to_the_process_that_trains_and_end_with_it(tmp_path, number):
     script = tmp_path / "reader.py"
@@ -176,17 +188,19 @@ def test_workers_leave_signals_to_the_process_that_trains_and_end_with_it(tmp_pa
         [sys.executable, str(script), str(Path(__file__).parents[1])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
+    if number == signal.SIGINT:  # to the workers alone, while they start and when they read: nothing happens
+        while len(workers := workers_of(process.pid)) < 2:
+            time.sleep(0.01)
+        interrupt(workers)
     assert process.stdout.readline() == b"read\n"
-    if number == signal.SIGINT:  # to the workers alone: nothing happens
-        for worker in psutil.Process(process.pid).children(recursive=True):
-            if "spawn_main" in " ".join(worker.cmdline()):
-                worker.send_signal(number)
+    if number == signal.SIGINT:
+        interrupt(workers)
         for _ in range(5):
             process.stdin.write(b"\n")
             process.stdin.flush()
             assert process.stdout.readline() == b"read\n"
-    workers = psutil.Process(process.pid).children(recursive=True)
-    assert len([w for w in workers if "spawn_main" in " ".join(w.cmdline())]) == 2
+    workers = workers_of(process.pid)
+    assert len(workers) == 2
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(workers, timeout=20)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import queue
 import signal
@@ -27,6 +28,7 @@ from lcm_jax.data.records import BadRecord, Fault
 from lcm_jax.errors import LcmError
 
 THREADS = min(8, os.cpu_count() or 1)  # batches in the making at a time, where no processes make them
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MAX_STEPS = 2**40  # length of a stream that has no end, for grain
 MAX_IN_A_ROW = 100  # bad records: then it is no matter of single ones
 MIN_READ = 10_000  # the share of bad records is taken of no fewer (but of no more than there are)
@@ -141,14 +143,28 @@ class Faults:
 
 
 def _begin_worker(index: int, count: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach all processes; the one that trains ends its workers when it has saved.
+    """Signals are not for workers (`_held_back`); one that came while this worker started is dropped here.
 
-    If that one is killed outright, its workers end too, instead of waiting for it for ever.
+    If the process that trains is killed outright, its workers end too, instead of waiting for it for ever.
     """
     del index, count
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """Processes that this thread starts inside do not see SIGNALS, from their first moment on.
+
+    Ctrl-C and a scheduler's SIGTERM reach all processes; the one that trains ends its workers when it has saved.
+    """
+    multiprocessing.resource_tracker.ensure_running()  # whoever starts it gets these signals back
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent() -> None:
@@ -168,6 +184,9 @@ def read_ahead(batches: Batches, workers: int = 0) -> Iterator[tuple[dict[str, n
         ahead = ahead.mp_prefetch(several, worker_init_fn=_begin_worker)
     iterator = iter(ahead)
     try:
+        with _held_back() if workers else contextlib.nullcontext():
+            first = next(iterator)  # starts threads that start the workers
+        yield first
         yield from iterator
     finally:
         iterator.close()
