@@ -9,13 +9,14 @@ CORE   := $(VENV)/.core
 TESTS  := $(VENV)/.tests
 DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
 
-.PHONY: help demo demo-full test test-slow test-gpu lint install install-test clean
+.PHONY: help demo demo-full test test-slow test-gpu test-tpu-aot lint install install-test clean
 
 help:
 	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about six minutes"
 	@echo "make demo-full  the same, with the teacher's rows of the table computed anew"
 	@echo "make test       the default suite        make test-slow  full-size models"
-	@echo "make test-gpu   tests on an accelerator  make lint       ruff        make clean"
+	@echo "make test-gpu   tests on an accelerator  make test-tpu-aot  compiling for TPUs, without one"
+	@echo "make lint       ruff                     make clean"
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11;" \
@@ -50,6 +51,10 @@ test-slow: $(TESTS)
 # The accelerator's own jax comes from the extras "cuda" or "tpu".
 test-gpu: $(TESTS)
 	LCM_JAX_TEST_PLATFORMS= $(PY) -m pytest -m gpu
+
+test-tpu-aot: $(TESTS)
+	$(PIP) --editable '.[tpu]'
+	JAX_PLATFORMS=cpu $(PY) -m pytest -m tpu_aot
 
 lint: $(TESTS)
 	$(PY) -m ruff check .

@@ -42,7 +42,8 @@ setup(
         "torch": TORCH,
         "test": [*DATA, *TORCH, "pytest>=8", "pytest-xdist", "ruff"],  # torch and diffusers are the tests' oracles
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
-        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.12"],  # lcm_jax.aot needs this extra, and no TPU
+        "wandb": ["wandb"],
         "data": DATA,  # latent caches, data sets of Hugging Face and TFDS, OpenCV; tar shards and folders need nothing
         "demo": [],  # nor does `make demo`
     },

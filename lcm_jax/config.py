@@ -19,6 +19,8 @@ from ml_collections import ConfigDict, config_dict
 
 from lcm_jax.data import images, shapes
 from lcm_jax.errors import LcmError
+from lcm_jax.models import remat
+from lcm_jax.runtime import attention
 
 OBJECTIVES = ("lcd", "lcf")
 SOURCES = {
@@ -31,7 +33,7 @@ SOURCES = {
     "mixture": "several of them, in data.mixture",
 }
 LOSSES = ("huber", "l2")
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("float32", "bfloat16")
 PREDICTION_TYPES = (None, "epsilon", "v_prediction", "sample")
 W_EMBEDDING_OF_A_LORA = (
     "w-embedding student asked of a LoRA run: adapters cannot add inputs to a model that has no w embedding; set 0 "
@@ -47,6 +49,13 @@ def default_config() -> ConfigDict:
     config.seed = 0  # root of every random draw: data order, noise, timesteps, w, initial weights
     config.objective = "lcd"  # "lcd": latent consistency distillation; "lcf": fine-tuning of an LCM, no teacher needed
 
+    config.compilation_cache = ""  # folder that keeps compiled programs for later runs; "": JAX_COMPILATION_CACHE_DIR
+
+    config.mesh = mesh = ConfigDict()  # slices * data * fsdp devices; one of data and fsdp may be -1: the rest
+    mesh.slices = 1  # of a multi-slice TPU pod, joined by the data-centre network; only gradients cross it
+    mesh.data = -1  # copies of the model in a slice
+    mesh.fsdp = 1  # devices that hold one copy together: weights, optimiser, EMA and teacher are split over them
+
     config.model = model = ConfigDict()
     model.teacher = config_dict.placeholder(str)  # diffusers folder, hub id, FILE.safetensors, or "shapes" (our own)
     model.config = config_dict.placeholder(str)  # for FILE.safetensors: folder or hub id with tokenizers and configs
@@ -54,6 +63,8 @@ def default_config() -> ConfigDict:
     model.vae = config_dict.placeholder(str)  # VAE in place of the teacher's (SDXL's for half precision): folder or id
     model.prediction_type = config_dict.placeholder(str)  # what the model must be found to predict; None: whatever
     model.dtype = "auto"  # compute dtype of the networks; "auto": bfloat16 on accelerators, float32 on CPU
+    model.teacher_dtype = "float32"  # that the frozen weights are held in; "bfloat16": half the memory
+    model.attention = "auto"  # "xla", "chunked" (little memory), "cudnn", "splash" (TPU); "auto": by device and shape
 
     config.data = data = ConfigDict()
     data.source = config_dict.placeholder(str)  # a key of SOURCES below
@@ -79,6 +90,7 @@ def default_config() -> ConfigDict:
     data.resize_filter = "lanczos"  # "lanczos", "bicubic", "bilinear", "box" (Pillow's); "area" (OpenCV's)
     data.decoder = "pillow"  # "pillow" (the reference) or "opencv" (faster, needs OpenCV)
     data.caption_dropout = 0.0  # probability that a caption is replaced by ""
+    data.encode_chunk = 0  # pictures that a device encodes at a time, to save memory; 0: all of its batch
     data.encode = "step"  # pictures and captions are encoded each "step", or once at "start" and held in memory
     data.workers = 0  # processes that read and decode at every step; 0: threads of the training process
 
@@ -94,6 +106,8 @@ def default_config() -> ConfigDict:
     train.adam_b2 = 0.999
     train.adam_eps = 1e-8
     train.max_grad_norm = 1.0  # global norm to which gradients are clipped; 0: no clipping
+    train.mu_dtype = "float32"  # of Adam's first moment; "bfloat16": half its memory
+    train.remat = "none"  # activations made anew for gradients: "block" all, "attention" all but attention's outputs
     train.accumulation_steps = 1  # parts in which a batch goes through the networks; a step is one update all the same
 
     config.distill = distill = ConfigDict()
@@ -115,9 +129,13 @@ def default_config() -> ConfigDict:
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 1000  # steps between checkpoints; the last step and a stop by signal save as well
     checkpoint.keep = 3  # newest checkpoints that stay on disk
+    checkpoint.keep_every = 0  # checkpoints of steps that this divides stay, too; 0: none
+    checkpoint.best = ""  # metric whose lowest value's checkpoint stays, too, as "loss"
 
     config.log = log = ConfigDict()
     log.every = 10  # steps between lines in metrics.jsonl and TensorBoard
+    log.wandb = ""  # project on Weights & Biases that gets the same numbers; "": none
+    log.spike = 0.0  # stop where the loss is so many times its running mean; 0: never
 
     config.sample = sample = ConfigDict()
     sample.every = 1000  # steps between sample grids; 0: none
@@ -206,13 +224,16 @@ def validate(config: ConfigDict, models: bool = True) -> None:
     check("data.source", flat["data.source"] is not None,
           f"no training data; set --config.data.source, to one of {', '.join(SOURCES)}, and --config.data.path")
     for key, choices in {"objective": OBJECTIVES, "data.source": SOURCES, "distill.loss": LOSSES,
-                         "model.dtype": DTYPES, "model.prediction_type": PREDICTION_TYPES}.items():
+                         "model.dtype": ("auto", *DTYPES), "model.teacher_dtype": DTYPES, "train.mu_dtype": DTYPES,
+                         "model.attention": attention.CHOICES, "train.remat": remat.CHOICES,
+                         "model.prediction_type": PREDICTION_TYPES}.items():
         check(key, flat[key] in choices, f"must be one of {', '.join(map(str, choices))}")
     for key in ("data.batch_size", "data.resolution", "data.num_examples", "train.steps", "train.accumulation_steps",
-                "checkpoint.every", "checkpoint.keep", "log.every"):
+                "checkpoint.every", "checkpoint.keep", "log.every", "mesh.slices"):
         check(key, flat[key] >= 1, "must be at least 1")
     for key in ("train.lr_warmup_steps", "train.lr_decay_start", "train.lr_decay_steps", "train.weight_decay",
-                "train.max_grad_norm", "distill.w_min", "distill.lcd_weight", "sample.every", "lora.rank"):
+                "train.max_grad_norm", "distill.w_min", "distill.lcd_weight", "sample.every", "lora.rank",
+                "data.encode_chunk", "checkpoint.keep_every", "log.spike"):
         check(key, flat[key] >= 0, "must not be negative")
     for key in ("train.learning_rate", "train.adam_eps", "distill.huber_c", "distill.timestep_scaling",
                 "distill.sigma_data", "lora.alpha"):
@@ -220,6 +241,9 @@ def validate(config: ConfigDict, models: bool = True) -> None:
     for key in ("train.ema_decay", "train.adam_b1", "train.adam_b2"):
         check(key, 0 <= flat[key] < 1, "must be in [0, 1)")
 
+    for key in ("mesh.data", "mesh.fsdp"):
+        check(key, flat[key] >= 1 or flat[key] == -1, "must be at least 1, or -1 for the rest of the devices")
+    check("mesh.data", (flat["mesh.data"], flat["mesh.fsdp"]) != (-1, -1), "mesh.fsdp is -1 as well; give one of them")
     check("seed", 0 <= flat["seed"] < 2**32, "must be in [0, 2^32)")
     if models:
         _check_models(config, check)
@@ -282,11 +306,14 @@ def _check_models(config: ConfigDict, check: Callable[[str, bool, str], None]) -
         check("distill.w_embedding_dim", False, W_EMBEDDING_OF_A_LORA)
 
 
-MAY_DIFFER = ("train.steps", "data.workers", "data.index_dir", "data.max_bad_fraction")  # as `*.every` and `log.*`
+# Change nothing that is trained, but for rounding.
+MAY_DIFFER = ("compilation_cache", "train.steps", "train.remat", "model.attention", "data.workers",
+              "data.index_dir", "data.max_bad_fraction", "data.encode_chunk")
+MAY_DIFFER_UNDER = ("mesh.", "checkpoint.", "log.")
 
 
 def _may_differ(key: str) -> bool:
-    return key in MAY_DIFFER or key.endswith(".every") or key.startswith("log.")
+    return key in MAY_DIFFER or key.endswith(".every") or key.startswith(MAY_DIFFER_UNDER)
 
 
 def differences(saved: Mapping[str, Any], config: ConfigDict | Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -297,8 +324,8 @@ def differences(saved: Mapping[str, Any], config: ConfigDict | Mapping[str, Any]
         config: the resolved config of the command at hand.
 
     Returns:
-        {dotted key: (saved value, present value)}; a key that one side lacks has "<absent>" there. MAY_DIFFER, the
-        `*.every` keys and the `log` keys, which change nothing that was trained, are left out.
+        {dotted key: (saved value, present value)}; a key that one side lacks has "<absent>" there. MAY_DIFFER, keys
+        MAY_DIFFER_UNDER and the `*.every` keys are left out.
     """
     before, now = _flat(_as_json(saved)), _flat(_as_json(config))
     pairs = {key: (before.get(key, "<absent>"), now.get(key, "<absent>")) for key in sorted(before.keys() | now.keys())}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import json
 import math
@@ -19,11 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lcm_jax.data import loader
 from lcm_jax.data.order import draws_at
 from lcm_jax.data.records import BadRecord, Fault
+from lcm_jax.networks import on_mesh
 from lcm_jax.pretrained import Pipeline, conditioning
+from lcm_jax.runtime import mesh as mesh_lib
 
 ENCODE_PIXELS = 8 * 1024**2  # of a batch that is encoded outside a step: a few GB of the VAE's activations
 MAX_BATCH = 64
@@ -38,32 +43,78 @@ def batch_size(resolution: int) -> int:
     return 2 ** int(math.log2(max(1, min(MAX_BATCH, ENCODE_PIXELS // resolution**2))))
 
 
-def make_encode(pipeline: Pipeline) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+def make_encode(
+    pipeline: Pipeline, mesh: Mesh | None = None, chunk: int = 0
+) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """rows -> {"mean", "logvar", and the conditioning}, float32, jitted; what is encoded already passes through.
 
     The pipeline's VAE and text encoders are used where they lie, in their own compute dtypes. float32 is what a latent
     cache gives, so that the step is one program.
+
+    Args:
+      pipeline: its weights, where there is a mesh, lie on it by the rule of `runtime.mesh`.
+      mesh: the rows, in its batch sharding, are encoded each on its device and stay there. Rows that are numpy arrays
+        (the same on every process) are split over it, and come back whole.
+      chunk: pictures that the VAE encodes at a time on each device, at most; 0: all of a batch.
     """
     params = {name: tree for name, tree in pipeline.params.items() if name != "unet"}
+    if mesh is not None:
+        pipeline = on_mesh(pipeline, mesh)
 
-    @jax.jit
+    def encode_pixels(params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return pipeline.vae.apply({"params": params}, jnp.asarray(LEVELS)[pixels], method="encode")
+
     def encode(params: Any, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
         encoded = dict(rows)
         if "pixels" in rows:
-            pixels = jnp.asarray(LEVELS)[encoded.pop("pixels")]
-            moments = pipeline.vae.apply({"params": params["vae"]}, pixels, method="encode")
-            encoded["mean"], encoded["logvar"] = moments
+            one = functools.partial(encode_pixels, params["vae"])
+            encoded["mean"], encoded["logvar"] = in_chunks(one, encoded.pop("pixels"), chunk, mesh)
         ids = {name: encoded.pop(name) for name in conditioning.TEXT_ENCODERS if name in rows}
         if ids:
             text = conditioning.encode_tokens(pipeline, params, ids)
             encoded |= {name: value.astype(np.float32) for name, value in text.items()}
         return encoded
 
+    def encode_first(params: Any, rows: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
+        return {name: value[:count] for name, value in encode(params, rows).items()}
+
+    split = jax.jit(encode, out_shardings=mesh and mesh_lib.batch_sharding(mesh))
+    whole = jax.jit(encode_first, static_argnums=2, out_shardings=mesh and mesh_lib.replicated(mesh))
+
     def call(rows: Mapping[str, Any]) -> dict[str, Any]:
-        to_do = {"pixels", *conditioning.TEXT_ENCODERS} & rows.keys()
-        return encode(params, dict(rows)) if to_do else dict(rows)
+        if not {"pixels", *conditioning.TEXT_ENCODERS} & rows.keys():
+            return dict(rows)
+        if mesh is None or not all(isinstance(value, np.ndarray) for value in rows.values()):
+            return split(params, dict(rows))
+        count = len(next(iter(rows.values())))
+        return whole(params, {name: mesh_lib.spread(mesh, value) for name, value in rows.items()}, count)
 
     return call
+
+
+def in_chunks(fn: Callable[[jax.Array], Any], x: jax.Array, chunk: int, mesh: Mesh | None = None) -> Any:
+    """`fn` of rows [b ...], at most `chunk` rows of each device at a time; 0: all at once.
+
+    The rows of a batch that is split over `mesh` stay on their devices: each piece has as many of every one.
+    """
+    devices = 1 if mesh is None else mesh.size
+    mine = x.shape[0] // devices
+    if not 0 < chunk < mine:
+        return fn(x)
+    chunk = next(size for size in range(chunk, 0, -1) if mine % size == 0)
+
+    def constrained(value: jax.Array, *spec: Any) -> jax.Array:
+        if mesh is None:
+            return value
+        return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def piece(rows: jax.Array) -> Any:  # [devices chunk ...]
+        out = fn(constrained(rows.reshape(-1, *rows.shape[2:]), mesh_lib.AXES))
+        return jax.tree.map(lambda y: constrained(y.reshape(devices, chunk, *y.shape[1:]), mesh_lib.AXES), out)
+
+    pieces = x.reshape(devices, mine // chunk, chunk, *x.shape[1:]).swapaxes(0, 1)
+    out = jax.lax.map(piece, constrained(pieces, None, mesh_lib.AXES))
+    return jax.tree.map(lambda y: constrained(y.swapaxes(0, 1).reshape(-1, *y.shape[3:]), mesh_lib.AXES), out)
 
 
 def encode_rows(encode: Callable, rows: Rows, batch: int) -> Rows:
@@ -120,6 +171,8 @@ def weights_hash(params: Any) -> str:
     """SHA-256 of a tree's names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, value in sorted(flatten_dict(params, sep="/").items()):
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:  # its shards lie on several processes
+            value = multihost_utils.process_allgather(value, tiled=True)
         array = np.ascontiguousarray(jax.device_get(value))
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)

@@ -39,7 +39,7 @@ from lcm_jax.pretrained import (
     saving,
 )
 from lcm_jax.pretrained.single_file_saving import check_file, fold_w
-from lcm_jax.runtime import checkpoint
+from lcm_jax.runtime import checkpoint, trees
 from lcm_jax.runtime.workdir import read_config
 
 WEIGHTS = {"ema": "ema_params", "online": "params"}  # what a user calls them -> in the training state
@@ -89,12 +89,11 @@ def choose_step(workdir: Path, step: int | None) -> int:
 def read_weights(workdir: Path, step: int, weights: str, expected: Any) -> dict[str, Any]:
     """What a checkpoint trained, numpy. Raises LcmError unless names, shapes and dtypes are those of `expected`."""
     params = checkpoint.load_subtree(workdir / "checkpoints", step, WEIGHTS[weights])
-    diff = checkpoint.tree_diff(params, expected)
-    if diff:
-        more = f"; and {len(diff) - checkpoint.MAX_DIFF} more" if len(diff) > checkpoint.MAX_DIFF else ""
+    different = trees.difference(params, expected)
+    if different:
         raise LcmError(
-            f"checkpoint {step} of {workdir} is not of the student that its config.json describes "
-            f"({'; '.join(diff[: checkpoint.MAX_DIFF])}{more}); has the model's folder changed since?"
+            f"checkpoint {step} of {workdir} is not of the student that its config.json describes ({different}); "
+            "has the model's folder changed since?"
         )
     return params
 

@@ -14,11 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lcm_jax.diffusion import consistency, samplers
 from lcm_jax.diffusion.denoiser import call, guided_output, student_output
 from lcm_jax.models import tiling
+from lcm_jax.networks import on_mesh
 from lcm_jax.pretrained import Pipeline, conditioning
+from lcm_jax.runtime import mesh as mesh_lib
 
 GUIDANCE_SCALE = 8.0  # where nothing speaks for another
 
@@ -118,27 +121,54 @@ def grid(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 class Generator:
-    """Draws batches of pictures with one pipeline: the weights lie on the device, each setting is compiled once."""
+    """Draws batches of pictures with one pipeline: the weights lie on the devices, each setting is compiled once.
 
-    def __init__(self, pipeline: Pipeline, tiled: bool = False, negative_prompt: str | None = None):
-        """Puts the weights on the device and encodes the null text.
+    On a mesh the pictures of a batch are split over all devices, filled up where their number does not divide; what
+    comes back is whole on every process.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, tiled: bool = False, negative_prompt: str | None = None, mesh: Mesh | None = None
+    ):
+        """Puts the weights on the devices and encodes the null text.
 
         Args:
           pipeline: whose parts draw.
           tiled: decode large pictures in overlapping tiles, for less memory (`models.tiling`).
           negative_prompt: of the second pass, where there is one; None: the model's own null (`conditioning.null`).
+          mesh: of the devices that draw, weights by its rule; None: the default device.
         """
-        self.tiled = tiled
-        self.pipeline = dataclasses.replace(pipeline, params=jax.device_put(pipeline.params))
+        self.tiled, self.mesh = tiled, mesh
+        if mesh is not None:
+            pipeline = on_mesh(pipeline, mesh)
+        put = jax.device_put if mesh is None else mesh_lib.place(mesh)
+        self.pipeline = dataclasses.replace(pipeline, params=jax.tree.map(put, pipeline.params))
         self.params = self.pipeline.params
         self.null = conditioning.null(self.pipeline, negative_prompt)
-        self._latents = jax.jit(
-            lambda params, cond, null, noise, scale, settings, guided: latents(
-                pipeline, params, cond, null, noise, scale, settings, guided
-            ),
-            static_argnames=("settings", "guided"),
-        )
-        self._decode = jax.jit(lambda params, z: pipeline.vae.apply({"params": params}, z, method="decode"))
+
+        def draw(params, cond, null, noise, scale, settings, guided):
+            rows = noise.shape[1]
+            cond, noise = self._fill(cond), self._fill(noise.swapaxes(0, 1)).swapaxes(0, 1)
+            return latents(pipeline, params, cond, null, noise, scale, settings, guided)[:rows]
+
+        def decode(params, z):
+            return pipeline.vae.apply({"params": params}, self._fill(z), method="decode")[: z.shape[0]]
+
+        whole = mesh and mesh_lib.replicated(mesh)
+        self._latents = jax.jit(draw, static_argnames=("settings", "guided"), out_shardings=whole)
+        self._decode = jax.jit(decode, out_shardings=whole)
+
+    def _fill(self, tree: Any) -> Any:
+        """Rows [b ...] -> [a multiple of the mesh's devices ...], split over them; the last row is repeated."""
+        if self.mesh is None:
+            return tree
+        sharding, devices = mesh_lib.batch_sharding(self.mesh), self.mesh.size
+
+        def fill(rows: jax.Array) -> jax.Array:
+            last = np.minimum(np.arange(-(-rows.shape[0] // devices) * devices), rows.shape[0] - 1)
+            return jax.lax.with_sharding_constraint(rows[last], sharding)
+
+        return jax.tree.map(fill, tree)
 
     def __call__(
         self,

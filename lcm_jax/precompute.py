@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
@@ -37,13 +38,15 @@ from lcm_jax.data import cache, cache_writing, loader, tfds_builder
 from lcm_jax.data.cache_writing import Shard
 from lcm_jax.data.order import draws_at
 from lcm_jax.data.records import Fault
-from lcm_jax.errors import LcmError, exit_code
+from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import Pipeline, conditioning
+from lcm_jax.runtime import distributed
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.progress import Progress
 from lcm_jax.runtime.telemetry import BadRecords
 from lcm_jax.runtime.workdir import StopSignal, locked
 
+WAIT = 30 * 24 * 3600  # seconds for the slowest process after the first is done: whether it lives is told by others
 CAPTION = "caption"  # a row's text, kept for people to read
 DATA_KEYS = (  # of config.data, that decide what a row holds; sizes stand in the fingerprint
     "source", "path", "split", "image_key", "caption_key", "style", "num_examples", "filters", "width_key",
@@ -124,6 +127,7 @@ class Job:
     batch: int
     encode: Callable[[encoding.Rows], encoding.Rows]
     watch: training_data.Watch
+    left_out: tuple[Fault, ...]  # by indexing
 
 
 def latents(config: ConfigDict, out: str | Path, options: Options) -> None:
@@ -135,31 +139,40 @@ def latents(config: ConfigDict, out: str | Path, options: Options) -> None:
     """
     config, out = check_config(config), Path(out).expanduser().absolute()
     cache.check_reader()
-    cache_writing.check_folder(out)
-    out.mkdir(parents=True, exist_ok=True)
+    distributed.everywhere(lambda: cache_writing.check_folder(out))
     with locked(out):
-        part, = training_data.open_parts(config)
-        say(f"{part.name}: {part.report.line()}")
-        pipeline = student_lib.load_teacher(config)
-        training_data.check_sizes(config, pipeline)
-        tokenize = Captioned(training_data.Tokenize(conditioning.tokenizers(pipeline)))
-        pictures = training_data.pictures(config, part.source, tokenize, time_ids=pipeline.is_xl)
-        plan = make_plan(config, options, pipeline, pictures)
-        if not cache_writing.begin(out, plan):
+        job = distributed.everywhere(lambda: prepared(config, out, options))
+        distributed.same("what the cache shall hold", json.dumps(job.plan, indent=2))
+        if not distributed.everywhere(lambda: cache_writing.begin(out, job.plan)):
             return say(f"{out} is complete already")
-        watch = training_data.Watch(loader.Faults(config.data.max_bad_fraction, BadRecords(out)), say)
-        watch.faults.indexed(part.source.faults, part.report.total, part.report.kept)
-        examples = Variants(pictures, options.variants, config.seed)
-        shards = cache_writing.shards_of(examples.groups, options.shard_size)
-        batch = encoding.batch_size(config.data.resolution)
-        write(Job(out, plan, shards, examples, batch, make_encode(pipeline, options.text, batch), watch))
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("all shards are written")
+        distributed.everywhere(lambda: write(job), timeout=WAIT)
         if jax.process_index() == 0:
-            total, lost = cache_writing.finish(out, plan, shards, part.source.faults)
+            total, lost = cache_writing.finish(out, job.plan, job.shards, job.left_out)
             say(f"{out}: {total} rows; {lost} records could not be used")
+
+
+def prepared(config: ConfigDict, out: Path, options: Options) -> Job:
+    """All that writing the cache takes."""
+    part, = training_data.open_parts(config)
+    say(f"{part.name}: {part.report.line()}")
+    pipeline, mesh = on_this_host(config, student_lib.load_teacher(config))
+    training_data.check_sizes(config, pipeline)
+    tokenize = Captioned(training_data.Tokenize(conditioning.tokenizers(pipeline)))
+    pictures = training_data.pictures(config, part.source, tokenize, time_ids=pipeline.is_xl)
+    watch = training_data.Watch(loader.Faults(config.data.max_bad_fraction, BadRecords(out)), say)
+    watch.faults.indexed(part.source.faults, part.report.total, part.report.kept)
+    examples = Variants(pictures, options.variants, config.seed)
+    batch = encoding.batch_size(config.data.resolution)
+    return Job(
+        out=out,
+        plan=make_plan(config, options, pipeline, pictures),
+        shards=cache_writing.shards_of(examples.groups, options.shard_size),
+        examples=examples,
+        batch=batch,
+        encode=of_a_batch(encoding.make_encode(pipeline, mesh, config.data.encode_chunk), options.text, batch),
+        watch=watch,
+        left_out=tuple(part.source.faults),
+    )
 
 
 def check_config(config: ConfigDict) -> ConfigDict:
@@ -207,20 +220,26 @@ def layout(pipeline: Pipeline, sizes: Sequence[tuple[int, int]], options: Option
     ]
 
 
-def make_encode(pipeline: Pipeline, text: str, batch: int) -> Callable[[encoding.Rows], encoding.Rows]:
-    """At most `batch` rows -> their arrays, encoded on all devices of this host."""
+def on_this_host(config: ConfigDict, pipeline: Pipeline) -> tuple[Pipeline, Mesh]:
+    """The pipeline with weights of VAE and text encoders alone, on the devices of this process; their mesh.
+
+    `mesh.fsdp` of them, as far as that divides their number, hold one copy.
+    """
     devices = jax.local_devices()
-    mesh = mesh_lib.make_mesh(devices=devices[: math.gcd(len(devices), batch)])
-    encoders = {name: tree for name, tree in pipeline.params.items() if name != "unet"}
-    encoders = jax.device_put(encoders, mesh_lib.replicated(mesh))
-    encode = encoding.make_encode(dataclasses.replace(pipeline, params=encoders))
-    sharding = mesh_lib.batch_sharding(mesh)
+    fsdp = len(devices) if config.mesh.fsdp == -1 else math.gcd(config.mesh.fsdp, len(devices))
+    mesh = mesh_lib.make_mesh(fsdp=fsdp, devices=devices)
+    params = {name: tree for name, tree in pipeline.params.items() if name != "unet"}
+    return dataclasses.replace(pipeline, params=jax.tree.map(mesh_lib.place(mesh), params)), mesh
+
+
+def of_a_batch(encode: Callable, text: str, batch: int) -> Callable[[encoding.Rows], encoding.Rows]:
+    """At most `batch` rows -> their arrays; token ids stay where that is the `text` of the cache."""
     as_they_are = conditioning.TEXT_ENCODERS if text == "ids" else ()
 
     def call(rows: encoding.Rows) -> encoding.Rows:
         ids = {name: value for name, value in rows.items() if name in as_they_are}
         rows = {name: value for name, value in rows.items() if name not in ids}
-        return encoding.encode_rows(lambda full: encode(jax.device_put(full, sharding)), rows, batch) | ids
+        return encoding.encode_rows(encode, rows, batch) | ids
 
     return call
 
@@ -284,6 +303,8 @@ def records(config: ConfigDict, out: str | Path) -> None:
       Stopped: SIGTERM or SIGINT; nothing is left.
     """
     config, out = check_config(config), Path(out).expanduser().absolute()
+    if jax.process_count() > 1:
+        raise LcmError(f"--what=records packs in one process, not in {jax.process_count()}; start it once")
     part, = training_data.open_parts(config)
     say(f"{part.name}: {part.report.line()}")
     share = config.data.max_bad_fraction
@@ -330,7 +351,7 @@ def main(argv: list[str]) -> int:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    return exit_code(lambda: run(flags.FLAGS))
+    return distributed.exit_code(lambda: run(flags.FLAGS), **distributed.from_flags())
 
 
 if __name__ == "__main__":
@@ -341,5 +362,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("variants", Options.variants, "crops, flips and captions of each picture")
     flags.DEFINE_string("dtype", Options.dtype, f"of moments and embeddings on disk: {', '.join(cache.DTYPES)}")
     flags.DEFINE_integer("shard_size", Options.shard_size, "rows of a file")
+    distributed.define_flags()
     flags.mark_flags_as_required(["config", "out"])
     app.run(main, flags_parser=config_lib.parse_flags)

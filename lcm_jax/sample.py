@@ -17,24 +17,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lcm_jax import assets
+from lcm_jax import generate as generate_lib
 from lcm_jax.config import MAX_TWO_PASS_SCALE
 from lcm_jax.diffusion import samplers
 from lcm_jax.errors import LcmError, exit_code
-from lcm_jax.generate import (
-    Generator,
-    Settings,
-    default_guidance_scale,
-    default_size,
-    draw_noise,
-    is_lcm,
-    settings_for,
-    to_uint8,
-)
+from lcm_jax.generate import Settings
 from lcm_jax.pretrained import Pipeline, conditioning, is_single_file, load_pipeline, lora_files, read_record
+from lcm_jax.pretrained.names import Place
+from lcm_jax.runtime import mesh as mesh_lib
 
 SAMPLERS = ("lcm", "ddim", "dpm_solver_pp_2m")
 MAX_STEPS = 50
@@ -77,7 +73,7 @@ def warnings(
         found.append(
             "--negative_prompt has no effect at guidance scale 1, which is one pass; use --guidance_scale above 1"
         )
-    if settings.sampler == "lcm" and not (may_be_lcm or is_lcm(pipeline, record)):
+    if settings.sampler == "lcm" and not (may_be_lcm or generate_lib.is_lcm(pipeline, record)):
         found.append(
             "nothing says that this is a Latent Consistency Model (no w embedding, lcm_config.json, LCMScheduler or "
             "--lora): if it is none, few steps give blurred pictures; use --sampler=ddim, or --lora with an LCM-LoRA"
@@ -112,13 +108,15 @@ def load(
     variant: str | None = None,
     dtype: Any = jnp.float32,
     config: str | None = None,
+    place: Place | None = None,
 ) -> tuple[Pipeline, dict]:
     """The pipeline with UNet and VAE replaced where given, and the record of where the UNet comes from.
 
     config: folder or hub id with the tokenizers and configs that a single-file `model` lacks.
+    place: takes each parameter as soon as it is read, see `load_pipeline`.
     """
-    source = assets.resolve(model)
-    pipeline = load_pipeline(source, variant, dtype, unet=unet, vae=vae, config=config and assets.resolve(config))
+    source, config = assets.resolve(model), config and assets.resolve(config)
+    pipeline = load_pipeline(source, variant, dtype, unet=unet, vae=vae, config=config, place=place)
     if dtype == jnp.float16 and getattr(pipeline.vae, "force_upcast", False):
         pipeline = dataclasses.replace(pipeline, vae=pipeline.vae.clone(dtype=jnp.float32))  # SDXL's overflows
     if unet is not None:
@@ -221,6 +219,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--width", type=int, help="pixels; default: the model's")
     p.add_argument("--tiled", action="store_true", help="decode large pictures in tiles: less memory, faint seams")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the networks")
+    p.add_argument("--fsdp", type=int, default=1,
+                   help="devices that hold one copy of the weights together; -1: all")  # fmt: skip
     p.add_argument("--out", type=Path, required=True, help="folder for the PNG files")
     return p
 
@@ -280,35 +280,44 @@ def run(args: argparse.Namespace) -> list[Path]:
     prompts = read_prompts(args)
     loras = [parse_lora(text) for text in args.lora]
     dtype = jnp.dtype(args.dtype)
-    pipeline, record = load(args.model, args.unet, args.vae, args.variant, dtype, args.model_config)
+    mesh = make_mesh(args.fsdp)
+    place = mesh_lib.place(mesh)
+    pipeline, record = load(args.model, args.unet, args.vae, args.variant, dtype, args.model_config, place)
     if loras:
         pipeline, record = add_loras(pipeline, record, loras, args.ignore_unused)
-    height, width = default_size(pipeline)
-    height = height if args.height is None else args.height
-    width = width if args.width is None else args.width
-    settings = settings_for(pipeline, record, args.sampler, args.steps, args.spacing)
+    defaults = zip((args.height, args.width), generate_lib.default_size(pipeline), strict=True)
+    height, width = (default if given is None else given for given, default in defaults)
+    settings = generate_lib.settings_for(pipeline, record, args.sampler, args.steps, args.spacing)
     check_request(pipeline, settings, height, width, args.negative_prompt)
-    scale = args.guidance_scale
-    if scale is None:
-        scale = default_guidance_scale(pipeline.has_w_embedding, record, args.sampler)
+    default_scale = generate_lib.default_guidance_scale(pipeline.has_w_embedding, record, args.sampler)
+    scale = default_scale if args.guidance_scale is None else args.guidance_scale
     report(pipeline, record, settings, scale, prompts, args)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    generate = Generator(pipeline, args.tiled, args.negative_prompt)
+    generate = generate_lib.Generator(pipeline, args.tiled, args.negative_prompt, mesh)
     factor = pipeline.vae.factor
     shape = (height // factor, width // factor, pipeline.unet.in_channels)
     words = words_of(args, scale, height, width)
     written = []
-    for jobs in batches(prompts, args.num_images, args.batch_size):
-        padded = jobs + [jobs[-1]] * (args.batch_size - len(jobs))  # one batch size, one compilation
+    size = math.ceil(args.batch_size / mesh.size) * mesh.size  # no device draws for nothing
+    for jobs in batches(prompts, args.num_images, size):
+        padded = jobs + [jobs[-1]] * (size - len(jobs))  # one batch size, one compilation
         cond = generate.encode([prompt for _, prompt, _ in padded], report=False)
-        noise = draw_noise(args.seed, [i for _, _, i in padded], settings.steps, shape)
-        images = to_uint8(generate(cond, noise, scale, settings))
+        noise = generate_lib.draw_noise(args.seed, [i for _, _, i in padded], settings.steps, shape)
+        images = generate_lib.to_uint8(generate(cond, noise, scale, settings))
         for (p, prompt, i), image in zip(jobs, images, strict=False):
             path = args.out / f"{p:04d}_{i:04d}.png"
             write_png(path, image, {"prompt": prompt, "image": i, **words})
             written.append(path)
     return written
+
+
+def make_mesh(fsdp: int) -> Mesh:
+    """All devices, `fsdp` of them (-1: all) for one copy of the weights. Raises LcmError where that does not go."""
+    count = jax.device_count()
+    if fsdp != -1 and (fsdp < 1 or count % fsdp):
+        raise LcmError(f"--fsdp={fsdp} does not divide the {count} devices; choose a divisor, or -1 for all")
+    return mesh_lib.make_mesh(fsdp=count if fsdp == -1 else fsdp)
 
 
 def report(

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -23,12 +24,15 @@ from lcm_jax.distill.step import named_key
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.pretrained import Pipeline, hub, load_pipeline, load_unet, read_record
+from lcm_jax.pretrained.names import Place
 
 _SCHEDULER = "scheduler/scheduler_config.json"
 
 
-def load_teacher(config: ConfigDict) -> Pipeline:
+def load_teacher(config: ConfigDict, place: Place | None = None, weights: bool = True) -> Pipeline:
     """The pipeline of the run. Where no loss asks the teacher (plain LCF) its UNet is the student's, read once.
+
+    place: takes each parameter as soon as it is read; weights: False for shapes alone; see `load_pipeline`.
 
     Raises:
       LcmError: a model cannot be loaded.
@@ -38,13 +42,13 @@ def load_teacher(config: ConfigDict) -> Pipeline:
     unet = None if config_lib.asks_teacher(config) or model.teacher is None else assets.resolve(model.student)
     dtype = jnp.dtype("float32" if model.dtype == "auto" else model.dtype)
     vae, configs = (name and assets.resolve(name) for name in (model.vae, model.config))
-    pipeline = load_pipeline(source, dtype=dtype, unet=unet, vae=vae, config=configs)
+    pipeline = load_pipeline(source, dtype=dtype, unet=unet, vae=vae, config=configs, place=place, weights=weights)
     if dtype.itemsize < 4 and getattr(pipeline.vae, "force_upcast", False):  # SDXL's overflows in half precision
         pipeline = dataclasses.replace(pipeline, vae=pipeline.vae.clone(dtype=jnp.float32))
     return pipeline
 
 
-def load_student(config: ConfigDict, teacher: Pipeline) -> Pipeline:
+def load_student(config: ConfigDict, teacher: Pipeline, place: Place | None = None) -> Pipeline:
     """The pipeline with the UNet that training starts from.
 
     In a LoRA run its UNet is an `Adapted` one with `params["unet"]` = {"base", "lora"}, "base" being the teacher's own
@@ -53,6 +57,7 @@ def load_student(config: ConfigDict, teacher: Pipeline) -> Pipeline:
     Args:
       config: of the run.
       teacher: from `load_teacher`.
+      place: takes each parameter that the teacher has not, see `load_pipeline`.
 
     Raises:
       LcmError: `config.model.student` cannot be loaded, is no LCM though LCF needs one, was distilled with other
@@ -60,17 +65,20 @@ def load_student(config: ConfigDict, teacher: Pipeline) -> Pipeline:
     """
     unet, params = teacher.unet, teacher.params["unet"]
     if config_lib.asks_teacher(config) and config.model.student not in (None, config.model.teacher):
-        unet, params = load_unet(assets.resolve(config.model.student), dtype=unet.dtype)
+        weights = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
+        unet, params = load_unet(
+            assets.resolve(config.model.student), dtype=unet.dtype, place=place, weights=weights
+        )
     dim = config.distill.w_embedding_dim
     if config.objective == "lcf":
         _check_lcm(config, unet, teacher)
     if config.lora.rank and dim and unet.time_cond_proj_dim is None:
         raise LcmError(f"config.distill.w_embedding_dim = {dim}: {config_lib.W_EMBEDDING_OF_A_LORA}")
-    unet, params = state.student_of(unet, params, dim)
+    unet, params = state.student_of(unet, params, dim, place)
     if config.lora.rank:
         targets = tuple(config.lora.targets) or lora.DEFAULT_TARGETS
         key = named_key(config.seed, "lora")
-        unet, params = state.adapt(unet, params, key, config.lora.rank, config.lora.alpha, targets)
+        unet, params = state.adapt(unet, params, key, config.lora.rank, config.lora.alpha, targets, place)
     return dataclasses.replace(teacher, unet=unet, params={**teacher.params, "unet": params})
 
 

@@ -3,13 +3,19 @@
     python -m lcm_jax.train --config=configs/shapes_lcm.py --workdir=runs/shapes_lcm [--config.train.steps=2000]
 
 The workdir receives config.json, metrics.jsonl, TensorBoard events, sample grids and checkpoints/<step>/. The same
-command on the same workdir goes on from the newest checkpoint, bit for bit as if it had never stopped.
+command on the same workdir goes on from the newest checkpoint, bit for bit as if it had never stopped. It is the same
+command on one device, on many (config.mesh) and in many processes (docs/clusters.md).
+
+    --aot_report        compile the step for these devices, say what it takes and how fast it could be, and end
+    --profile=10:13     write a trace of these steps to WORKDIR/profile
 """
 
 import contextlib
 import dataclasses
 import functools
+import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,102 +23,127 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
+from lcm_jax import aot, encoding, training_data, training_step
 from lcm_jax import config as config_lib
-from lcm_jax import encoding, training_data
 from lcm_jax import generate as generate_lib
 from lcm_jax import student as student_lib
 from lcm_jax.data import loader
-from lcm_jax.diffusion import solvers
-from lcm_jax.distill import losses, objectives
+from lcm_jax.distill import objectives
 from lcm_jax.distill import state as state_lib
 from lcm_jax.distill import step as step_lib
-from lcm_jax.errors import LcmError, exit_code
-from lcm_jax.models.lora import Adapted
-from lcm_jax.pretrained import Pipeline, conditioning
+from lcm_jax.errors import LcmError
+from lcm_jax.pretrained import Pipeline
+from lcm_jax.runtime import boards, chips, distributed, roofline
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.checkpoint import Checkpoints
+from lcm_jax.runtime.profiling import Profile
 from lcm_jax.runtime.telemetry import BadRecords, Telemetry
-from lcm_jax.runtime.workdir import StopSignal, locked, prepare_workdir, same_as_before
+from lcm_jax.runtime.workdir import StopSignal, locked, prepare_workdir, same_as_before, write_atomic
 
 GRID_COLUMNS = 4  # pictures per prompt in a sample grid
 
 
-def train(config: ConfigDict, workdir: str | Path) -> state_lib.TrainState:
+def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> state_lib.TrainState:
     """Runs, or goes on with, the training that `config` describes; returns the state at its end.
+
+    Args:
+      profile: "START:END", steps to write a trace of; "": none.
 
     Raises:
       LcmError: a bad config, model or workdir, before anything long has begun; NaN or Inf during training.
     """
+    began = time.time()
+    config, mesh = distributed.everywhere(lambda: prepared(config))
+    with locked(workdir) as workdir:  # first of all: config.json is the running process's
+        prepare_workdir(workdir, config)
+        parts = distributed.everywhere(lambda: training_data.open_parts(config))
+        program = distributed.everywhere(lambda: training_step.make(config, *shapes(config), mesh))
+        return run(config, workdir, parts, program, mesh, profile, began)
+
+
+def aot_report(config: ConfigDict, workdir: str | Path) -> None:
+    """Compiles the step for the devices at hand and says what it takes there; WORKDIR/aot_report.json has it, too.
+
+    Raises:
+      LcmError: as `train`; the step does not fit.
+    """
+    config, mesh = prepared(config)
+    program = training_step.make(config, *shapes(config), mesh)
+    options = training_step.COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+    compiled = aot.compile_step(program, config, {})
+    found = roofline.report(
+        compiled, mesh, config.data.batch_size, program.model_flops(), options=options
+    )
+    say(roofline.text(found))
+    if jax.process_index() == 0:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(workdir) / "aot_report.json", json.dumps(found, indent=2) + "\n")
+
+
+def prepared(config: ConfigDict) -> tuple[ConfigDict, Mesh]:
+    """The config checked and resolved, and the mesh over all devices that it asks for."""
     config_lib.validate(config)
     config = config_lib.resolve(config)
-    workdir = Path(workdir).expanduser().absolute()
-    if workdir.exists() and not workdir.is_dir():
-        raise LcmError(f"workdir {workdir} is a file; choose a folder")
-    workdir.mkdir(parents=True, exist_ok=True)
-    with locked(workdir):  # first of all: config.json is the running process's
-        prepare_workdir(workdir, config)
-        parts = training_data.open_parts(config)
-        teacher = student_lib.load_teacher(config)
-        check_fit(config, teacher)
-        training_data.check_caches(config, parts, teacher)
-        student = student_lib.load_student(config, teacher)
-        check_student(config, teacher, student)
-        return run(config, workdir, parts, teacher, student)
+    if config.log.wandb:
+        boards.import_wandb()  # an error now, not when all is read
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.slices)
+    mesh_lib.check_batch(mesh, config.data.batch_size, config.train.accumulation_steps)
+    return config, mesh
+
+
+def shapes(config: ConfigDict) -> tuple[Pipeline, Pipeline]:
+    """Teacher and student without weights: what does not go together is found before minutes go into reading them."""
+    teacher = student_lib.load_teacher(config, weights=False)
+    check_fit(config, teacher)
+    student = student_lib.load_student(config, teacher)
+    check_student(config, teacher, student)
+    return teacher, student
+
+
+def models(config: ConfigDict, mesh: Mesh) -> tuple[Pipeline, Pipeline]:
+    """Teacher and student, read into the shards that each device holds of them."""
+    place = mesh_lib.place(mesh)
+    teacher = student_lib.load_teacher(config, place)
+    return teacher, student_lib.load_student(config, teacher, place)
 
 
 def run(
-    config: ConfigDict, workdir: Path, parts: Sequence[training_data.Part], teacher: Pipeline, student: Pipeline
+    config: ConfigDict,
+    workdir: Path,
+    parts: Sequence[training_data.Part],
+    program: training_step.TrainingStep,
+    mesh: Mesh,
+    profile: str,
+    began: float,
 ) -> state_lib.TrainState:
-    """The training loop. `student` is the teacher's pipeline with the student's UNet and initial weights.
+    """The training loop. What is trained and saved is `student_lib.theta`: all of the UNet, or adapters alone.
 
-    What is trained and saved is `student_lib.theta`: all of the UNet, or adapters alone.
+    began: `time.time()` when the command did.
     """
-    problem = make_problem(config, teacher, student)
-    rate = step_lib.learning_rate_schedule(
-        config.train.learning_rate,
-        config.train.lr_warmup_steps,
-        config.train.lr_decay_start,
-        config.train.lr_decay_steps,
-    )
-    optimizer = step_lib.make_optimizer(
-        rate,
-        b1=config.train.adam_b1,
-        b2=config.train.adam_b2,
-        eps=config.train.adam_eps,
-        weight_decay=config.train.weight_decay,
-        max_grad_norm=config.train.max_grad_norm,
-    )
-    mesh = mesh_lib.make_mesh()
-    teacher, student = place_encoders(mesh, teacher, student)
-    theta = student_lib.theta(student)
-    abstract = jax.eval_shape(lambda p: state_lib.create(p, optimizer), theta)
-    shardings = mesh_lib.state_shardings(mesh, abstract)
-    step_fn = jax.jit(
-        step_lib.make_step(problem, optimizer, config.train.ema_decay, config.train.accumulation_steps),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
-    key = step_lib.named_key(config.seed, "draws")
-
-    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        if checkpoints.latest_step() is not None:
-            state = checkpoints.restore(mesh_lib.abstract_state(mesh, abstract))
-        else:
-            state = jax.device_put(state_lib.create(theta, optimizer), shardings)
-        step = int(state.step)
-        if step >= config.train.steps:
-            print(f"{workdir} is trained to step {step} already; raise --config.train.steps to go on", file=sys.stderr)
+    kept = {name: config.checkpoint[name] for name in ("keep", "keep_every", "best")}
+    with Checkpoints(workdir / "checkpoints", **kept) as checkpoints:
+        state = checkpoints.restore(program.state) if checkpoints.steps() else None
+        if state is not None and int(state.step) >= config.train.steps:
+            say(f"{workdir} is trained to step {int(state.step)} already; raise --config.train.steps to go on")
             return state
-
-        frozen = make_frozen(problem, teacher, student)
-        frozen = jax.device_put(frozen, mesh_lib.state_shardings(mesh, frozen))
-        draw_grid = make_grid_drawer(config, student, functools.partial(objectives.student_weights, problem, frozen))
-        encode = encoding.make_encode(teacher)
+        teacher, student = distributed.everywhere(lambda: models(config, mesh))
+        training_data.check_caches(config, parts, teacher)
+        state = program.begin(student_lib.theta(student)) if state is None else state
+        step = int(state.step)
+        frozen = program.place_frozen(teacher, student)
+        teacher, student = encoders(teacher), encoders(student)
+        draw_grid = make_grid_drawer(config, program, student, frozen, mesh)
+        encode = encoding.make_encode(teacher, mesh, config.data.encode_chunk)
         watch = training_data.Watch(loader.Faults(config.data.max_bad_fraction, BadRecords(workdir)), say)
         examples, order = training_data.open_examples(config, parts, teacher, encode, watch)
         same_as_before(workdir, "data.json", training_data.describe(order))
+        key = jax.jit(lambda: step_lib.named_key(config.seed, "draws"), out_shardings=program.key.sharding)()
+        say(mesh_lib.report_unsharded(mesh, (program.state, program.frozen)))
         with (
             contextlib.closing(
                 loader.batches(
@@ -122,8 +153,7 @@ def run(
                     faults=watch.faults,
                     put=functools.partial(to_device, mesh, watch),
                     workers=0 if config.data.encode == "start" else config.data.workers,  # rows in memory stay here
-                    process_index=jax.process_index(),
-                    process_count=jax.process_count(),
+                    rows=mesh_lib.process_rows(mesh, config.data.batch_size, jax.process_index()),
                 )
             ) as batches,
             Telemetry(
@@ -132,43 +162,53 @@ def run(
                 batch_size=config.data.batch_size,
                 start_step=step,
                 log_every=config.log.every,
+                spike=config.log.spike,
+                wandb=config.log.wandb,
+                config=config.to_dict(),
+                keys_of=functools.partial(training_data.keys_of, examples, order),
+                began=began,
+                **speed_limits(program, mesh),
             ) as telemetry,
+            Profile(workdir, profile, step, config.train.steps) as profiled,
             StopSignal() as stop,
         ):
 
             def save() -> None:
                 telemetry.settle()  # a step whose loss or gradient was not finite raises here and is never saved
-                checkpoints.save(step, state)
+                if checkpoints.latest_step() != step:
+                    with telemetry.pause("checkpoint"):
+                        checkpoints.save(step, state, contents(config, step), telemetry.means() or None)
 
-            while step < config.train.steps and not stop:
+            while step < config.train.steps and not stop.agreed():
+                profiled.at(step, state)
                 try:
                     with telemetry.waiting():
                         rows = next(batches)
                 except (LcmError, OSError):  # the data gave out: what was trained until here is not lost
-                    if jax.process_count() == 1 and checkpoints.latest_step() != step > 0:
-                        save()  # by one of several hosts it would wait for the others
+                    if jax.process_count() == 1 and step > 0:
+                        save()  # by one of several processes it would wait for the others
                     raise
-                state, metrics = step_fn(state, frozen, as_batch(encode(rows)), key)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = program.step(state, frozen, training_step.as_batch(encode(rows)), key)
                 step += 1
-                telemetry.update(step, {**metrics, "learning_rate": rate(step - 1)})
+                telemetry.update(step, metrics)
                 if step == config.train.steps or step % config.checkpoint.every == 0:
                     save()
                 if draw_grid and step % config.sample.every == 0:
                     telemetry.settle()
-                    telemetry.images(step, draw_grid(state.ema_params))
-            if stop:
+                    with telemetry.pause("evaluation"):
+                        telemetry.images(step, draw_grid(state.ema_params))
+            if step < config.train.steps:
                 save()
+            with telemetry.pause("checkpoint"):
+                checkpoints.wait()  # here, where a signal still waits for it
+            if step < config.train.steps:
                 telemetry.message(f"{stop.name}: saved step {step}; the same command goes on from there")
     return state
 
 
 def check_fit(config: ConfigDict, teacher: Pipeline) -> None:
-    """Raises LcmError where config, teacher and devices do not go together."""
-    devices = jax.device_count()
-    if config.data.batch_size % devices:
-        raise LcmError(
-            f"config.data.batch_size = {config.data.batch_size} does not split over {devices} devices; use a multiple"
-        )
+    """Raises LcmError where config and teacher do not go together."""
     training_data.check_sizes(config, teacher)
     found, asked = teacher.schedule.prediction_type, config.model.prediction_type
     if asked not in (None, found):
@@ -203,44 +243,20 @@ def _list(values: set) -> str:
     return ", ".join(sorted(map(str, values)))
 
 
-def make_problem(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> objectives.Problem:
-    distance = {
-        "l2": losses.l2,
-        "huber": functools.partial(losses.pseudo_huber, c=config.distill.huber_c),
-    }[config.distill.loss]
-    return objectives.Problem(
-        student=student.unet,
-        teacher=teacher.unet if config_lib.asks_teacher(config) else None,
-        schedule=teacher.schedule,
-        grid=solvers.solver_grid(teacher.schedule, config.distill.solver_steps),
-        distance=distance,
-        w_min=config.distill.w_min,
-        w_max=config.distill.w_max,
-        scaling_factor=teacher.vae.scaling_factor,
-        sigma_data=config.distill.sigma_data,
-        timestep_scaling=config.distill.timestep_scaling,
-        objective=config.objective,
-        lcd_weight=config.distill.lcd_weight,
-    )
+def encoders(pipeline: Pipeline) -> Pipeline:
+    """The pipeline without its UNet's weights, which the state and the frozen arrays hold."""
+    return dataclasses.replace(pipeline, params={k: tree for k, tree in pipeline.params.items() if k != "unet"})
 
 
-def make_frozen(problem: objectives.Problem, teacher: Pipeline, student: Pipeline) -> objectives.Frozen:
-    """The frozen arrays of the problem, each once: adapters on the teacher's own weights bring none beside them."""
-    asked = problem.teacher is not None
-    weights = teacher.params["unet"] if asked else None
-    base = student.params["unet"]["base"] if isinstance(student.unet, Adapted) else None
-    return objectives.Frozen(
-        teacher=weights,
-        null=conditioning.null(teacher) if asked else None,
-        base=None if base is weights else base,
-    )
+def contents(config: ConfigDict, step: int) -> dict[str, Any]:
+    """What a checkpoint says beside its arrays: the position in the data, which is the step, and the config."""
+    return {"step": step, "images": step * config.data.batch_size, "config": json.loads(config_lib.to_json(config))}
 
 
-def place_encoders(mesh: jax.sharding.Mesh, *pipelines: Pipeline) -> tuple[Pipeline, ...]:
-    """The pipelines of one family with what they share, all but the UNets, on every device of the mesh, once."""
-    shared = {name: tree for name, tree in pipelines[0].params.items() if name != "unet"}
-    shared = jax.device_put(shared, mesh_lib.replicated(mesh))
-    return tuple(dataclasses.replace(p, params={**shared, "unet": p.params["unet"]}) for p in pipelines)
+def speed_limits(program: training_step.TrainingStep, mesh: Mesh) -> dict[str, float]:
+    """FLOPs of a step and of a second, where it is known what the devices can do."""
+    chip = chips.lookup(mesh.devices.flat[0].device_kind)
+    return {"flops_per_step": program.model_flops(), "peak_flops": chip.peak_flops * mesh.size} if chip else {}
 
 
 def to_device(mesh: jax.sharding.Mesh, watch: training_data.Watch, rows: encoding.Rows) -> dict[str, jax.Array]:
@@ -248,22 +264,20 @@ def to_device(mesh: jax.sharding.Mesh, watch: training_data.Watch, rows: encodin
     return mesh_lib.put_batch(mesh, watch.captions(rows))
 
 
-def as_batch(arrays: dict[str, jax.Array]) -> dict[str, Any]:
-    """Encoded rows -> the step's batch: the posterior's moments, and "cond"."""
-    arrays = dict(arrays)
-    moments = {name: arrays.pop(name) for name in ("mean", "logvar")}
-    return {**moments, "cond": arrays}
-
-
-def make_grid_drawer(config: ConfigDict, student: Pipeline, weights: Callable[[Any], Any]):
+def make_grid_drawer(
+    config: ConfigDict,
+    program: training_step.TrainingStep,
+    student: Pipeline,
+    frozen: objectives.Frozen,
+    mesh: Mesh,
+) -> Callable[[Any], np.ndarray] | None:
     """theta -> picture [h w 3] uint8 with a row per prompt of `config.sample`, from noise that never changes.
 
-    `weights` makes the UNet's weights of theta. None where the config asks for no pictures.
+    None where the config asks for no pictures.
     """
     if not config.sample.every or not config.sample.prompts:
         return None
-    encoders = {name: tree for name, tree in student.params.items() if name != "unet"}
-    generate = generate_lib.Generator(dataclasses.replace(student, params=encoders))
+    generate = generate_lib.Generator(student, mesh=mesh)
     side = config.data.resolution // student.vae.factor
     captions = [prompt for prompt in config.sample.prompts for _ in range(GRID_COLUMNS)]
     cond = generate.encode(captions)
@@ -278,20 +292,24 @@ def make_grid_drawer(config: ConfigDict, student: Pipeline, weights: Callable[[A
     )
 
     def draw(params: Any) -> np.ndarray:
-        images = generate(cond, noise, config.sample.guidance_scale, settings, unet_params=weights(params))
+        weights = objectives.student_weights(program.problem, frozen, params)
+        images = generate(cond, noise, config.sample.guidance_scale, settings, unet_params=weights)
         return generate_lib.grid(generate_lib.to_uint8(images), GRID_COLUMNS)
 
     return draw
 
 
 def say(line: str) -> None:
-    """A line for the reader of the terminal, from one process of all."""
-    if jax.process_index() == 0:
+    """A line for the reader of the terminal, from one process of all; "": none."""
+    if line and jax.process_index() == 0:
         print(line, file=sys.stderr, flush=True)
 
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "the run's config file, as configs/shapes_lcm.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: metrics, samples, checkpoints")
+_REPORT = flags.DEFINE_bool("aot_report", False, "compile the step, say what it takes and how fast it may be")
+_PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST, steps to write a trace of, to WORKDIR/profile")
+distributed.define_flags()
 
 
 def main(argv: list[str]) -> int:
@@ -300,9 +318,12 @@ def main(argv: list[str]) -> int:
         logging.set_verbosity(logging.WARNING)  # orbax tells its life otherwise
 
     def program() -> None:
-        train(_CONFIG.value, _WORKDIR.value)
+        if _REPORT.value:
+            aot_report(_CONFIG.value, _WORKDIR.value)
+        else:
+            train(_CONFIG.value, _WORKDIR.value, _PROFILE.value)
 
-    return exit_code(program)
+    return distributed.exit_code(program, **distributed.from_flags())
 
 
 if __name__ == "__main__":

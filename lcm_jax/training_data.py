@@ -280,6 +280,11 @@ def order_of(config: ConfigDict, parts: Sequence[Part], examples: Sequence[loade
     return Order(config.seed, config.data.batch_size, tuple(tuple(rows.groups) for rows in examples), weights)
 
 
+def keys_of(examples: Sequence[loader.Examples], order: Order, step: int) -> list[tuple[str, str]]:
+    """(shard, key) of the records of a step's global batch; the first step is 1. Replaced ones stand by their own."""
+    return [examples[place.stream].where(place.group, place.rank) for place in order.places(step - 1)]
+
+
 def describe(order: Order) -> dict[str, Any]:
     """What the order of a run's data depends on beside its config, as it comes back from JSON."""
     return {"records": [list(groups) for groups in order.streams]}

@@ -34,12 +34,13 @@ def main() -> None:
     tokenize = training_data.Tokenize(conditioning.tokenizers(pipeline))
     examples = training_data.pictures(config, part.source, tokenize)
     order = Order(config.seed, config.data.batch_size, (examples.groups,))
-    put = functools.partial(mesh_lib.put_batch, mesh_lib.make_mesh())
+    mesh = mesh_lib.make_mesh()
+    put = functools.partial(mesh_lib.put_batch, mesh)
     mine = []
     with contextlib.closing(
         loader.batches(
             (examples,), order, start, put=put, workers=workers, faults=loader.Faults(1.0, lambda fault: None),
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            rows=mesh_lib.process_rows(mesh, config.data.batch_size, jax.process_index()),
         )  # fmt: skip
     ) as batches:
         for batch in itertools.islice(batches, steps):

@@ -248,7 +248,7 @@ class Slow:
 
 def test_measured_rate_is_the_readers():
     rows = Slow(0.005, [])
-    count, seconds = excerpt.measure(loader.Batches((rows,), Order(0, 8, ((100,),)), 0, (0, 4)), 0, 0.5)
+    count, seconds = excerpt.measure(loader.Batches((rows,), Order(0, 8, ((100,),)), 0, range(4)), 0, 0.5)
     window = sum(made > time.monotonic() - seconds for made in rows.made)
     in_waiting = 4 * (3 * loader.THREADS + 1)  # rows of batches in the making, and in the buffer
     assert count % 4 == 0 and seconds >= 0.5 and abs(count - window) <= in_waiting

@@ -137,7 +137,7 @@ def test_mixed_with_lcd():
     theta = {"null": params["null"] + 0.1}
 
     def value_and_grad(loss, p):
-        return jax.value_and_grad(lambda x: loss(p, x, params, frozen, batch, draws))(theta)
+        return jax.value_and_grad(lambda x: loss(p, x, params, frozen, batch, draws).mean())(theta)
 
     lcf = value_and_grad(objectives.lcf_loss, dataclasses.replace(mixed, lcd_weight=0.0, teacher=None))
     teachers, got = value_and_grad(objectives.lcd_loss, p), value_and_grad(objectives.lcf_loss, mixed)
@@ -149,7 +149,7 @@ def test_mixed_with_lcd():
 def test_the_target_follows_and_gets_no_gradient():
     p, params, frozen, batch, draws = lcd.gaussian_case(50)
     p = dataclasses.replace(p, objective="lcf", teacher=None)
-    grads = jax.grad(lambda x: objectives.lcf_loss(p, params, x, objectives.Frozen(), batch, draws))(params)
+    grads = jax.grad(lambda x: objectives.lcf_loss(p, params, x, objectives.Frozen(), batch, draws).mean())(params)
     np.testing.assert_array_equal(grads["null"], np.zeros(4))
     optimizer = step_lib.make_optimizer(1e-2)
     begun = state.create(params, optimizer)
@@ -159,5 +159,5 @@ def test_the_target_follows_and_gets_no_gradient():
     np.testing.assert_allclose(after.ema_params["null"], params["null"] + 0.1 * moved, rtol=1e-5)
     assert np.abs(moved).min() > 1e-3
     draws = objectives.draw(p, jax.random.fold_in(jax.random.key(0), 0), draws.noise.shape)
-    want = objectives.lcf_loss(p, params, params, objectives.Frozen(), batch, draws)
+    want = objectives.lcf_loss(p, params, params, objectives.Frozen(), batch, draws).mean()
     np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)

@@ -151,7 +151,8 @@ def loss_and_gradient(family: str, prediction_type: str):
     def run(theta, target, teacher, null, batch, draws, distance):
         p = make_problem(family, prediction_type, lambda a, b: jax.lax.switch(distance, DISTANCES, a, b))
         frozen = objectives.Frozen(teacher=teacher, null=null)
-        return jax.value_and_grad(lambda theta: objectives.lcd_loss(p, theta, target, frozen, batch, draws))(theta)
+        loss = lambda theta: objectives.lcd_loss(p, theta, target, frozen, batch, draws).mean()  # noqa: E731
+        return jax.value_and_grad(loss)(theta)
 
     return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what takes time here
 
@@ -284,7 +285,7 @@ def gaussian_case(num_steps: int, index=None) -> tuple:
 
 def gaussian_loss(num_steps: int) -> float:
     p, params, frozen, batch, draws = gaussian_case(num_steps)
-    return float(objectives.lcd_loss(p, params, params, frozen, batch, draws))
+    return float(objectives.lcd_loss(p, params, params, frozen, batch, draws).mean())
 
 
 def test_exact_consistency_function_leaves_only_the_solvers_error():
@@ -301,7 +302,7 @@ def test_gradient_vanishes_with_the_solvers_error():
     def gradient(num_steps, shift):
         p, params, frozen, batch, draws = gaussian_case(num_steps)
         theta = {"null": params["null"] + shift}
-        grads = jax.grad(lambda x: objectives.lcd_loss(p, x, params, frozen, batch, draws))(theta)
+        grads = jax.grad(lambda x: objectives.lcd_loss(p, x, params, frozen, batch, draws).mean())(theta)
         return np.linalg.norm(grads["null"])
 
     assert gradient(50, 0.0) < 0.02 * gradient(50, 0.1)
@@ -335,7 +336,7 @@ def test_target_at_index_0_is_z_end_whatever_the_target_weights():
 
 def test_only_theta_gets_a_gradient():
     p, params, frozen, batch, draws = gaussian_case(50)
-    grads = jax.grad(lambda target: objectives.lcd_loss(p, params, target, frozen, batch, draws))(params)
+    grads = jax.grad(lambda target: objectives.lcd_loss(p, params, target, frozen, batch, draws).mean())(params)
     np.testing.assert_array_equal(grads["null"], np.zeros(4))
 
 

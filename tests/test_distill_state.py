@@ -24,6 +24,36 @@ def test_state_begins_with_two_copies():
     np.testing.assert_array_equal(begun.ema_params["a"], params["a"] - 1)
 
 
+def test_a_jitted_beginning_shares_no_memory_with_its_origin():
+    """The step donates the state: were a buffer the teacher's as well, the teacher would be gone."""
+    params = {"a": jnp.arange(6.0).reshape(2, 3)}
+    begun = jax.jit(lambda p: state.create(p, optax.adamw(1e-3)))(params)
+    trees = (params, begun.params, begun.ema_params)
+    assert len({tree["a"].unsafe_buffer_pointer() for tree in trees}) == 3
+    jax.tree.map(lambda x: x.delete(), begun)
+    np.testing.assert_array_equal(params["a"], np.arange(6).reshape(2, 3))
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_what_a_student_adds_is_as_its_parameters_are(abstract):
+    unet = unet_lib.from_config(UNETS["sd15-w"] | {"time_cond_proj_dim": None})
+    params = names.abstract_params(unet)
+    params = params if abstract else jax.tree.map(lambda x: np.ones(x.shape, np.float32), params)
+    placed = []
+
+    def place(value):
+        placed.append(value)
+        return value
+
+    told, weights = state.student_of(unet, params, 16, place)
+    module, adapted = state.adapt(told, weights, jax.random.key(0), 2, 4.0, ("to_q", "to_k"), place)
+    assert module.scale == 2 and adapted["base"] is weights
+    added = [weights["time_embedding"]["cond_proj"]["kernel"], *jax.tree.leaves(adapted["lora"])]
+    assert len(placed) == len(added) > 4 and all(a is p for a, p in zip(added, placed, strict=True))
+    kinds = {type(value) for value in added}
+    assert kinds == {jax.ShapeDtypeStruct} if abstract else jax.ShapeDtypeStruct not in kinds
+
+
 def test_ema_distance_shrinks_geometrically():
     """With theta constant, theta^- - theta is mu^n of what it was."""
     rng = np.random.default_rng(0)

@@ -3,6 +3,7 @@
 import io
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from PIL import Image
 
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import telemetry as telemetry_lib
-from lcm_jax.runtime.telemetry import Telemetry, check_finite, keep_until, read_metrics
+from lcm_jax.runtime.goodput import goodput
+from lcm_jax.runtime.telemetry import Telemetry, device_memory, keep_until, read_metrics
 
 
 def train(workdir, first, last, total=20, log_every=5, bad=None, stream=None):
@@ -47,9 +49,79 @@ def test_images_per_second(tmp_path, monkeypatch):
             now[0] += 100.0 if step == 1 else 2.0  # the first step compiles
             telemetry.update(step, {"loss": 1.0})
             if step == 5:
-                now[0] += 50.0
-                telemetry.images(5, np.zeros((2, 2, 3), np.uint8))
+                telemetry.settle()
+                with telemetry.pause("evaluation"):
+                    now[0] += 50.0
+                    telemetry.images(5, np.zeros((2, 2, 3), np.uint8))
+        telemetry.settle()
     assert [r["images_per_second"] for r in read_metrics(tmp_path)] == [4.0, 4.0], "8 images in 2 s"
+
+
+def test_where_the_time_went(tmp_path, monkeypatch):
+    """Ten steps of 2 s after one of 100; 3 s, 5 s and 7 s between them; the device needs 15 of the 18 TFLOP/s."""
+    now = [0.0]
+    monkeypatch.setattr(telemetry_lib.time, "monotonic", lambda: now[0])
+    pauses = {3: ("data", 3.0), 5: ("checkpoint", 5.0), 8: ("evaluation", 7.0)}
+    with Telemetry(tmp_path, 11, batch_size=8, log_every=11, stream=io.StringIO(), flops_per_step=30e12,
+                   peak_flops=18e12) as telemetry:
+        for step in range(1, 12):
+            if step in pauses:
+                kind, seconds = pauses[step]
+                with telemetry.pause(kind):
+                    now[0] += seconds
+            now[0] += 100.0 if step == 1 else 2.0
+            telemetry.update(step, {"loss": 1.0})
+    record, = read_metrics(tmp_path)
+    assert record["time_step"] == 20 and record["time_data"] == 3
+    assert record["time_checkpoint"] == 5 and record["time_evaluation"] == 7
+    assert record["data_wait"] == pytest.approx(3 / 23, abs=1e-4)
+    assert record["images_per_second"] == pytest.approx(80 / 23, abs=1e-3)
+    assert record["mfu"] == pytest.approx(300 / (18 * 23), abs=1e-4)
+    assert "memory" not in record or jax.default_backend() != "cpu"
+
+
+def test_waiting_beside_a_step_in_progress_is_the_steps_time(tmp_path, monkeypatch):
+    """A step takes 4 s, its data 6 s, both at once: 4 of 6 s are the step's, 2 are the data's."""
+    now = [0.0]
+    monkeypatch.setattr(telemetry_lib.time, "monotonic", lambda: now[0])
+    with Telemetry(tmp_path, 5, batch_size=8, log_every=5, stream=io.StringIO()) as telemetry:
+        results = [telemetry_lib.Future() for _ in range(5)]
+        monkeypatch.setattr(telemetry._fetched, "submit", lambda metrics: results[metrics["n"]])
+        for step in range(1, 6):
+            with telemetry.waiting():
+                now[0] += 6.0
+            results[step - 1].set_result(({"loss": 1.0}, now[0] + 4.0))
+            telemetry.update(step, {"n": step - 1})
+    record, = read_metrics(tmp_path)
+    assert record["time_step"] == 16 and record["time_data"] == 8
+    assert record["data_wait"] == pytest.approx(1 / 3, abs=1e-4)
+
+
+def test_loss_by_bins_is_a_mean_since_the_line_before(tmp_path):
+    sums, counts = np.random.default_rng(0).integers(0, 3, (2, 20, 5)).astype(np.float32)
+    counts[:, 3] = 0
+    with Telemetry(tmp_path, 20, batch_size=8, log_every=10, stream=io.StringIO()) as telemetry:
+        for step in range(1, 21):
+            bins = {"sum": jnp.asarray(sums[step - 1]), "count": jnp.asarray(counts[step - 1])}
+            telemetry.update(step, {"loss": jnp.float32(1), "loss_bins": bins})
+    early, late = read_metrics(tmp_path)
+    for record, steps in ((early, slice(1, 10)), (late, slice(10, 20))):  # the first step's are the compiler's
+        for i in (0, 1, 2, 4):
+            assert record[f"loss_bin_{i}"] == pytest.approx(sums[steps, i].sum() / counts[steps, i].sum())
+        assert "loss_bin_3" not in record and "loss_bins" not in record
+
+
+def test_device_memory():
+    class Device:
+        def __init__(self, stats):
+            self.stats = stats
+
+        def memory_stats(self):
+            return self.stats
+
+    stats = [{"bytes_in_use": used, "peak_bytes_in_use": 3 * used, "num_allocs": 1} for used in (5, 7)]
+    assert device_memory([*map(Device, stats)]) == {"memory": 7, "memory_peak": 21}
+    assert device_memory([Device(None), Device(None)]) == {} == device_memory([Device({"num_allocs": 1})])
 
 
 def test_going_on_drops_later_lines(tmp_path):
@@ -69,15 +141,6 @@ def test_damaged_line_in_the_middle_is_named(tmp_path):
     with pytest.raises(LcmError, match="line 2"):
         keep_until(tmp_path, 1)
     assert (tmp_path / "metrics.jsonl").read_text() == before
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_check_finite(value):
-    check_finite(3, 1.0, 2.0)
-    with pytest.raises(LcmError, match=f"loss of step 3 is {value}"):
-        check_finite(3, value, 1.0)
-    with pytest.raises(LcmError, match=f"gradient norm of step 3 is {value}"):
-        check_finite(3, 1.0, value)
 
 
 @pytest.mark.parametrize("bad", [1, 7, 10, 20])
@@ -137,3 +200,55 @@ def test_tensorboard_and_pictures(tmp_path):
     events = read_events(tmp_path / "tensorboard")
     assert {(5, "loss", "simple_value"), (10, "images_per_second", "simple_value"),
             (10, "samples", "image")} <= set(events)
+
+
+def test_goodput_goes_on_after_a_restart(tmp_path):
+    train(tmp_path, 0, 20)
+    train(tmp_path, 10, 20)
+    total = goodput(tmp_path)
+    assert total.attempts == 2 and 0 < total.share < 1 and total.redone > 0
+    assert read_metrics(tmp_path)[-1]["goodput"] > 0
+
+
+def test_the_records_of_a_bad_batch_are_listed(tmp_path):
+    asked = []
+
+    def keys_of(step):
+        asked.append(step)
+        return [("a.tar", f"{step}-{row}") for row in range(3)]
+
+    with Telemetry(tmp_path, 20, batch_size=8, stream=io.StringIO(), keys_of=keys_of) as telemetry:
+        with pytest.raises(LcmError, match="bad_batch.json") as error:
+            for step in range(1, 10):
+                telemetry.update(step, {"loss": jnp.float32(np.inf if step == 4 else 1.0)})
+    assert step == 4 + telemetry_lib.LAG and "\n" not in str(error.value)
+    found = json.loads((tmp_path / "bad_batch.json").read_text())
+    assert asked == [4] and found["step"] == 4 and found["reason"] == "loss of step 4 is inf"
+    assert found["records"] == [{"shard": "a.tar", "key": f"4-{row}"} for row in range(3)]
+
+
+def test_stops_at_a_spike_and_again_where_the_run_goes_on(tmp_path):
+    def run(first, spike):
+        with Telemetry(tmp_path, 60, batch_size=8, start_step=first, log_every=1, stream=io.StringIO(),
+                       spike=spike) as telemetry:
+            for step in range(first + 1, 61):
+                telemetry.update(step, {"loss": 5.0 if step == 50 else 1.0 + step % 2})
+
+    for first in (0, 48):
+        with pytest.raises(LcmError, match=r"loss of step 50 is 5, 3.3 times its running mean 1.5"):
+            run(first, 3.0)
+        assert read_metrics(tmp_path)[-1]["step"] == 49
+    run(48, 4.0)
+    run(48, 0.0)
+    assert read_metrics(tmp_path)[-1]["step"] == 60
+
+
+def test_numbers_are_fetched_by_a_thread_and_its_errors_are_raised(tmp_path, monkeypatch):
+    def fail(values):
+        raise FloatingPointError("device lost")
+
+    with Telemetry(tmp_path, 20, batch_size=8, stream=io.StringIO()) as telemetry:
+        monkeypatch.setattr(telemetry_lib.jax, "device_get", fail)
+        telemetry.update(1, {"loss": jnp.float32(1)})
+        with pytest.raises(FloatingPointError, match="device lost"):
+            telemetry.settle()

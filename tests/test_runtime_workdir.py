@@ -1,5 +1,6 @@
 """The workdir: config guard, lock, atomic files, stopping by signal."""
 
+import fcntl
 import json
 import os
 import signal
@@ -22,10 +23,12 @@ def config():
 
 
 def test_first_time_writes_config_then_the_same_goes_on(tmp_path, config):
-    folder = workdir_lib.prepare_workdir(tmp_path / "new" / "run", config)
+    with workdir_lib.locked(tmp_path / "new" / "run") as folder:
+        workdir_lib.prepare_workdir(folder, config)
+    (folder / ".lock").unlink()
     before = (folder / "config.json").read_bytes()
     assert json.loads(before)["model"]["teacher"] == "a/teacher"
-    assert workdir_lib.prepare_workdir(folder, config) == folder
+    workdir_lib.prepare_workdir(folder, config)
     assert (folder / "config.json").read_bytes() == before
     assert os.listdir(folder) == ["config.json"], "no temporary files stay"
 
@@ -69,7 +72,8 @@ def test_broken_config_json(tmp_path, config, content):
 def test_places_that_are_no_workdir(tmp_path, config):
     (tmp_path / "file").write_text("")
     with pytest.raises(LcmError, match="is a file"):
-        workdir_lib.prepare_workdir(tmp_path / "file", config)
+        with workdir_lib.locked(tmp_path / "file"):
+            pass
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(LcmError, match="holds a run but no config.json"):
         workdir_lib.prepare_workdir(tmp_path, config)
@@ -99,12 +103,20 @@ def test_lock_is_exclusive_and_freed(tmp_path):
         pass
 
 
+def test_lock_holds_until_the_last_process_of_a_run_has_ended(tmp_path):
+    with open(tmp_path / ".lock", "w+") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as the others of several processes hold it
+        with pytest.raises(LcmError, match="in use by another process"):
+            with workdir_lib.locked(tmp_path):
+                pass
+
+
 def test_signal_sets_the_flag_once_and_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
     with workdir_lib.StopSignal() as stop:
-        assert not stop
+        assert not stop and not stop.agreed()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop and stop.name == "SIGTERM"
+        assert stop and stop.agreed() and stop.name == "SIGTERM"
         assert signal.getsignal(signal.SIGTERM) is before, "a second one must work as usual"
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -13,10 +13,10 @@ from diffusers import UNet2DConditionModel
 
 from lcm_jax import config as config_lib
 from lcm_jax import student as student_lib
-from lcm_jax import train
+from lcm_jax import train, training_step
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
-from lcm_jax.pretrained import RECORD, load_pipeline, save_single_file
+from lcm_jax.pretrained import RECORD, conditioning, load_pipeline, save_single_file
 
 DIM = 16
 
@@ -66,8 +66,9 @@ def same(a, b) -> bool:
 
 
 def frozen_of(config, teacher, student):
-    problem = train.make_problem(config, teacher, student)
-    return problem, train.make_frozen(problem, teacher, student)
+    problem = training_step.make_problem(config, teacher, student)
+    null = conditioning.null(teacher) if problem.teacher is not None else None
+    return problem, training_step.make_frozen(problem, teacher, student, null)
 
 
 LORA = {"lora__rank": 4, "lora__alpha": 2.0, "distill__w_embedding_dim": 0, "sample__guidance_scale": 1.0}
@@ -191,7 +192,7 @@ def test_another_vae_and_its_precision(teacher, tmp_path):
     config = make_config(teacher, model__vae=str(vae), model__dtype="bfloat16")
     whole, student = load(config)
     assert whole.unet.dtype == student.unet.dtype == jnp.bfloat16 and whole.vae.dtype == jnp.float32
-    assert train.make_problem(config, whole, student).scaling_factor == 0.5
+    assert training_step.make_problem(config, whole, student).scaling_factor == 0.5
     tiny.write_json(path, json.loads(path.read_text()) | {"force_upcast": False})
     assert student_lib.load_teacher(config).vae.dtype == jnp.bfloat16
     assert load_pipeline(teacher).vae.scaling_factor != 0.5
@@ -201,6 +202,9 @@ def test_a_single_file_teacher_is_the_folder_it_was_made_from(teacher, tmp_path)
     file = save_single_file(load_pipeline(teacher), tmp_path / "teacher.safetensors", dtype=np.float32)
     with pytest.raises(LcmError, match=r"config\.model\.config = '.*': goes with a single \.safetensors file"):
         make_config(teacher, model__config=str(teacher))
-    _, student = load(make_config(file, model__config=str(teacher)))
+    config = make_config(file, model__config=str(teacher))
+    _, student = load(config)
     _, expected = load(make_config(teacher))
     assert student.unet == expected.unet and same(student.params["unet"], expected.params["unet"])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), student.params)
+    assert [pipeline.params for pipeline in train.shapes(config)][1] == shapes

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -149,7 +150,7 @@ def test_the_workdir_holds_what_is_promised(stopped, teacher):
     saved = json.loads((workdir / "config.json").read_text())
     assert saved["model"] == {
         "teacher": str(teacher), "student": str(teacher), "dtype": "float32", "vae": None, "prediction_type": None,
-        "config": None,
+        "config": None, "teacher_dtype": "float32", "attention": "auto",
     }  # fmt: skip
     assert saved["train"]["steps"] == STEPS and set(saved) == set(config_lib.default_config())
     for record in telemetry.read_metrics(workdir):
@@ -316,15 +317,18 @@ def test_config_keys_and_values(teacher, tmp_path, capsys, option, words):
 
 
 def test_resolution_and_batch_must_fit_vae_and_devices(teacher, monkeypatch):
-    pipeline = load_pipeline(teacher)
     config = config_lib.default_config()
     config.data.resolution = 60
     with pytest.raises(train.LcmError, match=r"data\.resolution = 60 .* factor 8"):
-        train.check_fit(config, pipeline)
-    config.data.resolution, config.data.batch_size = 64, 6
-    monkeypatch.setattr(jax, "device_count", lambda: 4)
-    with pytest.raises(train.LcmError, match=r"data\.batch_size = 6 .* 4 devices"):
-        train.check_fit(config, pipeline)
+        train.check_fit(config, load_pipeline(teacher))
+    config = runpy.run_path(str(ROOT / "configs" / "shapes_lcm.py"))["get_config"]()
+    config.data.batch_size, config.train.accumulation_steps = 6, 6
+    assert train.prepared(config)[1].size == 1
+    devices = jax.devices() * 4
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(train.LcmError, match=r"data\.batch_size = 6 in 6 parts .* 4 devices; use a multiple of 24"):
+        train.prepared(config)
+
 
 
 def test_another_runs_workdir_is_refused_with_both_values_and_left_alone(whole, teacher, capsys):

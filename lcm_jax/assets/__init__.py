@@ -1,7 +1,8 @@
-"""Files that come with the package: the embedded teacher, a small Stable Diffusion in diffusers format."""
+"""Files that come with the package: a small Stable Diffusion in diffusers format, and published models' configs."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from lcm_jax.errors import LcmError
@@ -22,3 +23,13 @@ def path(name: str) -> Path:
 def resolve(source: str) -> str:
     """`source` as `load_pipeline` takes it: "shapes" becomes the asset's folder, anything else stays as it is."""
     return str(path(source)) if source in _FOLDERS else source
+
+
+def architecture(source: str) -> Path | None:
+    """Folder with the configs alone of the published model that the hub calls `source`; None where there is none.
+
+    Facts of the models, not their files: what decides shapes and noise tables. Fine-tunes share their base's.
+    """
+    folder = Path(__file__).parent / "architectures"
+    name = json.loads((folder / "hub.json").read_text()).get(source)
+    return None if name is None else folder / name

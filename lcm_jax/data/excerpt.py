@@ -110,7 +110,7 @@ def first_rows(
         end = min(order.batch_size, count - len(rows))
         if not end:
             return rows, faults
-        batch, found = loader.Batches(tuple(examples), order, step, (0, end))[0]
+        batch, found = loader.Batches(tuple(examples), order, step, range(end))[0]
         rows += [{name: value[number] for name, value in batch.items()} for number in range(end)]
         faults += found
     raise AssertionError("unreachable")
@@ -118,7 +118,7 @@ def first_rows(
 
 def measure(batches: loader.Batches, workers: int, seconds: float) -> tuple[int, float]:
     """(rows, seconds) of reading ahead, without the warm-up: at least one batch, and about `seconds`."""
-    rows = batches.rows[1] - batches.rows[0]
+    rows = len(batches.rows)
     with contextlib.closing(loader.read_ahead(batches, workers)) as read:
         next(read)
         settled = time.monotonic() + min(WARM_UP, seconds)

@@ -189,7 +189,7 @@ def speed_lines(config: ConfigDict, examples: Sequence[loader.Examples], order: 
     how = f"worker processes: {data.workers}" if data.workers else f"threads: {loader.THREADS}"
     what = "read" if cached else f"read, decode ({data.decoder}), resize ({data.resize_filter}), crop"
     say(f"measuring the loader for {seconds:g} s")
-    count, took = excerpt.measure(loader.Batches(tuple(examples), order, 0, (0, rows)), data.workers, seconds)
+    count, took = excerpt.measure(loader.Batches(tuple(examples), order, 0, range(rows)), data.workers, seconds)
     lines = [*report.heading("throughput"), f"{what}; {how}", report.throughput(count, took, data.batch_size)]
     if data.encode == "start":
         lines.append(f'data.encode = "start": it is done once, before training, {total_rows(order):,} rows')

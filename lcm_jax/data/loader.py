@@ -66,7 +66,7 @@ class Batches:
     examples: tuple[Examples, ...]
     order: Order
     start: int
-    rows: tuple[int, int]  # first and end, of the global batch's
+    rows: Sequence[int]  # their positions in a global batch
 
     def __len__(self) -> int:
         return MAX_STEPS
@@ -74,7 +74,7 @@ class Batches:
     def __getitem__(self, number: int) -> tuple[dict[str, np.ndarray], tuple[Fault, ...]]:
         step, faults = self.start + number, []
         places = self.order.places(step)
-        rows = [self._row(places[row], step * self.order.batch_size + row, faults) for row in range(*self.rows)]
+        rows = [self._row(places[row], step * self.order.batch_size + row, faults) for row in self.rows]
         return stacked(rows), tuple(faults)
 
     def _row(self, place: Place, position: int, faults: list[Fault]) -> dict[str, np.ndarray]:
@@ -235,7 +235,7 @@ def prefetched(batches: Iterator[Batch], put: Callable[[Batch], Any] = jax.devic
 
 def batches(examples: Sequence[Examples], order: Order, start_step: int = 0, *, faults: Faults | None = None,
             put: Callable[[Batch], Any] = jax.device_put, workers: int = 0, depth: int = 2,
-            process_index: int = 0, process_count: int = 1) -> Iterator[Any]:
+            rows: Sequence[int] | None = None) -> Iterator[Any]:
     """Endless batches on the device from `start_step` on: the training loop's data. Close it (`contextlib.closing`).
 
     Args:
@@ -246,12 +246,10 @@ def batches(examples: Sequence[Examples], order: Order, start_step: int = 0, *, 
         put: takes this process's rows to the device: `functools.partial(mesh.put_batch, m)` on a mesh.
         workers: processes that read and decode; 0: threads of this one.
         depth: batches in waiting on the device.
+        rows: positions in a global batch of the rows that this process reads (`mesh.process_rows`); None: all.
 
     Bad arguments are refused here, not when the first batch is asked for.
     """
-    if order.batch_size % process_count:
-        raise LcmError(f"data.batch_size = {order.batch_size} does not split over {process_count} processes; "
-                       "choose a multiple")
     if tuple(tuple(e.groups) for e in examples) != order.streams or start_step < 0:
         raise LcmError(f"examples in groups {[e.groups for e in examples]} from step {start_step} do not fit an order "
                        f"of {order.streams}")
@@ -259,14 +257,13 @@ def batches(examples: Sequence[Examples], order: Order, start_step: int = 0, *, 
     if not faults.records:
         count = sum(map(sum, order.streams))
         faults.indexed((), count, count)
-    rows = order.batch_size // process_count
-    mine = (process_index * rows, (process_index + 1) * rows)
+    mine = tuple(range(order.batch_size) if rows is None else rows)
 
     def on_host() -> Iterator[Batch]:
         read = read_ahead(Batches(tuple(examples), order, start_step, mine), workers)
         with contextlib.closing(read):
             for batch, found in read:
-                faults.add(found, rows)
+                faults.add(found, len(mine))
                 yield batch
 
     return prefetched(on_host(), put, depth)

@@ -39,10 +39,16 @@ def guided_output(
     taken from cond; w [b] or scalar.
     """
     b = z_t.shape[0]
-    both = {key: jnp.concatenate([c, jnp.broadcast_to(null.get(key, c), c.shape)]) for key, c in cond.items()}
+    both = {key: _pairs(c, jnp.broadcast_to(null.get(key, c), c.shape)) for key, c in cond.items()}
     t = jnp.broadcast_to(t, (b,))
-    output = call(unet, params, jnp.concatenate([z_t, z_t]), jnp.concatenate([t, t]), both)
-    return guidance.classifier_free(output[:b], output[b:], w)
+    output = call(unet, params, _pairs(z_t, z_t), _pairs(t, t), both)
+    output = output.reshape(b, 2, *output.shape[1:])
+    return guidance.classifier_free(output[:, 0], output[:, 1], w)
+
+
+def _pairs(first: jax.Array, second: jax.Array) -> jax.Array:
+    """[b ...] and [b ...] -> [2b ...], the rows of both by turns: where b is split over devices, all stay on theirs."""
+    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
 
 def call(

@@ -37,7 +37,7 @@ class Problem:
       student: UNet, or `Adapted` UNet. One with `time_cond_proj_dim` is told w; one without averages over it.
       teacher: UNet; None where nothing asks it (LCF with `lcd_weight` 0).
       schedule, grid: the teacher's noise table, and the solver grid on it.
-      distance: d(prediction, target) -> scalar.
+      distance: d(prediction, target) of each example, [b ...] -> [b].
       w_min, w_max: range of w, the paper's convention (guidance scale - 1).
       scaling_factor: the VAE's, from posterior to diffusion latents.
       sigma_data, timestep_scaling: of the boundary scalings.
@@ -101,7 +101,7 @@ def student_weights(problem: Problem, frozen: Frozen, theta: Params) -> Params:
 def lcd_loss(
     problem: Problem, params: Params, target_params: Params, frozen: Frozen, batch: Mapping[str, Any], draws: Draws
 ) -> jax.Array:
-    """The LCD loss, a float32 scalar.
+    """The LCD loss of each example, float32 [b]; what is minimised is their mean.
 
     Args:
       problem: what is distilled.
@@ -118,9 +118,10 @@ def lcd_loss(
 def lcf_loss(
     problem: Problem, params: Params, target_params: Params, frozen: Frozen, batch: Mapping[str, Any], draws: Draws
 ) -> jax.Array:
-    """The LCF loss, plus `problem.lcd_weight` times the LCD loss of the same draws; arguments as `lcd_loss`'s.
+    """The LCF loss of each example, plus `problem.lcd_weight` times the LCD loss of the same draws, float32 [b].
 
-    The prediction is the same for both, so that the mixture costs the teacher's passes and one of the target more.
+    Arguments as `lcd_loss`'s. The prediction is the same for both, so that the mixture costs the teacher's passes and
+    one of the target more.
     """
     z_start = noised(problem, batch, draws, problem.grid.timesteps)
     ends = [noised(problem, batch, draws, problem.grid.prev_timesteps)]
@@ -162,7 +163,7 @@ def _distances(
     cond: Conditioning,
     draws: Draws,
 ) -> list[jax.Array]:
-    """d(f_theta(z_start), stop_gradient f_theta^-(z_end)) for every z_end."""
+    """d(f_theta(z_start), stop_gradient f_theta^-(z_end)), [b], for every z_end."""
     p = problem
 
     def f(theta: Params, z_t: jax.Array, timesteps: Any) -> jax.Array:

@@ -16,6 +16,9 @@ import optax
 from lcm_jax.distill import objectives
 from lcm_jax.distill.state import TrainState, update_ema
 
+METRICS = ("loss", "grad_norm", "update_norm", "param_norm", "ema_distance")  # scalars that a step tells
+TIMESTEP_BINS = 5  # equal parts of the solver grid that the loss is told of, the first nearest to the data
+
 
 def named_key(seed: int, name: str) -> jax.Array:
     """The root key of one named stream of random numbers; step n of it is fold_in(key, n)."""
@@ -42,9 +45,13 @@ def make_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
+    mu_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """AdamW on every parameter behind clipping to a global gradient norm (0: no clipping)."""
-    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    """AdamW on every parameter behind clipping to a global gradient norm (0: no clipping).
+
+    `mu_dtype` is what the first moment is held in; the second stays in float32.
+    """
+    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype)
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw) if max_grad_norm else adamw
 
 
@@ -53,7 +60,8 @@ def make_step(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     accumulation_steps: int = 1,
-) -> Callable[[TrainState, objectives.Frozen, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    learning_rate: Callable[[jax.Array], jax.Array] | None = None,
+) -> Callable[[TrainState, objectives.Frozen, Any, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """The training step, not yet jitted (`jax.jit(step, donate_argnums=0)`).
 
     Args:
@@ -62,32 +70,80 @@ def make_step(
       ema_decay: of the target; 0: the target is the student itself, without gradient.
       accumulation_steps: the batch goes through the networks in so many parts, which must divide it; the update is
         the same but for rounding.
+      learning_rate: the optimizer's schedule, to be told among the metrics.
 
     Returns:
-      step(state, frozen, batch, key) -> (state, {"loss", "grad_norm"}); batch as in `objectives.lcd_loss`.
+      step(state, frozen, batch, key) -> (state, metrics); batch as in `objectives.lcd_loss`, metrics of `measure`.
     """
 
     def loss_fn(params, target_params, frozen, batch, draws):
-        return objectives.LOSSES[problem.objective](problem, params, target_params, frozen, batch, draws)
+        each = objectives.LOSSES[problem.objective](problem, params, target_params, frozen, batch, draws)
+        return jnp.mean(each), each
 
     def step(state: TrainState, frozen: objectives.Frozen, batch: Any, key: jax.Array):
         draws = objectives.draw(problem, jax.random.fold_in(key, state.step), batch["mean"].shape)
-        value_and_grad = jax.value_and_grad(loss_fn)
+
+        def value_and_grad(batch, draws):
+            of_params = jax.value_and_grad(loss_fn, has_aux=True)
+            (loss, each), grads = of_params(state.params, state.ema_params, frozen, batch, draws)
+            return (loss, grads), binned(each, draws.index, problem.grid.num_steps)
+
         if accumulation_steps == 1:
-            loss, grads = value_and_grad(state.params, state.ema_params, frozen, batch, draws)
+            (loss, grads), bins = value_and_grad(batch, draws)
         else:
-            parts = jax.tree.map(lambda x: x.reshape(accumulation_steps, -1, *x.shape[1:]), (batch, draws))
-
-            def add(total, part):
-                one = value_and_grad(state.params, state.ema_params, frozen, *part)
-                return jax.tree.map(lambda t, x: t + x / accumulation_steps, total, one), None
-
-            zero = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, state.params))
-            (loss, grads), _ = jax.lax.scan(add, zero, parts)
+            parts = parts_of((batch, draws), accumulation_steps)
+            (loss, grads), bins = accumulated(value_and_grad, parts, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = update_ema(state.ema_params, params, ema_decay)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": loss, "loss_bins": bins, **measure(params, grads, updates, ema_params)}
+        if learning_rate is not None:
+            metrics["learning_rate"] = jnp.float32(learning_rate(state.step))
         return TrainState(state.step + 1, params, opt_state, ema_params), metrics
 
     return step
+
+
+def parts_of(tree: Any, count: int) -> Any:
+    """[b ...] -> [count b/count ...], part n of the rows n, n + count, ...
+
+    Where b is split over devices in blocks, each keeps its rows: a part has as many of every device.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def accumulated(value_and_grad: Callable, parts: Any, params: Any) -> Any:
+    """((loss, gradient), bins) of the whole batch from those of its parts, one after another.
+
+    Args:
+      value_and_grad: batch, draws -> ((mean loss, its gradient), sums over the examples).
+      parts: (batch, draws), each [count b/count ...].
+      params: of the gradient's shapes.
+    """
+    count = jax.tree.leaves(parts)[0].shape[0]
+
+    def add(total, part):
+        mean, sums = value_and_grad(*part)
+        return jax.tree.map(lambda t, x: t + x / count, total, mean), sums
+
+    zero = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, params))
+    total, sums = jax.lax.scan(add, zero, parts)
+    return total, jax.tree.map(lambda x: x.sum(0), sums)
+
+
+def binned(losses: jax.Array, index: jax.Array, num_steps: int) -> dict[str, jax.Array]:
+    """Sums of `losses` [b] and counts of examples, float32 [TIMESTEP_BINS], by their place `index` [b] on the grid."""
+    member = jax.nn.one_hot(index * TIMESTEP_BINS // num_steps, TIMESTEP_BINS)
+    return {"sum": (losses[:, None] * member).sum(0), "count": member.sum(0)}
+
+
+def measure(params: Any, grads: Any, updates: Any, ema_params: Any) -> dict[str, jax.Array]:
+    """L2 norms over all parameters: of the gradient before clipping, the update, theta, and theta - theta^- over it."""
+    norm = optax.tree.norm
+    param_norm = norm(params)
+    return {
+        "grad_norm": norm(grads),
+        "update_norm": norm(updates),
+        "param_norm": param_norm,
+        "ema_distance": norm(optax.tree.sub(params, ema_params)) / param_norm,
+    }

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lcm_jax.models.layers import GroupNorm, LayerNorm
+from lcm_jax.models.layers import GroupNorm, LayerNorm, WeightsFn, conv1x1, dense
+from lcm_jax.models.remat import remat, tag_attention
 
 AttentionFn = Callable[..., jax.Array]
 Dtype = Any
@@ -18,12 +19,36 @@ Dtype = Any
 
 def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool = False) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v with logits and softmax in float32 (SD 2.1 overflows float16 otherwise)."""
+    return tag_attention(_attend(q, k, v, causal))
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool = False) -> jax.Array:
     logits = jnp.einsum("bsnd,blnd->bnsl", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if causal:
         keep = jnp.tril(jnp.ones(logits.shape[-2:], bool))
         logits = jnp.where(keep, logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bnsl,blnd->bsnd", weights, v)
+
+
+def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, rows: int = 512) -> jax.Array:
+    """`dot_product_attention`, not causal, by blocks of `rows` queries: one block's logits in memory at a time.
+
+    The backward pass computes a block's logits anew. Gradients of k and v are summed over the blocks in float32.
+    """
+    b, s, n, d = q.shape
+    blocks = -(-s // rows)
+    rows = -(-s // blocks)  # the same number of blocks, of which none is nearly empty
+    padded = jnp.pad(q, ((0, 0), (0, blocks * rows - s), (0, 0), (0, 0)))
+    queries = padded.reshape(b, blocks, rows, n, d).swapaxes(0, 1)
+    k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
+
+    @jax.checkpoint
+    def attend(block: jax.Array, k32: jax.Array, v32: jax.Array) -> jax.Array:
+        return _attend(block, k32.astype(k.dtype), v32.astype(v.dtype))
+
+    out = jax.lax.map(lambda block: attend(block, k32, v32), queries)
+    return tag_attention(out.swapaxes(0, 1).reshape(b, blocks * rows, n, d)[:, :s])
 
 
 def multi_head_attention(
@@ -34,6 +59,7 @@ def multi_head_attention(
     qkv_bias: bool,
     dtype: Dtype,
     attention_fn: AttentionFn,
+    weights_fn: WeightsFn | None,
     causal: bool = False,
     names: tuple[str, str, str, str] = ("to_q", "to_k", "to_v", "to_out_0"),
 ) -> jax.Array:
@@ -44,12 +70,12 @@ def multi_head_attention(
     c = x.shape[-1]
 
     def project(name: str, source: jax.Array) -> jax.Array:
-        y = nn.Dense(c, use_bias=qkv_bias, dtype=dtype, name=name)(source)
+        y = dense(c, name, dtype, weights_fn, use_bias=qkv_bias)(source)
         return y.reshape(*y.shape[:2], heads, c // heads)
 
     q, k, v = project(names[0], x), project(names[1], context), project(names[2], context)
     out = attention_fn(q, k, v, causal=causal)
-    return nn.Dense(c, dtype=dtype, name=names[3])(out.reshape(x.shape))
+    return dense(c, names[3], dtype, weights_fn)(out.reshape(x.shape))
 
 
 class Attention(nn.Module):
@@ -58,6 +84,7 @@ class Attention(nn.Module):
     heads: int
     dtype: Dtype = jnp.float32
     attention_fn: AttentionFn = dot_product_attention
+    weights_fn: WeightsFn | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
@@ -68,6 +95,7 @@ class Attention(nn.Module):
             qkv_bias=False,
             dtype=self.dtype,
             attention_fn=self.attention_fn,
+            weights_fn=self.weights_fn,
         )
 
 
@@ -76,20 +104,23 @@ class GEGLU(nn.Module):
 
     dim: int
     dtype: Dtype = jnp.float32
+    weights_fn: WeightsFn | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        value, gate = jnp.split(nn.Dense(2 * self.dim, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        value, gate = jnp.split(dense(2 * self.dim, "proj", self.dtype, self.weights_fn)(x), 2, axis=-1)
         return value * nn.gelu(gate, approximate=False)
 
 
 class FeedForward(nn.Module):
     dtype: Dtype = jnp.float32
+    weights_fn: WeightsFn | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = x.shape[-1]
-        return nn.Dense(c, dtype=self.dtype, name="net_2")(GEGLU(4 * c, self.dtype, name="net_0")(x))
+        hidden = GEGLU(4 * c, self.dtype, self.weights_fn, name="net_0")(x)
+        return dense(c, "net_2", self.dtype, self.weights_fn)(hidden)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -98,15 +129,19 @@ class BasicTransformerBlock(nn.Module):
     heads: int
     dtype: Dtype = jnp.float32
     attention_fn: AttentionFn = dot_product_attention
+    weights_fn: WeightsFn | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         def attention(name: str) -> Attention:
-            return Attention(self.heads, self.dtype, self.attention_fn, name=name)
+            return Attention(self.heads, self.dtype, self.attention_fn, self.weights_fn, name=name)
 
-        x = x + attention("attn1")(LayerNorm(dtype=self.dtype, name="norm1")(x))
-        x = x + attention("attn2")(LayerNorm(dtype=self.dtype, name="norm2")(x), context)
-        return x + FeedForward(self.dtype, name="ff")(LayerNorm(dtype=self.dtype, name="norm3")(x))
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(dtype=self.dtype, weights_fn=self.weights_fn, name=name)
+
+        x = x + attention("attn1")(norm("norm1")(x))
+        x = x + attention("attn2")(norm("norm2")(x), context)
+        return x + FeedForward(self.dtype, self.weights_fn, name="ff")(norm("norm3")(x))
 
 
 class Transformer2DModel(nn.Module):
@@ -122,19 +157,27 @@ class Transformer2DModel(nn.Module):
     use_linear_projection: bool
     dtype: Dtype = jnp.float32
     attention_fn: AttentionFn = dot_product_attention
+    weights_fn: WeightsFn | None = None
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        b, h, w, c = x.shape
-
-        def project(y: jax.Array, name: str) -> jax.Array:
-            if self.use_linear_projection:
-                return nn.Dense(c, dtype=self.dtype, name=name)(y)
-            return nn.Conv(c, (1, 1), dtype=self.dtype, name=name)(y.reshape(b, h, w, c)).reshape(b, h * w, c)
-
-        y = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x)
-        y = project(y.reshape(b, h * w, c), "proj_in")
+        y = remat(Transformer2DModel._enter, self.remat)(self, x)
+        block = remat(BasicTransformerBlock, self.remat)
+        run = self.dtype, self.attention_fn, self.weights_fn
         for k in range(self.depth):
-            block = BasicTransformerBlock(self.heads, self.dtype, self.attention_fn, name=f"transformer_blocks_{k}")
-            y = block(y, context)
-        return x + project(y, "proj_out").reshape(b, h, w, c)
+            y = block(self.heads, *run, name=f"transformer_blocks_{k}")(y, context)
+        return remat(Transformer2DModel._leave, self.remat)(self, x, y)
+
+    def _enter(self, x: jax.Array) -> jax.Array:
+        """Normalised and projected tokens [b h*w c] of x [b h w c]."""
+        y = GroupNorm(self.groups, 1e-6, self.dtype, self.weights_fn, name="norm")(x)
+        return self._project(y, "proj_in").reshape(x.shape[0], -1, x.shape[-1])
+
+    def _leave(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """x [b h w c] and the projected tokens y [b h*w c]."""
+        return x + self._project(y.reshape(x.shape), "proj_out")
+
+    def _project(self, y: jax.Array, name: str) -> jax.Array:
+        layer = dense if self.use_linear_projection else conv1x1
+        return layer(y.shape[-1], name, self.dtype, self.weights_fn)(y)

@@ -17,7 +17,7 @@ from flax import linen as nn
 from lcm_jax.errors import UnsupportedConfig
 from lcm_jax.models.attention import AttentionFn, dot_product_attention, multi_head_attention
 from lcm_jax.models.config import RUN_FIELDS, module_fields
-from lcm_jax.models.layers import LayerNorm
+from lcm_jax.models.layers import LayerNorm, WeightsFn, dense, embedding
 
 Dtype = Any
 
@@ -42,6 +42,7 @@ class CLIPAttention(nn.Module):
     heads: int
     dtype: Dtype = jnp.float32
     attention_fn: AttentionFn = dot_product_attention
+    weights_fn: WeightsFn | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -52,6 +53,7 @@ class CLIPAttention(nn.Module):
             qkv_bias=True,
             dtype=self.dtype,
             attention_fn=self.attention_fn,
+            weights_fn=self.weights_fn,
             causal=True,
             names=("q_proj", "k_proj", "v_proj", "out_proj"),
         )
@@ -61,11 +63,12 @@ class CLIPMLP(nn.Module):
     intermediate_size: int
     hidden_act: str
     dtype: Dtype = jnp.float32
+    weights_fn: WeightsFn | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = ACTIVATIONS[self.hidden_act](nn.Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x))
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(y)
+        y = ACTIVATIONS[self.hidden_act](dense(self.intermediate_size, "fc1", self.dtype, self.weights_fn)(x))
+        return dense(x.shape[-1], "fc2", self.dtype, self.weights_fn)(y)
 
 
 class CLIPEncoderLayer(nn.Module):
@@ -75,13 +78,14 @@ class CLIPEncoderLayer(nn.Module):
     epsilon: float
     dtype: Dtype = jnp.float32
     attention_fn: AttentionFn = dot_product_attention
+    weights_fn: WeightsFn | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        attention = CLIPAttention(self.heads, self.dtype, self.attention_fn, name="self_attn")
-        x = x + attention(LayerNorm(self.epsilon, self.dtype, name="layer_norm1")(x))
-        mlp = CLIPMLP(self.intermediate_size, self.hidden_act, self.dtype, name="mlp")
-        return x + mlp(LayerNorm(self.epsilon, self.dtype, name="layer_norm2")(x))
+        attention = CLIPAttention(self.heads, self.dtype, self.attention_fn, self.weights_fn, name="self_attn")
+        x = x + attention(LayerNorm(self.epsilon, self.dtype, self.weights_fn, name="layer_norm1")(x))
+        mlp = CLIPMLP(self.intermediate_size, self.hidden_act, self.dtype, self.weights_fn, name="mlp")
+        return x + mlp(LayerNorm(self.epsilon, self.dtype, self.weights_fn, name="layer_norm2")(x))
 
 
 class CLIPEmbeddings(nn.Module):
@@ -89,14 +93,12 @@ class CLIPEmbeddings(nn.Module):
     max_position_embeddings: int
     hidden_size: int
     dtype: Dtype = jnp.float32
+    weights_fn: WeightsFn | None = None
 
     @nn.compact
     def __call__(self, input_ids: jax.Array) -> jax.Array:
-        init = nn.initializers.normal(0.02)
-        tokens = nn.Embed(self.vocab_size, self.hidden_size, embedding_init=init, name="token_embedding")
-        positions = nn.Embed(
-            self.max_position_embeddings, self.hidden_size, embedding_init=init, name="position_embedding"
-        )
+        tokens = embedding(self.vocab_size, self.hidden_size, "token_embedding", self.weights_fn)
+        positions = embedding(self.max_position_embeddings, self.hidden_size, "position_embedding", self.weights_fn)
         return (tokens(input_ids) + positions(jnp.arange(input_ids.shape[1]))).astype(self.dtype)
 
 
@@ -113,7 +115,10 @@ class CLIPEncoder(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """Token ids [b l] -> CLIPTextOutput. Fields: transformers' CLIPTextConfig with its defaults."""
+    """Token ids [b l] -> CLIPTextOutput. Fields: transformers' CLIPTextConfig with its defaults.
+
+    `weights_fn` is UNet2DConditionModel's.
+    """
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -130,6 +135,7 @@ class CLIPTextModel(nn.Module):
     with_projection: bool = False
     dtype: Dtype = jnp.float32
     attention_fn: AttentionFn = dot_product_attention
+    weights_fn: WeightsFn | None = None
 
     FIXED: ClassVar[Mapping[str, tuple]] = {
         "attention_dropout": (0.0, None),
@@ -143,7 +149,12 @@ class CLIPTextModel(nn.Module):
         if input_ids.shape[1] > self.max_position_embeddings:
             raise ValueError(f"{input_ids.shape[1]} tokens; this text encoder has {self.max_position_embeddings}")
         embeddings = CLIPEmbeddings(
-            self.vocab_size, self.max_position_embeddings, self.hidden_size, self.dtype, name="embeddings"
+            self.vocab_size,
+            self.max_position_embeddings,
+            self.hidden_size,
+            self.dtype,
+            self.weights_fn,
+            name="embeddings",
         )
         layer = dict(
             heads=self.num_attention_heads,
@@ -152,13 +163,15 @@ class CLIPTextModel(nn.Module):
             epsilon=self.layer_norm_eps,
             dtype=self.dtype,
             attention_fn=self.attention_fn,
+            weights_fn=self.weights_fn,
         )
         states = CLIPEncoder(self.num_hidden_layers, layer, name="encoder")(embeddings(input_ids))
-        last = LayerNorm(self.layer_norm_eps, self.dtype, name="final_layer_norm")(states[-1])
+        last = LayerNorm(self.layer_norm_eps, self.dtype, self.weights_fn, name="final_layer_norm")(states[-1])
         # Along an axis: indexing by [b] positions would gather over the devices of a sharded batch.
         pooled = jnp.take_along_axis(last, self.end_of_text(input_ids)[:, None, None], axis=1)[:, 0]
         if self.with_projection:
-            pooled = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(pooled)
+            project = dense(self.projection_dim, "text_projection", self.dtype, self.weights_fn, use_bias=False)
+            pooled = project(pooled)
         return CLIPTextOutput(last, states, pooled)
 
     def end_of_text(self, input_ids: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from lcm_jax.errors import UnsupportedConfig
 DIFFUSERS_VERSION = "0.42.1"
 
 # Fields that say how to run a module, not what it is; never read from or written to a file.
-RUN_FIELDS = frozenset({"dtype", "attention_fn", "parent", "name"})
+RUN_FIELDS = frozenset({"dtype", "attention_fn", "weights_fn", "remat", "parent", "name"})
 
 
 def _frozen(value: Any) -> Any:

@@ -4,14 +4,18 @@ Statistics of GroupNorm and LayerNorm are two-pass (mean, then mean of squared d
 compute dtype: the one-pass E[x^2] - E[x]^2 of Flax's default loses 1e-2 at a mean of 100.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 
 Dtype = Any
+# What becomes of one layer's weights just before it uses them: a tree in, the tree to compute with out.
+WeightsFn = Callable[[Any], Any]
 
 
 def sinusoid(values: jax.Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> jax.Array:
@@ -27,18 +31,66 @@ def sinusoid(values: jax.Array, dim: int, *, flip_sin_to_cos: bool = True, freq_
     return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, dim % 2)))
 
 
+def weights_of(layer: nn.Module, **weights: jax.Array) -> tuple[jax.Array, ...]:
+    """The weights that a layer of ours computes with, in the order given."""
+    used = weights if layer.weights_fn is None else layer.weights_fn(weights)
+    return tuple(used[name] for name in weights)
+
+
+def _promotion(weights_fn: WeightsFn | None) -> Callable[..., list[Any]]:
+    """`weights_fn` where Linen's own layers bring input, kernel and bias to one dtype."""
+    if weights_fn is None:
+        return promote_dtype
+
+    def promote(x, kernel, bias, **kwargs):
+        used = weights_fn({"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias})
+        return promote_dtype(x, used["kernel"], used.get("bias"), **kwargs)
+
+    return promote
+
+
+def dense(features: int, name: str, dtype: Dtype, weights_fn: WeightsFn | None, **kwargs) -> nn.Dense:
+    """Linear layer over the last axis."""
+    return nn.Dense(features, dtype=dtype, promote_dtype=_promotion(weights_fn), name=name, **kwargs)
+
+
+def embedding(count: int, features: int, name: str, weights_fn: WeightsFn | None) -> nn.Embed:
+    """Table of `count` vectors."""
+
+    def promote(table, **kwargs):
+        return promote_dtype(table if weights_fn is None else weights_fn({"embedding": table})["embedding"], **kwargs)
+
+    init = nn.initializers.normal(0.02)
+    return nn.Embed(count, features, embedding_init=init, promote_dtype=promote, name=name)
+
+
+def conv1x1(features: int, name: str | None, dtype: Dtype, weights_fn: WeightsFn | None) -> nn.Conv:
+    """1x1 convolution; in a `setup`, which names it, `name` is None."""
+    return nn.Conv(features, (1, 1), dtype=dtype, promote_dtype=_promotion(weights_fn), name=name)
+
+
+def conv3x3(features: int, name: str, dtype: Dtype, weights_fn: WeightsFn | None, padding=(1, 1), **kwargs) -> nn.Conv:
+    """3x3 convolution with the same `padding` both ways."""
+    promote = _promotion(weights_fn)
+    return nn.Conv(
+        features, (3, 3), padding=(padding, padding), dtype=dtype, promote_dtype=promote, name=name, **kwargs
+    )
+
+
 class GroupNorm(nn.Module):
     """GroupNorm over [b ... c] with per-channel scale and bias."""
 
     num_groups: int
     epsilon: float
     dtype: Dtype = jnp.float32
+    weights_fn: WeightsFn | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
+        scale, bias = weights_of(self, scale=scale, bias=bias)
         x = x.astype(jnp.float32)
         spatial = tuple(range(1, x.ndim - 1))
 
@@ -59,20 +111,17 @@ class LayerNorm(nn.Module):
 
     epsilon: float = 1e-5
     dtype: Dtype = jnp.float32
+    weights_fn: WeightsFn | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        scale, bias = weights_of(self, scale=scale, bias=bias)
         x = x.astype(jnp.float32)
         centred = x - x.mean(-1, keepdims=True)
         inv = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
         return (centred * inv * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
-
-
-def conv3x3(features: int, name: str, dtype: Dtype, **kwargs) -> nn.Conv:
-    """3x3 convolution, padding 1 on every side."""
-    return nn.Conv(features, (3, 3), padding=((1, 1), (1, 1)), dtype=dtype, name=name, **kwargs)
 
 
 class TimestepEmbedding(nn.Module):
@@ -84,35 +133,43 @@ class TimestepEmbedding(nn.Module):
     dim: int
     cond_proj_dim: int | None = None
     dtype: Dtype = jnp.float32
+    weights_fn: WeightsFn | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: jax.Array | None = None) -> jax.Array:
         if self.cond_proj_dim is not None:
-            zero = nn.initializers.zeros
-            project = nn.Dense(x.shape[-1], use_bias=False, kernel_init=zero, dtype=self.dtype, name="cond_proj")
+            zero = {"use_bias": False, "kernel_init": nn.initializers.zeros}
+            project = dense(x.shape[-1], "cond_proj", self.dtype, self.weights_fn, **zero)
             x = x + project(jnp.zeros((x.shape[0], self.cond_proj_dim), x.dtype) if cond is None else cond)
-        x = nn.silu(nn.Dense(self.dim, dtype=self.dtype, name="linear_1")(x))
-        return nn.Dense(self.dim, dtype=self.dtype, name="linear_2")(x)
+        x = nn.silu(dense(self.dim, "linear_1", self.dtype, self.weights_fn)(x))
+        return dense(self.dim, "linear_2", self.dtype, self.weights_fn)(x)
 
 
 class ResnetBlock2D(nn.Module):
-    """GN SiLU conv1 (+ time) GN SiLU conv2, plus the (1x1-projected where widths differ) input."""
+    """GN SiLU conv1 (+ time) GN SiLU conv2, plus the (1x1-projected where widths differ) input.
+
+    The input is x, or concat[x, skip]: made here, so that a rematerialised block keeps the two alone.
+    """
 
     out_channels: int
     groups: int
     epsilon: float
     dtype: Dtype = jnp.float32
+    weights_fn: WeightsFn | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
-        h = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm1")(x))
-        h = conv3x3(self.out_channels, "conv1", self.dtype)(h)
+    def __call__(self, x: jax.Array, temb: jax.Array | None = None, skip: jax.Array | None = None) -> jax.Array:
+        run = self.dtype, self.weights_fn
+        if skip is not None:
+            x = jnp.concatenate([x, skip], axis=-1)
+        h = nn.silu(GroupNorm(self.groups, self.epsilon, *run, name="norm1")(x))
+        h = conv3x3(self.out_channels, "conv1", *run)(h)
         if temb is not None:
-            h = h + nn.Dense(self.out_channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))[:, None, None]
-        h = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm2")(h))
-        h = conv3x3(self.out_channels, "conv2", self.dtype)(h)
+            h = h + dense(self.out_channels, "time_emb_proj", *run)(nn.silu(temb))[:, None, None]
+        h = nn.silu(GroupNorm(self.groups, self.epsilon, *run, name="norm2")(h))
+        h = conv3x3(self.out_channels, "conv2", *run)(h)
         if x.shape[-1] != self.out_channels:
-            x = nn.Conv(self.out_channels, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
+            x = conv1x1(self.out_channels, "conv_shortcut", *run)(x)
         return x + h
 
 
@@ -125,12 +182,12 @@ class Downsample2D(nn.Module):
     channels: int
     asymmetric: bool = False
     dtype: Dtype = jnp.float32
+    weights_fn: WeightsFn | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         pad = (0, 1) if self.asymmetric else (1, 1)
-        conv = nn.Conv(self.channels, (3, 3), strides=(2, 2), padding=(pad, pad), dtype=self.dtype, name="conv")
-        return conv(x)
+        return conv3x3(self.channels, "conv", self.dtype, self.weights_fn, padding=pad, strides=(2, 2))(x)
 
 
 def nearest_resize(x: jax.Array, height: int, width: int) -> jax.Array:
@@ -152,8 +209,9 @@ class Upsample2D(nn.Module):
 
     channels: int
     dtype: Dtype = jnp.float32
+    weights_fn: WeightsFn | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
         height, width = size or (2 * x.shape[1], 2 * x.shape[2])
-        return conv3x3(self.channels, "conv", self.dtype)(nearest_resize(x, height, width))
+        return conv3x3(self.channels, "conv", self.dtype, self.weights_fn)(nearest_resize(x, height, width))

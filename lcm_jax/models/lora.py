@@ -111,11 +111,14 @@ class Adapted:
     def apply(self, variables: Mapping[str, Any], *args, **kwargs) -> Any:
         """The module's output with the adapters' part added in each adapted layer, in the layer's compute dtype.
 
+        The module's `weights_fn`, where it has one, is applied to the factors of each layer as to its weights.
+
         Raises:
           LcmError: adapters for layers that this call does not reach.
         """
         params = variables["params"]
         layers, reached = by_layer(params["lora"]), set()
+        weights_fn = getattr(self.module, "weights_fn", None)
 
         def add(call, call_args, call_kwargs, context):
             y = call(*call_args, **call_kwargs)
@@ -123,7 +126,8 @@ class Adapted:
             if context.method_name != "__call__" or path not in layers:
                 return y
             reached.add(path)
-            return y + _low_rank(context.module, layers[path], self.scale, call_args[0]).astype(y.dtype)
+            factors = layers[path] if weights_fn is None else weights_fn(layers[path])
+            return y + _low_rank(context.module, factors, self.scale, call_args[0]).astype(y.dtype)
 
         with nn.intercept_methods(add):
             output = self.module.apply({**variables, "params": params["base"]}, *args, **kwargs)

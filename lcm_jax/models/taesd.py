@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from lcm_jax.errors import UnsupportedConfig
 from lcm_jax.models.config import DIFFUSERS_VERSION, module_fields
-from lcm_jax.models.layers import conv3x3, nearest_resize
+from lcm_jax.models.layers import WeightsFn, conv3x3, nearest_resize
 
 Dtype = Any
 NO_VARIANCE = -30.0  # log-variance of a latent without noise: the lower end of AutoencoderKL's range
@@ -28,12 +28,13 @@ class TinyBlock(nn.Module):
 
     channels: int
     dtype: Dtype
+    weights_fn: WeightsFn | None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = nn.relu(conv3x3(self.channels, "conv_0", self.dtype)(x))
-        h = nn.relu(conv3x3(self.channels, "conv_2", self.dtype)(h))
-        return nn.relu(conv3x3(self.channels, "conv_4", self.dtype)(h) + x)
+        h = nn.relu(conv3x3(self.channels, "conv_0", self.dtype, self.weights_fn)(x))
+        h = nn.relu(conv3x3(self.channels, "conv_2", self.dtype, self.weights_fn)(h))
+        return nn.relu(conv3x3(self.channels, "conv_4", self.dtype, self.weights_fn)(h) + x)
 
 
 class TinyEncoder(nn.Module):
@@ -43,6 +44,7 @@ class TinyEncoder(nn.Module):
     num_blocks: tuple[int, ...]
     out_channels: int
     dtype: Dtype
+    weights_fn: WeightsFn | None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -50,11 +52,11 @@ class TinyEncoder(nn.Module):
         index = 0
         for level, (width, count) in enumerate(zip(self.widths, self.num_blocks, strict=True)):
             down = {} if level == 0 else {"strides": (2, 2), "use_bias": False}
-            x = conv3x3(width, f"layers_{index}", self.dtype, **down)(x)
+            x = conv3x3(width, f"layers_{index}", self.dtype, self.weights_fn, **down)(x)
             for j in range(1, count + 1):
-                x = TinyBlock(width, self.dtype, name=f"layers_{index + j}")(x)
+                x = TinyBlock(width, self.dtype, self.weights_fn, name=f"layers_{index + j}")(x)
             index += count + 1
-        return conv3x3(self.out_channels, f"layers_{index}", self.dtype)(x)
+        return conv3x3(self.out_channels, f"layers_{index}", self.dtype, self.weights_fn)(x)
 
 
 class TinyDecoder(nn.Module):
@@ -65,24 +67,25 @@ class TinyDecoder(nn.Module):
     out_channels: int
     upsampling: int
     dtype: Dtype
+    weights_fn: WeightsFn | None
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        x = nn.relu(conv3x3(self.widths[0], "layers_0", self.dtype)(jnp.tanh(z / 3) * 3))
+        x = nn.relu(conv3x3(self.widths[0], "layers_0", self.dtype, self.weights_fn)(jnp.tanh(z / 3) * 3))
         index, last = 2, len(self.widths) - 1
         for level, (width, count) in enumerate(zip(self.widths, self.num_blocks, strict=True)):
             for j in range(count):
-                x = TinyBlock(width, self.dtype, name=f"layers_{index + j}")(x)
+                x = TinyBlock(width, self.dtype, self.weights_fn, name=f"layers_{index + j}")(x)
             index += count
             if level < last:
                 x = nearest_resize(x, self.upsampling * x.shape[1], self.upsampling * x.shape[2])
-                x = conv3x3(width, f"layers_{index + 1}", self.dtype, use_bias=False)(x)
+                x = conv3x3(width, f"layers_{index + 1}", self.dtype, self.weights_fn, use_bias=False)(x)
                 index += 2
-        return conv3x3(self.out_channels, f"layers_{index}", self.dtype)(x) * 2 - 1
+        return conv3x3(self.out_channels, f"layers_{index}", self.dtype, self.weights_fn)(x) * 2 - 1
 
 
 class AutoencoderTiny(nn.Module):
-    """Fields: diffusers' AutoencoderTiny with its defaults."""
+    """Fields: diffusers' AutoencoderTiny with its defaults; `weights_fn` as UNet2DConditionModel's."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -98,6 +101,7 @@ class AutoencoderTiny(nn.Module):
     shift_factor: float = 0.0
     force_upcast: bool = False
     dtype: Dtype = jnp.float32
+    weights_fn: WeightsFn | None = None
 
     # What else a user of a VAE asks for; AutoencoderKL has these as fields.
     sample_size: ClassVar[int] = 512  # edge of a tile, as diffusers'; files do not say
@@ -113,7 +117,11 @@ class AutoencoderTiny(nn.Module):
 
     def setup(self):
         self.encoder = TinyEncoder(
-            self.encoder_block_out_channels, self.num_encoder_blocks, self.latent_channels, self.dtype
+            self.encoder_block_out_channels,
+            self.num_encoder_blocks,
+            self.latent_channels,
+            self.dtype,
+            self.weights_fn,
         )
         self.decoder = TinyDecoder(
             self.decoder_block_out_channels,
@@ -121,6 +129,7 @@ class AutoencoderTiny(nn.Module):
             self.out_channels,
             self.upsampling_scaling_factor,
             self.dtype,
+            self.weights_fn,
         )
 
     @property

@@ -7,7 +7,6 @@
 The fields are diffusers' constructor arguments with diffusers' defaults.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -17,20 +16,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lcm_jax.errors import UnsupportedConfig
-from lcm_jax.models.attention import AttentionFn, Transformer2DModel, dot_product_attention
+from lcm_jax.models.attention import AttentionFn, dot_product_attention
 from lcm_jax.models.config import DIFFUSERS_VERSION, module_fields
-from lcm_jax.models.layers import (
-    Downsample2D,
-    GroupNorm,
-    ResnetBlock2D,
-    TimestepEmbedding,
-    Upsample2D,
-    conv3x3,
-    sinusoid,
-)
+from lcm_jax.models.layers import GroupNorm, TimestepEmbedding, WeightsFn, conv3x3, sinusoid
+from lcm_jax.models.remat import remat
+from lcm_jax.models.unet_blocks import BlockStyle, Depths, DownBlock2D, MidBlock2D, UpBlock2D
 
 Dtype = Any
-Depths = tuple[int, ...]  # transformer blocks after each resnet of a level; empty: no attention
 
 ATTENTION_BLOCK = {
     "CrossAttnDownBlock2D": True,
@@ -45,7 +37,11 @@ class UNet2DConditionModel(nn.Module):
     """eps, v or x0 prediction from noisy latents, timestep and text.
 
     Fields: see diffusers' UNet2DConditionModel. `attention_head_dim` is the number of heads (a historic misnomer that
-    every published config shares). `dtype` is the compute dtype; `attention_fn` the attention kernel.
+    every published config shares).
+
+    How it is run, with the same output: `dtype` is the compute dtype; `attention_fn` the attention kernel; `weights_fn`
+    is applied to each layer's weights where the layer uses them, inside of what is rematerialised (it gathers shards
+    there); `remat` names what the backward pass computes anew (models/remat.py).
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -72,6 +68,8 @@ class UNet2DConditionModel(nn.Module):
     time_cond_proj_dim: int | None = None
     dtype: Dtype = jnp.float32
     attention_fn: AttentionFn = dot_product_attention
+    weights_fn: WeightsFn | None = None
+    remat: str = "none"
 
     FIXED: ClassVar[Mapping[str, tuple]] = {
         "act_fn": ("silu", "swish", None),
@@ -164,9 +162,11 @@ class UNet2DConditionModel(nn.Module):
             use_linear_projection=self.use_linear_projection,
             dtype=self.dtype,
             attention_fn=self.attention_fn,
+            weights_fn=self.weights_fn,
+            remat=self.remat,
         )
 
-        x = conv3x3(widths[0], "conv_in", self.dtype)(x)
+        x = conv3x3(widths[0], "conv_in", self.dtype, self.weights_fn)(x)
         skips = [x]
         for i in range(self.num_levels):
             block = DownBlock2D(
@@ -188,8 +188,12 @@ class UNet2DConditionModel(nn.Module):
             block = UpBlock2D(style, widths[level], self.up_depths(i), heads[level], name=f"up_blocks_{i}")
             x = block(x, block_skips, temb, context, size)
 
-        x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, self.dtype, name="conv_norm_out")(x))
-        return conv3x3(self.out_channels, "conv_out", self.dtype)(x)
+        return remat(UNet2DConditionModel._out, self.remat)(self, x)
+
+    def _out(self, x: jax.Array) -> jax.Array:
+        run = self.dtype, self.weights_fn
+        x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, *run, name="conv_norm_out")(x))
+        return conv3x3(self.out_channels, "conv_out", *run)(x)
 
     def _time(self, timesteps, timestep_cond, added_cond_kwargs) -> jax.Array:
         """The vector that every resnet adds: [b 4*C0]."""
@@ -197,7 +201,8 @@ class UNet2DConditionModel(nn.Module):
             raise ValueError("timestep_cond given, but this UNet has no w embedding (time_cond_proj_dim is null)")
         embed = functools.partial(sinusoid, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift)
         width = self.block_out_channels[0]
-        mlp = TimestepEmbedding(4 * width, self.time_cond_proj_dim, self.dtype, name="time_embedding")
+        run = self.dtype, self.weights_fn
+        mlp = TimestepEmbedding(4 * width, self.time_cond_proj_dim, *run, name="time_embedding")
         cond = None if timestep_cond is None else timestep_cond.astype(self.dtype)
         temb = mlp(embed(timesteps, width).astype(self.dtype), cond)
         if self.addition_embed_type is None:
@@ -214,90 +219,7 @@ class UNet2DConditionModel(nn.Module):
                 f"text_embeds {added_cond_kwargs['text_embeds'].shape} and time_ids {ids.shape} make "
                 f"{added.shape[-1]} features; this UNet takes {self.projection_class_embeddings_input_dim}"
             )
-        return temb + TimestepEmbedding(4 * width, dtype=self.dtype, name="add_embedding")(added)
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockStyle:
-    """What every block of one UNet shares, and how it makes its layers (named as in torch's module lists)."""
-
-    groups: int
-    epsilon: float
-    use_linear_projection: bool
-    dtype: Dtype
-    attention_fn: AttentionFn
-
-    def resnet(self, channels: int, j: int) -> ResnetBlock2D:
-        return ResnetBlock2D(channels, self.groups, self.epsilon, self.dtype, name=f"resnets_{j}")
-
-    def transformer(self, heads: int, depth: int, j: int) -> Transformer2DModel:
-        return Transformer2DModel(
-            heads=heads,
-            depth=depth,
-            groups=self.groups,
-            use_linear_projection=self.use_linear_projection,
-            dtype=self.dtype,
-            attention_fn=self.attention_fn,
-            name=f"attentions_{j}",
-        )
-
-
-class DownBlock2D(nn.Module):
-    """`num_layers` resnets, each with a transformer where `depths` is not empty; returns x and its skips."""
-
-    style: BlockStyle
-    channels: int
-    num_layers: int
-    depths: Depths
-    heads: int
-    downsample: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        skips = []
-        for j in range(self.num_layers):
-            x = self.style.resnet(self.channels, j)(x, temb)
-            if self.depths:
-                x = self.style.transformer(self.heads, self.depths[j], j)(x, context)
-            skips.append(x)
-        if self.downsample:
-            x = Downsample2D(self.channels, dtype=self.style.dtype, name="downsamplers_0")(x)
-            skips.append(x)
-        return x, skips
-
-
-class MidBlock2D(nn.Module):
-    """resnet, transformer, resnet; with `depth` None (UNetMidBlock2D inside a UNet) exactly one resnet."""
-
-    style: BlockStyle
-    channels: int
-    depth: int | None
-    heads: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
-        x = self.style.resnet(self.channels, 0)(x, temb)
-        if self.depth is None:
-            return x
-        x = self.style.transformer(self.heads, self.depth, 0)(x, context)
-        return self.style.resnet(self.channels, 1)(x, temb)
-
-
-class UpBlock2D(nn.Module):
-    """One resnet (and transformer) per skip, last skip first, each fed concat[hidden, skip]; then up to `size`."""
-
-    style: BlockStyle
-    channels: int
-    depths: Depths
-    heads: int
-
-    @nn.compact
-    def __call__(self, x, skips: list[jax.Array], temb, context, size: tuple[int, int] | None) -> jax.Array:
-        for j, skip in enumerate(reversed(skips)):
-            x = self.style.resnet(self.channels, j)(jnp.concatenate([x, skip], axis=-1), temb)
-            if self.depths:
-                x = self.style.transformer(self.heads, self.depths[j], j)(x, context)
-        return x if size is None else Upsample2D(self.channels, self.style.dtype, name="upsamplers_0")(x, size)
+        return temb + TimestepEmbedding(4 * width, None, *run, name="add_embedding")(added)
 
 
 def _depths(entry: int | tuple[int, ...], count: int) -> Depths:

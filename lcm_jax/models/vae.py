@@ -17,7 +17,7 @@ from lcm_jax.errors import UnsupportedConfig
 from lcm_jax.models import taesd
 from lcm_jax.models.attention import AttentionFn, dot_product_attention, multi_head_attention
 from lcm_jax.models.config import DIFFUSERS_VERSION, module_fields
-from lcm_jax.models.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv3x3
+from lcm_jax.models.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, WeightsFn, conv1x1, conv3x3
 
 Dtype = Any
 EPSILON = 1e-6
@@ -30,13 +30,20 @@ class VAEAttention(nn.Module):
     groups: int
     dtype: Dtype
     attention_fn: AttentionFn
+    weights_fn: WeightsFn | None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
-        y = GroupNorm(self.groups, EPSILON, self.dtype, name="group_norm")(x).reshape(b, h * w, c)
+        y = GroupNorm(self.groups, EPSILON, self.dtype, self.weights_fn, name="group_norm")(x).reshape(b, h * w, c)
         y = multi_head_attention(
-            y, y, heads=1, qkv_bias=True, dtype=self.dtype, attention_fn=self.attention_fn
+            y,
+            y,
+            heads=1,
+            qkv_bias=True,
+            dtype=self.dtype,
+            attention_fn=self.attention_fn,
+            weights_fn=self.weights_fn,
         )
         return x + y.reshape(x.shape)
 
@@ -47,13 +54,15 @@ class VAEMidBlock(nn.Module):
     add_attention: bool
     dtype: Dtype
     attention_fn: AttentionFn
+    weights_fn: WeightsFn | None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = ResnetBlock2D(self.channels, self.groups, EPSILON, self.dtype, name="resnets_0")(x)
+        run = self.dtype, self.weights_fn
+        x = ResnetBlock2D(self.channels, self.groups, EPSILON, *run, name="resnets_0")(x)
         if self.add_attention:
-            x = VAEAttention(self.groups, self.dtype, self.attention_fn, name="attentions_0")(x)
-        return ResnetBlock2D(self.channels, self.groups, EPSILON, self.dtype, name="resnets_1")(x)
+            x = VAEAttention(self.groups, self.dtype, self.attention_fn, self.weights_fn, name="attentions_0")(x)
+        return ResnetBlock2D(self.channels, self.groups, EPSILON, *run, name="resnets_1")(x)
 
 
 class VAEBlock(nn.Module):
@@ -63,16 +72,18 @@ class VAEBlock(nn.Module):
     num_layers: int
     groups: int
     dtype: Dtype
+    weights_fn: WeightsFn | None
     resample: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        run = self.dtype, self.weights_fn
         for j in range(self.num_layers):
-            x = ResnetBlock2D(self.channels, self.groups, EPSILON, self.dtype, name=f"resnets_{j}")(x)
+            x = ResnetBlock2D(self.channels, self.groups, EPSILON, *run, name=f"resnets_{j}")(x)
         if self.resample == "down":
-            return Downsample2D(self.channels, asymmetric=True, dtype=self.dtype, name="downsamplers_0")(x)
+            return Downsample2D(self.channels, True, *run, name="downsamplers_0")(x)
         if self.resample == "up":
-            return Upsample2D(self.channels, self.dtype, name="upsamplers_0")(x)
+            return Upsample2D(self.channels, *run, name="upsamplers_0")(x)
         return x
 
 
@@ -84,19 +95,20 @@ class Encoder(nn.Module):
     mid_attention: bool
     dtype: Dtype
     attention_fn: AttentionFn
+    weights_fn: WeightsFn | None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        run = self.dtype, self.weights_fn
         last = len(self.widths) - 1
-        x = conv3x3(self.widths[0], "conv_in", self.dtype)(x)
+        x = conv3x3(self.widths[0], "conv_in", *run)(x)
         for i, width in enumerate(self.widths):
             resample = "down" if i < last else None
-            x = VAEBlock(width, self.layers_per_block, self.groups, self.dtype, resample, name=f"down_blocks_{i}")(x)
-        x = VAEMidBlock(
-            self.widths[-1], self.groups, self.mid_attention, self.dtype, self.attention_fn, name="mid_block"
-        )(x)
-        x = nn.silu(GroupNorm(self.groups, EPSILON, self.dtype, name="conv_norm_out")(x))
-        return conv3x3(self.out_channels, "conv_out", self.dtype)(x)
+            x = VAEBlock(width, self.layers_per_block, self.groups, *run, resample, name=f"down_blocks_{i}")(x)
+        middle = self.groups, self.mid_attention, self.dtype, self.attention_fn, self.weights_fn
+        x = VAEMidBlock(self.widths[-1], *middle, name="mid_block")(x)
+        x = nn.silu(GroupNorm(self.groups, EPSILON, *run, name="conv_norm_out")(x))
+        return conv3x3(self.out_channels, "conv_out", *run)(x)
 
 
 class Decoder(nn.Module):
@@ -107,23 +119,24 @@ class Decoder(nn.Module):
     mid_attention: bool
     dtype: Dtype
     attention_fn: AttentionFn
+    weights_fn: WeightsFn | None
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
+        run = self.dtype, self.weights_fn
         widths, last = self.widths[::-1], len(self.widths) - 1
-        x = conv3x3(widths[0], "conv_in", self.dtype)(z)
-        x = VAEMidBlock(
-            widths[0], self.groups, self.mid_attention, self.dtype, self.attention_fn, name="mid_block"
-        )(x)
+        x = conv3x3(widths[0], "conv_in", *run)(z)
+        middle = self.groups, self.mid_attention, self.dtype, self.attention_fn, self.weights_fn
+        x = VAEMidBlock(widths[0], *middle, name="mid_block")(x)
         for i, width in enumerate(widths):
             resample = "up" if i < last else None
-            x = VAEBlock(width, self.layers_per_block + 1, self.groups, self.dtype, resample, name=f"up_blocks_{i}")(x)
-        x = nn.silu(GroupNorm(self.groups, EPSILON, self.dtype, name="conv_norm_out")(x))
-        return conv3x3(self.out_channels, "conv_out", self.dtype)(x)
+            x = VAEBlock(width, self.layers_per_block + 1, self.groups, *run, resample, name=f"up_blocks_{i}")(x)
+        x = nn.silu(GroupNorm(self.groups, EPSILON, *run, name="conv_norm_out")(x))
+        return conv3x3(self.out_channels, "conv_out", *run)(x)
 
 
 class AutoencoderKL(nn.Module):
-    """Fields: diffusers' AutoencoderKL with its defaults."""
+    """Fields: diffusers' AutoencoderKL with its defaults; `weights_fn` as UNet2DConditionModel's."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -144,6 +157,7 @@ class AutoencoderKL(nn.Module):
     mid_block_add_attention: bool = True
     dtype: Dtype = jnp.float32
     attention_fn: AttentionFn = dot_product_attention
+    weights_fn: WeightsFn | None = None
 
     FIXED: ClassVar[Mapping[str, tuple]] = {
         "act_fn": ("silu", "swish", None),
@@ -159,13 +173,14 @@ class AutoencoderKL(nn.Module):
             mid_attention=self.mid_block_add_attention,
             dtype=self.dtype,
             attention_fn=self.attention_fn,
+            weights_fn=self.weights_fn,
         )
         self.encoder = Encoder(out_channels=2 * self.latent_channels, **half)
         self.decoder = Decoder(out_channels=self.out_channels, **half)
         if self.use_quant_conv:
-            self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
+            self.quant_conv = conv1x1(2 * self.latent_channels, None, self.dtype, self.weights_fn)
         if self.use_post_quant_conv:
-            self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
+            self.post_quant_conv = conv1x1(self.latent_channels, None, self.dtype, self.weights_fn)
 
     @property
     def factor(self) -> int:

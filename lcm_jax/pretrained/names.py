@@ -32,6 +32,7 @@ from lcm_jax.models.unet import UNet2DConditionModel
 Params = dict[str, Any]
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
+Place = Callable[[np.ndarray], Any]  # what becomes of a tensor as soon as it is read and converted
 
 # Torch module names that end in a number of their own, where every other one is an index into a module list.
 _NUMBERED = frozenset({"linear_1", "linear_2"})
@@ -120,14 +121,17 @@ def read_params(
     read: Callable[[str], np.ndarray],
     dtype: Any = np.float32,
     what: str = "state dict",
+    place: Place | None = None,
 ) -> Params:
     """The parameter tree of `module` from torch tensors, converted one at a time.
 
     Args:
       shapes: torch key -> shape of every tensor there is.
       read: torch key -> tensor, called once for each that is needed.
-      dtype: of the result, numpy arrays on the host.
+      dtype: of the result.
       what: the tensors' origin, for the error.
+      place: takes each tensor before the next is read, as `runtime.mesh.place` to the devices, so that no full copy
+        of the model exists on the host; None: they stay there, numpy arrays.
 
     Raises:
       LcmError: tensors missing, left over or of a wrong shape, all listed in one error; or not of floating point.
@@ -139,8 +143,12 @@ def read_params(
         tensor = read(keys[key])
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise LcmError(f"{what}: {keys[key]} is {tensor.dtype}; only floating-point weights can be loaded")
-        flat[parameter.path] = to_jax(tensor, parameter, dtype)
+        flat[parameter.path] = placed(to_jax(tensor, parameter, dtype), place)
     return traverse_util.unflatten_dict(flat)
+
+
+def placed(value: np.ndarray, place: Place | None) -> Any:
+    return value if place is None else place(value)
 
 
 def from_torch(module: nn.Module, state_dict: Mapping[str, Any], dtype: Any = np.float32) -> Params:

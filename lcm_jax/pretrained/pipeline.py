@@ -7,14 +7,15 @@ checkers, feature extractors and Flax weights in the folder are not looked at.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lcm_jax import files
+from lcm_jax import assets, files
 from lcm_jax.diffusion import schedule
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
@@ -42,7 +43,8 @@ class Pipeline:
     Attributes:
       unet, vae: Linen modules.
       text_encoder, text_encoder_2: Linen modules or None. SD has the first, SDXL both, its refiner only the second.
-      params: part -> parameter tree (numpy, on the host), for the parts that are not None.
+      params: part -> parameter tree (numpy on the host, or where `place` put it), for the parts that are not None.
+        Without weights: trees of ShapeDtypeStructs, and no tokenizers.
       tokenizer, tokenizer_2: transformers' CLIPTokenizer beside each text encoder, or None.
       schedule: noise table and prediction type.
       configs: part -> raw JSON; also "scheduler" and "model_index".
@@ -80,6 +82,8 @@ def load_pipeline(
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     config: str | Path | None = None,
+    place: names.Place | None = None,
+    weights: bool = True,
 ) -> Pipeline:
     """Load a diffusers folder, or a single-file checkpoint, of the Stable Diffusion family.
 
@@ -90,6 +94,10 @@ def load_pipeline(
       param_dtype: dtype of the parameters, whatever the files hold.
       unet, vae: folders or hub ids whose UNet or VAE takes the place of the source's, which is then not even read.
       config: for a single file: folder or hub id with what it lacks, tokenizers and configs.
+      place: takes each parameter as soon as it is read and converted, as `runtime.mesh.place` to its shards; None:
+        parameters stay on the host, numpy arrays.
+      weights: False: configs alone are read, parameters are ShapeDtypeStructs. No weight file has to exist, and the
+        configs of the published models come with the package (assets/architectures/hub.json).
 
     Raises:
       LcmError: folder missing, incomplete, damaged or of another kind; each names the file and the remedy.
@@ -98,12 +106,14 @@ def load_pipeline(
     from lcm_jax.pretrained import single_file  # here, because it makes Pipelines itself
 
     if single_file.is_single_file(source):
-        return single_file.load_single_file(source, variant, dtype, param_dtype, config=config, unet=unet, vae=vae)
+        return single_file.load_single_file(
+            source, variant, dtype, param_dtype, config=config, unet=unet, vae=vae, place=place, weights=weights
+        )
     if config is not None:
         raise LcmError(f"config {config} goes with a single .safetensors file; {source} has its own, leave config out")
     taken = {part for part, other in (("unet", unet), ("vae", vae)) if other is None}
     wanted = taken | {"text_encoder", "text_encoder_2"}
-    folder = hub.local_folder(source, _pipeline_patterns(wanted, variant))
+    folder = _folder(source, _pipeline_patterns(wanted, variant), weights)
     index = _model_index(folder, str(source))
     encoders = _encoder_slots(folder, index)
     configs = {"model_index": index, "scheduler": files.read_json(folder / "scheduler" / "scheduler_config.json")}
@@ -111,46 +121,66 @@ def load_pipeline(
 
     modules: dict[str, Any] = dict.fromkeys(_PARTS)
     tokenizers: dict[str, Any] = dict.fromkeys(("tokenizer", "tokenizer_2"))
-    weights: dict[str, tuple[Path, str, str | None]] = {}
+    sources: dict[str, tuple[Path, str, str | None]] = {}
     for part, other in (("unet", unet), ("vae", vae)):
-        place = folder / part if other is None else _part_folder(other, part, variant)
-        configs[part] = _config(place, part)
+        own = folder / part if other is None else _part_folder(other, part, variant, weights)
+        configs[part] = _config(own, part)
         modules[part] = _module(part, configs[part], dtype)
-        weights[part] = place, weight_files.DIFFUSERS_NAME, variant
-    for part, (place, kind) in encoders.items():
-        configs[part] = _config(place, part) | ({"architectures": [kind]} if kind else {})
+        sources[part] = own, weight_files.DIFFUSERS_NAME, variant
+    for part, (own, kind) in encoders.items():
+        configs[part] = _config(own, part) | ({"architectures": [kind]} if kind else {})
         modules[part] = _module(part, configs[part], dtype)
-        weights[part] = place, weight_files.TRANSFORMERS_NAME, variant
-        slot = place.name.replace("text_encoder", "tokenizer")
+        sources[part] = own, weight_files.TRANSFORMERS_NAME, variant
+        slot = own.name.replace("text_encoder", "tokenizer")
         length = modules[part].max_position_embeddings
-        tokenizers[part.replace("text_encoder", "tokenizer")] = tokenizer.load_tokenizer(folder / slot, length)
+        if weights:
+            tokenizers[part.replace("text_encoder", "tokenizer")] = tokenizer.load_tokenizer(folder / slot, length)
     check_fit(modules)
-    for place, name, kind in weights.values():  # all there, before minutes go into reading the first
-        weight_files.weight_files(place, name, kind)
-    params = {part: _params(modules[part], *weights[part], param_dtype) for part in weights}
+    if weights:
+        for files_of in sources.values():  # all there, before minutes go into reading the first
+            weight_files.weight_files(*files_of)
+        params = {part: _params(modules[part], *sources[part], param_dtype, place) for part in sources}
+    else:
+        params = {part: _shapes(modules[part], param_dtype) for part in sources}
     return Pipeline(
         **modules, **tokenizers, params=params, schedule=noise, configs=configs, source=str(folder.resolve())
     )
 
 
 def load_unet(
-    source: str | Path, variant: str | None = None, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32
+    source: str | Path,
+    variant: str | None = None,
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype = jnp.float32,
+    *,
+    place: names.Place | None = None,
+    weights: bool = True,
 ) -> tuple[unet.UNet2DConditionModel, names.Params]:
     """(module, params) of a pipeline's `unet/`, or of a folder or hub repository that holds only a UNet, at its root.
 
+    place, weights: as `load_pipeline`'s.
+
     Raises: as `load_pipeline`.
     """
-    return _load_part("unet", source, variant, dtype, param_dtype)
+    return _load_part("unet", source, variant, dtype, param_dtype, place, weights)
 
 
 def load_vae(
-    source: str | Path, variant: str | None = None, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32
+    source: str | Path,
+    variant: str | None = None,
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype = jnp.float32,
+    *,
+    place: names.Place | None = None,
+    weights: bool = True,
 ) -> tuple[nn.Module, names.Params]:
     """(module, params) of a pipeline's `vae/`, or of a folder or hub repository that holds only a VAE, at its root.
 
+    place, weights: as `load_pipeline`'s.
+
     Raises: as `load_pipeline`.
     """
-    return _load_part("vae", source, variant, dtype, param_dtype)
+    return _load_part("vae", source, variant, dtype, param_dtype, place, weights)
 
 
 def read_record(source: str | Path) -> Config:
@@ -163,18 +193,44 @@ def read_record(source: str | Path) -> Config:
     return files.read_json(path) if path.is_file() else {}
 
 
-def _load_part(part: str, source: str | Path, variant: str | None, dtype: Dtype, param_dtype: Dtype):
-    folder = _part_folder(source, part, variant)
+def _load_part(
+    part: str,
+    source: str | Path,
+    variant: str | None,
+    dtype: Dtype,
+    param_dtype: Dtype,
+    place: names.Place | None,
+    weights: bool,
+):
+    folder = _part_folder(source, part, variant, weights)
     module = _module(part, _config(folder, part), dtype)
-    return module, _params(module, folder, weight_files.DIFFUSERS_NAME, variant, param_dtype)
+    if not weights:
+        return module, _shapes(module, param_dtype)
+    return module, _params(module, folder, weight_files.DIFFUSERS_NAME, variant, param_dtype, place)
 
 
-def _part_folder(source: str | Path, part: str, variant: str | None) -> Path:
+def _folder(source: str | Path, patterns: Sequence[str], weights: bool) -> Path:
+    """The local folder of `source`. Where only configs are wanted and the hub cannot be asked: the package's own."""
+    patterns = [pattern for pattern in patterns if weights or ".safetensors" not in pattern]
+    try:
+        return hub.local_folder(source, patterns)
+    except LcmError:
+        embedded = None if weights else assets.architecture(str(source))
+        if embedded is None:
+            raise
+        return embedded
+
+
+def _shapes(module: nn.Module, dtype: Dtype) -> names.Params:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), names.abstract_params(module))
+
+
+def _part_folder(source: str | Path, part: str, variant: str | None, weights: bool = True) -> Path:
     """Folder of one part: SOURCE/part where that is, else SOURCE itself."""
     patterns = ["config.json", "model_index.json", RECORD, f"{part}/config.json"]
-    weights = weight_files.download_patterns(weight_files.DIFFUSERS_NAME, variant)
-    patterns += [prefix + pattern for prefix in ("", f"{part}/") for pattern in weights]
-    folder = hub.local_folder(source, patterns)
+    tensors = weight_files.download_patterns(weight_files.DIFFUSERS_NAME, variant)
+    patterns += [prefix + pattern for prefix in ("", f"{part}/") for pattern in tensors]
+    folder = _folder(source, patterns, weights)
     inside = folder / part
     if (inside / "config.json").is_file() or (folder / "model_index.json").is_file():
         return inside
@@ -246,9 +302,11 @@ _FROM_CONFIG: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def _params(module: nn.Module, folder: Path, name: str, variant: str | None, dtype: Dtype) -> names.Params:
+def _params(
+    module: nn.Module, folder: Path, name: str, variant: str | None, dtype: Dtype, place: names.Place | None
+) -> names.Params:
     with weight_files.open_weights(folder, name, variant) as weights:
-        return names.read_params(module, weights.shapes, weights.read, jnp.dtype(dtype), str(weights.source))
+        return names.read_params(module, weights.shapes, weights.read, jnp.dtype(dtype), str(weights.source), place)
 
 
 def check_fit(modules: Mapping[str, Any]) -> None:

@@ -20,7 +20,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import safetensors
 from absl import logging
 from flax import linen as nn
@@ -30,7 +32,7 @@ from lcm_jax.diffusion import schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
 from lcm_jax.models.config import to_config
-from lcm_jax.pretrained import hub, pipeline, tokenizer, weight_files
+from lcm_jax.pretrained import hub, names, pipeline, tokenizer, weight_files
 from lcm_jax.pretrained import single_file_keys as keys
 from lcm_jax.pretrained.names import Shape
 
@@ -152,6 +154,8 @@ def load_single_file(
     config: str | Path | None = None,
     unet: str | Path | None = None,
     vae: str | Path | None = None,
+    place: names.Place | None = None,
+    weights: bool = True,
 ) -> pipeline.Pipeline:
     """Load a checkpoint of SD 1.x, SD 2.x, SDXL or its refiner, also pruned or with 9 channels (inpainting).
 
@@ -162,7 +166,7 @@ def load_single_file(
       config: diffusers folder or hub id of the family. Its tokenizers are taken, and each config that it has, but for
         what the tensors themselves settle (input channels, w embedding). None: tokenizers of the family's repository on
         the hub, configs as the module's docstring says.
-      unet, vae: as `load_pipeline`.
+      unet, vae, place, weights: as `load_pipeline`; the file must be there, as its header says what it holds.
 
     Raises:
       LcmError: no such file, unknown family (names the keys looked for), tokenizers not to be had, tensors that do not
@@ -172,13 +176,18 @@ def load_single_file(
     if variant is not None and unet is None and vae is None:
         raise LcmError(f"{source} is a single file and has no variant {variant!r}; leave the variant out")
     path = local_file(source)
-    with weight_files.open_weights(path.parent, path.stem) as weights:
-        family = _family(weights.shapes, path)
+    with weight_files.open_weights(path.parent, path.stem) as stored:
+        read = stored.read if weights else lambda key: np.broadcast_to(np.float32(0), stored.shapes[key])
+        place = place if weights else _shape
+        family = _family(stored.shapes, path)
         folder = _config_folder(config, family, path)
         given = None if config is None else folder
         others = {"unet": (pipeline.load_unet, unet), "vae": (pipeline.load_vae, vae)}
-        replaced = {part: load(other, variant, dtype, param_dtype) for part, (load, other) in others.items() if other}
-        configs = _configs(given, family, weights, _metadata(path), {part: m for part, (m, _) in replaced.items()})
+        how = {"place": place, "weights": weights}
+        replaced = {
+            part: load(other, variant, dtype, param_dtype, **how) for part, (load, other) in others.items() if other
+        }
+        configs = _configs(given, family, stored, _metadata(path), {part: m for part, (m, _) in replaced.items()})
         modules = dict.fromkeys(("text_encoder", "text_encoder_2"))
         modules |= {part: _FROM_CONFIG[part](configs[part], dtype=dtype) for part in ("unet", "vae", *family.encoders)}
         modules |= {part: module for part, (module, _) in replaced.items()}
@@ -189,15 +198,19 @@ def load_single_file(
             tokenizers[slot] = tokenizer.load_tokenizer(_slot(folder, slot), length)
         pipeline.check_fit(modules)
         params = {part: tree for part, (_, tree) in replaced.items()}
-        for part, (layout, prefix) in layouts(family, modules, weights.shapes).items():
+        for part, (layout, prefix) in layouts(family, modules, stored.shapes).items():
             if part not in params:
                 what = f"{part.replace('_', ' ')} of {path}"
-                module = modules[part]
-                params[part] = keys.read_part(module, layout, prefix, weights.shapes, weights.read, param_dtype, what)
+                source = prefix, stored.shapes, read
+                params[part] = keys.read_part(modules[part], layout, *source, param_dtype, what, place)
     noise = schedule.from_config(configs["scheduler"])
     return pipeline.Pipeline(
         **modules, **tokenizers, params=params, schedule=noise, configs=configs, source=str(folder.resolve())
     )
+
+
+def _shape(value: np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(value.shape, value.dtype)
 
 
 def read_record(source: str | Path) -> Config:

@@ -190,6 +190,7 @@ def read_part(
     read: Callable[[str], np.ndarray],
     dtype: Any,
     what: str,
+    place: names.Place | None = None,
 ) -> Params:
     """The parameter tree of `module` from the keys of a file that begin with `prefix`; see `names.read_params`.
 
@@ -205,7 +206,7 @@ def read_part(
             raise LcmError(f"{what}: {prefix + key} is {tensor.dtype}; only floating-point weights can be loaded")
         tensor = tensor.T if stored.transposed else tensor
         for name, piece in zip(stored.keys, np.split(tensor, len(stored.keys)), strict=True):
-            flat[table[name].path] = names.to_jax(piece, table[name], dtype)
+            flat[table[name].path] = names.placed(names.to_jax(piece, table[name], dtype), place)
     return traverse_util.unflatten_dict(flat)
 
 

@@ -1,21 +1,33 @@
-"""Checkpoints of a run: saved in the background, restored strictly, one folder per step.
+"""Checkpoints of a run: saved in the background, digested, verified, restored strictly; one folder per step.
 
-    checkpoints/<step>/state    the arrays (orbax, OCDBT)
-    checkpoints/<step>/extra    JSON, small things that belong to the step
+    checkpoints/<step>/state          the arrays (orbax, OCDBT)
+    checkpoints/<step>/extra          JSON, small things that belong to the step
+    checkpoints/<step>/metrics.json   what the step was worth, where it was told
+    checkpoints/<step>/digests.json   runtime/digests.py
+    checkpoints/<step>.damaged        was found damaged; kept for its owner, never read again
+    checkpoints/.<step>.partial       being written
 
 The state is stored as a tree of plain dicts named by its key paths (`params/conv_in/kernel`, `opt_state/0/mu/...`), so
-that a checkpoint can be read without the classes that made it. A folder gets its plain number only when all is on
-disk; an interrupted save leaves a folder with another name, which the next run removes.
+that a checkpoint can be read without the classes that made it. A folder gets its plain number only when all is on disk
+and digested, by one rename; only then older ones go, each by a rename first. So a run that is killed anywhere loses the
+checkpoint it was writing and no other, and the next run removes what was left lying.
 
-Restoring compares names, shapes and dtypes with what is expected before any array is read: orbax by itself would cast a
-dtype in silence, and a run that restarts from fresh weights because a restore failed is worse than one that stops.
+Orbax keeps no checksum of array bytes: a flipped bit would be restored as a weight. So all files are compared with
+their digests first. Names, shapes and dtypes are then compared with what is expected before any array is read: orbax by
+itself would cast a dtype in silence, and a run that restarts from fresh weights because a restore failed is worse than
+one that stops.
+
+On several processes every method is called by all of them, with the same arguments; the first one digests, verifies and
+decides for all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,67 +36,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
+from lcm_jax import files
 from lcm_jax.errors import LcmError
-
-# Lines of a diff that are printed; a wrong model differs everywhere.
-MAX_DIFF = 8
-
-
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    """{"params/conv_in/kernel": leaf}: key paths joined by "/"; works on any pytree."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": 1} -> {"a": {"b": 1}}."""
-    tree: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+from lcm_jax.runtime import agreement, digests, trees
+from lcm_jax.runtime import checkpoint_folder as on_disk
+from lcm_jax.runtime.checkpoint_folder import list_steps
 
 
 def _as_array(leaf: Any) -> Any:
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-
-
-def _describe(leaf: Any) -> str:
-    """float32[3,4]"""
-    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-
-
-def tree_diff(saved: Any, expected: Any) -> list[str]:
-    """Differences between two trees of arrays (or of things with shape and dtype), one line each, sorted by name."""
-    there, here = _named_leaves(saved), _named_leaves(expected)
-    lines = []
-    for name in sorted(there.keys() | here.keys()):
-        if name not in there:
-            lines.append(f"{name}: not in the checkpoint, expected {_describe(here[name])}")
-        elif name not in here:
-            lines.append(f"{name}: {_describe(there[name])} in the checkpoint, not expected")
-        elif _describe(there[name]) != _describe(here[name]):
-            lines.append(f"{name}: {_describe(there[name])} in the checkpoint, expected {_describe(here[name])}")
-    return lines
-
-
-def _short(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
-
-
-def _damaged(path: Path, error: BaseException) -> LcmError:
-    return LcmError(f"checkpoint {path} cannot be read ({_short(error)}); "
-                    "delete that folder to go on from the checkpoint before it")
-
-
-def list_steps(folder: str | os.PathLike[str]) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, ascending; [] if there is no such folder."""
-    folder = Path(folder)
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()) if folder.is_dir() else []
 
 
 def _state_metadata(folder: Path, step: int) -> Any:
@@ -96,7 +56,7 @@ def _state_metadata(folder: Path, step: int) -> Any:
             raise ValueError("no arrays in it")
         return tree
     except Exception as error:  # orbax raises many kinds for a folder that is not whole
-        raise _damaged(path, error) from error
+        raise on_disk.unreadable(path, error) from error
 
 
 def load_subtree(folder: str | os.PathLike[str], step: int, name: str) -> dict[str, Any]:
@@ -108,25 +68,24 @@ def load_subtree(folder: str | os.PathLike[str], step: int, name: str) -> dict[s
         name: first level of the state's tree, or several joined by "/".
 
     Raises:
-        LcmError: no such checkpoint, no such part, or a folder that cannot be read.
+        LcmError: no such checkpoint, no such part, or a folder that is damaged or cannot be read.
     """
     folder = Path(folder).absolute()
-    steps = list_steps(folder)
-    if step not in steps:
-        raise LcmError(f"no checkpoint of step {step} in {folder}; present: {', '.join(map(str, steps)) or 'none'}")
-    saved = _named_leaves(_state_metadata(folder, step))
+    on_disk.check_present(folder, step, list_steps(folder))
+    on_disk.check_whole(folder, step, "state/")
+    saved = trees.named_leaves(_state_metadata(folder, step))
     wanted = {key: leaf for key, leaf in saved.items() if key.startswith(f"{name}/")}
     if not wanted:
         parts = sorted({key.split("/")[0] for key in saved})
         raise LcmError(f"checkpoint {folder / str(step)} has no part {name!r}; it has {', '.join(parts)}")
-    item = _nest({key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in wanted.items()})
+    item = trees.nest({key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in wanted.items()})
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     try:
         tree = ocp.PyTreeCheckpointHandler().restore(
             folder / str(step) / "state",
             args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True))
     except Exception as error:
-        raise _damaged(folder / str(step), error) from error
+        raise on_disk.unreadable(folder / str(step), error) from error
     for part in name.split("/"):
         tree = tree[part]
     return tree
@@ -136,19 +95,27 @@ class Checkpoints:
     """The checkpoints of one run; a context manager, which waits for the last save.
 
     Args:
-        folder: workdir / "checkpoints"; created.
-        keep: how many of the newest stay.
+        folder: workdir / "checkpoints"; created. What killed runs left there is removed.
+        keep: how many of the newest stay, 1 or more.
+        keep_every: checkpoints of steps that it divides stay for ever; 0: none.
+        best: name of a metric; the checkpoint where it was lowest stays, too. "": none.
+
+    Raises:
+        LcmError: `folder` cannot be made, or not all processes see it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 3, keep_every: int = 0, best: str = "") -> None:
         self.folder = Path(folder).absolute()
-        policies = ocp.checkpoint_managers
-        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
-            save_decision_policy=policies.FixedIntervalPolicy(1),  # the loop decides when
-            preservation_policy=policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=True,
-        ))
+        self._keep, self._keep_every, self._best = keep, keep_every, best
+        if jax.process_count() > 1:
+            agreement.check_shared(self.folder)
+        # step -> metric; the same on all processes at all times, so that they always take the same way
+        found = agreement.decided_by_first(lambda: on_disk.tidy(self.folder, best))
+        self._steps: dict[int, float | None] = {step: metric for step, metric in found}
+        self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(),
+                                            async_options=ocp.AsyncOptions(timeout_secs=agreement.TIMEOUT))
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[int, list[int], Future] | None = None  # step, those that go after it, what is under way
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -161,85 +128,135 @@ class Checkpoints:
                 raise
 
     def steps(self) -> list[int]:
-        """Steps on disk, ascending."""
-        return sorted(self._manager.all_steps())
+        """Steps on disk, ascending, and the one that is being saved."""
+        return sorted(self._steps)
 
     def latest_step(self) -> int | None:
-        """Newest step, None if there is no checkpoint."""
-        return self._manager.latest_step()
+        """Newest of `steps()`, None if there is no checkpoint."""
+        return max(self._steps, default=None)
 
-    def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> bool:
-        """Begins to save `state` (any pytree of arrays) and `extra` (JSON). False if the step is there already.
+    def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None,
+             metrics: Mapping[str, Any] | None = None) -> bool:
+        """Begins to save `state` (any pytree of arrays). False if that step or a later one is there already.
 
-        Returns once the arrays are copied, so that the caller may donate them; an error of the writing shows up at the
-        next `save`, `wait` or `close`, as LcmError.
+        Returns once the arrays are copied, so that the caller may donate them; writing and digests go on in the
+        background. It waits for a save before it; an error of that one shows up at the next `save`, `wait` or `close`.
+
+        Args:
+            step: names the folder.
+            state: any pytree of arrays.
+            extra: JSON, comes back from `extra`.
+            metrics: scalars by name; with `best`, its metric must be among them. NaN is never the best.
+
+        Raises:
+            LcmError: this or the save before failed; `metrics` without the metric that `best` names.
         """
-        if step in self.steps():
+        if metrics is not None and self._best and self._best not in metrics:
+            raise LcmError(f"config.checkpoint.best = {self._best!r} is no metric of this run; choose one of "
+                           f"{', '.join(sorted(metrics))}")
+        self.wait()
+        if step <= max(self._steps, default=step - 1):
             return False
-        tree = _nest({name: _as_array(leaf) for name, leaf in _named_leaves(state).items()})
+        tree = trees.nest({name: _as_array(leaf) for name, leaf in trees.named_leaves(state).items()})
+        values = {name: float(value) for name, value in (metrics or {}).items()}
+        partial = self.folder / f".{step}.partial"
         with self._readable_errors(f"saving checkpoint {step}"):
-            return self._manager.save(step, args=ocp.args.Composite(
+            self._saver.save(partial, force=True, args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(tree), extra=ocp.args.JsonSave(dict(extra or {}))))
+        self._steps[step] = values.get(self._best)
+        doomed = sorted(self._steps.keys() - on_disk.kept(self._steps, self._keep, self._keep_every))
+        key = agreement.barrier(f"checkpoint {step}")
+        self._pending = step, doomed, self._thread.submit(self._finish, step, partial, values, doomed, key)
+        return True
 
     def restore(self, expected: Any, step: int | None = None) -> Any:
-        """The state of `step` (default: the newest) in the structure of `expected`.
+        """The state of `step`, or of the newest undamaged checkpoint, in the structure of `expected`.
+
+        Newer ones that are damaged are named on stderr and put aside (`<step>.damaged`): `steps()` ends with the one
+        that was restored. Where all are damaged nothing is touched.
 
         Args:
             expected: pytree of arrays or ShapeDtypeStructs; a sharding on a leaf says where it goes, others go to the
-                first device.
-            step: one of `steps()`.
+                first device. Mesh and process count need not be those of the saving run.
+            step: one of `steps()`; if it is damaged, no other is taken.
 
         Raises:
-            LcmError: nothing to restore, a folder that cannot be read, or any difference of names, shapes or dtypes.
+            LcmError: nothing to restore, nothing undamaged, a folder that cannot be read, or any difference of names,
+                shapes or dtypes.
         """
-        step = self._existing(step)
+        self.wait()
+        if step is None:
+            step = agreement.decided_by_first(lambda: on_disk.newest_whole(self.folder))
+            self._steps = {other: metric for other, metric in self._steps.items() if other <= step}
+        else:
+            on_disk.check_present(self.folder, step, self.steps())
+            agreement.decided_by_first(lambda: on_disk.check_whole(self.folder, step))
         path = self.folder / str(step)
-        diff = tree_diff(_state_metadata(self.folder, step), expected)
-        if diff:
-            more = f"; and {len(diff) - MAX_DIFF} more" if len(diff) > MAX_DIFF else ""
-            raise LcmError(f"checkpoint {path} does not fit this run: {'; '.join(diff[:MAX_DIFF])}{more}. "
-                           "Use the config it was made with, or another workdir")
+        different = trees.difference(_state_metadata(self.folder, step), expected)
+        if different:
+            raise LcmError(f"checkpoint {path} does not fit this run: {different}. Use the config it was made with, "
+                           "or another workdir")
         default = SingleDeviceSharding(jax.devices()[0])
-        target = _nest({name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
-                                                   sharding=getattr(leaf, "sharding", None) or default)
-                        for name, leaf in _named_leaves(expected).items()})
+        target = trees.nest({name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
+                                                        sharding=getattr(leaf, "sharding", None) or default)
+                        for name, leaf in trees.named_leaves(expected).items()})
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
+            restored = self._saver.restore(path, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
                 target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))).state
         except Exception as error:
-            raise _damaged(path, error) from error
-        leaves = _named_leaves(restored)
-        return jax.tree.unflatten(jax.tree.structure(expected), [leaves[name] for name in _named_leaves(expected)])
+            raise on_disk.unreadable(path, error) from error
+        leaves = trees.named_leaves(restored)
+        return jax.tree.unflatten(jax.tree.structure(expected), [leaves[name] for name in trees.named_leaves(expected)])
 
     def extra(self, step: int | None = None) -> dict[str, Any]:
-        """The JSON that was saved with `step` (default: the newest)."""
-        step = self._existing(step)
+        """The JSON that was saved with `step` (default: the newest). Raises LcmError where it is damaged."""
+        self.wait()
+        step = self.latest_step() if step is None else step
+        on_disk.check_present(self.folder, step, self.steps())
+        on_disk.check_whole(self.folder, step, "extra/")
+        path = self.folder / str(step)
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())).extra
+            return ocp.JsonCheckpointHandler().restore(path / "extra", args=ocp.args.JsonRestore())
         except Exception as error:
-            raise _damaged(self.folder / str(step), error) from error
+            raise on_disk.unreadable(path, error) from error
 
     def wait(self) -> None:
-        """Returns when everything saved so far is on disk."""
-        with self._readable_errors("saving a checkpoint"):
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+        """Returns when everything saved so far is on disk and digested, and what it replaces is gone."""
+        if self._pending is None:
+            return
+        (step, doomed, future), self._pending = self._pending, None
+        with self._readable_errors(f"saving checkpoint {step}"):
+            try:
+                future.result()
+            except BaseException:
+                del self._steps[step]
+                raise
+        for old in doomed:
+            del self._steps[old]
 
     def close(self) -> None:
         """Waits and frees threads. The object is of no use afterwards."""
         try:
             self.wait()
         finally:
+            self._thread.shutdown()
             with self._readable_errors("closing the checkpoints"):
-                self._manager.close()
+                self._saver.close()
 
-    def _existing(self, step: int | None) -> int:
-        steps = self.steps()
-        step = steps[-1] if step is None and steps else step
-        if step not in steps:
-            raise LcmError(f"no checkpoint{'' if step is None else f' of step {step}'} in {self.folder}; "
-                           f"present: {', '.join(map(str, steps)) or 'none'}")
-        return step
+    def _finish(self, step: int, partial: Path, metrics: Mapping[str, float], doomed: list[int], key: str) -> None:
+        """In the background: from written arrays to a complete checkpoint, and only then away with older ones."""
+        try:
+            self._saver.wait_until_finished()  # of all processes
+            if jax.process_index() == 0:
+                if metrics:
+                    files.write_text(partial / on_disk.METRICS_FILE, json.dumps(metrics))
+                digests.write(partial)
+                os.rename(partial, self.folder / str(step))
+                files.sync_folder(self.folder)
+                for old in doomed:
+                    on_disk.remove(self.folder, old)
+        finally:
+            agreement.wait_for_all(key)  # nobody leaves, or waits in a collective, while process 0 digests
 
     @contextlib.contextmanager
     def _readable_errors(self, doing: str) -> Iterator[None]:
@@ -249,5 +266,6 @@ class Checkpoints:
         except LcmError:
             raise
         except Exception as error:
-            raise LcmError(f"{doing} in {self.folder} failed ({_short(error)}); free disk space or choose another "
-                           "workdir, then give the same command again. Earlier checkpoints are whole") from error
+            raise LcmError(f"{doing} in {self.folder} failed ({on_disk.short(error)}); free disk space or choose "
+                           "another workdir, then give the same command again. Earlier checkpoints are whole"
+                           ) from error

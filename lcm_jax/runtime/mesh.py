@@ -1,34 +1,81 @@
 """One mesh over all devices, and one rule that says how arrays lie on it.
 
-The mesh has two axes: `data` (copies of the model) and `fsdp` (one copy, spread over its devices). A batch [b ...] is
-split along b over both. A parameter is split along its largest dimension that `fsdp` divides; if there is none, or the
-parameter is small, it is replicated. Optimiser moments and the EMA have the parameters' shapes, so the same rule serves
-the whole state.
+    axis     size     what is split over it                              network between its devices
+    slice    slices   the batch                                          between the slices of a multi-slice pod
+    data     data     the batch                                          within a slice
+    fsdp     fsdp     the batch, and one copy of everything trained      within a slice, neighbours
+
+A batch [b ...] is split along b over all three. A parameter is split along its largest dimension that `fsdp` divides;
+if there is none, or the parameter is small, it is replicated. Optimiser moments, the EMA and the teacher have the
+parameters' shapes, so the same rule serves them all. Where a split weight is used, `gather_weights` makes it whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lcm_jax.errors import LcmError
 
+AXES = ("slice", "data", "fsdp")
+
 # Below this many elements an all-gather costs more than the memory it saves.
 MIN_SHARD_ELEMENTS = 2**16
 
+_LISTED = 5  # arrays that a report names one by one
 
-def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh ("data", "fsdp") over all devices, `fsdp` of them holding one copy of the model together."""
+
+def make_mesh(data: int = -1, fsdp: int = 1, slices: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh ("slice", "data", "fsdp") over `devices`, laid so that neighbours in `fsdp` are neighbours in the network.
+
+    Args:
+      data, fsdp: sizes of their axes; one of them may be -1: what the others leave.
+      slices: of a multi-slice pod. Devices that belong to no slice are cut into that many equal blocks, in order.
+      devices: default: all of all processes. Those of an ahead-of-time topology serve as well.
+
+    Raises:
+      LcmError: the sizes do not multiply to the number of devices, or `slices` is not what the devices say.
+    """
     devices = jax.devices() if devices is None else list(devices)
-    if fsdp < 1 or len(devices) % fsdp:
-        raise LcmError(f"fsdp = {fsdp} does not divide the {len(devices)} devices; choose a divisor")
-    shape = (len(devices) // fsdp, fsdp)
-    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    shape = _mesh_shape(data, fsdp, slices, len(devices))
+    own = {getattr(device, "slice_index", 0) for device in devices} if devices[0].platform == "tpu" else set()
+    if own and len(own) != slices:
+        raise LcmError(f"mesh.slices = {slices}, but the {len(devices)} chips are of {len(own)} slices; set "
+                       f"mesh.slices = {len(own)}")
+    split = {"allow_split_physical_axes": True}
+    try:
+        if slices > 1 and own:
+            laid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1), devices, **split)
+        else:
+            laid = mesh_utils.create_device_mesh(shape, devices, **split)
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        raise LcmError(f"a mesh of {_sizes(*shape)} cannot be laid on these {len(devices)} {devices[0].device_kind} "
+                       f"({error}); choose other sizes") from error
+    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _mesh_shape(data: int, fsdp: int, slices: int, devices: int) -> tuple[int, int, int]:
+    asked = _sizes(slices, data, fsdp)
+    if slices < 1 or any(size != -1 and size < 1 for size in (data, fsdp)) or (data, fsdp) == (-1, -1):
+        raise LcmError(f"{asked}: sizes are at least 1; one of mesh.data and mesh.fsdp may be -1, the rest")
+    known = math.prod(size for size in (slices, data, fsdp) if size != -1)
+    rest = devices // known
+    shape = slices, rest if data == -1 else data, rest if fsdp == -1 else fsdp
+    if math.prod(shape) != devices:
+        left = "do not divide" if -1 in (data, fsdp) else f"make {known}, not"
+        raise LcmError(f"{asked} {left} the {devices} devices there are; change one of them, or set mesh.data = -1")
+    return shape
+
+
+def _sizes(slices: int, data: int, fsdp: int) -> str:
+    return f"mesh.slices = {slices}, mesh.data = {data}, mesh.fsdp = {fsdp}"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -37,14 +84,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """First axis over all devices."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(AXES))
 
 
 def param_sharding(mesh: Mesh, shape: Sequence[int], min_elements: int = MIN_SHARD_ELEMENTS) -> NamedSharding:
     """Largest dimension that `fsdp` divides (the last of equals) over `fsdp`; small arrays are replicated."""
     ways = mesh.shape["fsdp"]
     axes = [axis for axis, size in enumerate(shape) if size % ways == 0]
-    if ways == 1 or not axes or np.prod(shape) < min_elements:
+    if ways == 1 or not axes or math.prod(shape) < min_elements:
         return replicated(mesh)
     chosen = max(axes, key=lambda axis: (shape[axis], axis))
     return NamedSharding(mesh, P(*("fsdp" if axis == chosen else None for axis in range(len(shape)))))
@@ -61,11 +108,127 @@ def abstract_state(mesh: Mesh, state: Any, min_elements: int = MIN_SHARD_ELEMENT
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
+def place(mesh: Mesh) -> Callable[[Any], Any]:
+    """One host array, the same on every process -> the shards that the rule gives it; nothing else of it stays.
+
+    A ShapeDtypeStruct comes back with its sharding; an array that lies so already comes back as it is.
+    """
+
+    def put(value: Any) -> Any:
+        sharding = param_sharding(mesh, value.shape)
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+        if isinstance(value, jax.Array) and value.sharding.is_equivalent_to(sharding, value.ndim):
+            return value
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            return jax.device_put(value, sharding)
+        host = np.asarray(value)
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            part = host[index]
+            return part if part.size == host.size else part.copy()  # a view would keep the whole array alive
+
+        return jax.make_array_from_callback(host.shape, sharding, shard)
+
+    return put
+
+
+def gather_weights(mesh: Mesh, dtype: Any) -> Callable[[Any], Any] | None:
+    """Tree of weights -> the same, whole on every device where the rule has split them, cast to `dtype` before.
+
+    To be called inside a jitted function where the weights are used, by blocks. The cotangent of a split weight goes
+    back to that weight's shards and dtype, so that XLA gathers weights and reduces gradients, and leaves the
+    activations where they are. None where nothing is split.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return None
+    whole = replicated(mesh)
+
+    def gather_one(weight: jax.Array) -> jax.Array:
+        shards = param_sharding(mesh, weight.shape)
+        if shards.is_fully_replicated:
+            return weight
+        stored = weight.dtype
+
+        @jax.custom_vjp
+        def gather(w: jax.Array) -> jax.Array:
+            # Constrained on both sides of the move, or XLA may gather first and cast afterwards.
+            cast = jax.lax.with_sharding_constraint(w.astype(dtype), shards)
+            return jax.lax.with_sharding_constraint(cast, whole)
+
+        def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
+            return (jax.lax.with_sharding_constraint(cotangent, shards).astype(stored),)
+
+        gather.defvjp(lambda w: (gather(w), None), backward)
+        return gather(weight)
+
+    return lambda tree: jax.tree.map(gather_one, tree)
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulation: int = 1) -> None:
+    """Raises LcmError unless each of `accumulation` parts of a batch splits evenly over all devices."""
+    if batch_size % (mesh.size * accumulation):
+        parts = f" in {accumulation} parts (train.accumulation_steps)" if accumulation > 1 else ""
+        raise LcmError(f"data.batch_size = {batch_size}{parts} does not split over {mesh.size} devices; use a multiple "
+                       f"of {mesh.size * accumulation}")
+
+
+def process_rows(mesh: Mesh, batch_size: int, process_index: int) -> tuple[int, ...]:
+    """Positions in a global batch of the rows that lie on a process's devices.
+
+    They need not follow one another: a TPU pod's mesh is laid by its wires, not by its processes.
+    """
+    owners = np.repeat([device.process_index for device in mesh.devices.flat], batch_size // mesh.size)
+    return tuple(np.flatnonzero(owners == process_index).tolist())
+
+
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> global arrays split over all devices."""
+    """This process's rows of a batch -> global arrays split over all devices.
+
+    They go to the process's own devices, in the mesh's order: they are those at `process_rows` of the global batch.
+    """
     sharding = batch_sharding(mesh)
+    processes = len({device.process_index for device in mesh.devices.flat})
     for name, rows in batch.items():
-        if rows.shape[0] * jax.process_count() % mesh.size:
-            raise LcmError(f"batch of {rows.shape[0] * jax.process_count()} ({name}) does not split over {mesh.size} "
+        if rows.shape[0] * processes % mesh.size:
+            raise LcmError(f"batch of {rows.shape[0] * processes} ({name}) does not split over {mesh.size} "
                            "devices; set --config.data.batch_size to a multiple")
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def spread(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    """Rows [b ...], the same on every process -> split over all devices, padded with the last row where b does not."""
+    count = len(rows)
+    padded = -(-count // mesh.size) * mesh.size
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        return rows[np.minimum(np.arange(padded)[index[0]], count - 1)]
+
+    return jax.make_array_from_callback((padded, *rows.shape[1:]), batch_sharding(mesh), shard)
+
+
+def report_unsharded(mesh: Mesh, tree: Any) -> str:
+    """One line for the log on what each device holds whole though `fsdp` could have split it; "" where all is split.
+
+    Arrays without a dimension that `fsdp` divides are named with their bytes, the largest first; the small ones, which
+    the rule leaves whole, are summed. tree: of arrays or ShapeDtypeStructs.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return ""
+    whole = [
+        (math.prod(leaf.shape) * leaf.dtype.itemsize, math.prod(leaf.shape), jax.tree_util.keystr(path, simple=True,
+         separator="/"), leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if param_sharding(mesh, leaf.shape).is_fully_replicated
+    ]  # fmt: skip
+    if not whole:
+        return ""
+    large = sorted((entry for entry in whole if entry[1] >= MIN_SHARD_ELEMENTS), reverse=True)
+    small = sum(size for size, count, *_ in whole if count < MIN_SHARD_ELEMENTS)
+    named = [f"{name} {list(shape)} {size} bytes" for size, _, name, shape in large[:_LISTED]]
+    if len(large) > _LISTED:
+        named.append(f"{len(large) - _LISTED} more of {sum(size for size, *_ in large[_LISTED:])} bytes")
+    if small:
+        named.append(f"{len(whole) - len(large)} small ones of {small} bytes")
+    total = sum(size for size, *_ in whole)
+    return f"not split over fsdp = {mesh.shape['fsdp']}, whole on every device: {total} bytes: {', '.join(named)}"

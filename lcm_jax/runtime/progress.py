@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -44,3 +45,47 @@ class Progress:
             left = tqdm.format_interval((self.total - self.done) / rate)
             print(f"{self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left} left",
                   file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class TrainingProgress:
+    """A training's steps, loss, images per second and time left: a bar on a terminal, else a plain line per report."""
+
+    def __init__(self, total: int, start: int, stream: TextIO) -> None:
+        self.total, self.stream, self.bar = total, stream, None
+        self.begin, self.begin_time = start, time.monotonic()
+        if stream.isatty():
+            self.bar = tqdm(total=total, initial=start, file=stream, unit="step", dynamic_ncols=True,
+                            bar_format="{n_fmt}/{total_fmt} steps |{bar}| {desc}")
+
+    def compiled(self, step: int) -> None:
+        """The first step of this process is done: the time left is estimated from here, without compiling."""
+        self.begin, self.begin_time = step, time.monotonic()
+
+    def report(self, step: int, loss: float, images_per_second: float) -> None:
+        left = (time.monotonic() - self.begin_time) * (self.total - step) / max(1, step - self.begin)
+        text = f"loss {loss:.5f}, {images_per_second:.1f} images/s, {_clock(left)} left"
+        if self.bar is None:
+            print(f"step {step}/{self.total}: {text}", file=self.stream, flush=True)
+        else:
+            self.bar.set_description_str(text, refresh=False)
+
+    def move(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self.bar is None:
+            print(text, file=self.stream, flush=True)
+        else:
+            self.bar.write(text, file=self.stream)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,15 +1,26 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, sample grids, a progress line; and the stop on NaN or Inf.
+"""What a run tells: metrics.jsonl, TensorBoard and W&B from it, sample grids, a progress line; and when it must stop.
 
 metrics.jsonl is the source of truth, one JSON object per logged step:
 
     {"step": 20, "loss": 0.031, "grad_norm": 0.8, ..., "images_per_second": 31.5, "images": 640, "seconds": 22.1}
 
-`images_per_second` is over the steps since the line before, from one finished step to another; compiling counts only in
-a line for the very first step of a process. `data_wait` is the share of that time that the program waited for data.
-`images` counts from the run's beginning, `seconds` from the process's.
+loss, grad_norm, param_norm, update_norm, ema_distance, learning_rate
+                      of this step, as the step gives them
+loss_bin_0 ..         mean loss of the examples since the line before, by their place on the solver grid: the first bin
+                      is nearest to the data; a bin without an example is left out
+time_step, time_data, time_checkpoint, time_evaluation
+                      seconds since the line before, from one finished step to another: what the program waited for the
+                      others while no step was in progress; the rest is the steps'
+data_wait             time_data / (time_step + time_data)
+images_per_second     over time_step + time_data
+mfu                   model FLOPs of the steps / (peak FLOP/s * (time_step + time_data)), where the peak is known
+memory, memory_peak   bytes in use on this process's fullest device, where the backend tells it
+goodput               share of the whole run's wall time that went into steps, see runtime/goodput.py
+images, seconds       images since the run's beginning; seconds since the process's
 
-Steps are counted by how many are done: after the first one, `step` is 1. Numbers stay on the device for `LAG` steps so
-that the host never waits for the step in progress; a logged step and `settle()` wait.
+Compiling counts only in a line for the very first step of a process. Steps are counted by how many are done: after the
+first one, `step` is 1. A thread fetches the numbers of each step when it is finished; they are checked and written
+`LAG` steps later, so that nothing waits for the step in progress but `settle()`.
 """
 
 from __future__ import annotations
@@ -19,99 +30,45 @@ import contextlib
 import io
 import json
 import math
+import queue
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
 
 from lcm_jax.data.records import Fault
-from lcm_jax.errors import LcmError
+from lcm_jax.runtime import alarms, boards, jsonl
+from lcm_jax.runtime.goodput import Events
+from lcm_jax.runtime.progress import TrainingProgress
 from lcm_jax.runtime.workdir import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 LAG = 2  # steps whose numbers may still be under way when the next one is handed in
-
-
-def check_finite(step: int, loss: float, grad_norm: float | None = None) -> None:
-    """Raises LcmError if the loss or the gradient's norm of `step` is NaN or infinite."""
-    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-        if value is not None and not math.isfinite(value):
-            raise LcmError(f"{name} of step {step} is {float(value)}; training stopped, no checkpoint was made of it. "
-                           "Lower train.learning_rate, and see metrics.jsonl for where it began")
+PAUSES = ("data", "checkpoint", "evaluation")  # what a program waits for between steps
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     """Objects of metrics.jsonl in order; a last line that was cut off by a crash is left out."""
-    path = Path(workdir) / METRICS_FILE
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise LcmError(f"{path} line {number} is not JSON; repair or remove that line") from None
-    return records
+    return jsonl.read(Path(workdir) / METRICS_FILE)
 
 
-def keep_until(workdir: str | Path, step: int) -> None:
-    """Drops the lines of metrics.jsonl beyond `step`, and a half line at its end, in one atomic replacement."""
-    path = Path(workdir) / METRICS_FILE
-    if path.exists():
-        kept = [record for record in read_metrics(workdir) if record["step"] <= step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        if text != path.read_text():
-            write_atomic(path, text)
+def keep_until(workdir: str | Path, step: int) -> list[dict[str, Any]]:
+    """Drops the lines of metrics.jsonl beyond `step`, and a half line at its end; returns what is left."""
+    return jsonl.keep(Path(workdir) / METRICS_FILE, lambda record: record["step"] <= step)
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+class _Step(NamedTuple):
+    """A step whose numbers are under way: (values, when it was finished), and the pauses that came before it."""
 
-
-class Progress:
-    """Steps, loss, images per second and time left: a bar on a terminal, else a plain line per report."""
-
-    def __init__(self, total: int, start: int, stream: TextIO) -> None:
-        self.total, self.stream, self.bar = total, stream, None
-        self.begin, self.begin_time = start, time.monotonic()
-        if stream.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, initial=start, file=stream, unit="step", dynamic_ncols=True,
-                            bar_format="{n_fmt}/{total_fmt} steps |{bar}| {desc}")
-
-    def compiled(self, step: int) -> None:
-        """The first step of this process is done: the time left is estimated from here, without compiling."""
-        self.begin, self.begin_time = step, time.monotonic()
-
-    def report(self, step: int, loss: float, images_per_second: float) -> None:
-        left = (time.monotonic() - self.begin_time) * (self.total - step) / max(1, step - self.begin)
-        text = f"loss {loss:.5f}, {images_per_second:.1f} images/s, {_clock(left)} left"
-        if self.bar is None:
-            print(f"step {step}/{self.total}: {text}", file=self.stream, flush=True)
-        else:
-            self.bar.set_description_str(text, refresh=False)
-
-    def move(self, step: int) -> None:
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
-
-    def message(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        if self.bar is None:
-            print(text, file=self.stream, flush=True)
-        else:
-            self.bar.write(text, file=self.stream)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+    number: int
+    result: Future
+    pauses: list[tuple[str, float, float]]  # kind, begin, end
 
 
 class Telemetry:
@@ -124,27 +81,48 @@ class Telemetry:
         start_step: steps done before; what the files say of later ones is dropped.
         log_every: steps between logged ones; the last step is logged as well.
         stream: where progress goes; default stderr.
+        flops_per_step: of the model, for the global batch, nothing counted twice; None: not known.
+        peak_flops: FLOP/s of all devices together; None: not known.
+        spike: stop where a loss is so many times its running mean (`alarms.Spikes`); 0: never.
+        keys_of: step (the first is 1) -> (shard, key) of the records of its global batch, for bad_batch.json.
+        wandb: project on Weights & Biases; "": none.
+        config: of the run, shown there.
+        began: `time.time()` when the program began, for the goodput; default now.
 
     Only process 0 writes; every process checks.
+
+    Raises:
+        LcmError: `wandb` without its package; a damaged line in a file of the workdir.
     """
 
     def __init__(self, workdir: str | Path, total_steps: int, *, batch_size: int, start_step: int = 0,
-                 log_every: int = 10, stream: TextIO | None = None) -> None:
+                 log_every: int = 10, stream: TextIO | None = None, flops_per_step: float | None = None,
+                 peak_flops: float | None = None, spike: float = 0.0,
+                 keys_of: Callable[[int], Sequence[tuple[str, str]]] | None = None, wandb: str = "",
+                 config: Mapping[str, Any] | None = None, began: float | None = None) -> None:
         self.workdir, self.total_steps, self.batch_size, self.log_every = (
             Path(workdir), total_steps, batch_size, log_every)
-        self._pending: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque()
-        self._start_time = self._mark_time = time.monotonic()
-        self._first_step, self._mark_step = start_step + 1, start_step
-        self._waited = 0.0
-        self._file = self._board = self._progress = None
-        if jax.process_index() == 0:
-            from tensorboardX import SummaryWriter
-
-            keep_until(self.workdir, start_step)
+        self._writes, self._keys_of = jax.process_index() == 0, keys_of
+        self._flops_rate = flops_per_step / peak_flops if flops_per_step and peak_flops else None
+        self._pending: collections.deque[_Step] = collections.deque()
+        self._pauses: list[tuple[str, float, float]] = []
+        self._since_means: list[Mapping[str, float]] = []
+        self._start_time = self._done = time.monotonic()
+        self._wall_clock = time.time() - self._start_time  # to be added to the monotonic one
+        self._first_step, self._last_step = start_step + 1, start_step
+        self._mark(start_step)
+        records = keep_until(self.workdir, start_step) if self._writes else read_metrics(self.workdir)
+        before = [record["loss"] for record in records if record["step"] <= start_step]
+        self._spikes = alarms.Spikes(spike, before[-alarms.HORIZON:])
+        self._file = None
+        if self._writes:
+            others = [boards.WeightsAndBiases(self.workdir, wandb, config)] if wandb else []
+            self._boards: list[Any] = [*others, boards.TensorBoard(self.workdir, start_step)]
+            self._events = Events(self.workdir)
+            self._events.add("start", began or time.time(), start_step)
             self._file = open(self.workdir / METRICS_FILE, "a")
-            self._board = SummaryWriter(str(self.workdir / "tensorboard"),
-                                        purge_step=start_step + 1 if start_step else None)
-            self._progress = Progress(total_steps, start_step, stream or sys.stderr)
+            self._progress = TrainingProgress(total_steps, start_step, stream or sys.stderr)
+        self._fetched = _Fetched()
 
     def __enter__(self) -> Telemetry:
         return self
@@ -153,97 +131,167 @@ class Telemetry:
         self.close()
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Takes the numbers of a step: scalars, on the device or not; "loss" is among them, "grad_norm" is checked too.
+        """Takes the numbers of a step: scalars, on the device or not, and "loss_bins" {"sum", "count"} [bins].
 
-        Raises LcmError if a loss or gradient norm is not finite: of this step if it is logged, else at most LAG later.
+        "loss" is among them. Raises LcmError if a loss or gradient norm is not finite, or a loss a spike: of a step at
+        most LAG before, of any step so far if this is the last one.
         """
-        self._pending.append((step, metrics))
-        if step == self._first_step or step % self.log_every == 0 or step >= self.total_steps:
-            self.settle()
-        while len(self._pending) > LAG:
-            self._take(*self._pending.popleft())
-        if self._progress:
+        self._pending.append(_Step(step, self._fetched.submit(metrics), self._pauses))
+        self._pauses = []
+        while len(self._pending) > (0 if step >= self.total_steps else LAG):
+            self._take(self._pending.popleft())
+        if self._file:
             self._progress.move(step)
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the wait for the next batch."""
+    def pause(self, kind: str) -> Iterator[None]:
+        """Around what is done between steps: one of PAUSES. `settle()` before what needs the last step's state."""
+        assert kind in PAUSES, kind
         begun = time.monotonic()
         yield
-        self._waited += time.monotonic() - begun
+        self._pauses.append((kind, begun, time.monotonic()))
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Around the wait for the next batch."""
+        return self.pause("data")
 
     def settle(self) -> None:
         """Waits for the numbers of all steps so far and checks them. Call it before a checkpoint is saved."""
         while self._pending:
-            self._take(*self._pending.popleft())
+            self._take(self._pending.popleft())
 
-    def _take(self, step: int, metrics: Mapping[str, Any]) -> None:
-        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        check_finite(step, values["loss"], values.get("grad_norm"))
-        now = time.monotonic()
-        if step % self.log_every == 0 or step >= self.total_steps:
-            passed = max(now - self._mark_time, 1e-9)
-            rate = (step - self._mark_step) * self.batch_size / passed
-            self._write({
-                "step": step,
-                **values,
-                "images_per_second": round(rate, 3),
-                "data_wait": round(self._waited / passed, 4),
-                "images": step * self.batch_size,
-                "seconds": round(now - self._start_time, 3),
-            })
-            self._mark(step, now)
+    def means(self) -> dict[str, float]:
+        """Mean of each number over the settled steps since the last call; {} where there are none."""
+        steps, self._since_means = self._since_means, []
+        return {name: float(np.mean([values[name] for values in steps])) for name in (steps[0] if steps else ())}
+
+    def _take(self, step: _Step) -> None:
+        values, done = step.result.result()
+        bins = values.pop("loss_bins", None)
+        values = {name: float(value) for name, value in values.items()}
+        self._check(step.number, values)
+        self._since_means.append(values)
+        for kind, begin, end in step.pauses:
+            self._spent[kind] += max(0.0, end - max(begin, self._done))  # before, the step before was in progress
+        if bins is not None:
+            self._bins = self._bins + np.stack([bins["sum"], bins["count"]])
+        self._done, self._last_step = done, step.number
+        logged = step.number % self.log_every == 0 or step.number >= self.total_steps
+        if self._file:
+            self._tell(step.number, values, logged)
+        if logged or step.number == self._first_step:
+            self._mark(step.number)
+
+    def _check(self, step: int, values: Mapping[str, float]) -> None:
+        what = alarms.not_finite(step, values["loss"], values.get("grad_norm"))
+        what = what or self._spikes.check(step, values["loss"])
+        if what:
+            keys = self._keys_of(step) if self._keys_of else None
+            raise alarms.stop(self.workdir, step, what, keys, self._writes)
+
+    def _mark(self, step: int) -> None:
+        self._mark_step, self._mark_time = step, self._done
+        self._spent, self._bins = dict.fromkeys(PAUSES, 0.0), np.zeros((2, 1))
+
+    def _tell(self, step: int, values: Mapping[str, float], logged: bool) -> None:
+        """Events, and a line if this step has one."""
+        steps = step - self._mark_step
+        passed = self._done - self._mark_time
+        computing = passed - sum(self._spent.values())
         if step == self._first_step:
-            self._mark(step, now)
-            if self._progress:
-                self._progress.compiled(step)
-
-    def _mark(self, step: int, now: float) -> None:
-        self._mark_step, self._mark_time, self._waited = step, now, 0.0
+            self._events.add("compiled", self._done + self._wall_clock, step)
+            self._progress.compiled(step)
+        elif logged:
+            self._events.add("steps", self._done + self._wall_clock, step,
+                             **{"from": self._mark_step, "seconds": round(computing, 4)})
+        if not logged:
+            return
+        training = max(computing + self._spent["data"], 1e-9)
+        self._write({
+            "step": step,
+            **values,
+            **{f"loss_bin_{i}": float(total / count) for i, (total, count) in enumerate(self._bins.T) if count},
+            "images_per_second": round(steps * self.batch_size / training, 3),
+            "data_wait": round(self._spent["data"] / training, 4),
+            "time_step": round(computing, 4),
+            **{f"time_{kind}": round(seconds, 4) for kind, seconds in self._spent.items()},
+            **({"mfu": round(self._flops_rate * steps / training, 4)} if self._flops_rate else {}),
+            **device_memory(jax.local_devices()),
+            "goodput": round(self._events.goodput.share, 4),
+            "images": step * self.batch_size,
+            "seconds": round(self._done - self._start_time, 3),
+        })
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self._file is None:
-            return
         self._file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
         self._file.flush()
-        for name, value in record.items():
-            if name != "step":
-                self._board.add_scalar(name, value, record["step"])
+        for board in self._boards:
+            board.scalars(record)
         self._progress.report(record["step"], record["loss"], record["images_per_second"])
 
     def images(self, step: int, grid: np.ndarray, name: str = "samples") -> Path | None:
-        """Writes a picture [h w 3] uint8 to TensorBoard and to samples/<step>.png; the PNG's path (process 0)."""
-        if self._board is None:
+        """Writes a picture [h w 3] uint8 to samples/<step>.png and the boards; the PNG's path (process 0)."""
+        if self._file is None:
             return None
         from PIL import Image
 
-        folder = self.workdir / name
+        folder, grid = self.workdir / name, np.asarray(grid, np.uint8)
         folder.mkdir(exist_ok=True)
         buffer = io.BytesIO()
-        Image.fromarray(np.asarray(grid, np.uint8)).save(buffer, "PNG")
+        Image.fromarray(grid).save(buffer, "PNG")
         path = folder / f"{step:08d}.png"
         write_atomic(path, buffer.getvalue())
-        self._board.add_image(name, np.asarray(grid, np.uint8), step, dataformats="HWC")
-        self._restart_clock(step)
+        for board in self._boards:
+            board.picture(step, name, grid)
         return path
-
-    def _restart_clock(self, step: int) -> None:
-        """Time for samples is not training time; used when the numbers of `step` are settled."""
-        if not self._pending and self._mark_step == step:
-            self._mark(step, time.monotonic())
 
     def message(self, text: str) -> None:
         """A line for the reader of the terminal."""
-        if self._progress:
+        if self._file:
             self._progress.message(text)
 
     def close(self) -> None:
         """Closes the files. Steps whose numbers were not settled are not written."""
+        self._fetched.close()
         if self._file:
-            self._progress.close()
-            self._file.close()
-            self._board.close()
-            self._file = self._board = self._progress = None
+            self._events.add("stop", time.time(), self._last_step)
+            for part in (self._progress, self._file, self._events, *self._boards):
+                part.close()
+            self._file = None
+
+
+class _Fetched:
+    """Brings numbers to the host, those of one step after another, each with the moment they were finished."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="metrics", daemon=True).start()  # must not outlive a step that hangs
+
+    def submit(self, metrics: Mapping[str, Any]) -> Future:
+        """-> (values on the host, `time.monotonic()`); what failed in computing them is raised by its `result()`."""
+        future: Future = Future()
+        if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(metrics)):
+            self._queue.put((dict(metrics), future))
+        else:
+            future.set_result((dict(metrics), time.monotonic()))
+        return future
+
+    def _work(self) -> None:
+        for metrics, future in iter(self._queue.get, None):
+            try:
+                future.set_result((jax.device_get(metrics), time.monotonic()))
+            except BaseException as error:  # carried to the reader, who raises it
+                future.set_exception(error)
+
+    def close(self) -> None:
+        self._queue.put(None)
+
+
+def device_memory(devices: Sequence[jax.Device]) -> dict[str, int]:
+    """Bytes in use, now and at the peak, on the fullest of the devices; empty where the backend tells none."""
+    found = [stats for device in devices if (stats := device.memory_stats())]
+    names = {"memory": "bytes_in_use", "memory_peak": "peak_bytes_in_use"}
+    return {name: max(stats[key] for stats in found) for name, key in names.items() if found and key in found[0]}
 
 
 class BadRecords:

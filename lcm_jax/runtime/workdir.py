@@ -8,7 +8,7 @@
       tensorboard/         runtime/telemetry.py
       samples/             runtime/telemetry.py
       checkpoints/<step>/  runtime/checkpoint.py
-      .lock                held (flock) by the process that trains here
+      .lock                held (flock) by the processes of the run that trains here
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import jax
 from ml_collections import ConfigDict
@@ -28,6 +29,7 @@ from ml_collections import ConfigDict
 from lcm_jax import config as config_lib
 from lcm_jax import files
 from lcm_jax.errors import LcmError
+from lcm_jax.runtime import distributed
 
 CONFIG_FILE = "config.json"
 
@@ -58,23 +60,23 @@ def _begun(workdir: Path) -> bool:
     return any((workdir / "checkpoints").glob("[0-9]*")) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
-def prepare_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Path:
-    """Makes the workdir of a new run, or checks that this config may go on in an old one.
+def prepare_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+    """Writes config.json into the workdir of a new run, or checks that this config may go on in an old one.
 
     Args:
-        workdir: folder, created with its parents if need be.
-        config: resolved config (`config.resolve`).
-
-    Returns:
-        The workdir as an absolute path, with config.json in it. On going on, config.json takes over the values that may
-        differ (`config.differences`).
+        workdir: existing folder.
+        config: resolved config (`config.resolve`). On going on, config.json takes over the values that may differ
+            (`config.differences`).
 
     Raises:
-        LcmError: the workdir is a file, holds a run without a config, or holds a run with another config.
+        LcmError: the workdir holds a run without a config, or a run with another config; the processes of the run have
+            different configs. On every process, whichever found it.
     """
-    workdir = Path(workdir).expanduser().absolute()
-    if workdir.exists() and not workdir.is_dir():
-        raise LcmError(f"workdir {workdir} is a file; choose a folder")
+    distributed.same("the config", config_lib.to_json(config))
+    distributed.everywhere(lambda: _prepare(Path(workdir), config))
+
+
+def _prepare(workdir: Path, config: ConfigDict) -> None:
     path = workdir / CONFIG_FILE
     begun = _begun(workdir)
     if path.exists() and begun:
@@ -87,15 +89,21 @@ def prepare_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Path
         raise LcmError(f"workdir {workdir} holds a run but no {CONFIG_FILE}; "
                        "restore the file or choose another workdir")
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
         text = config_lib.to_json(config)
         if not path.exists() or path.read_bytes() != text.encode():
             write_atomic(path, text)
-    return workdir
 
 
 def same_as_before(workdir: Path, name: str, found: dict) -> None:
-    """Keeps `found` in the file `name` of a new run. Raises LcmError where a run that goes on finds something else."""
+    """Keeps `found` in the file `name` of a new run. Raises LcmError where a run that goes on finds something else.
+
+    All processes of a run come here, and fail together.
+    """
+    distributed.same(name, json.dumps(found, indent=2))
+    distributed.everywhere(lambda: _same_as_before(workdir, name, found))
+
+
+def _same_as_before(workdir: Path, name: str, found: dict) -> None:
     path = workdir / name
     if not (path.exists() and _begun(workdir)):
         if jax.process_index() == 0:
@@ -108,55 +116,96 @@ def same_as_before(workdir: Path, name: str, found: dict) -> None:
 
 
 @contextlib.contextmanager
-def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
-    """Keeps the workdir to one training process; the operating system frees it when the process ends, however it ends.
+def locked(workdir: str | os.PathLike[str]) -> Iterator[Path]:
+    """Keeps the workdir, made if need be, to one run; the operating system frees it when the run's last process ends.
 
-    Raises LcmError if another process holds it. On a file system without locks nothing is checked.
+    Gives its absolute path. Raises LcmError, in all processes, if it is a file, or another run holds it. On a file
+    system without locks nothing is checked.
     """
-    if jax.process_index() != 0:
-        yield
-        return
-    with open(Path(workdir) / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LcmError(f"{workdir} is in use by another process; wait for it or choose another folder"
-                           ) from None
-        except OSError:  # no lock service there
-            pass
-        yield
+    workdir = Path(workdir).expanduser().absolute()
+    distributed.everywhere(lambda: _make(workdir))
+    with contextlib.ExitStack() as stack:
+        file = distributed.everywhere(lambda: stack.enter_context(open(Path(workdir) / ".lock", "a+")))
+        distributed.everywhere(lambda: _lock(file) if jax.process_index() == 0 else None)
+        distributed.everywhere(lambda: _lock(file, fcntl.LOCK_SH) if jax.process_index() > 0 else None)
+        yield workdir
+
+
+def _make(workdir: Path) -> None:
+    if workdir.exists() and not workdir.is_dir():
+        raise LcmError(f"workdir {workdir} is a file; choose a folder")
+    workdir.mkdir(parents=True, exist_ok=True)
+
+
+def _lock(file: IO[str], shared: int = 0) -> None:
+    """The first process gets the file for itself alone, then shares it with the others of its run."""
+    try:
+        fcntl.flock(file, (shared or fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        if not shared and jax.process_count() > 1:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LcmError(f"{Path(file.name).parent} is in use by another process; wait for it or choose another folder"
+                       ) from None
+    except OSError:  # no lock service there
+        pass
 
 
 class StopSignal:
-    """Context that turns SIGTERM and SIGINT into a flag, so that a step in progress ends and is saved.
+    """Context that turns SIGTERM and SIGINT into a wish to stop, so that a step in progress ends and is saved.
 
         with StopSignal() as stop:
             for step in ...:
                 ...
-                if stop: save; break
+                if stop.agreed():  # all processes at the same step
+                    save; break
 
-    A second signal takes its usual effect at once. Handlers are those of before when the context ends.
+    A loop whose processes wait for none of the others asks `if stop:` wherever it can end. A signal to any process of
+    several stops them all; SIGINT goes the way of SIGTERM then, which is jax's from `distributed.initialize` on (it
+    would hear of none if Python took it), so further SIGTERMs, as a launcher sends them to each process, do nothing.
+    Else a second signal takes its usual effect at once. Handlers are those of before when the context ends.
+
+    Attributes:
+        name: of the signal that came, for the message; "SIGTERM" where it came to another process.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.name: str | None = None  # of the signal that came, for the message
+        self.name: str | None = None
+        self._several = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        self._several = jax.distributed.is_initialized()
+        numbers = (signal.SIGINT,) if self._several else self.SIGNALS
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
         self._restore()
 
     def __bool__(self) -> bool:
-        return self.name is not None
+        """Whether to stop: this process by itself. In several processes True at different times."""
+        if not self._several:
+            return self.name is not None
+        return self._named(distributed.stop_asked())  # its own signal, too: once the others can hear of it
+
+    def agreed(self) -> bool:
+        """Whether to stop: every process, here. To be asked by each after every step, and once a step."""
+        if not self._several:
+            return bool(self)
+        return self._named(distributed.stop_agreed())
+
+    def _named(self, stop: bool) -> bool:
+        if stop:
+            self.name = self.name or signal.SIGTERM.name
+        return stop
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.name = signal.Signals(number).name
         self._restore()
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -1,0 +1,237 @@
+"""Does this run fit, and how fast could it be? The training step compiled for TPUs that are not here.
+
+    python -m lcm_jax.aot --config=configs/sdxl_lcm.py --topology=v5e:4x4 [--slices=2] [--fit] [--out=FILE.json]
+        [--config.data.batch_size=64] [--config.mesh.fsdp=16] ...
+
+A topology counts chips: v5e:4x4, v5p:2x2x4 and v6e:4x4 are 16 each. Needs libtpu (`pip install 'lcm_jax[tpu]'`), but
+no TPU, no weights and no data; models are known by their configs, those of the published ones come with the package.
+The batch (`data.batch_size`) is that of all chips; `--fit` looks for the largest that fits instead. What is compiled is
+`training_step.make`'s, as in `lcm_jax.train`; only the compile options that make it quick differ, and are printed.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from lcm_jax import config as config_lib
+from lcm_jax import files, training_step
+from lcm_jax import student as student_lib
+from lcm_jax.errors import LcmError, exit_code
+from lcm_jax.runtime import chips, roofline
+from lcm_jax.runtime import mesh as mesh_lib
+
+# Minutes instead of hours for a step of thousands of operations; XLA then also searches less for a tight schedule.
+QUICK = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
+VERIFY = 3  # compilations at most that --fit spends on proving its guess
+
+# What libtpu would otherwise ask the metadata server of a TPU machine.
+_NO_MACHINE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+
+
+class DoesNotFit(LcmError):
+    """A step needs more memory than a chip has: `needed` of `available` bytes."""
+
+    def __init__(self, message: str, needed: float, available: float):
+        super().__init__(message)
+        self.needed, self.available = needed, available
+
+
+def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
+    """Devices, one per chip, of `slices` slices of a TPU topology, for compiling only.
+
+    Raises:
+      LcmError: topology unknown, libtpu missing or in use by another process.
+    """
+    chip, count = chips.of_topology(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise LcmError("compiling for TPUs needs libtpu, which is not installed: pip install 'lcm_jax[tpu]'")
+    for name, value in _NO_MACHINE.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    asked: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if chip.name == "v4":  # otherwise a device is one of its two cores
+        asked["chip_config_name"] = "megacore"
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **asked).devices
+    except Exception as error:  # jaxlib's, RuntimeError or its own
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        locked = "lockfile" in str(error)
+        remedy = "another process is using libtpu, wait for it to end" if locked else "see libtpu's message"
+        raise LcmError(f"libtpu gives no topology {topology} x {slices} ({reason}); {remedy}") from error
+    if len(found) != slices * count:
+        raise LcmError(f"libtpu gives {len(found)} devices for {slices} x {topology}, which has {count} chips")
+    return list(found)
+
+
+def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> training_step.TrainingStep:
+    """The step of a resolved config from shapes alone, as `train` would build it from weights."""
+    teacher = student_lib.load_teacher(config, weights=False)
+    student = student_lib.load_student(config, teacher)
+    return training_step.make(config, teacher, student, mesh)
+
+
+def compile_step(step: training_step.TrainingStep, config: ConfigDict, options: dict[str, Any]) -> jax.stages.Compiled:
+    """The compiled step.
+
+    Raises:
+      DoesNotFit: it needs more memory than the device has; says how much, and what in the config to change.
+    """
+    try:
+        return step.lower().compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        needed, available = memory_asked(str(error))
+        if not needed:
+            raise
+        kind = step.key.sharding.mesh.devices.flat[0].device_kind
+        raise DoesNotFit(
+            f"this config does not fit {kind}: {needed / roofline.GIB:.2f} GiB of {available / roofline.GIB:.2f}, "
+            f"{(needed - available) / roofline.GIB:.2f} too much; {_remedies(config)}", needed, available
+        ) from error  # fmt: skip
+
+
+def memory_asked(message: str) -> tuple[float, float]:
+    """(bytes needed, bytes there are) of XLA's complaint about memory; zeros where `message` is none."""
+    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        return 0.0, 0.0
+    size = r"([\d.]+)([KMGT])"
+    for pattern in (rf"Used {size} of {size}", rf"\({size}\) exceeds.*?\({size}\)"):
+        if found := re.search(pattern, message, re.DOTALL):
+            units = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
+            return float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
+    return 0.0, 0.0
+
+
+def _remedies(config: ConfigDict) -> str:
+    """What of the config takes memory, and the change that saves it, those that cost least first."""
+    train, ways = config.train, []
+    if config.mesh.fsdp == 1:
+        ways.append("--config.mesh.fsdp=-1 --config.mesh.data=1 (or a smaller fsdp) splits weights and optimiser")
+    if train.remat == "none":
+        ways.append("--config.train.remat=block keeps fewer activations")
+    if train.remat == "attention":
+        ways.append("--config.train.remat=block keeps fewer activations than attention")
+    ways.append(f"a smaller --config.data.batch_size (now {config.data.batch_size}), or "
+                f"--config.train.accumulation_steps={2 * train.accumulation_steps}")
+    if config.model.teacher_dtype == "float32":
+        ways.append("--config.model.teacher_dtype=bfloat16")
+    if train.mu_dtype == "float32":
+        ways.append("--config.train.mu_dtype=bfloat16")
+    return "; ".join(ways)
+
+
+def with_batch(config: ConfigDict, images_per_device: int, devices: int) -> ConfigDict:
+    """The config with so many images on each device, in each of the parts that a batch is taken in."""
+    config = ConfigDict(config.to_dict())
+    config.data.batch_size = images_per_device * devices * config.train.accumulation_steps
+    return config
+
+
+def fit(attempt: Callable[[int], tuple[float, float, Any]], say: Callable[[str], None]) -> tuple[int, Any]:
+    """The largest number of images per device that is proved to fit, and what its attempt made.
+
+    Memory is taken to be linear in the number: two attempts give the line, up to VERIFY more prove what it says.
+
+    Args:
+      attempt: images per device -> (bytes needed, bytes there are, result); raises DoesNotFit.
+
+    Raises:
+      DoesNotFit: not even one image fits.
+    """
+    def needed(images: int) -> tuple[float, float]:
+        try:
+            need, there_are, made = attempt(images)
+        except DoesNotFit as error:
+            say(f"{images} a device: {error.needed / roofline.GIB:.2f} GiB, does not fit")
+            if images == 1:
+                raise
+            return error.needed, error.available
+        say(f"{images} a device: {need / roofline.GIB:.2f} GiB, fits")
+        best.append((images, made))
+        return need, there_are
+
+    best: list[tuple[int, Any]] = []
+    points = {images: needed(images) for images in (1, 2)}
+    for _ in range(VERIFY):
+        (low, (low_need, there_are)), (high, (high_need, _)) = sorted(points.items())[-2:]
+        slope = max((high_need - low_need) / (high - low), 1.0)
+        guess = int(low + (there_are - low_need) / slope)
+        smallest_bad = min([n for n, (need, limit) in points.items() if need > limit], default=None)
+        guess = guess if smallest_bad is None else min(guess, smallest_bad - 1)
+        if guess <= max(n for n, _ in best):
+            break
+        points[guess] = needed(guess)
+    return max(best, key=lambda one: one[0])
+
+
+def prepared(config: ConfigDict) -> ConfigDict:
+    """The resolved config of a run on TPUs; where its pictures come from does not matter here, and need not be said."""
+    config = ConfigDict(config.to_dict())
+    config.data.source, config.data.path, config.data.mixture = "shapes", None, ()
+    if config.model.dtype == "auto":
+        config.model.dtype = "bfloat16"
+    config_lib.validate(config)
+    return config_lib.resolve(config)
+
+
+def analyse(config: ConfigDict, devices: list[jax.Device], chip: chips.Chip, fitting: bool) -> dict[str, Any]:
+    """The report of the config's step on these devices, with the time that compiling took; see `roofline.report`."""
+    mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.slices, devices)
+    def attempt(config: ConfigDict) -> tuple[float, float, dict[str, Any]]:
+        step = build(config, mesh)
+        start = time.monotonic()
+        compiled = compile_step(step, config, QUICK)
+        seconds = {"compile_seconds": round(time.monotonic() - start, 1)}
+        found = roofline.report(compiled, mesh, config.data.batch_size, step.model_flops(), chip, options)
+        needed = found["memory"]["arguments"] + found["memory"]["temporaries"]
+        return needed, chip.hbm_bytes, found | seconds | {"config": json.loads(config_lib.to_json(config))}
+
+    options = QUICK | training_step.COMPILER_OPTIONS.get("tpu", {})
+    if fitting:
+        return fit(lambda images: attempt(with_batch(config, images, mesh.size)), _say)[1]
+    return attempt(config)[-1]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> int:
+    del argv
+    jax.config.update("jax_platforms", "cpu")  # libtpu compiles, and must not look for chips
+    asked = flags.FLAGS
+
+    def program() -> None:
+        config = ConfigDict(asked.config.to_dict())
+        if asked.slices is not None:
+            config.mesh.slices = asked.slices
+        config = prepared(config)
+        chip, _ = chips.of_topology(asked.topology)
+        found = analyse(config, devices_of(asked.topology, config.mesh.slices), chip, asked.fit)
+        found = {"topology": asked.topology, "slices": config.mesh.slices} | found
+        print(roofline.text(found), end="")
+        if asked.out:
+            with files.new_file(Path(asked.out)) as partial:
+                partial.write_text(json.dumps(found, indent=2) + "\n")
+
+    return exit_code(program)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "the run's config file, as configs/sdxl_lcm.py")
+    flags.DEFINE_string("topology", None, "chips, as v5e:4x4 (16 of them)")
+    flags.DEFINE_integer("slices", None, "so many of them in one pod; default: mesh.slices")
+    flags.DEFINE_bool("fit", False, "look for the largest batch that fits")
+    flags.DEFINE_string("out", None, "JSON file for the report")
+    flags.mark_flags_as_required(["config", "topology"])
+    app.run(main, flags_parser=config_lib.parse_flags)

@@ -1,0 +1,200 @@
+"""Compiling for machines that are not here: the same program as the run's, what fits, and what is told to whom."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_configs
+from ml_collections import ConfigDict
+
+from lcm_jax import aot, training_step
+from lcm_jax import student as student_lib
+from lcm_jax.errors import LcmError
+from lcm_jax.runtime import chips, roofline
+from lcm_jax.runtime import mesh as mesh_lib
+
+ROOT = Path(__file__).parents[1]
+GIB = roofline.GIB
+
+
+def config_of(name: str, **changes) -> ConfigDict:
+    config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+    changes = {"data.batch_size": 4, "model.dtype": "float32"} | changes
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return aot.prepared(config)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """A folder with nothing but configs, of a model that is quick to trace."""
+    folder = tmp_path_factory.mktemp("tiny")
+    unet = tiny_configs.UNETS["sd15"] | {
+        "block_out_channels": [32, 64], "cross_attention_dim": 32, "layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    }  # fmt: skip
+    parts = {"unet": unet, "vae": tiny_configs.VAES["sd"], "text_encoder": tiny_configs.CLIPS["vit-l"]}
+    index = {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"]}
+    scheduler = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
+    for name, value in {
+        "model_index.json": index, "scheduler/scheduler_config.json": scheduler,
+        **{f"{part}/config.json": config for part, config in parts.items()},
+    }.items():  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(value))
+    return str(folder)
+
+
+def one_device() -> jax.sharding.Mesh:
+    return mesh_lib.make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize("name", ["shapes_lcm", "shapes_lcm_lora"])
+def test_the_program_is_that_of_arrays(name, tiny):
+    config, mesh = config_of(name, **{"model.teacher": tiny, "lora.targets": ("to_q",)}), one_device()
+    teacher = student_lib.load_teacher(config, weights=False)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), dict(teacher.params))
+    teacher = dataclasses.replace(teacher, params=params)
+    of_arrays = training_step.make(config, teacher, student_lib.load_student(config, teacher), mesh)
+    assert aot.build(config, mesh).lower().as_text() == of_arrays.lower().as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shapes_lcm", "shapes_lcm_lora"])
+def test_the_program_is_that_of_the_run(name):
+    """From configs alone and from weights in files: the same text, arguments' shapes and dtypes among it."""
+    config, mesh = config_of(name), one_device()
+    teacher = student_lib.load_teacher(config, mesh_lib.place(mesh))
+    student = student_lib.load_student(config, teacher, mesh_lib.place(mesh))
+    of_run = training_step.make(config, teacher, student, mesh)
+    assert aot.build(config, mesh).lower().as_text() == of_run.lower().as_text()
+
+
+def test_the_report_of_a_step_on_this_machine(tiny):
+    config = config_of("shapes_lcm", **{"model.teacher": tiny, "train.remat": "block"})
+    mesh = one_device()
+    step = aot.build(config, mesh)
+    compiled = aot.compile_step(step, config, {})
+    flops = step.model_flops()
+    found = json.loads(json.dumps(roofline.report(compiled, mesh, 4, flops)))
+    arguments = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((step.state, step.frozen, step.batch)))
+    assert found["memory"]["arguments"] == pytest.approx(arguments, rel=0.01)
+    # XLA leaves out products with padding, a tenth of the model's here, and counts those that remat repeats.
+    assert 0.9 < found["flops"]["total"] / found["model_flops"] < 1.6
+    assert found["chip"] is None and "utilisation" not in found and found["collectives"] == {}
+    assert "roofline" not in roofline.text(found)
+    on_v5e = roofline.report(compiled, mesh, 4, flops, chips.CHIPS["v5e"], {"option": 1})
+    assert on_v5e["seconds"]["bound"] == "hbm"
+    assert on_v5e["utilisation"] == pytest.approx(flops / (197e12 * on_v5e["bytes"]["total"] / 819e9))
+    assert "197 TFLOP/s" in roofline.text(on_v5e) and "option=1" in roofline.text(on_v5e)
+
+
+def test_model_flops_know_neither_rematerialisation_nor_parts_of_a_batch(tiny):
+    def counted(**changes):
+        return aot.build(config_of("shapes_lcm", **{"model.teacher": tiny} | changes), one_device()).model_flops()
+
+    plain = counted()
+    assert counted(**{"train.remat": "block", "train.accumulation_steps": 2}) == plain
+    assert counted(**{"data.batch_size": 8}) == pytest.approx(2 * plain, rel=1e-3)
+
+
+@pytest.mark.parametrize(("message", "sizes"), [
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (28.24G) exceeds "
+     "available HBM (15.75G).", (28.24, 15.75)),
+    ("XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.31G of 15.75G hbm. Exceeded hbm "
+     "capacity by 1.56G.", (17.31, 15.75)),
+    ("INTERNAL: Mosaic failed: Used 3.00G of 2.00G", (0, 0)),
+])  # fmt: skip
+def test_what_xla_says_about_memory(message, sizes):
+    assert aot.memory_asked(message) == pytest.approx(tuple(size * GIB for size in sizes))
+
+
+class _Exhausted:
+    def lower(self):
+        return self
+
+    def compile(self, compiler_options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 17.31G of 15.75G hbm.")
+
+
+def test_a_config_that_does_not_fit_is_told_by_how_much_and_what_to_change():
+    config = config_of("shapes_lcm", **{"train.remat": "none", "data.batch_size": 8})
+    mesh = one_device()
+    step = _Exhausted()
+    step.key = jax.ShapeDtypeStruct((), "uint32", sharding=mesh_lib.replicated(mesh))
+    with pytest.raises(aot.DoesNotFit, match="17.31 GiB of 15.75, 1.56 too much") as caught:
+        aot.compile_step(step, config, {})
+    for way in ("mesh.fsdp", "train.remat=block", "data.batch_size (now 8)", "teacher_dtype=bfloat16"):
+        assert way in str(caught.value)
+
+
+@pytest.mark.parametrize(("base", "each", "want"), [(4, 1.5, 7), (4, 4, 2), (14, 1.5, 1), (1, 0.1, 147)])
+def test_fit_finds_the_largest_batch_that_is_proved(base, each, want):
+    tried = []
+
+    def attempt(images):
+        tried.append(images)
+        need = base + images * each
+        if need > 15.75:
+            raise aot.DoesNotFit("too much", need * GIB, 15.75 * GIB)
+        return need * GIB, 15.75 * GIB, f"made {images}"
+
+    assert aot.fit(attempt, lambda line: None) == (want, f"made {want}")
+    assert len(tried) <= 2 + aot.VERIFY
+
+
+def test_fit_of_what_never_fits():
+    def attempt(images):
+        raise aot.DoesNotFit("too much", 20 * GIB, 15.75 * GIB)
+
+    with pytest.raises(aot.DoesNotFit):
+        aot.fit(attempt, lambda line: None)
+
+
+def test_fit_where_memory_bends():
+    """More than linear: the guess fails, and what failed bounds the next."""
+    def attempt(images):
+        need = 4 + images + 0.2 * images**2
+        if need > 16:
+            raise aot.DoesNotFit("too much", need * GIB, 16 * GIB)
+        return need * GIB, 16 * GIB, None
+
+    images, _ = aot.fit(attempt, lambda line: None)
+    assert images == 5
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "lcm_jax.aot", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": ""}, capture_output=True, text=True)
+
+
+def test_an_unknown_topology_is_one_line_and_exit_code_2():
+    done = program("--config=configs/sdxl_lcm.py", "--topology=v5e:3x3")
+    assert done.returncode == 2 and done.stderr.startswith("error: topology 'v5e:3x3' is not known; choose one of v4:")
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LcmError, match=r"needs libtpu, which is not installed: pip install 'lcm_jax\[tpu\]'"):
+        aot.devices_of("v5e:4x4")
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_tiny_model_for_four_chips(tmp_path):
+    out = tmp_path / "report.json"
+    done = program("--config=configs/shapes_lcm.py", "--topology=v5e:2x2", "--config.mesh.fsdp=4", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["devices"] == 4 and found["chip"]["name"] == "v5e" and 0 < found["utilisation"] < 1
+    assert set(found["collectives"]["all-gather"]) == {"fsdp"}
+    assert done.stdout.startswith("devices") and "compile options" in done.stdout

