@@ -11,6 +11,7 @@ The batch (`data.batch_size`) is that of all chips; `--fit` looks for the larges
 
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -93,11 +94,19 @@ def compile_step(step: training_step.TrainingStep, config: ConfigDict, options: 
         needed, available = memory_asked(str(error))
         if not needed:
             raise
+        if "HLO temporaries" in str(error):  # XLA gave up before it added what the step is called with
+            needed += argument_bytes(step)
         kind = step.key.sharding.mesh.devices.flat[0].device_kind
         raise DoesNotFit(
             f"this config does not fit {kind}: {needed / roofline.GIB:.2f} GiB of {available / roofline.GIB:.2f}, "
             f"{(needed - available) / roofline.GIB:.2f} too much; {_remedies(config)}", needed, available
         ) from error  # fmt: skip
+
+
+def argument_bytes(step: training_step.TrainingStep) -> int:
+    """Bytes that one device holds of the step's arguments."""
+    leaves = jax.tree.leaves((step.state, step.frozen, step.batch))
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def memory_asked(message: str) -> tuple[float, float]:

@@ -88,6 +88,7 @@ def test_the_report_of_a_step_on_this_machine(tiny):
     found = json.loads(json.dumps(roofline.report(compiled, mesh, 4, flops)))
     arguments = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((step.state, step.frozen, step.batch)))
     assert found["memory"]["arguments"] == pytest.approx(arguments, rel=0.01)
+    assert aot.argument_bytes(step) == arguments
     # XLA leaves out products with padding, a tenth of the model's here, and counts those that remat repeats.
     assert 0.9 < found["flops"]["total"] / found["model_flops"] < 1.6
     assert found["chip"] is None and "utilisation" not in found and found["collectives"] == {}
@@ -119,19 +120,29 @@ def test_what_xla_says_about_memory(message, sizes):
 
 
 class _Exhausted:
+    """A step of 2 GiB of arguments that XLA finds too large."""
+
+    def __init__(self, message: str):
+        everywhere = mesh_lib.replicated(one_device())
+        self.message, self.frozen, self.batch = message, None, {}
+        self.state = jax.ShapeDtypeStruct((2**29,), "float32", sharding=everywhere)
+        self.key = jax.ShapeDtypeStruct((), "uint32", sharding=everywhere)
+
     def lower(self):
         return self
 
     def compile(self, compiler_options):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 17.31G of 15.75G hbm.")
+        raise jax.errors.JaxRuntimeError(self.message)
 
 
-def test_a_config_that_does_not_fit_is_told_by_how_much_and_what_to_change():
-    config = config_of("shapes_lcm", **{"train.remat": "none", "data.batch_size": 8})
-    mesh = one_device()
-    step = _Exhausted()
-    step.key = jax.ShapeDtypeStruct((), "uint32", sharding=mesh_lib.replicated(mesh))
-    with pytest.raises(aot.DoesNotFit, match="17.31 GiB of 15.75, 1.56 too much") as caught:
+@pytest.mark.parametrize(("message", "words"), [
+    ("RESOURCE_EXHAUSTED: Used 17.31G of 15.75G hbm.", "17.31 GiB of 15.75, 1.56 too much"),
+    ("RESOURCE_EXHAUSTED: required for HLO temporaries (17.31G) exceeds available HBM (15.75G).",
+     "19.31 GiB of 15.75, 3.56 too much"),
+])  # fmt: skip
+def test_a_config_that_does_not_fit_is_told_by_how_much_and_what_to_change(message, words):
+    config, step = config_of("shapes_lcm", **{"train.remat": "none", "data.batch_size": 8}), _Exhausted(message)
+    with pytest.raises(aot.DoesNotFit, match=words) as caught:
         aot.compile_step(step, config, {})
     for way in ("mesh.fsdp", "train.remat=block", "data.batch_size (now 8)", "teacher_dtype=bfloat16"):
         assert way in str(caught.value)

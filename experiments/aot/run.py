@@ -151,7 +151,8 @@ def main(argv: list[str]) -> None:
             continue
         run_row(path, row)
         _write_table()
-    _write_table()
+    if not _LIST.value:
+        _write_table()
 
 
 def _write_table() -> None:

@@ -1,13 +1,18 @@
-"""The folder of a run: one config, one process at a time, whole files only; and how a run is asked to stop.
+"""The folder of a run: one config, one run at a time, whole files only; and how a run is asked to stop.
 
     workdir/
       config.json          the resolved config; a command with another one is refused
       metrics.jsonl        runtime/telemetry.py
       data.json            sizes of the data: a run goes on with data of the same
+      events.jsonl         runtime/goodput.py
       bad_records.jsonl    runtime/telemetry.py, where there are any
-      tensorboard/         runtime/telemetry.py
+      bad_batch.json       runtime/alarms.py, where a loss ended the run
+      wandb.json           runtime/boards.py, where it is asked
+      tensorboard/         runtime/boards.py
       samples/             runtime/telemetry.py
-      checkpoints/<step>/  runtime/checkpoint.py
+      profile/             runtime/profiling.py, where it is asked
+      aot_report.json      lcm_jax.train --aot_report
+      checkpoints/<step>/  runtime/checkpoint.py; <step>.damaged is kept for its owner
       .lock                held (flock) by the processes of the run that trains here
 """
 
