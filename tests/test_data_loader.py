@@ -204,7 +204,7 @@ def test_workers_leave_signals_to_the_process_that_trains_and_end_with_it(tmp_pa
     assert len(workers) == 2
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
 
 

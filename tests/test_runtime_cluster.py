@@ -133,14 +133,14 @@ def test_all_have_come(address):
 
 
 def test_all_hear_who_is_missing(address):
-    heard = call(*places(address, 5, 0, 1, 3), timeout=2)
-    assert heard[0].startswith(f"processes 2, 4 of 5 did not appear at {address} within 2 s")
+    heard = call(*places(address, 5, 0, 1, 3), timeout=5)
+    assert heard[0].startswith(f"processes 2, 4 of 5 did not appear at {address} within 5 s")
     assert heard[1:] == [f"process {i} of 5: {heard[0]}" for i in (1, 3)]
 
 
 def test_no_process_0(address):
-    heard, = call(*places(address, 2, 1), timeout=0.5)
-    assert f"process 1 of 2 did not find process 0 at {address} within 0.5 s (Connection refused)" in heard
+    heard, = call(*places(address, 2, 1), timeout=3)
+    assert f"process 1 of 2 did not find process 0 at {address} within 3 s (Connection refused)" in heard
 
 
 def test_two_of_a_number(address):
@@ -200,6 +200,6 @@ def test_another_program_at_the_coordinator(address):
                     connection.sendall(b"\x00\x00\x12\x04\n")
 
         threading.Thread(target=serve, daemon=True).start()
-        heard, = call(*places(address, 2, 1), timeout=0.5)
+        heard, = call(*places(address, 2, 1), timeout=3)
         server.shutdown(socket.SHUT_RDWR)
     assert "what answers there is another program" in heard

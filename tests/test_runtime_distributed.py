@@ -182,7 +182,7 @@ def test_processes_end_though_nobody_reads_what_they_say():
             ready(process)
             process.stdout.close()
             process.stderr.close()
-        assert all(process.wait(timeout=60) for process in processes), "jax would wait for five minutes"
+        assert all(process.wait(timeout=120) for process in processes), "jax would wait for five minutes"
 
 
 @pytest.mark.slow
