@@ -202,8 +202,8 @@ def analyse(config: ConfigDict, devices: list[jax.Device], chip: chips.Chip, fit
         compiled = compile_step(step, config, QUICK)
         seconds = {"compile_seconds": round(time.monotonic() - start, 1)}
         found = roofline.report(compiled, mesh, config.data.batch_size, step.model_flops(), chip, options)
-        needed = found["memory"]["arguments"] + found["memory"]["temporaries"]
-        return needed, chip.hbm_bytes, found | seconds | {"config": json.loads(config_lib.to_json(config))}
+        found |= seconds | {"config": json.loads(config_lib.to_json(config))}
+        return found["memory"]["needed"], chip.hbm_bytes, found
 
     options = QUICK | training_step.COMPILER_OPTIONS.get("tpu", {})
     if fitting:

@@ -39,6 +39,7 @@ from lcm_jax.distill import step as step_lib
 from lcm_jax.files import write_text
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.telemetry import LAG, Telemetry
+from lcm_jax.train import to_device
 
 CONFIG = "configs/shapes_lcm.py"
 EXAMPLES = 512
@@ -67,7 +68,7 @@ def opened(config: ConfigDict, workdir: Path, steps: int) -> Iterator[dict[str, 
     watch = training_data.Watch(loader.Faults(0.0, print), lambda line: print(line, file=sys.stderr))
     examples, order = training_data.open_examples(config, training_data.open_parts(config), teacher, encode, watch)
     lean_step = jax.jit(functools.partial(with_loss_alone, made.step), donate_argnums=0)
-    put = functools.partial(put_rows, mesh, watch)
+    put = functools.partial(to_device, mesh, watch)
     with (
         contextlib.closing(loader.batches(examples, order, faults=watch.faults, put=put)) as batches,
         Telemetry(workdir, steps, batch_size=config.data.batch_size, log_every=config.log.every,
@@ -98,10 +99,6 @@ def opened(config: ConfigDict, workdir: Path, steps: int) -> Iterator[dict[str, 
 def with_loss_alone(step: Callable, *args: Any) -> tuple[Any, jax.Array]:
     state, metrics = step(*args)
     return state, metrics["loss"]
-
-
-def put_rows(mesh: jax.sharding.Mesh, watch: training_data.Watch, rows: encoding.Rows) -> dict[str, jax.Array]:
-    return mesh_lib.put_batch(mesh, watch.captions(rows))
 
 
 def timed(ways: dict[str, Callable[[Any], Any]], steps: int) -> dict[str, list[float]]:

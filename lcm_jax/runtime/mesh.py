@@ -55,7 +55,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, slices: int = 1, devices: Sequence[
             laid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1), devices, **split)
         else:
             laid = mesh_utils.create_device_mesh(shape, devices, **split)
-    except (ValueError, NotImplementedError, AssertionError) as error:
+    except (ValueError, NotImplementedError, AssertionError) as error:  # mesh_utils' ways to say that none fits
         raise LcmError(f"a mesh of {_sizes(*shape)} cannot be laid on these {len(devices)} {devices[0].device_kind} "
                        f"({error}); choose other sizes") from error
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * 3)
