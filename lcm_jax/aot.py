@@ -28,8 +28,8 @@ from lcm_jax import config as config_lib
 from lcm_jax import files, training_step
 from lcm_jax import student as student_lib
 from lcm_jax.errors import LcmError, exit_code
-from lcm_jax.runtime import chips, roofline
 from lcm_jax.runtime import mesh as mesh_lib
+from lcm_jax.runtime.cost import chips, roofline
 
 # Minutes instead of hours for a step of thousands of operations; XLA then also searches less for a tight schedule.
 QUICK = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}

@@ -39,7 +39,8 @@ from lcm_jax.pretrained import (
     saving,
 )
 from lcm_jax.pretrained.single_file_saving import check_file, fold_w
-from lcm_jax.runtime import checkpoint, trees
+from lcm_jax.runtime import trees
+from lcm_jax.runtime.checkpoints import checkpoint
 from lcm_jax.runtime.workdir import read_config
 
 WEIGHTS = {"ema": "ema_params", "online": "params"}  # what a user calls them -> in the training state

@@ -40,10 +40,10 @@ from lcm_jax.data.order import draws_at
 from lcm_jax.data.records import Fault
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import Pipeline, conditioning
-from lcm_jax.runtime import distributed
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.progress import Progress
-from lcm_jax.runtime.telemetry import BadRecords
+from lcm_jax.runtime.processes import distributed
+from lcm_jax.runtime.reporting.progress import Progress
+from lcm_jax.runtime.reporting.telemetry import BadRecords
 from lcm_jax.runtime.workdir import StopSignal, locked
 
 WAIT = 30 * 24 * 3600  # seconds for the slowest process after the first is done: whether it lives is told by others

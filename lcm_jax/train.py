@@ -36,11 +36,13 @@ from lcm_jax.distill import state as state_lib
 from lcm_jax.distill import step as step_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import Pipeline
-from lcm_jax.runtime import boards, chips, distributed, roofline
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.checkpoint import Checkpoints
-from lcm_jax.runtime.profiling import Profile
-from lcm_jax.runtime.telemetry import BadRecords, Telemetry
+from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints
+from lcm_jax.runtime.cost import chips, roofline
+from lcm_jax.runtime.processes import distributed
+from lcm_jax.runtime.reporting import boards
+from lcm_jax.runtime.reporting.profiling import Profile
+from lcm_jax.runtime.reporting.telemetry import BadRecords, Telemetry
 from lcm_jax.runtime.workdir import StopSignal, locked, prepare_workdir, same_as_before, write_atomic
 
 GRID_COLUMNS = 4  # pictures per prompt in a sample grid

@@ -28,8 +28,8 @@ from lcm_jax.models.attention import dot_product_attention
 from lcm_jax.models.lora import Adapted
 from lcm_jax.networks import on_mesh
 from lcm_jax.pretrained import Pipeline, conditioning
-from lcm_jax.runtime import flops
 from lcm_jax.runtime import mesh as mesh_lib
+from lcm_jax.runtime.cost import flops
 
 # XLA would turn each reduction of a gradient to its shards into a loop around the ring that reads the activations anew
 # in every turn; as one reduce-scatter the step moves far fewer bytes.

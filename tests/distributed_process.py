@@ -14,7 +14,7 @@ from absl import app, flags
 
 from lcm_jax import config as config_lib
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import distributed
+from lcm_jax.runtime.processes import distributed
 from lcm_jax.runtime.workdir import StopSignal, locked
 
 distributed.define_flags()

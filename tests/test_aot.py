@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from lcm_jax import aot, training_step
 from lcm_jax import student as student_lib
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import chips, roofline
 from lcm_jax.runtime import mesh as mesh_lib
+from lcm_jax.runtime.cost import chips, roofline
 
 ROOT = Path(__file__).parents[1]
 GIB = roofline.GIB

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from lcm_jax import config as config_lib
 from lcm_jax import train
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import checkpoint, telemetry
+from lcm_jax.runtime.checkpoints import checkpoint
+from lcm_jax.runtime.reporting import telemetry
 
 FILES = {file.stem: file for file in sorted((Path(__file__).parents[1] / "configs").glob("*.py"))}
 FAMILIES = {

@@ -21,7 +21,7 @@ from lcm_jax import export, generate, pretrained, sample, student, verify
 from lcm_jax import generate as generate_lib
 from lcm_jax.distill import state as state_lib
 from lcm_jax.pretrained import load_unet, weight_files
-from lcm_jax.runtime.checkpoint import Checkpoints
+from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints
 
 STEPS_SAVED = (3, 7)
 PROMPTS = ("a red circle", "hello")

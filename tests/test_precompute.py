@@ -25,7 +25,7 @@ from lcm_jax.distill import step as step_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.precompute import Options
 from lcm_jax.pretrained import conditioning
-from lcm_jax.runtime import telemetry
+from lcm_jax.runtime.reporting import telemetry
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3

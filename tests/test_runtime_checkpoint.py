@@ -15,10 +15,10 @@ import optax
 import pytest
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import checkpoint as checkpoint_lib
-from lcm_jax.runtime import checkpoint_folder, digests
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.checkpoint import Checkpoints
+from lcm_jax.runtime.checkpoints import checkpoint as checkpoint_lib
+from lcm_jax.runtime.checkpoints import checkpoint_folder, digests
+from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 
@@ -216,7 +216,7 @@ def run_python(code, *arguments):
 FULL = """
 import resource, signal, sys, jax.numpy as jnp, numpy as np
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.checkpoint import Checkpoints
+from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints
 noise = np.random.default_rng(0).normal(size=2_000_000).astype(np.float32)
 try:
     with Checkpoints(sys.argv[1]) as checkpoints:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import digests
-from lcm_jax.runtime.checkpoint import Checkpoints, load_subtree
+from lcm_jax.runtime.checkpoints import digests
+from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints, load_subtree
 
 
 def make_state(step):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.runtime.checkpoint import Checkpoints, list_steps
+from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints, list_steps
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +21,7 @@ import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 from jax.sharding import NamedSharding, PartitionSpec as P
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.checkpoint import Checkpoints
+from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints
 
 def host(step):
     rng = np.random.default_rng(step)

@@ -3,7 +3,7 @@
 import pytest
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import chips
+from lcm_jax.runtime.cost import chips
 
 
 @pytest.mark.parametrize(("kind", "name"), [

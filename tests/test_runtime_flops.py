@@ -7,7 +7,7 @@ import pytest
 
 from lcm_jax.diffusion import denoiser
 from lcm_jax.pretrained import load_pipeline
-from lcm_jax.runtime import flops
+from lcm_jax.runtime.cost import flops
 
 
 def f32(*shape):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lcm_jax.runtime import hlo, operations
+from lcm_jax.runtime.cost import hlo, operations
 
 # Prints {case: [[kind, link bytes, times, axes], ...]} of programs on a mesh of data 2 x fsdp 4.
 EIGHT = """
@@ -17,7 +17,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
-from lcm_jax.runtime import hlo, operations
+from lcm_jax.runtime.cost import hlo, operations
 
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
 

@@ -29,7 +29,8 @@ from lcm_jax.data.order import batch_indices
 from lcm_jax.distill import step as step_lib
 from lcm_jax.models import lora
 from lcm_jax.pretrained import load_pipeline
-from lcm_jax.runtime import checkpoint, telemetry
+from lcm_jax.runtime.checkpoints import checkpoint
+from lcm_jax.runtime.reporting import telemetry
 
 ROOT = Path(__file__).parents[1]
 STEPS, STOP_FROM = 200, 15  # of the interrupted run: its length, and the step from which it is told to stop

@@ -26,7 +26,7 @@ from lcm_jax.data import loader
 from lcm_jax.data.records import Fault
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import conditioning, load_pipeline
-from lcm_jax.runtime import checkpoint
+from lcm_jax.runtime.checkpoints import checkpoint
 
 ROOT = Path(__file__).parents[1]
 COUNT = 44

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from test_runtime_distributed import LAUNCHER, LIMIT, explicit, free_port
 
-from lcm_jax.runtime import checkpoint, telemetry
+from lcm_jax.runtime.checkpoints import checkpoint
+from lcm_jax.runtime.reporting import telemetry
 
 ROOT = Path(__file__).parents[1]
 

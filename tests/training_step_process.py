@@ -32,8 +32,9 @@ jnp.float32 = jnp.float64
 from lcm_jax import config as config_lib  # noqa: E402
 from lcm_jax import student as student_lib  # noqa: E402
 from lcm_jax import train, training_step  # noqa: E402
-from lcm_jax.runtime import attention, hlo  # noqa: E402
+from lcm_jax.runtime import attention  # noqa: E402
 from lcm_jax.runtime import mesh as mesh_lib  # noqa: E402
+from lcm_jax.runtime.cost import hlo  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 BATCH = 32  # two rows for each device in each of two parts: no activation has the shape of a weight

@@ -38,7 +38,7 @@ from lcm_jax.data import loader
 from lcm_jax.distill import step as step_lib
 from lcm_jax.files import write_text
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.telemetry import LAG, Telemetry
+from lcm_jax.runtime.reporting.telemetry import LAG, Telemetry
 from lcm_jax.train import to_device
 
 CONFIG = "configs/shapes_lcm.py"

@@ -2,17 +2,17 @@
 
     workdir/
       config.json          the resolved config; a command with another one is refused
-      metrics.jsonl        runtime/telemetry.py
+      metrics.jsonl        runtime/reporting/telemetry.py
       data.json            sizes of the data: a run goes on with data of the same
-      events.jsonl         runtime/goodput.py
-      bad_records.jsonl    runtime/telemetry.py, where there are any
-      bad_batch.json       runtime/alarms.py, where a loss ended the run
-      wandb.json           runtime/boards.py, where it is asked
-      tensorboard/         runtime/boards.py
-      samples/             runtime/telemetry.py
-      profile/             runtime/profiling.py, where it is asked
+      events.jsonl         runtime/reporting/goodput.py
+      bad_records.jsonl    runtime/reporting/telemetry.py, where there are any
+      bad_batch.json       runtime/reporting/alarms.py, where a loss ended the run
+      wandb.json           runtime/reporting/boards.py, where it is asked
+      tensorboard/         runtime/reporting/boards.py
+      samples/             runtime/reporting/telemetry.py
+      profile/             runtime/reporting/profiling.py, where it is asked
       aot_report.json      lcm_jax.train --aot_report
-      checkpoints/<step>/  runtime/checkpoint.py; <step>.damaged is kept for its owner
+      checkpoints/<step>/  runtime/checkpoints/checkpoint.py; <step>.damaged is kept for its owner
       .lock                held (flock) by the processes of the run that trains here
 """
 
@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 from lcm_jax import config as config_lib
 from lcm_jax import files
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import distributed
+from lcm_jax.runtime.processes import distributed
 
 CONFIG_FILE = "config.json"
 

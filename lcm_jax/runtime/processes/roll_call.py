@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.cluster import Place
+from lcm_jax.runtime.processes.cluster import Place
 
 PROTOCOL = 1
 _PAUSE = 0.2  # seconds between two attempts to reach process 0

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import digests
+from lcm_jax.runtime.checkpoints import digests
 
 METRICS_FILE = "metrics.json"
 # What a killed run leaves; the last is what orbax alone named so.

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcm_jax.runtime import jsonl
+from lcm_jax.runtime.reporting import jsonl
 
 EVENTS_FILE = "events.jsonl"
 

@@ -15,7 +15,7 @@ data_wait             time_data / (time_step + time_data)
 images_per_second     over time_step + time_data
 mfu                   model FLOPs of the steps / (peak FLOP/s * (time_step + time_data)), where the peak is known
 memory, memory_peak   bytes in use on this process's fullest device, where the backend tells it
-goodput               share of the whole run's wall time that went into steps, see runtime/goodput.py
+goodput               share of the whole run's wall time that went into steps, see runtime/reporting/goodput.py
 images, seconds       images since the run's beginning; seconds since the process's
 
 Compiling counts only in a line for the very first step of a process. Steps are counted by how many are done: after the
@@ -43,9 +43,9 @@ import jax
 import numpy as np
 
 from lcm_jax.data.records import Fault
-from lcm_jax.runtime import alarms, boards, jsonl
-from lcm_jax.runtime.goodput import Events
-from lcm_jax.runtime.progress import TrainingProgress
+from lcm_jax.runtime.reporting import alarms, boards, jsonl
+from lcm_jax.runtime.reporting.goodput import Events
+from lcm_jax.runtime.reporting.progress import TrainingProgress
 from lcm_jax.runtime.workdir import write_atomic
 
 METRICS_FILE = "metrics.jsonl"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from lcm_jax.runtime.hlo import Instruction, Program, callees, dimensions, numbers, traffic
+from lcm_jax.runtime.cost.hlo import Instruction, Program, callees, dimensions, numbers, traffic
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,8 +28,8 @@ from jax.experimental import multihost_utils
 
 from lcm_jax import errors
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import cluster
-from lcm_jax.runtime.roll_call import roll_call
+from lcm_jax.runtime.processes import cluster
+from lcm_jax.runtime.processes.roll_call import roll_call
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import distributed
+from lcm_jax.runtime.processes import distributed
 
 # Seconds that processes wait for the slowest: hundreds of GB read from, or written to, a slow shared file system.
 TIMEOUT = 4 * 3600

@@ -3,7 +3,7 @@
     checkpoints/<step>/state          the arrays (orbax, OCDBT)
     checkpoints/<step>/extra          JSON, small things that belong to the step
     checkpoints/<step>/metrics.json   what the step was worth, where it was told
-    checkpoints/<step>/digests.json   runtime/digests.py
+    checkpoints/<step>/digests.json   runtime/checkpoints/digests.py
     checkpoints/<step>.damaged        was found damaged; kept for its owner, never read again
     checkpoints/.<step>.partial       being written
 
@@ -38,9 +38,11 @@ from jax.sharding import SingleDeviceSharding
 
 from lcm_jax import files
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import agreement, digests, trees
-from lcm_jax.runtime import checkpoint_folder as on_disk
-from lcm_jax.runtime.checkpoint_folder import list_steps
+from lcm_jax.runtime import trees
+from lcm_jax.runtime.checkpoints import checkpoint_folder as on_disk
+from lcm_jax.runtime.checkpoints import digests
+from lcm_jax.runtime.checkpoints.checkpoint_folder import list_steps
+from lcm_jax.runtime.processes import agreement
 
 
 def _as_array(leaf: Any) -> Any:

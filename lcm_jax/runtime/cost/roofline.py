@@ -1,13 +1,14 @@
 """What a compiled step needs of a chip, and the least time it can take there.
 
     time         the largest of  FLOPs / peak,  HBM bytes / bandwidth,  link bytes / bandwidth,  DCN bytes / bandwidth
-    utilisation  model FLOPs of the step (runtime/flops.py, nothing computed twice) / (devices x peak x time)
+    utilisation  model FLOPs of the step (runtime/cost/flops.py, nothing computed twice) / (devices x peak x time)
 
 FLOPs and bytes are XLA's own of the optimised program, which count a loop's body once and the inside of hand-written
-kernels not at all; what is missing is added (runtime/hlo.py; attention kernels by their products). XLA leaves out what
-convolutions do with padding, so that the model's FLOPs are the least that the time is reckoned with. Compute, memory
-and network are taken to overlap perfectly, and units that a small matrix leaves idle to work: an upper bound. "serial"
-is a nearer one: each operation bound by its own FLOPs or bytes, one after another, behind which the network hides.
+kernels not at all; what is missing is added (runtime/cost/hlo.py; attention kernels by their products). XLA leaves out
+what convolutions do with padding, so that the model's FLOPs are the least that the time is reckoned with. Compute,
+memory and network are taken to overlap perfectly, and units that a small matrix leaves idle to work: an upper bound.
+"serial" is a nearer one: each operation bound by its own FLOPs or bytes, one after another, behind which the network
+hides.
 """
 
 import dataclasses
@@ -17,8 +18,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lcm_jax.runtime import chips, hlo
-from lcm_jax.runtime import operations as operations_lib
+from lcm_jax.runtime.cost import chips, hlo
+from lcm_jax.runtime.cost import operations as operations_lib
 
 GIB = 2**30
 

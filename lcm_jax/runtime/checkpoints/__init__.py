@@ -1,0 +1,1 @@
+"""What a run keeps of its state, verified byte by byte before it is read."""
