@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_configs
 from ml_collections import ConfigDict
@@ -209,3 +211,30 @@ def test_a_tiny_model_for_four_chips(tmp_path):
     assert found["devices"] == 4 and found["chip"]["name"] == "v5e" and 0 < found["utilisation"] < 1
     assert set(found["collectives"]["all-gather"]) == {"fsdp"}
     assert done.stdout.startswith("devices") and "compile options" in done.stdout
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_gradients_wait_as_shards():
+    """Clipping reads every gradient before the first update: until then a device must keep its shards alone."""
+    mesh = mesh_lib.make_mesh(data=1, fsdp=16, devices=aot.devices_of("v5e:4x4"))
+    gather = mesh_lib.gather_weights(mesh, jnp.bfloat16)
+    depth, width = 12, 4096  # of a smaller model XLA sums all gradients at once, some 100 MB
+
+    def step(weights, x):
+        def loss(weights):
+            y = x
+            for w in weights:
+                y = y + jax.checkpoint(lambda y, w: jax.nn.silu(y @ gather(w, y)))(y, w)
+            return jnp.square(y.astype(jnp.float32)).mean()
+
+        grads = jax.grad(loss)(weights)
+        scale = 1e-3 / jnp.maximum(1.0, optax.tree.norm(grads))
+        return jax.tree.map(lambda w, g: w - scale * g, weights, grads)
+
+    weights = mesh_lib.abstract_state(mesh, [jax.ShapeDtypeStruct((width, width), jnp.float32)] * depth)
+    x = jax.ShapeDtypeStruct((256, width), jnp.bfloat16, sharding=mesh_lib.batch_sharding(mesh))
+    options = training_step.COMPILER_OPTIONS["tpu"] | aot.QUICK
+    compiled = jax.jit(step, donate_argnums=0).lower(weights, x).compile(compiler_options=options)
+    whole = depth * width * width * 2  # bytes of all gradients in bfloat16
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * whole

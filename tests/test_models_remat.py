@@ -29,7 +29,7 @@ UNET = unet_lib.from_config(CONFIG)
 TAG = "fetched"
 
 
-def fetch(tree):
+def fetch(tree, after=None):
     """A `weights_fn` that leaves a mark on every weight, and doubles nothing."""
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, TAG), tree)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lcm_jax.models.layers import GroupNorm, LayerNorm, WeightsFn, conv1x1, dense
+from lcm_jax.models.layers import GroupNorm, LayerNorm, WeightsFn, begin_with, conv1x1, dense
 from lcm_jax.models.remat import remat, tag_attention
 
 AttentionFn = Callable[..., jax.Array]
@@ -133,15 +133,17 @@ class BasicTransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        weights_fn = begin_with(x, self.weights_fn)
+
         def attention(name: str) -> Attention:
-            return Attention(self.heads, self.dtype, self.attention_fn, self.weights_fn, name=name)
+            return Attention(self.heads, self.dtype, self.attention_fn, weights_fn, name=name)
 
         def norm(name: str) -> LayerNorm:
-            return LayerNorm(dtype=self.dtype, weights_fn=self.weights_fn, name=name)
+            return LayerNorm(dtype=self.dtype, weights_fn=weights_fn, name=name)
 
         x = x + attention("attn1")(norm("norm1")(x))
         x = x + attention("attn2")(norm("norm2")(x), context)
-        return x + FeedForward(self.dtype, self.weights_fn, name="ff")(norm("norm3")(x))
+        return x + FeedForward(self.dtype, weights_fn, name="ff")(norm("norm3")(x))
 
 
 class Transformer2DModel(nn.Module):
@@ -180,4 +182,4 @@ class Transformer2DModel(nn.Module):
 
     def _project(self, y: jax.Array, name: str) -> jax.Array:
         layer = dense if self.use_linear_projection else conv1x1
-        return layer(y.shape[-1], name, self.dtype, self.weights_fn)(y)
+        return layer(y.shape[-1], name, self.dtype, begin_with(y, self.weights_fn))(y)

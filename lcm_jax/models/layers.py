@@ -4,6 +4,7 @@ Statistics of GroupNorm and LayerNorm are two-pass (mean, then mean of squared d
 compute dtype: the one-pass E[x^2] - E[x]^2 of Flax's default loses 1e-2 at a mean of 100.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,9 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 Dtype = Any
-# What becomes of one layer's weights just before it uses them: a tree in, the tree to compute with out.
-WeightsFn = Callable[[Any], Any]
+# What becomes of one layer's weights just before it uses them: a tree in, the tree to compute with out. A second
+# argument `after` is an array that comes before: see `begin_with`.
+WeightsFn = Callable[..., Any]
 
 
 def sinusoid(values: jax.Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> jax.Array:
@@ -35,6 +37,11 @@ def weights_of(layer: nn.Module, **weights: jax.Array) -> tuple[jax.Array, ...]:
     """The weights that a layer of ours computes with, in the order given."""
     used = weights if layer.weights_fn is None else layer.weights_fn(weights)
     return tuple(used[name] for name in weights)
+
+
+def begin_with(x: jax.Array, weights_fn: WeightsFn | None) -> WeightsFn | None:
+    """`weights_fn` for the layers of a block whose input is x: it does nothing before x is there."""
+    return weights_fn and functools.partial(weights_fn, after=x)
 
 
 def _promotion(weights_fn: WeightsFn | None) -> Callable[..., list[Any]]:
@@ -159,7 +166,7 @@ class ResnetBlock2D(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, temb: jax.Array | None = None, skip: jax.Array | None = None) -> jax.Array:
-        run = self.dtype, self.weights_fn
+        run = self.dtype, begin_with(x, self.weights_fn)
         if skip is not None:
             x = jnp.concatenate([x, skip], axis=-1)
         h = nn.silu(GroupNorm(self.groups, self.epsilon, *run, name="norm1")(x))
@@ -187,7 +194,8 @@ class Downsample2D(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         pad = (0, 1) if self.asymmetric else (1, 1)
-        return conv3x3(self.channels, "conv", self.dtype, self.weights_fn, padding=pad, strides=(2, 2))(x)
+        weights_fn = begin_with(x, self.weights_fn)
+        return conv3x3(self.channels, "conv", self.dtype, weights_fn, padding=pad, strides=(2, 2))(x)
 
 
 def nearest_resize(x: jax.Array, height: int, width: int) -> jax.Array:
@@ -214,4 +222,5 @@ class Upsample2D(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
         height, width = size or (2 * x.shape[1], 2 * x.shape[2])
-        return conv3x3(self.channels, "conv", self.dtype, self.weights_fn)(nearest_resize(x, height, width))
+        weights_fn = begin_with(x, self.weights_fn)
+        return conv3x3(self.channels, "conv", self.dtype, weights_fn)(nearest_resize(x, height, width))

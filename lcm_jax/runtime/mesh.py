@@ -133,36 +133,42 @@ def place(mesh: Mesh) -> Callable[[Any], Any]:
     return put
 
 
-def gather_weights(mesh: Mesh, dtype: Any) -> Callable[[Any], Any] | None:
-    """Tree of weights -> the same, whole on every device where the rule has split them, cast to `dtype` before.
+def gather_weights(mesh: Mesh, dtype: Any) -> Callable[..., Any] | None:
+    """Function (tree of weights, after=None) -> the tree, whole on every device where the rule has split it.
 
-    To be called inside a jitted function where the weights are used, by blocks. The cotangent of a split weight goes
-    back to that weight's shards and dtype, so that XLA gathers weights and reduces gradients, and leaves the
-    activations where they are. None where nothing is split.
+    It casts them to `dtype` first. To be called inside a jitted function where the weights are used, by blocks. The
+    cotangent of a split weight goes back to that weight's shards and dtype, so that XLA gathers weights and reduces
+    gradients, and leaves the activations where they are. `after` is an array, the block's input, before which no
+    gather begins: a schedule that is free to would make whole networks long before they are needed.
+    None instead of a function where nothing is split.
     """
     if mesh.shape["fsdp"] == 1:
         return None
     whole = replicated(mesh)
 
-    def gather_one(weight: jax.Array) -> jax.Array:
+    def gather_one(weight: jax.Array, after: jax.Array | None) -> jax.Array:
         shards = param_sharding(mesh, weight.shape)
         if shards.is_fully_replicated:
             return weight
         stored = weight.dtype
 
         @jax.custom_vjp
-        def gather(w: jax.Array) -> jax.Array:
+        def gather(w: jax.Array, after: jax.Array | None) -> jax.Array:
+            w, _ = jax.lax.optimization_barrier((w, after))
             # Constrained on both sides of the move, or XLA may gather first and cast afterwards.
             cast = jax.lax.with_sharding_constraint(w.astype(dtype), shards)
             return jax.lax.with_sharding_constraint(cast, whole)
 
-        def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
-            return (jax.lax.with_sharding_constraint(cotangent, shards).astype(stored),)
+        def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array, None]:
+            # A barrier, or XLA lets every reader (clipping, Adam) cut its shards out of the whole sum, and so keeps
+            # all gradients whole until the last of them is there.
+            mine = jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(cotangent, shards))
+            return mine.astype(stored), None
 
-        gather.defvjp(lambda w: (gather(w), None), backward)
-        return gather(weight)
+        gather.defvjp(lambda w, after: (gather(w, after), None), backward)
+        return gather(weight, after)
 
-    return lambda tree: jax.tree.map(gather_one, tree)
+    return lambda tree, after=None: jax.tree.map(lambda weight: gather_one(weight, after), tree)
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulation: int = 1) -> None:
