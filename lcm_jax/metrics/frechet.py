@@ -49,30 +49,42 @@ class FeatureStatistics:
 
 def statistics(features: np.ndarray) -> FeatureStatistics:
     """Statistics of features [n d], n >= 1, all finite."""
-    f = np.asarray(features, np.float64)
-    if f.ndim != 2 or f.shape[0] == 0 or f.shape[1] == 0:
-        raise LcmError(f"features of shape {f.shape}: give [n d] with n and d at least 1")
-    if not np.isfinite(f).all():
-        raise LcmError("features hold NaN or infinity: check the pictures they were computed from")
+    f = _checked(features)
     origin = f.mean(axis=0)
     g = f - origin
     return FeatureStatistics(len(f), origin, g.sum(axis=0), g.T @ g)
 
 
+def _checked(features: np.ndarray) -> np.ndarray:
+    f = np.asarray(features, np.float64)
+    if f.ndim != 2 or f.shape[0] == 0 or f.shape[1] == 0:
+        raise LcmError(f"features of shape {f.shape}: give [n d] with n and d at least 1")
+    if not np.isfinite(f).all():
+        raise LcmError("features hold NaN or infinity: check the pictures they were computed from")
+    return f
+
+
 def merge(a: FeatureStatistics, b: FeatureStatistics) -> FeatureStatistics:
     """Statistics of both sets together, about a's origin."""
-    if a.origin.shape != b.origin.shape:
-        raise LcmError(f"features of {a.origin.size} and {b.origin.size} dimensions cannot be joined: "
-                       "use one feature extractor for both")
+    _check_dimensions(a.origin.size, b.origin.size, "joined")
     shift = b.origin - a.origin
     outer = b.outer + np.outer(b.total, shift) + np.outer(shift, b.total) + b.count * np.outer(shift, shift)
     return FeatureStatistics(a.count + b.count, a.origin, a.total + b.total + b.count * shift, a.outer + outer)
 
 
+def _check_dimensions(a: int, b: int, what: str) -> None:
+    if a != b:
+        raise LcmError(f"features of {a} and {b} dimensions cannot be {what}: use one feature extractor for both")
+
+
 def update(stats: FeatureStatistics | None, features: np.ndarray) -> FeatureStatistics:
     """Statistics with one more shard of features [n d]; start from None."""
-    new = statistics(features)
-    return new if stats is None else merge(stats, new)
+    if stats is None:
+        return statistics(features)
+    f = _checked(features)
+    _check_dimensions(stats.origin.size, f.shape[1], "joined")
+    g = f - stats.origin  # not `merge`: with thousands of dimensions its passes over [d d] would cost more than this
+    return FeatureStatistics(stats.count + len(g), stats.origin, stats.total + g.sum(axis=0), stats.outer + g.T @ g)
 
 
 def frechet_distance(a: FeatureStatistics | np.ndarray, b: FeatureStatistics | np.ndarray) -> float:
@@ -81,9 +93,7 @@ def frechet_distance(a: FeatureStatistics | np.ndarray, b: FeatureStatistics | n
     Refuses sets of different dimension, and sets with no more samples than dimensions, whose covariance is singular.
     """
     a, b = (s if isinstance(s, FeatureStatistics) else statistics(s) for s in (a, b))
-    if a.origin.shape != b.origin.shape:
-        raise LcmError(f"features of {a.origin.size} and {b.origin.size} dimensions cannot be compared: "
-                       "use one feature extractor for both")
+    _check_dimensions(a.origin.size, b.origin.size, "compared")
     for s in (a, b):
         if s.count <= s.origin.size:
             raise LcmError(f"{s.count} samples for {s.origin.size} feature dimensions are too few: "

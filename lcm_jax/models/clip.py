@@ -43,6 +43,7 @@ class CLIPAttention(nn.Module):
     dtype: Dtype = jnp.float32
     attention_fn: AttentionFn = dot_product_attention
     weights_fn: WeightsFn | None = None
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -54,7 +55,7 @@ class CLIPAttention(nn.Module):
             dtype=self.dtype,
             attention_fn=self.attention_fn,
             weights_fn=self.weights_fn,
-            causal=True,
+            causal=self.causal,
             names=("q_proj", "k_proj", "v_proj", "out_proj"),
         )
 
@@ -72,6 +73,8 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPEncoderLayer(nn.Module):
+    """One layer, x [b l d]; causal in the text tower, not in that for pictures (models/clip_vision.py)."""
+
     heads: int
     intermediate_size: int
     hidden_act: str
@@ -79,10 +82,12 @@ class CLIPEncoderLayer(nn.Module):
     dtype: Dtype = jnp.float32
     attention_fn: AttentionFn = dot_product_attention
     weights_fn: WeightsFn | None = None
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        attention = CLIPAttention(self.heads, self.dtype, self.attention_fn, self.weights_fn, name="self_attn")
+        run = self.dtype, self.attention_fn, self.weights_fn, self.causal
+        attention = CLIPAttention(self.heads, *run, name="self_attn")
         x = x + attention(LayerNorm(self.epsilon, self.dtype, self.weights_fn, name="layer_norm1")(x))
         mlp = CLIPMLP(self.intermediate_size, self.hidden_act, self.dtype, self.weights_fn, name="mlp")
         return x + mlp(LayerNorm(self.epsilon, self.dtype, self.weights_fn, name="layer_norm2")(x))

@@ -1,0 +1,216 @@
+"""Inception-v3 as FID has used it since 2017: TensorFlow's graph of 2015-12-05 up to pool_3, 2048 features.
+
+Names and shapes are those of the torch ports (pytorch-fid, torch-fidelity), whose weight file is read. What this graph
+does otherwise than torchvision's Inception-v3 (Szegedy et al. 2015, arXiv:1512.00567):
+
+    average pools leave the zeros at the border out of the mean;  Mixed_7c pools by maximum, not by mean
+    inputs are (x - 128) / 128 of x in 0..255
+
+and than its own TensorFlow reader: nothing. The resize to 299 x 299 is a part of the metric (resize variants):
+
+    tf1       bilinear, source position i * in / out, no antialiasing: the original graph, torch-fidelity
+    pytorch   bilinear, pixel centres, no antialiasing, inputs 2 x - 1 of x in 0..1: pytorch-fid
+    clean     antialiased bicubic of Pillow in floating point (Parmar et al. 2022, arXiv:2104.11222): clean-fid
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lcm_jax.errors import LcmError
+from lcm_jax.metrics import resizing
+from lcm_jax.metrics.features import Network
+from lcm_jax.metrics.networks import torch_file, weights
+from lcm_jax.pretrained import weight_files
+
+SIDE, DIM = 299, 2048
+NORM_EPS = 1e-3
+
+# One convolution with norm and ReLU: (name, features, (kernel height, width), stride). Stride 1 keeps the size.
+Unit = tuple[str, int, tuple[int, int], int]
+
+
+def _unit(name: str, features: int, kernel: int | tuple[int, int] = 1, stride: int = 1) -> Unit:
+    return name, features, (kernel, kernel) if isinstance(kernel, int) else kernel, stride
+
+
+def _chain(name: str, *units: tuple) -> tuple[Unit, ...]:
+    """Units NAME_1, NAME_2, ... one after another."""
+    return tuple(_unit(f"{name}_{i}", *unit) for i, unit in enumerate(units, 1))
+
+
+class BatchNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias with stored mean and variance, all of them parameters."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, ones, zeros = (x.shape[-1],), nn.initializers.ones, nn.initializers.zeros
+        scale, bias = self.param("scale", ones, c), self.param("bias", zeros, c)
+        mean, var = self.param("mean", zeros, c), self.param("var", ones, c)
+        return (x - mean) * (scale * jax.lax.rsqrt(var + NORM_EPS)) + bias
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, batch norm, ReLU: [b h w c] -> [b h' w' features]."""
+
+    features: int
+    kernel: tuple[int, int]
+    stride: int = 1
+    same: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        padding = [((k - 1) // 2 if self.same else 0,) * 2 for k in self.kernel]
+        conv = nn.Conv(self.features, self.kernel, (self.stride,) * 2, padding=padding, use_bias=False, name="conv")
+        return nn.relu(BatchNorm(name="bn")(conv(x)))
+
+
+def _apply(unit: Unit, x: jax.Array) -> jax.Array:
+    name, features, kernel, stride = unit
+    return ConvNorm(features, kernel, stride, same=stride == 1, name=name)(x)
+
+
+class Mixed(nn.Module):
+    """Branches side by side, joined along channels: chains of units, then the pool.
+
+    Attributes:
+      branches: each a chain of units; a last entry that is a pair of units applies both and joins them.
+      pool: "mean" or "max" of 3 x 3 with stride 1, before the unit `branch_pool`; "shrink": max with stride 2, alone.
+      pool_features: of `branch_pool`.
+    """
+
+    branches: tuple[tuple, ...]
+    pool: str
+    pool_features: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        outputs = []
+        for chain in self.branches:
+            y = x
+            for unit in chain:
+                heads = unit if isinstance(unit[0], tuple) else (unit,)
+                y = jnp.concatenate([_apply(head, y) for head in heads], axis=-1)
+            outputs.append(y)
+        if self.pool == "shrink":
+            outputs.append(nn.max_pool(x, (3, 3), (2, 2)))
+        else:
+            mean = self.pool == "mean"
+            y = nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False) if mean else nn.max_pool(
+                x, (3, 3), padding="SAME")
+            outputs.append(_apply(_unit("branch_pool", self.pool_features), y))
+        return jnp.concatenate(outputs, axis=-1)
+
+
+def _a(pool_features: int) -> dict:
+    return dict(branches=((_unit("branch1x1", 64),), _chain("branch5x5", (48,), (64, 5)),
+                          _chain("branch3x3dbl", (64,), (96, 3), (96, 3))), pool="mean", pool_features=pool_features)
+
+
+def _b() -> dict:
+    return dict(branches=((_unit("branch3x3", 384, 3, 2),), _chain("branch3x3dbl", (64,), (96, 3), (96, 3, 2))),
+                pool="shrink")
+
+
+def _c(c7: int) -> dict:
+    row, column = (1, 7), (7, 1)
+    return dict(branches=((_unit("branch1x1", 192),), _chain("branch7x7", (c7,), (c7, row), (192, column)),
+                          _chain("branch7x7dbl", (c7,), (c7, column), (c7, row), (c7, column), (192, row))),
+                pool="mean", pool_features=192)
+
+
+def _d() -> dict:
+    return dict(branches=(_chain("branch3x3", (192,), (320, 3, 2)),
+                          _chain("branch7x7x3", (192,), (192, (1, 7)), (192, (7, 1)), (192, 3, 2))), pool="shrink")
+
+
+def _e(pool: str) -> dict:
+    def split(name: str) -> tuple[Unit, Unit]:
+        return _unit(f"{name}a", 384, (1, 3)), _unit(f"{name}b", 384, (3, 1))
+
+    return dict(branches=((_unit("branch1x1", 320),), (*_chain("branch3x3", (384,)), split("branch3x3_2")),
+                          (*_chain("branch3x3dbl", (448,), (384, 3)), split("branch3x3dbl_3"))),
+                pool=pool, pool_features=192)
+
+
+_MIXED = {"Mixed_5b": _a(32), "Mixed_5c": _a(64), "Mixed_5d": _a(64), "Mixed_6a": _b(), "Mixed_6b": _c(128),
+          "Mixed_6c": _c(160), "Mixed_6d": _c(160), "Mixed_6e": _c(192), "Mixed_7a": _d(), "Mixed_7b": _e("mean"),
+          "Mixed_7c": _e("max")}
+
+
+class FIDInception(nn.Module):
+    """Normalised pictures [b h w 3] -> pool_3 features [b 2048]; 299 x 299 in the metric, any size from 75 works."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = ConvNorm(32, (3, 3), 2, same=False, name="Conv2d_1a_3x3")(x)
+        x = ConvNorm(32, (3, 3), same=False, name="Conv2d_2a_3x3")(x)
+        x = ConvNorm(64, (3, 3), name="Conv2d_2b_3x3")(x)
+        x = nn.max_pool(x, (3, 3), (2, 2))
+        x = ConvNorm(80, (1, 1), name="Conv2d_3b_1x1")(x)
+        x = ConvNorm(192, (3, 3), same=False, name="Conv2d_4a_3x3")(x)
+        x = nn.max_pool(x, (3, 3), (2, 2))
+        for name, block in _MIXED.items():
+            x = Mixed(**block, name=name)(x)
+        return x.mean((1, 2))
+
+
+def _tf1(images: np.ndarray) -> np.ndarray:
+    return (resizing.bilinear(images, SIDE, centres=False) - 128) / 128
+
+
+def _pytorch(images: np.ndarray) -> np.ndarray:
+    return resizing.bilinear(images, SIDE, centres=True) / 127.5 - 1
+
+
+def _clean(images: np.ndarray) -> np.ndarray:
+    return (resizing.bicubic_float(images, SIDE) - 128) / 128
+
+
+# variant -> (part of the extractor's name, function)
+RESIZES = {
+    "tf1": ("tf1-bilinear", _tf1, "tf1 bilinear 299; (x - 128) / 128"),
+    "pytorch": ("pytorch-bilinear", _pytorch, "half-pixel bilinear 299; x / 127.5 - 1"),
+    "clean": ("clean-bicubic", _clean, "pillow bicubic float 299, clipped; (x - 128) / 128"),
+}
+
+
+def load(path: str | Path | None, resize: str | None = None) -> Network:
+    """The network with the weights of a file: the published .pth, or the same tensors as .safetensors.
+
+    Raises:
+      LcmError: no such file or variant, a damaged file, or another network's.
+    """
+    resize = resize or "tf1"
+    if resize not in RESIZES:
+        raise LcmError(f"resize={resize!r} of inception features is unknown; choose one of {', '.join(RESIZES)}")
+    label, prepare, words = RESIZES[resize]
+    params = read(weights.existing("inception", path))
+    module = FIDInception()
+
+    def apply(params, x):
+        return module.apply({"params": params}, x)
+
+    return Network(f"inception-2015/{label}-{SIDE}", DIM, prepare, apply, params, words)
+
+
+def read(path: Path) -> dict:
+    """The parameter tree in a .pth or .safetensors file with the torch ports' keys; the classifier is left out."""
+    weights.check_named_hash("inception", path)
+    table = weights.torch_table(FIDInception(), (1, 75, 75, 3))
+    if path.suffix == ".safetensors":
+        with weight_files.open_weights(path.parent, path.stem) as stored:
+            return weights.read_params(table, _used(stored.shapes), stored.read, str(path))
+    tensors = torch_file.read(path)
+    return weights.read_params(table, _used({k: v.shape for k, v in tensors.items()}), tensors.__getitem__, str(path))
+
+
+def _used(shapes: dict) -> dict:
+    """Without the classifier over 1008 classes and the counters of training batches."""
+    return {key: tuple(shape) for key, shape in shapes.items()
+            if not key.startswith("fc.") and not key.endswith(".num_batches_tracked")}

@@ -1,0 +1,229 @@
+"""Feature networks against torch on random weights, from files as they are published; and what their readers refuse."""
+
+import pickle
+
+import jax
+import metrics_kit
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from lcm_jax.errors import LcmError
+from lcm_jax.metrics import features
+from lcm_jax.metrics.networks import clip, dinov2, inception, torch_file, weights
+from lcm_jax.models import clip_vision
+
+ATOL = 1e-4
+
+
+def torch_inception(state, x):
+    """pool_3 of the 2015 graph in torch functions, x [b 3 h w]; written from the architecture, not from our module."""
+
+    def conv(name, x, stride=1, padding=0):
+        x = F.conv2d(x, state[f"{name}.conv.weight"], stride=stride, padding=padding)
+        stats = (state[f"{name}.bn.{leaf}"] for leaf in ("running_mean", "running_var", "weight", "bias"))
+        return F.relu(F.batch_norm(x, *stats, eps=0.001))
+
+    def pool(name, x, kind):
+        border = dict(kernel_size=3, stride=1, padding=1)
+        mean = kind == "mean"
+        return conv(f"{name}.branch_pool", F.avg_pool2d(x, **border, count_include_pad=False) if mean else
+                    F.max_pool2d(x, **border))
+
+    x = conv("Conv2d_2a_3x3", conv("Conv2d_1a_3x3", x, 2))
+    x = F.max_pool2d(conv("Conv2d_2b_3x3", x, padding=1), 3, 2)
+    x = F.max_pool2d(conv("Conv2d_4a_3x3", conv("Conv2d_3b_1x1", x)), 3, 2)
+    for n in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
+        five = conv(f"{n}.branch5x5_2", conv(f"{n}.branch5x5_1", x), padding=2)
+        three = conv(f"{n}.branch3x3dbl_2", conv(f"{n}.branch3x3dbl_1", x), padding=1)
+        three = conv(f"{n}.branch3x3dbl_3", three, padding=1)
+        x = torch.cat([conv(f"{n}.branch1x1", x), five, three, pool(n, x, "mean")], 1)
+    three = conv("Mixed_6a.branch3x3dbl_2", conv("Mixed_6a.branch3x3dbl_1", x), padding=1)
+    x = torch.cat([conv("Mixed_6a.branch3x3", x, 2), conv("Mixed_6a.branch3x3dbl_3", three, 2),
+                   F.max_pool2d(x, 3, 2)], 1)
+    for n in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
+        seven = conv(f"{n}.branch7x7_2", conv(f"{n}.branch7x7_1", x), padding=(0, 3))
+        seven = conv(f"{n}.branch7x7_3", seven, padding=(3, 0))
+        double = conv(f"{n}.branch7x7dbl_1", x)
+        for i, padding in ((2, (3, 0)), (3, (0, 3)), (4, (3, 0)), (5, (0, 3))):
+            double = conv(f"{n}.branch7x7dbl_{i}", double, padding=padding)
+        x = torch.cat([conv(f"{n}.branch1x1", x), seven, double, pool(n, x, "mean")], 1)
+    seven = conv("Mixed_7a.branch7x7x3_2", conv("Mixed_7a.branch7x7x3_1", x), padding=(0, 3))
+    seven = conv("Mixed_7a.branch7x7x3_4", conv("Mixed_7a.branch7x7x3_3", seven, padding=(3, 0)), 2)
+    x = torch.cat([conv("Mixed_7a.branch3x3_2", conv("Mixed_7a.branch3x3_1", x), 2), seven, F.max_pool2d(x, 3, 2)], 1)
+    for n, kind in (("Mixed_7b", "mean"), ("Mixed_7c", "max")):
+        three = conv(f"{n}.branch3x3_1", x)
+        double = conv(f"{n}.branch3x3dbl_2", conv(f"{n}.branch3x3dbl_1", x), padding=1)
+        heads = [conv(f"{n}.{b}{h}", y, padding=p) for b, y in (("branch3x3_2", three), ("branch3x3dbl_3", double))
+                 for h, p in (("a", (0, 1)), ("b", (1, 0)))]
+        x = torch.cat([conv(f"{n}.branch1x1", x), *heads, pool(n, x, kind)], 1)
+    return x.mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def inception_state():
+    """Random weights that keep the activations' scale, in the order and with the extras of the published file."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, parameter in weights.torch_table(inception.FIDInception(), (1, 75, 75, 3)).items():
+        noise = torch.randn(parameter.torch_shape, generator=generator)
+        if noise.ndim == 4:
+            state[key] = noise * (2 / noise[0].numel()) ** 0.5
+        elif key.endswith("running_var"):
+            state[key] = 0.5 + noise.abs()
+        else:
+            state[key] = 0.2 * noise + float(key.endswith(".weight"))
+    state["Conv2d_1a_3x3.bn.num_batches_tracked"] = torch.tensor(0)
+    return state | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+
+
+@pytest.fixture(scope="module")
+def inception_file(inception_state, tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(inception_state, path)
+    return path
+
+
+def test_inception_matches_torch(inception_state, inception_file):
+    network = features.Network("", 0, *[None] * 2, inception.read(inception_file), "")
+    count = sum(leaf.size for leaf in jax.tree.leaves(network.params))
+    assert count == 21_785_568 + 2 * 17_216  # torchvision's Inception-v3 without its heads, and the norms' statistics
+    x = np.random.default_rng(1).uniform(-1, 1, (2, 107, 91, 3)).astype(np.float32)
+    want = torch_inception(inception_state, torch.from_numpy(x.transpose(0, 3, 1, 2))).numpy()
+    got = jax.jit(lambda p, x: inception.FIDInception().apply({"params": p}, x))(network.params, x)
+    assert want.shape == (2, 2048) and np.abs(want).mean() > 0.05
+    np.testing.assert_allclose(got, want, rtol=0, atol=ATOL * np.abs(want).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resize", inception.RESIZES)
+def test_inception_features_of_pictures(resize, inception_state, inception_file):
+    extractor = features.load_extractor("inception", inception_file, resize=resize, batch_size=2)
+    images = metrics_kit.pictures(3, 120, 160)
+    x = inception.RESIZES[resize][1](images).transpose(0, 3, 1, 2)
+    want = torch_inception(inception_state, torch.from_numpy(np.ascontiguousarray(x))).numpy()
+    np.testing.assert_allclose(extractor(images / 255), want, rtol=0, atol=ATOL * np.abs(want).max())
+
+
+def test_inception_variants_have_names_and_hashes_of_their_own(inception_file):
+    networks = [inception.load(inception_file, resize) for resize in inception.RESIZES]
+    assert [n.name for n in networks] == ["inception-2015/tf1-bilinear-299", "inception-2015/pytorch-bilinear-299",
+                                          "inception-2015/clean-bicubic-299"]
+    images = metrics_kit.pictures(1, 330, 310)
+    inputs = [n.prepare(images) for n in networks]
+    assert all(x.shape == (1, 299, 299, 3) and x.dtype == np.float32 and -1 <= x.min() < x.max() <= 1 for x in inputs)
+    assert len({features.weights_hash(n) for n in networks}) == 3
+    white = [n.prepare(np.full((1, 20, 20, 3), 255, np.uint8)).max() for n in networks]
+    np.testing.assert_allclose(white, [127 / 128, 1.0, 127 / 128], rtol=1e-6)
+
+
+def test_inception_reads_safetensors_alike(inception_state, inception_file, tmp_path):
+    save_file({k: v for k, v in inception_state.items() if not k.startswith("fc.")}, tmp_path / "w.safetensors")
+    a, b = inception.read(inception_file), inception.read(tmp_path / "w.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_of_torch_save(zipped, tmp_path):
+    base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    state = {"plain": base, "transposed": base.t(), "part": base[1:3, 2:], "half": base.half(),
+             "count": torch.tensor(3), "empty": torch.zeros(0, 2)}
+    torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    read = torch_file.read(tmp_path / "w.pth")
+    assert set(read) == set(state)
+    for key, value in state.items():
+        np.testing.assert_array_equal(read[key], value.numpy(), strict=True)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_wants_more_than_tensors_is_refused(zipped, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("run",)
+
+    for name, value, why in (("evil", {"a": torch.zeros(2), "b": Evil()}, r"it names \w+.print, more than"),
+                             ("module", torch.nn.Linear(2, 2), "more than a state dict"),
+                             ("list", [torch.zeros(2)], "cannot be read")):
+        path = tmp_path / f"{name}.pth"
+        torch.save(value, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(LcmError, match=why):
+            torch_file.read(path)
+    good = tmp_path / "good.pth"
+    torch.save({"a": torch.zeros(200)}, good, _use_new_zipfile_serialization=zipped)
+    good.write_bytes(good.read_bytes()[:-300])
+    with pytest.raises(LcmError, match=r"good.pth .* cannot be read as weights"):
+        torch_file.read(good)
+    (tmp_path / "other.pth").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(LcmError, match="other.pth"):
+        torch_file.read(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("kind", weights.SOURCES)
+def test_missing_weights_tell_where_and_which(kind, tmp_path):
+    where, digest = weights.SOURCES[kind]
+    for path, what in ((None, "no weights are given"), (tmp_path / "none", "none does not exist")):
+        with pytest.raises(LcmError) as caught:
+            features.load_extractor(kind, path)
+        assert what in str(caught.value) and where in str(caught.value) and digest in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_inception_refuses_other_files(inception_state, tmp_path):
+    named = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save({"a": torch.zeros(1)}, named)
+    with pytest.raises(LcmError, match="its name says 6726825d.*damaged"):
+        inception.read(named)
+    torch.save({k: v for k, v in inception_state.items() if not k.startswith("Mixed_7c")}, tmp_path / "cut.pth")
+    with pytest.raises(LcmError, match=r"cut.pth holds another network: 45 missing \(Mixed_7c.branch1x1.bn.bias"):
+        inception.read(tmp_path / "cut.pth")
+    with pytest.raises(LcmError, match="resize='lanczos'.*tf1, pytorch, clean"):
+        inception.load(named, "lanczos")
+
+
+@pytest.mark.parametrize(("changes", "published"), [({}, True), ({}, False), ({"use_swiglu_ffn": True}, True),
+                                                    ({"use_swiglu_ffn": True, "qkv_bias": False}, False)])
+def test_dinov2_matches_transformers(changes, published, tmp_path):
+    model = metrics_kit.torch_dinov2(**changes)
+    network = dinov2.load(metrics_kit.write_dinov2(tmp_path, model, published))
+    for height, width in ((70, 70), (42, 98)):  # the embeddings' own grid, and one to resize to
+        x = np.random.default_rng(2).standard_normal((2, height, width, 3)).astype(np.float32)
+        with torch.no_grad():
+            want = model(torch.from_numpy(x.transpose(0, 3, 1, 2))).pooler_output.numpy()
+        got = network.apply(network.params, x)
+        assert want.std() > 0.3
+        np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
+
+
+@pytest.mark.slow
+def test_published_networks_have_their_size():
+    """Numbers of parameters of facebook/dinov2-large (its mask token apart) and of openai/clip-vit-large-patch14."""
+    large = {"model_type": "dinov2", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+             "mlp_ratio": 4, "image_size": 518, "patch_size": 14, "hidden_act": "gelu"}
+    table = weights.torch_table(dinov2.from_config(large), (1, 518, 518, 3))
+    assert sum(np.prod(p.shape) for p in table.values()) + 1024 == 304_368_640
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+              "patch_size": 14}
+    config = {"model_type": "clip", "projection_dim": 768, "vision_config": vision}
+    table = clip._vision_table(clip_vision.from_config(config))
+    texts = 123_060_480 + 768 * 768  # text tower and its projection; the last number is the logit scale
+    assert sum(np.prod(p.shape) for p in table.values()) + texts + 1 == 427_616_513
+
+
+def test_dinov2_resizes_of_pictures(tmp_path):
+    folder = metrics_kit.write_dinov2(tmp_path, metrics_kit.torch_dinov2())
+    square, processor = dinov2.load(folder), dinov2.load(folder, "processor")
+    images = metrics_kit.pictures(1, 50, 60)
+    assert square.prepare(images).shape == (1, 224, 224, 3) and processor.prepare(images).shape == (1, 28, 28, 3)
+    assert square.name == "dinov2-2x32/square-bicubic" and processor.name == "dinov2-2x32/processor-bicubic"
+    with pytest.raises(LcmError, match="resize='clean'.*square, processor"):
+        dinov2.load(folder, "clean")
+
+
+@pytest.mark.parametrize(("size", "grid"), [(16, 37), (37, 37), (5, 3)])
+def test_cubic_weights_are_torchs(size, grid):
+    line = torch.randn(1, 1, grid, grid, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want = F.interpolate(line, (size, size), mode="bicubic", align_corners=False)[0, 0].numpy()
+    matrix = dinov2.cubic_weights(size, grid)
+    np.testing.assert_allclose(matrix @ line[0, 0].numpy() @ matrix.T, want, atol=1e-12)

@@ -1,0 +1,116 @@
+"""Resizes and preprocessing of feature networks against the libraries that made the metrics' published numbers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from lcm_jax.errors import LcmError, UnsupportedConfig
+from lcm_jax.metrics import resizing
+
+SIZES = [(64, 64), (40, 61), (70, 33), (24, 24)]
+
+
+def pictures(height, width, count=2, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bilinear_at_pixel_centres_is_torchs(size):
+    images = pictures(*size)
+    nchw = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32))
+    want = torch.nn.functional.interpolate(nchw, (29, 29), mode="bilinear", align_corners=False)
+    got = resizing.bilinear(images, 29, centres=True)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want.permute(0, 2, 3, 1).numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bilinear_of_tensorflow_1_pixel_by_pixel(size):
+    images, side = pictures(*size, count=1), 29
+    height, width = size
+    want = np.empty((side, side, 3))
+    for i in range(side):
+        for j in range(side):
+            y, x = i * height / side, j * width / side
+            rows, columns = (int(y), min(int(y) + 1, height - 1)), (int(x), min(int(x) + 1, width - 1))
+            corner = images[0][np.ix_(rows, columns)].astype(float)
+            down, across = np.array([1 - y % 1, y % 1]), np.array([1 - x % 1, x % 1])
+            want[i, j] = np.einsum("i,j,ijc->c", down, across, corner)
+    np.testing.assert_allclose(resizing.bilinear(images, side, centres=False)[0], want, atol=1e-3)
+
+
+def test_the_two_bilinears_differ_and_agree_where_nothing_is_resized():
+    images = pictures(64, 64)
+    a, b = (resizing.bilinear(images, 29, centres=c) for c in (False, True))
+    assert np.abs(a - b).mean() > 10
+    for centres in (False, True):
+        np.testing.assert_array_equal(resizing.bilinear(images, 64, centres), images)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_clean_bicubic_is_torchs_antialiased(size):
+    # torch's antialias follows Pillow's filter (a = -0.5, support grows with the shrinking).
+    images = pictures(*size)
+    nchw = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32))
+    want = torch.nn.functional.interpolate(nchw, (29, 29), mode="bicubic", antialias=True).clamp(0, 255)
+    got = resizing.bicubic_float(images, 29)
+    np.testing.assert_allclose(got, want.permute(0, 2, 3, 1).numpy(), atol=2e-3)
+
+
+@pytest.mark.parametrize("size", [*SIZES, (32, 32)])
+@pytest.mark.parametrize("kind", ["clip", "dinov2", "square"])
+def test_processor_is_transformers(size, kind, tmp_path):
+    theirs = {
+        "clip": lambda: CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        "dinov2": lambda: BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28},
+                                               image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]),
+        "square": lambda: BitImageProcessorPil(size={"height": 30, "width": 27}, do_center_crop=False, resample=2),
+    }[kind]()
+    theirs.save_pretrained(tmp_path)
+    images = pictures(*size)
+    want = theirs([Image.fromarray(image) for image in images], return_tensors="np")["pixel_values"]
+    got = resizing.read_processor(tmp_path)(images)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want.transpose(0, 2, 3, 1), atol=1e-5)
+
+
+def test_early_configs_and_those_of_whole_processors(tmp_path):
+    early = {"crop_size": 28, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3,
+             "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.5] * 3, "image_std": [0.25] * 3,
+             "size": 28}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(early))
+    first = resizing.read_processor(tmp_path)
+    assert first == resizing.Processor(28, (28, 28), (0.5,) * 3, (0.25,) * 3)
+    (tmp_path / "preprocessor_config.json").rename(tmp_path / "processor_config.json")
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": early}))
+    assert resizing.read_processor(tmp_path) == first
+
+
+def test_centre_square_first_is_cmmds_reading():
+    processor = resizing.Processor((28, 28), None, (0.0,) * 3, (1.0,) * 3, square_first=True)
+    image = pictures(41, 60, count=1)[0]
+    want = np.asarray(Image.fromarray(image).crop((9, 0, 50, 41)).resize((28, 28), Image.Resampling.BICUBIC)) / 255
+    np.testing.assert_allclose(processor(image[None])[0], want, atol=1e-6)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"do_resize": False}, "do_resize=False"), ({"resample": 1}, "resample=1"),
+    ({"rescale_factor": 1 / 127.5}, "rescale_factor=0.0078"),
+])
+def test_refusals(change, message, tmp_path):
+    config = {"size": 28, "crop_size": 28, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    with pytest.raises(LcmError, match="preprocessor_config.json is missing"):
+        resizing.read_processor(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UnsupportedConfig, match=message):
+        resizing.read_processor(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 28}))
+    with pytest.raises(LcmError, match="image_mean"):
+        resizing.read_processor(tmp_path)
+    with pytest.raises(LcmError, match="centre of 30 x 30 in pictures of 28 x 28"):
+        resizing.Processor(28, (30, 30), (0.0,) * 3, (1.0,) * 3)(pictures(40, 40))
