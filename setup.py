@@ -24,6 +24,7 @@ CORE = [
     "transformers>=4.56",  # the CLIP tokenizer only; works without torch
 ]
 DATA = ["array_record>=0.8", "datasets>=5", "opencv-python-headless>=5", "tensorflow-datasets>=4.9.10"]  # no TensorFlow
+PLOT = ["matplotlib>=3.9"]
 TORCH = ["torch>=2.6", "diffusers>=0.35", "accelerate", "peft"]  # lcm_jax.export --verify
 
 setup(
@@ -40,7 +41,8 @@ setup(
     install_requires=CORE,
     extras_require={
         "torch": TORCH,
-        "test": [*DATA, *TORCH, "pytest>=8", "pytest-xdist", "ruff"],  # torch and diffusers are the tests' oracles
+        "plot": PLOT,  # figures of lcm_jax.evaluate and the experiments
+        "test": [*DATA, *TORCH, *PLOT, "pytest>=8", "pytest-xdist", "ruff"],  # TORCH: the tests' oracles
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],  # lcm_jax.aot needs this extra, and no TPU
         "wandb": ["wandb"],

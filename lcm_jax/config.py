@@ -18,6 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from lcm_jax.data import images, shapes
+from lcm_jax.diffusion import solvers
 from lcm_jax.errors import LcmError
 from lcm_jax.models import remat
 from lcm_jax.runtime import attention
@@ -111,7 +112,8 @@ def default_config() -> ConfigDict:
     train.accumulation_steps = 1  # parts in which a batch goes through the networks; a step is one update all the same
 
     config.distill = distill = ConfigDict()
-    distill.solver_steps = 50  # points of the teacher's DDIM grid; the skip k is 1000 // solver_steps
+    distill.solver = "ddim"  # of the teacher's jump; "dpm_solver", "dpm_solver_pp": second order, asks it once more
+    distill.solver_steps = 50  # points of the solver's grid; the skip k is 1000 // solver_steps
     distill.w_min = 2.0  # w is uniform in [w_min, w_max]
     distill.w_max = 14.0
     distill.loss = "huber"  # "huber" (pseudo-Huber) or "l2"
@@ -226,6 +228,7 @@ def validate(config: ConfigDict, models: bool = True) -> None:
     for key, choices in {"objective": OBJECTIVES, "data.source": SOURCES, "distill.loss": LOSSES,
                          "model.dtype": ("auto", *DTYPES), "model.teacher_dtype": DTYPES, "train.mu_dtype": DTYPES,
                          "model.attention": attention.CHOICES, "train.remat": remat.CHOICES,
+                         "distill.solver": solvers.SOLVERS,
                          "model.prediction_type": PREDICTION_TYPES}.items():
         check(key, flat[key] in choices, f"must be one of {', '.join(map(str, choices))}")
     for key in ("data.batch_size", "data.resolution", "data.num_examples", "train.steps", "train.accumulation_steps",
@@ -291,6 +294,8 @@ def _check_models(config: ConfigDict, check: Callable[[str, bool, str], None]) -
     model, distill = config.model, config.distill
     check("distill.lcd_weight", config.objective == "lcf" or not distill.lcd_weight,
           "only objective \"lcf\" mixes two losses; set 0, or config.objective = \"lcf\"")
+    check("distill.solver", distill.solver == "ddim" or asks_teacher(config),
+          "no teacher jumps in plain LCF; leave it \"ddim\", or set distill.lcd_weight")
     if asks_teacher(config):
         check("model.teacher", bool(model.teacher),
               "no teacher; set --config.model.teacher to a model folder in diffusers format, a hub id, or \"shapes\""

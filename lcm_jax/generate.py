@@ -102,7 +102,7 @@ def latents(
     common = (model, noise[0], pipeline.schedule, settings.steps, settings.spacing, 1)
     if settings.sampler == "ddim":
         return samplers.ddim(*common, set_alpha_to_one=settings.set_alpha_to_one)
-    return samplers.dpm_solver_pp_2m(*common)
+    return samplers.SAMPLERS[settings.sampler][0](*common)
 
 
 def to_uint8(images: jax.Array) -> np.ndarray:

@@ -16,6 +16,7 @@ _METHODS = {
     "lcd": "latent consistency distillation (LCD, [Luo et al. 2023](https://arxiv.org/abs/2310.04378))",
     "lcf": "latent consistency fine-tuning (LCF, [Luo et al. 2023](https://arxiv.org/abs/2310.04378))",
 }
+_SOLVERS = {"ddim": "DDIM", "dpm_solver": "DPM-Solver", "dpm_solver_pp": "DPM-Solver++"}
 _LORA_REPORT = "[Luo et al. 2023](https://arxiv.org/abs/2311.05556)"
 
 
@@ -88,8 +89,9 @@ def _facts(config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, st
             + ("" if record["w_embedding_dim"] else ", distilled in")
             + (f"; `guidance_scale` {record['guidance_scale']:g} folded in" if "guidance_scale" in record else "")
         )
+    solver = _SOLVERS[config["distill"]["solver"]]
     return facts | {
-        "Solver": f"DDIM on a grid of {record['solver_steps']} points; sample with 1 to 8 steps",
+        "Solver": f"{solver} on a grid of {record['solver_steps']} points; sample with 1 to 8 steps",
         "Boundary": f"timestep_scaling {record['timestep_scaling']:g}, sigma_data {record['sigma_data']:g}",
         "Made with": f"lcm_jax {lcm_jax.__version__}",
     }

@@ -32,7 +32,7 @@ from lcm_jax.pretrained import Pipeline, conditioning, is_single_file, load_pipe
 from lcm_jax.pretrained.names import Place
 from lcm_jax.runtime import mesh as mesh_lib
 
-SAMPLERS = ("lcm", "ddim", "dpm_solver_pp_2m")
+SAMPLERS = tuple(samplers.SAMPLERS)
 MAX_STEPS = 50
 CONSTANTS = ("solver_steps", "timestep_scaling", "sigma_data", "prediction_type")  # in which records must agree
 

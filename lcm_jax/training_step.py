@@ -159,7 +159,7 @@ def make_problem(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> ob
         student=student.unet,
         teacher=teacher.unet if config_lib.asks_teacher(config) else None,
         schedule=teacher.schedule,
-        grid=solvers.solver_grid(teacher.schedule, config.distill.solver_steps),
+        grid=solvers.solver_grid(teacher.schedule, config.distill.solver_steps, config.distill.solver),
         distance=distance,
         w_min=config.distill.w_min,
         w_max=config.distill.w_max,

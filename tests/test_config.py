@@ -38,6 +38,7 @@ BAD = {
     "train.ema_decay": 1.0, "train.weight_decay": -0.1, "train.adam_b1": 1.5, "train.adam_b2": -0.1,
     "train.adam_eps": 0.0, "train.max_grad_norm": -1.0, "train.accumulation_steps": 0, "distill.solver_steps": 1001,
     "distill.w_min": -0.5, "distill.w_max": float("nan"), "distill.loss": "l1", "distill.huber_c": 0.0,
+    "distill.solver": "euler",
     "distill.w_embedding_dim": 255, "distill.lcd_weight": -1.0, "lora.rank": -1, "lora.alpha": 0.0,
     "lora.targets": (1,), "model.vae": "", "model.config": "x", "model.prediction_type": "eps",
     "distill.timestep_scaling": 0.0, "distill.sigma_data": float("inf"),
@@ -71,6 +72,7 @@ def test_values_that_contradict_each_other(shapes):
     ({"objective": "lcf", "model.student": "/lcm", "model.teacher": None, "distill.lcd_weight": 0.5},
      r"model.teacher = None: no teacher.*lcd_weight"),
     ({"distill.lcd_weight": 0.5}, r"lcd_weight = 0.5: only objective \"lcf\""),
+    ({"objective": "lcf", "model.student": "/lcm", "distill.solver": "dpm_solver"}, r"no teacher jumps in plain LCF"),
     ({"distill.w_embedding_dim": 0}, r"guidance_scale = 3.0: .*set 1 "),
 ])  # fmt: skip
 def test_objectives_and_what_they_train(shapes, changes, words):

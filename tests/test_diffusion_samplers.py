@@ -13,7 +13,10 @@ from lcm_jax.errors import LcmError
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers on numpy 2
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers on numpy 2
+    pytest.mark.filterwarnings("ignore:`algorithm_types=dpmsolver` is deprecated:FutureWarning"),
+]
 
 STEPS = (1, 2, 3, 4, 8, 50)
 SHAPE = (2, 4, 4, 3)
@@ -58,11 +61,11 @@ def torch_trajectory(scheduler, noise_schedule, x, num_steps, **step_options):
     return np.stack(trajectory)
 
 
-def compare(sampler, scheduler, noise_schedule, num_steps, **step_options):
+def compare(sampler, scheduler, noise_schedule, num_steps, tolerance=1e-5):
     x, _ = start_and_noise(num_steps)
-    want = torch_trajectory(scheduler, noise_schedule, x, num_steps, **step_options)
+    want = torch_trajectory(scheduler, noise_schedule, x, num_steps)
     last, got = jax.jit(functools.partial(sampler, return_trajectory=True))(x)
-    np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(got, want, atol=tolerance, rtol=tolerance)
     np.testing.assert_array_equal(last, got[-1])
     assert got.dtype == jnp.float32
 
@@ -87,23 +90,26 @@ def ddim_case(num_steps, config, spacing="trailing", **options):
     compare(sampler, scheduler, noise_schedule, num_steps)
 
 
-def dpm_case(num_steps, config, spacing="trailing", **options):
+DPM = {"dpm_solver_pp_2m": {}, "dpm_solver_2m": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}}
+
+
+def dpm_case(num_steps, config, spacing="trailing", name="dpm_solver_pp_2m", tolerance=1e-5, **options):
     config = {**config, "timestep_spacing": spacing, **options}
     noise_schedule = schedule.from_config(config)
-    scheduler = diffusers.DPMSolverMultistepScheduler(**config)
+    scheduler = diffusers.DPMSolverMultistepScheduler(**config, **DPM[name])
     offset = options.get("steps_offset", 0)
     scheduler.set_timesteps(num_steps)
-    table = samplers.dpm_solver_pp_2m_timesteps(num_steps, 1000, spacing, offset)
+    table = samplers.timesteps(name, num_steps, spacing=spacing, steps_offset=offset)
     np.testing.assert_array_equal(table, scheduler.timesteps)
     sampler = functools.partial(
-        samplers.dpm_solver_pp_2m,
+        getattr(samplers, name),
         fake_model(jnp, noise_schedule),
         schedule=noise_schedule,
         num_steps=num_steps,
         spacing=spacing,
         steps_offset=offset,
     )
-    compare(sampler, scheduler, noise_schedule, num_steps)
+    compare(sampler, scheduler, noise_schedule, num_steps, tolerance)
 
 
 def lcm_case(num_steps, config, original_steps=50, timestep_scaling=10.0):
@@ -146,8 +152,16 @@ def test_ddim_equals_diffusers(num_steps, spacing, prediction_type):
 @pytest.mark.parametrize("prediction_type", schedule.PREDICTION_TYPES)
 @pytest.mark.parametrize("spacing", samplers.SPACINGS)
 @pytest.mark.parametrize("num_steps", (*STEPS, 15))  # from 15 steps on diffusers has no lower_order_final
-def test_dpm_solver_equals_diffusers(num_steps, spacing, prediction_type):
+def test_dpm_solver_pp_equals_diffusers(num_steps, spacing, prediction_type):
     dpm_case(num_steps, {**LATENT, "prediction_type": prediction_type}, spacing)
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "spacing"), (("epsilon", "trailing"), ("v_prediction", "linspace"), ("sample", "leading"))
+)
+@pytest.mark.parametrize("num_steps", (*STEPS, 14, 15))
+def test_dpm_solver_equals_diffusers(num_steps, spacing, prediction_type):
+    dpm_case(num_steps, {**LATENT, "prediction_type": prediction_type}, spacing, "dpm_solver_2m")
 
 
 @pytest.mark.parametrize("prediction_type", schedule.PREDICTION_TYPES)
@@ -159,7 +173,8 @@ def test_lcm_equals_diffusers(num_steps, prediction_type):
 @pytest.mark.parametrize("num_steps", (1, 4, 50))
 def test_stable_diffusion_offsets(num_steps):
     ddim_case(num_steps, LATENT, "leading", steps_offset=1, set_alpha_to_one=False)
-    dpm_case(num_steps, LATENT, "leading", steps_offset=1)
+    for name in DPM:
+        dpm_case(num_steps, LATENT, "leading", name, steps_offset=1)
 
 
 @pytest.mark.parametrize("config", (COSINE, LATENT), ids=("cosine", "latent"))
@@ -168,10 +183,11 @@ def test_zero_terminal_snr_equals_diffusers(prediction_type, config):
     config = {**config, "prediction_type": prediction_type, "rescale_betas_zero_snr": True}
     ddim_case(4, config)
     dpm_case(4, config)
+    dpm_case(4, config, name="dpm_solver_2m", tolerance=5e-3)  # alpha_i+1 / alpha_i is 4096 at abar = 2^-24
     lcm_case(4, config)
 
 
-@pytest.mark.parametrize("original_steps,scaling", ((30, 10.0), (100, 0.001), (10, 10.0)))
+@pytest.mark.parametrize("original_steps,scaling", ((30, 10.0), (100, 0.001), (10, 10.0), (1000, 10.0)))
 def test_lcm_other_solver_grids_and_scalings(original_steps, scaling):
     lcm_case(4, LATENT, original_steps, scaling)
 
@@ -190,6 +206,10 @@ def test_lcm_other_solver_grids_and_scalings(original_steps, scaling):
         (4, 100, [999, 749, 499, 249]),
         (4, 10, [999, 799, 499, 299]),
         (4, 30, [989, 758, 494, 263]),
+        (4, 1000, [999, 749, 499, 249]),  # the skips of the paper's ablation: 1, 5, 10, 20 (above) and 50
+        (4, 200, [999, 749, 499, 249]),
+        (4, 20, [999, 749, 499, 249]),
+        (8, 20, [999, 899, 749, 649, 499, 399, 249, 149]),
     ),
 )
 def test_lcm_timestep_tables(num_steps, original_steps, want):
@@ -206,10 +226,10 @@ def test_lcm_timesteps_equal_diffusers_for_every_number_of_steps():
 
 
 @pytest.mark.parametrize("spacing", samplers.SPACINGS)
-@pytest.mark.parametrize("kind", ("ddim", "dpm_solver_pp_2m"))
+@pytest.mark.parametrize("kind", ("ddim", *DPM))
 def test_baseline_timesteps_equal_diffusers_for_every_number_of_steps(kind, spacing):
-    classes = {"ddim": diffusers.DDIMScheduler, "dpm_solver_pp_2m": diffusers.DPMSolverMultistepScheduler}
-    scheduler = classes[kind](timestep_spacing=spacing, **LATENT)
+    scheduler_class = diffusers.DDIMScheduler if kind == "ddim" else diffusers.DPMSolverMultistepScheduler
+    scheduler = scheduler_class(timestep_spacing=spacing, **LATENT, **DPM.get(kind, {}))
     for num_steps in range(1, 1000):
         scheduler.set_timesteps(num_steps)
         want = scheduler.timesteps.numpy()
@@ -233,7 +253,7 @@ def test_lcm_goldens_of_diffusers_unit_tests(num_steps, total, mean):
     assert abs(float(jnp.abs(x).mean()) - mean) < 1e-3
 
 
-@pytest.mark.parametrize("name", ("lcm", "ddim", "dpm_solver_pp_2m"))
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_one_scan_and_one_network_in_the_program(name):
     noise_schedule = schedule.from_config(LATENT)
     calls = []
@@ -249,7 +269,7 @@ def test_one_scan_and_one_network_in_the_program(name):
     assert set(calls) == {(SHAPE, (), jnp.dtype("int32"))}
 
 
-@pytest.mark.parametrize("name", ("lcm", "ddim", "dpm_solver_pp_2m"))
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_half_precision_networks_are_sampled_in_float32(name):
     noise_schedule = schedule.from_config(LATENT)
     x, noise = start_and_noise(4)
@@ -274,6 +294,15 @@ def test_dpm_solver_ends_at_the_network_x0_without_nan(num_steps):
     np.testing.assert_array_equal(out, target)
 
 
+def test_one_dpm_solver_step_is_ddims_that_ends_at_abar_0():
+    """Where only one step is made both solvers are of order 1, and eps says all that DDIM has."""
+    noise_schedule = schedule.from_config(LATENT)
+    x, _ = start_and_noise(1)
+    got, want = (sampler(fake_model(jnp, noise_schedule), x, noise_schedule, 1) for sampler in (
+        samplers.dpm_solver_2m, functools.partial(samplers.ddim, set_alpha_to_one=False)))  # fmt: skip
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def test_lcm_takes_none_or_spare_noise():
     noise_schedule = schedule.from_config(LATENT)
     model = fake_model(jnp, noise_schedule)
@@ -296,8 +325,8 @@ def test_lcm_takes_none_or_spare_noise():
         (lambda: samplers.ddim_timesteps(1001), "choose 1 to 1000"),
         (lambda: samplers.ddim_timesteps(4, spacing="even"), "unknown timestep spacing 'even'"),
         (lambda: samplers.ddim_timesteps(1000, spacing="leading", steps_offset=1), "steps_offset=1"),
-        (lambda: samplers.dpm_solver_pp_2m_timesteps(1000, spacing="leading"), "choose 1 to 999"),
-        (lambda: samplers.dpm_solver_pp_2m_timesteps(4, spacing="even"), "leading, trailing, linspace"),
+        (lambda: samplers.dpm_solver_timesteps(1000, spacing="leading"), "choose 1 to 999"),
+        (lambda: samplers.dpm_solver_timesteps(4, spacing="even"), "leading, trailing, linspace"),
         (lambda: samplers.timesteps("euler", 4), "unknown sampler 'euler'"),
     ),
 )

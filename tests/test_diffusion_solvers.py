@@ -1,4 +1,4 @@
-"""The solver grid, the DDIM jump, and the guided ODE against closed-form solutions for Gaussian data."""
+"""The solver grid, jumps of each solver, and the guided ODE against closed-form solutions for Gaussian data."""
 
 import functools
 
@@ -13,6 +13,7 @@ from lcm_jax.errors import LcmError
 
 CONFIG = {"_class_name": "LCMScheduler"}
 SHAPE = (3, 4, 4, 2)
+SECOND_ORDER = {"dpm_solver": "dpmsolver", "dpm_solver_pp": "dpmsolver++"}  # diffusers' names
 
 
 @functools.cache
@@ -69,6 +70,83 @@ def test_solver_steps_out_of_range(num_steps):
         solvers.solver_grid(table(), num_steps)
 
 
+def test_solvers_that_cannot_be_had():
+    with pytest.raises(LcmError, match="unknown solver 'euler'; choose one of ddim, dpm_solver, dpm_solver_pp"):
+        solvers.solver_grid(table(), 50, "euler")
+    snr_0 = schedule.from_config({**CONFIG, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+    with pytest.raises(LcmError, match="cannot leave t=999, .* use 'dpm_solver_pp'"):
+        solvers.solver_grid(snr_0, 50, "dpm_solver")
+
+
+@pytest.mark.parametrize("num_steps", (1, 20, 30, 50, 200, 1000))
+def test_the_model_is_asked_within_the_jump_near_its_middle(num_steps):
+    grid = solvers.solver_grid(table(), num_steps, "dpm_solver_pp")
+    start, end, s = grid.timesteps, grid.prev_timesteps, grid.midpoints.timesteps
+    assert np.all((end <= s) & ((s < start) | (start == end)))
+    # no other timestep inside is nearer to the middle, by log-SNR in float32
+    snr = np.log(table().alphas_cumprod) - np.log1p(-table().alphas_cumprod)
+    off = np.abs(snr[s] - (snr[start] + snr[end]) / 2)
+    for step in (-1, 1):
+        other = np.clip(s + step, end, np.maximum(start - 1, end))
+        assert np.all(np.abs(snr[other] - (snr[start] + snr[end]) / 2) >= off - 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers on numpy 2
+@pytest.mark.filterwarnings("ignore:`algorithm_types=dpmsolver` is deprecated:FutureWarning")
+@pytest.mark.parametrize("prediction_type", schedule.PREDICTION_TYPES)
+@pytest.mark.parametrize("solver", SECOND_ORDER)
+@pytest.mark.parametrize(("num_steps", "points"), ((50, (0, 17, 49)), (20, (0, 9, 19)), (1000, (1, 500, 999))))
+def test_second_order_jumps_equal_diffusers(num_steps, points, solver, prediction_type):
+    """DPMSolverSinglestepScheduler, told to go from t_start over s to t_end, after two of its steps."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    noise_schedule = table(prediction_type)
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = diffusers.DPMSolverSinglestepScheduler(
+        **betas, prediction_type=prediction_type, algorithm_type=SECOND_ORDER[solver], final_sigmas_type="sigma_min"
+    )
+    grid = solvers.solver_grid(noise_schedule, num_steps, solver)
+    index, z = np.array(points), start()
+
+    def model(xp, z, t):  # x0 = 0.8 z - 0.3 tanh(z + t / 300), told as the network would tell it
+        alpha, sigma = noise_schedule.alphas[t], noise_schedule.sigmas[t]
+        x0 = 0.8 * z - 0.3 * xp.tanh(z + t / 300)
+        eps = (z - alpha * x0) / sigma
+        return {"sample": x0, "epsilon": eps, "v_prediction": alpha * eps - sigma * x0}[prediction_type]
+
+    got = [solvers.jump(functools.partial(model, jnp), z[k], noise_schedule, grid, i) for k, i in enumerate(index)]
+    for k, i in enumerate(index):
+        s = grid.midpoints.timesteps[i]
+        scheduler.set_timesteps(timesteps=[grid.timesteps[i], s, grid.prev_timesteps[i]])
+        x = torch.from_numpy(z[k])
+        for t in (grid.timesteps[i], s):
+            x = scheduler.step(model(torch, x, t), torch.tensor(t), x).prev_sample
+        np.testing.assert_allclose(got[k], x, atol=1e-4, rtol=1e-5)
+
+
+def test_jumps_of_a_batch_are_those_of_its_rows():
+    grid = solvers.solver_grid(table(), 20, "dpm_solver")
+    model = gaussian_model(table(), 0.3, 0.5)
+
+    def rows(z, t):
+        return jax.vmap(model)(z, jnp.broadcast_to(t, z.shape[:1]))
+
+    index, z = np.array([0, 7, 19]), start()
+    got = solvers.jump(rows, z, table(), grid, index)
+    want = [solvers.jump(rows, z[None, k], table(), grid, index[None, k])[0] for k in range(3)]
+    np.testing.assert_allclose(got, np.stack(want), atol=1e-6)
+
+
+def test_jump_out_of_zero_terminal_snr():
+    """There lambda = -infinity; DPM-Solver++ has finite weights all the same, and is not worse than DDIM."""
+    config = {**CONFIG, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    noise_schedule = schedule.from_config(config)
+    model, z = gaussian_model(noise_schedule, 0.3, 0.5), start()
+    want = exact_flow(noise_schedule, 0.3, 0.5, z, 999, 949)
+    grids = (solvers.solver_grid(noise_schedule, 20, solver) for solver in ("ddim", "dpm_solver_pp"))
+    first, second = (np.abs(solvers.jump(model, z, noise_schedule, grid, 19) - want).max() for grid in grids)
+    assert second < first < 1e-3, (first, second)
+
+
 def test_jump_from_the_truth_lands_on_the_truth():
     grid = solvers.solver_grid(table(), 50)
     x0, eps = start(1), start(2)
@@ -117,6 +195,39 @@ def test_endpoint_converges_to_the_exact_flow_for_gaussian_data(prediction_type)
     assert np.all((ratios > 1.6) & (ratios < 2.5)), errors  # a method of first order
 
 
+@pytest.mark.parametrize(("solver", "prediction_type"), (("dpm_solver", "epsilon"), ("dpm_solver_pp", "v_prediction")))
+def test_order_of_convergence(solver, prediction_type):
+    """Down to t = 199 the error falls fourfold as the skip is halved; below, lambda's steps do not halve with it."""
+    noise_schedule, z = table(prediction_type), start()
+    model = gaussian_model(noise_schedule, 0.3, 0.5)
+
+    def error(num_steps, solver):
+        grid = solvers.solver_grid(noise_schedule, num_steps, solver)
+        run = jax.jit(functools.partial(
+            solvers.ode_endpoint, model, schedule=noise_schedule, num_steps=num_steps, return_trajectory=True,
+            solver=solver))  # fmt: skip
+        jumps = np.count_nonzero(grid.prev_timesteps >= 199)
+        assert grid.prev_timesteps[-jumps] == 199
+        return np.abs(run(z)[1][jumps - 1] - exact_flow(noise_schedule, 0.3, 0.5, z, 999, 199)).max()
+
+    errors = [error(n, solver) for n in (25, 50, 100)]
+    ratios = np.divide(errors[:-1], errors[1:])
+    assert np.all((ratios > 3.5) & (ratios < 4.5)), errors  # a method of second order
+    assert errors[1] < error(50, "ddim") / 10
+
+
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+def test_the_finest_grid_solves_the_ode(solver):
+    """N = 1000, a skip of 1: no timestep lies within a jump, and the last goes from 0 to 0."""
+    noise_schedule, z = table(), start()
+    model = gaussian_model(noise_schedule, 0.3, 0.5)
+    got = solvers.ode_endpoint(model, z, noise_schedule, 1000, solver=solver)
+    error = np.abs(got - exact_flow(noise_schedule, 0.3, 0.5, z, 999, 0)).max()
+    assert error < (5e-3 if solver == "ddim" else 5e-4), error
+    grid = solvers.solver_grid(noise_schedule, 1000, solver)
+    np.testing.assert_allclose(solvers.jump(model, z, noise_schedule, grid, 0), z, atol=1e-6)
+
+
 def test_exact_consistency_function_is_constant_along_the_path():
     """The exact solution map, applied anywhere on the DDIM path, gives the endpoint up to the solver's own error."""
     noise_schedule, z = table(), start()
@@ -139,8 +250,8 @@ def test_consistency_function_of_one_known_picture_is_that_picture():
     np.testing.assert_allclose(consistency_function(noise_schedule, velocity, z_t, t), picture, atol=2e-5)
 
 
-def test_endpoint_is_one_scan():
-    noise_schedule = table()
-    run = functools.partial(solvers.ode_endpoint, lambda z, t: jnp.sin(z), schedule=noise_schedule)
+@pytest.mark.parametrize(("solver", "calls"), (("ddim", 1), ("dpm_solver", 2), ("dpm_solver_pp", 2)))
+def test_endpoint_is_one_scan(solver, calls):
+    run = functools.partial(solvers.ode_endpoint, lambda z, t: jnp.sin(z), schedule=table(), solver=solver)
     program = str(jax.make_jaxpr(run)(start()))
-    assert program.count("scan[") == 1 and program.count("sin ") == 1
+    assert program.count("scan[") == 1 and program.count("sin ") == calls

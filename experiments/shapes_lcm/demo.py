@@ -76,7 +76,7 @@ def measure(folder: Path, count: int, full: bool) -> tuple[list[table.Row], np.n
     best = teacher_rows.best_guidance_scale()
     scales = (best, teacher_rows.HIGH_SCALE)
     record = pretrained.read_record(folder)
-    endpoints = table.Endpoints(teacher, judge, scales, record["solver_steps"])
+    endpoints = table.endpoints(teacher, judge, scales, record["solver_steps"])
 
     rows = judge.real_rows(teacher)
     rows += teacher_rows.compute(judge, scales) if full else teacher_rows.recorded(count)

@@ -8,7 +8,6 @@ noise level and lose by accident. Frechet distances are comparable only among ro
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,16 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.data import shapes
-from lcm_jax.diffusion import solvers
-from lcm_jax.diffusion.denoiser import guided_output
-from lcm_jax.generate import Generator, Settings, draw_noise, to_uint8
-from lcm_jax.metrics import frechet, shapes_scorer
+from lcm_jax.generate import Generator, Settings, to_uint8
+from lcm_jax.metrics import captions, drawing, shapes_scorer
+from lcm_jax.metrics import endpoints as endpoints_lib
 
 BATCH = 64
-REFERENCES = 2048  # held-out renders behind every Frechet distance
-REFERENCE_START = 100_000  # their first index: apart from the pictures that captions are taken from
+REFERENCES = captions.REFERENCES
 SEED = 0
-NAMES = {"lcm": "LCM", "ddim": "DDIM", "dpm_solver_pp_2m": "DPM-Solver++(2M)"}
+NAMES = {"lcm": "LCM", "ddim": "DDIM", "dpm_solver_2m": "DPM-Solver(2M)", "dpm_solver_pp_2m": "DPM-Solver++(2M)"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,19 +50,16 @@ class Judge:
     """Held-out captions, their labels, and the features of renders, in one style, that samples are compared with."""
 
     def __init__(self, count: int, style: str = "plain"):
-        specs = [shapes.spec(i, "heldout") for i in range(count)]
+        specs = captions.heldout(count)
         self.count = count
         self.captions = [shapes.caption(spec) for spec in specs]
         self.labels = shapes.label_arrays(specs)
         self.renders = shapes.render_batch(specs, style)
-        references, _ = shapes.examples(REFERENCE_START, REFERENCES, "heldout", style=style)
-        self.statistics = frechet.statistics(shapes_scorer.score(references)[1])
+        self.statistics = captions.reference(style)
 
     def score(self, images: np.ndarray) -> tuple[float, float]:
         """(caption accuracy, Frechet distance) of uint8 pictures of the captions, in their order."""
-        predicted, features = shapes_scorer.score(images)
-        accuracy = shapes_scorer.caption_accuracy(predicted, self.labels)
-        return accuracy, frechet.frechet_distance(frechet.statistics(features), self.statistics)
+        return captions.judge(*shapes_scorer.score(images), self.labels, self.statistics)
 
     def row(self, method: str, images: np.ndarray, **fields) -> Row:
         accuracy, distance = self.score(images)
@@ -87,77 +81,57 @@ class Judge:
             return jnp.clip(y / 2.0 + 0.5, 0.0, 1.0)
 
         reconstruct = jax.jit(reconstruct)
-        parts = [reconstruct(generator.params["vae"], part) for part in _batches(self.renders)]
+        numbers = drawing.batches(self.count, BATCH)
+        parts = [reconstruct(generator.params["vae"], self.renders[part]) for part in numbers]
         return to_uint8(np.concatenate(parts)[: self.count])
 
 
-def _batches(array: np.ndarray) -> list[np.ndarray]:
-    """Batches of BATCH; the last is filled up with copies of its last element."""
-    pad = -len(array) % BATCH
-    return np.split(np.concatenate([array, np.repeat(array[-1:], pad, axis=0)]), (len(array) + pad) // BATCH)
+def latent_shape(generator: Generator) -> tuple[int, int, int]:
+    side = generator.pipeline.unet.sample_size
+    return side, side, generator.pipeline.unet.in_channels
 
 
 def draw(generator: Generator, judge: Judge, settings: Settings, guidance_scale: float) -> tuple[np.ndarray, float]:
     """Pictures uint8 of the judge's captions, and milliseconds per picture (the first batch, which compiles, apart)."""
-    side, channels = generator.pipeline.unet.sample_size, generator.pipeline.unet.in_channels
     images, seconds = [], []
-    for numbers in _batches(np.arange(judge.count)):
-        cond = generator.encode([judge.captions[i] for i in numbers])
-        noise = draw_noise(SEED, numbers, settings.steps, (side, side, channels))
-        begun = time.perf_counter()
-        images.append(to_uint8(generator(cond, noise, guidance_scale, settings)))
-        seconds.append(time.perf_counter() - begun)
-    return np.concatenate(images)[: judge.count], 1000.0 * float(np.median(seconds[1:] or seconds)) / BATCH
+    given = {"seed": SEED, "shape": latent_shape(generator), "batch_size": BATCH}
+    for _, part, took in drawing.draw(generator, judge.captions, settings, guidance_scale, **given):
+        images.append(part)
+        seconds.append(took)
+    return np.concatenate(images), 1000.0 * float(np.median(seconds[1:] or seconds)) / BATCH
+
+
+def endpoints(
+    teacher: Generator, judge: Judge, scales: Sequence[float], solver_steps: int
+) -> endpoints_lib.Endpoints:
+    """Where the teacher's guided ODE ends from the first captions' noise, solved at these scales."""
+    ends = endpoints_lib.Endpoints(teacher, judge.captions, solver_steps, SEED, latent_shape(teacher))
+    for scale in scales:
+        ends.at(scale)
+    return ends
+
+
 
 
 def sampler_row(
-    generator: Generator, judge: Judge, settings: Settings, guidance_scale: float, endpoints: "Endpoints | None" = None
+    generator: Generator,
+    judge: Judge,
+    settings: Settings,
+    guidance_scale: float,
+    ends: endpoints_lib.Endpoints | None = None,
 ) -> Row:
     """The row of one sampler, number of steps and guidance scale."""
     images, milliseconds = draw(generator, judge, settings, guidance_scale)
-    passes = 1 if generator.pipeline.has_w_embedding or guidance_scale == 1.0 else 2
-    error = endpoints.error(generator, settings, guidance_scale) if endpoints and settings.steps == 1 else None
+    error = ends.error(generator, settings, guidance_scale) if ends and settings.steps == 1 else None
     return judge.row(
         NAMES[settings.sampler],
         images,
         steps=settings.steps,
         guidance_scale=guidance_scale,
-        evaluations=passes * settings.steps,
+        evaluations=drawing.evaluations(generator, settings, guidance_scale),
         milliseconds=milliseconds,
         endpoint_error=error,
     )
-
-
-class Endpoints:
-    """Where the teacher's guided ODE ends from given noise: DDIM over the whole solver grid, the student's target."""
-
-    def __init__(
-        self, teacher: Generator, judge: Judge, scales: Sequence[float], solver_steps: int, count: int = BATCH
-    ):
-        side, channels = teacher.pipeline.unet.sample_size, teacher.pipeline.unet.in_channels
-        self.noise = draw_noise(SEED, range(count), 1, (side, side, channels))
-        self.captions = judge.captions[:count]
-        unet, schedule = teacher.pipeline.unet, teacher.pipeline.schedule
-
-        @jax.jit
-        def solve(params, cond, null, noise, scale):
-            def model(x, t):
-                return guided_output(unet, params, x, t, cond, null, scale - 1.0)
-
-            return solvers.ode_endpoint(model, noise, schedule, solver_steps)
-
-        cond = teacher.encode(self.captions)
-        self.z = {
-            scale: np.asarray(solve(teacher.params["unet"], cond, teacher.null, self.noise[0], scale))
-            for scale in scales
-        }
-
-    def error(self, generator: Generator, settings: Settings, guidance_scale: float) -> float:
-        """RMSE of one step of a sampler to the endpoint, in standard deviations of the endpoints."""
-        cond = generator.encode(self.captions)
-        z = np.asarray(generator.latents(cond, self.noise, guidance_scale, settings))
-        end = self.z[guidance_scale]
-        return float(np.sqrt(np.mean(np.square(z - end))) / np.std(end))
 
 
 def asset_hash(folder: str | Path) -> str:

@@ -40,9 +40,9 @@ def settings(sampler: str, steps: int) -> Settings:
 def compute(judge: table.Judge, scales: Sequence[float]) -> list[table.Row]:
     """Rows of both solvers at every number of steps and scale."""
     generator = teacher()
-    endpoints = table.Endpoints(generator, judge, scales, SOLVER_STEPS)
+    ends = table.endpoints(generator, judge, scales, SOLVER_STEPS)
     return [
-        table.sampler_row(generator, judge, settings(sampler, steps), scale, endpoints)
+        table.sampler_row(generator, judge, settings(sampler, steps), scale, ends)
         for scale in scales
         for sampler in SAMPLERS
         for steps in STEPS

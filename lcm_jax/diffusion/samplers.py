@@ -4,16 +4,19 @@
 
     x0 = f(x, t_i)            x = alpha_{t_{i+1}} x0 + sigma_{t_{i+1}} noise_i, or x0 after the last step
 
-`ddim` (Song et al. 2021, equation 12, eta = 0) and `dpm_solver_pp_2m` (Lu et al. 2022, "DPM-Solver++", algorithm 2) are
-what the teacher is measured by. With lambda = ln(alpha / sigma), h_i = lambda_{i+1} - lambda_i, r_i = h_{i-1} / h_i:
+`ddim` (Song et al. 2021, equation 12, eta = 0), `dpm_solver_2m` (Lu et al. 2022, "DPM-Solver", as a multistep method)
+and `dpm_solver_pp_2m` (Lu et al. 2022, "DPM-Solver++", algorithm 2) are what the teacher is measured by. With lambda =
+ln(alpha / sigma), h_i = lambda_{i+1} - lambda_i, r_i = h_{i-1} / h_i, and p = eps or, for DPM-Solver++, p = x0:
 
-    D_i     = x0_i + (x0_i - x0_{i-1}) / (2 r_i)            (D_i = x0_i at the first and at the last step)
-    x_{i+1} = sigma_{i+1} / sigma_i x_i - alpha_{i+1} (e^{-h_i} - 1) D_i
+    D_i     = p_i + (p_i - p_{i-1}) / (2 r_i)               (D_i = p_i at the first step, see each for the last)
+    x_{i+1} = alpha_{i+1} / alpha_i x_i - sigma_{i+1} (e^{h_i} - 1) D_i                                DPM-Solver
+    x_{i+1} = sigma_{i+1} / sigma_i x_i - alpha_{i+1} (e^{-h_i} - 1) D_i                               DPM-Solver++
 
 Each equals diffusers' scheduler of its name, step by step: LCMScheduler, DDIMScheduler, and
-DPMSolverMultistepScheduler with its defaults. That includes what is odd in them: DDIM goes from t to t - T // n even
-where the spacing puts the next timestep elsewhere (linspace, and n that does not divide T), and one DDIM step with
-linspace spacing starts at t = 0.
+DPMSolverMultistepScheduler with its defaults; for DPM-Solver with algorithm_type "dpmsolver", which diffusers only
+takes with final_sigmas_type "sigma_min". That includes what is odd in them: DDIM goes from t to t - T // n even
+where the spacing puts the next timestep elsewhere (linspace, and n that does not divide T), one DDIM step with
+linspace spacing starts at t = 0, and from 15 steps on DPM-Solver's last step is of order 2, before that of order 1.
 
 A model is `(x [b h w c], t scalar int32) -> network output`, guided already if it is to be; x starts as standard normal
 noise. Timesteps and coefficients are tables made on the host, so the compiled loop only reads them. All arithmetic is
@@ -28,12 +31,12 @@ import numpy as np
 
 from lcm_jax.diffusion.consistency import SIGMA_DATA, TIMESTEP_SCALING, boundary_scalings
 from lcm_jax.diffusion.schedule import NoiseSchedule, eps_from_output, x0_from_output
+from lcm_jax.diffusion.solvers import scales
 from lcm_jax.errors import LcmError
 
 SPACINGS = ("leading", "trailing", "linspace")
 
-# diffusers puts this for abar = 0 (zero terminal SNR) in DPM-Solver++, where lambda would be -infinity.
-_SMALLEST_ALPHA_CUMPROD = 2.0**-24
+_LOWER_ORDER_FINAL = 15  # with fewer steps DPM-Solver's last is of order 1, for stability (diffusers' number)
 
 Sampled = jax.Array | tuple[jax.Array, jax.Array]
 
@@ -83,13 +86,13 @@ def ddim_timesteps(
     return _checked(t, last, steps_offset)
 
 
-def dpm_solver_pp_2m_timesteps(
+def dpm_solver_timesteps(
     num_steps: int, num_train_timesteps: int = 1000, spacing: str = "trailing", steps_offset: int = 0
 ) -> np.ndarray:
-    """Timesteps of `dpm_solver_pp_2m`, int32 [num_steps], falling; see `ddim_timesteps`.
+    """Timesteps of `dpm_solver_2m` and `dpm_solver_pp_2m`, int32 [num_steps], falling; see `ddim_timesteps`.
 
-    "leading" and "linspace" lay num_steps + 1 points and leave the last, t = 0, out: the step to sigma = 0 takes its
-    place. They allow 1 .. T - 1 steps.
+    "leading" and "linspace" lay num_steps + 1 points and leave the last, t = 0, out: the step to abar_0, or to
+    sigma = 0, takes its place. They allow 1 .. T - 1 steps.
     """
     last = num_train_timesteps
     _check_steps(num_steps, last if spacing == "trailing" else last - 1, "the training timesteps")
@@ -105,11 +108,10 @@ def dpm_solver_pp_2m_timesteps(
 
 
 def timesteps(kind: str, num_steps: int, **options) -> np.ndarray:
-    """Timesteps of a sampler by name, int32 [num_steps]: "lcm", "ddim" or "dpm_solver_pp_2m"; options as theirs."""
-    tables = {"lcm": lcm_timesteps, "ddim": ddim_timesteps, "dpm_solver_pp_2m": dpm_solver_pp_2m_timesteps}
-    if kind not in tables:
-        raise LcmError(f"unknown sampler {kind!r}; choose one of {', '.join(tables)}")
-    return tables[kind](num_steps, **options)
+    """Timesteps of a sampler by name, one of `SAMPLERS`, int32 [num_steps]; options as theirs."""
+    if kind not in SAMPLERS:
+        raise LcmError(f"unknown sampler {kind!r}; choose one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[kind][1](num_steps, **options)
 
 
 def lcm(
@@ -206,6 +208,22 @@ def ddim(
     return _result(jax.lax.scan(step, jnp.asarray(x, jnp.float32), rows), return_trajectory)
 
 
+def dpm_solver_2m(
+    model: Callable,
+    x,
+    schedule: NoiseSchedule,
+    num_steps: int,
+    spacing: str = "trailing",
+    steps_offset: int = 0,
+    return_trajectory: bool = False,
+) -> Sampled:
+    """DPM-Solver(2M): order 2, midpoint, ending at abar_0, as eps says nothing of the way to sigma = 0.
+
+    Of fewer than 15 steps the last is of order 1. Arguments and result as `dpm_solver_pp_2m`'s.
+    """
+    return _dpm_solver(eps_from_output, model, x, schedule, num_steps, spacing, steps_offset, return_trajectory)
+
+
 def dpm_solver_pp_2m(
     model: Callable,
     x,
@@ -221,42 +239,76 @@ def dpm_solver_pp_2m(
       model: (x [b h w c], t scalar int32) -> network output, guided already.
       x: standard normal noise [b h w c].
       schedule: noise table and prediction type.
-      num_steps, spacing, steps_offset: see `dpm_solver_pp_2m_timesteps`.
+      num_steps, spacing, steps_offset: see `dpm_solver_timesteps`.
       return_trajectory: also return x after every step, [num_steps b h w c].
 
     Returns:
       The latent, float32 [b h w c], or (latent, trajectory).
     """
-    t = dpm_solver_pp_2m_timesteps(num_steps, schedule.num_train_timesteps, spacing, steps_offset)
-    rows = (t, *_dpm_solver_pp_2m_coefficients(schedule, t))
+    return _dpm_solver(x0_from_output, model, x, schedule, num_steps, spacing, steps_offset, return_trajectory)
+
+
+def _dpm_solver(
+    predict: Callable,
+    model: Callable,
+    x,
+    schedule: NoiseSchedule,
+    num_steps: int,
+    spacing: str,
+    steps_offset: int,
+    return_trajectory: bool,
+) -> Sampled:
+    """Both solvers' loop; predict: `eps_from_output` or `x0_from_output`."""
+    t = dpm_solver_timesteps(num_steps, schedule.num_train_timesteps, spacing, steps_offset)
+    coefficients = _dpm_solver_coefficients if predict is eps_from_output else _dpm_solver_pp_coefficients
+    alpha, sigma, _ = scales(schedule.alphas_cumprod[t])
+    rows = (t, *(column.astype(np.float32) for column in (alpha, sigma, *coefficients(schedule, t))))
 
     def step(carry, row):
-        x, last_x0 = carry
-        t, alpha, sigma, x_weight, x0_weight, difference_weight = row
-        x0 = x0_from_output(schedule.prediction_type, model(x, t), x, alpha, sigma)
-        x = x_weight * x + x0_weight * x0 + difference_weight * (x0 - last_x0)
-        return (x, x0), x if return_trajectory else None
+        x, last = carry
+        t, alpha, sigma, x_weight, weight, difference_weight = row
+        prediction = predict(schedule.prediction_type, model(x, t), x, alpha, sigma)
+        x = x_weight * x + weight * prediction + difference_weight * (prediction - last)
+        return (x, prediction), x if return_trajectory else None
 
     x = jnp.asarray(x, jnp.float32)
     (x, _), trajectory = jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)
     return _result((x, trajectory), return_trajectory)
 
 
-def _dpm_solver_pp_2m_coefficients(schedule: NoiseSchedule, t: np.ndarray) -> tuple[np.ndarray, ...]:
-    """alpha, sigma and the weights of x, x0 and x0 - last x0 in each step, float32 [n] each; worked out in float64.
+def _dpm_solver_coefficients(schedule: NoiseSchedule, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights of x, eps and eps - last eps in each step, float64 [n] each; the last step goes to abar_0."""
+    alpha, sigma, half_log_snr = scales(schedule.alphas_cumprod[np.append(t, 0)])
+    h = np.diff(half_log_snr)
+    eps_weight = -sigma[1:] * np.expm1(h)
+    difference_weight = np.zeros_like(eps_weight)
+    difference_weight[1:] = eps_weight[1:] * h[1:] / (2 * h[:-1])
+    if t.size < _LOWER_ORDER_FINAL:
+        difference_weight[-1] = 0
+    return alpha[1:] / alpha[:-1], eps_weight, difference_weight
+
+
+def _dpm_solver_pp_coefficients(schedule: NoiseSchedule, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights of x, x0 and x0 - last x0 in each step, float64 [n] each.
 
     The last step goes to sigma = 0, where lambda and h are infinite; its weights are the limits 0, 1 and 0.
     """
-    abar = schedule.alphas_cumprod[t].astype(np.float64)
-    abar = np.where(abar == 0, _SMALLEST_ALPHA_CUMPROD, abar)
-    alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
-    h = np.diff(np.log(alpha / sigma))
+    alpha, sigma, half_log_snr = scales(schedule.alphas_cumprod[t])
+    h = np.diff(half_log_snr)
     x_weight = np.append(sigma[1:] / sigma[:-1], 0)
     x0_weight = np.append(-alpha[1:] * np.expm1(-h), 1)
     difference_weight = np.zeros_like(x0_weight)
     difference_weight[1:-1] = x0_weight[1:-1] * h[1:] / (2 * h[:-1])
-    columns = (alpha, sigma, x_weight, x0_weight, difference_weight)
-    return tuple(column.astype(np.float32) for column in columns)
+    return x_weight, x0_weight, difference_weight
+
+
+# The samplers by name, each with its table of timesteps.
+SAMPLERS = {
+    "lcm": (lcm, lcm_timesteps),
+    "ddim": (ddim, ddim_timesteps),
+    "dpm_solver_2m": (dpm_solver_2m, dpm_solver_timesteps),
+    "dpm_solver_pp_2m": (dpm_solver_pp_2m, dpm_solver_timesteps),
+}
 
 
 def _trailing(num_steps: int, last: int) -> np.ndarray:

@@ -8,7 +8,7 @@ With solver grid (t_start, t_end)_i, target weights theta^- and guidance weight 
 LCD (Algorithm 1) lets the teacher say where z_end is, LCF (an LCM on new data, no teacher) the data themselves:
 
     LCD     o     = o_c + w (o_c - o_0)      teacher at (z_start, t_start), text c and null text 0, one batch of 2b
-            z_end = DDIM jump of (x0(o), eps(o)) from t_start to t_end
+            z_end = DDIM jump of (x0(o), eps(o)) from t_start to t_end, or one of second order, with o at s between, too
     LCF     z_end = alpha z + sigma eps      at t_end, with the noise of z_start
 
 What is trained, theta, is a UNet's weights, or LoRA adapters on frozen ones. Everything outside the networks is
@@ -36,7 +36,7 @@ class Problem:
     Attributes:
       student: UNet, or `Adapted` UNet. One with `time_cond_proj_dim` is told w; one without averages over it.
       teacher: UNet; None where nothing asks it (LCF with `lcd_weight` 0).
-      schedule, grid: the teacher's noise table, and the solver grid on it.
+      schedule, grid: the teacher's noise table, and the solver with its grid on it.
       distance: d(prediction, target) of each example, [b ...] -> [b].
       w_min, w_max: range of w, the paper's convention (guidance scale - 1).
       scaling_factor: the VAE's, from posterior to diffusion latents.
@@ -141,16 +141,13 @@ def noised(problem: Problem, batch: Mapping[str, Any], draws: Draws, timesteps: 
 
 
 def teacher_jump(problem: Problem, frozen: Frozen, z_start: jax.Array, cond: Conditioning, draws: Draws) -> jax.Array:
-    """Where the guided teacher's DDIM jump from t_start ends, [b h w c]; no gradient passes."""
+    """Where the guided teacher's jump from t_start ends, [b h w c], by the grid's solver; no gradient passes."""
     p = problem
-    t_start = jnp.asarray(p.grid.timesteps)[draws.index]
-    output = guided_output(p.teacher, frozen.teacher, z_start, t_start, cond, frozen.null, draws.w)
-    z_end = solvers.ddim_jump(
-        schedule.to_x0(p.schedule, output, z_start, t_start),
-        schedule.to_eps(p.schedule, output, z_start, t_start),
-        jnp.asarray(p.grid.alphas_cumprod_prev)[draws.index],
-    )
-    return jax.lax.stop_gradient(z_end)
+
+    def guided(z: jax.Array, t: jax.Array) -> jax.Array:
+        return guided_output(p.teacher, frozen.teacher, z, t, cond, frozen.null, draws.w)
+
+    return jax.lax.stop_gradient(solvers.jump(guided, z_start, p.schedule, p.grid, draws.index))
 
 
 def _distances(

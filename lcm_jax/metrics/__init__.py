@@ -1,1 +1,1 @@
-"""Measures of sampled pictures: distances between feature sets and a reader of shapes pictures."""
+"""Measures of sampled pictures: feature networks, distances between feature sets, and a reader of shapes pictures."""

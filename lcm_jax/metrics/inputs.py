@@ -1,0 +1,133 @@
+"""What an evaluation draws and compares with: captions of a file or a data source, and pictures of that source.
+
+Picture i of every row is of caption i. Of a source these are the first caption of its first records that can be read;
+the others are left out, and counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lcm_jax.data import images
+from lcm_jax.data.records import BadRecord, Source
+from lcm_jax.data.sources import parsing
+from lcm_jax.errors import LcmError
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Captions, and where they are from.
+
+    Attributes:
+      captions: one for each picture of a row.
+      origin: "a.txt", or source and path.
+      source: with pictures of the captions, if there is one.
+      left_out: unusable records among those that were read.
+    """
+
+    captions: tuple[str, ...]
+    origin: str
+    source: Source | None = None
+    left_out: int = 0
+
+    def about(self) -> dict[str, str]:
+        """Tells these captions, in this order, from others."""
+        return {"from": self.origin, "sha256": hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()}
+
+
+def of_prompts(prompts: Sequence[str], count: int | None, origin: str) -> Inputs:
+    """`count` captions of a list of prompts, by turns; None: each once.
+
+    Raises:
+      LcmError: there is no prompt.
+    """
+    if not prompts:
+        raise LcmError(f"{origin} holds no prompt; write one per line")
+    return Inputs(tuple(prompts[i % len(prompts)] for i in range(count or len(prompts))), origin)
+
+
+def of_source(source: Source, count: int, origin: str) -> Inputs:
+    """The captions of the first `count` records that can be read.
+
+    Raises:
+      LcmError: there are fewer.
+    """
+    captions: list[str] = []
+    bad = 0
+    for number in range(len(source)):
+        if len(captions) == count:
+            break
+        try:
+            captions.append(source[number].captions[0])
+        except BadRecord:
+            bad += 1
+    if len(captions) < count:
+        raise LcmError(f"{origin} has {len(captions)} records that can be read, --count={count} are asked for; give "
+                       f"--count={len(captions)} or less")
+    return Inputs(tuple(captions), origin, source, bad)
+
+
+def source_pictures(source: Source, count: int, height: int, width: int) -> Iterator[np.ndarray]:
+    """The first `count` pictures of a source that can be decoded: uint8 [height width 3], resized and cropped to it.
+
+    Raises:
+      LcmError: there are fewer.
+    """
+    found = 0
+    for number in range(len(source)):
+        if found == count:
+            return
+        try:
+            picture = images.decode(source[number].image)
+        except BadRecord:
+            continue
+        found += 1
+        yield images.fit(picture, height, width)[0]
+    if found < count:
+        raise LcmError(f"{found} pictures of the source can be decoded, {count} are needed as reference; give "
+                       f"--references={found} or less")
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures in a folder and the folders in it, by name. Raises LcmError if there are none."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix[1:].lower() in parsing.IMAGE_SUFFIXES)
+    if not found:
+        raise LcmError(f"--reference={folder} holds no pictures ({' '.join(parsing.IMAGE_SUFFIXES)}); give a folder "
+                       "with some, or a .npz of statistics")
+    return found
+
+
+def file_pictures(paths: Sequence[Path], height: int, width: int) -> Iterator[np.ndarray]:
+    """Pictures of files: uint8 [height width 3], resized and cropped. Raises LcmError, which names a broken file."""
+    for path in paths:
+        try:
+            yield images.fit(images.decode(path.read_bytes()), height, width)[0]
+        except BadRecord as error:
+            raise LcmError(f"--reference: {path}: {error}; remove it or mend it") from None
+
+
+def in_batches(pictures: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Pictures [h w 3] -> uint8 [b h w 3], b at most `size`."""
+    batch: list[np.ndarray] = []
+    for picture in pictures:
+        batch.append(picture)
+        if len(batch) == size:
+            yield np.stack(batch)
+            batch = []
+    if batch:
+        yield np.stack(batch)
+
+
+def files_about(paths: Sequence[Path], folder: Path) -> dict[str, Any]:
+    """Tells this set of files from others: by what is in them."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return {"from": str(folder), "pictures": len(paths), "sha256": digest.hexdigest()}

@@ -1,0 +1,66 @@
+"""The plot of a table: every quality against the number of steps, and against time per image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lcm_jax import files
+from lcm_jax.errors import LcmError
+from lcm_jax.metrics.table import COLUMNS, Row, columns
+
+INCHES = (4.5, 3.0)  # of one panel
+
+
+def check() -> None:
+    """Raises LcmError where matplotlib is not installed; to be called before long work."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise LcmError("the plot needs matplotlib: pip install 'lcm_jax[plot]', or leave the plot out with --no-plot"
+                       ) from None
+
+
+def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of one model, sampler and guidance scale, by falling names, each by rising steps: what a line joins."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.steps):
+        found.setdefault(f"{row.model}, {row.sampler}, scale {row.guidance_scale:g}", []).append(row)
+    return dict(sorted(found.items()))
+
+
+def panels(rows: Sequence[Row]) -> list[str]:
+    """Keys of the values that are drawn: those of several numbers of steps, unless the rows have but one."""
+    steps = {key: {row.steps for row in rows if row.values.get(key) is not None} for key in columns(rows)}
+    several = [key for key, seen in steps.items() if len(seen) > 1]
+    return several or list(steps)
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    """A PNG with a line of two panels for every quality; axes of steps and time are logarithmic."""
+    from matplotlib.figure import Figure
+
+    keys, lines = panels(rows), series(rows)
+    figure = Figure(figsize=(2 * INCHES[0], INCHES[1] * len(keys) + 0.3 * len(lines)), layout="constrained")
+    axes = figure.subplots(len(keys), 2, sharey="row", squeeze=False)
+    for key, (left, right) in zip(keys, axes, strict=True):
+        for name, members in lines.items():
+            shown = [row for row in members if row.values.get(key) is not None]
+            values = [row.values[key] for row in shown]
+            left.plot([row.steps for row in shown], values, marker="o", markersize=4, label=name)
+            right.plot([row.milliseconds for row in shown], values, marker="o", markersize=4)
+        better = "higher" if COLUMNS[key].higher_is_better else "lower"
+        left.set_ylabel(f"{COLUMNS[key].title} ({better} is better)")
+        left.set_xscale("log", base=2)
+        steps = sorted({row.steps for row in rows})
+        left.set_xticks(steps, [str(n) for n in steps])
+        left.minorticks_off()
+        right.set_xscale("log")
+        for panel in (left, right):
+            panel.grid(alpha=0.3)
+    axes[-1][0].set_xlabel("steps")
+    axes[-1][1].set_xlabel("ms per image")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize="small")
+    with files.new_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)

@@ -1,0 +1,138 @@
+"""One row of a table: draw it, time it, measure it; and what its numbers depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lcm_jax import encoding
+from lcm_jax.generate import Generator, Settings
+from lcm_jax.metrics import drawing, table
+from lcm_jax.metrics.endpoints import Endpoints
+from lcm_jax.metrics.inputs import Inputs
+from lcm_jax.metrics.measures import Measure
+from lcm_jax.metrics.table import Row
+from lcm_jax.pretrained import Pipeline, conditioning
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """The model that is measured.
+
+    Attributes:
+      name: in the table.
+      record: what its files say of its distillation.
+      size: of its pictures: height and width in pixels.
+      shape: of a latent: [h w c].
+      batch_size: pictures drawn at once, over all devices.
+    """
+
+    name: str
+    pipeline: Pipeline
+    record: Mapping[str, Any]
+    size: tuple[int, int]
+    shape: tuple[int, int, int]
+    batch_size: int
+
+
+def comparison(
+    found: Inputs, seed: int, size: tuple[int, int], taken: Sequence[Measure], teacher: Pipeline | None
+) -> dict[str, Any]:
+    """What all rows of a table share (`Row.comparison`). teacher: of the one-step error, beside the shapes' measure."""
+    metrics = {measure.name: dict(measure.about) for measure in taken}
+    if teacher is not None:
+        metrics["shapes"] |= {"teacher": encoding.weights_hash(teacher.params["unet"])}
+    return table.plain({
+        "seed": seed, "pictures": len(found.captions), "prompts": found.about(), "height": size[0], "width": size[1],
+        "metrics": metrics,
+    })  # fmt: skip
+
+
+def model_about(subject: Subject) -> dict[str, str]:
+    """The model by the SHA-256 of its weights, vocabularies and noise table."""
+    pipeline = subject.pipeline
+    vocabularies = {f"{name}'s vocabulary": encoding.vocabulary_hash(tokenizer)
+                    for name, tokenizer in conditioning.tokenizers(pipeline).items()}  # fmt: skip
+    schedule = pipeline.schedule
+    noise = hashlib.sha256(schedule.prediction_type.encode() + np.asarray(schedule.alphas_cumprod).tobytes())
+    weights = {name: encoding.weights_hash(params) for name, params in pipeline.params.items()}
+    return weights | vocabularies | {"schedule": noise.hexdigest()}
+
+
+def settings_of(settings: Settings, guidance_scale: float, about: Mapping[str, Any]) -> dict[str, Any]:
+    """`Row.settings` of a row. about: "model" and "program" of the command."""
+    return table.plain({**about, "sampling": {**dataclasses.asdict(settings), "guidance_scale": guidance_scale}})
+
+
+def is_there(
+    before: Sequence[Row],
+    subject: Subject,
+    row: tuple[Settings, float],
+    shared: Mapping[str, Any],
+    about: Mapping[str, Any],
+) -> bool:
+    """Whether one of the rows kept `before` is what measuring `row` would give."""
+    now = settings_of(*row, about)
+    return any(old.model == subject.name and table.is_current(old, shared, now) for old in before)
+
+
+def measured(
+    subject: Subject,
+    generator: Generator,
+    captions: Sequence[str],
+    settings: Settings,
+    guidance_scale: float,
+    taken: Sequence[Measure],
+    ends: Endpoints | None,
+    *,
+    seed: int,
+    timings: int,
+    shared: Mapping[str, Any],
+    about: Mapping[str, Any],
+    move: Callable[[int], Any],
+) -> Row:
+    """Draws a picture of every caption, measures them, and times the batches.
+
+    Args:
+      ends: for the error of one step; it has none where the model is not told the scale of its guidance.
+      timings: batches that the latency is the median of, at least; the first batch, which compiles, is none of them.
+      shared, about: see `comparison` and `settings_of`.
+      move: is told how many pictures were drawn.
+    """
+    states: list[Any] = [None] * len(taken)
+    seconds = []
+    for numbers, images, took in drawing.draw(
+        generator, captions, settings, guidance_scale,
+        seed=seed, shape=subject.shape, batch_size=subject.batch_size, repeat=timings + 1,
+    ):  # fmt: skip
+        seconds.append(took)
+        if len(numbers):
+            texts = [captions[n] for n in numbers]
+            states = [one.fold(state, images, texts) for one, state in zip(taken, states, strict=True)]
+            move(len(numbers))
+    values: dict[str, float | None] = {}
+    for one, state in zip(taken, states, strict=True):
+        values |= one.finish(state)
+    told = generator.pipeline.has_w_embedding or settings.sampler != "lcm"
+    if ends is not None and settings.steps == 1 and told:
+        values["endpoint_error"] = ends.error(generator, settings, guidance_scale)
+    first, *rest = seconds
+    low, median, high = (1000.0 * float(q) / subject.batch_size for q in np.quantile(rest, (0.25, 0.5, 0.75)))
+    return Row(
+        model=subject.name,
+        sampler=settings.sampler,
+        steps=settings.steps,
+        guidance_scale=guidance_scale,
+        evaluations=drawing.evaluations(generator, settings, guidance_scale),
+        values=values,
+        milliseconds=median,
+        quartiles=(low, high),
+        timings=len(rest),
+        compile_seconds=max(0.0, first - float(np.median(rest))),
+        comparison=dict(shared),
+        settings=settings_of(settings, guidance_scale, about),
+    )

@@ -1,0 +1,201 @@
+"""The rows of an evaluation, each kept in a file of its own as soon as it is there, and the table made of them.
+
+    FOLDER/rows/<sampler>_<steps>_<scale>_<model>.json     one `Row`
+    FOLDER/table.json, FOLDER/table.md                     all of them that belong together
+
+Rows are compared with each other, so all of a folder share seed, prompts, number of pictures and resolution, and
+measure a thing with the same network against the same reference (`Row.comparison`). What a number also depends on, and
+may differ from row to row, is in `Row.settings`: a row is taken as it is only where both are what they would be now.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lcm_jax import files
+from lcm_jax.errors import LcmError
+
+FLAGS = {"seed": "--seed", "pictures": "--count", "prompts": "--prompts or --source", "height": "--height",
+         "width": "--width"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A measured value: its title, how it is written, and which way is better."""
+
+    title: str
+    form: str
+    higher_is_better: bool = False
+
+
+COLUMNS = {
+    "caption_accuracy": Column("caption accuracy", "{:.1%}", True),
+    "shapes_frechet": Column("Frechet distance (shapes)", "{:.2f}"),
+    "endpoint_error": Column("one-step error", "{:.3f}"),
+    "fid": Column("FID", "{:.2f}"),
+    "clip_score": Column("CLIP score", "{:.2f}", True),
+    "cmmd": Column("CMMD", "{:.3f}"),
+    "fd_dinov2": Column("FD-DINOv2", "{:.1f}"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one sampler, number of steps and guidance scale gave.
+
+    Attributes:
+      model: its name in the table.
+      evaluations: of the UNet, for one picture.
+      values: by key of `COLUMNS`; None where it does not apply.
+      milliseconds: per picture, median over batches, text encoding not included.
+      quartiles: of the same.
+      timings: batches behind them.
+      compile_seconds: what the first batch took longer: the sampler's compilation, or reading a compiled one.
+      comparison: what all rows of a table share; "metrics": by name, the network and reference behind it.
+      settings: what else the numbers depend on: "model" and "program" of a command, "sampling" of the row.
+    """
+
+    model: str
+    sampler: str
+    steps: int
+    guidance_scale: float
+    evaluations: int
+    values: Mapping[str, float | None]
+    milliseconds: float
+    quartiles: tuple[float, float]
+    timings: int
+    compile_seconds: float
+    comparison: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+
+def plain(value: Any) -> Any:
+    """`value` as it comes back from JSON."""
+    return json.loads(json.dumps(value))
+
+
+def file_of(folder: Path, model: str, sampler: str, steps: int, guidance_scale: float) -> Path:
+    """Where a row is kept."""
+    name = hashlib.sha256(model.encode()).hexdigest()[:12]
+    return folder / "rows" / f"{sampler}_{steps}_{guidance_scale:g}_{name}.json"
+
+
+def keep(folder: Path, row: Row) -> None:
+    """Writes the row's file, whole or not at all; one of the same model, sampler, steps and scale is replaced."""
+    path = file_of(folder, row.model, row.sampler, row.steps, row.guidance_scale)
+    with files.new_file(path) as partial:
+        partial.write_text(json.dumps(dataclasses.asdict(row), indent=1) + "\n", encoding="utf-8")
+
+
+def kept(folder: Path) -> list[Row]:
+    """The rows that a folder keeps, in the order of model, sampler, scale and steps.
+
+    Raises:
+      LcmError: a file that is no row.
+    """
+    rows = []
+    for path in sorted((folder / "rows").glob("*.json")):
+        found = files.read_json(path)
+        try:
+            rows.append(Row(**{**found, "quartiles": tuple(found["quartiles"])}))
+        except (TypeError, KeyError):
+            raise LcmError(f"{path} is no row of a table; delete it, and it is measured again") from None
+    return sorted(rows, key=lambda row: (row.model, row.sampler, row.guidance_scale, row.steps))
+
+
+def check_comparable(folder: Path, rows: Sequence[Row], comparison: Mapping[str, Any]) -> None:
+    """Raises LcmError where a folder's rows were drawn or measured otherwise: they must not stand in one table."""
+    for row in rows:
+        name = f"{row.model}, {row.sampler}, {row.steps} steps"
+        for key, flag in FLAGS.items():
+            before, now = row.comparison[key], comparison[key]
+            if same_origin(before) != same_origin(now):
+                raise LcmError(f"--out={folder} holds a row ({name}) of {key} {_short(before)}, this command's is "
+                               f"{_short(now)}; rows of one table share it: give the same {flag}, or another --out")
+        for metric in row.comparison["metrics"].keys() & comparison["metrics"].keys():
+            if same_origin(row.comparison["metrics"][metric]) != same_origin(comparison["metrics"][metric]):
+                raise LcmError(f"--out={folder} holds a row ({name}) whose {metric} was measured with another network "
+                               "or reference; give the same ones, or another --out")
+
+
+def same_origin(value: Any) -> Any:
+    """`value` without what is for the reader alone: the path ("from") of what a hash tells apart."""
+    if isinstance(value, Mapping):
+        return {key: same_origin(item) for key, item in value.items() if key != "from"}
+    return [same_origin(item) for item in value] if isinstance(value, list) else value
+
+
+def _short(value: Any) -> str:
+    """A value for a message: of several things, the one that tells prompts apart."""
+    return f"{value['from']} (sha256 {value['sha256'][:12]})" if isinstance(value, Mapping) else str(value)
+
+
+def is_current(row: Row, comparison: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether measuring the row again would give the same."""
+    return same_origin([row.comparison, row.settings]) == same_origin([comparison, settings])
+
+
+def belongs(row: Row, model: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the row may stand beside rows of `model` measured now: of another one, or of the same, unchanged."""
+    parts = ("model", "program")
+    return row.model != model or all(same_origin(row.settings[p]) == same_origin(settings[p]) for p in parts)
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """Keys of the values that any of the rows has, in the order of `COLUMNS`."""
+    return [key for key in COLUMNS if any(row.values.get(key) is not None for row in rows)]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table as Markdown, and what its numbers are of."""
+    keys = columns(rows)
+    heads = ["model", "sampler", "steps", "guidance scale", "network evaluations",
+             *(COLUMNS[key].title for key in keys), "ms per image", "compile s"]  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        values = (row.values.get(key) for key in keys)
+        cells = [row.model, row.sampler, str(row.steps), f"{row.guidance_scale:g}", str(row.evaluations)]
+        cells += ["" if v is None else COLUMNS[k].form.format(v) for k, v in zip(keys, values, strict=True)]
+        cells += [f"{row.milliseconds:.1f}", f"{row.compile_seconds:.1f}"]
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines) + "\n\n" + "\n".join(notes(rows)) + "\n"
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What the numbers of a table are of, one line each."""
+    shared = rows[0].comparison
+    lines = [
+        f"{shared['pictures']} pictures per row, {shared['width']} x {shared['height']} pixels, seed "
+        f"{shared['seed']}, the same initial noise in every row; prompts: {_short(shared['prompts'])}."
+    ]
+    metrics = {name: about for row in rows for name, about in row.comparison["metrics"].items()}
+    for name, about in metrics.items():
+        lines.append(f"- {name}: " + "; ".join(f"{key} {_note(value)}" for key, value in about.items()) + ".")
+    timed = {(row.settings["program"]["batch_size"], row.settings["program"]["device"]) for row in rows}
+    where = ", ".join(f"batches of {size} on {device}" for size, device in sorted(timed))
+    lines.append(
+        f"- ms per image: median of {min(row.timings for row in rows)} or more batches, sampler and VAE, without the "
+        f"text encoder; {where}. compile: the sampler's, once."
+    )
+    return lines
+
+
+def _note(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{key} {_note(item)}" for key, item in value.items())
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # a hash: enough to tell apart
+
+
+def write(folder: Path, rows: Sequence[Row]) -> None:
+    """table.json and table.md."""
+    shared = {key: value for key, value in rows[0].comparison.items() if key != "metrics"}
+    whole = {**shared, "notes": notes(rows), "rows": [dataclasses.asdict(row) for row in rows]}
+    texts = {"table.json": json.dumps(whole, indent=1) + "\n", "table.md": markdown(rows)}
+    for name, text in texts.items():
+        with files.new_file(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,58 @@
+"""The paper's ablations as configs: every variant can be trained, and models that are the same are one."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from experiments.ablations import studies
+from lcm_jax import config as config_lib
+from lcm_jax.errors import LcmError
+
+ROOT = Path(__file__).parents[1]
+
+
+def config(name: str):
+    found = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+    if name != "shapes_lcm":
+        found.data.path = "/shards/{0..9}.tar"
+    return found
+
+
+@pytest.mark.parametrize("name", ("shapes_lcm", "sd21_base_lcm", "sd15_lcm"))
+def test_every_variant_is_a_config_that_validates(name):
+    for study in studies.STUDIES.values():
+        for changes in study.variants.values():
+            config_lib.validate(studies.changed(config(name), changes))
+
+
+def test_equal_models_have_one_folder():
+    base = config("shapes_lcm")
+    folders = {
+        name: [studies.folder(base, changes) for changes in study.variants.values()]
+        for name, study in studies.STUDIES.items()
+    }
+    assert all(len(set(found)) == len(found) for found in folders.values())
+    assert set(folders["skip"]) < set(folders["solver"]) and len(folders["solver"]) == 15
+    assert [name for name, found in folders.items() if "base" in found] == ["solver", "skip", "ema", "loss"]
+    assert studies.folder(base, {"distill.solver": "dpm_solver", "distill.solver_steps": 50}) == "solver=dpm_solver"
+    assert studies.folder(config("sd21_base_lcm"), studies.STUDIES["guidance"].variants["w in [2, 14]"]) == "base"
+
+
+def test_variants_do_not_change_the_config_they_come_from():
+    base = config("shapes_lcm")
+    assert studies.changed(base, {"train.ema_decay": 0.5}).train.ema_decay == 0.5 and base.train.ema_decay == 0.95
+
+
+def test_settings_of_the_command_line():
+    texts = ("data.batch_size=8", "train.learning_rate=1e-4", "data.path=/a/{0..9}.tar", "data.filters=('side > 9',)")
+    wanted = {"data.batch_size": 8, "train.learning_rate": 1e-4, "data.path": "/a/{0..9}.tar",
+              "data.filters": ("side > 9",)}  # fmt: skip
+    assert studies.parse_settings(texts) == wanted
+    changed = studies.changed(config("sd15_lcm"), wanted)
+    assert (changed.data.batch_size, changed.data.path, changed.data.filters) == (8, "/a/{0..9}.tar", ("side > 9",))
+    with pytest.raises(LcmError, match="--set=train.steps: write --set=KEY=VALUE"):
+        studies.parse_settings(["train.steps"])
+    for wrong in ({"train.step": 3}, {"train.steps": "many"}, {"train": 3}, {"nothing": 3}):
+        with pytest.raises(LcmError, match="no such key, or no such value"):
+            studies.changed(config("shapes_lcm"), wrong)
