@@ -1,0 +1,174 @@
+"""results/*.json -> table.md, a chart for each card, and both in README.md between its markers."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.speed import svg
+from experiments.speed.measure import JAX, complete
+from experiments.speed.workloads import HEADLINE, HEADLINE_PAPER_HOURS, HEADLINE_STEPS, LISTS, Workload
+
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+GIB = 2**30
+HEAD = (
+    "| work | lcm_jax | torch eager | torch, its best | our gain over eager | over the best, pair by pair | goal "
+    "| of the product ceiling: lcm_jax / torch | peak GiB: lcm_jax / torch | first run: lcm_jax / torch |\n"
+    "|---|---|---|---|---|---|---|---|---|---|\n"
+)
+# Of each device: kind -> (least gain, over which way of torch: "eager", or "" for the best).
+GOALS = {
+    "cpu": {"sample": (1.2, "eager"), "lcd": (1.2, "eager"), "unet": (1.0, "")},
+    "gpu": {"sample": (1.3, ""), "lcd": (1.5, "")},
+}
+UTILISATION_GOAL = 0.5  # of LCD steps on a GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A workload whose pairs are measured, or some of them. Seconds are medians; utilisation is a share or None."""
+
+    workload: Workload
+    jax: float
+    ways: Mapping[str, Mapping[str, Any]]
+    best: str
+    flops: float | None
+    peak: tuple[float, float]
+    setup: tuple[float, float]
+
+    def torch(self, way: str = "") -> float:
+        return statistics.median(self.ways[way or self.best]["seconds"])
+
+    def ratio(self, way: str = "") -> float:
+        return self.ways[way or self.best]["ratio"]
+
+
+def lines(card: Mapping[str, Any]) -> list[Line]:
+    """The lines of a card's record, in the order of its device's list; what failed on either side has none."""
+    found = {}
+    for name, record in card["workloads"].items():
+        ways = {way: one for way, one in record.get("torch", {}).items() if "ratio" in one}
+        if not ways:
+            continue
+        best = min(ways, key=lambda way: statistics.median(ways[way]["seconds"]))
+        ours = [second for one in ways.values() for second in one["jax_seconds"]]
+        found[name] = Line(
+            Workload(**record["workload"]),
+            statistics.median(ours),
+            ways,
+            best,
+            record.get("flops"),
+            (record["jax"]["peak_bytes"], ways[best]["peak_bytes"]),
+            (record["jax"]["setup_s"], ways[best]["setup_s"]),
+        )
+    order = [workload.name for workload in LISTS[card["device"]]()]
+    return sorted(found.values(), key=lambda line: order.index(line.workload.name) if line.workload.name in order
+                  else len(order))  # fmt: skip
+
+
+def ceiling(found: list[Line], dtype: str) -> float | None:
+    """FLOPs per second of the square product in this dtype, the better side's; None: not measured."""
+    products = [line for line in found if line.workload.kind == "matmul" and line.workload.dtype == dtype]
+    return max((line.flops / min(line.jax, line.torch()) for line in products), default=None)
+
+
+def utilisation(line: Line, top: float | None) -> tuple[float, float] | None:
+    """Shares of the ceiling that the model's FLOPs reach, ours and torch's best; what is computed twice counts once."""
+    if not top or not line.flops:
+        return None
+    return line.flops / line.jax / top, line.flops / line.torch() / top
+
+
+def goal(line: Line, device: str) -> str:
+    """"1.3: met", "1.3: missed", or nothing where there is no goal."""
+    least, way = GOALS[device].get(line.workload.kind, (None, ""))
+    if least is None or (way and way not in line.ways):
+        return ""
+    return f"{least:g}{f' over {way}' if way else ''}: {'met' if line.ratio(way) >= least else 'missed'}"
+
+
+def row(line: Line, device: str, top: float | None) -> str:
+    """The line as one of the table."""
+    shares, best, has_eager = utilisation(line, top), line.ways[line.best], "eager" in line.ways
+    cells = [
+        line.workload.name + (" (by itself)" if line.workload.alone else ""),
+        f"{_ms(line.jax)} ± {100 * spread(best['jax_seconds']):.0f} %",
+        _ms(line.torch("eager")) if has_eager else "",
+        f"{_ms(line.torch())} ± {100 * spread(best['seconds']):.0f} %, {line.best}",
+        f"{line.ratio('eager'):.2f}" if has_eager else "",
+        f"{line.ratio():.2f} ({min(best['ratios']):.2f} to {max(best['ratios']):.2f})",
+        goal(line, device),
+        f"{100 * shares[0]:.0f} % / {100 * shares[1]:.0f} %" if shares else "",
+        " / ".join(f"{size / GIB:.1f}" for size in line.peak),
+        " / ".join(f"{seconds:.0f} s" for seconds in line.setup),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(seconds: list[float]) -> float:
+    """Half the distance between the quartiles, as a share of the median."""
+    if len(seconds) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(seconds, n=4)
+    return (high - low) / 2 / statistics.median(seconds)
+
+
+def markdown(card: Mapping[str, Any]) -> str:
+    """A card's section: its table, the ceilings, the headline run, what failed, and the versions."""
+    found, device = lines(card), card["device"]
+    tops = {dtype: ceiling(found, dtype) for dtype in sorted({line.workload.dtype for line in found})}
+    table = HEAD + "\n".join(row(line, device, tops[line.workload.dtype]) for line in found)
+    notes = [f"Ceiling of {dtype} products: {top / 1e12:.3g} TFLOP/s." for dtype, top in tops.items() if top]
+    notes += headline(found)
+    for name, record in card["workloads"].items():
+        if not complete(record):
+            notes.append(f"{name} is not finished; the same command goes on.")
+        parts = {"": record, JAX: record.get("jax", {}), **record.get("torch", {})}
+        notes += [f"{name} {way} failed: {one['error']}" for way, one in parts.items() if "error" in one]
+    seen = dict.fromkeys(", ".join(f"{n} {v}" for n, v in r["versions"].items()) for r in card["workloads"].values())
+    return "\n\n".join([f"### {card['card']}", table, *notes, *(f"Measured with {text}." for text in seen)]) + "\n"
+
+
+def headline(found: list[Line]) -> list[str]:
+    """What the paper's run costs at the measured step time, where that was measured."""
+    name = dataclasses.replace(HEADLINE, remat="none").name
+    of_it = [line for line in found if line.workload.name.startswith(name)]
+    if not of_it:
+        return []
+    hours = HEADLINE_STEPS * min(line.jax for line in of_it) / 3600
+    return [f"The paper's run, {HEADLINE_STEPS} steps of {HEADLINE.batch} pictures at {HEADLINE.size} pixels: "
+            f"{hours:.2f} hours of steps on this card (the paper: {HEADLINE_PAPER_HOURS} A100 hours; goal: 1)."]
+
+
+def chart(card: Mapping[str, Any]) -> str:
+    """Torch's time over ours, a bar for each of its ways."""
+    found = [line for line in lines(card) if line.workload.kind != "matmul"]
+    names = list(dict.fromkeys(way for line in found for way in line.ways))
+    groups = [(line.workload.name, [line.ways[n]["ratio"] if n in line.ways else None for n in names])
+              for line in found]  # fmt: skip
+    return svg.bars(f"{card['card']}: torch's time over lcm_jax's", "times", groups, names, mark=1.0)
+
+
+def write(results: Path, folder: Path) -> str:
+    """Makes FOLDER/table.md, RESULTS/*.svg, and README.md's part between the markers; returns the table."""
+    cards = {path: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    sections = []
+    for path, card in cards.items():
+        if any(line.workload.kind != "matmul" for line in lines(card)):
+            path.with_suffix(".svg").write_text(chart(card))
+            sections.append(markdown(card) + f"\n![gain]({results.name}/{path.stem}.svg)\n")
+    text = "\n".join(sections)
+    (folder / "table.md").write_text(text)
+    readme = folder / "README.md"
+    if readme.exists():
+        before, _, rest = readme.read_text().partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if end:
+            readme.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+    return text
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.4g} ms" if seconds < 10 else f"{seconds:.4g} s"

@@ -1,0 +1,157 @@
+"""`lcm_jax` and torch on the same work, each in its own process, by turns: sampling in 4 steps, LCD and LCM-LoRA steps.
+
+    python -m experiments.speed.run --device=cpu|gpu [--only=lcd-sd15] [--budget_s=540] [--profile] [--list]
+    python -m experiments.speed.run --report
+
+Results go to results/<card>.json as soon as they are there; what is there is not measured again (--again does), so a
+run that was cut is continued by the same command. `--profile` traces our side of each workload chosen by --only, into
+--profiles, instead of timing it. `--report` makes table.md, the charts and README.md's section of all cards.
+Needs lcm_jax[torch].
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments.speed import measure, report, workloads
+from experiments.speed.worker import OutOfTime, Worker
+from experiments.speed.workloads import Workload
+from lcm_jax import files
+from lcm_jax.errors import LcmError
+
+HERE = Path(__file__).parent
+NO_BUDGET_S = 10**6
+LEAST_S = 60  # of budget, with which a workload is begun
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers", "peft")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=tuple(workloads.LISTS))
+    parser.add_argument("--only", action="append", default=[], help="part of a workload's name; may be repeated")
+    parser.add_argument("--budget_s", type=float, default=NO_BUDGET_S, help="seconds after which nothing goes on")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON files")
+    parser.add_argument("--remat", choices=("none", "attention", "block"), help="of all training steps")
+    parser.add_argument("--again", action="store_true", help="measure what is there, too")
+    parser.add_argument("--profile", action="store_true", help="say what costs where, of our side")
+    parser.add_argument("--profiles", type=Path, default=Path("runs/speed"), help="folder of traces and the log")
+    parser.add_argument("--list", action="store_true", help="name the workloads, and end")
+    parser.add_argument("--report", action="store_true", help="table and charts of the results, and end")
+    args = parser.parse_args(argv)
+    if args.device is None and not args.report:
+        parser.error("--device=cpu or gpu is needed, or --report")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.report:
+        print(report.write(args.results, HERE))
+        return 0
+    chosen = workloads.chosen(args.device, args.only, args.remat)
+    if not chosen:
+        raise LcmError(f"--only={' '.join(args.only)}: no such workload; --list names them")
+    if args.list:
+        print("\n".join(workload.name for workload in chosen))
+        return 0
+    begun = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - begun:5.0f} s] {text}", flush=True)
+
+    deadline = begun + args.budget_s
+    try:
+        if args.profile:
+            for workload in chosen:
+                profile(workload, args, deadline, say)
+        else:
+            run(chosen, args, deadline, say)
+    except OutOfTime:
+        say("the budget is used up; the same command goes on")
+    return 0
+
+
+def run(chosen: list[Workload], args: argparse.Namespace, deadline: float, say: measure.Say) -> None:
+    """Measures what is missing of the workloads, in their order."""
+    name = card_name(args.device)
+    path = args.results / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    card = json.loads(path.read_text()) if path.exists() else {"card": name, "device": args.device, "workloads": {}}
+
+    def keep() -> None:
+        with files.new_file(path) as partial:
+            partial.write_text(json.dumps(card, indent=1) + "\n")
+
+    for workload in chosen:
+        found = {} if args.again else card["workloads"].get(workload.name, {})
+        if measure.complete(found):
+            say(f"{workload.name}: measured already")
+            continue
+        if deadline - time.monotonic() < LEAST_S:
+            raise OutOfTime
+        say(workload.name)
+        found |= {"workload": dataclasses.asdict(workload), "versions": versions()}
+        card["workloads"][workload.name] = found
+
+        def start(side: str, workload: Workload = workload) -> Worker:
+            return Worker(side, workload, args.device, deadline, log_file(args.profiles))
+
+        measure.measure(found, workload, start, keep, say)
+    say(f"all there: {path}")
+
+
+def profile(workload: Workload, args: argparse.Namespace, deadline: float, say: measure.Say) -> None:
+    """Writes PROFILES/<workload>/: summary.json, cost.txt of a training step, and the trace."""
+    folder = args.profiles / workload.name
+    alone = dataclasses.replace(workload, alone=True)
+    with Worker("jax", alone, args.device, deadline, log_file(args.profiles)) as jax:
+        found = measure.profile(jax, folder)
+    (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    say(f"{workload.name}: {folder}")
+    if "error" in found:
+        raise LcmError(f"{workload.name} cannot be profiled: {found['error']}")
+    for name, seconds in found.get("stage_seconds", {}).items():
+        print(f"  {1e3 * seconds:10.2f} ms  {name}")
+    for kernel in found["kernels"][:20]:
+        print(f"  {1e3 * kernel['seconds']:10.3f} ms {100 * kernel['share']:5.1f} %  {kernel['calls']:7.1f} x "
+              f"{kernel['name'][:90]}")  # fmt: skip
+
+
+def log_file(folder: Path) -> Path:
+    """Where the workers' standard error goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "workers.log"
+
+
+def card_name(device: str) -> str:
+    """The processor's or the first GPU's name. Raises LcmError where there is no such."""
+    if device == "cpu":
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = found[1] if found else os.uname().machine
+        return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise LcmError(f"--device=gpu: nvidia-smi tells of no GPU ({error}); use --device=cpu") from error
+    return told.splitlines()[0].strip()
+
+
+def versions() -> dict[str, Any]:
+    """Of the packages that are compared."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (LcmError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,62 @@
+"""Where the time of some runs went, by kernel, from a trace of JAX's profiler; the trace stays for TensorBoard, too."""
+
+import collections
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+MOST = 40  # kernels that are told by name
+
+
+def best_of(repeats: int, function: Callable[[], Any]) -> float:
+    """Seconds of the quickest of some calls, after one that is not counted."""
+    function()
+    seconds = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
+
+
+def kernels(folder: str, function: Callable[[], Any], repeats: int) -> dict[str, Any]:
+    """{"kernels": [{"name", "calls", "seconds", "share"}]} for one run of `function`, dearest first.
+
+    A GPU's kernels are those of its streams; on a CPU they are the operations of XLA's threads, whose times add up over
+    threads. Shares are of the sum of all.
+    """
+    jax.block_until_ready(function())
+    with jax.profiler.trace(folder):
+        for _ in range(repeats):
+            last = function()
+        jax.block_until_ready(last)
+    path = max(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    return {"kernels": summed(events(jax.profiler.ProfileData.from_file(str(path))), repeats)}
+
+
+def events(data: Any) -> list[tuple[str, float]]:
+    """(name, seconds) of every kernel in a `ProfileData`."""
+    found = []
+    for plane in data.planes:
+        on_device = plane.name.startswith("/device:")
+        for line in plane.lines:
+            if on_device and "Stream" in line.name:
+                found += [(event.name, event.duration_ns * 1e-9) for event in line.events]
+            elif plane.name == "/host:CPU" and not on_device:
+                found += [(event.name, event.duration_ns * 1e-9) for event in line.events
+                          if any(name == "hlo_op" for name, _ in event.stats)]  # fmt: skip
+    return found
+
+
+def summed(found: list[tuple[str, float]], repeats: int) -> list[dict[str, Any]]:
+    """By name, of one of `repeats` runs."""
+    seconds, calls = collections.Counter(), collections.Counter()
+    for name, one in found:
+        seconds[name] += one / repeats
+        calls[name] += 1
+    total = sum(seconds.values())
+    return [{"name": name, "calls": calls[name] / repeats, "seconds": value, "share": value / total}
+            for name, value in seconds.most_common(MOST)]  # fmt: skip

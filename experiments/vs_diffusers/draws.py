@@ -1,0 +1,94 @@
+"""What both sides of the comparison are fed: the rows of each step, and its draws, in torch's layout [b c h w].
+
+The order of the pictures, dropped captions, and the draws of each step are `lcm_jax`'s, which knows them as functions
+of (seed, step). Pictures and token ids are encoded by the other side's own networks.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+
+from lcm_jax import student as student_lib
+from lcm_jax import training_data, training_step
+from lcm_jax.data import loader
+from lcm_jax.distill import objectives
+from lcm_jax.distill import step as step_lib
+from lcm_jax.pretrained import Pipeline
+
+Rows = Mapping[str, Any]
+
+
+def make_draw(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> Callable[[int], dict[str, torch.Tensor]]:
+    """step (the first is 0) -> the draws that `lcm_jax.train` makes there: posterior, noise, index, w.
+
+    teacher, student: of the run; shapes do.
+    """
+    problem = training_step.make_problem(config, teacher, student)
+    shape = training_step.batch_shapes(config, teacher)["mean"].shape
+    key = step_lib.named_key(config.seed, "draws")
+    of_step = jax.jit(lambda step: objectives.draw(problem, jax.random.fold_in(key, step), shape))
+
+    def draw(step: int) -> dict[str, torch.Tensor]:
+        drawn = jax.device_get(of_step(step))
+        arrays = {"posterior": _first(drawn.posterior), "noise": _first(drawn.noise),
+                  "index": drawn.index.astype(np.int64), "w": drawn.w}  # fmt: skip
+        return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
+
+    return draw
+
+
+def shapes(config: ConfigDict) -> tuple[Pipeline, Pipeline]:
+    """Teacher and student of a config, without weights."""
+    teacher = student_lib.load_teacher(config, weights=False)
+    return teacher, student_lib.load_student(config, teacher)
+
+
+def make_batches(
+    config: ConfigDict, teacher: Pipeline, encode: Callable[[Rows], Rows], say: Callable[[str], None]
+) -> Callable[[int], dict[str, Any]]:
+    """step (the first is 0) -> the batch that `lcm_jax.train` has there, encoded by `encode`, once, beforehand.
+
+    Args:
+      config: resolved; `data.encode` is "start".
+      teacher: with its tokenizers.
+      encode: rows {"pixels", "text_encoder"} or without pixels -> {"mean", "logvar", "encoder_hidden_states"}.
+      say: takes lines for the reader of the terminal.
+    """
+    watch = training_data.Watch(loader.Faults(0.0, lambda fault: say(str(fault))), say)
+    parts = training_data.open_parts(config)
+    examples, order = training_data.open_examples(config, parts, teacher, encode, watch)
+    batches = loader.Batches(tuple(examples), order, 0, range(order.batch_size))
+
+    def batch(step: int) -> dict[str, Any]:
+        rows, _ = batches[step]
+        tensors = {name: torch.from_numpy(np.array(value)) for name, value in watch.captions(rows).items()}
+        moments = {name: tensors.pop(name) for name in ("mean", "logvar")}
+        return {**moments, "cond": tensors}
+
+    return batch
+
+
+def make_encode(vae: torch.nn.Module, text_encoder: torch.nn.Module) -> Callable[[Rows], Rows]:
+    """Rows of pictures and token ids -> moments [b c h w] and embeddings, by torch's networks."""
+    return functools.partial(_encode, vae, text_encoder)
+
+
+@torch.no_grad()
+def _encode(vae: torch.nn.Module, text_encoder: torch.nn.Module, rows: Rows) -> Rows:
+    encoded = {}
+    if "pixels" in rows:
+        pixels = torch.from_numpy(np.array(rows["pixels"])).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        posterior = vae.encode(pixels).latent_dist
+        encoded = {"mean": posterior.mean.numpy(), "logvar": posterior.logvar.numpy()}
+    ids = torch.from_numpy(np.array(rows["text_encoder"])).long()
+    return encoded | {"encoder_hidden_states": text_encoder(ids).last_hidden_state.numpy()}
+
+
+def _first(array: np.ndarray) -> np.ndarray:
+    """[b h w c] -> [b c h w]."""
+    return np.ascontiguousarray(np.moveaxis(array, -1, 1))

@@ -1,0 +1,191 @@
+"""The embedded teacher distilled by `lcm_jax` and by torch, side by side: same data, same draws, same hyper-parameters.
+
+    python -m experiments.vs_diffusers.run [--seeds=3] [--steps=500] [--workdir=runs/vs_diffusers] [--count=256]
+
+For each seed both sides train as configs/shapes_lcm.py says, and write a diffusers folder; each folder then draws
+held-out captions in 1, 2, 4 and 8 steps, by the code of experiments/shapes_lcm/table.py. Writes table.md, table.json
+and curves.svg to the workdir, with `--publish` beside this file. What is there is not made again, a training that was
+stopped goes on. Needs lcm_jax[torch].
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import runpy
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from experiments import stage
+from experiments.shapes_lcm import table
+from experiments.shapes_teacher import teacher_rows
+from experiments.speed import svg
+from experiments.vs_diffusers import compare
+from lcm_jax import files, pretrained
+from lcm_jax.errors import LcmError
+from lcm_jax.generate import Generator, settings_for
+from lcm_jax.metrics.shapes_scorer import ShapesScorer
+from lcm_jax.pretrained import load_pipeline
+
+CONFIG = "configs/shapes_lcm.py"
+SIDES = {"jax": "lcm_jax", "torch": "torch + diffusers"}  # folder -> name
+STEPS = (1, 2, 4, 8)
+METRICS = {"caption accuracy": "accuracy", "Frechet distance": "frechet"}
+SMOOTH = 10  # steps of the running mean in the figure
+RESULTS = ("table.md", "table.json", "curves.svg")
+NOTE = """
+{seeds} seed(s), {steps} steps of {batch} pictures each; {count} pictures of held-out captions from the same noise,
+guidance scale {scale:g}; mean ± standard deviation over seeds. Standard errors are those of the difference of the two
+means; up to 2 is called seed noise.
+
+| seed | largest difference of the losses | median | in the first {first} steps | of the last tenth's means |
+|---|---|---|---|---|
+{curves}
+"""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/vs_diffusers"))
+    parser.add_argument("--count", type=int, default=256, help="pictures per row")
+    parser.add_argument("--publish", action="store_true", help="copy the results beside this file")
+    args = parser.parse_args(argv)
+    if min(args.seeds, args.steps) < 1:
+        raise LcmError("--seeds and --steps must be at least 1")
+    if args.count <= ShapesScorer.feature_dim:
+        raise LcmError(f"--count={args.count}: a Frechet distance needs more than {ShapesScorer.feature_dim} pictures")
+    return args
+
+
+def make_config(seed: int, steps: int) -> ConfigDict:
+    """The demo's config with a line for every step, and no pictures on the way."""
+    config = runpy.run_path(CONFIG)["get_config"]()
+    config.seed, config.train.steps = seed, steps
+    config.log.every, config.sample.every = 1, 0
+    return config
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    begun = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - begun:5.0f} s] {text}", flush=True)
+
+    for seed in range(args.seeds):
+        for side in SIDES:
+            if not made(make_config(seed, args.steps), args.workdir / f"seed{seed}", side, say):
+                return 1
+    judge = table.Judge(args.count)
+    rows = {(seed, side): measured(args.workdir / f"seed{seed}" / side, judge, say)
+            for seed in range(args.seeds) for side in SIDES}  # fmt: skip
+    write_results(args, rows)
+    print("\n" + (args.workdir / "table.md").read_text())
+    if args.publish:
+        for name in RESULTS:
+            shutil.copyfile(args.workdir / name, Path(__file__).parent / name)
+    say(f"done: {', '.join(str(args.workdir / name) for name in RESULTS)}")
+    return 0
+
+
+def made(config: ConfigDict, folder: Path, side: str, say: Callable[[str], None]) -> bool:
+    """Trains one side in FOLDER/SIDE unless its export is there, made by as many steps. False where it was stopped."""
+    done = folder / side / "trained.json"
+    if done.exists() and json.loads(done.read_text())["steps"] == config.train.steps:
+        return True
+    for stale in (done, folder / side / "rows.json"):
+        stale.unlink(missing_ok=True)
+    if side == "jax":
+        if not stage.trained_and_exported(config, folder / side, say):
+            return False
+    else:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        from experiments.vs_diffusers import torch_run  # torch, which nothing else here needs
+
+        shutil.rmtree(folder / side / "export", ignore_errors=True)
+        torch_run.trained_and_exported(config, folder / side, say)
+    files.write_text(done, json.dumps({"steps": config.train.steps}) + "\n")
+    return True
+
+
+def measured(folder: Path, judge: table.Judge, say: Callable[[str], None]) -> list[table.Row]:
+    """The rows of FOLDER/export at each number of steps, kept in FOLDER/rows.json."""
+    path = folder / "rows.json"
+    if path.exists():
+        rows = [table.Row(**row) for row in json.loads(path.read_text())["rows"]]
+        if [row.count for row in rows] == [judge.count] * len(STEPS):
+            return rows
+        path.unlink()
+    say(f"drawing {judge.count} pictures per row with {folder / 'export'}")
+    generator, record = Generator(load_pipeline(folder / "export")), pretrained.read_record(folder / "export")
+    rows = []
+    for steps in STEPS:
+        settings = settings_for(generator.pipeline, record, "lcm", steps, "trailing")
+        rows.append(table.sampler_row(generator, judge, settings, teacher_rows.best_guidance_scale()))
+    files.write_text(path, table.to_json(rows))
+    return rows
+
+
+def agreements(rows: Mapping[tuple[int, str], list[table.Row]]) -> list[compare.Agreement]:
+    """Every metric at every number of steps, over the seeds."""
+    seeds = sorted({seed for seed, _ in rows})
+
+    def values(side: str, field: str, place: int) -> list[float]:
+        return [getattr(rows[seed, side][place], field) for seed in seeds]
+
+    return [compare.agreement(metric, steps, *(values(side, field, place) for side in SIDES))
+            for metric, field in METRICS.items() for place, steps in enumerate(STEPS)]  # fmt: skip
+
+
+def write_results(args: argparse.Namespace, rows: Mapping[tuple[int, str], list[table.Row]]) -> None:
+    """RESULTS in the workdir."""
+    curves = {(seed, side): compare.read_curve(args.workdir / f"seed{seed}" / side / "metrics.jsonl")
+              for seed, side in rows}  # fmt: skip
+    apart = {seed: compare.apart(curves[seed, "jax"], curves[seed, "torch"]) for seed in range(args.seeds)}
+    found = agreements(rows)
+    lines = [f"| {seed} | {a.maximum:.1e} | {a.median:.1e} | {a.first:.1e} | {a.end:.1e} |"
+             for seed, a in apart.items()]  # fmt: skip
+    config = make_config(0, args.steps)
+    note = NOTE.format(
+        seeds=args.seeds, steps=args.steps, batch=config.data.batch_size, count=args.count,
+        scale=rows[0, "jax"][0].guidance_scale, first=compare.FIRST, curves="\n".join(lines),
+    )  # fmt: skip
+    (args.workdir / "table.md").write_text(compare.markdown(found, tuple(SIDES.values())) + note)
+    text = {
+        "config": CONFIG, "seeds": args.seeds, "steps": args.steps, "count": args.count,
+        "curves": {seed: dataclasses.asdict(a) for seed, a in apart.items()},
+        "agreement": [dataclasses.asdict(one) | {"agrees": one.agrees} for one in found],
+        "rows": [{"seed": seed, "side": side} | dataclasses.asdict(row)
+                 for (seed, side), both in rows.items() for row in both],
+    }  # fmt: skip
+    (args.workdir / "table.json").write_text(json.dumps(text, indent=1) + "\n")
+    (args.workdir / "curves.svg").write_text(figure(curves))
+
+
+def figure(curves: Mapping[tuple[int, str], Mapping[int, float]]) -> str:
+    """Both sides' losses over each other, running means, a colour for each seed; torch's are dashed."""
+    series = []
+    for (seed, side), curve in curves.items():
+        steps = sorted(curve)
+        window = min(SMOOTH, len(steps))
+        ends = range(window, len(steps) + 1)
+        means = [statistics.fmean(curve[step] for step in steps[end - window : end]) for end in ends]
+        series.append(svg.Line(f"seed {seed}, {SIDES[side]}", [steps[end - 1] for end in ends], means, colour=seed,
+                               dashed=side == "torch"))  # fmt: skip
+    return svg.lines(f"LCD of the embedded teacher, running mean of {SMOOTH} steps", "step", "loss", series, log_y=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (LcmError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,165 @@
+"""experiments/vs_diffusers: the torch trainer, written apart, and ours lose the same on the same data and draws."""
+
+import json
+import runpy
+import xml.etree.ElementTree
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from experiments.vs_diffusers import compare, draws, run, torch_lcd, torch_run
+from lcm_jax import assets, encoding, pretrained, training_step
+from lcm_jax import config as config_lib
+from lcm_jax import student as student_lib
+from lcm_jax.distill import step as step_lib
+from lcm_jax.errors import LcmError
+from lcm_jax.runtime import mesh as mesh_lib
+
+STEPS = 3
+
+
+def small(path: str, tmp_steps: int = STEPS):
+    config = runpy.run_path(path)["get_config"]()
+    config.data.batch_size, config.data.num_examples, config.train.steps = 2, 8, tmp_steps
+    config.data.caption_dropout = 0.3
+    return config_lib.resolve(config)
+
+
+def our_losses(config, steps: int) -> list[float]:
+    """What `lcm_jax`'s step, with its own encoders, loses."""
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    teacher = student_lib.load_teacher(config)
+    student = student_lib.load_student(config, teacher)
+    made = training_step.make(config, teacher, student, mesh)
+    batch = draws.make_batches(config, teacher, encoding.make_encode(teacher), print)
+    state, frozen = made.begin(student_lib.theta(student)), made.place_frozen(teacher, student)
+    losses = []
+    for step in range(steps):
+        rows = jax.tree.map(lambda x: x.numpy(), batch(step))
+        state, metrics = made.step(state, frozen, rows, step_lib.named_key(config.seed, "draws"))
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+def torch_losses(config, steps: int) -> list[float]:
+    source = assets.resolve(config.model.teacher)
+    trainer, encode = torch_run.prepared(config, source)
+    batch = draws.make_batches(config, pretrained.load_pipeline(source), encode, print)
+    draw = draws.make_draw(config, *draws.shapes(config))
+    return [float(torch_lcd.train_step(trainer, batch(step), draw(step))) for step in range(steps)]
+
+
+def test_first_losses_are_the_same():
+    """To rounding. With Adam's usual eps the first update is the gradient's sign, which for gradients that are nothing
+    but rounding (a bias before a norm) is a coin's; with a larger one it is smooth, and the test sharp.
+    """
+    config = small("configs/shapes_lcm.py")
+    config.train.adam_eps = 1e-3
+    theirs, ours = torch_losses(config, STEPS), our_losses(config, STEPS)
+    np.testing.assert_allclose(theirs[0], ours[0], rtol=2e-5)
+    np.testing.assert_allclose(theirs, ours, rtol=3e-4)  # a distance of 0.02 between latents of size 1
+
+
+@pytest.mark.slow
+def test_first_losses_of_adapters_are_the_same():
+    """From adapters that change nothing: the first loss is the same, the next ones depend on A's draw."""
+    config = small("configs/shapes_lcm_lora.py")
+    np.testing.assert_allclose(torch_losses(config, 1), our_losses(config, 1), rtol=2e-5)
+
+
+def test_encoders_agree():
+    """The latents and embeddings that each side makes of the same rows are the same."""
+    source = assets.resolve("shapes")
+    pipeline = pretrained.load_pipeline(source)
+    config = small("configs/shapes_lcm.py")
+    _, torch_encode = torch_run.prepared(config, source)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    rows = {"pixels": pixels, **pretrained.conditioning.tokens(pipeline, ["a small red star", ""])}
+    theirs, ours = torch_encode(rows), jax.device_get(encoding.make_encode(pipeline)(rows))
+    assert theirs.keys() == ours.keys()
+    for name in ("mean", "logvar"):
+        np.testing.assert_allclose(theirs[name], np.moveaxis(ours[name], -1, 1), atol=2e-4, rtol=2e-4)
+    np.testing.assert_allclose(theirs["encoder_hidden_states"], ours["encoder_hidden_states"], atol=1e-4)
+
+
+def test_w_embedding_of_the_reference():
+    """Values at w = 7.5, D = 256, in float64."""
+    found = torch_lcd.w_embedding(torch.tensor([7.5]), 256)[0]
+    np.testing.assert_allclose(found[:3], [-0.8512359, 0.8422281, 0.0118197], atol=1e-3)
+    np.testing.assert_allclose(found[128:131], [-0.5247832, 0.5391213, -0.9999302], atol=1e-3)
+
+
+def test_a_stopped_torch_run_goes_on_and_is_exported(tmp_path):
+    """Four steps equal two and then two; the folder loads in diffusers and here, with the target's weights."""
+    say = []
+    for steps in (2, 4):
+        torch_run.trained_and_exported(small("configs/shapes_lcm.py", steps), tmp_path / "a", say.append)
+    torch_run.trained_and_exported(small("configs/shapes_lcm.py", 4), tmp_path / "b", say.append)
+    assert "torch: steps 3 to 4" in " ".join(say)
+    curves = [compare.read_curve(tmp_path / side / "metrics.jsonl") for side in "ab"]
+    assert list(curves[0]) == [1, 2, 3, 4]
+    np.testing.assert_allclose(list(curves[0].values()), list(curves[1].values()), rtol=1e-6)
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "a" / "export", safety_checker=None)
+    assert pipeline.unet.config.time_cond_proj_dim == 256
+    ours = pretrained.load_pipeline(tmp_path / "a" / "export")
+    assert ours.configs["scheduler"]["_class_name"] == "LCMScheduler"
+    assert ours.schedule.prediction_type == "v_prediction"
+    kernel = pipeline.unet.conv_in.weight.detach().numpy()
+    np.testing.assert_array_equal(ours.params["unet"]["conv_in"]["kernel"], kernel.transpose(2, 3, 1, 0))
+    saved = torch.load(tmp_path / "a" / torch_run.CHECKPOINT, weights_only=True)
+    np.testing.assert_array_equal(kernel, saved["target"]["conv_in.weight"].numpy())
+
+
+def test_adapters_share_the_weights_under_them():
+    """Of a LoRA run: no copy of the base, and the report's 14 kinds of layers, as many as `lcm_jax` adapts."""
+    config = small("configs/shapes_lcm_lora.py")
+    trainer, _ = torch_run.prepared(config, assets.resolve("shapes"))
+    teacher, student = (dict(net.named_parameters()) for net in (trainer.teacher, trainer.student))
+    assert teacher["conv_in.weight"] is student["conv_in.weight"]
+    ours = student_lib.theta(draws.shapes(config)[1])
+    assert sum(p.numel() for p in trainer.theta) == sum(leaf.size for leaf in jax.tree.leaves(ours))
+    assert [p.shape for p in trainer.averages] == [p.shape for p in trainer.theta]
+    assert not set(map(id, trainer.averages)) & set(map(id, trainer.theta))
+
+
+def test_agreement_and_curves():
+    same = compare.agreement("Frechet distance", 4, [1.0, 2.0, 3.0], [1.5, 2.5, 2.0])
+    assert same.means == (2.0, 2.0) and same.standard_errors == 0 and same.agrees
+    apart = compare.agreement("caption accuracy", 1, [0.90, 0.91, 0.92], [0.70, 0.71, 0.72])
+    np.testing.assert_allclose(apart.standard_errors, 0.2 / np.sqrt(2 * 0.01**2 / 3))
+    assert not apart.agrees
+    assert not compare.agreement("caption accuracy", 1, [0.9], [0.8]).agrees  # nothing is known of one seed's noise
+    text = compare.markdown([same, apart], ("a", "b"))
+    assert "| Frechet distance | 4 | 2.00 ± 1.00 |" in text and "| no |" in text
+    found = compare.apart({1: 1.0, 2: 2.0, 3: 4.0}, {1: 1.0, 2: 2.5, 3: 4.0, 4: 9.0})
+    assert (found.maximum, found.median, found.end) == (0.25, 0.0, 0.0)
+
+
+def test_too_few_pictures():
+    with pytest.raises(LcmError, match="more than 64 pictures"):
+        run.parse(["--count=64"])
+
+
+def test_results_from_rows(tmp_path):
+    """Table, JSON and figure of two seeds that have been measured."""
+    args = run.parse(["--seeds=2", "--steps=5", f"--workdir={tmp_path}", "--count=65"])
+    rows = {}
+    for seed in range(2):
+        for place, side in enumerate(run.SIDES):
+            folder = tmp_path / f"seed{seed}" / side
+            folder.mkdir(parents=True)
+            lines = [json.dumps({"step": n, "loss": (1 + 0.1 * place + seed) / n}) for n in range(1, 6)]
+            (folder / "metrics.jsonl").write_text("\n".join(lines))
+            rows[seed, side] = [run.table.Row("LCM", n, 3.0, n, 0.5 + 0.1 * seed, 7.0 + seed, 4) for n in run.STEPS]
+    run.write_results(args, rows)
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert len(found["rows"]) == 16 and all(one["agrees"] for one in found["agreement"])
+    np.testing.assert_allclose(found["curves"]["0"]["maximum"], 0.1)
+    root = xml.etree.ElementTree.fromstring((tmp_path / "curves.svg").read_text())
+    assert len(root.findall("{*}polyline")) == 4
+    assert Path(tmp_path / "table.md").read_text().count("55.0 % ± 7.1 %") == 8
