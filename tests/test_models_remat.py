@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from tiny_configs import CLIPS, TINY_VAES, VAES
 
-from lcm_jax.models import clip, lora, remat
+from lcm_jax.models import attention, clip, layers, lora, remat
 from lcm_jax.models import unet as unet_lib
 from lcm_jax.models import vae as vae_lib
 
@@ -149,3 +149,28 @@ def test_the_other_networks_fetch_each_weight_once(name):
     assert jax.tree.structure(jax.eval_shape(marked.init, jax.random.key(0), *args)) == jax.tree.structure(weights)
     jaxpr = jax.make_jaxpr(lambda w: marked.apply(w, *args))(weights).jaxpr
     assert count(jaxpr) == {True: 0, False: len(jax.tree.leaves(weights))}
+
+
+PICTURE, TOKENS = jnp.zeros((1, 8, 8, 32)), jnp.zeros((1, 64, 32))
+BLOCKS = {
+    "resnet": (layers.ResnetBlock2D(32, 8, 1e-5), (PICTURE, jnp.zeros((1, 128)), PICTURE)),
+    "down": (layers.Downsample2D(32), (PICTURE,)),
+    "up": (layers.Upsample2D(32), (PICTURE,)),
+    "transformer": (attention.BasicTransformerBlock(2), (TOKENS, jnp.zeros((1, 5, 16)))),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_blocks_weights_wait_for_its_input(name):
+    block, args = BLOCKS[name]
+    waited_for = []
+
+    def record(tree, after=None):
+        waited_for.append(after)
+        return tree
+
+    def run(weights, *args):
+        block.clone(weights_fn=record).apply(weights, *args)
+        assert waited_for and all(after is args[0] for after in waited_for)
+
+    jax.eval_shape(run, jax.eval_shape(block.init, jax.random.key(0), *args), *args)

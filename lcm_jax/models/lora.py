@@ -126,7 +126,7 @@ class Adapted:
             if context.method_name != "__call__" or path not in layers:
                 return y
             reached.add(path)
-            factors = layers[path] if weights_fn is None else weights_fn(layers[path])
+            factors = layers[path] if weights_fn is None else weights_fn(layers[path], after=call_args[0])
             return y + _low_rank(context.module, factors, self.scale, call_args[0]).astype(y.dtype)
 
         with nn.intercept_methods(add):
