@@ -1,12 +1,15 @@
-"""What the experiments on the embedded teacher have in common: a run, trained to its end and exported."""
+"""What the experiments have in common: a run, trained to its end and exported, and what may be called its result."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from lcm_jax import config as config_lib
 from lcm_jax import export
+from lcm_jax.errors import LcmError
 from lcm_jax.train import train
 
 
@@ -19,9 +22,13 @@ def trained_and_exported(config: ConfigDict, workdir: Path, say: Callable[[str],
 
     Returns:
       False where the training was stopped before its end, or the export failed; both have said so.
+
+    Raises:
+      LcmError: as `lcm_jax.train`; the run in `workdir` has gone further than `config` asks.
     """
     say(f"{config.train.steps} steps of {config.data.batch_size} pictures into {workdir}")
     state = train(config, workdir)
+    check_not_beyond(int(state.step), config, workdir)
     if int(state.step) < config.train.steps:
         say("stopped; the same command goes on")
         return False
@@ -29,3 +36,29 @@ def trained_and_exported(config: ConfigDict, workdir: Path, say: Callable[[str],
     shutil.rmtree(folder, ignore_errors=True)  # made by this function, from the checkpoint beside it
     say(f"exporting to {folder}")
     return export.main([f"--workdir={workdir}", f"--out={folder}", *options]) == 0
+
+
+def check_not_beyond(step: int, config: ConfigDict, workdir: Path) -> None:
+    """Raises LcmError where `step`, to which `workdir` is trained, is beyond the config's end: its label would lie."""
+    if step > config.train.steps:
+        raise LcmError(f"{workdir} is trained to step {step}, beyond the {config.train.steps} asked for; "
+                       "ask for as many, or use another workdir")
+
+
+def check_same(saved: Mapping[str, Any], config: ConfigDict, workdir: Path) -> None:
+    """Raises LcmError where `saved`, a config as JSON has it, is another than `config`, but for what may differ."""
+    different = config_lib.differences(saved, config)
+    if different:
+        listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in different.items())
+        raise LcmError(f"{workdir} was trained with another config ({listed}); use the same values or another workdir")
+
+
+def with_steps(config: ConfigDict, steps: int) -> ConfigDict:
+    """A copy of `config` that trains for `steps`, its learning rate's decay moved in proportion."""
+    share = steps / config.train.steps
+    changed = ConfigDict(config.to_dict())
+    changed.train.steps = steps
+    if config.train.lr_decay_steps:  # 0 would be no decay
+        changed.train.lr_decay_start = round(share * config.train.lr_decay_start)
+        changed.train.lr_decay_steps = max(1, round(share * config.train.lr_decay_steps))
+    return changed.lock()

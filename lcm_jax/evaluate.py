@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--references", type=int, help="pictures of the source to compare with; default: --count")
     p.add_argument("--negative_prompt", help="what guidance leads away from; only for a UNet without w embedding")
     p.add_argument("--spacing", choices=samplers.SPACINGS, default="trailing", help="timesteps of the baselines")
+    p.add_argument("--endpoint_steps", type=int, default=50, help="of the teacher's ODE: --metric=shapes, one step")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch_size", type=int, default=16, help="pictures drawn at once")
     p.add_argument("--timings", type=int, default=10, help="batches, at least, that a latency is the median of")
@@ -131,7 +132,7 @@ def parse_rows(texts: Sequence[str]) -> list[Asked]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises LcmError for what is wrong with a command line whatever the model."""
-    for flag in ("count", "references", "batch_size", "timings"):
+    for flag in ("count", "references", "batch_size", "timings", "endpoint_steps"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise LcmError(f"--{flag}={getattr(args, flag)} must be at least 1")
     if not 0 <= args.seed < 2**32:
@@ -226,7 +227,7 @@ def settle(asked: Sequence[Asked], subject: Subject, args: argparse.Namespace) -
     return list(rows)
 
 
-def load_teacher(specs: Sequence[Spec], subject: Subject, mesh: Mesh) -> Pipeline | None:
+def load_teacher(specs: Sequence[Spec], subject: Subject, mesh: Mesh, endpoint_steps: int) -> Pipeline | None:
     """Whose guided ODE one step is compared with, where the shapes are measured. Raises LcmError: it does not fit."""
     path = next((spec.path or "shapes" for spec in specs if spec.name == "shapes"), None)
     if path is None:
@@ -238,6 +239,9 @@ def load_teacher(specs: Sequence[Spec], subject: Subject, mesh: Mesh) -> Pipelin
     if latents != (subject.shape[2], subject.pipeline.vae.factor):
         raise LcmError(f"--metric=shapes:{path} has latents of {latents[0]} channels at 1/{latents[1]} size, the "
                        f"model's are {subject.shape[2]} at 1/{subject.pipeline.vae.factor}; give the model's teacher")
+    timesteps = len(teacher.schedule.alphas_cumprod)
+    if endpoint_steps > timesteps:
+        raise LcmError(f"--endpoint_steps={endpoint_steps}: the teacher has {timesteps} timesteps; give no more")
     return teacher
 
 
@@ -251,12 +255,13 @@ def run(args: argparse.Namespace) -> list[Path]:
     subject = load_subject(args, mesh)
     rows = settle(asked, subject, args)
     tell_lengths(subject.pipeline, found)
-    taken = [measures.load(s, found.captions, subject.size, reference, mesh, subject.batch_size) for s in specs]
+    style = args.style or "plain"
+    taken = [measures.load(s, found.captions, subject.size, reference, mesh, subject.batch_size, style) for s in specs]
     measures.check_used(reference, taken)
-    teacher = load_teacher(specs, subject, mesh)
+    teacher = load_teacher(specs, subject, mesh, args.endpoint_steps)
     program = {key: getattr(args, key) for key in ("dtype", "negative_prompt", "tiled", "fsdp", "timings")}
     program |= {"batch_size": subject.batch_size, "device": f"{mesh.size} x {jax.devices()[0].device_kind}"}
-    shared = rows_lib.comparison(found, args.seed, subject.size, taken, teacher)
+    shared = rows_lib.comparison(found, args.seed, subject.size, taken, teacher, args.endpoint_steps)
     about = {"model": rows_lib.model_about(subject), "program": program}
     with locked(args.out) as out:
         before = table.kept(out)
@@ -286,8 +291,8 @@ def measure(
     generator = Generator(subject.pipeline, args.tiled, args.negative_prompt, mesh)
     ends = None
     if teacher is not None and any(settings.steps == 1 for settings, _ in rows):
-        steps = rows[0][0].original_steps
-        ends = Endpoints(Generator(teacher, mesh=mesh), found.captions, steps, args.seed, subject.shape)
+        guide = Generator(teacher, mesh=mesh)
+        ends = Endpoints(guide, found.captions, args.endpoint_steps, args.seed, subject.shape)
     generator.decode(np.zeros((subject.batch_size, *subject.shape), np.float32))  # compiled before any clock runs
     with Progress(len(rows) * len(found.captions), 0, "pictures") as progress:
         for number, (settings, scale) in enumerate(rows, 1):

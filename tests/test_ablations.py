@@ -1,11 +1,12 @@
 """The paper's ablations as configs: every variant can be trained, and models that are the same are one."""
 
+import argparse
 import runpy
 from pathlib import Path
 
 import pytest
 
-from experiments.ablations import studies
+from experiments.ablations import run, studies
 from lcm_jax import config as config_lib
 from lcm_jax.errors import LcmError
 
@@ -56,3 +57,26 @@ def test_settings_of_the_command_line():
     for wrong in ({"train.step": 3}, {"train.steps": "many"}, {"train": 3}, {"nothing": 3}):
         with pytest.raises(LcmError, match="no such key, or no such value"):
             studies.changed(config("shapes_lcm"), wrong)
+
+
+def asked(name: str, **changes) -> argparse.Namespace:
+    options = {"config": ROOT / "configs" / f"{name}.py", "set": [], "steps": None, "count": None, "plot": False}
+    return argparse.Namespace(**options | changes)
+
+
+def test_the_decay_follows_the_steps():
+    """Unless --set says where it is."""
+    own, longer = (run.read_config(asked("shapes_lcm", steps=steps)).train for steps in (None, 1000))
+    assert (longer.steps, longer.lr_decay_start, longer.lr_decay_steps) == (1000, 500, 500)
+    assert (own.steps, own.lr_decay_start, own.lr_decay_steps) == (500, 250, 250)
+    told = run.read_config(asked("shapes_lcm", steps=1000, set=["train.lr_decay_steps=7"])).train
+    assert (told.lr_decay_start, told.lr_decay_steps) == (500, 7)
+    with pytest.raises(LcmError, match="not beside --set=train.steps"):
+        run.read_config(asked("shapes_lcm", steps=9, set=["train.steps=8"]))
+
+
+def test_count_is_of_the_embedded_model(tmp_path):
+    study = studies.STUDIES["ema"]
+    with pytest.raises(LcmError, match="--count=99 is of the embedded model"):
+        run.check(study, config("sd21_base_lcm"), tmp_path, asked("sd21_base_lcm", count=99))
+    run.check(study, config("shapes_lcm"), tmp_path, asked("shapes_lcm", count=99))

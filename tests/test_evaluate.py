@@ -13,9 +13,10 @@ import pytest
 import tiny
 from PIL import Image
 
-from lcm_jax import evaluate, pretrained, sample
+from lcm_jax import evaluate, generate, pretrained, sample
 from lcm_jax.data import shapes
 from lcm_jax.errors import LcmError
+from lcm_jax.metrics import captions as captions_lib
 from lcm_jax.metrics import (
     clip_score,
     cmmd,
@@ -279,6 +280,7 @@ def _listening(gather, heard):
         (["--row=lcm"], r"--row=lcm: write SAMPLER:STEPS"),
         (["--row=euler:2"], r"--row=euler:2: sampler 'euler' is unknown; choose of lcm"),
         (["--count=0"], r"--count=0 must be at least 1"),
+        (["--endpoint_steps=0"], r"--endpoint_steps=0 must be at least 1"),
         (["--timings=0"], r"--timings=0 must be at least 1"),
         (["--seed=-1"], r"--seed=-1 is out of range"),
         (["--height=17"], r"--row=lcm:1:8: --height=17 is not a multiple of the VAE's factor 2"),
@@ -431,6 +433,9 @@ def test_shapes_are_judged_by_their_captions():
     right, wrong = judged(renders), judged(renders[::-1])
     assert right["caption_accuracy"] == 1.0 and wrong["caption_accuracy"] < 0.2
     assert abs(right["shapes_frechet"] - wrong["shapes_frechet"]) < 1e-6 * right["shapes_frechet"]
+    card = measures.load(measures.Spec("shapes"), captions, (64, 64), reference, style="card")
+    assert card.about["reference"] != measure.about["reference"]
+    assert (card.prepare.func, card.prepare.args) == (captions_lib.reference, ("card",))
     with pytest.raises(LcmError, match="needs at least 65 pictures per row, here are 64"):
         measures.load(measures.Spec("shapes"), captions[:64], (64, 64), reference)
     with pytest.raises(LcmError, match="not a caption of the shapes set: 'hello'"):
@@ -456,6 +461,74 @@ def test_the_plot_is_a_picture(tmp_path):
     plot.write([ROW, dataclasses.replace(ROW, steps=4, milliseconds=3.0)], tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.format == "PNG" and min(picture.size) > 200 and len(np.unique(np.asarray(picture))) > 10
+
+
+def test_a_plot_of_no_quality_shows_latency(tmp_path):
+    pytest.importorskip("matplotlib")
+    bare = dataclasses.replace(ROW, values={})
+    plot.write([bare, dataclasses.replace(bare, steps=4, milliseconds=3.0)], tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert min(picture.size) > 200 and len(np.unique(np.asarray(picture))) > 10
+
+
+def shared(**metrics) -> dict:
+    prompts = {"from": "p", "sha256": "0" * 64}
+    return {"seed": 0, "pictures": 3, "prompts": prompts, "height": 8, "width": 8, "metrics": metrics}
+
+
+def drawn_with(spacing: str, **program) -> dict:
+    program = {"dtype": "float32", "negative_prompt": None, "tiled": False, "batch_size": 4, "device": "cpu"} | program
+    return {"model": {}, "program": program, "sampling": {"spacing": spacing}}
+
+
+def test_metrics_asked_for_later_are_added_to_a_row(tmp_path):
+    settings = drawn_with("trailing")
+    first = dataclasses.replace(ROW, values={"fid": 1.0}, comparison=shared(fid={"sha256": "a"}), settings=settings)
+    second = dataclasses.replace(ROW, values={"cmmd": 2.0}, comparison=shared(cmmd={"sha256": "b"}), settings=settings)
+    assert not table.is_current(first, second.comparison, settings)
+    for row in (first, second):
+        table.keep(tmp_path, row)
+    both, = table.kept(tmp_path)
+    assert both.values == {"fid": 1.0, "cmmd": 2.0} and both.comparison["metrics"].keys() == {"fid", "cmmd"}
+    for row in (first, second):
+        assert table.is_current(both, row.comparison, settings)
+    assert not table.is_current(both, shared(fid={"sha256": "c"}), settings)
+    other = dataclasses.replace(second, settings=drawn_with("trailing", dtype="bfloat16"))
+    table.keep(tmp_path, other)  # other pictures: nothing is taken over
+    assert table.kept(tmp_path) == [other]
+
+
+def test_rows_drawn_otherwise_are_told_apart(tmp_path):
+    """The spacing is in file, table and plot; the notes name flags, by model where they differ."""
+    base = dataclasses.replace(ROW, sampler="ddim", comparison=shared(), settings=drawn_with("trailing"))
+    leading = dataclasses.replace(base, settings=drawn_with("leading"))
+    other = dataclasses.replace(base, model="n", settings=drawn_with("trailing", dtype="bfloat16", negative_prompt="b"))
+    for row in (base, leading, other):
+        table.keep(tmp_path, row)
+    rows = table.kept(tmp_path)
+    assert len(rows) == 3
+    text = table.markdown(rows)
+    assert "| m | ddim | 1 |" in text and "| m | ddim-leading | 1 |" in text
+    assert ("- dtype float32 (m), bfloat16 (n); spacing trailing (m, n), leading (m); negative_prompt none (m), b (n); "
+            "tiled False.") in text  # fmt: skip
+    assert len(plot.series(rows)) == 3
+    lcm = dataclasses.replace(leading, sampler="lcm")
+    assert table.sampler_of(lcm) == "lcm" and "- dtype float32; negative_prompt none; tiled" in table.markdown([lcm])
+
+
+def test_pictures_that_are_not_finite_are_refused():
+    class Broken:
+        def encode(self, captions, report):
+            return np.zeros(len(captions))
+
+        def __call__(self, cond, noise, guidance_scale, settings):
+            images = np.full((len(cond), 4, 4, 3), 0.5, np.float32)
+            images[1] = np.nan
+            return images
+
+    settings = generate.Settings("ddim", 2)
+    with pytest.raises(LcmError, match="pictures 1 of ddim with 2 steps are not finite.*--dtype=float32"):
+        next(drawing.draw(Broken(), PROMPTS, settings, 3.0, seed=0, shape=(2, 2, 4), batch_size=4))
 
 
 def test_without_matplotlib_the_program_says_so_at_once(lcm, prompts, tmp_path, capsys, monkeypatch):

@@ -166,6 +166,29 @@ def test_too_few_pictures_and_unusable_files(extractor, tmp_path):
     (tmp_path / "cut.npz").write_bytes((tmp_path / "s.npz").read_bytes()[:-40])
     with pytest.raises(LcmError, match="cut.npz cannot be read"):
         statistics_files.load(tmp_path / "cut.npz")
+    with (tmp_path / "array.npz").open("wb") as stream:
+        np.save(stream, np.zeros(5))
+    with pytest.raises(LcmError, match="array.npz cannot be read as .npz .it holds one array alone"):
+        statistics_files.load(tmp_path / "array.npz")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"resolution": [8]}, r"its resolution has the shape \[1\], \[2\] is expected"),
+    ({"resolution": 8}, r"its resolution has the shape \[\]"),
+    ({"sigma": np.eye(4)}, r"its sigma has the shape \[4, 4\], \[5, 5\] is expected"),
+    ({"mu": np.float64(1)}, r"its mu has the shape \[\]"),
+    ({"count": [8]}, r"its count has the shape \[1\]"),
+    ({"mu": np.full(5, "a")}, r"its mu is of <U1"),
+    ({"features": np.zeros(5, np.float32)}, r"its features has the shape \[5\]"),
+])  # fmt: skip
+def test_arrays_of_another_shape_or_kind_are_refused(extractor, tmp_path, change, message):
+    path = tmp_path / "s.npz"
+    statistics_files.save(path, statistics_files.gather(extractor, [metrics_kit.pictures(8)]))
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    np.savez(path, **(arrays | change))
+    with pytest.raises(LcmError, match=message):
+        statistics_files.load(path)
 
 
 EIGHT = """

@@ -86,6 +86,11 @@ def test_early_configs_and_those_of_whole_processors(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(early))
     first = resizing.read_processor(tmp_path)
     assert first == resizing.Processor(28, (28, 28), (0.5,) * 3, (0.25,) * 3)
+    unsaid = {key: value for key, value in early.items() if key != "do_center_crop"}
+    for kind, crop in (("CLIPImageProcessor", (28, 28)), ("BitImageProcessor", (28, 28)), ("ViTImageProcessor", None)):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(unsaid | {"image_processor_type": kind}))
+        assert resizing.read_processor(tmp_path).crop == crop
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(early))
     (tmp_path / "preprocessor_config.json").rename(tmp_path / "processor_config.json")
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": early}))
     assert resizing.read_processor(tmp_path) == first
@@ -109,7 +114,7 @@ def test_refusals(change, message, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | change))
     with pytest.raises(UnsupportedConfig, match=message):
         resizing.read_processor(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 28}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 28, "crop_size": 28}))
     with pytest.raises(LcmError, match="image_mean"):
         resizing.read_processor(tmp_path)
     with pytest.raises(LcmError, match="centre of 30 x 30 in pictures of 28 x 28"):

@@ -105,11 +105,11 @@ class Told:
         pass
 
 
-def measured(workload, torch_ways, found=None):
+def measured(workload, torch_ways, found=None, ours=0.25):
     log, kept = [], []
     found = {} if found is None else found
     found |= {"workload": dataclasses.asdict(workload), "versions": {"jax": "1"}}
-    told = {"jax": {"lcm_jax": 0.25}, "torch": torch_ways}
+    told = {"jax": {"lcm_jax": ours}, "torch": torch_ways}
     measure.measure(found, workload, lambda name: Told(name, told[name], log),
                     lambda: kept.append(json.dumps(found)), lambda line: None)  # fmt: skip
     return found, log, kept
@@ -119,7 +119,7 @@ def test_pairs_by_turns():
     """The sides alternate and so does who begins; a way that fails is told, the others are measured all the same."""
     found, log, kept = measured(SMALL["lcd"], {"eager": 0.5, "compile": None})
     assert found["torch"]["eager"]["ratios"] == [2.0] * measure.TURNS
-    assert found["torch"]["compile"] == {"error": "out of memory"}
+    assert found["torch"]["compile"] == {"error": "out of memory", "versions": {"jax": "1"}}
     assert measure.complete(found)
     turns = [name for name, way, runs in log if runs > 1]
     assert turns[:6] == ["jax", "torch", "torch", "jax", "jax", "torch"] and len(turns) == 2 * measure.TURNS
@@ -132,6 +132,32 @@ def test_what_was_cut_goes_on():
     again, log, _ = measured(SMALL["lcd"], {"eager": 0.5, "compile": 0.4}, json.loads(kept[1]))
     assert not any(way == "eager" for _, way, _ in log)
     assert again["torch"].keys() == found["torch"].keys()
+    again, _, _ = measured(SMALL["lcd"], {"eager": 0.5, "compile": None}, json.loads(kept[1]))
+    assert again["jax"]["peak_bytes"] == 2**30
+    text = report.markdown({"card": "A card", "device": "cpu", "workloads": {"lcd": again}})
+    assert "lcd compile failed" in text and "Measured with jax 1." in text
+
+
+def test_our_failure_later_on_leaves_what_was_measured():
+    _, _, kept = measured(SMALL["lcd"], {"eager": 0.5, "compile": 0.4})
+    again, _, _ = measured(SMALL["lcd"], {"eager": 0.5, "compile": 0.4}, json.loads(kept[1]), ours=None)
+    assert "error" not in again["jax"] and again["torch"].keys() == {"eager"} and not measure.complete(again)
+    failed, _, _ = measured(SMALL["lcd"], {"eager": 0.5}, ours=None)
+    assert failed["jax"]["error"] == "out of memory" and measure.complete(failed)
+
+
+def test_other_versions_are_measured_again():
+    """All of it, or the ways that were measured with others; a torch that did not start gets another chance, too."""
+    found, _, _ = measured(SMALL["lcd"], {"eager": 0.5, "compile": 0.4})
+    assert measure.complete(measure.current(found, {"jax": "1"}))
+    other = measure.current(found, {"jax": "2"})
+    assert "jax" not in other and not other["torch"] and not measure.complete(other)
+    found["torch"]["eager"]["versions"] = {"jax": "0"}
+    part = measure.current(found, {"jax": "1"})
+    assert part["torch"].keys() == {"compile"}
+    assert measure.complete(measured(SMALL["lcd"], {"eager": 0.5, "compile": 0.4}, part)[0])
+    assert "error" not in measure.current(found | {"error": "torch: x"}, {"jax": "2"})
+    assert "error" in measure.current(found | {"error": "torch: x"}, {"jax": "1"})
 
 
 def test_sides_that_need_the_card_for_themselves():

@@ -1,7 +1,9 @@
 """experiments/vs_diffusers: the torch trainer, written apart, and ours lose the same on the same data and draws."""
 
+import dataclasses
 import json
 import runpy
+import types
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from scipy import stats
 
+from experiments import stage
 from experiments.vs_diffusers import compare, draws, run, torch_lcd, torch_run
 from lcm_jax import assets, encoding, pretrained, training_step
 from lcm_jax import config as config_lib
@@ -113,6 +117,12 @@ def test_a_stopped_torch_run_goes_on_and_is_exported(tmp_path):
     np.testing.assert_array_equal(ours.params["unet"]["conv_in"]["kernel"], kernel.transpose(2, 3, 1, 0))
     saved = torch.load(tmp_path / "a" / torch_run.CHECKPOINT, weights_only=True)
     np.testing.assert_array_equal(kernel, saved["target"]["conv_in.weight"].numpy())
+    fewer, other = (small("configs/shapes_lcm.py", steps) for steps in (3, 4))
+    other.train.ema_decay = 0.5
+    with pytest.raises(LcmError, match="trained to step 4, beyond the 3"):
+        torch_run.restored(None, fewer, tmp_path / "a")
+    with pytest.raises(LcmError, match="train.ema_decay: 0.95 there, 0.5 now"):
+        torch_run.restored(None, other, tmp_path / "a")
 
 
 def test_adapters_share_the_weights_under_them():
@@ -129,15 +139,63 @@ def test_adapters_share_the_weights_under_them():
 
 def test_agreement_and_curves():
     same = compare.agreement("Frechet distance", 4, [1.0, 2.0, 3.0], [1.5, 2.5, 2.0])
-    assert same.means == (2.0, 2.0) and same.standard_errors == 0 and same.agrees
-    apart = compare.agreement("caption accuracy", 1, [0.90, 0.91, 0.92], [0.70, 0.71, 0.72])
-    np.testing.assert_allclose(apart.standard_errors, 0.2 / np.sqrt(2 * 0.01**2 / 3))
+    assert same.means == (2.0, 2.0) and same.difference == 0 and same.agrees
+    apart = compare.agreement("caption accuracy", 1, [0.90, 0.91, 0.92], [0.70, 0.72, 0.71])
     assert not apart.agrees
-    assert not compare.agreement("caption accuracy", 1, [0.9], [0.8]).agrees  # nothing is known of one seed's noise
-    text = compare.markdown([same, apart], ("a", "b"))
+    one = compare.agreement("caption accuracy", 1, [0.9], [0.8])  # nothing is known of one seed's noise
+    assert one.agrees is None and one.deviations is None and "NaN" not in json.dumps(dataclasses.asdict(one))
+    text = compare.markdown([same, apart, one], ("a", "b"))
     assert "| Frechet distance | 4 | 2.00 ± 1.00 |" in text and "| no |" in text
+    assert "| 90.0 % | 80.0 % | -10.0 % |  | one seed |" in text
     found = compare.apart({1: 1.0, 2: 2.0, 3: 4.0}, {1: 1.0, 2: 2.5, 3: 4.0, 4: 9.0})
     assert (found.maximum, found.median, found.end) == (0.25, 0.0, 0.0)
+
+
+def test_the_verdict_is_that_of_the_paired_t_test():
+    """scipy's p value, from 2 seeds to more than the table of quantiles has."""
+    rng, verdicts = np.random.default_rng(0), set()
+    for seeds in (2, 3, 5, 21, 22, 40):
+        np.testing.assert_allclose(compare.t_quantile(seeds - 1), stats.t.ppf(0.975, seeds - 1), atol=1e-3)
+        for shift in (0.0, 0.3, 3.0, 100.0):
+            of_seed = 10 * rng.normal(size=seeds)  # what both sides share is no noise of their difference
+            a, b = of_seed + rng.normal(size=seeds), of_seed + rng.normal(size=seeds) + shift
+            found = compare.agreement("Frechet distance", 4, a.tolist(), b.tolist())
+            test = stats.ttest_rel(b, a)
+            np.testing.assert_allclose(found.difference / found.error, test.statistic)
+            assert found.agrees == (test.pvalue >= 0.05)
+            verdicts.add(found.agrees)
+    assert verdicts == {True, False}
+
+
+def test_the_decay_follows_the_steps():
+    own = runpy.run_path(run.CONFIG)["get_config"]().train
+    same, longer = (run.make_config(0, steps).train for steps in (own.steps, 2 * own.steps))
+    assert (same.lr_decay_start, same.lr_decay_steps) == (own.lr_decay_start, own.lr_decay_steps)
+    assert longer.steps == 2 * own.steps and longer.lr_decay_start == 2 * own.lr_decay_start > 0
+    assert longer.lr_decay_steps == 2 * own.lr_decay_steps > 0
+
+
+def test_what_was_trained_otherwise_is_refused(tmp_path, monkeypatch):
+    """Of fewer steps than are there, or with another config; with the same ones it is taken as it is."""
+    config = run.make_config(0, 4)
+
+    def trained(config, folder, say):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(torch_run, "trained_and_exported", trained)
+    assert run.made(config, tmp_path, "torch", print)
+    monkeypatch.setattr(torch_run, "trained_and_exported", None)
+    assert run.made(config, tmp_path, "torch", print)
+    with config.unlocked():
+        config.train.steps = 3
+    with pytest.raises(LcmError, match="trained to step 4, beyond the 3"):
+        run.made(config, tmp_path, "torch", print)
+    config.train.learning_rate = 0.5
+    with pytest.raises(LcmError, match="train.learning_rate: .* 0.5 now"):
+        run.made(config, tmp_path, "torch", print)
+    monkeypatch.setattr(stage, "train", lambda config, workdir: types.SimpleNamespace(step=9))
+    with pytest.raises(LcmError, match="trained to step 9, beyond the 3"):
+        stage.trained_and_exported(config, tmp_path, print)
 
 
 def test_too_few_pictures():

@@ -1,6 +1,6 @@
 """The ablations of the LCM paper: trains each variant of a study, draws with it in 1, 2, 4 and 8 steps, and compares.
 
-    python -m experiments.ablations.run --study=solver|skip|guidance|ema|loss [--count=2000] [--publish]
+    python -m experiments.ablations.run --study=solver|skip|guidance|ema|loss [--count=256] [--steps=N] [--publish]
 
     WORKDIR/<variant>/                            a run, its export/, and rows/ with what was measured of it
     WORKDIR/<study>/{table.md,table.json,plot.png}
@@ -34,7 +34,7 @@ from experiments.ablations import studies
 from experiments.ablations.studies import STUDIES, Study
 from experiments.shapes_lcm import table
 from experiments.shapes_teacher import teacher_rows
-from experiments.stage import trained_and_exported
+from experiments.stage import trained_and_exported, with_steps
 from lcm_jax import config as config_lib
 from lcm_jax import evaluate, files, pretrained
 from lcm_jax.errors import LcmError, exit_code
@@ -45,6 +45,7 @@ from lcm_jax.pretrained import load_pipeline
 from lcm_jax.runtime.workdir import prepare_workdir
 
 STEPS = (1, 2, 4, 8)
+COUNT = 256  # pictures per row
 PAPER_SCALE = 9.0  # w = 8, of the paper's tables
 ENDPOINT_STEPS = 200  # DDIM steps of the ODE that one step is compared with, the same for every skip and solver
 RESULTS = {"table.md": "md", "table.json": "json", "plot.png": "png"}
@@ -61,9 +62,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--study", choices=STUDIES, required=True)
     parser.add_argument("--config", type=Path, default=Path("configs/shapes_lcm.py"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the config; several times")
-    parser.add_argument("--steps", type=int, help="training steps, in place of the config's")
+    parser.add_argument("--steps", type=int, help="training steps in place of the config's; the decay in proportion")
     parser.add_argument("--workdir", type=Path, help="default: runs/ablations/<name of the config>")
-    parser.add_argument("--count", type=int, default=256, help="pictures per row, of the embedded model")
+    parser.add_argument("--count", type=int, help=f"pictures per row, of the embedded model; default: {COUNT}")
     parser.add_argument("--evaluate", default="", help="options of lcm_jax.evaluate, for models of other teachers")
     parser.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True, help="needs matplotlib")
     parser.add_argument("--publish", action="store_true", help="copy the results beside this file")
@@ -81,6 +82,7 @@ def main() -> int:
     workdir = args.workdir or Path("runs/ablations") / args.config.stem
     out = workdir / args.study
     check(study, base, out, args)
+    args.count = COUNT if args.count is None else args.count
     rows = []
     for number, (name, changes) in enumerate(study.variants.items(), 1):
         folder = workdir / studies.folder(base, changes)
@@ -113,6 +115,8 @@ def check(study: Study, base: ConfigDict, out: Path, args: argparse.Namespace) -
     if args.plot:
         plot.check()
     if not embedded(base):
+        if args.count is not None:
+            raise LcmError(f"--count={args.count} is of the embedded model; write it into --evaluate='--count=...'")
         asked = evaluate.parser().parse_args(evaluation(study, out, "name", out, args))
         evaluate.check_flags(asked)
         measures.parse(asked.metric)
@@ -122,9 +126,13 @@ def check(study: Study, base: ConfigDict, out: Path, args: argparse.Namespace) -
 
 
 def read_config(args: argparse.Namespace) -> ConfigDict:
-    """The config of the command line, before any variant."""
+    """The config of the command line, before any variant; --steps moves the decay, too, where --set has none."""
     config = runpy.run_path(str(args.config))["get_config"]()
-    changes = studies.parse_settings(args.set) | ({"train.steps": args.steps} if args.steps else {})
+    changes = studies.parse_settings(args.set)
+    if args.steps is not None:
+        if args.steps < 1 or "train.steps" in changes:
+            raise LcmError(f"--steps={args.steps}: give at least 1, and not beside --set=train.steps")
+        config = with_steps(config, args.steps)
     return studies.changed(config, changes)
 
 

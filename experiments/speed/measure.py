@@ -27,14 +27,24 @@ def complete(found: dict[str, Any]) -> bool:
     """Whether nothing of a workload is left to measure."""
     if "error" in found.get("jax", {}) or "error" in found:
         return True
-    return "ways" in found and found["ways"] == list(found["torch"])
+    return "ways" in found and set(found["ways"]) <= set(found["torch"])
+
+
+def current(found: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
+    """A record without what was measured, or failed, with other versions of the packages."""
+    kept = {name: value for name, value in found.items() if name != "error" or found["versions"] == versions}
+    if "jax" in kept and kept["jax"].get("versions") != versions:
+        del kept["jax"]
+    ways = found.get("torch", {}).items()
+    return kept | {"torch": {way: one for way, one in ways if one.get("versions") == versions}}
 
 
 def measure(found: dict[str, Any], workload: Workload, start: Start, keep: Callable[[], None], say: Say) -> None:
     """Fills `found`, the record of a workload, with what is missing; `keep` is called whenever there is more.
 
     Args:
-      found: {"jax": {...}, "ways": of torch, "torch": {way: {...}}}; see `pair`. Empty at first.
+      found: {"versions": {...}, "jax": {...}, "ways": of torch, "torch": {way: {...}}}; see `pair`. Has "versions", of
+        the packages now, alone at first; our side and each way keep those with which they were measured.
       start: side -> its worker.
 
     Raises:
@@ -58,7 +68,7 @@ def _together(found: dict[str, Any], start: Start, keep: Callable[[], None], say
             found["ways"] = torch.ready["ways"]
             for way in found["ways"]:
                 if way not in found["torch"]:
-                    found["torch"][way] = pair(jax, warm, torch, way, say)
+                    found["torch"][way] = pair(jax, found["jax"], torch, way, say) | _stamp(found)
                     keep()
 
 
@@ -70,7 +80,7 @@ def _alone(found: dict[str, Any], start: Start, keep: Callable[[], None], say: S
             if "error" not in warm:
                 found["jax"] |= _turns(jax, JAX, warm)
             keep()
-    if "error" in found["jax"]:
+    if "seconds" not in found.get("jax", {}):
         return
     with start("torch") as torch:
         if "error" in torch.ready:
@@ -83,7 +93,9 @@ def _alone(found: dict[str, Any], start: Start, keep: Callable[[], None], say: S
             warm = _warm(torch, way, say)
             if "error" not in warm:
                 warm |= _turns(torch, way, warm)
-            found["torch"][way] = warm if "error" in warm else warm | _ratios(found["jax"]["seconds"], warm["seconds"])
+            if "error" not in warm:
+                warm |= _ratios(found["jax"]["seconds"], warm["seconds"])
+            found["torch"][way] = warm | _stamp(found)
             keep()
 
 
@@ -125,7 +137,7 @@ def _turns(worker: Worker, way: str, warm: dict[str, Any]) -> dict[str, Any]:
 
 
 def _warm(worker: Worker, way: str, say: Say) -> dict[str, Any]:
-    """{"setup_s" of the first run, which compiles, "runs" of a turn} or {"error"}."""
+    """{"setup_s" of the first run, which compiles, "runs" of a turn, "peak_bytes"} or {"error"}."""
     if "error" in worker.ready:
         return worker.ready
     answers = [worker.time(way, 1) for _ in range(3)]  # the second may still try kernels, or record graphs
@@ -136,11 +148,18 @@ def _warm(worker: Worker, way: str, say: Say) -> dict[str, Any]:
     first, _, last = (answer["seconds"] for answer in answers)
     runs = max(1, min(MOST_RUNS, round(TURN_SECONDS / last)))
     say(f"  {way}: {1e3 * last:.1f} ms, the first run {first:.1f} s")
-    return {"setup_s": first, "runs": runs}
+    return {"setup_s": first, "runs": runs, "peak_bytes": answers[-1]["peak_bytes"]}
+
+
+def _stamp(found: dict[str, Any]) -> dict[str, Any]:
+    return {"versions": found["versions"]}
 
 
 def _note(found: dict[str, Any], jax: Worker, warm: dict[str, Any]) -> None:
-    found["jax"] = warm
+    """Our side's warm-up into the record; a failure takes no place of what an earlier command has measured."""
+    if "error" in warm and any("ratio" in one for one in found["torch"].values()):
+        return
+    found["jax"] = found.get("jax", {}) | warm | _stamp(found)
     if "error" not in jax.ready:
         found["flops"] = jax.ready["flops"]
         found["jax"]["prepare_s"] = jax.ready["prepare_s"]

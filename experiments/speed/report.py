@@ -127,7 +127,9 @@ def markdown(card: Mapping[str, Any]) -> str:
             notes.append(f"{name} is not finished; the same command goes on.")
         parts = {"": record, JAX: record.get("jax", {}), **record.get("torch", {})}
         notes += [f"{name} {way} failed: {one['error']}" for way, one in parts.items() if "error" in one]
-    seen = dict.fromkeys(", ".join(f"{n} {v}" for n, v in r["versions"].items()) for r in card["workloads"].values())
+    sides = [one for r in card["workloads"].values() for one in (r.get("jax", {}), *r.get("torch", {}).values())]
+    versions = (one["versions"] for one in sides if "versions" in one)
+    seen = dict.fromkeys(", ".join(f"{n} {v}" for n, v in one.items()) for one in versions)
     return "\n\n".join([f"### {card['card']}", table, *notes, *(f"Measured with {text}." for text in seen)]) + "\n"
 
 

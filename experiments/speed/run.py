@@ -3,9 +3,10 @@
     python -m experiments.speed.run --device=cpu|gpu [--only=lcd-sd15] [--budget_s=540] [--profile] [--list]
     python -m experiments.speed.run --report
 
-Results go to results/<card>.json as soon as they are there; what is there is not measured again (--again does), so a
-run that was cut is continued by the same command. `--profile` traces our side of each workload chosen by --only, into
---profiles, instead of timing it. `--report` makes table.md, the charts and README.md's section of all cards.
+Results go to results/<card>.json as soon as they are there; what is there is not measured again (but with --again, and
+with other versions of the packages), so a run that was cut is continued by the same command. `--profile` traces our
+side of each workload chosen by --only, into --profiles, instead of timing it. `--report` makes table.md, the charts
+and README.md's section of all cards.
 Needs lcm_jax[torch].
 """
 
@@ -85,19 +86,21 @@ def run(chosen: list[Workload], args: argparse.Namespace, deadline: float, say: 
     path = args.results / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     card = json.loads(path.read_text()) if path.exists() else {"card": name, "device": args.device, "workloads": {}}
 
+    now = versions()
+
     def keep() -> None:
         with files.new_file(path) as partial:
             partial.write_text(json.dumps(card, indent=1) + "\n")
 
     for workload in chosen:
-        found = {} if args.again else card["workloads"].get(workload.name, {})
+        found = {} if args.again else measure.current(card["workloads"].get(workload.name, {}), now)
         if measure.complete(found):
             say(f"{workload.name}: measured already")
             continue
         if deadline - time.monotonic() < LEAST_S:
             raise OutOfTime
         say(workload.name)
-        found |= {"workload": dataclasses.asdict(workload), "versions": versions()}
+        found |= {"workload": dataclasses.asdict(workload), "versions": now}
         card["workloads"][workload.name] = found
 
         def start(side: str, workload: Workload = workload) -> Worker:

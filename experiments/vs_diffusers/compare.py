@@ -8,6 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 FIRST = 10  # steps over which rounding alone may tell the sides apart
+FALSE_ALARMS = 0.05  # share of verdicts "no" about sides that are equal
+# Student's t, two-sided, at FALSE_ALARMS, for 1, 2, ... degrees of freedom.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+               2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,38 +43,60 @@ def apart(a: Mapping[int, float], b: Mapping[int, float]) -> Apart:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """One metric over seeds, of both sides: means, standard deviations, and the difference in standard errors."""
+    """One metric over seeds, of both sides, and their difference b - a, taken within each seed.
+
+    Attributes:
+      deviations: of each side over seeds; None of one seed.
+      difference: its mean over seeds.
+      error: the standard error of that mean; None of one seed.
+      limit: standard errors up to which the difference is seed noise; None of one seed.
+    """
 
     metric: str
     steps: int
     means: tuple[float, float]
-    deviations: tuple[float, float]
-    standard_errors: float
+    deviations: tuple[float, float] | None
+    difference: float
+    error: float | None
+    limit: float | None
 
     @property
-    def agrees(self) -> bool:
-        """Within seed noise: the means lie no more than two standard errors of their difference apart."""
-        return self.standard_errors <= 2.0
+    def agrees(self) -> bool | None:
+        """Within seed noise, by the paired t test at FALSE_ALARMS; None of one seed, which tells of no noise."""
+        return None if self.error is None else abs(self.difference) <= self.limit * self.error
 
 
 def agreement(metric: str, steps: int, a: Sequence[float], b: Sequence[float]) -> Agreement:
-    """Of the values that each side's seeds have. The error is that of the unpaired difference of the means."""
+    """Of the values that each side's seeds have, in the same order of seeds."""
     means = statistics.fmean(a), statistics.fmean(b)
-    deviations = tuple(statistics.stdev(values) if len(values) > 1 else math.nan for values in (a, b))
-    error = math.sqrt(sum(d**2 / len(values) for d, values in zip(deviations, (a, b), strict=True)))
-    difference = abs(means[0] - means[1])
-    errors = 0.0 if difference == 0 else difference / error if error else math.inf
-    return Agreement(metric, steps, means, deviations, errors)
+    differences = [y - x for x, y in zip(a, b, strict=True)]
+    difference, seeds = statistics.fmean(differences), len(differences)
+    if seeds == 1:
+        return Agreement(metric, steps, means, None, difference, None, None)
+    deviations = statistics.stdev(a), statistics.stdev(b)
+    error = statistics.stdev(differences) / math.sqrt(seeds)
+    return Agreement(metric, steps, means, deviations, difference, error, t_quantile(seeds - 1))
+
+
+def t_quantile(freedom: int) -> float:
+    """|t| that FALSE_ALARMS of all draws exceed. Beyond the table by the expansion of Cornish and Fisher."""
+    if freedom <= len(T_QUANTILES):
+        return T_QUANTILES[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(1 - FALSE_ALARMS / 2)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def markdown(found: Sequence[Agreement], sides: tuple[str, str]) -> str:
     """The table of agreements."""
     form = {"caption accuracy": lambda x: f"{100 * x:.1f} %", "Frechet distance": lambda x: f"{x:.2f}"}
-    lines = [f"| metric | steps | {sides[0]} | {sides[1]} | difference in standard errors | within seed noise |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [f"| metric | steps | {sides[0]} | {sides[1]} | difference | in standard errors | within seed noise |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
     for one in found:
         show = form[one.metric]
-        cells = [f"{show(m)} ± {show(d)}" for m, d in zip(one.means, one.deviations, strict=True)]
-        verdict = "yes" if one.agrees else "no"
-        lines.append(f"| {one.metric} | {one.steps} | {' | '.join(cells)} | {one.standard_errors:.1f} | {verdict} |")
+        spread = [f" ± {show(d)}" for d in one.deviations] if one.deviations else ["", ""]
+        cells = [show(mean) + text for mean, text in zip(one.means, spread, strict=True)]
+        errors = f"{one.difference / one.error:.1f} (up to {one.limit:.1f})" if one.error else ""
+        verdict = {True: "yes", False: "no", None: "one seed"}[one.agrees]
+        lines.append(f"| {one.metric} | {one.steps} | {' | '.join(cells)} | {show(one.difference)} | {errors} "
+                     f"| {verdict} |")  # fmt: skip
     return "\n".join(lines) + "\n"

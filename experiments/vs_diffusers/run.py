@@ -27,6 +27,7 @@ from experiments.shapes_lcm import table
 from experiments.shapes_teacher import teacher_rows
 from experiments.speed import svg
 from experiments.vs_diffusers import compare
+from lcm_jax import config as config_lib
 from lcm_jax import files, pretrained
 from lcm_jax.errors import LcmError
 from lcm_jax.generate import Generator, settings_for
@@ -41,8 +42,11 @@ SMOOTH = 10  # steps of the running mean in the figure
 RESULTS = ("table.md", "table.json", "curves.svg")
 NOTE = """
 {seeds} seed(s), {steps} steps of {batch} pictures each; {count} pictures of held-out captions from the same noise,
-guidance scale {scale:g}; mean ± standard deviation over seeds. Standard errors are those of the difference of the two
-means; up to 2 is called seed noise.
+guidance scale {scale:g}; mean ± standard deviation over seeds. Both sides of a seed have the same data and draws, so
+the difference is taken within each seed: its mean over seeds in standard errors of that mean, which is called seed
+noise up to the t quantile that equal sides exceed in 5 % of all cases. Of {verdicts} such verdicts about equal sides
+{alarms:.1f} are expected to be "no" by chance; "yes" says that this many seeds show no difference, not that there is
+none. One seed decides nothing.
 
 | seed | largest difference of the losses | median | in the first {first} steps | of the last tenth's means |
 |---|---|---|---|---|
@@ -66,9 +70,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_config(seed: int, steps: int) -> ConfigDict:
-    """The demo's config with a line for every step, and no pictures on the way."""
-    config = runpy.run_path(CONFIG)["get_config"]()
-    config.seed, config.train.steps = seed, steps
+    """The demo's config for `steps`, its decay in proportion, with a line for every step and no pictures on the way."""
+    config = stage.with_steps(runpy.run_path(CONFIG)["get_config"](), steps)
+    config.seed = seed
     config.log.every, config.sample.every = 1, 0
     return config
 
@@ -97,10 +101,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def made(config: ConfigDict, folder: Path, side: str, say: Callable[[str], None]) -> bool:
-    """Trains one side in FOLDER/SIDE unless its export is there, made by as many steps. False where it was stopped."""
-    done = folder / side / "trained.json"
-    if done.exists() and json.loads(done.read_text())["steps"] == config.train.steps:
-        return True
+    """Trains one side in FOLDER/SIDE unless its export is there, made by as many steps. False where it was stopped.
+
+    Raises:
+      LcmError: what is there was trained with another config, or for more steps.
+    """
+    done, resolved = folder / side / "trained.json", config_lib.resolve(config)
+    if done.exists():
+        before = json.loads(done.read_text())
+        stage.check_same(before["config"], resolved, folder / side)
+        stage.check_not_beyond(before["steps"], config, folder / side)
+        if before["steps"] == config.train.steps:
+            return True
     for stale in (done, folder / side / "rows.json"):
         stale.unlink(missing_ok=True)
     if side == "jax":
@@ -112,7 +124,8 @@ def made(config: ConfigDict, folder: Path, side: str, say: Callable[[str], None]
 
         shutil.rmtree(folder / side / "export", ignore_errors=True)
         torch_run.trained_and_exported(config, folder / side, say)
-    files.write_text(done, json.dumps({"steps": config.train.steps}) + "\n")
+    record = {"steps": config.train.steps, "config": json.loads(config_lib.to_json(resolved))}
+    files.write_text(done, json.dumps(record) + "\n")
     return True
 
 
@@ -157,6 +170,7 @@ def write_results(args: argparse.Namespace, rows: Mapping[tuple[int, str], list[
     note = NOTE.format(
         seeds=args.seeds, steps=args.steps, batch=config.data.batch_size, count=args.count,
         scale=rows[0, "jax"][0].guidance_scale, first=compare.FIRST, curves="\n".join(lines),
+        verdicts=len(found), alarms=compare.FALSE_ALARMS * len(found),
     )  # fmt: skip
     (args.workdir / "table.md").write_text(compare.markdown(found, tuple(SIDES.values())) + note)
     text = {

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionPipeline, UNet
 from ml_collections import ConfigDict
 from transformers import CLIPTextModel
 
+from experiments import stage
 from experiments.vs_diffusers import draws, torch_lcd
 from lcm_jax import assets, files
 from lcm_jax import config as config_lib
@@ -20,7 +21,11 @@ SAVE_EVERY = 100
 
 
 def trained_and_exported(config: ConfigDict, workdir: Path, say: Callable[[str], None]) -> None:
-    """Trains as `config` says on the embedded teacher, from WORKDIR's checkpoint on, and writes WORKDIR/export."""
+    """Trains as `config` says on the embedded teacher, from WORKDIR's checkpoint on, and writes WORKDIR/export.
+
+    Raises:
+      LcmError: the checkpoint is of another config, or of more steps than are asked for.
+    """
     config_lib.validate(config)
     config = config_lib.resolve(config)
     source = assets.resolve(config.model.teacher)
@@ -28,13 +33,13 @@ def trained_and_exported(config: ConfigDict, workdir: Path, say: Callable[[str],
     pipeline = load_pipeline(source)
     batch, draw = draws.make_batches(config, pipeline, encode, say), draws.make_draw(config, *draws.shapes(config))
     workdir.mkdir(parents=True, exist_ok=True)
-    losses = restored(trainer, workdir / CHECKPOINT)
+    losses = restored(trainer, config, workdir)
     say(f"torch: steps {len(losses) + 1} to {config.train.steps} into {workdir}")
     while len(losses) < config.train.steps:
         step = len(losses)
         losses.append(float(torch_lcd.train_step(trainer, batch(step), draw(step))))
         if len(losses) % SAVE_EVERY == 0 or len(losses) == config.train.steps:
-            save(trainer, losses, workdir)
+            save(trainer, losses, config, workdir)
     export(trainer, config, source, workdir / "export")
 
 
@@ -51,9 +56,9 @@ def prepared(config: ConfigDict, source: str) -> tuple[torch_lcd.Trainer, Callab
     return torch_lcd.make_trainer(config, method, teacher, null), encode
 
 
-def save(trainer: torch_lcd.Trainer, losses: list[float], workdir: Path) -> None:
-    """The run's state and its curve."""
-    state = {"losses": losses}
+def save(trainer: torch_lcd.Trainer, losses: list[float], config: ConfigDict, workdir: Path) -> None:
+    """The run's state, with its config, and its curve."""
+    state = {"losses": losses, "config": config_lib.to_json(config)}
     for part in ("student", "target", "optimizer", "rate"):
         state[part] = getattr(trainer, part).state_dict()
     with files.new_file(workdir / CHECKPOINT) as partial:
@@ -63,11 +68,14 @@ def save(trainer: torch_lcd.Trainer, losses: list[float], workdir: Path) -> None
         partial.write_text("\n".join(lines) + "\n")
 
 
-def restored(trainer: torch_lcd.Trainer, path: Path) -> list[float]:
+def restored(trainer: torch_lcd.Trainer, config: ConfigDict, workdir: Path) -> list[float]:
     """Losses of the steps already made, whose state goes into `trainer`; none where there is no checkpoint."""
+    path = workdir / CHECKPOINT
     if not path.exists():
         return []
     state = torch.load(path, weights_only=True)
+    stage.check_same(json.loads(state["config"]), config, workdir)
+    stage.check_not_beyond(len(state["losses"]), config, workdir)
     for part in ("student", "target", "optimizer", "rate"):
         getattr(trainer, part).load_state_dict(state[part])
     return state["losses"]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from lcm_jax.errors import LcmError
 from lcm_jax.generate import Generator, Settings, draw_noise, to_uint8
 
 Drawn = tuple[np.ndarray, np.ndarray, float]  # numbers [b], pictures uint8 [b H W 3], seconds
@@ -34,6 +35,9 @@ def draw(
     The numbers of the last batch may be fewer than `batch_size`, the pictures are as many as they. `seconds` are of
     the whole batch, text encoding not included; those of the first are the compiler's, too.
 
+    Raises:
+      LcmError: pictures that are not finite.
+
     Args:
       seed, shape: of the noise (`generate.draw_noise`).
       repeat: draws the first batch again, where there are fewer batches than this, and gives it with no numbers.
@@ -44,10 +48,15 @@ def draw(
         cond = jax.block_until_ready(generator.encode([captions[n] for n in numbers], report=False))
         noise = draw_noise(seed, numbers, settings.steps if settings.sampler == "lcm" else 1, shape)
         begun = time.perf_counter()
-        images = to_uint8(generator(cond, noise, guidance_scale, settings))
+        images = np.asarray(generator(cond, noise, guidance_scale, settings))
         seconds = time.perf_counter() - begun
+        bad = [int(n) for n, image in zip(numbers, images, strict=True) if not np.isfinite(image).all()]
+        if bad:
+            raise LcmError(f"pictures {', '.join(map(str, dict.fromkeys(bad)))} of {settings.sampler} with "
+                           f"{settings.steps} steps are not finite, and would be measured as black ones; try "
+                           "--dtype=float32, and see whether the weights are finite")
         new = len(np.unique(numbers)) if i < len(parts) else 0
-        yield numbers[:new], images[:new], seconds
+        yield numbers[:new], to_uint8(images[:new]), seconds
 
 
 def evaluations(generator: Generator, settings: Settings, guidance_scale: float) -> int:

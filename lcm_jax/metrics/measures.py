@@ -116,6 +116,7 @@ def load(
     reference: Reference,
     mesh: Mesh | None = None,
     batch_size: int = 32,
+    style: str = "plain",
 ) -> Measure:
     """The measure with its weights.
 
@@ -125,13 +126,14 @@ def load(
       size: of the pictures: height and width.
       reference: what it compares with, where it does.
       mesh, batch_size: see `features.load_extractor`.
+      style: of the held-out renders that the shapes are compared with.
 
     Raises:
       LcmError: weights damaged or of another network; no reference, one of another network or resolution, or of too
         few pictures; captions or pictures that are not of the shapes set; too few pictures.
     """
     if spec.name == "shapes":
-        measure = _shapes(captions, size)
+        measure = _shapes(captions, size, style)
     elif spec.name == "clip_score":
         measure = _clip_score(clip_score.load_clip(spec.path, mesh=mesh, batch_size=batch_size))
     else:
@@ -155,7 +157,7 @@ def check_used(reference: Reference, measures: Sequence[Measure]) -> None:
                            f"({origin.hash[:12]}); the metrics' are {wanted}: compute them with these weights")
 
 
-def _shapes(captions: Sequence[str], size: tuple[int, int]) -> Measure:
+def _shapes(captions: Sequence[str], size: tuple[int, int], style: str) -> Measure:
     side = shapes.RESOLUTION
     if size != (side, side):
         raise LcmError(f"--metric=shapes: the scorer reads pictures of {side} x {side}, these are {size[1]} x "
@@ -163,13 +165,14 @@ def _shapes(captions: Sequence[str], size: tuple[int, int]) -> Measure:
     labels = shapes.label_arrays(captions)
     network = load_extractor("shapes")
     about = {"network": network.name, "sha256": network.hash, "reference": {"from": "held-out renders",
-             "pictures": captions_lib.REFERENCES}}  # fmt: skip
+             "pictures": captions_lib.REFERENCES, "style": style}}  # fmt: skip
+    reference = functools.partial(captions_lib.reference, style)
 
     def finish(read: list) -> dict[str, float]:
-        accuracy, distance = captions_lib.judge(*captions_lib.joined(read), labels, captions_lib.reference())
+        accuracy, distance = captions_lib.judge(*captions_lib.joined(read), labels, reference())
         return {"caption_accuracy": accuracy, "shapes_frechet": distance}
 
-    return Measure("shapes", network.dim + 1, about, captions_lib.reference,
+    return Measure("shapes", network.dim + 1, about, reference,
                    lambda read, images, _: [*(read or []), shapes_scorer.score(images)], finish)
 
 

@@ -1,13 +1,17 @@
-"""The plot of a table: every quality against the number of steps, and against time per image."""
+"""The plot of a table: every quality against steps and time per image; of none, time per image against steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lcm_jax import files
 from lcm_jax.errors import LcmError
-from lcm_jax.metrics.table import COLUMNS, Row, columns
+from lcm_jax.metrics.table import COLUMNS, Row, columns, sampler_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INCHES = (4.5, 3.0)  # of one panel
 
@@ -25,7 +29,7 @@ def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows of one model, sampler and guidance scale, by falling names, each by rising steps: what a line joins."""
     found: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.steps):
-        found.setdefault(f"{row.model}, {row.sampler}, scale {row.guidance_scale:g}", []).append(row)
+        found.setdefault(f"{row.model}, {sampler_of(row)}, scale {row.guidance_scale:g}", []).append(row)
     return dict(sorted(found.items()))
 
 
@@ -41,26 +45,49 @@ def write(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     keys, lines = panels(rows), series(rows)
-    figure = Figure(figsize=(2 * INCHES[0], INCHES[1] * len(keys) + 0.3 * len(lines)), layout="constrained")
-    axes = figure.subplots(len(keys), 2, sharey="row", squeeze=False)
-    for key, (left, right) in zip(keys, axes, strict=True):
-        for name, members in lines.items():
-            shown = [row for row in members if row.values.get(key) is not None]
-            values = [row.values[key] for row in shown]
-            left.plot([row.steps for row in shown], values, marker="o", markersize=4, label=name)
-            right.plot([row.milliseconds for row in shown], values, marker="o", markersize=4)
-        better = "higher" if COLUMNS[key].higher_is_better else "lower"
-        left.set_ylabel(f"{COLUMNS[key].title} ({better} is better)")
-        left.set_xscale("log", base=2)
-        steps = sorted({row.steps for row in rows})
-        left.set_xticks(steps, [str(n) for n in steps])
-        left.minorticks_off()
-        right.set_xscale("log")
-        for panel in (left, right):
-            panel.grid(alpha=0.3)
+    size = (2 * INCHES[0], INCHES[1] * max(1, len(keys)) + 0.3 * len(lines))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(max(1, len(keys)), 2 if keys else 1, sharey="row", squeeze=False)
+    if not keys:
+        _latency(axes[0][0], rows, lines)
+    for key, pair in zip(keys, axes, strict=False):
+        _quality(key, *pair, rows, lines)
+    if keys:
+        axes[-1][1].set_xlabel("ms per image")
     axes[-1][0].set_xlabel("steps")
-    axes[-1][1].set_xlabel("ms per image")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize="small")
     with files.new_file(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
+
+
+def _quality(key: str, left: Axes, right: Axes, rows: Sequence[Row], lines: Mapping[str, Sequence[Row]]) -> None:
+    """One value against steps (left) and against time (right)."""
+    for name, members in lines.items():
+        shown = [row for row in members if row.values.get(key) is not None]
+        values = [row.values[key] for row in shown]
+        left.plot([row.steps for row in shown], values, marker="o", markersize=4, label=name)
+        right.plot([row.milliseconds for row in shown], values, marker="o", markersize=4)
+    better = "higher" if COLUMNS[key].higher_is_better else "lower"
+    left.set_ylabel(f"{COLUMNS[key].title} ({better} is better)")
+    _scale_of_steps(left, rows)
+    right.set_xscale("log")
+    right.grid(alpha=0.3)
+
+
+def _latency(panel: Axes, rows: Sequence[Row], lines: Mapping[str, Sequence[Row]]) -> None:
+    """Time per image against steps."""
+    for name, members in lines.items():
+        steps, times = [row.steps for row in members], [row.milliseconds for row in members]
+        panel.plot(steps, times, marker="o", markersize=4, label=name)
+    panel.set_ylabel("ms per image")
+    panel.set_yscale("log")
+    _scale_of_steps(panel, rows)
+
+
+def _scale_of_steps(panel: Axes, rows: Sequence[Row]) -> None:
+    panel.set_xscale("log", base=2)
+    steps = sorted({row.steps for row in rows})
+    panel.set_xticks(steps, [str(n) for n in steps])
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)

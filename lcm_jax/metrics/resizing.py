@@ -114,8 +114,10 @@ def read_processor(folder: Path) -> Processor:
         raise UnsupportedConfig("resample", resample, tuple(_FILTERS))
     if abs(scale * 255 - 1) > 1e-6:
         raise UnsupportedConfig("rescale_factor", scale, "1/255")
+    kind = config.get("image_processor_type", config.get("feature_extractor_type", "CLIP"))
+    crops = str(kind).startswith(("CLIP", "Bit"))  # what these two do unless told otherwise
     try:
-        crop = _size(config["crop_size"]) if config.get("do_center_crop", False) else None
+        crop = _size(config["crop_size"]) if config.get("do_center_crop", crops) else None
         crop = (crop, crop) if isinstance(crop, int) else crop
         mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
         return Processor(_size(config["size"]), crop, mean, std, resample=resample)

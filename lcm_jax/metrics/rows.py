@@ -40,12 +40,21 @@ class Subject:
 
 
 def comparison(
-    found: Inputs, seed: int, size: tuple[int, int], taken: Sequence[Measure], teacher: Pipeline | None
+    found: Inputs,
+    seed: int,
+    size: tuple[int, int],
+    taken: Sequence[Measure],
+    teacher: Pipeline | None,
+    endpoint_steps: int,
 ) -> dict[str, Any]:
-    """What all rows of a table share (`Row.comparison`). teacher: of the one-step error, beside the shapes' measure."""
+    """What all rows of a table share (`Row.comparison`).
+
+    teacher, endpoint_steps: of the one-step error, beside the shapes' measure; see `Endpoints`.
+    """
     metrics = {measure.name: dict(measure.about) for measure in taken}
     if teacher is not None:
         metrics["shapes"] |= {"teacher": encoding.weights_hash(teacher.params["unet"])}
+        metrics["shapes"] |= {"endpoint_steps": endpoint_steps}
     return table.plain({
         "seed": seed, "pictures": len(found.captions), "prompts": found.about(), "height": size[0], "width": size[1],
         "metrics": metrics,

@@ -176,7 +176,10 @@ def _read(path: str | Path, extractor: Extractor | None) -> tuple[Origin, dict[s
     if not path.is_file():
         raise LcmError(f"{path} does not exist; compute the statistics first")
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        stored = np.load(path, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array alone")
+        with stored:
             arrays = {key: stored[key] for key in stored.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise LcmError(f"{path} cannot be read as .npz ({error}); compute the statistics again") from error
@@ -184,6 +187,8 @@ def _read(path: str | Path, extractor: Extractor | None) -> tuple[Origin, dict[s
     if missing or not ("features" in arrays or {"mu", "sigma"} <= arrays.keys()):
         raise LcmError(f"{path} does not say which network its statistics are of (it has {', '.join(arrays)}); they "
                        "cannot be compared, compute them anew from the pictures")
+    if wrong := _misshapen(arrays):
+        raise LcmError(f"{path}: {wrong}; compute the statistics again")
     resolution = tuple(int(n) for n in arrays["resolution"])
     origin = Origin(str(arrays["name"]), str(arrays["hash"]), resolution)
     if extractor is not None:
@@ -192,3 +197,21 @@ def _read(path: str | Path, extractor: Extractor | None) -> tuple[Origin, dict[s
         except LcmError as error:
             raise LcmError(f"{path}: {error}") from None
     return origin, arrays
+
+
+def _misshapen(arrays: dict[str, np.ndarray]) -> str | None:
+    """What array has not the shape or kind of numbers of the module's layout; None: all have."""
+    numbers = {"resolution": "iu", "count": "iu"}
+    shapes = {"name": (), "hash": (), "resolution": (2,), "count": ()}
+    if "features" in arrays:
+        numbers["features"], shapes["features"] = "f", (arrays["features"].shape + (0, 0))[:2]
+    else:
+        dim = (arrays["mu"].shape + (0,))[0]
+        numbers |= {"mu": "f", "sigma": "f"}
+        shapes |= {"mu": (dim,), "sigma": (dim, dim)}
+    for key, shape in shapes.items():
+        if arrays[key].shape != shape:
+            return f"its {key} has the shape {list(arrays[key].shape)}, {list(shape)} is expected"
+        if arrays[key].dtype.kind not in numbers.get(key, "U"):
+            return f"its {key} is of {arrays[key].dtype}, which is of another kind than is saved"
+    return None

@@ -1,11 +1,12 @@
 """The rows of an evaluation, each kept in a file of its own as soon as it is there, and the table made of them.
 
-    FOLDER/rows/<sampler>_<steps>_<scale>_<model>.json     one `Row`
+    FOLDER/rows/<sampler>_<steps>_<scale>_<model>.json     one `Row`; <sampler>-<spacing> where it is not trailing
     FOLDER/table.json, FOLDER/table.md                     all of them that belong together
 
 Rows are compared with each other, so all of a folder share seed, prompts, number of pictures and resolution, and
 measure a thing with the same network against the same reference (`Row.comparison`). What a number also depends on, and
 may differ from row to row, is in `Row.settings`: a row is taken as it is only where both are what they would be now.
+Metrics that are asked for later are added to those that a row has.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lcm_jax.errors import LcmError
 
 FLAGS = {"seed": "--seed", "pictures": "--count", "prompts": "--prompts or --source", "height": "--height",
          "width": "--width"}  # fmt: skip
+FLAGS_OF_ROWS = ("dtype", "spacing", "negative_prompt", "tiled")  # which the notes name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,9 @@ COLUMNS = {
     "cmmd": Column("CMMD", "{:.3f}"),
     "fd_dinov2": Column("FD-DINOv2", "{:.1f}"),
 }
+
+
+VALUES = {"shapes": ("caption_accuracy", "shapes_frechet", "endpoint_error")}  # of a metric, if not one of its name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +84,26 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def file_of(folder: Path, model: str, sampler: str, steps: int, guidance_scale: float) -> Path:
+def sampler_of(row: Row) -> str:
+    """The row's sampler, with the spacing of its timesteps if a baseline's and not trailing: "ddim-leading"."""
+    spacing = row.settings.get("sampling", {}).get("spacing", "trailing")
+    return row.sampler if row.sampler == "lcm" or spacing == "trailing" else f"{row.sampler}-{spacing}"
+
+
+def file_of(folder: Path, row: Row) -> Path:
     """Where a row is kept."""
-    name = hashlib.sha256(model.encode()).hexdigest()[:12]
-    return folder / "rows" / f"{sampler}_{steps}_{guidance_scale:g}_{name}.json"
+    name = hashlib.sha256(row.model.encode()).hexdigest()[:12]
+    return folder / "rows" / f"{sampler_of(row)}_{row.steps}_{row.guidance_scale:g}_{name}.json"
 
 
 def keep(folder: Path, row: Row) -> None:
-    """Writes the row's file, whole or not at all; one of the same model, sampler, steps and scale is replaced."""
-    path = file_of(folder, row.model, row.sampler, row.steps, row.guidance_scale)
+    """Writes the row's file, whole or not at all; one of the same model, sampler, steps and scale is replaced.
+
+    Where that one's settings are the same, its values of metrics that the new row has not are taken over.
+    """
+    path = file_of(folder, row)
+    if path.exists():
+        row = with_metrics_of(row, _read(path))
     with files.new_file(path) as partial:
         partial.write_text(json.dumps(dataclasses.asdict(row), indent=1) + "\n", encoding="utf-8")
 
@@ -98,14 +114,32 @@ def kept(folder: Path) -> list[Row]:
     Raises:
       LcmError: a file that is no row.
     """
-    rows = []
-    for path in sorted((folder / "rows").glob("*.json")):
-        found = files.read_json(path)
-        try:
-            rows.append(Row(**{**found, "quartiles": tuple(found["quartiles"])}))
-        except (TypeError, KeyError):
-            raise LcmError(f"{path} is no row of a table; delete it, and it is measured again") from None
-    return sorted(rows, key=lambda row: (row.model, row.sampler, row.guidance_scale, row.steps))
+    rows = [_read(path) for path in sorted((folder / "rows").glob("*.json"))]
+    return sorted(rows, key=lambda row: (row.model, sampler_of(row), row.guidance_scale, row.steps))
+
+
+def _read(path: Path) -> Row:
+    found = files.read_json(path)
+    try:
+        return Row(**{**found, "quartiles": tuple(found["quartiles"])})
+    except (TypeError, KeyError):
+        raise LcmError(f"{path} is no row of a table; delete it, and it is measured again") from None
+
+
+def with_metrics_of(row: Row, old: Row) -> Row:
+    """`row` with the values of metrics that `old` has alone, where their pictures are the same."""
+    if same_origin([_drawn(old.comparison), old.settings]) != same_origin([_drawn(row.comparison), row.settings]):
+        return row
+    metrics = row.comparison["metrics"]
+    added = {name: about for name, about in old.comparison["metrics"].items() if name not in metrics}
+    keys = {key for name in added for key in VALUES.get(name, (name,))}
+    values = {key: value for key, value in old.values.items() if key in keys} | dict(row.values)
+    return dataclasses.replace(row, values=values, comparison={**row.comparison, "metrics": added | dict(metrics)})
+
+
+def _drawn(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a comparison the pictures depend on."""
+    return {key: value for key, value in comparison.items() if key != "metrics"}
 
 
 def check_comparable(folder: Path, rows: Sequence[Row], comparison: Mapping[str, Any]) -> None:
@@ -119,8 +153,8 @@ def check_comparable(folder: Path, rows: Sequence[Row], comparison: Mapping[str,
                                f"{_short(now)}; rows of one table share it: give the same {flag}, or another --out")
         for metric in row.comparison["metrics"].keys() & comparison["metrics"].keys():
             if same_origin(row.comparison["metrics"][metric]) != same_origin(comparison["metrics"][metric]):
-                raise LcmError(f"--out={folder} holds a row ({name}) whose {metric} was measured with another network "
-                               "or reference; give the same ones, or another --out")
+                raise LcmError(f"--out={folder} holds a row ({name}) whose {metric} was measured with another network, "
+                               "reference or --endpoint_steps; give the same ones, or another --out")
 
 
 def same_origin(value: Any) -> Any:
@@ -136,8 +170,10 @@ def _short(value: Any) -> str:
 
 
 def is_current(row: Row, comparison: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether measuring the row again would give the same."""
-    return same_origin([row.comparison, row.settings]) == same_origin([comparison, settings])
+    """Whether measuring the row again would give nothing else and nothing more."""
+    has = row.comparison["metrics"]
+    of_row = {**row.comparison, "metrics": {name: has[name] for name in comparison["metrics"] if name in has}}
+    return same_origin([of_row, row.settings]) == same_origin([dict(comparison), settings])
 
 
 def belongs(row: Row, model: str, settings: Mapping[str, Any]) -> bool:
@@ -159,7 +195,7 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         values = (row.values.get(key) for key in keys)
-        cells = [row.model, row.sampler, str(row.steps), f"{row.guidance_scale:g}", str(row.evaluations)]
+        cells = [row.model, sampler_of(row), str(row.steps), f"{row.guidance_scale:g}", str(row.evaluations)]
         cells += ["" if v is None else COLUMNS[k].form.format(v) for k, v in zip(keys, values, strict=True)]
         cells += [f"{row.milliseconds:.1f}", f"{row.compile_seconds:.1f}"]
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
@@ -176,6 +212,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     metrics = {name: about for row in rows for name, about in row.comparison["metrics"].items()}
     for name, about in metrics.items():
         lines.append(f"- {name}: " + "; ".join(f"{key} {_note(value)}" for key, value in about.items()) + ".")
+    lines.append("- " + "; ".join(filter(None, (_of_rows(rows, key) for key in FLAGS_OF_ROWS))) + ".")
     timed = {(row.settings["program"]["batch_size"], row.settings["program"]["device"]) for row in rows}
     where = ", ".join(f"batches of {size} on {device}" for size, device in sorted(timed))
     lines.append(
@@ -183,6 +220,24 @@ def notes(rows: Sequence[Row]) -> list[str]:
         f"text encoder; {where}. compile: the sampler's, once."
     )
     return lines
+
+
+def _of_rows(rows: Sequence[Row], key: str) -> str:
+    """What the rows were drawn with, by model where they differ: "dtype float32 (a), bfloat16 (b)".
+
+    Empty where the flag is of none of them.
+    """
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if key == "spacing" and row.sampler == "lcm":  # its timesteps are those it was distilled at
+            continue
+        part = row.settings["sampling" if key == "spacing" else "program"]
+        names = found.setdefault("none" if part[key] is None else str(part[key]), [])
+        if row.model not in names:
+            names.append(row.model)
+    if len(found) < 2:
+        return f"{key} {next(iter(found))}" if found else ""
+    return f"{key} " + ", ".join(f"{value} ({', '.join(names)})" for value, names in found.items())
 
 
 def _note(value: Any) -> str:

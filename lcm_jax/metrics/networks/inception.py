@@ -6,7 +6,7 @@ does otherwise than torchvision's Inception-v3 (Szegedy et al. 2015, arXiv:1512.
     average pools leave the zeros at the border out of the mean;  Mixed_7c pools by maximum, not by mean
     inputs are (x - 128) / 128 of x in 0..255
 
-and than its own TensorFlow reader: nothing. The resize to 299 x 299 is a part of the metric (resize variants):
+The resize to 299 x 299 is a part of the metric (resize variants):
 
     tf1       bilinear, source position i * in / out, no antialiasing: the original graph, torch-fidelity
     pytorch   bilinear, pixel centres, no antialiasing, inputs 2 x - 1 of x in 0..1: pytorch-fid
