@@ -61,15 +61,8 @@ class Asked:
 
 def parser() -> argparse.ArgumentParser:
     p = sample.Parser(prog="python -m lcm_jax.evaluate", description=__doc__.splitlines()[0])
-    p.add_argument("--model", required=True,
-                   help="model folder in diffusers format, hub id, single .safetensors, or \"shapes\"")  # fmt: skip
+    sample.add_model_arguments(p)
     p.add_argument("--name", help="of the model in the table; default: what --model, --unet and --lora say")
-    p.add_argument("--model_config", help="for a single file: folder or hub id with its tokenizers and configs")
-    p.add_argument("--unet", help="UNet folder to use instead")
-    p.add_argument("--vae", help="VAE folder to use instead")
-    p.add_argument("--variant", help="weight files to read, as fp16")
-    p.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="LoRA to merge; several times")
-    p.add_argument("--ignore_unused", action="store_true", help="go on if keys of a LoRA match no layer of the model")
     p.add_argument("--row", action="append", required=True, metavar="SAMPLER:STEPS[:SCALE]",
                    help="rows of the table; of lists with commas every combination; several times")  # fmt: skip
     p.add_argument("--metric", action="append", default=[], metavar="NAME[:WEIGHTS]",
@@ -86,17 +79,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--reference", action="append", type=Path, default=[], metavar="FILE.npz|FOLDER",
                    help="statistics, or pictures, to compare with; several times; default: the source's")  # fmt: skip
     p.add_argument("--references", type=int, help="pictures of the source to compare with; default: --count")
-    p.add_argument("--negative_prompt", help="what guidance leads away from; only for a UNet without w embedding")
     p.add_argument("--spacing", choices=samplers.SPACINGS, default="trailing", help="timesteps of the baselines")
     p.add_argument("--endpoint_steps", type=int, default=50, help="of the teacher's ODE: --metric=shapes, one step")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch_size", type=int, default=16, help="pictures drawn at once")
     p.add_argument("--timings", type=int, default=10, help="batches, at least, that a latency is the median of")
-    p.add_argument("--height", type=int, help="pixels; default: the model's")
-    p.add_argument("--width", type=int, help="pixels; default: the model's")
-    p.add_argument("--tiled", action="store_true", help="decode large pictures in tiles: less memory, faint seams")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the networks")
-    p.add_argument("--fsdp", type=int, default=1, help="devices that hold one copy of the weights together; -1: all")
+    sample.add_drawing_arguments(p)
     p.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True, help="plot.png, with matplotlib")
     p.add_argument("--out", type=Path, required=True, help="folder for the table; one that was begun goes on")
     return p

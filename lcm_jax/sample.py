@@ -192,8 +192,8 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="python -m lcm_jax.sample", description=__doc__.splitlines()[0])
+def add_model_arguments(p: argparse.ArgumentParser) -> None:
+    """The flags that say which model draws."""
     p.add_argument("--model", required=True,
                    help="model folder in diffusers format, hub id, single .safetensors, or \"shapes\"")  # fmt: skip
     p.add_argument("--model_config", help="for a single file: folder or hub id with its tokenizers and configs")
@@ -203,9 +203,24 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
                    help="LoRA to merge: file, folder or hub id; may be given several times")  # fmt: skip
     p.add_argument("--ignore_unused", action="store_true", help="go on if keys of a LoRA match no layer of the model")
+
+
+def add_drawing_arguments(p: argparse.ArgumentParser) -> None:
+    """The flags that say how any model draws."""
+    p.add_argument("--negative_prompt", help="what guidance leads away from; only for a UNet without w embedding")
+    p.add_argument("--height", type=int, help="pixels; default: the model's")
+    p.add_argument("--width", type=int, help="pixels; default: the model's")
+    p.add_argument("--tiled", action="store_true", help="decode large pictures in tiles: less memory, faint seams")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the networks")
+    p.add_argument("--fsdp", type=int, default=1,
+                   help="devices that hold one copy of the weights together; -1: all")  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="python -m lcm_jax.sample", description=__doc__.splitlines()[0])
+    add_model_arguments(p)
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
     p.add_argument("--prompts", type=Path, help="text file, one prompt per line")
-    p.add_argument("--negative_prompt", help="what guidance leads away from; only for a UNet without w embedding")
     p.add_argument("--sampler", choices=SAMPLERS, default="lcm")
     p.add_argument("--spacing", choices=samplers.SPACINGS, default="trailing", help="timesteps of ddim and dpm")
     p.add_argument("--steps", type=int, default=4)
@@ -215,12 +230,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--num_images", type=int, default=4, help="pictures per prompt")
     p.add_argument("--batch_size", type=int, default=4, help="pictures drawn at once")
-    p.add_argument("--height", type=int, help="pixels; default: the model's")
-    p.add_argument("--width", type=int, help="pixels; default: the model's")
-    p.add_argument("--tiled", action="store_true", help="decode large pictures in tiles: less memory, faint seams")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the networks")
-    p.add_argument("--fsdp", type=int, default=1,
-                   help="devices that hold one copy of the weights together; -1: all")  # fmt: skip
+    add_drawing_arguments(p)
     p.add_argument("--out", type=Path, required=True, help="folder for the PNG files")
     return p
 
