@@ -26,7 +26,7 @@ SIXTEEN = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}
 LEAN = {"model.teacher_dtype": "bfloat16"}
 MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]]]] = {
     "sdxl": ("sdxl_lcm", {
-        "v5e": (3, {"mesh.fsdp": 16, "train.remat": "block"}),
+        "v5e": (6, {"mesh.fsdp": 16, "train.remat": "block"}),
         "v5p": (8, {"mesh.fsdp": 16}),
         "v6e": (6, {"mesh.fsdp": 16, "train.remat": "block"}),
     }),
