@@ -5,10 +5,12 @@ import runpy
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from experiments.ablations import run, studies
+from experiments.ablations import figure, run, studies
 from lcm_jax import config as config_lib
 from lcm_jax.errors import LcmError
+from lcm_jax.metrics import table
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,7 +62,8 @@ def test_settings_of_the_command_line():
 
 
 def asked(name: str, **changes) -> argparse.Namespace:
-    options = {"config": ROOT / "configs" / f"{name}.py", "set": [], "steps": None, "count": None, "plot": False}
+    options = {"config": ROOT / "configs" / f"{name}.py", "set": [], "steps": None, "count": None, "evaluate": None,
+               "plot": False}  # fmt: skip
     return argparse.Namespace(**options | changes)
 
 
@@ -75,8 +78,24 @@ def test_the_decay_follows_the_steps():
         run.read_config(asked("shapes_lcm", steps=9, set=["train.steps=8"]))
 
 
-def test_count_is_of_the_embedded_model(tmp_path):
-    study = studies.STUDIES["ema"]
-    with pytest.raises(LcmError, match="--count=99 is of the embedded model"):
-        run.check(study, config("sd21_base_lcm"), tmp_path, asked("sd21_base_lcm", count=99))
+def test_how_models_are_measured_is_known_before_any_training(tmp_path):
+    study, plain = studies.STUDIES["ema"], config("sd21_base_lcm")
+    with pytest.raises(LcmError, match="sd21_base_lcm.py needs --evaluate='--source=... --metric=...'"):
+        run.check(study, plain, tmp_path, asked("sd21_base_lcm"))
+    with pytest.raises(LcmError, match="CLIP does not exist"):
+        options = f"--source=folder --path={tmp_path} --metric=clip_score:CLIP"
+        run.check(study, plain, tmp_path, asked("sd21_base_lcm", evaluate=options))
     run.check(study, config("shapes_lcm"), tmp_path, asked("shapes_lcm", count=99))
+
+
+def row(model: str, steps: int, scale: float, accuracy: float) -> table.Row:
+    return table.Row(model, "lcm", steps, scale, steps, {"caption_accuracy": accuracy}, 1.0, (1.0, 1.0), 1, 0.0, {}, {})
+
+
+def test_a_line_of_the_figure_ends_with_its_solver(tmp_path):
+    variants = ["DDIM, k = 1", "DDIM, k = 5", "DPM-Solver, k = 1"]
+    assert figure._lines([(0, 0.1), (1, 0.2), (2, 0.3)], variants) == [[(0, 0.1), (1, 0.2)], [(2, 0.3)]]
+    assert figure._lines([(0, 0.1), (1, 0.2)], ["EMA 0", "EMA 0.9"]) == [[(0, 0.1), (1, 0.2)]]
+    rows = [row(name, steps, 3.0, 0.5) for name in variants for steps in (1, 2)]
+    figure.write(rows, variants, tmp_path / "figure.png")
+    assert Image.open(tmp_path / "figure.png").format == "PNG"

@@ -1,60 +1,46 @@
 """The ablations of the LCM paper: trains each variant of a study, draws with it in 1, 2, 4 and 8 steps, and compares.
 
-    python -m experiments.ablations.run --study=solver|skip|guidance|ema|loss [--count=256] [--steps=N] [--publish]
+    python -m experiments.ablations.run --study=solver|skip|guidance|ema|loss [--steps=N] [--count=N] [--publish]
 
-    WORKDIR/<variant>/                            a run, its export/, and rows/ with what was measured of it
-    WORKDIR/<study>/{table.md,table.json,plot.png}
+    WORKDIR/<variant>/                     a run, and its export/
+    WORKDIR/<study>/                       table.md, table.json and rows/ of `lcm_jax.evaluate`, figure.png, study.md
 
 The same command goes on where it was stopped; a model that several studies have is trained once. `--publish` copies the
-results to experiments/ablations/<study>.{md,json,png}. Models of other teachers are measured by `lcm_jax.evaluate`,
-with the options that it is given by --evaluate; the paper's own runs are
+results to experiments/ablations/<study>.{md,json,png}. Models are measured by `lcm_jax.evaluate`, with the options that
+--evaluate gives; those of the embedded models are known. The paper's own runs are
 
     python -m experiments.ablations.run --study=solver --config=configs/sd21_base_lcm.py \\
-        --set=data.path='SHARDS/{00000..00999}.tar' \\
-        --evaluate='--source=webdataset --path=HELDOUT.tar --count=30000 --metric=fid:FILE --metric=clip_score:CLIP'
+        --set=data.path='SHARDS/{00000..00999}.tar' --count=30000 \\
+        --evaluate='--source=webdataset --path=HELDOUT.tar --metric=fid:FILE --metric=clip_score:CLIP'
 """
 
 import argparse
-import dataclasses
-import functools
-import json
 import runpy
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from experiments.ablations import studies
+from experiments.ablations import figure, studies
 from experiments.ablations.studies import STUDIES, Study
-from experiments.shapes_lcm import table
 from experiments.shapes_teacher import teacher_rows
 from experiments.stage import trained_and_exported, with_steps
 from lcm_jax import config as config_lib
 from lcm_jax import evaluate, files, pretrained
 from lcm_jax.errors import LcmError, exit_code
-from lcm_jax.generate import Generator, settings_for
-from lcm_jax.metrics import measures, plot
-from lcm_jax.metrics import table as metrics_table
-from lcm_jax.pretrained import load_pipeline
+from lcm_jax.metrics import measures, plot, table
 from lcm_jax.runtime.workdir import prepare_workdir
 
 STEPS = (1, 2, 4, 8)
-COUNT = 256  # pictures per row
 PAPER_SCALE = 9.0  # w = 8, of the paper's tables
-ENDPOINT_STEPS = 200  # DDIM steps of the ODE that one step is compared with, the same for every skip and solver
-RESULTS = {"table.md": "md", "table.json": "json", "plot.png": "png"}
-NOTE = (
-    "{count} pictures of held-out captions in every row, same noise; Frechet distance to {references} held-out renders "
-    "in the scorer's features. One-step error: RMSE to the teacher's guided ODE, solved by {endpoint} DDIM steps "
-    "whatever the student's own grid is, in standard deviations of the latents. {steps} training steps each, of "
-    "`{config}`."
-)
+# Of the embedded models. The ODE that one step is compared with is the same for every skip and solver.
+EMBEDDED = "--source=shapes --metric=shapes --endpoint_steps=100 --batch_size=64"
+RESULTS = {"study.md": "md", "table.json": "json", "figure.png": "png"}
 
 
 def parse() -> argparse.Namespace:
@@ -64,8 +50,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the config; several times")
     parser.add_argument("--steps", type=int, help="training steps in place of the config's; the decay in proportion")
     parser.add_argument("--workdir", type=Path, help="default: runs/ablations/<name of the config>")
-    parser.add_argument("--count", type=int, help=f"pictures per row, of the embedded model; default: {COUNT}")
-    parser.add_argument("--evaluate", default="", help="options of lcm_jax.evaluate, for models of other teachers")
+    parser.add_argument("--count", type=int, help="pictures per row; default: as lcm_jax.evaluate")
+    parser.add_argument("--evaluate", help="options of lcm_jax.evaluate; the embedded models need none")
     parser.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True, help="needs matplotlib")
     parser.add_argument("--publish", action="store_true", help="copy the results beside this file")
     return parser.parse_args()
@@ -82,24 +68,20 @@ def main() -> int:
     workdir = args.workdir or Path("runs/ablations") / args.config.stem
     out = workdir / args.study
     check(study, base, out, args)
-    args.count = COUNT if args.count is None else args.count
-    rows = []
     for number, (name, changes) in enumerate(study.variants.items(), 1):
         folder = workdir / studies.folder(base, changes)
         say(f"variant {number} of {len(study.variants)}: {name}")
         if not made(studies.changed(base, changes), folder, say):
             return 1
-        if embedded(base):
-            scales = study.scales or (teacher_rows.best_guidance_scale(),)
-            rows += measured(name, folder, scales, args.count, say)
-        elif code := evaluate.main(evaluation(study, folder, name, out, args)):
+        if code := evaluate.main(evaluation(study, folder, name, out, base, args)):
             return code
         jax.clear_caches()
-    if embedded(base):
-        write(out, study, rows, base, args)
+    rows = write(out, study, base, args)
+    if args.plot:
+        figure.write(rows, list(study.variants), out / "figure.png")
     if args.publish:
         publish(out, Path(__file__).parent, args.study)
-    say(f"done: {out}/table.md and table.json")
+    say(f"done: {out}/study.md and table.json")
     return 0
 
 
@@ -114,13 +96,13 @@ def check(study: Study, base: ConfigDict, out: Path, args: argparse.Namespace) -
         raise LcmError(f"--config={args.config} trains a student that is not told w; take one with a w embedding")
     if args.plot:
         plot.check()
-    if not embedded(base):
-        if args.count is not None:
-            raise LcmError(f"--count={args.count} is of the embedded model; write it into --evaluate='--count=...'")
-        asked = evaluate.parser().parse_args(evaluation(study, out, "name", out, args))
-        evaluate.check_flags(asked)
-        measures.parse(asked.metric)
-        evaluate.read_inputs(asked)
+    if args.evaluate is None and not embedded(base):
+        raise LcmError(f"--config={args.config} needs --evaluate='--source=... --metric=...': how its models are "
+                       "measured")  # fmt: skip
+    asked = evaluate.parser().parse_args(evaluation(study, out, "name", out, base, args))
+    evaluate.check_flags(asked)
+    measures.parse(asked.metric)
+    evaluate.read_inputs(asked)
     for changes in study.variants.values():
         config_lib.validate(studies.changed(base, changes))
 
@@ -149,70 +131,29 @@ def made(config: ConfigDict, folder: Path, say: Callable[[str], None]) -> bool:
     return trained_and_exported(config, folder, say)
 
 
-@functools.cache
-def judge(count: int) -> table.Judge:
-    return table.Judge(count)
-
-
-@functools.cache
-def endpoints(count: int) -> Any:
-    return table.endpoints(teacher_rows.teacher(), judge(count), (), ENDPOINT_STEPS)
-
-
-def measured(
-    name: str, folder: Path, scales: Sequence[float], count: int, say: Callable[[str], None]
-) -> list[table.Row]:
-    """The rows of a variant of the embedded model, each kept in FOLDER/rows as soon as it is there."""
-    export = folder / "export"
-    record, rows = pretrained.read_record(export), []
-
-    @functools.cache
-    def generator() -> Generator:
-        return Generator(load_pipeline(export))
-
-    for scale in scales:
-        for steps in STEPS:
-            path = folder / "rows" / f"{record['step']}_{count}_{scale:g}_{steps}.json"
-            if not path.exists():
-                settings = settings_for(generator().pipeline, record, "lcm", steps, "trailing")
-                row = table.sampler_row(generator(), judge(count), settings, scale, endpoints(count))
-                with files.new_file(path) as partial:
-                    partial.write_text(json.dumps(dataclasses.asdict(row)) + "\n")
-                say(f"scale {scale:g}, {steps} steps: {100 * row.accuracy:.1f} %, FD {row.frechet:.2f}")
-            rows.append(dataclasses.replace(table.Row(**files.read_json(path)), method=name))
-    return rows
-
-
-def evaluation(study: Study, folder: Path, name: str, out: Path, args: argparse.Namespace) -> list[str]:
+def evaluation(
+    study: Study, folder: Path, name: str, out: Path, config: ConfigDict, args: argparse.Namespace
+) -> list[str]:
     """The command line of `lcm_jax.evaluate` for a variant."""
-    scales = ",".join(f"{scale:g}" for scale in study.scales or (PAPER_SCALE,))
+    own = teacher_rows.best_guidance_scale() if embedded(config) else PAPER_SCALE
+    scales = ",".join(f"{scale:g}" for scale in study.scales or (own,))
     row = f"--row=lcm:{','.join(map(str, STEPS))}:{scales}"
-    options = [*shlex.split(args.evaluate), *([] if args.plot else ["--no-plot"])]
-    return [f"--model={folder / 'export'}", f"--name={name}", row, f"--out={out}", *options]
+    count = [] if args.count is None else [f"--count={args.count}"]
+    options = shlex.split(EMBEDDED if args.evaluate is None else args.evaluate)
+    return [*options, *count, f"--model={folder / 'export'}", f"--name={name}", row, "--no-plot", f"--out={out}"]
 
 
-def write(out: Path, study: Study, rows: Sequence[table.Row], config: ConfigDict, args: argparse.Namespace) -> None:
-    """table.md, table.json and plot.png of the embedded model's rows."""
-    note = NOTE.format(count=args.count, references=table.REFERENCES, endpoint=ENDPOINT_STEPS,
-                       steps=config.train.steps, config=args.config)  # fmt: skip
-    text = table.markdown(rows, f"{note}\n\n{study.paper}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(text)
-    about: Mapping[str, Any] = {"study": study.title, "note": note, "paper": study.paper, "config": str(args.config)}
-    (out / "table.json").write_text(table.to_json(rows, **about, train_steps=config.train.steps))
-    if args.plot:
-        plot.write([plotted(row) for row in rows], out / "plot.png")
+def write(out: Path, study: Study, config: ConfigDict, args: argparse.Namespace) -> list[table.Row]:
+    """study.md: the study's question, its table, and the paper's pattern. Returns the rows, in the variants' order."""
+    order = list(study.variants)
+    rows = [row for row in table.kept(out) if row.model in order]
+    rows.sort(key=lambda row: (order.index(row.model), row.guidance_scale, row.steps))
+    about = f"{config.train.steps} training steps each, of `{args.config}`."
+    text = f"# {study.title}\n\n{table.markdown(rows)}\n{about}\n\n{study.paper}\n"
+    with files.new_file(out / "study.md") as partial:
+        partial.write_text(text, encoding="utf-8")
     print("\n" + text)
-
-
-def plotted(row: table.Row) -> metrics_table.Row:
-    """A row as `lcm_jax.metrics.plot` draws it: a line for each variant and scale."""
-    values = {"caption_accuracy": row.accuracy, "shapes_frechet": row.frechet}
-    return metrics_table.Row(
-        model=row.method, sampler="LCM", steps=row.steps, guidance_scale=row.guidance_scale,
-        evaluations=row.evaluations, values=values, milliseconds=row.milliseconds,
-        quartiles=(row.milliseconds, row.milliseconds), timings=1, compile_seconds=0.0, comparison={}, settings={},
-    )  # fmt: skip
+    return rows
 
 
 def publish(out: Path, folder: Path, study: str) -> None:
