@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from experiments import stage
 from experiments.ablations import figure, run, studies
 from lcm_jax import config as config_lib
 from lcm_jax.errors import LcmError
@@ -26,7 +27,7 @@ def config(name: str):
 def test_every_variant_is_a_config_that_validates(name):
     for study in studies.STUDIES.values():
         for changes in study.variants.values():
-            config_lib.validate(studies.changed(config(name), changes))
+            config_lib.validate(stage.changed(config(name), changes))
 
 
 def test_equal_models_have_one_folder():
@@ -44,21 +45,21 @@ def test_equal_models_have_one_folder():
 
 def test_variants_do_not_change_the_config_they_come_from():
     base = config("shapes_lcm")
-    assert studies.changed(base, {"train.ema_decay": 0.5}).train.ema_decay == 0.5 and base.train.ema_decay == 0.95
+    assert stage.changed(base, {"train.ema_decay": 0.5}).train.ema_decay == 0.5 and base.train.ema_decay == 0.95
 
 
 def test_settings_of_the_command_line():
     texts = ("data.batch_size=8", "train.learning_rate=1e-4", "data.path=/a/{0..9}.tar", "data.filters=('side > 9',)")
     wanted = {"data.batch_size": 8, "train.learning_rate": 1e-4, "data.path": "/a/{0..9}.tar",
               "data.filters": ("side > 9",)}  # fmt: skip
-    assert studies.parse_settings(texts) == wanted
-    changed = studies.changed(config("sd15_lcm"), wanted)
+    assert stage.parse_settings(texts) == wanted
+    changed = stage.changed(config("sd15_lcm"), wanted)
     assert (changed.data.batch_size, changed.data.path, changed.data.filters) == (8, "/a/{0..9}.tar", ("side > 9",))
     with pytest.raises(LcmError, match="--set=train.steps: write --set=KEY=VALUE"):
-        studies.parse_settings(["train.steps"])
+        stage.parse_settings(["train.steps"])
     for wrong in ({"train.step": 3}, {"train.steps": "many"}, {"train": 3}, {"nothing": 3}):
         with pytest.raises(LcmError, match="no such key, or no such value"):
-            studies.changed(config("shapes_lcm"), wrong)
+            stage.changed(config("shapes_lcm"), wrong)
 
 
 def asked(name: str, **changes) -> argparse.Namespace:
@@ -81,11 +82,11 @@ def test_the_decay_follows_the_steps():
 def test_how_models_are_measured_is_known_before_any_training(tmp_path):
     study, plain = studies.STUDIES["ema"], config("sd21_base_lcm")
     with pytest.raises(LcmError, match="sd21_base_lcm.py needs --evaluate='--source=... --metric=...'"):
-        run.check(study, plain, tmp_path, asked("sd21_base_lcm"))
+        run.check(study, plain, asked("sd21_base_lcm"))
     with pytest.raises(LcmError, match="CLIP does not exist"):
         options = f"--source=folder --path={tmp_path} --metric=clip_score:CLIP"
-        run.check(study, plain, tmp_path, asked("sd21_base_lcm", evaluate=options))
-    run.check(study, config("shapes_lcm"), tmp_path, asked("shapes_lcm", count=99))
+        run.check(study, plain, asked("sd21_base_lcm", evaluate=options))
+    run.check(study, config("shapes_lcm"), asked("shapes_lcm", count=99))
 
 
 def row(model: str, steps: int, scale: float, accuracy: float) -> table.Row:

@@ -16,30 +16,22 @@ results to experiments/ablations/<study>.{md,json,png}. Models are measured by `
 
 import argparse
 import runpy
-import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
+from experiments import measuring, stage
 from experiments.ablations import figure, studies
 from experiments.ablations.studies import STUDIES, Study
-from experiments.shapes_teacher import teacher_rows
-from experiments.stage import trained_and_exported, with_steps
 from lcm_jax import config as config_lib
-from lcm_jax import evaluate, files, pretrained
+from lcm_jax import evaluate, files
 from lcm_jax.errors import LcmError, exit_code
-from lcm_jax.metrics import measures, plot, table
-from lcm_jax.runtime.workdir import prepare_workdir
+from lcm_jax.metrics import table
 
-STEPS = (1, 2, 4, 8)
-PAPER_SCALE = 9.0  # w = 8, of the paper's tables
-# Of the embedded models. The ODE that one step is compared with is the same for every skip and solver.
-EMBEDDED = "--source=shapes --metric=shapes --endpoint_steps=100 --batch_size=64"
 RESULTS = {"study.md": "md", "table.json": "json", "figure.png": "png"}
 
 
@@ -50,9 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the config; several times")
     parser.add_argument("--steps", type=int, help="training steps in place of the config's; the decay in proportion")
     parser.add_argument("--workdir", type=Path, help="default: runs/ablations/<name of the config>")
-    parser.add_argument("--count", type=int, help="pictures per row; default: as lcm_jax.evaluate")
-    parser.add_argument("--evaluate", help="options of lcm_jax.evaluate; the embedded models need none")
-    parser.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True, help="needs matplotlib")
+    measuring.add_arguments(parser)
     parser.add_argument("--publish", action="store_true", help="copy the results beside this file")
     return parser.parse_args()
 
@@ -67,13 +57,15 @@ def main() -> int:
     study, base = STUDIES[args.study], read_config(args)
     workdir = args.workdir or Path("runs/ablations") / args.config.stem
     out = workdir / args.study
-    check(study, base, out, args)
+    check(study, base, args)
+    row = measuring.row("lcm", study.scales or measuring.scales(base))
     for number, (name, changes) in enumerate(study.variants.items(), 1):
         folder = workdir / studies.folder(base, changes)
         say(f"variant {number} of {len(study.variants)}: {name}")
-        if not made(studies.changed(base, changes), folder, say):
+        if not stage.made(stage.changed(base, changes), folder, say):
             return 1
-        if code := evaluate.main(evaluation(study, folder, name, out, base, args)):
+        options = [f"--model={folder / 'export'}", f"--name={name}", row, "--no-plot", f"--out={out}"]
+        if code := evaluate.main([*measuring.options(args), *options]):
             return code
         jax.clear_caches()
     rows = write(out, study, base, args)
@@ -85,62 +77,22 @@ def main() -> int:
     return 0
 
 
-def embedded(config: ConfigDict) -> bool:
-    """The teacher is the package's own, whose pictures have a scorer."""
-    return config.model.teacher == "shapes"
-
-
-def check(study: Study, base: ConfigDict, out: Path, args: argparse.Namespace) -> None:
+def check(study: Study, base: ConfigDict, args: argparse.Namespace) -> None:
     """Raises LcmError, or ends the program, for what would fail after long work."""
-    if not base.distill.w_embedding_dim:
-        raise LcmError(f"--config={args.config} trains a student that is not told w; take one with a w embedding")
-    if args.plot:
-        plot.check()
-    if args.evaluate is None and not embedded(base):
-        raise LcmError(f"--config={args.config} needs --evaluate='--source=... --metric=...': how its models are "
-                       "measured")  # fmt: skip
-    asked = evaluate.parser().parse_args(evaluation(study, out, "name", out, base, args))
-    evaluate.check_flags(asked)
-    measures.parse(asked.metric)
-    evaluate.read_inputs(asked)
+    measuring.check(base, args)
     for changes in study.variants.values():
-        config_lib.validate(studies.changed(base, changes))
+        config_lib.validate(stage.changed(base, changes))
 
 
 def read_config(args: argparse.Namespace) -> ConfigDict:
     """The config of the command line, before any variant; --steps moves the decay, too, where --set has none."""
     config = runpy.run_path(str(args.config))["get_config"]()
-    changes = studies.parse_settings(args.set)
+    changes = stage.parse_settings(args.set)
     if args.steps is not None:
         if args.steps < 1 or "train.steps" in changes:
             raise LcmError(f"--steps={args.steps}: give at least 1, and not beside --set=train.steps")
-        config = with_steps(config, args.steps)
-    return studies.changed(config, changes)
-
-
-def made(config: ConfigDict, folder: Path, say: Callable[[str], None]) -> bool:
-    """FOLDER/export is the model that `config` trains; False where its training was stopped.
-
-    Raises:
-      LcmError: the folder holds a run of another config.
-    """
-    export = folder / "export"
-    if export.exists() and pretrained.read_record(export).get("step") == config.train.steps:
-        prepare_workdir(folder, config_lib.resolve(config))  # raises where the run is of another config
-        return True
-    return trained_and_exported(config, folder, say)
-
-
-def evaluation(
-    study: Study, folder: Path, name: str, out: Path, config: ConfigDict, args: argparse.Namespace
-) -> list[str]:
-    """The command line of `lcm_jax.evaluate` for a variant."""
-    own = teacher_rows.best_guidance_scale() if embedded(config) else PAPER_SCALE
-    scales = ",".join(f"{scale:g}" for scale in study.scales or (own,))
-    row = f"--row=lcm:{','.join(map(str, STEPS))}:{scales}"
-    count = [] if args.count is None else [f"--count={args.count}"]
-    options = shlex.split(EMBEDDED if args.evaluate is None else args.evaluate)
-    return [*options, *count, f"--model={folder / 'export'}", f"--name={name}", row, "--no-plot", f"--out={out}"]
+        config = stage.with_steps(config, args.steps)
+    return stage.changed(config, changes)
 
 
 def write(out: Path, study: Study, config: ConfigDict, args: argparse.Namespace) -> list[table.Row]:

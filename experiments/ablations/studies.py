@@ -1,13 +1,10 @@
 """The ablations of the LCM paper: what each varies, at which guidance scales it is drawn, and what the paper found."""
 
-import ast
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
-
-from lcm_jax.errors import LcmError
 
 TRAIN_TIMESTEPS = 1000
 SKIPS = (1, 5, 10, 20, 50)
@@ -75,33 +72,8 @@ STUDIES = {
 }
 
 
-def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """A copy of `config` with `changes`, {dotted key: value}. Raises LcmError: unknown key, or wrong type of value."""
-    config = ConfigDict(config.to_dict()).lock()
-    for key, value in changes.items():
-        try:
-            config.update_from_flattened_dict({key: value})
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise LcmError(f"config.{key} = {value!r}: no such key, or no such value; see lcm_jax/config.py") from None
-    return config
-
-
 def folder(config: ConfigDict, changes: Mapping[str, Any]) -> str:
     """A name for what `changes` make of `config`: "base" where they make nothing, so that studies share that model."""
     flat = {key: config[section][name] for key in changes for section, _, name in [key.partition(".")]}
     different = {key.rpartition(".")[2]: value for key, value in changes.items() if value != flat[key]}
     return ",".join(f"{name}={value}" for name, value in different.items()) or "base"
-
-
-def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
-    """("KEY=VALUE", ...) -> {KEY: value}; what is no Python literal is text. Raises LcmError: no `=`."""
-    found = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise LcmError(f"--set={text}: write --set=KEY=VALUE, as --set=data.batch_size=8")
-        try:
-            found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[key] = value
-    return found

@@ -1,0 +1,51 @@
+"""Table 1's layout: methods and steps where they belong, the best in bold, the paper's numbers below."""
+
+import pytest
+
+from experiments.table1 import paper, run
+from lcm_jax.errors import LcmError
+from lcm_jax.metrics import table
+
+COMPARISON = {"seed": 0, "pictures": 8, "prompts": {"from": "x", "sha256": "0" * 64}, "height": 64, "width": 64,
+              "metrics": {}}  # fmt: skip
+SETTINGS = {"program": {"dtype": "float32", "negative_prompt": "", "tiled": False, "batch_size": 8, "device": "cpu"},
+            "sampling": {"spacing": "trailing"}}  # fmt: skip
+
+
+def row(sampler: str, steps: int, scale: float, accuracy: float, distance: float) -> table.Row:
+    values = {"caption_accuracy": accuracy, "shapes_frechet": distance, "endpoint_error": 0.5 if steps == 1 else None}
+    model = "student" if sampler == "lcm" else "teacher"
+    return table.Row(model, sampler, steps, scale, steps, values, 1.0, (1.0, 1.0), 1, 0.0, COMPARISON, SETTINGS)
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_rows_are_laid_out_as_in_the_paper():
+    rows = [
+        row(sampler, steps, scale, 0.1 * number + 0.01 * steps + 0.001 * scale, 10 * number + steps + scale)
+        for number, sampler in enumerate(run.METHODS, 1)
+        for steps in (8, 1, 4, 2)
+        for scale in (7.5, 3.0)
+    ]
+    text = run.result(rows)
+    high = [cells(line) for line in text.split("Guidance scale 7.5:")[1].splitlines() if line.startswith("| ")][:5]
+    assert high[0][1:5] == [f"caption accuracy, {n} step{'s' * (n > 1)}" for n in (1, 2, 4, 8)]
+    assert [line[0] for line in high[1:]] == ["DDIM", "DPM-Solver", "DPM-Solver++", "LCM"]
+    assert high[2][1:] == ["21.8%", "22.8%", "24.8%", "28.8%", "28.50", "29.50", "31.50", "35.50"]
+    assert high[4][1:5] == ["**41.8%**", "**42.8%**", "**44.8%**", "**48.8%**"]  # more is better
+    assert high[1][5:] == ["**18.50**", "**19.50**", "**21.50**", "**25.50**"]  # less is
+    papers = [cells(line) for line in text.split("The paper's")[1].splitlines() if line.startswith("| ")]
+    assert papers[-1][:5] == ["LCM", "**35.36**", "**13.31**", "**11.10**", "**11.84**"] and len(papers) == 6
+    assert papers[3][8] == "**29.55**"  # where the paper's solvers have caught up
+
+
+def test_the_papers_rows_have_every_number_of_steps():
+    assert all(len(fid) == len(score) == 4 for fid, score in paper.ROWS.values())
+
+
+def test_other_teachers_must_be_told_how_they_are_measured(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run", "--config=configs/sd21_base_lcm.py", "--set=data.path=/a/{0..9}.tar"])
+    with pytest.raises(LcmError, match="needs --evaluate="):
+        run.main()
