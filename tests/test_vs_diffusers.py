@@ -4,7 +4,6 @@ import dataclasses
 import json
 import runpy
 import types
-import xml.etree.ElementTree
 from pathlib import Path
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from scipy import stats
 
 from experiments import stage
@@ -152,10 +152,9 @@ def test_agreement_and_curves():
 
 
 def test_the_verdict_is_that_of_the_paired_t_test():
-    """scipy's p value, from 2 seeds to more than the table of quantiles has."""
+    """scipy's p value."""
     rng, verdicts = np.random.default_rng(0), set()
     for seeds in (2, 3, 5, 21, 22, 40):
-        np.testing.assert_allclose(compare.t_quantile(seeds - 1), stats.t.ppf(0.975, seeds - 1), atol=1e-3)
         for shift in (0.0, 0.3, 3.0, 100.0):
             of_seed = 10 * rng.normal(size=seeds)  # what both sides share is no noise of their difference
             a, b = of_seed + rng.normal(size=seeds), of_seed + rng.normal(size=seeds) + shift
@@ -218,6 +217,5 @@ def test_results_from_rows(tmp_path):
     found = json.loads((tmp_path / "table.json").read_text())
     assert len(found["rows"]) == 16 and all(one["agrees"] for one in found["agreement"])
     np.testing.assert_allclose(found["curves"]["0"]["maximum"], 0.1)
-    root = xml.etree.ElementTree.fromstring((tmp_path / "curves.svg").read_text())
-    assert len(root.findall("{*}polyline")) == 4
+    assert Image.open(tmp_path / "curves.png").format == "PNG"
     assert Path(tmp_path / "table.md").read_text().count("55.0 % ± 7.1 %") == 8

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.speed import svg
 from experiments.speed.measure import JAX, complete
 from experiments.speed.workloads import HEADLINE, HEADLINE_PAPER_HOURS, HEADLINE_STEPS, LISTS, Workload
 
@@ -144,23 +143,33 @@ def headline(found: list[Line]) -> list[str]:
             f"{hours:.2f} hours of steps on this card (the paper: {HEADLINE_PAPER_HOURS} A100 hours; goal: 1)."]
 
 
-def chart(card: Mapping[str, Any]) -> str:
-    """Torch's time over ours, a bar for each of its ways."""
+def chart(card: Mapping[str, Any], path: Path) -> None:
+    """A PNG of torch's time over ours, a bar for each of its ways."""
+    from matplotlib.figure import Figure
+
     found = [line for line in lines(card) if line.workload.kind != "matmul"]
     names = list(dict.fromkeys(way for line in found for way in line.ways))
-    groups = [(line.workload.name, [line.ways[n]["ratio"] if n in line.ways else None for n in names])
-              for line in found]  # fmt: skip
-    return svg.bars(f"{card['card']}: torch's time over lcm_jax's", "times", groups, names, mark=1.0)
+    figure = Figure(figsize=(max(6.0, 0.7 * len(found)), 4.0), layout="constrained")
+    panel, width = figure.subplots(), 0.8 / len(names)
+    for number, name in enumerate(names):
+        places = [i for i, line in enumerate(found) if name in line.ways]
+        left = [i + (number - (len(names) - 1) / 2) * width for i in places]
+        panel.bar(left, [found[i].ways[name]["ratio"] for i in places], width, label=f"torch, {name}")
+    panel.axhline(1.0, color="black", linestyle="--", linewidth=1.0)
+    panel.set_xticks(range(len(found)), [line.workload.name for line in found], rotation=30, ha="right")
+    panel.set(title=f"{card['card']}: torch's time over lcm_jax's", ylabel="times")
+    panel.legend()
+    figure.savefig(path, dpi=120)
 
 
 def write(results: Path, folder: Path) -> str:
-    """Makes FOLDER/table.md, RESULTS/*.svg, and README.md's part between the markers; returns the table."""
+    """Makes FOLDER/table.md, RESULTS/*.png, and README.md's part between the markers; returns the table."""
     cards = {path: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
     sections = []
     for path, card in cards.items():
         if any(line.workload.kind != "matmul" for line in lines(card)):
-            path.with_suffix(".svg").write_text(chart(card))
-            sections.append(markdown(card) + f"\n![gain]({results.name}/{path.stem}.svg)\n")
+            chart(card, path.with_suffix(".png"))
+            sections.append(markdown(card) + f"\n![gain]({results.name}/{path.stem}.png)\n")
     text = "\n".join(sections)
     (folder / "table.md").write_text(text)
     readme = folder / "README.md"

@@ -7,11 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from scipy import stats  # comes with jax
+
 FIRST = 10  # steps over which rounding alone may tell the sides apart
 FALSE_ALARMS = 0.05  # share of verdicts "no" about sides that are equal
-# Student's t, two-sided, at FALSE_ALARMS, for 1, 2, ... degrees of freedom.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-               2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +78,8 @@ def agreement(metric: str, steps: int, a: Sequence[float], b: Sequence[float]) -
 
 
 def t_quantile(freedom: int) -> float:
-    """|t| that FALSE_ALARMS of all draws exceed. Beyond the table by the expansion of Cornish and Fisher."""
-    if freedom <= len(T_QUANTILES):
-        return T_QUANTILES[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(1 - FALSE_ALARMS / 2)
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    """|t| that FALSE_ALARMS of all draws exceed."""
+    return float(stats.t.ppf(1 - FALSE_ALARMS / 2, freedom))
 
 
 def markdown(found: Sequence[Agreement], sides: tuple[str, str]) -> str:

@@ -4,7 +4,7 @@
 
 For each seed both sides train as configs/shapes_lcm.py says, and write a diffusers folder; each folder then draws
 held-out captions in 1, 2, 4 and 8 steps, by the code of experiments/shapes_lcm/table.py. Writes table.md, table.json
-and curves.svg to the workdir, with `--publish` beside this file. What is there is not made again, a training that was
+and curves.png to the workdir, with `--publish` beside this file. What is there is not made again, a training that was
 stopped goes on. Needs lcm_jax[torch].
 """
 
@@ -25,12 +25,12 @@ from ml_collections import ConfigDict
 from experiments import stage
 from experiments.shapes_lcm import table
 from experiments.shapes_teacher import teacher_rows
-from experiments.speed import svg
 from experiments.vs_diffusers import compare
 from lcm_jax import config as config_lib
 from lcm_jax import files, pretrained
 from lcm_jax.errors import LcmError
 from lcm_jax.generate import Generator, settings_for
+from lcm_jax.metrics import plot
 from lcm_jax.metrics.shapes_scorer import ShapesScorer
 from lcm_jax.pretrained import load_pipeline
 
@@ -39,7 +39,7 @@ SIDES = {"jax": "lcm_jax", "torch": "torch + diffusers"}  # folder -> name
 STEPS = (1, 2, 4, 8)
 METRICS = {"caption accuracy": "accuracy", "Frechet distance": "frechet"}
 SMOOTH = 10  # steps of the running mean in the figure
-RESULTS = ("table.md", "table.json", "curves.svg")
+RESULTS = ("table.md", "table.json", "curves.png")
 NOTE = """
 {seeds} seed(s), {steps} steps of {batch} pictures each; {count} pictures of held-out captions from the same noise,
 guidance scale {scale:g}; mean ± standard deviation over seeds. Both sides of a seed have the same data and draws, so
@@ -79,6 +79,7 @@ def make_config(seed: int, steps: int) -> ConfigDict:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    plot.check()  # before long work
     begun = time.monotonic()
 
     def say(text: str) -> None:
@@ -181,20 +182,26 @@ def write_results(args: argparse.Namespace, rows: Mapping[tuple[int, str], list[
                  for (seed, side), both in rows.items() for row in both],
     }  # fmt: skip
     (args.workdir / "table.json").write_text(json.dumps(text, indent=1) + "\n")
-    (args.workdir / "curves.svg").write_text(figure(curves))
+    draw(curves, args.workdir / "curves.png")
 
 
-def figure(curves: Mapping[tuple[int, str], Mapping[int, float]]) -> str:
-    """Both sides' losses over each other, running means, a colour for each seed; torch's are dashed."""
-    series = []
+def draw(curves: Mapping[tuple[int, str], Mapping[int, float]], path: Path) -> None:
+    """A PNG of both sides' losses over each other, running means, a colour for each seed; torch's are dashed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.0), layout="constrained")
+    panel = figure.subplots()
     for (seed, side), curve in curves.items():
         steps = sorted(curve)
         window = min(SMOOTH, len(steps))
         ends = range(window, len(steps) + 1)
         means = [statistics.fmean(curve[step] for step in steps[end - window : end]) for end in ends]
-        series.append(svg.Line(f"seed {seed}, {SIDES[side]}", [steps[end - 1] for end in ends], means, colour=seed,
-                               dashed=side == "torch"))  # fmt: skip
-    return svg.lines(f"LCD of the embedded teacher, running mean of {SMOOTH} steps", "step", "loss", series, log_y=True)
+        panel.plot([steps[end - 1] for end in ends], means, color=f"C{seed}", linewidth=1.0,
+                   linestyle="--" if side == "torch" else "-", label=f"seed {seed}, {SIDES[side]}")  # fmt: skip
+    panel.set(xlabel="step", ylabel=f"loss, running mean of {SMOOTH} steps", yscale="log")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
