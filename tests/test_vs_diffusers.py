@@ -198,7 +198,7 @@ def test_what_was_trained_otherwise_is_refused(tmp_path, monkeypatch):
 
 
 def test_too_few_pictures():
-    with pytest.raises(LcmError, match="more than 64 pictures"):
+    with pytest.raises(LcmError, match="--count=64: .* at least 65"):
         run.parse(["--count=64"])
 
 

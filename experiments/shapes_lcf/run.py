@@ -61,6 +61,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    table.check_count(args.count)
     begun = time.monotonic()
 
     def say(text: str) -> None:

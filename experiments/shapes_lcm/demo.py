@@ -50,6 +50,9 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - begun:5.0f} s] {text}", flush=True)
 
+    table.check_count(args.count)
+    if not args.full:
+        teacher_rows.recorded(args.count)  # raises where there are none
     config = runpy.run_path(str(args.config))["get_config"]()
     if not trained_and_exported(config, args.workdir, say):
         return 1

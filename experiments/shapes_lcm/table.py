@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.data import shapes
+from lcm_jax.errors import LcmError
 from lcm_jax.generate import Generator, Settings, to_uint8
 from lcm_jax.metrics import captions, drawing, shapes_scorer
 from lcm_jax.metrics import endpoints as endpoints_lib
@@ -86,6 +87,13 @@ class Judge:
         return to_uint8(np.concatenate(parts)[: self.count])
 
 
+def check_count(count: int) -> None:
+    """Raises LcmError where so few pictures have no Frechet distance."""
+    least = shapes_scorer.ShapesScorer.feature_dim + 1
+    if count < least:
+        raise LcmError(f"--count={count}: a Frechet distance needs more pictures; give at least {least}")
+
+
 def latent_shape(generator: Generator) -> tuple[int, int, int]:
     side = generator.pipeline.unet.sample_size
     return side, side, generator.pipeline.unet.in_channels
@@ -109,8 +117,6 @@ def endpoints(
     for scale in scales:
         ends.at(scale)
     return ends
-
-
 
 
 def sampler_row(

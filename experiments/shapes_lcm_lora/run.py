@@ -69,6 +69,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     styled.add_arguments(parser, "runs/shapes_lcm_lora")
     args = parser.parse_args()
+    table.check_count(args.count)
     begun = time.monotonic()
 
     def say(text: str) -> None:

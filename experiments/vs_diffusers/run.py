@@ -31,7 +31,6 @@ from lcm_jax import files, pretrained
 from lcm_jax.errors import LcmError
 from lcm_jax.generate import Generator, settings_for
 from lcm_jax.metrics import plot
-from lcm_jax.metrics.shapes_scorer import ShapesScorer
 from lcm_jax.pretrained import load_pipeline
 
 CONFIG = "configs/shapes_lcm.py"
@@ -64,8 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.seeds, args.steps) < 1:
         raise LcmError("--seeds and --steps must be at least 1")
-    if args.count <= ShapesScorer.feature_dim:
-        raise LcmError(f"--count={args.count}: a Frechet distance needs more than {ShapesScorer.feature_dim} pictures")
+    table.check_count(args.count)
     return args
 
 
