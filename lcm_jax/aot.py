@@ -7,6 +7,8 @@ A topology counts chips: v5e:4x4, v5p:2x2x4 and v6e:4x4 are 16 each. Needs libtp
 no TPU, no weights and no data; models are known by their configs, those of the published ones come with the package.
 The batch (`data.batch_size`) is that of all chips; `--fit` looks for the largest that fits instead. What is compiled is
 `training_step.make`'s, as in `lcm_jax.train`; only the compile options that make it quick differ, and are printed.
+The VAE and the text encoders, which a run keeps beside the step, count as well. What encoding takes for a moment does
+not: `data.encode_chunk` bounds it, a latent cache spares it.
 """
 
 import importlib.util
@@ -28,6 +30,7 @@ from lcm_jax import config as config_lib
 from lcm_jax import files, training_step
 from lcm_jax import student as student_lib
 from lcm_jax.errors import LcmError, exit_code
+from lcm_jax.pretrained import Pipeline
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.cost import chips, roofline
 
@@ -76,14 +79,50 @@ def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
 
 
 def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> training_step.TrainingStep:
-    """The step of a resolved config from shapes alone, as `train` would build it from weights."""
-    teacher = student_lib.load_teacher(config, weights=False)
-    student = student_lib.load_student(config, teacher)
-    return training_step.make(config, teacher, student, mesh)
+    """The step of a resolved config from shapes alone, as `train` would build it from weights.
+
+    Raises:
+      LcmError: models that `train` would refuse.
+    """
+    return training_step.make(config, *student_lib.shapes(config), mesh)
 
 
-def compile_step(step: training_step.TrainingStep, config: ConfigDict, options: dict[str, Any]) -> jax.stages.Compiled:
-    """The compiled step.
+def report(
+    config: ConfigDict, mesh: jax.sharding.Mesh, options: dict[str, Any], chip: chips.Chip | None = None
+) -> dict[str, Any]:
+    """Compiles the step of a resolved config; `roofline.report` of it, with the time that compiling took.
+
+    Args:
+      options: compile options beside those of `training_step`.
+      chip: as `roofline.report`.
+
+    Raises:
+      DoesNotFit: as `compile_step`; the step fits, but not beside the encoders.
+    """
+    teacher, student = student_lib.shapes(config)
+    step, encoders = training_step.make(config, teacher, student, mesh), encoder_bytes(teacher, mesh)
+    start = time.monotonic()
+    compiled = compile_step(step, config, options, encoders)
+    seconds = round(time.monotonic() - start, 1)
+    options = options | training_step.COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
+    found = roofline.report(compiled, mesh, config.data.batch_size, step.model_flops(), chip, options, encoders)
+    needed = found["memory"]["needed"]
+    if found["chip"] and needed > found["chip"]["hbm_bytes"]:  # XLA itself complains on TPUs alone
+        raise _does_not_fit(config, found["device_kind"], needed, found["chip"]["hbm_bytes"])
+    return found | {"compile_seconds": seconds}
+
+
+def encoder_bytes(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> int:
+    """Bytes that one device holds of the VAE and the text encoders."""
+    leaves = jax.tree.leaves({name: tree for name, tree in pipeline.params.items() if name != "unet"})
+    return sum(math.prod(mesh_lib.param_sharding(mesh, leaf.shape).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+               for leaf in leaves)  # fmt: skip
+
+
+def compile_step(
+    step: training_step.TrainingStep, config: ConfigDict, options: dict[str, Any], encoders: int = 0
+) -> jax.stages.Compiled:
+    """The compiled step. encoders: see `encoder_bytes`; they count in the error.
 
     Raises:
       DoesNotFit: it needs more memory than the device has; says how much, and what in the config to change.
@@ -97,10 +136,14 @@ def compile_step(step: training_step.TrainingStep, config: ConfigDict, options: 
         if "HLO temporaries" in str(error):  # XLA gave up before it added what the step is called with
             needed += argument_bytes(step)
         kind = step.key.sharding.mesh.devices.flat[0].device_kind
-        raise DoesNotFit(
-            f"this config does not fit {kind}: {needed / roofline.GIB:.2f} GiB of {available / roofline.GIB:.2f}, "
-            f"{(needed - available) / roofline.GIB:.2f} too much; {_remedies(config)}", needed, available
-        ) from error  # fmt: skip
+        raise _does_not_fit(config, kind, needed + encoders, available) from error
+
+
+def _does_not_fit(config: ConfigDict, kind: str, needed: float, available: float) -> DoesNotFit:
+    return DoesNotFit(
+        f"this config does not fit {kind}: {needed / roofline.GIB:.2f} GiB of {available / roofline.GIB:.2f}, "
+        f"{(needed - available) / roofline.GIB:.2f} too much; {_remedies(config)}", needed, available
+    )  # fmt: skip
 
 
 def argument_bytes(step: training_step.TrainingStep) -> int:
@@ -194,18 +237,13 @@ def prepared(config: ConfigDict) -> ConfigDict:
 
 
 def analyse(config: ConfigDict, devices: list[jax.Device], chip: chips.Chip, fitting: bool) -> dict[str, Any]:
-    """The report of the config's step on these devices, with the time that compiling took; see `roofline.report`."""
+    """The report of the config's step on these devices, see `report`, and the config."""
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.slices, devices)
+
     def attempt(config: ConfigDict) -> tuple[float, float, dict[str, Any]]:
-        step = build(config, mesh)
-        start = time.monotonic()
-        compiled = compile_step(step, config, QUICK)
-        seconds = {"compile_seconds": round(time.monotonic() - start, 1)}
-        found = roofline.report(compiled, mesh, config.data.batch_size, step.model_flops(), chip, options)
-        found |= seconds | {"config": json.loads(config_lib.to_json(config))}
+        found = report(config, mesh, QUICK, chip) | {"config": json.loads(config_lib.to_json(config))}
         return found["memory"]["needed"], chip.hbm_bytes, found
 
-    options = QUICK | training_step.COMPILER_OPTIONS.get("tpu", {})
     if fitting:
         return fit(lambda images: attempt(with_batch(config, images, mesh.size)), _say)[1]
     return attempt(config)[-1]

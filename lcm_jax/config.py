@@ -312,8 +312,8 @@ def _check_models(config: ConfigDict, check: Callable[[str, bool, str], None]) -
 
 
 # Change nothing that is trained, but for rounding.
-MAY_DIFFER = ("compilation_cache", "train.steps", "train.remat", "model.attention", "data.workers",
-              "data.index_dir", "data.max_bad_fraction", "data.encode_chunk")
+MAY_DIFFER = ("compilation_cache", "train.steps", "train.remat", "train.accumulation_steps", "model.attention",
+              "data.workers", "data.index_dir", "data.max_bad_fraction", "data.encode_chunk")
 MAY_DIFFER_UNDER = ("mesh.", "checkpoint.", "log.")
 
 

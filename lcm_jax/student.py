@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from lcm_jax import assets, files
+from lcm_jax import assets, files, training_data
 from lcm_jax import config as config_lib
 from lcm_jax.diffusion.consistency import SIGMA_DATA, TIMESTEP_SCALING
 from lcm_jax.distill import state
@@ -82,6 +82,19 @@ def load_student(config: ConfigDict, teacher: Pipeline, place: Place | None = No
     return dataclasses.replace(teacher, unet=unet, params={**teacher.params, "unet": params})
 
 
+def shapes(config: ConfigDict) -> tuple[Pipeline, Pipeline]:
+    """Teacher and student without weights: what does not go together is found before minutes go into reading them.
+
+    Raises:
+      LcmError: a model cannot be loaded, is not of the kind that the config needs, or does not fit the other.
+    """
+    teacher = load_teacher(config, weights=False)
+    _check_teacher(config, teacher)
+    student = load_student(config, teacher)
+    _check_student(config, teacher, student)
+    return teacher, student
+
+
 def theta(student: Pipeline) -> Any:
     """What training changes and checkpoints hold: the UNet's weights, or in a LoRA run its adapters."""
     params = student.params["unet"]
@@ -102,6 +115,38 @@ def merged(student: Pipeline) -> Pipeline:
     params = student.params["unet"]
     unet = lora.merge(params["base"], [(params["lora"], student.unet.scale)])
     return dataclasses.replace(student, unet=student.unet.module, params={**student.params, "unet": unet})
+
+
+def _check_teacher(config: ConfigDict, teacher: Pipeline) -> None:
+    """Raises LcmError where config and teacher do not go together."""
+    training_data.check_sizes(config, teacher)
+    found, asked = teacher.schedule.prediction_type, config.model.prediction_type
+    if asked not in (None, found):
+        raise LcmError(
+            f"config.model.prediction_type = {asked!r}, but the model's scheduler_config.json says {found!r}, and its "
+            "UNet was trained so; leave it None, or correct that file if it is wrong"
+        )
+    if config_lib.asks_teacher(config) and teacher.has_w_embedding:
+        raise LcmError(
+            f"config.model.teacher = {config.model.teacher!r} is a Latent Consistency Model itself "
+            "(it has a w embedding); give the diffusion model that it was made from"
+        )
+    if teacher.unet.in_channels != teacher.vae.latent_channels:
+        raise LcmError(
+            f"config.model.teacher = {config.model.teacher!r} takes {teacher.unet.in_channels} channels "
+            f"(inpainting); {config.objective.upper()} needs a text-to-image model with {teacher.vae.latent_channels}"
+        )
+
+
+def _check_student(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> None:
+    """Raises LcmError where the student's UNet cannot take what the teacher's takes."""
+    for field in ("in_channels", "out_channels", "addition_embed_type", "cross_attention_dim"):
+        has, needs = (sorted(map(str, {*unet.per_level(field)})) for unet in (student.unet, teacher.unet))
+        if has != needs:
+            raise LcmError(
+                f"config.model.student = {config.model.student!r} has {field} {', '.join(has)}, the teacher "
+                f"{', '.join(needs)}; start from a model of the teacher's family"
+            )
 
 
 def _check_lcm(config: ConfigDict, unet: Any, teacher: Pipeline) -> None:

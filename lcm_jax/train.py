@@ -40,8 +40,7 @@ from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints
 from lcm_jax.runtime.cost import chips, roofline
 from lcm_jax.runtime.processes import distributed
-from lcm_jax.runtime.reporting import boards
-from lcm_jax.runtime.reporting.profiling import Profile
+from lcm_jax.runtime.reporting import boards, profiling
 from lcm_jax.runtime.reporting.telemetry import BadRecords, Telemetry
 from lcm_jax.runtime.workdir import StopSignal, locked, prepare_workdir, same_as_before, write_atomic
 
@@ -58,11 +57,11 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> state_l
       LcmError: a bad config, model or workdir, before anything long has begun; NaN or Inf during training.
     """
     began = time.time()
-    config, mesh = distributed.everywhere(lambda: prepared(config))
+    config, mesh = distributed.everywhere(lambda: prepared(config, profile))
     with locked(workdir) as workdir:  # first of all: config.json is the running process's
         prepare_workdir(workdir, config)
         parts = distributed.everywhere(lambda: training_data.open_parts(config))
-        program = distributed.everywhere(lambda: training_step.make(config, *shapes(config), mesh))
+        program = distributed.everywhere(lambda: training_step.make(config, *student_lib.shapes(config), mesh))
         return run(config, workdir, parts, program, mesh, profile, began)
 
 
@@ -72,22 +71,17 @@ def aot_report(config: ConfigDict, workdir: str | Path) -> None:
     Raises:
       LcmError: as `train`; the step does not fit.
     """
-    config, mesh = prepared(config)
-    program = training_step.make(config, *shapes(config), mesh)
-    options = training_step.COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
-    compiled = aot.compile_step(program, config, {})
-    found = roofline.report(
-        compiled, mesh, config.data.batch_size, program.model_flops(), options=options
-    )
+    found = aot.report(*prepared(config), {})
     say(roofline.text(found))
     if jax.process_index() == 0:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         write_atomic(Path(workdir) / "aot_report.json", json.dumps(found, indent=2) + "\n")
 
 
-def prepared(config: ConfigDict) -> tuple[ConfigDict, Mesh]:
+def prepared(config: ConfigDict, profile: str = "") -> tuple[ConfigDict, Mesh]:
     """The config checked and resolved, and the mesh over all devices that it asks for."""
     config_lib.validate(config)
+    profiling.check(profile, config.train.steps)
     config = config_lib.resolve(config)
     if config.log.wandb:
         boards.import_wandb()  # an error now, not when all is read
@@ -96,15 +90,6 @@ def prepared(config: ConfigDict) -> tuple[ConfigDict, Mesh]:
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.slices)
     mesh_lib.check_batch(mesh, config.data.batch_size, config.train.accumulation_steps)
     return config, mesh
-
-
-def shapes(config: ConfigDict) -> tuple[Pipeline, Pipeline]:
-    """Teacher and student without weights: what does not go together is found before minutes go into reading them."""
-    teacher = student_lib.load_teacher(config, weights=False)
-    check_fit(config, teacher)
-    student = student_lib.load_student(config, teacher)
-    check_student(config, teacher, student)
-    return teacher, student
 
 
 def models(config: ConfigDict, mesh: Mesh) -> tuple[Pipeline, Pipeline]:
@@ -171,7 +156,7 @@ def run(
                 began=began,
                 **speed_limits(program, mesh),
             ) as telemetry,
-            Profile(workdir, profile, step, config.train.steps) as profiled,
+            profiling.Profile(workdir, profile, step) as profiled,
             StopSignal() as stop,
         ):
 
@@ -207,42 +192,6 @@ def run(
             if step < config.train.steps:
                 telemetry.message(f"{stop.name}: saved step {step}; the same command goes on from there")
     return state
-
-
-def check_fit(config: ConfigDict, teacher: Pipeline) -> None:
-    """Raises LcmError where config and teacher do not go together."""
-    training_data.check_sizes(config, teacher)
-    found, asked = teacher.schedule.prediction_type, config.model.prediction_type
-    if asked not in (None, found):
-        raise LcmError(
-            f"config.model.prediction_type = {asked!r}, but the model's scheduler_config.json says {found!r}, and its "
-            "UNet was trained so; leave it None, or correct that file if it is wrong"
-        )
-    if config_lib.asks_teacher(config) and teacher.has_w_embedding:
-        raise LcmError(
-            f"config.model.teacher = {config.model.teacher!r} is a Latent Consistency Model itself "
-            "(it has a w embedding); give the diffusion model that it was made from"
-        )
-    if teacher.unet.in_channels != teacher.vae.latent_channels:
-        raise LcmError(
-            f"config.model.teacher = {config.model.teacher!r} takes {teacher.unet.in_channels} channels "
-            f"(inpainting); {config.objective.upper()} needs a text-to-image model with {teacher.vae.latent_channels}"
-        )
-
-
-def check_student(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> None:
-    """Raises LcmError where the student's UNet cannot take what the teacher's takes."""
-    for field in ("in_channels", "out_channels", "addition_embed_type", "cross_attention_dim"):
-        has, needs = ({*unet.per_level(field)} for unet in (student.unet, teacher.unet))
-        if has != needs:
-            raise LcmError(
-                f"config.model.student = {config.model.student!r} has {field} {_list(has)}, the teacher "
-                f"{_list(needs)}; start from a model of the teacher's family"
-            )
-
-
-def _list(values: set) -> str:
-    return ", ".join(sorted(map(str, values)))
 
 
 def encoders(pipeline: Pipeline) -> Pipeline:

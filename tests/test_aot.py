@@ -1,6 +1,7 @@
 """Compiling for machines that are not here: the same program as the run's, what fits, and what is told to whom."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -99,6 +100,29 @@ def test_the_report_of_a_step_on_this_machine(tiny):
     assert on_v5e["seconds"]["bound"] == "hbm"
     assert on_v5e["utilisation"] == pytest.approx(flops / (197e12 * on_v5e["bytes"]["total"] / 819e9))
     assert "197 TFLOP/s" in roofline.text(on_v5e) and "option=1" in roofline.text(on_v5e)
+
+
+def test_what_a_run_holds_beside_the_step_must_fit_too(tiny, monkeypatch):
+    config, mesh, compile_step = config_of("shapes_lcm", **{"model.teacher": tiny}), one_device(), aot.compile_step
+    compiled = functools.cache(lambda: compile_step(aot.build(config, mesh), config, {}))
+    monkeypatch.setattr(aot, "compile_step", lambda *args: compiled())
+    found = aot.report(config, mesh, {}, chips.CHIPS["v5e"])
+    memory = found["memory"]
+    teacher, _ = student_lib.shapes(config)
+    held = sum(leaf.size * 4 for name in ("vae", "text_encoder") for leaf in jax.tree.leaves(teacher.params[name]))
+    assert memory["encoders"] == held > 0
+    assert memory["needed"] == held + sum(memory[name] for name in ("arguments", "results", "temporaries", "code"))
+    assert "encoders included" in roofline.text(found) and found["compile_seconds"] >= 0
+    small = dataclasses.replace(chips.CHIPS["v5e"], hbm_bytes=memory["needed"] - 1)
+    with pytest.raises(aot.DoesNotFit, match="does not fit .* too much; .*--config.train.remat=block"):
+        aot.report(config, mesh, {}, small)
+    aot.report(config, mesh, {}, dataclasses.replace(small, hbm_bytes=memory["needed"]))
+
+
+def test_what_a_run_would_refuse_is_refused(tiny):
+    config = config_of("shapes_lcm", **{"model.teacher": tiny, "data.resolution": 66})
+    with pytest.raises(LcmError, match="data.resolution = 66 .* factor 4"):
+        aot.build(config, one_device())
 
 
 def test_model_flops_know_neither_rematerialisation_nor_parts_of_a_batch(tiny):

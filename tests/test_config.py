@@ -120,6 +120,7 @@ def test_differences(shapes):
     saved = json.loads(config_lib.to_json(shapes))
     assert config_lib.differences(saved, shapes) == {}  # tuples became lists on the way
     shapes.train.steps, shapes.checkpoint.every, shapes.log.every, shapes.sample.every = 7, 7, 7, 7
+    shapes.train.accumulation_steps, shapes.train.remat = 2, "block"  # the same steps on fewer devices
     shapes.data.workers, shapes.data.max_bad_fraction, shapes.data.index_dir = 3, 0.5, "/elsewhere"
     assert config_lib.differences(saved, shapes) == {}
     shapes.train.lr_decay_steps, shapes.sample.prompts = 9, ("x",)

@@ -8,7 +8,8 @@ from lcm_jax.runtime.cost import chips
 
 @pytest.mark.parametrize(("kind", "name"), [
     ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"),
-    ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"),
+    ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+    ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"),
 ])  # fmt: skip
 def test_device_kinds(kind, name):
     assert chips.lookup(kind).name == name

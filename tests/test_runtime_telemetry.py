@@ -105,7 +105,7 @@ def test_loss_by_bins_is_a_mean_since_the_line_before(tmp_path):
             bins = {"sum": jnp.asarray(sums[step - 1]), "count": jnp.asarray(counts[step - 1])}
             telemetry.update(step, {"loss": jnp.float32(1), "loss_bins": bins})
     early, late = read_metrics(tmp_path)
-    for record, steps in ((early, slice(1, 10)), (late, slice(10, 20))):  # the first step's are the compiler's
+    for record, steps in ((early, slice(0, 10)), (late, slice(10, 20))):
         for i in (0, 1, 2, 4):
             assert record[f"loss_bin_{i}"] == pytest.approx(sums[steps, i].sum() / counts[steps, i].sum())
         assert "loss_bin_3" not in record and "loss_bins" not in record
@@ -175,7 +175,7 @@ def test_bar_on_a_terminal(tmp_path):
 
 
 def read_events(folder):
-    """(step, tag, kind) of every value in the folder's event files, by TensorBoard's own record format."""
+    """The events of the folder's files, by TensorBoard's own record format."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -183,8 +183,7 @@ def read_events(folder):
         data = path.read_bytes()
         while data:  # length (8), its crc (4), record, its crc (4)
             length = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12 : 12 + length])
-            found += [(event.step, v.tag, v.WhichOneof("value")) for v in event.summary.value]
+            found.append(Event.FromString(data[12 : 12 + length]))
             data = data[16 + length :]
     return found
 
@@ -197,7 +196,8 @@ def test_tensorboard_and_pictures(tmp_path):
         path = telemetry.images(10, grid)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), grid)
     assert path == tmp_path / "samples" / "00000010.png"
-    events = read_events(tmp_path / "tensorboard")
+    events = [(event.step, value.tag, value.WhichOneof("value"))
+              for event in read_events(tmp_path / "tensorboard") for value in event.summary.value]  # fmt: skip
     assert {(5, "loss", "simple_value"), (10, "images_per_second", "simple_value"),
             (10, "samples", "image")} <= set(events)
 
@@ -208,6 +208,30 @@ def test_goodput_goes_on_after_a_restart(tmp_path):
     total = goodput(tmp_path)
     assert total.attempts == 2 and 0 < total.share < 1 and total.redone > 0
     assert read_metrics(tmp_path)[-1]["goodput"] > 0
+
+
+def test_steps_after_the_last_line_are_no_lost_time(tmp_path):
+    """Attempts that end before a line is due have trained, too: what each computed is in the events."""
+    for done in (0, 9, 18):
+        with Telemetry(tmp_path, 1000, batch_size=8, start_step=done, log_every=100, stream=io.StringIO()) as telemetry:
+            for step in range(done + 1, done + 10):
+                telemetry.update(step, {"loss": 1.0})
+            telemetry.settle()
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == 3 * ["start", "compiled", "steps", "stop"]
+    steps = [(event["from"], event["step"]) for event in events if event["event"] == "steps"]
+    assert steps == [(1, 9), (10, 18), (19, 27)]
+
+
+def test_a_run_that_begins_anew_hides_what_was_shown_before(tmp_path):
+    """Killed before its first checkpoint, a run's TensorBoard shows the second attempt alone."""
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    for start, end in ((0, 20), (10, 20), (0, 5)):
+        train(tmp_path, start, end)
+        last = max((tmp_path / "tensorboard").glob("events*"), key=lambda path: path.stat().st_mtime_ns)
+        marks = [event.step for event in read_events(last.parent) if event.session_log.status == SessionLog.START]
+        assert start + 1 in marks
 
 
 def test_the_records_of_a_bad_batch_are_listed(tmp_path):

@@ -24,6 +24,7 @@ from PIL import Image
 from test_student import make_lcm
 
 from lcm_jax import config as config_lib
+from lcm_jax import student as student_lib
 from lcm_jax import train, training_data
 from lcm_jax.data.order import batch_indices
 from lcm_jax.distill import step as step_lib
@@ -319,9 +320,9 @@ def test_config_keys_and_values(teacher, tmp_path, capsys, option, words):
 
 def test_resolution_and_batch_must_fit_vae_and_devices(teacher, monkeypatch):
     config = config_lib.default_config()
-    config.data.resolution = 60
+    config.model.teacher, config.data.resolution = str(teacher), 60
     with pytest.raises(train.LcmError, match=r"data\.resolution = 60 .* factor 8"):
-        train.check_fit(config, load_pipeline(teacher))
+        student_lib.shapes(config)
     config = runpy.run_path(str(ROOT / "configs" / "shapes_lcm.py"))["get_config"]()
     config.data.batch_size, config.train.accumulation_steps = 6, 6
     assert train.prepared(config)[1].size == 1

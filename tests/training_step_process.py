@@ -90,7 +90,7 @@ def run(teacher, steps, sizes=None, options=None):
     mesh = mesh_lib.make_mesh(*sizes) if sizes else mesh_lib.make_mesh(devices=jax.devices()[:1])
     teacher, student = map(double, train.models(config, mesh))
     program = training_step.make(config, teacher, student, mesh)
-    of_shapes = training_step.make(config, *map(double, train.shapes(config)), mesh)
+    of_shapes = training_step.make(config, *map(double, student_lib.shapes(config)), mesh)
     lowered = program.lower()
     step = lowered.compile()
     state, frozen = program.begin(student_lib.theta(moved(student))), program.place_frozen(teacher, student)

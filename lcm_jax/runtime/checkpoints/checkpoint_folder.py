@@ -45,16 +45,10 @@ def list_steps(folder: str | os.PathLike[str]) -> list[int]:
 def find_damage(folder: Path, step: int, under: str = "") -> str | None:
     """What is wrong with the checkpoint of `step`, or with its part `under`, in words; None: it is as it was written.
 
-    One without digests is of a version of lcm_jax that made none, and None with a word on stderr; but not if an older
-    one has them: then its own are lost, and who knows what else.
-
     Raises:
       LcmError: a file of it cannot be read.
     """
     path = folder / str(step)
-    if not digests.written(path) and not any(digests.written(folder / str(s)) for s in list_steps(folder) if s < step):
-        _say(f"checkpoint {path} was written without {digests.FILE}, by an older lcm_jax: what it holds is UNVERIFIED")
-        return None
     try:
         return digests.find_damage(path, under)
     except OSError as error:

@@ -21,11 +21,6 @@ FILE = "digests.json"
 THREADS = min(8, os.cpu_count() or 1)
 
 
-def written(folder: Path) -> bool:
-    """Whether `folder` has digests, of whatever state."""
-    return (folder / FILE).exists()
-
-
 def write(folder: Path) -> None:
     """Makes all files under `folder` last on the disk, and then digests.json of them."""
     entries = {}

@@ -9,8 +9,8 @@
 Sources. TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: peak 275, 197, 459, 918 TFLOP/s; HBM 32, 16, 95, 32 GB at
 1200, 819, 2765, 1638 GB/s; bidirectional bandwidth of all links 600 (v4: 6 of 50 GB/s each way), 400, 1200, 800 GB/s
 over 6, 4, 6, 4 ports; data-centre network v5p 50 Gbit/s a chip, v5e 6.4 Tbit/s a pod of 256, v6e 4 x 200 Gbit/s a host
-of 8, v4 taken as v5p. GPU: NVIDIA's data sheets, SXM: dense bfloat16 312, 989, 989 TFLOP/s; HBM 80, 80, 141 GB at 2.04,
-3.35, 4.8 TB/s; NVLink one way 300, 450, 450 GB/s; network 200, 400, 400 Gbit/s a GPU.
+of 8, v4 taken as v5p. GPU: NVIDIA's data sheets, SXM: dense bfloat16 312, 989, 989 TFLOP/s; HBM 80 (A100 also 40), 80,
+141 GB at 2.04 (1.56), 3.35, 4.8 TB/s; NVLink one way 300, 450, 450 GB/s; network 200, 400, 400 Gbit/s a GPU.
 """
 
 import dataclasses
@@ -41,6 +41,7 @@ CHIPS = {
         Chip("v5e", 197e12, 15.75 * GIB, 819e9, 2 * 50e9, 3.125e9),
         Chip("v5p", 459e12, 95.74 * GIB, 2765e9, 3 * 100e9, 6.25e9),
         Chip("v6e", 918e12, 31.25 * GIB, 1638e9, 2 * 100e9, 12.5e9),
+        Chip("A100-40GB", 312e12, 40e9, 1555e9, 300e9, 25e9),
         Chip("A100", 312e12, 80e9, 2039e9, 300e9, 25e9),
         Chip("H100", 989e12, 80e9, 3350e9, 450e9, 50e9),
         Chip("H200", 989e12, 141e9, 4800e9, 450e9, 50e9),
@@ -50,8 +51,11 @@ CHIPS = {
 # Words of jax's device_kind -> chip; the first that is found counts.
 _KINDS = {
     "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p", "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e", "H200": "H200", "H100": "H100", "A100": "A100",
+    "TPU v6e": "v6e", "H200": "H200", "H100": "H100",
+    "A100-SXM4-40GB": "A100-40GB", "A100": "A100",
 }  # fmt: skip
+
+NODE = 8  # GPUs that NVLink joins; numbered one after another
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")

@@ -13,6 +13,7 @@ hides.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ def report(
     model_flops: float,
     chip: chips.Chip | None = None,
     options: dict[str, Any] | None = None,
+    encoders: float = 0.0,
 ) -> dict[str, Any]:
     """What the compiled step needs, per device, as JSON values.
 
@@ -45,6 +47,7 @@ def report(
       model_flops: of the whole step over all devices.
       chip: its constants; None: of the mesh's devices, and no times where these are not known.
       options: compile options, for the record.
+      encoders: bytes that a device holds beside the step.
     """
     chip = chip or chips.lookup(mesh.devices.flat[0].device_kind)
     program = hlo.read(compiled.as_text())
@@ -63,7 +66,7 @@ def report(
         "mesh": dict(mesh.shape),
         "images_per_step": images,
         "images_per_device": images / mesh.size,
-        "memory": _memory(compiled),
+        "memory": _memory(compiled, encoders),
         "flops": flops | {"total": sum(flops.values())},
         "bytes": memory | {"total": sum(memory.values())},
         "collectives": collectives,
@@ -79,14 +82,16 @@ def report(
     return found | (_times(found, operations, chip) if chip else {"chip": None})
 
 
-def _memory(compiled: Any) -> dict[str, float]:
-    """Bytes: of arguments, of results that take no argument's place, of temporaries, of code; "needed": all of them."""
+def _memory(compiled: Any, encoders: float) -> dict[str, float]:
+    """Bytes: of arguments, of results that take no argument's place, of temporaries, of code, of VAE and text encoders
+    beside the step; "needed": all of them."""
     stats = compiled.memory_analysis()
     parts = {
         "arguments": stats.argument_size_in_bytes,
         "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
+        "encoders": encoders,
     }
     return parts | {"needed": sum(parts.values())}
 
@@ -141,9 +146,11 @@ def _attention_flops(name: str, q: tuple[int, ...], k: tuple[int, ...]) -> float
 def _collectives(program: hlo.Program, mesh: Mesh) -> tuple[dict[str, Any], float, float]:
     """({kind: {"axis+axis": {"count", "bytes"}}}, bytes over links, bytes over the data-centre network).
 
-    What crosses slices goes around inside each slice first, and a chip's share of it then from slice to slice.
+    What crosses slices (TPU) or nodes (GPU) goes around inside each of them first, and a chip's share of it then from
+    one to the other.
     """
     shape = dict(mesh.shape)
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
     found: dict[str, Any] = {}
     link = dcn = 0.0
     for collective in hlo.collectives(program):
@@ -152,16 +159,22 @@ def _collectives(program: hlo.Program, mesh: Mesh) -> tuple[dict[str, Any], floa
         entry = found.setdefault(collective.kind, {}).setdefault("+".join(axes) or "none", {"count": 0, "bytes": 0.0})
         entry["count"] += collective.times
         entry["bytes"] += total
-        if "slice" not in axes:
+        size = len(collective.groups[0])
+        islands = _nodes(collective.groups[0]) if is_gpu else shape["slice"] if "slice" in axes else 1
+        if islands == 1:
             link += total
             continue
-        size, slices = len(collective.groups[0]), shape["slice"]
-        inside = size // slices
-        # Bytes follow (n - 1) / n of the same payload, in a ring of the slice's chips and in one of the slices.
+        inside = size // islands
+        # Bytes follow (n - 1) / n of the same payload, in a ring of an island's chips and in one of the islands.
         payload = total * size / (size - 1)
         link += payload * (inside - 1) / inside
-        dcn += payload * (slices - 1) / slices / inside
+        dcn += payload * (islands - 1) / islands / inside
     return found, link, dcn
+
+
+def _nodes(group: Sequence[int]) -> int:
+    """How many nodes the GPUs of a group are in."""
+    return len({device // chips.NODE for device in group})
 
 
 def text(found: dict[str, Any]) -> str:
@@ -174,7 +187,8 @@ def text(found: dict[str, Any]) -> str:
         ("arguments", _gib(memory["arguments"])),
         ("temporaries", _gib(memory["temporaries"])),
         ("peak HBM", _gib(memory["needed"])
-         + (f" of {_gib(chip['hbm_bytes'])} ({found['hbm_share']:.0%}), code and results included" if chip else "")),
+         + (f" of {_gib(chip['hbm_bytes'])} ({found['hbm_share']:.0%})" if chip else "")
+         + ", code, results and encoders included"),
         ("FLOPs", f"{found['flops']['total']:.3e} (kernels {found['flops']['kernels']:.2e}, "
                   f"repeated turns of loops {found['flops']['loops']:.2e}); the model's {found['model_flops']:.3e}"),
         ("bytes", f"{found['bytes']['total']:.3e} (kernels {found['bytes']['kernels']:.2e}, "

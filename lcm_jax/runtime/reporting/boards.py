@@ -22,7 +22,7 @@ class TensorBoard:
     def __init__(self, workdir: Path, start_step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
     def scalars(self, record: Mapping[str, float]) -> None:
         """Takes a record with its "step"."""

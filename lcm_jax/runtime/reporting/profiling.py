@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,16 @@ def parse_steps(spec: str) -> tuple[int, int]:
     return first, last
 
 
+def check(spec: str, total_steps: int) -> None:
+    """Raises LcmError where `spec` is no range of steps, or none of a run of `total_steps`; "" is no trace."""
+    if spec and parse_steps(spec)[1] > total_steps:
+        raise LcmError(f"--profile={spec}: this run ends at step {total_steps}; choose steps up to it")
+
+
 class Profile:
     """Traces the steps of `spec`; a context manager that costs nothing where `spec` is empty.
 
-        with Profile(workdir, "100:110", start_step, total_steps) as profile:
+        with Profile(workdir, "100:110", start_step) as profile:
             profile.at(step, state)
             while step < total_steps:
                 state, metrics = step_fn(state, ...)
@@ -37,24 +44,21 @@ class Profile:
                 profile.at(step, state)
 
     A step is traced from its dispatch to its end on the device; leaving the context ends a trace that is under way.
-    Process 0 traces, with the devices it sees.
+    Process 0 traces, with the devices it sees. A run that goes on beyond the first of the steps has traced them, or
+    was stopped amid them; it says so, and traces none.
 
     Args:
       workdir: of the run.
       spec: see `parse_steps`; "" for none.
       start_step: steps done before.
-      total_steps: length of the run.
-
-    Raises:
-      LcmError: the run will not come by these steps.
     """
 
-    def __init__(self, workdir: str | Path, spec: str, start_step: int, total_steps: int) -> None:
+    def __init__(self, workdir: str | Path, spec: str, start_step: int) -> None:
         self.folder, self._running = Path(workdir) / FOLDER, False
-        self._steps = parse_steps(spec) if spec else None
-        if self._steps and not (start_step < self._steps[0] and self._steps[1] <= total_steps):
-            raise LcmError(f"--profile={spec}: this run goes from step {start_step + 1} to {total_steps}; "
-                           "choose steps among them")
+        self._steps = parse_steps(spec) if spec and jax.process_index() == 0 else None
+        if self._steps and start_step >= self._steps[0]:
+            print(f"--profile={spec}: {start_step} steps are done already; no trace", file=sys.stderr, flush=True)
+            self._steps = None
 
     def __enter__(self) -> Profile:
         return self
@@ -64,7 +68,7 @@ class Profile:
 
     def at(self, step: int, value: Any) -> None:
         """Call it before the first step and after each one: how many are done, and what the last gave, as the state."""
-        if self._steps is None or jax.process_index():
+        if self._steps is None:
             return
         first, last = self._steps
         if step in (first - 1, last):

@@ -111,6 +111,7 @@ class Telemetry:
         self._wall_clock = time.time() - self._start_time  # to be added to the monotonic one
         self._first_step, self._last_step = start_step + 1, start_step
         self._mark(start_step)
+        self._bins = np.zeros((2, 1))
         records = keep_until(self.workdir, start_step) if self._writes else read_metrics(self.workdir)
         before = [record["loss"] for record in records if record["step"] <= start_step]
         self._spikes = alarms.Spikes(spike, before[-alarms.HORIZON:])
@@ -181,6 +182,8 @@ class Telemetry:
             self._tell(step.number, values, logged)
         if logged or step.number == self._first_step:
             self._mark(step.number)
+        if logged:
+            self._bins = np.zeros((2, 1))
 
     def _check(self, step: int, values: Mapping[str, float]) -> None:
         what = alarms.not_finite(step, values["loss"], values.get("grad_norm"))
@@ -190,20 +193,26 @@ class Telemetry:
             raise alarms.stop(self.workdir, step, what, keys, self._writes)
 
     def _mark(self, step: int) -> None:
-        self._mark_step, self._mark_time = step, self._done
-        self._spent, self._bins = dict.fromkeys(PAUSES, 0.0), np.zeros((2, 1))
+        self._mark_step, self._mark_time, self._spent = step, self._done, dict.fromkeys(PAUSES, 0.0)
+
+    def _computing(self) -> float:
+        """Seconds since the mark that the steps took."""
+        return self._done - self._mark_time - sum(self._spent.values())
+
+    def _add_steps(self, step: int) -> None:
+        """The event of the steps since the mark."""
+        self._events.add("steps", self._done + self._wall_clock, step,
+                         **{"from": self._mark_step, "seconds": round(self._computing(), 4)})
 
     def _tell(self, step: int, values: Mapping[str, float], logged: bool) -> None:
         """Events, and a line if this step has one."""
         steps = step - self._mark_step
-        passed = self._done - self._mark_time
-        computing = passed - sum(self._spent.values())
+        computing = self._computing()
         if step == self._first_step:
             self._events.add("compiled", self._done + self._wall_clock, step)
             self._progress.compiled(step)
         elif logged:
-            self._events.add("steps", self._done + self._wall_clock, step,
-                             **{"from": self._mark_step, "seconds": round(computing, 4)})
+            self._add_steps(step)
         if not logged:
             return
         training = max(computing + self._spent["data"], 1e-9)
@@ -254,6 +263,8 @@ class Telemetry:
         """Closes the files. Steps whose numbers were not settled are not written."""
         self._fetched.close()
         if self._file:
+            if self._last_step > self._mark_step:  # no line was due, but they are trained
+                self._add_steps(self._last_step)
             self._events.add("stop", time.time(), self._last_step)
             for part in (self._progress, self._file, self._events, *self._boards):
                 part.close()
