@@ -38,7 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]]]] = {
     "sdxl_lora": ("sdxl_lcm_lora", {
         "v5e": (4, {"mesh.fsdp": 16, "train.remat": "block"} | LEAN),
         "v5p": (8, {"mesh.fsdp": 16} | LEAN),
-        "v6e": (8, {"mesh.fsdp": 16, "train.remat": "block"} | LEAN),
+        "v6e": (16, {"mesh.fsdp": 16, "train.remat": "block"} | LEAN),
     }),
     "sd15_lora": ("sd15_lcm_lora", {
         "v5e": (8, {"mesh.fsdp": 16} | LEAN),

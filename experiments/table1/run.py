@@ -99,7 +99,7 @@ def result(rows: Sequence[table.Row]) -> str:
         texts += [f"Guidance scale {scale:g}:", laid_out(values, [table.COLUMNS[key] for key in keys])]
     notes = "\n".join(table.notes(rows))
     own = [table.COLUMNS["fid"], table.COLUMNS["clip_score"]]
-    texts += [notes, "The paper's, on its models (FID, CLIP score):", laid_out(paper.ROWS, own)]
+    texts += [notes, "The paper's, on its models (FID, CLIP score):", laid_out(paper.ROWS, own), paper.NOTE]
     return "\n\n".join(texts) + "\n"
 
 
