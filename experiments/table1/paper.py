@@ -1,8 +1,8 @@
 """Table 1 of the LCM paper (arXiv 2310.04378): 512 x 512 pixels, LAION-Aesthetics 6+, w = 8, in 1, 2, 4 and 8 steps."""
 
 NOTE = (
-    "Confirmed by a second source: FID of DDIM in 2 and 4 steps, DPM-Solver in 2, DPM-Solver++ in 4, Guided-Distill in 2 "
-    "and 4, LCM in 1, 2, 4 and 8; CLIP score in 4 steps of DDIM, Guided-Distill and LCM. The other cells are not yet "
+    "Confirmed by a second source: FID of DDIM in 2 and 4 steps, DPM-Solver in 2, DPM-Solver++ in 4, Guided-Distill in "
+    "2 and 4, LCM in 1, 2, 4 and 8; CLIP score in 4 steps of DDIM, Guided-Distill and LCM. The other cells are not yet "
     "checked against the paper."
 )
 # method -> (FID, CLIP score), each in 1, 2, 4, 8 steps
