@@ -39,14 +39,15 @@ from lcm_jax.data.cache_writing import Shard
 from lcm_jax.data.order import draws_at
 from lcm_jax.data.records import Fault
 from lcm_jax.errors import LcmError
-from lcm_jax.pretrained import Pipeline, conditioning
+from lcm_jax.pretrained import ENCODERS, Pipeline, conditioning
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.processes import distributed
 from lcm_jax.runtime.reporting.progress import Progress
 from lcm_jax.runtime.reporting.telemetry import BadRecords
 from lcm_jax.runtime.workdir import StopSignal, locked
 
-WAIT = 30 * 24 * 3600  # seconds for the slowest process after the first is done: whether it lives is told by others
+WAIT = 30 * 24 * 3600  # seconds for the slowest process after the first is done: its heartbeats say whether it lives
+STOPPED = "{}: stopped; the same command goes on from the last whole file"
 CAPTION = "caption"  # a row's text, kept for people to read
 DATA_KEYS = (  # of config.data, that decide what a row holds; sizes stand in the fingerprint
     "source", "path", "split", "image_key", "caption_key", "style", "num_examples", "filters", "width_key",
@@ -145,7 +146,9 @@ def latents(config: ConfigDict, out: str | Path, options: Options) -> None:
         distributed.same("what the cache shall hold", json.dumps(job.plan, indent=2))
         if not distributed.everywhere(lambda: cache_writing.begin(out, job.plan)):
             return say(f"{out} is complete already")
-        distributed.everywhere(lambda: write(job), timeout=WAIT)
+        stopped = distributed.everywhere(lambda: write(job), timeout=WAIT)
+        if distributed.anywhere(stopped is not None):  # one that had written its files already stops like the others
+            raise Stopped(stopped or STOPPED.format("SIGTERM"))
         if jax.process_index() == 0:
             total, lost = cache_writing.finish(out, job.plan, job.shards, job.left_out)
             say(f"{out}: {total} rows; {lost} records could not be used")
@@ -155,8 +158,9 @@ def prepared(config: ConfigDict, out: Path, options: Options) -> Job:
     """All that writing the cache takes."""
     part, = training_data.open_parts(config)
     say(f"{part.name}: {part.report.line()}")
-    pipeline, mesh = on_this_host(config, student_lib.load_teacher(config))
-    training_data.check_sizes(config, pipeline)
+    training_data.check_sizes(config, student_lib.load_teacher(config, weights=False))  # before minutes of reading
+    mesh = mesh_of_this_host(config)
+    pipeline = student_lib.load_teacher(config, mesh_lib.place(mesh), weights=ENCODERS)
     tokenize = Captioned(training_data.Tokenize(conditioning.tokenizers(pipeline)))
     pictures = training_data.pictures(config, part.source, tokenize, time_ids=pipeline.is_xl)
     watch = training_data.Watch(loader.Faults(config.data.max_bad_fraction, BadRecords(out)), say)
@@ -220,16 +224,11 @@ def layout(pipeline: Pipeline, sizes: Sequence[tuple[int, int]], options: Option
     ]
 
 
-def on_this_host(config: ConfigDict, pipeline: Pipeline) -> tuple[Pipeline, Mesh]:
-    """The pipeline with weights of VAE and text encoders alone, on the devices of this process; their mesh.
-
-    `mesh.fsdp` of them, as far as that divides their number, hold one copy.
-    """
+def mesh_of_this_host(config: ConfigDict) -> Mesh:
+    """A mesh of this process's devices: `mesh.fsdp` of them, as far as that divides their number, hold one copy."""
     devices = jax.local_devices()
     fsdp = len(devices) if config.mesh.fsdp == -1 else math.gcd(config.mesh.fsdp, len(devices))
-    mesh = mesh_lib.make_mesh(fsdp=fsdp, devices=devices)
-    params = {name: tree for name, tree in pipeline.params.items() if name != "unet"}
-    return dataclasses.replace(pipeline, params=jax.tree.map(mesh_lib.place(mesh), params)), mesh
+    return mesh_lib.make_mesh(fsdp=fsdp, devices=devices)
 
 
 def of_a_batch(encode: Callable, text: str, batch: int) -> Callable[[encoding.Rows], encoding.Rows]:
@@ -244,8 +243,29 @@ def of_a_batch(encode: Callable, text: str, batch: int) -> Callable[[encoding.Ro
     return call
 
 
-def write(job: Job) -> None:
-    """The shards of this process that are not finished. Raises Stopped, LcmError."""
+def write(job: Job) -> str | None:
+    """The shards of this process that are not finished. What `Stopped` shall say; None: all are written.
+
+    One of several processes that fails says so at once, as it has to wait for the others, and asks them to stop.
+
+    Raises:
+      LcmError: too many records cannot be used, a value is not finite, a full disk.
+    """
+    try:
+        write_shards(job)
+    except Stopped as stop:
+        return str(stop)
+    except Exception as error:
+        if jax.process_count() > 1:
+            what = f"process {jax.process_index()} of {jax.process_count()} failed: {distributed.said(error)}"
+            print(f"{what}; the others stop at their next batch", file=sys.stderr, flush=True)
+            distributed.ask_to_stop()
+        raise
+    return None
+
+
+def write_shards(job: Job) -> None:
+    """`write`; raises Stopped where a signal came."""
     mine = job.shards[jax.process_index() :: jax.process_count()]
     before = {shard: cache_writing.noted(job.out, shard) for shard in mine}
     todo = [shard for shard, state in before.items() if state is None]
@@ -271,7 +291,7 @@ def write_shard(job: Job, shard: Shard, rows: Iterator, progress: Progress, stop
     def records() -> Iterator[bytes]:
         for first in range(0, len(shard.ranks), job.batch):  # no batch reaches into another shard
             if stop:
-                raise Stopped(f"{stop.name}: stopped; the same command goes on from the last whole file")
+                raise Stopped(STOPPED.format(stop.name))
             chunk = list(itertools.islice(rows, min(job.batch, len(shard.ranks) - first)))
             bad = [row for _, row in chunk if isinstance(row, Fault)]
             faults.extend(bad)

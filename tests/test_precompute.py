@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from lcm_jax.distill import step as step_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.precompute import Options
 from lcm_jax.pretrained import conditioning
+from lcm_jax.runtime.processes import distributed
 from lcm_jax.runtime.reporting import telemetry
 
 ROOT = Path(__file__).parents[1]
@@ -278,6 +280,111 @@ def test_what_cannot_be_precomputed(teacher, drawn, tmp_path):
     refused(latents(drawn), "shard_size: 16 there, 4096 now")
     refused(lambda: Options(text="words"), "--text=words", "ids, embeddings")
     refused(lambda: Options(variants=0), "--variants=0")
+
+
+def test_no_weights_of_the_unet_are_read_and_sizes_are_checked_first(teacher, drawn, tmp_path):
+    model = shutil.copytree(teacher, tmp_path / "model")
+    for path in (model / "unet").glob("*.safetensors"):
+        path.unlink()
+    precompute.latents(make_config(model, **DRAWN), tmp_path / "cache", Options(shard_size=16))
+    assert snapshot(tmp_path / "cache") == snapshot(drawn)
+    for path in (model / "vae").glob("*.safetensors"):
+        path.unlink()
+    refused(lambda: precompute.latents(make_config(model, resolution=60), tmp_path / "b", Options()), "factor 8")
+    refused(lambda: precompute.latents(make_config(model), tmp_path / "c", Options()), f"{model / 'vae'} has no")
+
+
+@pytest.mark.parametrize("mine", [None, "SIGINT: stopped; ..."])
+def test_a_process_whose_files_are_written_stops_with_the_others(teacher, tmp_path, monkeypatch, mine):
+    monkeypatch.setattr(precompute, "write", lambda job: mine)
+    monkeypatch.setattr(distributed, "anywhere", lambda flag: True)
+    with pytest.raises(precompute.Stopped, match=mine or "SIGTERM: stopped; the same command goes on"):
+        precompute.latents(make_config(teacher, **DRAWN), tmp_path / "cache", Options(shard_size=16))
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+
+
+def test_one_of_several_that_fails_says_so_at_once_and_stops_the_others(monkeypatch, capsys):
+    asked = []
+
+    def fail(job):
+        raise LcmError("too many records cannot be used")
+
+    monkeypatch.setattr(precompute, "write_shards", fail)
+    monkeypatch.setattr(distributed, "ask_to_stop", lambda: asked.append(True))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    refused(lambda: precompute.write(None), "too many records")
+    said = "process 0 of 2 failed: too many records cannot be used; the others stop at their next batch\n"
+    assert capsys.readouterr().err == said and asked == [True]
+
+
+SLOW = """
+import sys, time
+from absl import app, flags
+from lcm_jax import config as config_lib, precompute
+move = precompute.Progress.move
+def slowly(self, count):
+    move(self, count)
+    time.sleep(4 if flags.FLAGS.process_id == 0 else 0)
+precompute.Progress.move = slowly
+precompute.config_flags.DEFINE_config_file("config", None, "")
+flags.DEFINE_string("out", None, "")
+flags.DEFINE_string("what", "latents", "")
+flags.DEFINE_string("text", "ids", "")
+flags.DEFINE_integer("variants", 1, "")
+flags.DEFINE_string("dtype", "float32", "")
+flags.DEFINE_integer("shard_size", 4, "")
+precompute.distributed.define_flags()
+app.run(precompute.main, flags_parser=config_lib.parse_flags)
+"""
+
+
+def two(*options: str) -> list[subprocess.Popen]:
+    """Two processes, the first of which takes four seconds and more for each batch."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    where = ["--num_processes=2", f"--coordinator=127.0.0.1:{port}", "--config=configs/shapes_lcm.py", *options]
+    environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": str(ROOT)}
+    return [subprocess.Popen([sys.executable, "-c", SLOW, f"--process_id={index}", *where], cwd=ROOT, env=environment,
+                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for index in range(2)]  # fmt: skip
+
+
+def end(processes: list[subprocess.Popen], code: int) -> list[str]:
+    try:
+        said = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [code, code], said
+    return said
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_fails(teacher, folder, tmp_path):
+    for name in ("00", "01", "02", "03", "04", "06", "07", "08", "09", "10", "11"):  # 05 of process 1: rows 4 to 7
+        for copy in range(20):
+            for suffix in (".png", ".txt"):
+                shutil.copy(folder / f"{name}{suffix}", folder / f"more-{copy:02d}-{name}{suffix}")
+    said = end(two(f"--config.model.teacher={teacher}", f"--out={tmp_path / 'cache'}", "--config.data.source=folder",
+                   f"--config.data.path={folder}", "--config.data.max_bad_fraction=0.0"), 2)  # fmt: skip
+    assert "process 1 of 2 failed: " in said[1] and "the others stop at their next batch" in said[1]
+    assert "error: process 1 of 2: " in said[0] and "05.png" in said[0] and "05.png" in said[1]
+    assert len(list((tmp_path / "cache").glob("latents-*"))) < 20, "of 58; the first process stopped early"
+
+
+@pytest.mark.slow
+def test_a_signal_when_one_of_two_processes_has_written_its_files(teacher, tmp_path):
+    out = tmp_path / "cache"
+    processes = two(f"--config.model.teacher={teacher}", f"--out={out}", "--shard_size=10",
+                    "--config.data.num_examples=100")  # fmt: skip
+    while all(process.poll() is None for process in processes) and not all(
+        (out / "progress" / f"{cache.shard_name(0, number)}.json").exists() for number in range(1, 10, 2)
+    ):
+        time.sleep(0.1)
+    processes[0].send_signal(signal.SIGTERM)
+    for said in end(processes, 1):
+        assert said.splitlines()[-1] == "SIGTERM: stopped; the same command goes on from the last whole file", said
 
 
 def test_a_finished_cache_is_left_alone(teacher, drawn, capsys):

@@ -7,12 +7,13 @@ from pathlib import Path
 import family
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 
 from lcm_jax import assets
 from lcm_jax.errors import LcmError
-from lcm_jax.pretrained import load_pipeline, load_unet
+from lcm_jax.pretrained import ENCODERS, load_pipeline, load_unet, save_single_file
 
 ARCHITECTURES = Path(assets.__file__).parent / "architectures"
 # hub id -> (UNet and text encoders as tests/family.py calls them, prediction type)
@@ -77,6 +78,20 @@ def test_a_folder_needs_no_weights_and_gives_the_shapes_that_its_weights_have(tm
     assert bare.params == shapes and bare.unet == whole.unet and bare.tokenizer is None
     module, params = load_unet(tmp_path, weights=False)
     assert module == whole.unet and params == shapes["unet"]
+
+
+def test_the_weights_of_the_encoders_alone(tmp_path):
+    whole = load_pipeline(tiny.folder("sd1"))
+    file = save_single_file(whole, tmp_path / "model.safetensors", dtype=np.float32)
+    source = tiny.copy("sd1", tmp_path / "model")
+    (source / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), whole.params["unet"])
+    for found in (load_pipeline(source, weights=ENCODERS), load_pipeline(file, config=source, weights=ENCODERS)):
+        assert found.params["unet"] == shapes and found.unet == whole.unet and found.tokenizer is not None
+        for part in ("vae", "text_encoder"):
+            jax.tree.map(np.testing.assert_array_equal, found.params[part], whole.params[part])
+    with pytest.raises(LcmError, match="weights of u_net: parts are unet, vae"):
+        load_pipeline(source, weights=["u_net"])
 
 
 def test_what_is_neither_here_nor_embedded_is_asked_of_the_hub():

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.checkpoints import checkpoint as checkpoint_lib
 from lcm_jax.runtime.checkpoints import checkpoint_folder, digests
 from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints
+from lcm_jax.runtime.processes import agreement
 
 ROOT = Path(__file__).parents[1]
 
@@ -206,6 +208,51 @@ def test_failing_digests_fail_the_next_call_and_lose_nothing(tmp_path, monkeypat
         assert checkpoints.steps() == [1] == checkpoint_lib.list_steps(tmp_path / "c")
         assert checkpoints.save(2, {"x": jnp.ones(3)}), "the step may be tried again"
     assert os.listdir(tmp_path / "c") == ["2"]
+
+
+def test_a_look_after_every_step_raises_what_failed(tmp_path, monkeypatch):
+    def full(folder):
+        raise OSError(122, "Disk quota exceeded")
+
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.check()
+        monkeypatch.setattr(digests, "write", full)
+        checkpoints.save(1, {"x": jnp.zeros(3)})
+        with pytest.raises(LcmError, match=r"saving checkpoint 1 in .*quota"):
+            for _ in range(600):
+                checkpoints.check()
+                time.sleep(0.1)
+        checkpoints.check()
+
+
+def test_a_process_that_fails_waits_for_nobody_and_tells(tmp_path, monkeypatch):
+    told = []
+
+    def full(folder):
+        raise OSError(122, "Disk quota exceeded")
+
+    checkpoints = Checkpoints(tmp_path / "c")
+    monkeypatch.setattr(digests, "write", full)
+    monkeypatch.setattr(agreement, "wait_for_all", lambda key: told.append("waits"))
+    monkeypatch.setattr(agreement, "give_up", lambda key, error: told.append((key, str(error))))
+    checkpoints.save(1, {"x": jnp.zeros(3)})
+    with pytest.raises(LcmError, match="quota"):
+        checkpoints.close()
+    (key, said), = told
+    assert key.startswith("lcm_jax/checkpoint 1/") and said.startswith(f"saving checkpoint 1 in {tmp_path}")
+
+
+def test_nobody_waits_for_a_process_that_failed(tmp_path, monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr(agreement, "wait_for_all", lambda key: go.wait(60))  # that process never comes
+    monkeypatch.setattr(agreement, "given_up", lambda key: "process 1 of 2: saving checkpoint 1 failed")
+    with pytest.raises(LcmError, match="^process 1 of 2: saving checkpoint 1 failed$"):
+        with Checkpoints(tmp_path / "c") as checkpoints:
+            checkpoints.save(1, {"x": jnp.zeros(3)})
+            begun = time.monotonic()
+            checkpoints.save(2, {"x": jnp.zeros(3)})
+    assert time.monotonic() - begun < 30 and checkpoints.steps() == []
+    go.set()
 
 
 def run_python(code, *arguments):

@@ -155,6 +155,62 @@ def test_one_process_to_two_to_one(tmp_path):
     same_on_one_device(tmp_path / "c", 8)
 
 
+FAILS = """
+import time
+from jax.experimental import multihost_utils
+from lcm_jax.runtime.checkpoints import digests
+from lcm_jax.runtime.processes import distributed
+from lcm_jax.runtime.workdir import StopSignal
+from orbax.checkpoint._src.checkpointers import async_checkpointer
+index, who = int(sys.argv[3]), int(sys.argv[5])
+
+def full(*_, **__):  # on process 1 orbax's write in the background, on process 0 what comes after it
+    raise OSError(122, "Disk quota exceeded")
+
+def loop():
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"))
+    target = abstract(mesh, {"w": P("data", "fsdp"), "b": P("fsdp"), "step": P()})
+    with Checkpoints(sys.argv[2]) as checkpoints, StopSignal() as stop:
+        checkpoints.save(1, placed(1, target))
+        checkpoints.wait()
+        if index == who == 0:
+            digests.write = full
+        if index == who == 1:
+            async_checkpointer._background_wait_for_commit_futures = full
+        checkpoints.save(2, placed(2, target))
+        step = 2
+        while step < 3000 and not stop.agreed():
+            step += 1
+            multihost_utils.process_allgather(np.int32(step))
+            checkpoints.check()
+            time.sleep(0.02)
+        print("stopped at", step, flush=True)
+        checkpoints.save(step, placed(step, target))
+
+distributed.exit_code(loop, coordinator=f"127.0.0.1:{sys.argv[4]}", num_processes=2, process_id=index)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_write_that_fails_in_one_process_ends_all_at_the_same_step(tmp_path, who):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(FAILS, 2, tmp_path / "c", index, port, who) for index in range(2)]
+    try:
+        ends = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [2, 2], ends
+    last, = {out.splitlines()[-1] for out, _ in ends}
+    assert last.startswith("stopped at ") and 2 < int(last.split()[-1]) < 3000, ends
+    own = f"saving checkpoint 2 in {tmp_path / 'c'} failed (OSError: [Errno 122] Disk quota exceeded)"
+    assert f"error: {own}" in ends[who][1] and f"error: process {who} of 2: {own}" in ends[1 - who][1], ends
+    assert list_steps(tmp_path / "c") == [1]
+
+
 @pytest.mark.slow
 def test_processes_that_see_different_folders(tmp_path):
     for out, _ in two(tmp_path, "apart"):

@@ -1,11 +1,15 @@
 """The workdir: config guard, lock, atomic files, stopping by signal."""
 
+import errno
 import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ import pytest
 from lcm_jax import config as config_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import workdir as workdir_lib
+from lcm_jax.runtime.processes import owner
 
 
 @pytest.fixture
@@ -109,6 +114,56 @@ def test_lock_holds_until_the_last_process_of_a_run_has_ended(tmp_path):
         with pytest.raises(LcmError, match="in use by another process"):
             with workdir_lib.locked(tmp_path):
                 pass
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(workdir_lib.fcntl, "flock", flock)
+
+
+def test_an_owner_file_where_the_file_system_has_no_locks(tmp_path, no_locks, capsys):
+    with workdir_lib.locked(tmp_path):
+        assert "has no locks (Function not implemented)" in capsys.readouterr().err
+        with pytest.raises(LcmError) as refused:
+            with workdir_lib.locked(tmp_path):
+                pass
+        for words in (f"{tmp_path} is in use", socket.gethostname(), f"pid {os.getpid()}", f"delete {tmp_path}/.owner"):
+            assert words in str(refused.value)
+    with workdir_lib.locked(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_the_owner_file_of_a_run_that_was_killed(tmp_path, no_locks, monkeypatch):
+    (tmp_path / ".owner").write_text('{"host": "node7", "pid": 5, "token": "a"}')
+    with pytest.raises(LcmError, match="host node7, pid 5"), workdir_lib.locked(tmp_path):
+        pass
+    long_ago = time.time() - owner.STALE - 1
+    os.utime(tmp_path / ".owner", (long_ago, long_ago))
+    (tmp_path / ".owner.taken").touch()  # by another run, at this moment
+    with pytest.raises(LcmError, match="node7.*owner.taken"), workdir_lib.locked(tmp_path):
+        pass
+    (tmp_path / ".owner.taken").unlink()
+    monkeypatch.setattr(owner, "REFRESH", 0.01)
+    with workdir_lib.locked(tmp_path):
+        assert json.loads((tmp_path / ".owner").read_text())["pid"] == os.getpid()
+        os.utime(tmp_path / ".owner", (long_ago, long_ago))
+        while (tmp_path / ".owner").stat().st_mtime == long_ago:
+            time.sleep(0.01)
+    assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_a_run_whose_place_was_taken_ends(tmp_path, no_locks, monkeypatch, capfd):
+    monkeypatch.setattr(owner, "REFRESH", 0.01)
+    ended = threading.Event()
+    monkeypatch.setattr(owner.os, "_exit", lambda code: ended.set())
+    with workdir_lib.locked(tmp_path):
+        (tmp_path / ".owner").write_text('{"host": "node7", "pid": 5, "token": "a"}')
+        assert ended.wait(60)
+    assert "belongs to another run now" in capfd.readouterr().err and (tmp_path / ".owner").exists()
 
 
 def test_signal_sets_the_flag_once_and_handlers_come_back():

@@ -7,7 +7,7 @@ checkers, feature extractors and Flax weights in the folder are not looked at.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ _CLASSES = {
 }
 RECORD = "lcm_config.json"  # what an export of ours says about its training: w range, solver steps, scalings
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+ENCODERS = _PARTS[1:]  # what pictures and captions are encoded with
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class Pipeline:
       unet, vae: Linen modules.
       text_encoder, text_encoder_2: Linen modules or None. SD has the first, SDXL both, its refiner only the second.
       params: part -> parameter tree (numpy on the host, or where `place` put it), for the parts that are not None.
-        Without weights: trees of ShapeDtypeStructs, and no tokenizers.
+        A part whose weights were not asked for: a tree of ShapeDtypeStructs; none asked for: no tokenizers either.
       tokenizer, tokenizer_2: transformers' CLIPTokenizer beside each text encoder, or None.
       schedule: noise table and prediction type.
       configs: part -> raw JSON; also "scheduler" and "model_index".
@@ -83,7 +84,7 @@ def load_pipeline(
     vae: str | Path | None = None,
     config: str | Path | None = None,
     place: names.Place | None = None,
-    weights: bool = True,
+    weights: bool | Collection[str] = True,
 ) -> Pipeline:
     """Load a diffusers folder, or a single-file checkpoint, of the Stable Diffusion family.
 
@@ -97,7 +98,8 @@ def load_pipeline(
       place: takes each parameter as soon as it is read and converted, as `runtime.mesh.place` to its shards; None:
         parameters stay on the host, numpy arrays.
       weights: False: configs alone are read, parameters are ShapeDtypeStructs. No weight file has to exist, and the
-        configs of the published models come with the package (assets/architectures/hub.json).
+        configs of the published models come with the package (assets/architectures/hub.json). Names of parts
+        (`ENCODERS`): those alone are read, the parameters of the others are ShapeDtypeStructs.
 
     Raises:
       LcmError: folder missing, incomplete, damaged or of another kind; each names the file and the remedy.
@@ -111,9 +113,9 @@ def load_pipeline(
         )
     if config is not None:
         raise LcmError(f"config {config} goes with a single .safetensors file; {source} has its own, leave config out")
-    taken = {part for part, other in (("unet", unet), ("vae", vae)) if other is None}
-    wanted = taken | {"text_encoder", "text_encoder_2"}
-    folder = _folder(source, _pipeline_patterns(wanted, variant), weights)
+    read = parts_read(weights)
+    wanted = {"text_encoder", "text_encoder_2"} | {p for p, other in (("unet", unet), ("vae", vae)) if other is None}
+    folder = _folder(source, _pipeline_patterns(wanted, read, variant), bool(read))
     index = _model_index(folder, str(source))
     encoders = _encoder_slots(folder, index)
     configs = {"model_index": index, "scheduler": files.read_json(folder / "scheduler" / "scheduler_config.json")}
@@ -123,7 +125,7 @@ def load_pipeline(
     tokenizers: dict[str, Any] = dict.fromkeys(("tokenizer", "tokenizer_2"))
     sources: dict[str, tuple[Path, str, str | None]] = {}
     for part, other in (("unet", unet), ("vae", vae)):
-        own = folder / part if other is None else _part_folder(other, part, variant, weights)
+        own = folder / part if other is None else _part_folder(other, part, variant, part in read)
         configs[part] = _config(own, part)
         modules[part] = _module(part, configs[part], dtype)
         sources[part] = own, weight_files.DIFFUSERS_NAME, variant
@@ -133,15 +135,17 @@ def load_pipeline(
         sources[part] = own, weight_files.TRANSFORMERS_NAME, variant
         slot = own.name.replace("text_encoder", "tokenizer")
         length = modules[part].max_position_embeddings
-        if weights:
+        if read:
             tokenizers[part.replace("text_encoder", "tokenizer")] = tokenizer.load_tokenizer(folder / slot, length)
     check_fit(modules)
-    if weights:
-        for files_of in sources.values():  # all there, before minutes go into reading the first
-            weight_files.weight_files(*files_of)
-        params = {part: _params(modules[part], *sources[part], param_dtype, place) for part in sources}
-    else:
-        params = {part: _shapes(modules[part], param_dtype) for part in sources}
+    for part in (part for part in sources if part in read):  # all there, before minutes go into reading the first
+        weight_files.weight_files(*sources[part])
+    params = {
+        part: _params(modules[part], *sources[part], param_dtype, place)
+        if part in read
+        else _shapes(modules[part], param_dtype)
+        for part in sources
+    }
     return Pipeline(
         **modules, **tokenizers, params=params, schedule=noise, configs=configs, source=str(folder.resolve())
     )
@@ -225,6 +229,14 @@ def _shapes(module: nn.Module, dtype: Dtype) -> names.Params:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), names.abstract_params(module))
 
 
+def parts_read(weights: bool | Collection[str]) -> set[str]:
+    """Parts that `load_pipeline`'s argument `weights` asks for. Raises LcmError for a name that no part has."""
+    read = set(_PARTS if weights is True else weights or ())
+    if read - set(_PARTS):
+        raise LcmError(f"weights of {', '.join(sorted(read - set(_PARTS)))}: parts are {', '.join(_PARTS)}")
+    return read
+
+
 def _part_folder(source: str | Path, part: str, variant: str | None, weights: bool = True) -> Path:
     """Folder of one part: SOURCE/part where that is, else SOURCE itself."""
     patterns = ["config.json", "model_index.json", RECORD, f"{part}/config.json"]
@@ -237,12 +249,14 @@ def _part_folder(source: str | Path, part: str, variant: str | None, weights: bo
     return folder
 
 
-def _pipeline_patterns(parts: set[str], variant: str | None) -> list[str]:
+def _pipeline_patterns(parts: set[str], read: set[str], variant: str | None) -> list[str]:
+    """Globs of what `parts` of a pipeline need: configs, and the weights of those that are `read`."""
     patterns = ["model_index.json", RECORD, "scheduler/scheduler_config.json"]
     patterns += [f"{slot}/{name}" for slot in ("tokenizer", "tokenizer_2") for name in ("*.json", "*.txt")]
     for part in sorted(parts):
         name = weight_files.TRANSFORMERS_NAME if part.startswith("text_encoder") else weight_files.DIFFUSERS_NAME
-        patterns += [f"{part}/{file}" for file in ("config.json", *weight_files.download_patterns(name, variant))]
+        tensors = weight_files.download_patterns(name, variant) if part in read else []
+        patterns += [f"{part}/{file}" for file in ("config.json", *tensors)]
     return patterns
 
 

@@ -16,7 +16,7 @@ a warning); else epsilon.
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def load_single_file(
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     place: names.Place | None = None,
-    weights: bool = True,
+    weights: bool | Collection[str] = True,
 ) -> pipeline.Pipeline:
     """Load a checkpoint of SD 1.x, SD 2.x, SDXL or its refiner, also pruned or with 9 channels (inpainting).
 
@@ -177,15 +177,19 @@ def load_single_file(
         raise LcmError(f"{source} is a single file and has no variant {variant!r}; leave the variant out")
     path = local_file(source)
     with weight_files.open_weights(path.parent, path.stem) as stored:
-        read = stored.read if weights else lambda key: np.broadcast_to(np.float32(0), stored.shapes[key])
-        place = place if weights else _shape
+        read = pipeline.parts_read(weights)
+
+        def no_tensor(key: str) -> np.ndarray:
+            return np.broadcast_to(np.float32(0), stored.shapes[key])
+
         family = _family(stored.shapes, path)
         folder = _config_folder(config, family, path)
         given = None if config is None else folder
         others = {"unet": (pipeline.load_unet, unet), "vae": (pipeline.load_vae, vae)}
-        how = {"place": place, "weights": weights}
         replaced = {
-            part: load(other, variant, dtype, param_dtype, **how) for part, (load, other) in others.items() if other
+            part: load(other, variant, dtype, param_dtype, place=place, weights=part in read)
+            for part, (load, other) in others.items()
+            if other
         }
         configs = _configs(given, family, stored, _metadata(path), {part: m for part, (m, _) in replaced.items()})
         modules = dict.fromkeys(("text_encoder", "text_encoder_2"))
@@ -201,8 +205,9 @@ def load_single_file(
         for part, (layout, prefix) in layouts(family, modules, stored.shapes).items():
             if part not in params:
                 what = f"{part.replace('_', ' ')} of {path}"
-                source = prefix, stored.shapes, read
-                params[part] = keys.read_part(modules[part], layout, *source, param_dtype, what, place)
+                tensor, put = (stored.read, place) if part in read else (no_tensor, _shape)
+                source = prefix, stored.shapes, tensor
+                params[part] = keys.read_part(modules[part], layout, *source, param_dtype, what, put)
     noise = schedule.from_config(configs["scheduler"])
     return pipeline.Pipeline(
         **modules, **tokenizers, params=params, schedule=noise, configs=configs, source=str(folder.resolve())

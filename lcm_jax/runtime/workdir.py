@@ -14,6 +14,7 @@
       aot_report.json      lcm_jax.train --aot_report
       checkpoints/<step>/  runtime/checkpoints/checkpoint.py; <step>.damaged is kept for its owner
       .lock                held (flock) by the processes of the run that trains here
+      .owner               runtime/processes/owner.py, in its place where the file system has no locks
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import fcntl
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -34,7 +36,7 @@ from ml_collections import ConfigDict
 from lcm_jax import config as config_lib
 from lcm_jax import files
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.processes import distributed
+from lcm_jax.runtime.processes import distributed, owner
 
 CONFIG_FILE = "config.json"
 
@@ -124,14 +126,16 @@ def _same_as_before(workdir: Path, name: str, found: dict) -> None:
 def locked(workdir: str | os.PathLike[str]) -> Iterator[Path]:
     """Keeps the workdir, made if need be, to one run; the operating system frees it when the run's last process ends.
 
-    Gives its absolute path. Raises LcmError, in all processes, if it is a file, or another run holds it. On a file
-    system without locks nothing is checked.
+    Gives its absolute path. On a file system without locks an owner file takes their place, see `owner.held`.
+
+    Raises:
+        LcmError: in all processes: it is a file, or another run holds it.
     """
     workdir = Path(workdir).expanduser().absolute()
     distributed.everywhere(lambda: _make(workdir))
     with contextlib.ExitStack() as stack:
         file = distributed.everywhere(lambda: stack.enter_context(open(Path(workdir) / ".lock", "a+")))
-        distributed.everywhere(lambda: _lock(file) if jax.process_index() == 0 else None)
+        distributed.everywhere(lambda: _hold(file, stack) if jax.process_index() == 0 else None)
         distributed.everywhere(lambda: _lock(file, fcntl.LOCK_SH) if jax.process_index() > 0 else None)
         yield workdir
 
@@ -142,8 +146,21 @@ def _make(workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
 
 
-def _lock(file: IO[str], shared: int = 0) -> None:
-    """The first process gets the file for itself alone, then shares it with the others of its run."""
+def _hold(file: IO[str], stack: contextlib.ExitStack) -> None:
+    """The lock, or until `stack` ends the owner file, which the first process has for all of its run."""
+    without = _lock(file)
+    if without is not None:
+        workdir = Path(file.name).parent
+        print(f"WARNING: the file system of {workdir} has no locks ({without.strerror}); the file {owner.FILE} there "
+              "keeps other runs out", file=sys.stderr, flush=True)
+        stack.enter_context(owner.held(workdir))
+
+
+def _lock(file: IO[str], shared: int = 0) -> OSError | None:
+    """The first process gets the file for itself alone, then shares it with the others of its run.
+
+    Returns why where the file system has no locks.
+    """
     try:
         fcntl.flock(file, (shared or fcntl.LOCK_EX) | fcntl.LOCK_NB)
         if not shared and jax.process_count() > 1:
@@ -151,8 +168,9 @@ def _lock(file: IO[str], shared: int = 0) -> None:
     except BlockingIOError:
         raise LcmError(f"{Path(file.name).parent} is in use by another process; wait for it or choose another folder"
                        ) from None
-    except OSError:  # no lock service there
-        pass
+    except OSError as error:  # ENOSYS of Lustre, ENOLCK of NFS, and other words for it
+        return error
+    return None
 
 
 class StopSignal:

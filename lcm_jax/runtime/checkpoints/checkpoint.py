@@ -27,7 +27,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ from lcm_jax.runtime.checkpoints import checkpoint_folder as on_disk
 from lcm_jax.runtime.checkpoints import digests
 from lcm_jax.runtime.checkpoints.checkpoint_folder import list_steps
 from lcm_jax.runtime.processes import agreement
+
+_LOOK = 1  # seconds between two looks at whether another process has failed
 
 
 def _as_array(leaf: Any) -> Any:
@@ -116,8 +118,10 @@ class Checkpoints:
         self._steps: dict[int, float | None] = {step: metric for step, metric in found}
         self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(),
                                             async_options=ocp.AsyncOptions(timeout_secs=agreement.TIMEOUT))
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: tuple[int, list[int], Future] | None = None  # step, those that go after it, what is under way
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
+        # step, those that go after it, what is under way, key under which the processes tell of it
+        self._pending: tuple[int, list[int], futures.Future, str] | None = None
+        self._stuck = False  # threads wait for a process that does not come
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -168,8 +172,20 @@ class Checkpoints:
         self._steps[step] = values.get(self._best)
         doomed = sorted(self._steps.keys() - on_disk.kept(self._steps, self._keep, self._keep_every))
         key = agreement.barrier(f"checkpoint {step}")
-        self._pending = step, doomed, self._thread.submit(self._finish, step, partial, values, doomed, key)
+        self._pending = step, doomed, self._thread.submit(self._finish, step, partial, values, doomed, key), key
         return True
+
+    def check(self) -> None:
+        """Raises the error of a save that failed in the background; for every step of a loop, it waits for nothing.
+
+        One of several processes does not raise here, where the others would begin another step without it: all of them
+        are asked to stop (`StopSignal.agreed`), and raise where they save or wait after that.
+
+        Raises:
+            LcmError: the last save failed.
+        """
+        if jax.process_count() == 1 and self._pending is not None and self._pending[2].done():
+            self.wait()
 
     def restore(self, expected: Any, step: int | None = None) -> Any:
         """The state of `step`, or of the newest undamaged checkpoint, in the structure of `expected`.
@@ -223,12 +239,20 @@ class Checkpoints:
             raise on_disk.unreadable(path, error) from error
 
     def wait(self) -> None:
-        """Returns when everything saved so far is on disk and digested, and what it replaces is gone."""
+        """Returns when everything saved so far is on disk and digested, and what it replaces is gone.
+
+        Raises:
+            LcmError: on all processes, where that failed on one of them; the others' part is never waited for then.
+        """
         if self._pending is None:
             return
-        (step, doomed, future), self._pending = self._pending, None
+        (step, doomed, future, key), self._pending = self._pending, None
         with self._readable_errors(f"saving checkpoint {step}"):
             try:
+                while not futures.wait([future], _LOOK).done:
+                    if said := agreement.given_up(key):
+                        self._stuck = True
+                        raise LcmError(said)
                 future.result()
             except BaseException:
                 del self._steps[step]
@@ -237,13 +261,17 @@ class Checkpoints:
             del self._steps[old]
 
     def close(self) -> None:
-        """Waits and frees threads. The object is of no use afterwards."""
+        """Waits and frees threads. The object is of no use afterwards.
+
+        Threads that wait for a process that failed are left to themselves; `distributed.exit_code` ends them.
+        """
         try:
             self.wait()
         finally:
-            self._thread.shutdown()
-            with self._readable_errors("closing the checkpoints"):
-                self._saver.close()
+            self._thread.shutdown(wait=not self._stuck)
+            if not self._stuck:
+                with self._readable_errors("closing the checkpoints"):
+                    self._saver.close()
 
     def _finish(self, step: int, partial: Path, metrics: Mapping[str, float], doomed: list[int], key: str) -> None:
         """In the background: from written arrays to a complete checkpoint, and only then away with older ones."""
@@ -257,8 +285,11 @@ class Checkpoints:
                 files.sync_folder(self.folder)
                 for old in doomed:
                     on_disk.remove(self.folder, old)
-        finally:
-            agreement.wait_for_all(key)  # nobody leaves, or waits in a collective, while process 0 digests
+        except BaseException as error:
+            # The others are in orbax's barriers or in the one below, where this process would wait as long as they.
+            agreement.give_up(key, self._readable(f"saving checkpoint {step}", error))
+            raise
+        agreement.wait_for_all(key)  # nobody leaves, or waits in a collective, while process 0 digests
 
     @contextlib.contextmanager
     def _readable_errors(self, doing: str) -> Iterator[None]:
@@ -268,6 +299,8 @@ class Checkpoints:
         except LcmError:
             raise
         except Exception as error:
-            raise LcmError(f"{doing} in {self.folder} failed ({on_disk.short(error)}); free disk space or choose "
-                           "another workdir, then give the same command again. Earlier checkpoints are whole"
-                           ) from error
+            raise self._readable(doing, error) from error
+
+    def _readable(self, doing: str, error: BaseException) -> LcmError:
+        return LcmError(f"{doing} in {self.folder} failed ({on_disk.short(error)}); free disk space or choose another "
+                        "workdir, then give the same command again. Earlier checkpoints are whole")

@@ -46,8 +46,20 @@ def barrier(name: str) -> str:
 
 
 def wait_for_all(key: str) -> None:
-    """Returns when every process has come here, from whichever thread."""
+    """Returns when every process has come here, from whichever thread. One that cannot come says so by `give_up`."""
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=1000 * TIMEOUT)
+
+
+def give_up(key: str, error: BaseException) -> None:
+    """This process does not come to `wait_for_all(key)`: all are asked to stop, and `given_up(key)` says why."""
+    if jax.process_count() > 1:
+        distributed.tell_failure(f"{key}/failed", distributed.said(error))
+        distributed.ask_to_stop()
+
+
+def given_up(key: str) -> str:
+    """Which process has given up `key`, and why; "" where none has."""
+    return distributed.first_failure(f"{key}/failed") if jax.process_count() > 1 else ""
 
 
 def check_shared(folder: Path) -> None:

@@ -14,6 +14,7 @@ What may fail in one process alone before the first step goes through `everywher
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
 import os
 import sys
@@ -142,20 +143,46 @@ def everywhere(call: Callable[[], T], timeout: float = _WAIT) -> T:
         value = call()
     except Exception as error:
         failure = error
-        said = str(error) if isinstance(error, LcmError | OSError) else f"{type(error).__name__}: {error}"
-        client.key_value_set(f"{meeting}/{jax.process_index():09d}", said)
+        client.key_value_set(f"{meeting}/{jax.process_index():09d}", said(error))
     try:
         client.wait_at_barrier(meeting, round(1000 * timeout))
     except jax.errors.JaxRuntimeError as error:
         raise failure or LcmError(f"not all processes came to the same place within {timeout:g} s; see what the others "
                                   f"say ({' '.join(str(error).split())})") from error
-    failed = sorted(client.key_value_dir_get(f"{meeting}/"))
+    failed = first_failure(meeting)
     if failure is not None:
         raise failure
     if failed:
-        name, said = failed[0]
-        raise LcmError(f"process {int(name.rsplit('/', 1)[1])} of {jax.process_count()}: {said}")
+        raise LcmError(failed)
     return value
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether `flag` is true on any process. All come here as to `everywhere`, within its default time."""
+    if not jax.distributed.is_initialized():
+        return flag
+    client, key = jax_distributed.global_state.client, f"lcm_jax/anywhere/{next(_meetings)}"
+    if flag:
+        client.key_value_set(f"{key}/{jax.process_index():09d}", "yes")
+    everywhere(lambda: None)
+    return bool(client.key_value_dir_get(f"{key}/"))
+
+
+def said(error: BaseException) -> str:
+    """An error in words: those of bad input as they are, others with their class."""
+    return str(error) if isinstance(error, LcmError | OSError) else f"{type(error).__name__}: {error}"
+
+
+def tell_failure(key: str, what: str) -> None:
+    """Leaves word for the others under `key` that this process failed, from whichever thread; see `first_failure`."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone; jax ends this one as well
+        jax_distributed.global_state.client.key_value_set(f"{key}/{jax.process_index():09d}", what)
+
+
+def first_failure(key: str) -> str:
+    """What the first process said that failed, "process 1 of 2: ..."; "" where none did. Waits for nobody."""
+    failed = sorted(jax_distributed.global_state.client.key_value_dir_get(f"{key}/"))
+    return f"process {int(failed[0][0].rsplit('/', 1)[1])} of {jax.process_count()}: {failed[0][1]}" if failed else ""
 
 
 def same(what: str, value: Any) -> None:
@@ -176,15 +203,21 @@ def same(what: str, value: Any) -> None:
 
 
 def stop_asked() -> bool:
-    """Whether any process of several got a SIGTERM. Processes hear of it at different steps: see `stop_agreed`."""
+    """Whether any of several processes got a SIGTERM, or asks to stop; at which step they hear of it differs."""
     try:
         return bool(jax_distributed.global_state.client.key_value_try_get(_NOTICE))
     except jax.errors.JaxRuntimeError:  # no such key
         return False
 
 
+def ask_to_stop() -> None:
+    """Stops all of several processes as a SIGTERM to this one would, from whichever thread: where each asks next."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # a signal was before it
+        jax_distributed.global_state.client.key_value_set(_NOTICE, datetime.datetime.now(datetime.UTC).isoformat())
+
+
 def stop_agreed() -> bool:
-    """Whether all processes stop here, as one of them got a SIGTERM. Each asks once after every step.
+    """Whether all processes stop here, as one of them got a SIGTERM, or asks for it. Each asks once after every step.
 
     jax's preemption service sets the stop after the last step that any process has reached. It counts the calls, not
     the steps: a run that goes on at step 500 and is told to stop before its first step would else wait for step 1.
@@ -216,8 +249,7 @@ def _leave(code: int) -> None:
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    try:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
         jax_distributed.global_state.client.wait_at_barrier("lcm_jax/leave", 1000 * _LEAVE)
-    except jax.errors.JaxRuntimeError:
-        os._exit(code)
-    shutdown()
+        shutdown()
+    os._exit(code)  # threads may wait for another process still, as for its part of a checkpoint
