@@ -18,7 +18,6 @@ import argparse
 import runpy
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -27,6 +26,7 @@ from ml_collections import ConfigDict
 from experiments import measuring, stage
 from experiments.ablations import figure, studies
 from experiments.ablations.studies import STUDIES, Study
+from experiments.terminal import teller
 from lcm_jax import config as config_lib
 from lcm_jax import evaluate, files
 from lcm_jax.errors import LcmError, exit_code
@@ -49,11 +49,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    begun = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - begun:5.0f} s] {text}", flush=True)
-
+    say = teller()
     study, base = STUDIES[args.study], read_config(args)
     workdir = args.workdir or Path("runs/ablations") / args.config.stem
     out = workdir / args.study

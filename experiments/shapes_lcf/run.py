@@ -10,7 +10,6 @@ is not made again; a training that was stopped goes on. Results: WORKDIR/{table.
 import argparse
 import runpy
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from experiments.shapes_lcm import table
 from experiments.shapes_lcm_lora import styled
 from experiments.shapes_teacher import teacher_rows
 from experiments.stage import trained_and_exported
+from experiments.terminal import teller
 from lcm_jax import pretrained, sample
 from lcm_jax.errors import LcmError
 from lcm_jax.generate import Generator, Settings, draw_noise, settings_for
@@ -62,11 +62,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     table.check_count(args.count)
-    begun = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - begun:5.0f} s] {text}", flush=True)
-
+    say = teller()
     config = runpy.run_path(str(CONFIG))["get_config"]()
     config.model.student = args.student or config.model.student
     for part, (_, weight) in RUNS.items():

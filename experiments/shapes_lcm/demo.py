@@ -10,7 +10,6 @@ experiments/shapes_teacher/teacher_rows.json, which names the asset it was measu
 import argparse
 import runpy
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from experiments.shapes_lcm import table
 from experiments.shapes_teacher import teacher_rows
 from experiments.stage import trained_and_exported
+from experiments.terminal import teller
 from lcm_jax import generate as generate_lib
 from lcm_jax import pretrained, sample
 from lcm_jax.errors import LcmError
@@ -45,11 +45,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    begun = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - begun:5.0f} s] {text}", flush=True)
-
+    say = teller()
     table.check_count(args.count)
     if not args.full:
         teacher_rows.recorded(args.count)  # raises where there are none

@@ -13,7 +13,6 @@ beside this file.
 import argparse
 import runpy
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from experiments.shapes_lcm_lora import styled, train_style
 from experiments.shapes_lcm_lora.styled import Row
 from experiments.shapes_teacher import teacher_rows
 from experiments.stage import trained_and_exported
+from experiments.terminal import teller
 from lcm_jax import assets, sample
 from lcm_jax.errors import LcmError
 from lcm_jax.generate import Generator, settings_for
@@ -70,11 +70,7 @@ def main() -> int:
     styled.add_arguments(parser, "runs/shapes_lcm_lora")
     args = parser.parse_args()
     table.check_count(args.count)
-    begun = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - begun:5.0f} s] {text}", flush=True)
-
+    say = teller()
     style_file = args.workdir / "style" / train_style.FILE
     if not style_file.exists():
         say(f"style LoRA: {STYLE_STEPS} steps of {train_style.BATCH}")

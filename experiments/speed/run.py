@@ -25,6 +25,7 @@ from typing import Any
 from experiments.speed import measure, report, workloads
 from experiments.speed.worker import OutOfTime, Worker
 from experiments.speed.workloads import Workload
+from experiments.terminal import teller
 from lcm_jax import files
 from lcm_jax.errors import LcmError
 
@@ -63,12 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print("\n".join(workload.name for workload in chosen))
         return 0
-    begun = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - begun:5.0f} s] {text}", flush=True)
-
-    deadline = begun + args.budget_s
+    say = teller()
+    deadline = time.monotonic() + args.budget_s
     try:
         if args.profile:
             for workload in chosen:

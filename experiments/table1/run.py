@@ -16,7 +16,6 @@ import argparse
 import runpy
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from ml_collections import ConfigDict
 from experiments import measuring, stage
 from experiments.shapes_teacher import teacher_rows
 from experiments.table1 import paper
+from experiments.terminal import teller
 from lcm_jax import config as config_lib
 from lcm_jax import evaluate, files
 from lcm_jax.errors import exit_code
@@ -47,11 +47,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    begun = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - begun:5.0f} s] {text}", flush=True)
-
+    say = teller()
     config = stage.changed(runpy.run_path(str(args.config))["get_config"](), stage.parse_settings(args.set))
     measuring.check(config, args)
     config_lib.validate(config)

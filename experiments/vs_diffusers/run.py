@@ -16,7 +16,6 @@ import runpy
 import shutil
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from ml_collections import ConfigDict
 from experiments import stage
 from experiments.shapes_lcm import table
 from experiments.shapes_teacher import teacher_rows
+from experiments.terminal import teller
 from experiments.vs_diffusers import compare
 from lcm_jax import config as config_lib
 from lcm_jax import files, pretrained
@@ -78,11 +78,7 @@ def make_config(seed: int, steps: int) -> ConfigDict:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     plot.check()  # before long work
-    begun = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - begun:5.0f} s] {text}", flush=True)
-
+    say = teller()
     for seed in range(args.seeds):
         for side in SIDES:
             if not made(make_config(seed, args.steps), args.workdir / f"seed{seed}", side, say):
