@@ -167,6 +167,7 @@ def run(
                         checkpoints.save(step, state, contents(config, step), telemetry.means() or None)
 
             while step < config.train.steps and not stop.agreed():
+                checkpoints.check()
                 profiled.at(step, state)
                 try:
                     with telemetry.waiting():

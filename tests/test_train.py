@@ -222,6 +222,17 @@ LORA = ("--config.lora.rank=4", "--config.lora.alpha=8", "--config.distill.w_emb
 FEW = ("--config.sample.every=6", *PICTURES[1:], "--config.checkpoint.every=6", "--config.log.every=2")
 
 
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(teacher, tmp_path, capsys, monkeypatch):
+    """At the next step that looks, not at the next checkpoint, which may be hours away."""
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.digests, "write", full)
+    assert command(tmp_path / "run", teacher, "--config.checkpoint.every=100") == 2
+    assert "saving checkpoint 100 in " in (said := capsys.readouterr().err) and "free disk space" in said
+    assert 100 <= logged(tmp_path / "run")[-1][0] < 195 and saved_steps(tmp_path / "run") == []
+
+
 def test_a_lora_run_saves_adapters_alone_and_goes_on_bit_for_bit(teacher, tmp_path):
     options = (*FEW, *LORA, "--config.sample.guidance_scale=1", "--config.train.ema_decay=0")
     halves, whole = tmp_path / "halves", tmp_path / "whole"
