@@ -9,7 +9,7 @@ programs that need it, `train` and `export`, build it from the run's config alon
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -29,10 +29,11 @@ from lcm_jax.pretrained.names import Place
 _SCHEDULER = "scheduler/scheduler_config.json"
 
 
-def load_teacher(config: ConfigDict, place: Place | None = None, weights: bool = True) -> Pipeline:
+def load_teacher(config: ConfigDict, place: Place | None = None, weights: bool | Collection[str] = True) -> Pipeline:
     """The pipeline of the run. Where no loss asks the teacher (plain LCF) its UNet is the student's, read once.
 
-    place: takes each parameter as soon as it is read; weights: False for shapes alone; see `load_pipeline`.
+    place: takes each parameter as soon as it is read; weights: False for shapes alone, or names of parts; see
+    `load_pipeline`.
 
     Raises:
       LcmError: a model cannot be loaded.
