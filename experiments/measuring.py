@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -18,10 +19,14 @@ EMBEDDED = "--source=shapes --metric=shapes --endpoint_steps=100 --batch_size=64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--count, --evaluate and --plot, as `options` and `check` take them."""
+    """The flags of an experiment that trains a config and measures it: which, how, and what becomes of the results."""
+    parser.add_argument("--config", type=Path, default=Path("configs/shapes_lcm.py"))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the config; several times")
+    parser.add_argument("--workdir", type=Path, help="of the training; default: below runs/, by the config's name")
     parser.add_argument("--count", type=int, help="pictures per row; default: as lcm_jax.evaluate")
     parser.add_argument("--evaluate", help="options of lcm_jax.evaluate; the embedded models need none")
     parser.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True, help="needs matplotlib")
+    parser.add_argument("--publish", action="store_true", help="copy the results to the experiment's folder")
 
 
 def embedded(config: ConfigDict) -> bool:

@@ -78,13 +78,14 @@ def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
     return list(found)
 
 
-def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> training_step.TrainingStep:
-    """The step of a resolved config from shapes alone, as `train` would build it from weights.
+def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[training_step.TrainingStep, int]:
+    """The step of a resolved config from shapes alone, as `train` would build it from weights; `encoder_bytes`.
 
     Raises:
       LcmError: models that `train` would refuse.
     """
-    return training_step.make(config, *student_lib.shapes(config), mesh)
+    teacher, student = student_lib.shapes(config)
+    return training_step.make(config, teacher, student, mesh), encoder_bytes(teacher, mesh)
 
 
 def report(
@@ -99,8 +100,7 @@ def report(
     Raises:
       DoesNotFit: as `compile_step`; the step fits, but not beside the encoders.
     """
-    teacher, student = student_lib.shapes(config)
-    step, encoders = training_step.make(config, teacher, student, mesh), encoder_bytes(teacher, mesh)
+    step, encoders = build(config, mesh)
     start = time.monotonic()
     compiled = compile_step(step, config, options, encoders)
     seconds = round(time.monotonic() - start, 1)

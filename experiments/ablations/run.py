@@ -38,12 +38,8 @@ RESULTS = {"study.md": "md", "table.json": "json", "figure.png": "png"}
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", choices=STUDIES, required=True)
-    parser.add_argument("--config", type=Path, default=Path("configs/shapes_lcm.py"))
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the config; several times")
     parser.add_argument("--steps", type=int, help="training steps in place of the config's; the decay in proportion")
-    parser.add_argument("--workdir", type=Path, help="default: runs/ablations/<name of the config>")
     measuring.add_arguments(parser)
-    parser.add_argument("--publish", action="store_true", help="copy the results beside this file")
     return parser.parse_args()
 
 

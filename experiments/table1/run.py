@@ -37,11 +37,7 @@ RESULTS = ("result.md", "table.json", "plot.png")
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, default=Path("configs/shapes_lcm.py"))
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the config; several times")
-    parser.add_argument("--workdir", type=Path, help="of the LCM's training; default: runs/<name of the config>")
     measuring.add_arguments(parser)
-    parser.add_argument("--publish", action="store_true", help="copy the results beside this file")
     return parser.parse_args()
 
 
