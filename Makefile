@@ -9,11 +9,12 @@ CORE   := $(VENV)/.core
 TESTS  := $(VENV)/.tests
 DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
 
-.PHONY: help demo demo-full test test-slow test-gpu test-tpu-aot lint install install-test clean
+.PHONY: help demo demo-full notebooks test test-slow test-gpu test-tpu-aot lint install install-test clean
 
 help:
 	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about six minutes"
 	@echo "make demo-full  the same, with the teacher's rows of the table computed anew"
+	@echo "make notebooks  execute notebooks/ from clean kernels, outputs in place"
 	@echo "make test       the default suite        make test-slow  full-size models"
 	@echo "make test-gpu   tests on an accelerator  make test-tpu-aot  compiling for TPUs, without one"
 	@echo "make lint       ruff                     make clean"
@@ -40,6 +41,10 @@ demo: $(CORE)
 
 demo-full: $(CORE)
 	$(DEMO) --full
+
+# Each has a kernel of its own and trains what it needs.
+notebooks: $(TESTS)
+	$(PY) -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 # A file's tests stay in one process: they share models and compiled programs.
 test: $(TESTS)

@@ -25,6 +25,7 @@ CORE = [
 ]
 DATA = ["array_record>=0.8", "datasets>=5", "opencv-python-headless>=5", "tensorflow-datasets>=4.9.10"]  # no TensorFlow
 PLOT = ["matplotlib>=3.9"]
+NOTEBOOKS = [*PLOT, "ipykernel", "nbconvert>=7"]
 TORCH = ["torch>=2.6", "diffusers>=0.35", "accelerate", "peft"]  # lcm_jax.export --verify
 
 setup(
@@ -42,7 +43,8 @@ setup(
     extras_require={
         "torch": TORCH,
         "plot": PLOT,  # figures of lcm_jax.evaluate and the experiments
-        "test": [*DATA, *TORCH, *PLOT, "pytest>=8", "pytest-xdist", "ruff"],  # TORCH: the tests' oracles
+        "notebooks": NOTEBOOKS,  # 05 needs "torch", too
+        "test": [*DATA, *TORCH, *NOTEBOOKS, "pytest>=8", "pytest-xdist", "ruff"],  # TORCH: the tests' oracles
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],  # lcm_jax.aot needs this extra, and no TPU
         "wandb": ["wandb"],
