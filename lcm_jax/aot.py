@@ -31,6 +31,7 @@ from lcm_jax import files, training_step
 from lcm_jax import student as student_lib
 from lcm_jax.errors import LcmError, exit_code
 from lcm_jax.pretrained import Pipeline
+from lcm_jax.runtime import compiler
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.cost import chips, roofline
 
@@ -104,7 +105,7 @@ def report(
     start = time.monotonic()
     compiled = compile_step(step, config, options, encoders)
     seconds = round(time.monotonic() - start, 1)
-    options = options | training_step.COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
+    options = options | compiler.training(mesh.devices.flat[0].platform)
     found = roofline.report(compiled, mesh, config.data.batch_size, step.model_flops(), chip, options, encoders)
     needed = found["memory"]["needed"]
     if found["chip"] and needed > found["chip"]["hbm_bytes"]:  # XLA itself complains on TPUs alone

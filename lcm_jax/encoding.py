@@ -28,6 +28,7 @@ from lcm_jax.data.order import draws_at
 from lcm_jax.data.records import BadRecord, Fault
 from lcm_jax.networks import on_mesh
 from lcm_jax.pretrained import Pipeline, conditioning
+from lcm_jax.runtime import compiler
 from lcm_jax.runtime import mesh as mesh_lib
 
 ENCODE_PIXELS = 8 * 1024**2  # of a batch that is encoded outside a step: a few GB of the VAE's activations
@@ -78,8 +79,9 @@ def make_encode(
     def encode_first(params: Any, rows: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
         return {name: value[:count] for name, value in encode(params, rows).items()}
 
-    split = jax.jit(encode, out_shardings=mesh and mesh_lib.batch_sharding(mesh))
-    whole = jax.jit(encode_first, static_argnums=2, out_shardings=mesh and mesh_lib.replicated(mesh))
+    jit = functools.partial(jax.jit, compiler_options=compiler.inference())
+    split = jit(encode, out_shardings=mesh and mesh_lib.batch_sharding(mesh))
+    whole = jit(encode_first, static_argnums=2, out_shardings=mesh and mesh_lib.replicated(mesh))
 
     def call(rows: Mapping[str, Any]) -> dict[str, Any]:
         if not {"pixels", *conditioning.TEXT_ENCODERS} & rows.keys():

@@ -21,6 +21,7 @@ from lcm_jax.diffusion.denoiser import call, guided_output, student_output
 from lcm_jax.models import tiling
 from lcm_jax.networks import on_mesh
 from lcm_jax.pretrained import Pipeline, conditioning
+from lcm_jax.runtime import compiler
 from lcm_jax.runtime import mesh as mesh_lib
 
 GUIDANCE_SCALE = 8.0  # where nothing speaks for another
@@ -154,9 +155,11 @@ class Generator:
         def decode(params, z):
             return pipeline.vae.apply({"params": params}, self._fill(z), method="decode")[: z.shape[0]]
 
-        whole = mesh and mesh_lib.replicated(mesh)
-        self._latents = jax.jit(draw, static_argnames=("settings", "guided"), out_shardings=whole)
-        self._decode = jax.jit(decode, out_shardings=whole)
+        jit = functools.partial(
+            jax.jit, out_shardings=mesh and mesh_lib.replicated(mesh), compiler_options=compiler.inference()
+        )
+        self._latents = jit(draw, static_argnames=("settings", "guided"))
+        self._decode = jit(decode)
 
     def _fill(self, tree: Any) -> Any:
         """Rows [b ...] -> [a multiple of the mesh's devices ...], split over them; the last row is repeated."""

@@ -28,17 +28,9 @@ from lcm_jax.models.attention import dot_product_attention
 from lcm_jax.models.lora import Adapted
 from lcm_jax.networks import on_mesh
 from lcm_jax.pretrained import Pipeline, conditioning
+from lcm_jax.runtime import compiler
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.cost import flops
-
-# XLA would turn each reduction of a gradient to its shards into a loop around the ring that reads the activations anew
-# in every turn; as one reduce-scatter the step moves far fewer bytes.
-COMPILER_OPTIONS = {
-    "tpu": {
-        "xla_tpu_enable_windowed_einsum_for_all_gather": "false",
-        "xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false",
-    }
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +127,7 @@ def make(config: ConfigDict, teacher: Pipeline, student: Pipeline, mesh: Mesh) -
         donate_argnums=0,
         in_shardings=(_shardings(state), _shardings(frozen), rows, everywhere),
         out_shardings=(_shardings(state), everywhere),
-        compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+        compiler_options=compiler.training(mesh.devices.flat[0].platform),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)

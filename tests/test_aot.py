@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from lcm_jax import aot, training_step
 from lcm_jax import student as student_lib
 from lcm_jax.errors import LcmError
+from lcm_jax.runtime import compiler
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.cost import chips, roofline
 
@@ -259,7 +260,7 @@ def test_gradients_wait_as_shards():
 
     weights = mesh_lib.abstract_state(mesh, [jax.ShapeDtypeStruct((width, width), jnp.float32)] * depth)
     x = jax.ShapeDtypeStruct((256, width), jnp.bfloat16, sharding=mesh_lib.batch_sharding(mesh))
-    options = training_step.COMPILER_OPTIONS["tpu"] | aot.QUICK
+    options = compiler.training("tpu") | aot.QUICK
     compiled = jax.jit(step, donate_argnums=0).lower(weights, x).compile(compiler_options=options)
     whole = depth * width * width * 2  # bytes of all gradients in bfloat16
     assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * whole

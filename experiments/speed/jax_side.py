@@ -23,6 +23,7 @@ from lcm_jax.distill import state, step
 from lcm_jax.networks import on_mesh
 from lcm_jax.pretrained import Pipeline, conditioning, load_pipeline
 from lcm_jax.pretrained.tokenizer import load_tokenizer
+from lcm_jax.runtime import compiler
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.cost import flops, roofline
 
@@ -52,7 +53,7 @@ def _unet(workload: Workload) -> Prepared:
     latent, text = _latent_shape(pipeline, workload), training_step.text_shapes(pipeline, workload.batch)
     args = _normal(latent, 0), np.full(workload.batch, 499, np.int32), _normal(text["encoder_hidden_states"].shape, 1)
     args = jax.tree.map(jax.device_put, (*args, _normal((workload.batch, side.W_EMBEDDING), 2)))
-    apply = jax.jit(lambda params, *args: unet.apply({"params": params}, *args))
+    apply = jax.jit(lambda params, *args: unet.apply({"params": params}, *args), compiler_options=compiler.inference())
     count = flops.count(lambda params, *args: pipeline.unet.apply({"params": params}, *args), params, *args)
     return _of_function(lambda: apply(params, *args), count)
 
@@ -111,7 +112,7 @@ def _training(workload: Workload) -> Prepared:
 
     @functools.cache
     def compiled() -> jax.stages.Compiled:  # in the first run, whose time is told
-        return made.lower().compile(compiler_options=training_step.COMPILER_OPTIONS.get(jax.default_backend()))
+        return made.lower().compile()
 
     def one() -> jax.Array:
         held[0], metrics = compiled()(held[0], frozen, batch, key)

@@ -7,6 +7,7 @@ This is what one step of a perfect consistency model would give (Luo et al. 2023
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from lcm_jax.diffusion import solvers
 from lcm_jax.diffusion.denoiser import guided_output
 from lcm_jax.generate import Generator, Settings, draw_noise
+from lcm_jax.runtime import compiler
 
 COUNT = 64  # captions that the error is taken over, at most
 
@@ -40,7 +42,7 @@ class Endpoints:
         self._teacher, self._cond = teacher, teacher.encode(self.captions)
         unet, schedule = teacher.pipeline.unet, teacher.pipeline.schedule
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=compiler.inference())
         def solve(params, cond, null, noise, scale):
             def model(x, t):
                 return guided_output(unet, params, x, t, cond, null, scale - 1.0)
