@@ -25,7 +25,7 @@ CORE = [
 ]
 DATA = ["array_record>=0.8", "datasets>=5", "opencv-python-headless>=5", "tensorflow-datasets>=4.9.10"]  # no TensorFlow
 PLOT = ["matplotlib>=3.9"]
-NOTEBOOKS = [*PLOT, "ipykernel", "nbconvert>=7"]
+NOTEBOOKS = [*PLOT, "ipykernel", "ipywidgets", "nbconvert>=7"]  # ipywidgets: tqdm warns of its absence
 TORCH = ["torch>=2.6", "diffusers>=0.35", "accelerate", "peft"]  # lcm_jax.export --verify
 
 setup(

@@ -27,7 +27,8 @@ def test_rows_are_laid_out_as_in_the_paper():
         row(sampler, steps, scale, 0.1 * number + 0.01 * steps + 0.001 * scale, 10 * number + steps + scale)
         for number, sampler in enumerate(run.METHODS, 1)
         for steps in (8, 1, 4, 2)
-        for scale in (7.5, 3.0)
+        for scale in (7.5, 3.0, run.UNGUIDED)
+        if (sampler, scale) != ("lcm", run.UNGUIDED)
     ]
     text = run.result(rows)
     high = [cells(line) for line in text.split("Guidance scale 7.5:")[1].splitlines() if line.startswith("| ")][:5]
@@ -36,6 +37,8 @@ def test_rows_are_laid_out_as_in_the_paper():
     assert high[2][1:] == ["21.8%", "22.8%", "24.8%", "28.8%", "28.50", "29.50", "31.50", "35.50"]
     assert high[4][1:5] == ["**41.8%**", "**42.8%**", "**44.8%**", "**48.8%**"]  # more is better
     assert high[1][5:] == ["**18.50**", "**19.50**", "**21.50**", "**25.50**"]  # less is
+    unguided = text.split("no guidance")[1].split("Guidance scale")[0]
+    assert [cells(line)[0] for line in unguided.splitlines() if line.startswith("| ")][1:] == [*run.BASELINES.values()]
     papers = [cells(line) for line in text.split("The paper's")[1].splitlines() if line.startswith("| ")]
     assert papers[-1][:5] == ["LCM", "**35.36**", "**13.31**", "**11.10**", "**11.84**"] and len(papers) == 6
     assert papers[3][8] == "**29.55**"  # where the paper's solvers have caught up

@@ -32,6 +32,7 @@ from lcm_jax.metrics import table
 
 BASELINES = {"ddim": "DDIM", "dpm_solver_2m": "DPM-Solver", "dpm_solver_pp_2m": "DPM-Solver++"}
 METHODS = {**BASELINES, "lcm": "LCM"}
+UNGUIDED = 1.0  # a scale at which the teacher, too, is asked once a step
 RESULTS = ("result.md", "table.json", "plot.png")
 
 
@@ -52,12 +53,13 @@ def main() -> int:
     if not stage.made(config, workdir, say):
         return 1
     scales = guidance_scales(config)
-    for model, name, samplers in (
-        (config.model.teacher, "teacher", ",".join(BASELINES)),
-        (str(workdir / "export"), "student", "lcm"),
+    unguided = (UNGUIDED,) if measuring.embedded(config) else ()
+    for model, name, rows in (
+        (config.model.teacher, "teacher", measuring.row(",".join(BASELINES), (*scales, *unguided))),
+        (str(workdir / "export"), "student", measuring.row("lcm", scales)),
     ):
         say(f"drawing with the {name}")
-        asked = [f"--model={model}", f"--name={name}", measuring.row(samplers, scales), f"--out={out}"]
+        asked = [f"--model={model}", f"--name={name}", rows, f"--out={out}"]
         if code := evaluate.main([*measuring.options(args), *asked, *([] if args.plot else ["--no-plot"])]):
             return code
     text = result(table.kept(out))
@@ -87,8 +89,10 @@ def result(rows: Sequence[table.Row]) -> str:
             METHODS[sampler]: [[by_steps[n].values[key] for n in measuring.STEPS] for key in keys]
             for sampler in METHODS
             for by_steps in [{r.steps: r for r in rows if (r.sampler, r.guidance_scale) == (sampler, scale)}]
+            if by_steps
         }
-        texts += [f"Guidance scale {scale:g}:", laid_out(values, [table.COLUMNS[key] for key in keys])]
+        unguided = ", no guidance: one evaluation of the teacher a step, too" if scale == UNGUIDED else ""
+        texts += [f"Guidance scale {scale:g}{unguided}:", laid_out(values, [table.COLUMNS[key] for key in keys])]
     notes = "\n".join(table.notes(rows))
     own = [table.COLUMNS["fid"], table.COLUMNS["clip_score"]]
     texts += [notes, "The paper's, on its models (FID, CLIP score):", laid_out(paper.ROWS, own), paper.NOTE]
