@@ -58,6 +58,9 @@ What the table says:
 - The better of the two is {gap:+.1f} points from the style teacher's 50 steps: {within} the 10 points asked for.
 - In style: of the LCM-LoRA's way from its FD to the style teacher's 50-step FD, the combination goes {share:.0f} %.
 
+The report shows such sums in pictures, drawn in a few steps, and has no numbers for them that we know of. Its pattern,
+the style kept at a few evaluations by two adapters that have never met, is that of the last two rows.
+
 `grid.png`, from the top: {grid}.
 `style_metrics.jsonl`, `lcm_metrics.jsonl`: the curves of both trainings.
 """
