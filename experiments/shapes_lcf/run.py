@@ -49,7 +49,8 @@ What the table says:
 {lines}
 
 The paper fine-tunes on Pokemon and Simpsons sets for 30,000 iterations, as secondary sources tell it, and shows
-pictures; we know of no numbers. Its pattern, the new style in few steps without a teacher, is that of the rows of LCF alone.
+pictures; we know of no numbers. Its pattern, the new style in few steps without a teacher, is that of the rows of LCF
+alone.
 
 `grid.png`, from the top: {grid}. `lcf_metrics.jsonl`, `mix_metrics.jsonl`: the curves.
 """
