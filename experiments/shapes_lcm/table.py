@@ -20,6 +20,7 @@ from lcm_jax.errors import LcmError
 from lcm_jax.generate import Generator, Settings, to_uint8
 from lcm_jax.metrics import captions, drawing, shapes_scorer
 from lcm_jax.metrics import endpoints as endpoints_lib
+from lcm_jax.runtime import compiler
 
 BATCH = 64
 REFERENCES = captions.REFERENCES
@@ -81,7 +82,7 @@ class Judge:
             y = vae.apply({"params": params}, vae.apply({"params": params}, x, method="encode")[0], method="decode")
             return jnp.clip(y / 2.0 + 0.5, 0.0, 1.0)
 
-        reconstruct = jax.jit(reconstruct)
+        reconstruct = jax.jit(reconstruct, compiler_options=compiler.inference())
         numbers = drawing.batches(self.count, BATCH)
         parts = [reconstruct(generator.params["vae"], self.renders[part]) for part in numbers]
         return to_uint8(np.concatenate(parts)[: self.count])

@@ -133,7 +133,7 @@ def load(
         few pictures; captions or pictures that are not of the shapes set; too few pictures.
     """
     if spec.name == "shapes":
-        measure = _shapes(captions, size, style)
+        measure = _shapes(captions, size, style, batch_size)
     elif spec.name == "clip_score":
         measure = _clip_score(clip_score.load_clip(spec.path, mesh=mesh, batch_size=batch_size))
     else:
@@ -157,7 +157,7 @@ def check_used(reference: Reference, measures: Sequence[Measure]) -> None:
                            f"({origin.hash[:12]}); the metrics' are {wanted}: compute them with these weights")
 
 
-def _shapes(captions: Sequence[str], size: tuple[int, int], style: str) -> Measure:
+def _shapes(captions: Sequence[str], size: tuple[int, int], style: str, batch_size: int) -> Measure:
     side = shapes.RESOLUTION
     if size != (side, side):
         raise LcmError(f"--metric=shapes: the scorer reads pictures of {side} x {side}, these are {size[1]} x "
@@ -173,7 +173,7 @@ def _shapes(captions: Sequence[str], size: tuple[int, int], style: str) -> Measu
         return {"caption_accuracy": accuracy, "shapes_frechet": distance}
 
     return Measure("shapes", network.dim + 1, about, reference,
-                   lambda read, images, _: [*(read or []), shapes_scorer.score(images)], finish)
+                   lambda read, images, _: [*(read or []), shapes_scorer.score(images, batch_size=batch_size)], finish)
 
 
 def _clip_score(pair: clip_score.ClipPair) -> Measure:

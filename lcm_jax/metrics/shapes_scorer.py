@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from lcm_jax.data import shapes
 from lcm_jax.errors import LcmError
+from lcm_jax.runtime import compiler
 
 ASSET = pathlib.Path(__file__).resolve().parent.parent / "assets" / "shapes_scorer"
 WEIGHTS_NAME = "model.safetensors"
@@ -113,14 +114,15 @@ def to_float(images: np.ndarray | jax.Array) -> jax.Array:
     return jnp.clip(jnp.asarray(images).astype(jnp.float32), -1.0, 1.0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def logits_and_features(module: ShapesScorer, params: Mapping, images: jax.Array):
-    """(logits {attribute: [b classes]}, features [b d]) of pictures [b 64 64 3], uint8 or float in [-1, 1]."""
-    return module.apply({"params": params}, to_float(images))
+@functools.cache
+def _compiled(module: ShapesScorer) -> Callable:
+    """(params, pictures [b 64 64 3]) -> (logits {attribute: [b classes]}, features [b d]), jitted."""
+    return jax.jit(lambda params, images: module.apply({"params": params}, to_float(images)),
+                   compiler_options=compiler.inference())  # fmt: skip
 
 
 def score(images: np.ndarray, scorer: Scorer | None = None,
-          batch_size: int = 128) -> tuple[dict[str, np.ndarray], np.ndarray]:
+          batch_size: int = 64) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Predicted class indices {attribute: int32 [n]} and features float32 [n d] of any number of pictures.
 
     Pictures [n 64 64 3], uint8 or float in [-1, 1]. The last batch is filled up, so one program serves all counts.
@@ -138,7 +140,7 @@ def score(images: np.ndarray, scorer: Scorer | None = None,
         part = images[start : start + batch_size]
         count = len(part)
         full = np.concatenate([part, np.repeat(part[-1:], batch_size - count, axis=0)])
-        logits, f = logits_and_features(scorer.module, scorer.params, full)
+        logits, f = _compiled(scorer.module)(scorer.params, full)
         features.append(np.asarray(f)[:count])
         for name, value in logits.items():
             predicted[name].append(np.asarray(value).argmax(-1)[:count].astype(np.int32))
