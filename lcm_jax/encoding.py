@@ -86,6 +86,8 @@ def make_encode(
     def call(rows: Mapping[str, Any]) -> dict[str, Any]:
         if not {"pixels", *conditioning.TEXT_ENCODERS} & rows.keys():
             return dict(rows)
+        if any(isinstance(value, jax.core.Tracer) for value in rows.values()):  # compiler options are of whole programs
+            return encode(params, dict(rows))
         if mesh is None or not all(isinstance(value, np.ndarray) for value in rows.values()):
             return split(params, dict(rows))
         count = len(next(iter(rows.values())))
