@@ -93,7 +93,7 @@ def test_all_formats_draw_the_same_and_other_than_the_teacher(ours):
         assert np.abs(ours[form] - ours["lora-kohya"]).max() <= 2, form
     change = np.abs(ours["alone"] - ours["lora-kohya"]).max()
     print(f"the LoRA changes pictures by up to {change}/255")
-    assert change > 4  # of 255: twice what the formats may differ by
+    assert change > 8
 
 
 def header(path: Path) -> dict[str, str]:

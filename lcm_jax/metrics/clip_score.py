@@ -22,7 +22,6 @@ from lcm_jax.errors import LcmError
 from lcm_jax.metrics import features
 from lcm_jax.metrics.networks import clip
 from lcm_jax.pretrained import tokenizer
-from lcm_jax.runtime import compiler
 from lcm_jax.runtime import mesh as mesh_lib
 
 
@@ -56,8 +55,7 @@ def load_clip(path: str | Path | None, *, mesh: Mesh | None = None, batch_size: 
         with jax.default_matmul_precision("highest"):
             return text.module.apply({"params": params}, ids).pooled.astype(jnp.float32)
 
-    options = compiler.inference(mesh.devices.flat[0].platform)
-    compiled = jax.jit(apply, out_shardings=mesh_lib.replicated(mesh), compiler_options=options)
+    compiled = jax.jit(apply, out_shardings=mesh_lib.replicated(mesh))
 
     def embed(captions: Sequence[str]) -> np.ndarray:
         if not len(captions):

@@ -28,7 +28,6 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import compiler
 from lcm_jax.runtime import mesh as mesh_lib
 
 KINDS = ("inception", "clip", "dinov2", "shapes")
@@ -127,8 +126,7 @@ def make_extractor(network: Network, mesh: Mesh | None = None, batch_size: int =
             return network.apply(params, inputs).astype(jnp.float32)
 
     # Replicated, so that every process of a multi-host run can read all features.
-    options = compiler.inference(mesh.devices.flat[0].platform)
-    compiled = jax.jit(apply, out_shardings=mesh_lib.replicated(mesh), compiler_options=options)
+    compiled = jax.jit(apply, out_shardings=mesh_lib.replicated(mesh))
     digest = weights_hash(network)
     return Extractor(network.name, digest, network.dim, batch_size, network.prepare,
                      lambda inputs: compiled(params, mesh_lib.spread(mesh, inputs)))
