@@ -4,7 +4,8 @@ Command   python -m lcm_jax.train --config=configs/lcm_xl_pokemon_blip.py --work
           python -m lcm_jax.export --workdir=runs/lcm_xl_pokemon_blip --out=unet --format=unet --weights=online
           python -m lcm_jax.sample --model=stabilityai/stable-diffusion-xl-base-1.0 --unet=unet
               --vae=madebyollin/sdxl-vae-fp16-fix --steps=4 --guidance_scale=1 --prompt="..." --out=pictures
-Data      lambdalabs/pokemon-blip-captions, flipped with probability 1/2
+Data      lambdalabs/pokemon-blip-captions, which the hub no longer has: a copy as --config.data.path=FOLDER;
+          flipped with probability 1/2
 Hardware  As `sdxl_lcm`: one 141 GB card; not yet measured
 Time      Not yet measured
 Source    diffengine, schedules and models of lcm_xl: lr 1e-6, weight decay 0, gradients clipped at norm 1, batch 2 in 2

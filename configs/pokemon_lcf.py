@@ -1,7 +1,8 @@
 """LCM_Dreamshaper_v7 fine-tuned (LCF) on captioned Pokemon, without a teacher: the paper's example.
 
 Command   python -m lcm_jax.train --config=configs/pokemon_lcf.py --workdir=runs/pokemon_lcf
-Data      lambdalabs/pokemon-blip-captions, some held back to judge by
+Data      lambdalabs/pokemon-blip-captions, which the hub no longer has: a copy as --config.data.path=FOLDER;
+          some held back to judge by
 Hardware  17.2 GB before activations: no teacher; one 80 GB card, with
           --config.train.accumulation_steps=N for a batch in parts; not yet measured
 Time      Not yet measured

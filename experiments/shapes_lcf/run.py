@@ -172,8 +172,9 @@ def readme(rows: Sequence[styled.Row], answers: dict[str, float], text: str, con
         met = found["nearer"] >= 0.5 and found["accuracy"] > 0.85
         lines.append(
             f"- {found['method']} at scale {found['guidance_scale']:g} is nearer to the style than the LCM by "
-            f"{100 * found['nearer']:.0f} % of that distance (asked: 50), at {100 * found['accuracy']:.0f} % of the "
-            f"accuracy on styled renders (asked: 85): {'met' if met else 'not met'}."
+            f"{100 * found['nearer']:.0f} % of FD(plain renders, style) (asked: 50), at "
+            f"{100 * found['accuracy']:.0f} % of the accuracy on styled renders (asked: 85): "
+            f"{'met' if met else 'not met'}."
         )
     told = ", ".join(f"{name} {value:.2f}" for name, value in answers.items())
     lines.append(f"- Guidance kept, as the answer to w between scales 3 and 7.5: {told}.")

@@ -51,7 +51,7 @@ def lines(card: Mapping[str, Any]) -> list[Line]:
         ways = {way: one for way, one in record.get("torch", {}).items() if "ratio" in one}
         if not ways:
             continue
-        best = min(ways, key=lambda way: statistics.median(ways[way]["seconds"]))
+        best = min(ways, key=lambda way: ways[way]["ratio"])  # pair by pair: the machine's speed may move between ways
         ours = [second for one in ways.values() for second in one["jax_seconds"]]
         found[name] = Line(
             Workload(**record["workload"]),
