@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from experiments.shapes_teacher import teacher_rows
 from lcm_jax import evaluate
 from lcm_jax.errors import LcmError
-from lcm_jax.metrics import measures, plot
+from lcm_jax.metrics import measures, plot, table
 
 STEPS = (1, 2, 4, 8)
 PAPER_SCALE = 9.0  # w = 8, of the paper's tables
@@ -50,6 +50,17 @@ def row(samplers: str, guidance_scales: Sequence[float]) -> str:
     return f"--row={samplers}:{','.join(map(str, STEPS))}:{','.join(f'{scale:g}' for scale in guidance_scales)}"
 
 
+def asked_for(out: Path, args: argparse.Namespace, guidance_scales: Sequence[float]) -> list[table.Row]:
+    """The rows of the table in OUT that this command asks for; the folder may hold others, of commands before."""
+    spacing = _parsed(args).spacing
+    return [row for row in table.read(out) if row.steps in STEPS and row.guidance_scale in guidance_scales
+            and row.settings["sampling"]["spacing"] == spacing]  # fmt: skip
+
+
+def _parsed(args: argparse.Namespace) -> argparse.Namespace:
+    return evaluate.parser().parse_args([*options(args), "--model=shapes", "--row=lcm:1", "--out=unused"])
+
+
 def check(config: ConfigDict, args: argparse.Namespace) -> None:
     """Raises LcmError, or ends the program, for what would fail after long work."""
     if not config.distill.w_embedding_dim:
@@ -59,7 +70,8 @@ def check(config: ConfigDict, args: argparse.Namespace) -> None:
     if args.evaluate is None and not embedded(config):
         raise LcmError(f"--config={args.config} needs --evaluate='--source=... --metric=...': how its models are "
                        "measured")  # fmt: skip
-    asked = evaluate.parser().parse_args([*options(args), "--model=shapes", "--row=lcm:1", "--out=unused"])
+    asked = _parsed(args)
     evaluate.check_flags(asked)
-    measures.parse(asked.metric)
-    evaluate.read_inputs(asked)
+    specs, found = measures.parse(asked.metric), evaluate.read_inputs(asked)
+    reference, side = evaluate.read_reference(asked, found), config.data.resolution
+    measures.check_used(reference, [measures.load(spec, found.captions, (side, side), reference) for spec in specs])

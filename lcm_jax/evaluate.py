@@ -14,9 +14,11 @@ OUT/table.md, table.json and plot.png are made of all of them. Latency is of sam
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,8 +135,12 @@ def check_flags(args: argparse.Namespace) -> None:
     for path in args.reference:
         if not path.exists() or not (path.is_dir() or path.suffix == ".npz"):
             raise LcmError(f"--reference={path}: no .npz of statistics and no folder of pictures is there")
-    if sum(path.is_dir() for path in args.reference) > 1:
+    folders = sum(path.is_dir() for path in args.reference)
+    if folders > 1:
         raise LcmError("--reference: one folder of pictures at most; put them together")
+    if folders and args.references is not None:
+        raise LcmError(f"--references={args.references} is of --source's pictures, but --reference gives a folder, "
+                       "all of which are taken; leave one of them out")
     if args.plot:
         plot.check()
 
@@ -164,15 +170,14 @@ def read_reference(args: argparse.Namespace, found: inputs.Inputs) -> Reference:
     cache = args.out / "references"
     if folder is not None:
         paths = inputs.picture_files(folder)
-        about = inputs.files_about(paths, folder)
+        about = functools.partial(inputs.files_about, paths, folder)
         return Reference(statistics, lambda h, w: inputs.file_pictures(paths, h, w), about, cache)
     if found.source is None:
-        return Reference(statistics, None, {}, cache)
+        return Reference(statistics, None, dict, cache)
     count, source = args.references or len(found.captions), found.source
     if count > len(source):
         raise LcmError(f"--references={count}: the source has {len(source)} records; give no more")
-    # Captions alone do not tell pictures apart: two styles have the same.
-    about = {"source": found.origin, "pictures": count, "captions": found.about()["sha256"]}
+    about = functools.partial(inputs.source_about, source, count, found.origin)
     return Reference(statistics, lambda h, w: inputs.source_pictures(source, count, h, w), about, cache)
 
 
@@ -237,7 +242,11 @@ def run(args: argparse.Namespace) -> list[Path]:
     """Measures what the command line asks for and is not there yet; returns the files of the table."""
     args.out = args.out.expanduser()
     check_flags(args)
-    asked, specs, found = parse_rows(args.row), measures.parse(args.metric), read_inputs(args)
+    asked, specs = parse_rows(args.row), measures.parse(args.metric)
+    if args.reference and not any(spec.name in measures.NEEDS_REFERENCE for spec in specs):
+        raise LcmError(f"--reference={args.reference[0]}: no --metric compares with pictures; give one of "
+                       f"{', '.join(measures.NEEDS_REFERENCE)}, or leave it out")
+    found = read_inputs(args)
     reference = read_reference(args, found)
     mesh = sample.make_mesh(args.fsdp)
     subject = load_subject(args, mesh)
@@ -287,20 +296,23 @@ def measure(
             row = rows_lib.measured(subject, generator, found.captions, settings, scale, taken, ends,
                                     seed=args.seed, timings=args.timings, shared=shared, about=about,
                                     move=progress.move)  # fmt: skip
-            table.keep(out, row)
+            aside = table.keep(out, row)
             values = ", ".join(f"{table.COLUMNS[key].title} {table.COLUMNS[key].form.format(value)}"
                                for key, value in row.values.items() if value is not None)  # fmt: skip
             say(f"row {number} of {len(rows)}: {row.sampler}, {row.steps} steps, scale {scale:g}: "
                 + ", ".join(filter(None, (values, f"{row.milliseconds:.1f} ms per image"))))
+            if aside:
+                say(f"the row before it was of other pictures and had more metrics: {aside}")
 
 
 def write(out: Path, subject: Subject, about: Mapping[str, Any], with_plot: bool) -> list[Path]:
     """table.json, table.md and plot.png of all rows in the folder that belong together."""
     kept = table.kept(out)
-    rows = [row for row in kept if table.belongs(row, subject.name, about)]
-    if len(rows) < len(kept):
-        say(f"{len(kept) - len(rows)} rows of {subject.name} are of another state of it or other flags, and are left "
-            "out of the table; ask for them again to measure them anew")
+    current = table.states(table.read(out)) | {subject.name: about}
+    rows = [row for row in kept if table.belongs(row, current)]
+    for name, number in Counter(row.model for row in kept if not table.belongs(row, current)).items():
+        say(f"{number} rows of {name} are of another state of it or other flags, and are left out of the table; ask "
+            "for them again to measure them anew")
     table.write(out, rows)
     if with_plot:
         plot.write(rows, out / "plot.png")

@@ -107,8 +107,13 @@ def latents(
 
 
 def to_uint8(images: jax.Array) -> np.ndarray:
-    """[0, 1] -> 0..255, rounded as diffusers rounds."""
-    return (np.asarray(images) * 255.0).round().astype(np.uint8)
+    """[0, 1] -> 0..255, rounded as diffusers rounds; NaN is black, see `not_finite`."""
+    return (np.nan_to_num(images) * 255.0).round().astype(np.uint8)
+
+
+def not_finite(images: np.ndarray) -> list[int]:
+    """Which of pictures [b H W 3] hold values that are not finite: they would be seen as black ones."""
+    return np.flatnonzero(~np.isfinite(images).all((1, 2, 3))).tolist()
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:
@@ -185,12 +190,13 @@ class Generator:
         return self.decode(self.latents(cond, noise, guidance_scale, settings, unet_params))
 
     def decode(self, z: jax.Array) -> np.ndarray:
-        """Scaled latents [b h w c] -> pictures float32 in [0, 1], [b H W 3]."""
+        """Scaled latents [b h w c] -> pictures float32 in [0, 1], [b H W 3]; NaN where they are not finite."""
         vae = self.pipeline.vae
         decode = functools.partial(self._decode, self.params["vae"])
         z = z / vae.scaling_factor
         images = tiling.decode(decode, z, tile=tiling.tile_size(vae), factor=vae.factor) if self.tiled else decode(z)
-        return np.clip(np.asarray(images, np.float32) / 2.0 + 0.5, 0.0, 1.0)
+        images = np.asarray(images, np.float32) / 2.0 + 0.5
+        return np.where(np.isfinite(images), np.clip(images, 0.0, 1.0), np.nan)  # clipped, infinity were white or black
 
     def encode(self, captions: Sequence[str], report: bool = True) -> dict[str, jax.Array]:
         """Conditioning [b ...] of captions; report: log those that are too long."""

@@ -314,7 +314,12 @@ def run(args: argparse.Namespace) -> list[Path]:
         padded = jobs + [jobs[-1]] * (size - len(jobs))  # one batch size, one compilation
         cond = generate.encode([prompt for _, prompt, _ in padded], report=False)
         noise = generate_lib.draw_noise(args.seed, [i for _, _, i in padded], settings.steps, shape)
-        images = generate_lib.to_uint8(generate(cond, noise, scale, settings))
+        images = generate(cond, noise, scale, settings)
+        bad = [f"{p:04d}_{i:04d}.png" for p, _, i in (padded[n] for n in generate_lib.not_finite(images))]
+        if bad:
+            raise LcmError(f"{', '.join(dict.fromkeys(bad))}: not finite, and would be black; try --dtype=float32, and "
+                           "see whether the weights are finite")
+        images = generate_lib.to_uint8(images)
         for (p, prompt, i), image in zip(jobs, images, strict=False):
             path = args.out / f"{p:04d}_{i:04d}.png"
             write_png(path, image, {"prompt": prompt, "image": i, **words})

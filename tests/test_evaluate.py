@@ -173,6 +173,31 @@ def test_another_model_stands_beside_and_a_changed_one_replaces(first, lcm, prom
     changed = evaluated(lcm, prompts, out, *options, "--name=one", f"--vae={vae}")
     assert [(row["model"], row["guidance_scale"]) for row in changed["rows"]] == [("one", 8.0), ("teacher", 3.0)]
     assert "1 rows of one are of another state" in capsys.readouterr().err
+    teacher = ("--count=5", "--row=ddim:2:3", "--name=teacher")
+    later = evaluated(tiny.folder("sd1"), prompts, out, *teacher)  # a command for another model brings none back
+    assert [(row["model"], row["guidance_scale"], row["steps"]) for row in later["rows"]] == [
+        ("one", 8.0, 1), ("teacher", 3.0, 1), ("teacher", 3.0, 2)
+    ]  # fmt: skip
+    assert "1 rows of one are of another state" in capsys.readouterr().err
+    whole = evaluated(lcm, prompts, out, *options, "--row=lcm:1:4", "--name=one")  # the state before, asked for again
+    assert [(row["model"], row["guidance_scale"]) for row in whole["rows"]][:2] == [("one", 4.0), ("one", 8.0)]
+
+
+def test_a_models_configs_are_part_of_what_it_is(lcm, tmp_path):
+    """Another scaling of the latents: the same weights, other pictures. Who wrote a file makes no difference."""
+    def identity(folder):
+        pipeline, record = sample.load(str(folder))
+        return rows_lib.model_about(rows_lib.Subject("a", pipeline, record, (16, 16), (8, 8, 4), 4))
+
+    def rewritten(name, **changes):
+        folder = tiny.copy("lcm", tmp_path / name)
+        path = folder / "vae" / "config.json"
+        tiny.write_json(path, json.loads(path.read_text()) | changes)
+        return identity(folder)
+
+    own = rewritten("same", _diffusers_version="0.0.1")
+    other = rewritten("other", scaling_factor=0.5)
+    assert own == identity(lcm) and {key for key in own if own[key] != other[key]} == {"configs"}
 
 
 def test_pictures_are_those_of_sample_whatever_the_batch(lcm, prompts, tmp_path, means, monkeypatch):
@@ -302,7 +327,9 @@ def _listening(gather, heard):
         (["--metric=fid:EMPTY", "--count=4", "--reference=FOUR", "--reference=OTHER"], r"holds statistics of another "
          r"network, other/none \(\w+\); the metrics' are means/none"),
         (["--reference=EMPTY"], r"empty.txt: no .npz of statistics and no folder of pictures is there"),
-        (["--reference=BARE"], r"bare holds no pictures"),
+        (["--metric=fid:EMPTY", "--reference=BARE"], r"bare holds no pictures"),
+        (["--reference=BARE"], r"bare: no --metric compares with pictures; give one of fid"),
+        (["--metric=fid:EMPTY", "--count=4", "--reference=FOUR", "--reference=THREE"], r"are both of means/none; give"),
         (["--metric=fid:EMPTY", "--count=4", "--reference=TORN"], r"0.png: not an image.*; remove it or mend it"),
         (["--out=EMPTY"], r"empty.txt is a file"),
         (["--negative_prompt=b"], r"this UNet has a w embedding"),
@@ -361,6 +388,8 @@ def test_captions_of_a_source_are_those_of_its_readable_records(tmp_path):
     args = evaluate.parser().parse_args([*argv, "--count=3", "--references=2"])
     pictures = list(evaluate.read_reference(args, found).pictures(32, 32))
     assert [picture.shape for picture in pictures] == [(32, 32, 3)] * 2
+    with pytest.raises(LcmError, match=r"--references=2 is of --source's pictures, but --reference gives a folder"):
+        evaluate.check_flags(evaluate.parser().parse_args([*argv, "--references=2", f"--reference={folder}"]))
     with pytest.raises(LcmError, match=r"has 3 records that can be read, --count=4 are asked for"):
         evaluate.read_inputs(evaluate.parser().parse_args([*argv, "--count=4"]))
     with pytest.raises(LcmError, match=r"source 'folder' has no use for --split; leave it out"):
@@ -375,8 +404,8 @@ def test_of_the_shapes_the_held_out_captions_are_taken():
         args = evaluate.parser().parse_args(argv)
         found = evaluate.read_inputs(args)
         assert list(found.captions) == [shapes.caption(shapes.spec(i, "heldout")) for i in range(3)]
-        abouts.append(table.same_origin(dict(evaluate.read_reference(args, found).about)))
-    assert abouts[0] != abouts[1] and abouts[0]["captions"] == abouts[1]["captions"]
+        abouts.append(table.same_origin(dict(evaluate.read_reference(args, found).about())))
+    assert abouts[0] != abouts[1]
 
 
 def test_pictures_are_told_apart_by_what_is_in_them(tmp_path):
@@ -409,6 +438,42 @@ class _Broken:
         return Record(str(number), image, (f"caption {number}",))
 
 
+class Pictures:
+    """Records of given pictures, whose captions are all alike."""
+
+    faults = ()
+
+    def __init__(self, *pictures):
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, number):
+        from lcm_jax.data.records import Record
+
+        return Record(str(number), self.pictures[number], ("a caption",))
+
+
+def test_pictures_of_a_source_are_told_apart_by_what_is_in_them():
+    """Captions alone do not: other pictures may have the same. Where they lie makes no difference."""
+    black, white = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)
+    about = inputs.source_about(Pictures(black, white, white), 2, "here")
+    assert about["pictures"] == 2 and about["from"] == "here"
+    assert inputs.source_about(Pictures(black, white, black), 2, "there")["sha256"] == about["sha256"]
+    assert inputs.source_about(Pictures(black, black), 2, "here")["sha256"] != about["sha256"]
+
+
+def test_reference_pictures_that_had_to_grow_are_told(monkeypatch):
+    said = []
+    monkeypatch.setattr(inputs.logging, "warning", lambda text, *values: said.append(text % values))
+    large, low = np.zeros((16, 16, 3), np.uint8), np.zeros((6, 16, 3), np.uint8)
+    assert [p.shape for p in inputs.source_pictures(Pictures(large, low), 2, 8, 8)] == [(8, 8, 3)] * 2
+    assert len(said) == 1 and "1 of 2 reference pictures are smaller than 8 x 8 (the smallest is 16 x 6)" in said[0]
+    list(inputs.source_pictures(Pictures(large, low), 1, 8, 8))
+    assert len(said) == 1
+
+
 def test_rows_of_lists_are_all_combinations():
     assert evaluate.parse_rows(["lcm,ddim:1,2:3,8", "ddim:1:3", "ddim:4"]) == [
         *(evaluate.Asked(sampler, n, scale) for sampler in ("lcm", "ddim") for scale in (3.0, 8.0) for n in (1, 2)),
@@ -420,7 +485,7 @@ def test_shapes_are_judged_by_their_captions():
     """Renders of the captions themselves are all right; in reversed order nearly none is."""
     specs = [shapes.spec(i, "heldout") for i in range(80)]
     captions = [shapes.caption(spec) for spec in specs]
-    reference = measures.Reference((), None, {}, Path("unused"))
+    reference = measures.Reference((), None, dict, Path("unused"))
     measure = measures.load(measures.Spec("shapes"), captions, (64, 64), reference)
     renders = shapes.render_batch(specs)
 
@@ -493,9 +558,15 @@ def test_metrics_asked_for_later_are_added_to_a_row(tmp_path):
     for row in (first, second):
         assert table.is_current(both, row.comparison, settings)
     assert not table.is_current(both, shared(fid={"sha256": "c"}), settings)
+    slower = dataclasses.replace(second, settings=drawn_with("trailing", batch_size=2, device="gpu", timings=9))
+    assert not table.is_current(both, slower.comparison, slower.settings)
+    assert table.keep(tmp_path, slower) is None  # another latency, the same pictures
+    both, = table.kept(tmp_path)
+    assert both.values == {"fid": 1.0, "cmmd": 2.0} and both.settings == slower.settings
     other = dataclasses.replace(second, settings=drawn_with("trailing", dtype="bfloat16"))
-    table.keep(tmp_path, other)  # other pictures: nothing is taken over
+    aside = table.keep(tmp_path, other)  # other pictures: nothing is taken over, nor lost
     assert table.kept(tmp_path) == [other]
+    assert json.loads(aside.read_text())["values"] == both.values
 
 
 def test_rows_drawn_otherwise_are_told_apart(tmp_path):
@@ -529,6 +600,17 @@ def test_pictures_that_are_not_finite_are_refused():
     settings = generate.Settings("ddim", 2)
     with pytest.raises(LcmError, match="pictures 1 of ddim with 2 steps are not finite.*--dtype=float32"):
         next(drawing.draw(Broken(), PROMPTS, settings, 3.0, seed=0, shape=(2, 2, 4), batch_size=4))
+
+
+def test_what_is_not_finite_stays_so(lcm):
+    """Clipped to [0, 1], infinity would be a white picture."""
+    generator = generate.Generator(loaded(str(lcm))[0])
+    decoded = np.array([np.inf, -np.inf, np.nan, 3.0, -3.0, 0.5], np.float32).reshape(2, 1, 1, 3)
+    generator._decode = lambda params, z: decoded
+    images = generator.decode(np.zeros((2, 1, 1, 4), np.float32))
+    np.testing.assert_array_equal(images.ravel(), np.array([np.nan, np.nan, np.nan, 1, 0, 0.75], np.float32))
+    assert generate.not_finite(images) == [0]
+    np.testing.assert_array_equal(generate.to_uint8(images).ravel(), [0, 0, 0, 255, 0, 191])
 
 
 def test_without_matplotlib_the_program_says_so_at_once(lcm, prompts, tmp_path, capsys, monkeypatch):

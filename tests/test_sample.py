@@ -178,6 +178,16 @@ def test_a_broken_record_is_named(tmp_path, capsys):
     assert "lcm_config.json is not valid JSON" in capsys.readouterr().err
 
 
+def test_pictures_that_are_not_finite_are_refused(lcm, tmp_path, capsys, monkeypatch):
+    def broken(self, cond, noise, *rest):
+        return np.full((noise.shape[1], 4, 4, 3), np.nan, np.float32)
+
+    monkeypatch.setattr(generate_lib.Generator, "__call__", broken)
+    assert sample.main([f"--model={lcm}", f"--out={tmp_path}", f"--prompt={PROMPT}", "--num_images=2"]) == 2
+    assert "0000_0000.png, 0000_0001.png: not finite, and would be black; try --dtype" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_grid_lays_pictures_row_by_row():
     pictures = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1) * np.ones((3, 2, 2, 3), np.uint8)
     laid = generate_lib.grid(pictures, 2)

@@ -105,10 +105,10 @@ class Told:
         pass
 
 
-def measured(workload, torch_ways, found=None, ours=0.25):
+def measured(workload, torch_ways, found=None, ours=0.25, code="a" * 64):
     log, kept = [], []
     found = {} if found is None else found
-    found |= {"workload": dataclasses.asdict(workload), "versions": {"jax": "1"}}
+    found |= {"workload": dataclasses.asdict(workload), "versions": {"jax": "1"}, "code": code}
     told = {"jax": {"lcm_jax": ours}, "torch": torch_ways}
     measure.measure(found, workload, lambda name: Told(name, told[name], log),
                     lambda: kept.append(json.dumps(found)), lambda line: None)  # fmt: skip
@@ -119,7 +119,7 @@ def test_pairs_by_turns():
     """The sides alternate and so does who begins; a way that fails is told, the others are measured all the same."""
     found, log, kept = measured(SMALL["lcd"], {"eager": 0.5, "compile": None})
     assert found["torch"]["eager"]["ratios"] == [2.0] * measure.TURNS
-    assert found["torch"]["compile"] == {"error": "out of memory", "versions": {"jax": "1"}}
+    assert found["torch"]["compile"] == {"error": "out of memory", "versions": {"jax": "1"}, "code": "a" * 64}
     assert measure.complete(found)
     turns = [name for name, way, runs in log if runs > 1]
     assert turns[:6] == ["jax", "torch", "torch", "jax", "jax", "torch"] and len(turns) == 2 * measure.TURNS
@@ -136,6 +136,29 @@ def test_what_was_cut_goes_on():
     assert again["jax"]["peak_bytes"] == 2**30
     text = report.markdown({"card": "A card", "device": "cpu", "workloads": {"lcd": again}})
     assert "lcd compile failed" in text and "Measured with jax 1." in text
+
+
+def test_results_of_several_states_of_the_code_are_told():
+    _, _, kept = measured(SMALL["lcd"], {"eager": 0.5, "compile": 0.4})
+    found, _, _ = measured(SMALL["lcd"], {"eager": 0.5, "compile": 0.4}, json.loads(kept[1]), code="b" * 64)
+    assert found["torch"]["eager"]["code"] == "a" * 64 and found["torch"]["compile"]["code"] == "b" * 64
+    text = report.markdown({"card": "A card", "device": "cpu", "workloads": {"lcd": found}})
+    assert "a" * 12 in text and "b" * 12 in text
+    assert len(run.code()) == 64
+
+
+def test_torchs_best_way_is_the_one_that_comes_nearest_in_its_own_turns():
+    """Its seconds are those of other minutes, in which the machine may have been slower."""
+    found, _, _ = measured(SMALL["lcd"], {"eager": 0.5, "compile": 0.4})
+    found["torch"]["compile"] |= {"seconds": [0.9] * 7, "jax_seconds": [0.6] * 7, "ratio": 1.5}
+    line, = report.lines({"card": "A card", "device": "cpu", "workloads": {"lcd": found}})
+    assert (line.best, line.jax, line.torch(), line.ratio()) == ("compile", 0.6, 0.9, 1.5)
+
+
+def test_beginning_anew_has_no_budget(capsys):
+    with pytest.raises(SystemExit):
+        run.parse(["--device=cpu", "--again", "--budget_s=100"])
+    assert "--again begins anew" in capsys.readouterr().err
 
 
 def test_our_failure_later_on_leaves_what_was_measured():
@@ -184,7 +207,7 @@ def test_report():
     assert "Ceiling of bfloat16 products: 0.12 TFLOP/s" in text
     sample, lcd = (next(line for line in rows if line.startswith(f"| {kind}")) for kind in ("sample", "lcd"))
     assert "| 2.00 | 1.20 (1.20 to 1.20) | 1.3: missed | 20 % / 17 % |" in sample and "compile" in sample
-    assert "2.00 (2.00 to 2.00) | 1.5: met | 20 % / 10 % |" in lcd and "by itself" in lcd
+    assert "2.00 (2.00 to 2.00) | 1.5: met, 50 % of the ceiling: missed | 20 % / 10 % |" in lcd and "by itself" in lcd
     assert "0.28 hours" in text  # 4,000 steps of a quarter of a second
     assert "compile failed: out of memory" in text
     assert "1.2 over eager: met" in report.markdown(card("cpu"))

@@ -1,7 +1,11 @@
 """Table 1's layout: methods and steps where they belong, the best in bold, the paper's numbers below."""
 
+import argparse
+import dataclasses
+
 import pytest
 
+from experiments import measuring
 from experiments.table1 import paper, run
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import table
@@ -42,6 +46,34 @@ def test_rows_are_laid_out_as_in_the_paper():
     papers = [cells(line) for line in text.split("The paper's")[1].splitlines() if line.startswith("| ")]
     assert papers[-1][:5] == ["LCM", "**35.36**", "**13.31**", "**11.10**", "**11.84**"] and len(papers) == 6
     assert papers[3][8] == "**29.55**"  # where the paper's solvers have caught up
+
+
+def test_rows_of_other_commands_stay_out(tmp_path):
+    """The folder's table may hold other scales, steps and spacings; metrics that some rows lack are left out."""
+    wanted = [row(sampler, n, 3.0, 0.5, 9.0) for sampler in run.METHODS for n in (1, 2, 4, 8)]
+    leading = {**SETTINGS, "sampling": {"spacing": "leading"}}
+    others = [row("ddim", 50, 3.0, 0.9, 1.0), row("ddim", 4, 5.0, 0.9, 1.0),
+              dataclasses.replace(row("ddim", 4, 3.0, 0.99, 99.0), settings=leading)]  # fmt: skip
+    wanted[0] = dataclasses.replace(wanted[0], values={**wanted[0].values, "fid": 3.0})
+    table.write(tmp_path, [*wanted, *others])
+    args = argparse.Namespace(evaluate=None, count=8)
+    found = measuring.asked_for(tmp_path, args, (3.0,))
+    assert found == wanted
+    text = run.result(found)
+    assert "99.0" not in text and "FID, 1 step" not in text.split("The paper's")[0]
+
+
+def test_what_a_metric_lacks_is_told_before_any_training(monkeypatch, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\n")
+    torn = tmp_path / "torn.pth"
+    torn.write_bytes(b"no weights")
+    options = f"--evaluate=--prompts={prompts} --metric=fid:{torn} --reference={tmp_path}"
+    config = ("--config=configs/sd21_base_lcm.py", "--set=data.path=/a/{0..9}.tar")
+    monkeypatch.setattr("sys.argv", ["run", *config, options])
+    monkeypatch.setattr(run.stage, "made", lambda *args: pytest.fail("trained"))
+    with pytest.raises(LcmError, match="torn.pth|holds no pictures"):
+        run.main()
 
 
 def test_the_papers_rows_have_every_number_of_steps():

@@ -90,10 +90,11 @@ def read_config(args: argparse.Namespace) -> ConfigDict:
 def write(out: Path, study: Study, config: ConfigDict, args: argparse.Namespace) -> list[table.Row]:
     """study.md: the study's question, its table, and the paper's pattern. Returns the rows, in the variants' order."""
     order = list(study.variants)
-    rows = [row for row in table.kept(out) if row.model in order]
+    scales = study.scales or measuring.scales(config)
+    rows = [row for row in measuring.asked_for(out, args, scales) if row.model in order]
     rows.sort(key=lambda row: (order.index(row.model), row.guidance_scale, row.steps))
     about = f"{config.train.steps} training steps each, of `{args.config}`."
-    text = f"# {study.title}\n\n{table.markdown(rows)}\n{about}\n\n{study.paper}\n"
+    text = f"# {study.title}\n\n{table.markdown(rows, latency=False)}\n{about}\n\n{study.paper}\n"
     with files.new_file(out / "study.md") as partial:
         partial.write_text(text, encoding="utf-8")
     print("\n" + text)

@@ -43,8 +43,9 @@ def measure(found: dict[str, Any], workload: Workload, start: Start, keep: Calla
     """Fills `found`, the record of a workload, with what is missing; `keep` is called whenever there is more.
 
     Args:
-      found: {"versions": {...}, "jax": {...}, "ways": of torch, "torch": {way: {...}}}; see `pair`. Has "versions", of
-        the packages now, alone at first; our side and each way keep those with which they were measured.
+      found: {"versions": {...}, "code": ..., "jax": {...}, "ways": of torch, "torch": {way: {...}}}; see `pair`. Has
+        "versions" of the packages and "code", the hash of our own, alone at first; our side and each way keep those
+        with which they were measured.
       start: side -> its worker.
 
     Raises:
@@ -152,7 +153,7 @@ def _warm(worker: Worker, way: str, say: Say) -> dict[str, Any]:
 
 
 def _stamp(found: dict[str, Any]) -> dict[str, Any]:
-    return {"versions": found["versions"]}
+    return {"versions": found["versions"], "code": found["code"]}
 
 
 def _note(found: dict[str, Any], jax: Worker, warm: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ UTILISATION_GOAL = 0.5  # of LCD steps on a GPU
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A workload whose pairs are measured, or some of them. Seconds are medians; utilisation is a share or None."""
+    """A workload whose pairs are measured, or some of them; jax: our seconds in the turns beside torch's best way."""
 
     workload: Workload
     jax: float
@@ -52,10 +52,9 @@ def lines(card: Mapping[str, Any]) -> list[Line]:
         if not ways:
             continue
         best = min(ways, key=lambda way: ways[way]["ratio"])  # pair by pair: the machine's speed may move between ways
-        ours = [second for one in ways.values() for second in one["jax_seconds"]]
         found[name] = Line(
             Workload(**record["workload"]),
-            statistics.median(ours),
+            statistics.median(ways[best]["jax_seconds"]),
             ways,
             best,
             record.get("flops"),
@@ -80,12 +79,17 @@ def utilisation(line: Line, top: float | None) -> tuple[float, float] | None:
     return line.flops / line.jax / top, line.flops / line.torch() / top
 
 
-def goal(line: Line, device: str) -> str:
-    """"1.3: met", "1.3: missed", or nothing where there is no goal."""
+def goal(line: Line, device: str, top: float | None) -> str:
+    """"1.3: met", "1.3: missed", and the same of the utilisation; or nothing where there is no goal."""
     least, way = GOALS[device].get(line.workload.kind, (None, ""))
-    if least is None or (way and way not in line.ways):
-        return ""
-    return f"{least:g}{f' over {way}' if way else ''}: {'met' if line.ratio(way) >= least else 'missed'}"
+    told = []
+    if least is not None and (not way or way in line.ways):
+        told.append(f"{least:g}{f' over {way}' if way else ''}: {'met' if line.ratio(way) >= least else 'missed'}")
+    shares = utilisation(line, top)
+    if shares and (device, line.workload.kind) == ("gpu", "lcd"):
+        reached = "met" if shares[0] >= UTILISATION_GOAL else "missed"
+        told.append(f"{100 * UTILISATION_GOAL:.0f} % of the ceiling: {reached}")
+    return ", ".join(told)
 
 
 def row(line: Line, device: str, top: float | None) -> str:
@@ -98,7 +102,7 @@ def row(line: Line, device: str, top: float | None) -> str:
         f"{_ms(line.torch())} ± {100 * spread(best['seconds']):.0f} %, {line.best}",
         f"{line.ratio('eager'):.2f}" if has_eager else "",
         f"{line.ratio():.2f} ({min(best['ratios']):.2f} to {max(best['ratios']):.2f})",
-        goal(line, device),
+        goal(line, device, top),
         f"{100 * shares[0]:.0f} % / {100 * shares[1]:.0f} %" if shares else "",
         " / ".join(f"{size / GIB:.1f}" for size in line.peak),
         " / ".join(f"{seconds:.0f} s" for seconds in line.setup),
@@ -129,7 +133,11 @@ def markdown(card: Mapping[str, Any]) -> str:
     sides = [one for r in card["workloads"].values() for one in (r.get("jax", {}), *r.get("torch", {}).values())]
     versions = (one["versions"] for one in sides if "versions" in one)
     seen = dict.fromkeys(", ".join(f"{n} {v}" for n, v in one.items()) for one in versions)
-    return "\n\n".join([f"### {card['card']}", table, *notes, *(f"Measured with {text}." for text in seen)]) + "\n"
+    notes += [f"Measured with {text}." for text in seen]
+    codes = dict.fromkeys(one["code"][:12] for one in sides if "code" in one)
+    if codes:
+        notes.append(f"lcm_jax by the hash of its sources: {', '.join(codes)}.")
+    return "\n\n".join([f"### {card['card']}", table, *notes]) + "\n"
 
 
 def headline(found: list[Line]) -> list[str]:

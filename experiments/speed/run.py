@@ -12,6 +12,7 @@ Needs lcm_jax[torch].
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lcm_jax
 from experiments.speed import measure, report, workloads
 from experiments.speed.worker import OutOfTime, Worker
 from experiments.speed.workloads import Workload
@@ -50,6 +52,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device is None and not args.report:
         parser.error("--device=cpu or gpu is needed, or --report")
+    if args.again and args.budget_s < NO_BUDGET_S:
+        parser.error("--again begins anew with every command, so --budget_s would never see the end; give one of them")
     return args
 
 
@@ -97,7 +101,7 @@ def run(chosen: list[Workload], args: argparse.Namespace, deadline: float, say: 
         if deadline - time.monotonic() < LEAST_S:
             raise OutOfTime
         say(workload.name)
-        found |= {"workload": dataclasses.asdict(workload), "versions": now}
+        found |= {"workload": dataclasses.asdict(workload), "versions": now, "code": code()}
         card["workloads"][workload.name] = found
 
         def start(side: str, workload: Workload = workload) -> Worker:
@@ -145,8 +149,19 @@ def card_name(device: str) -> str:
 
 
 def versions() -> dict[str, Any]:
-    """Of the packages that are compared."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+    """Of the packages that are compared. Raises LcmError, which names one that is missing."""
+    try:
+        return {name: importlib.metadata.version(name) for name in PACKAGES}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise LcmError(f"{error.name} is not installed; pip install 'lcm_jax[torch]'") from None
+
+
+def code() -> str:
+    """SHA-256 of the package's sources: another code's results stay, and the report says so."""
+    digest, package = hashlib.sha256(), Path(lcm_jax.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main() -> int:
         asked = [f"--model={model}", f"--name={name}", rows, f"--out={out}"]
         if code := evaluate.main([*measuring.options(args), *asked, *([] if args.plot else ["--no-plot"])]):
             return code
-    text = result(table.kept(out))
+    text = result(measuring.asked_for(out, args, (*scales, *unguided)))
     with files.new_file(out / "result.md") as partial:
         partial.write_text(text, encoding="utf-8")
     print("\n" + text)
@@ -82,7 +82,7 @@ def guidance_scales(config: ConfigDict) -> tuple[float, ...]:
 
 def result(rows: Sequence[table.Row]) -> str:
     """The rows as the paper lays them out, a table for each guidance scale, and the paper's; bold: best."""
-    keys = [key for key in table.columns(rows) if key != "endpoint_error"]
+    keys = [key for key in table.columns(rows) if all(row.values.get(key) is not None for row in rows)]
     texts = []
     for scale in sorted({row.guidance_scale for row in rows}):
         values = {

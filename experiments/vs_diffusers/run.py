@@ -10,6 +10,7 @@ stopped goes on. Needs lcm_jax[torch].
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import runpy
@@ -34,6 +35,7 @@ from lcm_jax.metrics import plot
 from lcm_jax.pretrained import load_pipeline
 
 CONFIG = "configs/shapes_lcm.py"
+TORCH = ("torch", "diffusers", "peft")  # packages that torch_lcd.py imports
 SIDES = {"jax": "lcm_jax", "torch": "torch + diffusers"}  # folder -> name
 STEPS = (1, 2, 4, 8)
 METRICS = {"caption accuracy": "accuracy", "Frechet distance": "frechet"}
@@ -78,6 +80,9 @@ def make_config(seed: int, steps: int) -> ConfigDict:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     plot.check()  # before long work
+    missing = [name for name in TORCH if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LcmError(f"{', '.join(missing)} is not installed; pip install 'lcm_jax[torch]'")
     say = teller()
     for seed in range(args.seeds):
         for side in SIDES:

@@ -1,7 +1,7 @@
 """Held-out captions of the shapes set, and how far pictures that a model drew for them are from what they say.
 
     caption accuracy   share of pictures whose five attributes are those of their caption
-    Frechet distance   to 2,048 held-out renders in the scorer's features, none of them of a caption that is drawn
+    Frechet distance   to 2,048 other held-out renders in the scorer's features
 
 Frechet distances are comparable only among sets of one count.
 """

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from lcm_jax.errors import LcmError
-from lcm_jax.generate import Generator, Settings, draw_noise, to_uint8
+from lcm_jax.generate import Generator, Settings, draw_noise, not_finite, to_uint8
 
 Drawn = tuple[np.ndarray, np.ndarray, float]  # numbers [b], pictures uint8 [b H W 3], seconds
 
@@ -50,7 +50,7 @@ def draw(
         begun = time.perf_counter()
         images = np.asarray(generator(cond, noise, guidance_scale, settings))
         seconds = time.perf_counter() - begun
-        bad = [int(n) for n, image in zip(numbers, images, strict=True) if not np.isfinite(image).all()]
+        bad = [int(numbers[i]) for i in not_finite(images)]
         if bad:
             raise LcmError(f"pictures {', '.join(map(str, dict.fromkeys(bad)))} of {settings.sampler} with "
                            f"{settings.steps} steps are not finite, and would be measured as black ones; try "

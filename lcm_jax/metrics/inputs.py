@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from lcm_jax.data import images
 from lcm_jax.data.records import BadRecord, Source
@@ -75,11 +76,30 @@ def of_source(source: Source, count: int, origin: str) -> Inputs:
 
 
 def source_pictures(source: Source, count: int, height: int, width: int) -> Iterator[np.ndarray]:
-    """The first `count` pictures of a source that can be decoded: uint8 [height width 3], resized and cropped to it.
+    """The first `count` pictures of a source that can be decoded: uint8 [height width 3], see `_fitted`.
 
     Raises:
       LcmError: there are fewer.
     """
+    return _fitted(_decoded(source, count), height, width)
+
+
+def source_about(source: Source, count: int, origin: str) -> dict[str, Any]:
+    """Tells the first `count` pictures of a source that can be read from others: by what is in them."""
+    digest, found = hashlib.sha256(), 0
+    for number in range(len(source)):
+        if found == count:
+            break
+        try:
+            image = source[number].image
+        except BadRecord:
+            continue
+        found += 1
+        digest.update(hashlib.sha256(image if isinstance(image, bytes) else np.ascontiguousarray(image)).digest())
+    return {"from": origin, "pictures": count, "sha256": digest.hexdigest()}
+
+
+def _decoded(source: Source, count: int) -> Iterator[np.ndarray]:
     found = 0
     for number in range(len(source)):
         if found == count:
@@ -89,7 +109,7 @@ def source_pictures(source: Source, count: int, height: int, width: int) -> Iter
         except BadRecord:
             continue
         found += 1
-        yield images.fit(picture, height, width)[0]
+        yield picture
     if found < count:
         raise LcmError(f"{found} pictures of the source can be decoded, {count} are needed as reference; give "
                        f"--references={found} or less")
@@ -105,12 +125,31 @@ def picture_files(folder: Path) -> list[Path]:
 
 
 def file_pictures(paths: Sequence[Path], height: int, width: int) -> Iterator[np.ndarray]:
-    """Pictures of files: uint8 [height width 3], resized and cropped. Raises LcmError, which names a broken file."""
-    for path in paths:
-        try:
-            yield images.fit(images.decode(path.read_bytes()), height, width)[0]
-        except BadRecord as error:
-            raise LcmError(f"--reference: {path}: {error}; remove it or mend it") from None
+    """Pictures of files: uint8 [height width 3], see `_fitted`. Raises LcmError, which names a broken file."""
+
+    def decoded() -> Iterator[np.ndarray]:
+        for path in paths:
+            try:
+                yield images.decode(path.read_bytes())
+            except BadRecord as error:
+                raise LcmError(f"--reference: {path}: {error}; remove it or mend it") from None
+
+    return _fitted(decoded(), height, width)
+
+
+def _fitted(pictures: Iterator[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
+    """Pictures resized and cropped to a size; warns at the end of those that had to be enlarged."""
+    count, small = 0, []
+    for picture in pictures:
+        count += 1
+        if picture.shape[0] < height or picture.shape[1] < width:
+            small.append(picture.shape[:2])
+        yield images.fit(picture, height, width)[0]
+    if small:
+        h, w = min(small, key=min)
+        logging.warning("%d of %d reference pictures are smaller than %d x %d (the smallest is %d x %d) and were "
+                        "enlarged: they are smoother than pictures of that size, and features see it",
+                        len(small), count, width, height, w, h)  # fmt: skip
 
 
 def in_batches(pictures: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:

@@ -51,14 +51,14 @@ class Reference:
     Attributes:
       files: statistics and feature sets, .npz; the one of a measure's network is taken.
       pictures: (height, width) -> pictures uint8 [h w 3] of that size, for the other measures; None: there are none.
-      about: of the pictures: "pictures" (how many), "from" (a path, for the reader alone), and what tells them from
-        others.
+      about: reads the pictures -> "pictures" (how many), "from" (where they are, for the reader alone), and "sha256",
+        which tells them from others.
       cache: folder for what is computed from them.
     """
 
     files: tuple[Path, ...]
     pictures: Callable[[int, int], Iterator[np.ndarray]] | None
-    about: Mapping[str, Any]
+    about: Callable[[], Mapping[str, Any]]
     cache: Path
 
 
@@ -147,14 +147,18 @@ def load(
 
 
 def check_used(reference: Reference, measures: Sequence[Measure]) -> None:
-    """Raises LcmError where a file of statistics is of no network that is asked for."""
+    """Raises LcmError where a file of statistics is of no network that is asked for, or of one that has another."""
     networks = {measure.about["sha256"]: measure.about["network"] for measure in measures}
+    before: dict[str, Path] = {}
     for path in reference.files:
         origin = statistics_files.load(path).origin
         if origin.hash not in networks:
             wanted = ", ".join(f"{name} ({digest[:12]})" for digest, name in networks.items()) or "none"
             raise LcmError(f"--reference={path} holds statistics of another network, {origin.name} "
                            f"({origin.hash[:12]}); the metrics' are {wanted}: compute them with these weights")
+        if origin.hash in before:
+            raise LcmError(f"--reference={path} and {before[origin.hash]} are both of {origin.name}; give one of them")
+        before[origin.hash] = path
 
 
 def _shapes(captions: Sequence[str], size: tuple[int, int], style: str, batch_size: int) -> Measure:
@@ -225,17 +229,17 @@ def _referred(
         what = f"statistics of another network are given: {given}" if given else "none is given"
         raise LcmError(f"--metric={name} compares with a reference of {extractor.name} ({extractor.hash[:12]}), and "
                        f"{what}; give --reference=STATISTICS.npz or --reference=FOLDER of pictures, or --source")
-    origin = reference.about.get("from") or reference.about["source"]
-    _check_reference(name, origin, size, reference.about["pictures"], size, needs)
-    return _computed(name, extractor, size, reference, as_set), network | {"reference": dict(reference.about)}
+    about = dict(reference.about())
+    _check_reference(name, about["from"], size, about["pictures"], size, needs)
+    compute = _computed(name, extractor, size, reference, about["sha256"], as_set)
+    return compute, network | {"reference": about}
 
 
 def _computed(
-    name: str, extractor: Extractor, size: tuple[int, int], reference: Reference, as_set: bool
+    name: str, extractor: Extractor, size: tuple[int, int], reference: Reference, pictures: str, as_set: bool
 ) -> Callable[[], Any]:
-    """What computes the reference of pictures once, and finds it in the cache the next time."""
-    pictures = {key: value for key, value in reference.about.items() if key != "from"}
-    words = json.dumps([pictures, size, extractor.hash, as_set], sort_keys=True)
+    """What computes the reference of pictures, of this SHA-256, once, and finds it in the cache the next time."""
+    words = json.dumps([pictures, size, extractor.hash, as_set])
     path = reference.cache / f"{name}_{hashlib.sha256(words.encode()).hexdigest()[:16]}.npz"
     gather = statistics_files.feature_set if as_set else statistics_files.gather
     read = statistics_files.load_features if as_set else statistics_files.load

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from lcm_jax.metrics.inputs import Inputs
 from lcm_jax.metrics.measures import Measure
 from lcm_jax.metrics.table import Row
 from lcm_jax.pretrained import Pipeline, conditioning
+
+_OF_WRITERS = ("transformers_version", "torch_dtype", "dtype")  # of a config: what wrote it, not what it is
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,14 +65,17 @@ def comparison(
 
 
 def model_about(subject: Subject) -> dict[str, str]:
-    """The model by the SHA-256 of its weights, vocabularies and noise table."""
+    """The model by the SHA-256 of its weights, vocabularies, noise table and what else its files say of its parts."""
     pipeline = subject.pipeline
     vocabularies = {f"{name}'s vocabulary": encoding.vocabulary_hash(tokenizer)
                     for name, tokenizer in conditioning.tokenizers(pipeline).items()}  # fmt: skip
     schedule = pipeline.schedule
     noise = hashlib.sha256(schedule.prediction_type.encode() + np.asarray(schedule.alphas_cumprod).tobytes())
     weights = {name: encoding.weights_hash(params) for name, params in pipeline.params.items()}
-    return weights | vocabularies | {"schedule": noise.hexdigest()}
+    said = {part: {key: value for key, value in config.items() if not key.startswith("_") and key not in _OF_WRITERS}
+            for part, config in pipeline.configs.items()}  # fmt: skip
+    configs = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    return weights | vocabularies | {"schedule": noise.hexdigest(), "configs": configs.hexdigest()}
 
 
 def settings_of(settings: Settings, guidance_scale: float, about: Mapping[str, Any]) -> dict[str, Any]:

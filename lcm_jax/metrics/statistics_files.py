@@ -86,10 +86,6 @@ def feature_set(extractor: Extractor, batches: Iterable[np.ndarray]) -> FeatureS
     return FeatureSet(origin, np.concatenate(found))
 
 
-def statistics_of(features: FeatureSet) -> Statistics:
-    return Statistics(features.origin, frechet.statistics(features.features))
-
-
 def merge(a: Statistics, b: Statistics) -> Statistics:
     """Statistics of both sets together. Raises LcmError where their origins differ."""
     check_same(a.origin, b.origin)

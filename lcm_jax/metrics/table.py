@@ -1,6 +1,7 @@
 """The rows of an evaluation, each kept in a file of its own as soon as it is there, and the table made of them.
 
     FOLDER/rows/<sampler>_<steps>_<scale>_<model>.json     one `Row`; <sampler>-<spacing> where it is not trailing
+    FOLDER/rows/before/<the same name>                     what a row of other pictures replaced, if it had more metrics
     FOLDER/table.json, FOLDER/table.md                     all of them that belong together
 
 Rows are compared with each other, so all of a folder share seed, prompts, number of pictures and resolution, and
@@ -24,6 +25,8 @@ from lcm_jax.errors import LcmError
 FLAGS = {"seed": "--seed", "pictures": "--count", "prompts": "--prompts or --source", "height": "--height",
          "width": "--width"}  # fmt: skip
 FLAGS_OF_ROWS = ("dtype", "spacing", "negative_prompt", "tiled")  # which the notes name
+STATE = ("model", "program")  # of `Row.settings`: what rows of one model share in a table
+LATENCY = ("batch_size", "device", "fsdp", "timings")  # of a program: the time depends on it, the pictures do not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +99,23 @@ def file_of(folder: Path, row: Row) -> Path:
     return folder / "rows" / f"{sampler_of(row)}_{row.steps}_{row.guidance_scale:g}_{name}.json"
 
 
-def keep(folder: Path, row: Row) -> None:
+def keep(folder: Path, row: Row) -> Path | None:
     """Writes the row's file, whole or not at all; one of the same model, sampler, steps and scale is replaced.
 
-    Where that one's settings are the same, its values of metrics that the new row has not are taken over.
+    That one's values of metrics that the new row has not are taken over where both are of the same pictures. Where
+    they are not, the old file is put aside, and its new place returned.
     """
-    path = file_of(folder, row)
+    path, aside = file_of(folder, row), None
     if path.exists():
-        row = with_metrics_of(row, _read(path))
+        old = _read(path)
+        row = with_metrics_of(row, old)
+        if old.comparison["metrics"].keys() - row.comparison["metrics"].keys():
+            aside = path.parent / "before" / path.name
+            aside.parent.mkdir(exist_ok=True)
+            path.replace(aside)
     with files.new_file(path) as partial:
         partial.write_text(json.dumps(dataclasses.asdict(row), indent=1) + "\n", encoding="utf-8")
+    return aside
 
 
 def kept(folder: Path) -> list[Row]:
@@ -118,17 +128,33 @@ def kept(folder: Path) -> list[Row]:
     return sorted(rows, key=lambda row: (row.model, sampler_of(row), row.guidance_scale, row.steps))
 
 
-def _read(path: Path) -> Row:
-    found = files.read_json(path)
+def read(folder: Path) -> list[Row]:
+    """The rows of a folder's table as it was written last, in its order; [] where there is none.
+
+    Raises:
+      LcmError: table.json is no table.
+    """
+    path = folder / "table.json"
     try:
-        return Row(**{**found, "quartiles": tuple(found["quartiles"])})
+        return [_row(found) for found in files.read_json(path)["rows"]] if path.exists() else []
+    except (TypeError, KeyError):
+        raise LcmError(f"{path} is no table of lcm_jax.evaluate; delete it, and it is made again") from None
+
+
+def _read(path: Path) -> Row:
+    try:
+        return _row(files.read_json(path))
     except (TypeError, KeyError):
         raise LcmError(f"{path} is no row of a table; delete it, and it is measured again") from None
 
 
+def _row(found: Mapping[str, Any]) -> Row:
+    return Row(**{**found, "quartiles": tuple(found["quartiles"])})
+
+
 def with_metrics_of(row: Row, old: Row) -> Row:
     """`row` with the values of metrics that `old` has alone, where their pictures are the same."""
-    if same_origin([_drawn(old.comparison), old.settings]) != same_origin([_drawn(row.comparison), row.settings]):
+    if _pictures(old) != _pictures(row):
         return row
     metrics = row.comparison["metrics"]
     added = {name: about for name, about in old.comparison["metrics"].items() if name not in metrics}
@@ -137,9 +163,11 @@ def with_metrics_of(row: Row, old: Row) -> Row:
     return dataclasses.replace(row, values=values, comparison={**row.comparison, "metrics": added | dict(metrics)})
 
 
-def _drawn(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a comparison the pictures depend on."""
-    return {key: value for key, value in comparison.items() if key != "metrics"}
+def _pictures(row: Row) -> Any:
+    """What a row's pictures depend on."""
+    drawn = {key: value for key, value in row.comparison.items() if key != "metrics"}
+    program = {key: value for key, value in row.settings["program"].items() if key not in LATENCY}
+    return same_origin([drawn, {**row.settings, "program": program}])
 
 
 def check_comparable(folder: Path, rows: Sequence[Row], comparison: Mapping[str, Any]) -> None:
@@ -176,10 +204,15 @@ def is_current(row: Row, comparison: Mapping[str, Any], settings: Mapping[str, A
     return same_origin([of_row, row.settings]) == same_origin([dict(comparison), settings])
 
 
-def belongs(row: Row, model: str, settings: Mapping[str, Any]) -> bool:
-    """Whether the row may stand beside rows of `model` measured now: of another one, or of the same, unchanged."""
-    parts = ("model", "program")
-    return row.model != model or all(same_origin(row.settings[p]) == same_origin(settings[p]) for p in parts)
+def states(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Of each model of a table, by name: what all its rows share of `Row.settings`."""
+    return {row.model: {part: row.settings[part] for part in STATE} for row in rows}
+
+
+def belongs(row: Row, current: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the row is of its model's `current` state, of `states`, or of a model that has none yet."""
+    state = current.get(row.model)
+    return state is None or all(same_origin(row.settings[part]) == same_origin(state[part]) for part in STATE)
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -187,23 +220,23 @@ def columns(rows: Sequence[Row]) -> list[str]:
     return [key for key in COLUMNS if any(row.values.get(key) is not None for row in rows)]
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The table as Markdown, and what its numbers are of."""
+def markdown(rows: Sequence[Row], latency: bool = True) -> str:
+    """The table as Markdown, and what its numbers are of; latency: with the times, and what they are of."""
     keys = columns(rows)
     heads = ["model", "sampler", "steps", "guidance scale", "network evaluations",
-             *(COLUMNS[key].title for key in keys), "ms per image", "compile s"]  # fmt: skip
+             *(COLUMNS[key].title for key in keys), *(("ms per image", "compile s") if latency else ())]  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         values = (row.values.get(key) for key in keys)
         cells = [row.model, sampler_of(row), str(row.steps), f"{row.guidance_scale:g}", str(row.evaluations)]
         cells += ["" if v is None else COLUMNS[k].form.format(v) for k, v in zip(keys, values, strict=True)]
-        cells += [f"{row.milliseconds:.1f}", f"{row.compile_seconds:.1f}"]
+        cells += [f"{row.milliseconds:.1f}", f"{row.compile_seconds:.1f}"] if latency else []
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
-    return "\n".join(lines) + "\n\n" + "\n".join(notes(rows)) + "\n"
+    return "\n".join(lines) + "\n\n" + "\n".join(notes(rows, latency)) + "\n"
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
-    """What the numbers of a table are of, one line each."""
+def notes(rows: Sequence[Row], latency: bool = True) -> list[str]:
+    """What the numbers of a table are of, one line each; latency: the times, too."""
     shared = rows[0].comparison
     lines = [
         f"{shared['pictures']} pictures per row, {shared['width']} x {shared['height']} pixels, seed "
@@ -213,6 +246,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     for name, about in metrics.items():
         lines.append(f"- {name}: " + "; ".join(f"{key} {_note(value)}" for key, value in about.items()) + ".")
     lines.append("- " + "; ".join(filter(None, (_of_rows(rows, key) for key in FLAGS_OF_ROWS))) + ".")
+    if not latency:
+        return lines
     timed = {(row.settings["program"]["batch_size"], row.settings["program"]["device"]) for row in rows}
     where = ", ".join(f"batches of {size} on {device}" for size, device in sorted(timed))
     lines.append(

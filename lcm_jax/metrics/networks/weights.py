@@ -33,8 +33,9 @@ SOURCES = {
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     ),
     "clip": (
-        "a CLIP folder such as openai/clip-vit-large-patch14 of the Hugging Face hub: config.json, "
-        "preprocessor_config.json, the tokenizer's files, model.safetensors",
+        "a CLIP folder such as openai/clip-vit-large-patch14 of the Hugging Face hub (published CMMD numbers are of "
+        "openai/clip-vit-large-patch14-336): config.json, preprocessor_config.json, the tokenizer's files, "
+        "model.safetensors",
         "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
     ),
     "dinov2": (
