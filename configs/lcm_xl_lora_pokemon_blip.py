@@ -1,6 +1,7 @@
 """LCM-LoRA of SDXL on 833 captioned pictures: diffengine's `lcm_xl_lora_pokemon_blip`.
 
 Command   python -m lcm_jax.train --config=configs/lcm_xl_lora_pokemon_blip.py --workdir=runs/lcm_xl_lora_pokemon_blip
+              --config.data.path=FOLDER_OR_HUB_ID
 Data      As `lcm_xl_pokemon_blip`
 Hardware  14.5 GB before activations, two pictures at a time: the base once, 20 bytes for each of 25 million adapter
           weights, VAE and text encoders; one 40 GB card; not yet measured

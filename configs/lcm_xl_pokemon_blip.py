@@ -1,11 +1,12 @@
 """SDXL distilled on 833 captioned pictures into a student without w embedding: diffengine's `lcm_xl_pokemon_blip`.
 
 Command   python -m lcm_jax.train --config=configs/lcm_xl_pokemon_blip.py --workdir=runs/lcm_xl_pokemon_blip
+              --config.data.path=FOLDER_OR_HUB_ID
           python -m lcm_jax.export --workdir=runs/lcm_xl_pokemon_blip --out=unet --format=unet --weights=online
           python -m lcm_jax.sample --model=stabilityai/stable-diffusion-xl-base-1.0 --unet=unet
               --vae=madebyollin/sdxl-vae-fp16-fix --steps=4 --guidance_scale=1 --prompt="..." --out=pictures
-Data      lambdalabs/pokemon-blip-captions, which the hub no longer has: a copy as --config.data.path=FOLDER;
-          flipped with probability 1/2
+Data      lambdalabs/pokemon-blip-captions, flipped with probability 1/2. The hub no longer has
+          it: a copy, or another such set, as lambdalabs/naruto-blip-captions
 Hardware  As `sdxl_lcm`: one 141 GB card; not yet measured
 Time      Not yet measured
 Source    diffengine, schedules and models of lcm_xl: lr 1e-6, weight decay 0, gradients clipped at norm 1, batch 2 in 2
@@ -24,7 +25,6 @@ from pathlib import Path
 def get_config():
     config = runpy.run_path(str(Path(__file__).with_name("sdxl_lcm.py")))["get_config"]()
     config.data.source = "huggingface"
-    config.data.path = "lambdalabs/pokemon-blip-captions"
     config.data.filters = ()
     config.data.flip = 0.5
     config.data.batch_size = 4

@@ -1,8 +1,9 @@
 """LCM_Dreamshaper_v7 fine-tuned (LCF) on captioned Pokemon, without a teacher: the paper's example.
 
 Command   python -m lcm_jax.train --config=configs/pokemon_lcf.py --workdir=runs/pokemon_lcf
-Data      lambdalabs/pokemon-blip-captions, which the hub no longer has: a copy as --config.data.path=FOLDER;
-          some held back to judge by
+              --config.data.path=FOLDER_OR_HUB_ID
+Data      lambdalabs/pokemon-blip-captions, some held back to judge by. The hub no longer has
+          it: a copy, or another such set, as lambdalabs/naruto-blip-captions
 Hardware  17.2 GB before activations: no teacher; one 80 GB card, with
           --config.train.accumulation_steps=N for a batch in parts; not yet measured
 Time      Not yet measured
@@ -23,7 +24,6 @@ def get_config():
     config.model.teacher = None
     config.model.student = "SimianLuo/LCM_Dreamshaper_v7"
     config.data.source = "huggingface"
-    config.data.path = "lambdalabs/pokemon-blip-captions"
     config.train.steps = 30_000
     config.train.ema_decay = 0.999943
     config.checkpoint.every = 1_000
