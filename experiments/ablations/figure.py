@@ -33,7 +33,8 @@ def write(rows: Sequence[Row], variants: Sequence[str], path: Path) -> None:
         panel.set_title(f"{COLUMNS[key].title} ({better} is better)", fontsize="small")
         panel.set_xticks(range(len(places)), labels, rotation=90 if len(places) > 7 else 30, fontsize="small")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
+    lines, names = drawn.axes[0].get_legend_handles_labels()
+    drawn.legend(lines, names, loc="outside upper center", ncols=len(names), fontsize="small")
     with files.new_file(path) as partial:
         drawn.savefig(partial, format="png", dpi=120)
 
