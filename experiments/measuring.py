@@ -8,7 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from experiments.shapes_teacher import teacher_rows
-from lcm_jax import evaluate
+from lcm_jax import evaluate, student
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import measures, plot, table
 
@@ -73,5 +73,7 @@ def check(config: ConfigDict, args: argparse.Namespace) -> None:
     asked = _parsed(args)
     evaluate.check_flags(asked)
     specs, found = measures.parse(asked.metric), evaluate.read_inputs(asked)
-    reference, side = evaluate.read_reference(asked, found), config.data.resolution
-    measures.check_used(reference, [measures.load(spec, found.captions, (side, side), reference) for spec in specs])
+    reference = evaluate.read_reference(asked, found, specs)
+    teacher, _ = student.shapes(config)
+    size = evaluate.size_of(asked, teacher)
+    measures.check_used(reference, [measures.load(spec, found.captions, size, reference) for spec in specs])

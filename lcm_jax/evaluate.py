@@ -163,22 +163,35 @@ def read_inputs(args: argparse.Namespace) -> inputs.Inputs:
     return inputs.of_source(source, count, " ".join(word for word in words if word))
 
 
-def read_reference(args: argparse.Namespace, found: inputs.Inputs) -> Reference:
-    """What the command line compares with. Raises LcmError: an empty folder, fewer pictures than --references."""
+def read_reference(args: argparse.Namespace, found: inputs.Inputs, specs: Sequence[Spec]) -> Reference:
+    """What the command line compares with.
+
+    Raises:
+      LcmError: an empty folder, fewer pictures than --references, or no metric of `specs` compares with any.
+    """
+    if args.reference and not any(spec.name in measures.NEEDS_REFERENCE for spec in specs):
+        raise LcmError(f"--reference={args.reference[0]}: no --metric compares with pictures; give one of "
+                       f"{', '.join(measures.NEEDS_REFERENCE)}, or leave it out")
     statistics = tuple(path for path in args.reference if not path.is_dir())
     folder = next((path for path in args.reference if path.is_dir()), None)
     cache = args.out / "references"
     if folder is not None:
         paths = inputs.picture_files(folder)
-        about = functools.partial(inputs.files_about, paths, folder)
+        about = functools.cache(lambda: inputs.files_about(paths, folder))
         return Reference(statistics, lambda h, w: inputs.file_pictures(paths, h, w), about, cache)
     if found.source is None:
         return Reference(statistics, None, dict, cache)
     count, source = args.references or len(found.captions), found.source
     if count > len(source):
         raise LcmError(f"--references={count}: the source has {len(source)} records; give no more")
-    about = functools.partial(inputs.source_about, source, count, found.origin)
+    about = functools.cache(lambda: inputs.source_about(source, count, found.origin))
     return Reference(statistics, lambda h, w: inputs.source_pictures(source, count, h, w), about, cache)
+
+
+def size_of(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
+    """Height and width of the pictures: as asked for, or the model's own."""
+    own = generate_lib.default_size(pipeline)
+    return (args.height or own[0], args.width or own[1])
 
 
 def load_subject(args: argparse.Namespace, mesh: Mesh) -> Subject:
@@ -192,8 +205,7 @@ def load_subject(args: argparse.Namespace, mesh: Mesh) -> Subject:
     )
     if loras:
         pipeline, record = sample.add_loras(pipeline, record, loras, args.ignore_unused)
-    height, width = (given or own for given, own in
-                     zip((args.height, args.width), generate_lib.default_size(pipeline), strict=True))  # fmt: skip
+    height, width = size_of(args, pipeline)
     factor = pipeline.vae.factor
     shape = (height // factor, width // factor, pipeline.unet.in_channels)
     name = args.name or " + ".join([args.model, *filter(None, (args.unet, args.vae)), *args.lora])
@@ -243,11 +255,8 @@ def run(args: argparse.Namespace) -> list[Path]:
     args.out = args.out.expanduser()
     check_flags(args)
     asked, specs = parse_rows(args.row), measures.parse(args.metric)
-    if args.reference and not any(spec.name in measures.NEEDS_REFERENCE for spec in specs):
-        raise LcmError(f"--reference={args.reference[0]}: no --metric compares with pictures; give one of "
-                       f"{', '.join(measures.NEEDS_REFERENCE)}, or leave it out")
     found = read_inputs(args)
-    reference = read_reference(args, found)
+    reference = read_reference(args, found, specs)
     mesh = sample.make_mesh(args.fsdp)
     subject = load_subject(args, mesh)
     rows = settle(asked, subject, args)

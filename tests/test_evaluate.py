@@ -386,7 +386,7 @@ def test_captions_of_a_source_are_those_of_its_readable_records(tmp_path):
     found = evaluate.read_inputs(evaluate.parser().parse_args([*argv, "--count=3"]))
     assert list(found.captions) == [shapes.example(i)[1] for i in (0, 2, 3)]
     args = evaluate.parser().parse_args([*argv, "--count=3", "--references=2"])
-    pictures = list(evaluate.read_reference(args, found).pictures(32, 32))
+    pictures = list(evaluate.read_reference(args, found, ()).pictures(32, 32))
     assert [picture.shape for picture in pictures] == [(32, 32, 3)] * 2
     with pytest.raises(LcmError, match=r"--references=2 is of --source's pictures, but --reference gives a folder"):
         evaluate.check_flags(evaluate.parser().parse_args([*argv, "--references=2", f"--reference={folder}"]))
@@ -404,7 +404,7 @@ def test_of_the_shapes_the_held_out_captions_are_taken():
         args = evaluate.parser().parse_args(argv)
         found = evaluate.read_inputs(args)
         assert list(found.captions) == [shapes.caption(shapes.spec(i, "heldout")) for i in range(3)]
-        abouts.append(table.same_origin(dict(evaluate.read_reference(args, found).about())))
+        abouts.append(table.same_origin(dict(evaluate.read_reference(args, found, ()).about())))
     assert abouts[0] != abouts[1]
 
 
@@ -567,6 +567,9 @@ def test_metrics_asked_for_later_are_added_to_a_row(tmp_path):
     aside = table.keep(tmp_path, other)  # other pictures: nothing is taken over, nor lost
     assert table.kept(tmp_path) == [other]
     assert json.loads(aside.read_text())["values"] == both.values
+    later = table.keep(tmp_path, first)  # the same again: what was kept aside stays
+    assert later != aside and json.loads(aside.read_text())["values"] == both.values
+    assert json.loads(later.read_text())["values"] == other.values and table.kept(tmp_path) == [first]
 
 
 def test_rows_drawn_otherwise_are_told_apart(tmp_path):

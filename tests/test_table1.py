@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 
 import pytest
+from PIL import Image
 
 from experiments import measuring
 from experiments.table1 import paper, run
@@ -68,12 +69,17 @@ def test_what_a_metric_lacks_is_told_before_any_training(monkeypatch, tmp_path):
     prompts.write_text("a fox\n")
     torn = tmp_path / "torn.pth"
     torn.write_bytes(b"no weights")
-    options = f"--evaluate=--prompts={prompts} --metric=fid:{torn} --reference={tmp_path}"
-    config = ("--config=configs/sd21_base_lcm.py", "--set=data.path=/a/{0..9}.tar")
-    monkeypatch.setattr("sys.argv", ["run", *config, options])
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
     monkeypatch.setattr(run.stage, "made", lambda *args: pytest.fail("trained"))
-    with pytest.raises(LcmError, match="torn.pth|holds no pictures"):
-        run.main()
+    for metric, wrong in ((f"--metric=fid:{torn} --reference={folder}", "torn.pth"),
+                          (f"--metric=shapes --reference={folder}", "no --metric compares with pictures"),
+                          ("--metric=shapes --height=32 --width=32", "scorer reads pictures of 64 x 64, these are 32"),
+                          ("--metric=shapes", "not a caption of the shapes set")):  # fmt: skip
+        monkeypatch.setattr("sys.argv", ["run", "--no-plot", f"--evaluate=--prompts={prompts} {metric}"])
+        with pytest.raises(LcmError, match=wrong):
+            run.main()
 
 
 def test_the_papers_rows_have_every_number_of_steps():

@@ -85,7 +85,10 @@ def source_pictures(source: Source, count: int, height: int, width: int) -> Iter
 
 
 def source_about(source: Source, count: int, origin: str) -> dict[str, Any]:
-    """Tells the first `count` pictures of a source that can be read from others: by what is in them."""
+    """Tells the first `count` pictures of a source that can be read from others: by what is in them.
+
+    They are not decoded: one that stands in for a broken picture among them is not told apart.
+    """
     digest, found = hashlib.sha256(), 0
     for number in range(len(source)):
         if found == count:

@@ -1,7 +1,7 @@
 """The rows of an evaluation, each kept in a file of its own as soon as it is there, and the table made of them.
 
     FOLDER/rows/<sampler>_<steps>_<scale>_<model>.json     one `Row`; <sampler>-<spacing> where it is not trailing
-    FOLDER/rows/before/<the same name>                     what a row of other pictures replaced, if it had more metrics
+    FOLDER/rows/before/<the same name>_<hash>.json         what a row of other pictures replaced, if it had more metrics
     FOLDER/table.json, FOLDER/table.md                     all of them that belong together
 
 Rows are compared with each other, so all of a folder share seed, prompts, number of pictures and resolution, and
@@ -103,16 +103,16 @@ def keep(folder: Path, row: Row) -> Path | None:
     """Writes the row's file, whole or not at all; one of the same model, sampler, steps and scale is replaced.
 
     That one's values of metrics that the new row has not are taken over where both are of the same pictures. Where
-    they are not, the old file is put aside, and its new place returned.
+    they are not, the old file is kept aside, and its new place returned.
     """
     path, aside = file_of(folder, row), None
     if path.exists():
         old = _read(path)
         row = with_metrics_of(row, old)
         if old.comparison["metrics"].keys() - row.comparison["metrics"].keys():
-            aside = path.parent / "before" / path.name
-            aside.parent.mkdir(exist_ok=True)
-            path.replace(aside)
+            text = path.read_bytes()
+            aside = path.parent / "before" / f"{path.stem}_{hashlib.sha256(text).hexdigest()[:8]}.json"
+            files.write_text(aside, text)
     with files.new_file(path) as partial:
         partial.write_text(json.dumps(dataclasses.asdict(row), indent=1) + "\n", encoding="utf-8")
     return aside
