@@ -12,7 +12,7 @@ DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
 .PHONY: help demo demo-full notebooks test test-slow test-gpu test-tpu-aot lint install install-test clean
 
 help:
-	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about six minutes"
+	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about five minutes"
 	@echo "make demo-full  the same, with the teacher's rows of the table computed anew"
 	@echo "make notebooks  execute notebooks/ from clean kernels, outputs in place"
 	@echo "make test       the default suite        make test-slow  full-size models"
