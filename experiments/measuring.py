@@ -8,7 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from experiments.shapes_teacher import teacher_rows
-from lcm_jax import evaluate, student
+from lcm_jax import evaluate, sample, student
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import measures, plot, table
 
@@ -75,5 +75,5 @@ def check(config: ConfigDict, args: argparse.Namespace) -> None:
     specs, found = measures.parse(asked.metric), evaluate.read_inputs(asked)
     reference = evaluate.read_reference(asked, found, specs)
     teacher, _ = student.shapes(config)
-    size = evaluate.size_of(asked, teacher)
+    size = sample.size_of(asked, teacher)
     measures.check_used(reference, [measures.load(spec, found.captions, size, reference) for spec in specs])

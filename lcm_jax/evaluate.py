@@ -188,12 +188,6 @@ def read_reference(args: argparse.Namespace, found: inputs.Inputs, specs: Sequen
     return Reference(statistics, lambda h, w: inputs.source_pictures(source, count, h, w), about, cache)
 
 
-def size_of(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
-    """Height and width of the pictures: as asked for, or the model's own."""
-    own = generate_lib.default_size(pipeline)
-    return (args.height or own[0], args.width or own[1])
-
-
 def load_subject(args: argparse.Namespace, mesh: Mesh) -> Subject:
     """The model of the command line, its weights on the mesh."""
     loras = [sample.parse_lora(text) for text in args.lora]
@@ -205,7 +199,7 @@ def load_subject(args: argparse.Namespace, mesh: Mesh) -> Subject:
     )
     if loras:
         pipeline, record = sample.add_loras(pipeline, record, loras, args.ignore_unused)
-    height, width = size_of(args, pipeline)
+    height, width = sample.size_of(args, pipeline)
     factor = pipeline.vae.factor
     shape = (height // factor, width // factor, pipeline.unet.in_channels)
     name = args.name or " + ".join([args.model, *filter(None, (args.unet, args.vae)), *args.lora])

@@ -295,8 +295,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     pipeline, record = load(args.model, args.unet, args.vae, args.variant, dtype, args.model_config, place)
     if loras:
         pipeline, record = add_loras(pipeline, record, loras, args.ignore_unused)
-    defaults = zip((args.height, args.width), generate_lib.default_size(pipeline), strict=True)
-    height, width = (default if given is None else given for given, default in defaults)
+    height, width = size_of(args, pipeline)
     settings = generate_lib.settings_for(pipeline, record, args.sampler, args.steps, args.spacing)
     check_request(pipeline, settings, height, width, args.negative_prompt)
     default_scale = generate_lib.default_guidance_scale(pipeline.has_w_embedding, record, args.sampler)
@@ -314,17 +313,23 @@ def run(args: argparse.Namespace) -> list[Path]:
         padded = jobs + [jobs[-1]] * (size - len(jobs))  # one batch size, one compilation
         cond = generate.encode([prompt for _, prompt, _ in padded], report=False)
         noise = generate_lib.draw_noise(args.seed, [i for _, _, i in padded], settings.steps, shape)
-        images = generate(cond, noise, scale, settings)
-        bad = [f"{p:04d}_{i:04d}.png" for p, _, i in (padded[n] for n in generate_lib.not_finite(images))]
+        images = generate(cond, noise, scale, settings)[: len(jobs)]
+        paths = [args.out / f"{p:04d}_{i:04d}.png" for p, _, i in jobs]
+        bad = [paths[n] for n in generate_lib.not_finite(images)]
+        for path, (_, prompt, i), image in zip(paths, jobs, generate_lib.to_uint8(images), strict=True):
+            if path not in bad:
+                write_png(path, image, {"prompt": prompt, "image": i, **words})
+                written.append(path)
         if bad:
-            raise LcmError(f"{', '.join(dict.fromkeys(bad))}: not finite, and would be black; try --dtype=float32, and "
-                           "see whether the weights are finite")
-        images = generate_lib.to_uint8(images)
-        for (p, prompt, i), image in zip(jobs, images, strict=False):
-            path = args.out / f"{p:04d}_{i:04d}.png"
-            write_png(path, image, {"prompt": prompt, "image": i, **words})
-            written.append(path)
+            raise LcmError(f"{', '.join(path.name for path in bad)}: not finite, and would be black; try "
+                           "--dtype=float32, and see whether the weights are finite")
     return written
+
+
+def size_of(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
+    """Height and width of the pictures: as asked for, or what the model was made for."""
+    height, width = generate_lib.default_size(pipeline)
+    return (height if args.height is None else args.height, width if args.width is None else args.width)
 
 
 def make_mesh(fsdp: int) -> Mesh:
