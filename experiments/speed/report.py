@@ -28,10 +28,9 @@ UTILISATION_GOAL = 0.5  # of LCD steps on a GPU
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A workload whose pairs are measured, or some of them; jax: our seconds in the turns beside torch's best way."""
+    """A workload whose pairs are measured, or some of them."""
 
     workload: Workload
-    jax: float
     ways: Mapping[str, Mapping[str, Any]]
     best: str
     flops: float | None
@@ -41,8 +40,9 @@ class Line:
     def torch(self, way: str = "") -> float:
         return statistics.median(self.ways[way or self.best]["seconds"])
 
-    def ours(self, way: str) -> float:
-        return statistics.median(self.ways[way]["jax_seconds"])
+    def ours(self, way: str = "") -> float:
+        """Our seconds in the turns beside a way of torch."""
+        return statistics.median(self.ways[way or self.best]["jax_seconds"])
 
     def ratio(self, way: str = "") -> float:
         return self.ways[way or self.best]["ratio"]
@@ -58,7 +58,6 @@ def lines(card: Mapping[str, Any]) -> list[Line]:
         best = min(ways, key=lambda way: ways[way]["ratio"])  # pair by pair: the machine's speed may move between ways
         found[name] = Line(
             Workload(**record["workload"]),
-            statistics.median(ways[best]["jax_seconds"]),
             ways,
             best,
             record.get("flops"),
@@ -73,14 +72,14 @@ def lines(card: Mapping[str, Any]) -> list[Line]:
 def ceiling(found: list[Line], dtype: str) -> float | None:
     """FLOPs per second of the square product in this dtype, the better side's; None: not measured."""
     products = [line for line in found if line.workload.kind == "matmul" and line.workload.dtype == dtype]
-    return max((line.flops / min(line.jax, line.torch()) for line in products), default=None)
+    return max((line.flops / min(line.ours(), line.torch()) for line in products), default=None)
 
 
 def utilisation(line: Line, top: float | None) -> tuple[float, float] | None:
     """Shares of the ceiling that the model's FLOPs reach, ours and torch's best; what is computed twice counts once."""
     if not top or not line.flops:
         return None
-    return line.flops / line.jax / top, line.flops / line.torch() / top
+    return line.flops / line.ours() / top, line.flops / line.torch() / top
 
 
 def goal(line: Line, device: str, top: float | None) -> str:
@@ -101,7 +100,7 @@ def row(line: Line, device: str, top: float | None) -> str:
     shares, best, has_eager = utilisation(line, top), line.ways[line.best], "eager" in line.ways
     cells = [
         line.workload.name + (" (by itself)" if line.workload.alone else ""),
-        f"{_ms(line.jax)} ± {100 * spread(best['jax_seconds']):.0f} %",
+        f"{_ms(line.ours())} ± {100 * spread(best['jax_seconds']):.0f} %",
         f"{_ms(line.torch('eager'))}, ours {_ms(line.ours('eager'))}" if has_eager else "",
         f"{_ms(line.torch())} ± {100 * spread(best['seconds']):.0f} %, {line.best}",
         f"{line.ratio('eager'):.2f}" if has_eager else "",
@@ -152,7 +151,7 @@ def headline(found: list[Line]) -> list[str]:
     of_it = [line for line in found if line.workload.name.startswith(name)]
     if not of_it:
         return []
-    hours = HEADLINE_STEPS * min(line.jax for line in of_it) / 3600
+    hours = HEADLINE_STEPS * min(line.ours() for line in of_it) / 3600
     return [f"The paper's run, {HEADLINE_STEPS} steps of {HEADLINE.batch} pictures at {HEADLINE.size} pixels: "
             f"{hours:.2f} hours of steps on this card (the paper: {HEADLINE_PAPER_HOURS} A100 hours; goal: 1)."]
 
