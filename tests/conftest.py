@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax  # noqa: E402
+import parity  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
@@ -26,6 +27,29 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs",
                   float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]))
 jax.config.update("jax_default_matmul_precision", "highest")  # parity with torch: no TF32, no bfloat16 passes
 flags.FLAGS.mark_as_parsed()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--parity", type=int, default=0, metavar="N", help="list the N comparisons nearest their bounds")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    item.user_properties += [("parity", made) for made in parity.taken()]
+    return (yield)
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Error over bound of the worst comparison at each place, of all processes."""
+    worst = {}
+    for report in [r for reports in terminalreporter.stats.values() for r in reports if hasattr(r, "user_properties")]:
+        for ratio, place in [value for name, value in report.user_properties if name == "parity"]:
+            worst[place] = max(worst.get(place, (0.0, "")), (ratio, report.nodeid))
+    count = config.getoption("parity")
+    if count and worst:
+        terminalreporter.section(f"error over bound: the worst {count} of {len(worst)} comparisons")
+        for place, (ratio, test) in sorted(worst.items(), key=lambda item: -item[1][0])[:count]:
+            terminalreporter.write_line(f"{ratio:8.3f}  {place}  {test}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import parity
 import pytest
 from absl import flags
 from PIL import Image, ImageFont
@@ -100,7 +101,7 @@ def test_folder(folder):
     for name, lengths in {"characters": list(map(len, captions)), "words": [len(c.split()) for c in captions]}.items():
         told = re.search(rf"{name} +min (\S+) +median (\S+) +95 % (\S+) +max (\S+)", text)
         expected = min(lengths), np.median(lengths), np.percentile(lengths, 95), max(lengths)
-        np.testing.assert_allclose(np.array(told.groups(), float), expected, rtol=1e-5)
+        parity.close(np.array(told.groups(), float), expected, rtol=1e-5)
     assert f"one epoch of it: {9 / 4:,.1f} steps of 4" in text
     assert text.replace("\n", "").isprintable() and max(map(len, text.splitlines())) <= report.WIDTH
     assert text.endswith("contact sheet: none; --out=contact.png writes one")

@@ -5,6 +5,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 
 from lcm_jax.diffusion import consistency, guidance, schedule
@@ -20,11 +21,11 @@ def normal(seed):
 def test_guidance_zero_is_the_conditional_branch():
     cond, uncond = normal(0), normal(1)
     np.testing.assert_array_equal(guidance.classifier_free(cond, uncond, 0.0), cond)
-    np.testing.assert_allclose(guidance.classifier_free(cond, uncond, -1.0), uncond, atol=1e-6)
+    parity.close(guidance.classifier_free(cond, uncond, -1.0), uncond, atol=1e-6)
     w = np.array([0.0, 1.0, 7.5], np.float32)
     got = guidance.classifier_free(cond, uncond, w)
     for i in range(3):
-        np.testing.assert_allclose(got[i], (1 + w[i]) * cond[i] - w[i] * uncond[i], atol=1e-5)
+        parity.close(got[i], (1 + w[i]) * cond[i] - w[i] * uncond[i], atol=1e-5)
     assert guidance.classifier_free(jnp.bfloat16(1), jnp.bfloat16(0), 1.0).dtype == jnp.float32
 
 
@@ -35,17 +36,17 @@ def test_guided_pair_still_makes_up_z_t(prediction_type):
     t, w = np.array([19, 499, 999]), np.array([0.0, 2.0, 14.0], np.float32)
     pairs = [(schedule.to_x0(table, o, z_t, t), schedule.to_eps(table, o, z_t, t)) for o in (cond, uncond)]
     x0, eps = (guidance.classifier_free(c, u, w) for c, u in zip(*pairs, strict=True))
-    np.testing.assert_allclose(schedule.add_noise(table, x0, eps, t), z_t, atol=1e-4)
+    parity.close(schedule.add_noise(table, x0, eps, t), z_t, atol=1e-4)
     # and guiding the output itself is the same thing
     output = guidance.classifier_free(cond, uncond, w)
-    np.testing.assert_allclose(schedule.to_x0(table, output, z_t, t), x0, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(schedule.to_eps(table, output, z_t, t), eps, rtol=1e-4, atol=1e-4)
+    parity.close(schedule.to_x0(table, output, z_t, t), x0, rtol=1e-4, atol=1e-4)
+    parity.close(schedule.to_eps(table, output, z_t, t), eps, rtol=1e-4, atol=1e-4)
 
 
 def test_w_is_uniform_over_its_range():
     w = np.asarray(guidance.sample_w(jax.random.key(0), (20000,), 3.0, 15.0))
     assert w.dtype == np.float32 and w.min() >= 3 and w.max() <= 15
-    np.testing.assert_allclose([w.mean(), w.std()], [9, 12 / np.sqrt(12)], rtol=0.02)
+    parity.close([w.mean(), w.std()], [9, 12 / np.sqrt(12)], rtol=0.02)
     np.testing.assert_array_equal(guidance.sample_w(jax.random.key(0), (4,), 7.5, 7.5), np.full(4, 7.5))
 
 
@@ -57,10 +58,10 @@ def test_bad_range_of_w_is_refused(bounds):
 
 def test_w_embedding_reference_vector():
     e = np.asarray(guidance.w_embedding(jnp.array([7.5]), 256))[0]
-    np.testing.assert_allclose(e[:3], [-0.8512359, 0.8422281, 0.0118197], atol=1e-3)
-    np.testing.assert_allclose(e[125:128], [0.7624353, 0.7218090, 0.6816388], atol=1e-3)
-    np.testing.assert_allclose(e[128:131], [-0.5247832, 0.5391213, -0.9999302], atol=1e-3)
-    np.testing.assert_allclose(np.linalg.norm(e), 11.3137, atol=1e-3)
+    parity.close(e[:3], [-0.8512359, 0.8422281, 0.0118197], atol=1e-3)
+    parity.close(e[125:128], [0.7624353, 0.7218090, 0.6816388], atol=1e-3)
+    parity.close(e[128:131], [-0.5247832, 0.5391213, -0.9999302], atol=1e-3)
+    parity.close(np.linalg.norm(e), 11.3137, atol=1e-3)
 
 
 @pytest.mark.parametrize("dim", (256, 64, 33, 5))
@@ -71,7 +72,7 @@ def test_w_embedding_equals_the_diffusers_pipeline(dim):
     got = np.asarray(jax.jit(guidance.w_embedding, static_argnums=1)(w, dim))
     assert got.shape == (64, dim) and got.dtype == np.float32
     want = embed(None, torch.from_numpy(w), dim).numpy()
-    np.testing.assert_allclose(got, want, atol=1e-3)
+    parity.close(got, want, atol=1e-3)
     # torch's exp is off by a last bit for a frequency here and there; all others must agree closely
     assert np.mean(np.abs(got - want).max(axis=0) > 1e-6) < 0.1
 
@@ -92,10 +93,10 @@ def test_w_embedding_refuses_what_it_cannot_embed():
 def test_boundary_scalings_reference_values():
     t = np.array([0, 1, 2, 19, 999])
     c_skip, c_out = consistency.boundary_scalings(t)
-    np.testing.assert_allclose(c_skip, [1, 2.494e-3, 6.246e-4, 6.93e-6, 2.505e-9], rtol=1e-3)
-    np.testing.assert_allclose(c_out, [0, 0.998752, 0.999688, 0.9999965, 1], atol=1e-6)
+    parity.close(c_skip, [1, 2.494e-3, 6.246e-4, 6.93e-6, 2.505e-9], rtol=1e-3)
+    parity.close(c_out, [0, 0.998752, 0.999688, 0.9999965, 1], atol=1e-6)
     assert float(c_skip[0]) == 1 and float(c_out[0]) == 0
-    np.testing.assert_allclose(c_skip + c_out**2, 1, atol=1e-6)
+    parity.close(c_skip + c_out**2, 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("scaling", (10.0, 0.01))
@@ -103,7 +104,7 @@ def test_boundary_scalings_equal_diffusers(scaling):
     scheduler = pytest.importorskip("diffusers").LCMScheduler(timestep_scaling=scaling)
     for t in (0, 1, 39, 999):
         want = scheduler.get_scalings_for_boundary_condition_discrete(t)
-        np.testing.assert_allclose(consistency.boundary_scalings(t, 0.5, scaling), want, rtol=1e-6)
+        parity.close(consistency.boundary_scalings(t, 0.5, scaling), want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("prediction_type", schedule.PREDICTION_TYPES)
@@ -112,5 +113,5 @@ def test_consistency_function_is_the_identity_at_zero(prediction_type):
     z_t, output, t = normal(0), normal(1), np.array([0, 0, 500])
     f = consistency.consistency_function(table, output, z_t, t)
     np.testing.assert_array_equal(f[:2], z_t[:2])
-    np.testing.assert_allclose(f[2], schedule.to_x0(table, output, z_t, t)[2], atol=1e-5)
+    parity.close(f[2], schedule.to_x0(table, output, z_t, t)[2], atol=1e-5)
     assert f.dtype == jnp.float32

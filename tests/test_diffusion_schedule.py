@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 
 from lcm_jax.diffusion import schedule
@@ -31,34 +32,34 @@ def test_tables_equal_diffusers(diffusers, name, betas, rescale):
         }
         want = diffusers.DDPMScheduler(**config).alphas_cumprod.numpy()
         got = schedule.from_config(config).alphas_cumprod
-        np.testing.assert_allclose(got, want, atol=1e-6, rtol=0)
+        parity.close(got, want, atol=1e-6, rtol=0)
         if rescale:
             assert got[-1] == 0
         else:
-            np.testing.assert_allclose(got, want, rtol=3e-7)
+            parity.close(got, want, rtol=3e-7)
 
 
 @pytest.mark.parametrize("name", ("LCMScheduler", "TCDScheduler", "DDPMScheduler", "DDIMScheduler"))
 def test_missing_keys_have_the_defaults_of_the_class(diffusers, name):
     got = schedule.from_config({"_class_name": name})
-    np.testing.assert_allclose(got.alphas_cumprod, getattr(diffusers, name)().alphas_cumprod, atol=1e-6)
+    parity.close(got.alphas_cumprod, getattr(diffusers, name)().alphas_cumprod, atol=1e-6)
     assert got.prediction_type == "epsilon" and got.num_train_timesteps == 1000
 
 
 def test_reference_values_of_stable_diffusion():
     table = schedule.from_config(LATENT)
     t = np.array([0, 19, 499, 999])
-    np.testing.assert_allclose(table.alphas_cumprod[t], [0.99915, 0.982244, 0.277670, 0.0046601], atol=1e-6)
+    parity.close(table.alphas_cumprod[t], [0.99915, 0.982244, 0.277670, 0.0046601], atol=1e-6)
     t = np.array([19, 259, 499, 759, 999])
     ratio = table.sigma(t) / table.alpha(t)
-    np.testing.assert_allclose(ratio, [0.1345, 0.7194, 1.6129, 4.2606, 14.6146], atol=6e-5)
-    np.testing.assert_allclose(table.sigma(0), 0.0292, atol=5e-5)
+    parity.close(ratio, [0.1345, 0.7194, 1.6129, 4.2606, 14.6146], atol=6e-5)
+    parity.close(table.sigma(0), 0.0292, atol=5e-5)
 
 
 def test_trained_betas():
     betas = [0.1, 0.2, 0.5]
     table = schedule.from_config({"trained_betas": betas, "num_train_timesteps": 1000})
-    np.testing.assert_allclose(table.alphas_cumprod, [0.9, 0.72, 0.36], rtol=1e-6)
+    parity.close(table.alphas_cumprod, [0.9, 0.72, 0.36], rtol=1e-6)
 
 
 @pytest.mark.parametrize("t", (np.array([0, 500, 999]), 321), ids=("per sample", "scalar"))
@@ -70,8 +71,8 @@ def test_every_output_gives_back_x0_and_eps(prediction_type, t):
     output = {"epsilon": eps, "sample": z, "v_prediction": schedule.velocity(table, z, eps, t)}[prediction_type]
     x0, noise = (jax.jit(f, static_argnums=0)(table, output, z_t, t) for f in (schedule.to_x0, schedule.to_eps))
     # An error of one unit in the last place of z_t reaches x0 times 1 / alpha, up to 14.6, and eps times 1 / sigma.
-    np.testing.assert_allclose(x0, z, atol=1e-5)
-    np.testing.assert_allclose(noise, eps, atol=1e-5)
+    parity.close(x0, z, atol=1e-5)
+    parity.close(noise, eps, atol=1e-5)
     assert x0.dtype == noise.dtype == jnp.float32
 
 
@@ -83,7 +84,7 @@ def test_add_noise_and_velocity_equal_diffusers(diffusers):
     ours = schedule.add_noise(table, z, eps, t), schedule.velocity(table, z, eps, t)
     args = torch.from_numpy(z), torch.from_numpy(eps), torch.from_numpy(t)
     for got, want in zip(ours, (scheduler.add_noise(*args), scheduler.get_velocity(*args)), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-6)
+        parity.close(got, want, atol=1e-6)
 
 
 def test_half_precision_input_is_computed_in_float32():
@@ -91,7 +92,7 @@ def test_half_precision_input_is_computed_in_float32():
     z = jnp.full((1, 2, 2, 1), 3.0, jnp.bfloat16)
     got = schedule.add_noise(table, z, z, np.array([19]))
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, 3 * (np.sqrt(0.982244) + np.sqrt(1 - 0.982244)), rtol=1e-5)
+    parity.close(got, 3 * (np.sqrt(0.982244) + np.sqrt(1 - 0.982244)), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

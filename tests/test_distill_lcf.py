@@ -13,6 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 import test_distill_objectives as lcd
 from test_distill_lora import Recorder
@@ -69,9 +70,9 @@ def test_the_two_points_share_latent_noise_text_and_w(dim):
     z = lcd.SCALING * (batch["mean"] + np.exp(0.5 * batch["logvar"]) * draws["posterior"])
     for which, (alpha, sigma) in enumerate(((a, s), (a_end, s_end))):
         once, more, none = (np.asarray(points[which], np.float64) for points in seen)
-        np.testing.assert_allclose(none, alpha * z, rtol=0, atol=1e-6)
-        np.testing.assert_allclose(once - none, sigma * draws["noise"], rtol=0, atol=2e-6)
-        np.testing.assert_allclose(more - none, 2.5 * (once - none), rtol=0, atol=5e-6)
+        parity.close(none, alpha * z, rtol=0, atol=1e-6)
+        parity.close(once - none, sigma * draws["noise"], rtol=0, atol=2e-6)
+        parity.close(more - none, 2.5 * (once - none), rtol=0, atol=5e-6)
 
 
 def test_one_point_data_leave_no_loss(monkeypatch):
@@ -101,7 +102,7 @@ def test_gaussian_data_leave_the_closed_form():
     got = np.asarray(objectives.lcf_loss(p, params, params, frozen, batch, draws), np.float64).mean((1, 2, 3))
     want = expected_variance(p, index)
     print("expected", want, "relative error", got / want - 1)
-    np.testing.assert_allclose(got, want, rtol=4.5 * np.sqrt(2 / np.prod(shape[1:])))
+    parity.close(got, want, rtol=4.5 * np.sqrt(2 / np.prod(shape[1:])))
 
 
 def expected_variance(p: objectives.Problem, index) -> np.ndarray:
@@ -126,7 +127,7 @@ def test_a_guided_slice_is_pulled_towards_the_data():
     spread = S * (a / radius - a_end / end) * x + (s / radius - s_end / end) * eps
     want = (zero * (spread + (a / radius - a_end / end) * (m - m_w))) ** 2
     got = objectives.lcf_loss(p, params, params, frozen, batch, draws)
-    np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 * want.max())
+    parity.close(got, want, rtol=0, atol=2e-3 * want.max())
     assert want.mean() > 1.2 * ((zero * spread) ** 2).mean()
 
 
@@ -142,7 +143,7 @@ def test_mixed_with_lcd():
     lcf = value_and_grad(objectives.lcf_loss, dataclasses.replace(mixed, lcd_weight=0.0, teacher=None))
     teachers, got = value_and_grad(objectives.lcd_loss, p), value_and_grad(objectives.lcf_loss, mixed)
     want = jax.tree.map(lambda a, b: a + 0.7 * b, lcf, teachers)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
+    jax.tree.map(lambda a, b: parity.close(a, b, rtol=1e-5), got, want)
     assert lcf[0] > 0 and teachers[0] > 0 and (lcf[1]["null"] != teachers[1]["null"]).all()
 
 
@@ -156,8 +157,8 @@ def test_the_target_follows_and_gets_no_gradient():
     step = jax.jit(step_lib.make_step(p, optimizer, 0.9))
     after, metrics = step(begun, objectives.Frozen(), batch, jax.random.key(0))
     moved = after.params["null"] - params["null"]
-    np.testing.assert_allclose(after.ema_params["null"], params["null"] + 0.1 * moved, rtol=1e-5)
+    parity.close(after.ema_params["null"], params["null"] + 0.1 * moved, rtol=1e-5)
     assert np.abs(moved).min() > 1e-3
     draws = objectives.draw(p, jax.random.fold_in(jax.random.key(0), 0), draws.noise.shape)
     want = objectives.lcf_loss(p, params, params, objectives.Frozen(), batch, draws).mean()
-    np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
+    parity.close(metrics["loss"], want, rtol=1e-5)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 import torch
 
@@ -16,13 +17,13 @@ from lcm_jax.distill import losses
 def test_pseudo_huber_values(difference, value):
     got = losses.pseudo_huber(jnp.float32([[difference]]), jnp.zeros((1, 1)), c=1e-3)
     assert got.shape == (1,) and got.dtype == jnp.float32
-    np.testing.assert_allclose(got, value, rtol=5e-5, atol=1e-10)
+    parity.close(got, value, rtol=5e-5, atol=1e-10)
 
 
 @pytest.mark.parametrize(("difference", "slope"), [(0.0, 0.0), (1e-4, 0.0995), (-1e-3, -0.7071), (1e-2, 0.9950)])
 def test_pseudo_huber_slope(difference, slope):
     got = jax.grad(lambda p: losses.pseudo_huber(p, jnp.float32([0.0])).sum())(jnp.float32([difference]))
-    np.testing.assert_allclose(got, [slope], atol=1e-4)
+    parity.close(got, [slope], atol=1e-4)
 
 
 def test_distances_are_means_over_elements_of_each_example():
@@ -30,9 +31,9 @@ def test_distances_are_means_over_elements_of_each_example():
     rng = np.random.default_rng(0)
     p, q = rng.standard_normal((2, 3, 4, 4, 2)).astype(np.float32)
     want = torch.nn.functional.mse_loss(*map(torch.from_numpy, (p, q)), reduction="none").mean((1, 2, 3))
-    np.testing.assert_allclose(losses.l2(p, q), want, rtol=1e-6)
+    parity.close(losses.l2(p, q), want, rtol=1e-6)
     one_by_one = losses.pseudo_huber(p.ravel(), q.ravel(), 0.5).reshape(p.shape)
-    np.testing.assert_allclose(losses.pseudo_huber(p, q, 0.5), one_by_one.mean((1, 2, 3)), rtol=1e-6)
+    parity.close(losses.pseudo_huber(p, q, 0.5), one_by_one.mean((1, 2, 3)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("distance", [losses.l2, losses.pseudo_huber])
@@ -40,4 +41,4 @@ def test_half_precision_is_measured_in_float32(distance):
     p, q = (jnp.full((4, 4), value, jnp.bfloat16) for value in (1.0, 1.0078125))
     got = distance(p, q)
     assert got.dtype == jnp.float32 and got.shape == (4,)
-    np.testing.assert_allclose(got, distance(p.astype(jnp.float32), q.astype(jnp.float32)), rtol=1e-6)
+    parity.close(got, distance(p.astype(jnp.float32), q.astype(jnp.float32)), rtol=1e-6)

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 import tiny
 import torch
@@ -179,7 +180,7 @@ def test_loss_and_gradient_match_torch(family, prediction_type, distance):
     got_loss, got = run(*weights, null, batch, objectives.Draws(**draws), which)
     got = flatten_dict(got, sep="/")
     assert got_loss.dtype == jnp.float32 and got_loss.shape == ()
-    np.testing.assert_allclose(got_loss, want_loss.item(), rtol=1e-4)
+    parity.close(got_loss, want_loss.item(), rtol=1e-4)
     assert got.keys() == want.keys() and "time_embedding/cond_proj/kernel" in want
     errors = {key: np.linalg.norm(got[key] - want[key]) / np.linalg.norm(want[key]) for key in want}
     worst = max(errors, key=errors.get)
@@ -192,7 +193,7 @@ def test_loss_and_gradient_match_torch(family, prediction_type, distance):
 def test_w_embedding_matches_the_pipeline(dim):
     w = np.concatenate([W, np.linspace(2, 15, 9, dtype=np.float32)])
     want = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, torch.from_numpy(w), dim)
-    np.testing.assert_allclose(guidance.w_embedding(w, dim), want.numpy(), rtol=0, atol=1e-3)
+    parity.close(guidance.w_embedding(w, dim), want.numpy(), rtol=0, atol=1e-3)
 
 
 def test_a_fresh_student_equals_its_teacher_for_every_w():
@@ -204,7 +205,7 @@ def test_a_fresh_student_equals_its_teacher_for_every_w():
     want = jax.jit(functools.partial(denoiser.call, p.teacher))(teacher, draws["noise"], t, batch["cond"])
     got = [run(params, draws["noise"], t, batch["cond"], w) for w in (W, W + 3.3)]
     np.testing.assert_array_equal(got[0], got[1])
-    np.testing.assert_allclose(got[0], want, rtol=0, atol=1e-6)
+    parity.close(got[0], want, rtol=0, atol=1e-6)
     # ... and that is because the projection is zero, not because w is not told.
     params["time_embedding"]["cond_proj"]["kernel"] += 0.1
     assert np.abs(run(params, draws["noise"], t, batch["cond"], W + 3.3) - want).max() > 1e-2
@@ -373,7 +374,7 @@ def test_target_at_index_0_is_z_end_whatever_the_target_weights():
     m_w = m + np.asarray(draws.w, np.float64)[:, None, None, None] * (m - null)
     precision = 1 / SPREAD**2 + a**2 / s**2
     x0 = (m_w / SPREAD**2 + a * z / s**2) / precision
-    np.testing.assert_allclose(seen[0], a0 * x0 + s0 * (z - a * x0) / s, rtol=0, atol=2e-5)
+    parity.close(seen[0], a0 * x0 + s0 * (z - a * x0) / s, rtol=0, atol=2e-5)
 
 
 def test_only_theta_gets_a_gradient():

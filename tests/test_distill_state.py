@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import parity
 import pytest
 from tiny_configs import UNETS
 
@@ -61,7 +62,7 @@ def test_ema_distance_shrinks_geometrically():
     before, decay, n = ema["a"]["b"] - theta["a"]["b"], 0.95, 30
     for _ in range(n):
         ema = state.update_ema(ema, theta, decay)
-    np.testing.assert_allclose(ema["a"]["b"] - theta["a"]["b"], decay**n * before, rtol=1e-4, atol=1e-6)
+    parity.close(ema["a"]["b"] - theta["a"]["b"], decay**n * before, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("decay", "which"), [(0.0, "theta"), (1.0, "ema")])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import parity
 import pytest
 import tiny
 import torch
@@ -90,8 +91,8 @@ def test_three_steps_match_torch_adamw(max_grad_norm):
         adamw.step()
         for ema, x in zip(target, theta, strict=True):
             ema.mul_(decay).add_(x.detach(), alpha=1 - decay)
-        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+        parity.close(metrics["loss"], loss, rtol=1e-5)
+        parity.close(metrics["grad_norm"], norm, rtol=1e-4)
         want = {
             "param_norm": total_norm(theta),
             "update_norm": total_norm([x - y for x, y in zip(theta, before, strict=True)]),
@@ -99,11 +100,11 @@ def test_three_steps_match_torch_adamw(max_grad_norm):
             "learning_rate": rates[n],
         }
         for name, value in want.items():
-            np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+            parity.close(metrics[name], value, rtol=1e-4, what=name)
         assert now.step == n + 1
         for got, want in ((now.params, theta), (now.ema_params, target)):
             for a, b in zip(jax.tree.leaves(got), want, strict=True):
-                np.testing.assert_allclose(a, b.detach(), rtol=0, atol=1e-5)
+                parity.close(a, b.detach(), rtol=0, atol=1e-5)
 
 
 def test_accumulation_changes_nothing_but_rounding():
@@ -116,7 +117,7 @@ def test_accumulation_changes_nothing_but_rounding():
         for _ in range(2):
             now, metrics = step(now, frozen, batch, jax.random.key(1))
         results.append((now.params, now.ema_params, metrics))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
+    jax.tree.map(lambda a, b: parity.close(a, b, rtol=1e-5, atol=1e-5), *results)
 
 
 def test_draws_depend_on_key_and_step_alone():
@@ -188,14 +189,14 @@ def test_program_holds_no_weights():
 
 def test_learning_rate_schedule():
     warm = step_lib.learning_rate_schedule(2.0, warmup_steps=3)
-    np.testing.assert_allclose([warm(n) for n in range(6)], [0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
+    parity.close([warm(n) for n in range(6)], [0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
     constant = step_lib.learning_rate_schedule(1e-6)
-    np.testing.assert_allclose([constant(n) for n in (0, 1, 10**6)], 1e-6)
+    parity.close([constant(n) for n in (0, 1, 10**6)], 1e-6)
     decayed = step_lib.learning_rate_schedule(1.0, decay_start=10, decay_steps=4)
-    np.testing.assert_allclose([decayed(n) for n in (0, 10, 11, 12, 13, 14, 99)], [1, 1, 0.75, 0.5, 0.25, 0, 0])
+    parity.close([decayed(n) for n in (0, 10, 11, 12, 13, 14, 99)], [1, 1, 0.75, 0.5, 0.25, 0, 0])
     both = step_lib.learning_rate_schedule(1.0, warmup_steps=1, decay_start=0, decay_steps=10)
-    np.testing.assert_allclose([both(n) for n in (0, 1, 5)], [0.5, 0.9, 0.5])
-    np.testing.assert_allclose(jax.jit(decayed)(jnp.int32(12)), 0.5)
+    parity.close([both(n) for n in (0, 1, 5)], [0.5, 0.9, 0.5])
+    parity.close(jax.jit(decayed)(jnp.int32(12)), 0.5)
 
 
 def test_frozen_arrays_and_batch_stay_as_they_are():
@@ -225,8 +226,8 @@ def test_loss_by_timestep(accumulation_steps):
         which = np.digitize(draws.index, [10, 20, 30, 40])
         bins = metrics["loss_bins"]
         np.testing.assert_array_equal(bins["count"], np.bincount(which, minlength=5))
-        np.testing.assert_allclose(bins["sum"], np.bincount(which, each, minlength=5), rtol=1e-5)
-        np.testing.assert_allclose(bins["sum"].sum() / 4, metrics["loss"], rtol=1e-5)
+        parity.close(bins["sum"], np.bincount(which, each, minlength=5), rtol=1e-5)
+        parity.close(bins["sum"].sum() / 4, metrics["loss"], rtol=1e-5)
         seen |= set(which.tolist())
     assert len(seen) >= 3
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import diffusers
 import jax
 import numpy as np
+import parity
 import pytest
 import tiny_family
 import torch
@@ -88,7 +89,7 @@ def test_trained_and_exported_it_is_the_same_model_in_diffusers(name, tmp_path):
     assert 0.1 < want.std() < 30
     got = ours(weights, z, t, cond, W)
     print(f"{name}: largest difference {np.abs(got - want).max():.1e}, outputs of {want.std():.2f}")
-    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * max(1.0, want.std()))
+    parity.close(got, want, rtol=0, atol=2e-5 * max(1.0, want.std()))
     assert np.abs(ours(weights, z, t, cond, W + 1.0) - want).max() > 1e-3  # w counts
     assert np.abs(torch_output(begun.eval(), z, t, cond, None) - want).max() > 1e-2  # the step counts
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import metrics_kit
 import numpy as np
+import parity
 import pytest
 
 from lcm_jax.data import shapes
@@ -34,7 +35,7 @@ def test_shapes_extractor_is_the_scorer():
     extractor = features.load_extractor("shapes", batch_size=4)
     got = extractor(images)
     assert got.shape == (7, extractor.dim) == (7, 64) and got.dtype == np.float32
-    np.testing.assert_allclose(got, shapes_scorer.score(images)[1], atol=1e-4)
+    parity.close(got, shapes_scorer.score(images)[1], atol=1e-4)
     np.testing.assert_array_equal(got, extractor(images.astype(np.float32) / 255))
     with pytest.raises(LcmError, match=f"pictures of 32 x 64: the shapes scorer reads {SIDE} x {SIDE}"):
         extractor(images[:, ::2])
@@ -54,9 +55,9 @@ def test_pictures_as_floats_are_rounded_as_files_would(extractor):
 def test_any_count_and_batch_size_is_one_function(extractor):
     images = metrics_kit.pictures(11)
     whole = extractor(images)
-    np.testing.assert_allclose(whole, (images / 255).mean((1, 2)) @ linear().params["m"], rtol=1e-5)
+    parity.close(whole, (images / 255).mean((1, 2)) @ linear().params["m"], rtol=1e-5)
     parts = np.concatenate([extractor(images[:1]), extractor(images[1:6]), extractor(images[6:])])
-    np.testing.assert_allclose(parts, whole, rtol=1e-6)
+    parity.close(parts, whole, rtol=1e-6)
 
 
 def test_hash_covers_weights_preprocessing_and_name():
@@ -85,8 +86,8 @@ def test_streaming_equals_one_pass_and_files_keep_it(extractor, tmp_path):
     rest = statistics_files.gather(extractor, [images[17:20]], loaded)
     whole = statistics_files.merge(rest, statistics_files.gather(extractor, [images[20:]]))
     assert whole.count == 40 and whole.origin == first.origin
-    np.testing.assert_allclose(whole.stats.mean, once.mean, rtol=1e-10)
-    np.testing.assert_allclose(whole.stats.covariance, once.covariance, rtol=1e-7, atol=1e-12)
+    parity.close(whole.stats.mean, once.mean, rtol=1e-10)
+    parity.close(whole.stats.covariance, once.covariance, rtol=1e-7, atol=1e-12)
     other = metrics_kit.pictures(30, seed=1)
     want = frechet.frechet_distance(extractor(images), extractor(other))
     got = statistics_files.frechet_distance(whole, statistics_files.gather(extractor, [other]))
@@ -101,8 +102,8 @@ def test_what_a_file_says(extractor, tmp_path):
         assert (str(stored["name"]), str(stored["hash"]), int(stored["count"])) == ("linear/none", extractor.hash, 9)
         assert stored["resolution"].tolist() == [40, 32]
         f = extractor(images).astype(np.float64)
-        np.testing.assert_allclose(stored["mu"], f.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(stored["sigma"], np.cov(f.T), rtol=1e-6, atol=1e-14)
+        parity.close(stored["mu"], f.mean(0), rtol=1e-12)
+        parity.close(stored["sigma"], np.cov(f.T), rtol=1e-6, atol=1e-14)
 
 
 def test_feature_sets(extractor, tmp_path):
@@ -113,7 +114,7 @@ def test_feature_sets(extractor, tmp_path):
     assert again.origin == found.origin and again.count == 11
     np.testing.assert_array_equal(again.features, found.features)
     both = statistics_files.load(tmp_path / "f.npz"), statistics_files.gather(extractor, batches)
-    np.testing.assert_allclose(both[0].stats.covariance, both[1].stats.covariance, rtol=1e-7, atol=1e-14)
+    parity.close(both[0].stats.covariance, both[1].stats.covariance, rtol=1e-7, atol=1e-14)
     assert statistics_files.cmmd(found, again) == pytest.approx(0, abs=1e-9)
 
 

@@ -5,6 +5,7 @@ import pickle
 import jax
 import metrics_kit
 import numpy as np
+import parity
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,7 +95,7 @@ def test_inception_matches_torch(inception_state, inception_file):
     want = torch_inception(inception_state, torch.from_numpy(x.transpose(0, 3, 1, 2))).numpy()
     got = jax.jit(lambda p, x: inception.FIDInception().apply({"params": p}, x))(network.params, x)
     assert want.shape == (2, 2048) and np.abs(want).mean() > 0.05
-    np.testing.assert_allclose(got, want, rtol=0, atol=ATOL * np.abs(want).max())
+    parity.close(got, want, rtol=0, atol=ATOL * np.abs(want).max())
 
 
 @pytest.mark.slow
@@ -104,7 +105,7 @@ def test_inception_features_of_pictures(resize, inception_state, inception_file)
     images = metrics_kit.pictures(3, 120, 160)
     x = inception.RESIZES[resize][1](images).transpose(0, 3, 1, 2)
     want = torch_inception(inception_state, torch.from_numpy(np.ascontiguousarray(x))).numpy()
-    np.testing.assert_allclose(extractor(images / 255), want, rtol=0, atol=ATOL * np.abs(want).max())
+    parity.close(extractor(images / 255), want, rtol=0, atol=ATOL * np.abs(want).max())
 
 
 def test_inception_variants_have_names_and_hashes_of_their_own(inception_file):
@@ -116,7 +117,7 @@ def test_inception_variants_have_names_and_hashes_of_their_own(inception_file):
     assert all(x.shape == (1, 299, 299, 3) and x.dtype == np.float32 and -1 <= x.min() < x.max() <= 1 for x in inputs)
     assert len({features.weights_hash(n) for n in networks}) == 3
     white = [n.prepare(np.full((1, 20, 20, 3), 255, np.uint8)).max() for n in networks]
-    np.testing.assert_allclose(white, [127 / 128, 1.0, 127 / 128], rtol=1e-6)
+    parity.close(white, [127 / 128, 1.0, 127 / 128], rtol=1e-6)
 
 
 def test_inception_reads_safetensors_alike(inception_state, inception_file, tmp_path):
@@ -193,7 +194,7 @@ def test_dinov2_matches_transformers(changes, published, tmp_path):
             want = model(torch.from_numpy(x.transpose(0, 3, 1, 2))).pooler_output.numpy()
         got = network.apply(network.params, x)
         assert want.std() > 0.3
-        np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
+        parity.close(got, want, rtol=0, atol=ATOL)
 
 
 @pytest.mark.slow
@@ -226,4 +227,4 @@ def test_cubic_weights_are_torchs(size, grid):
     line = torch.randn(1, 1, grid, grid, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     want = F.interpolate(line, (size, size), mode="bicubic", align_corners=False)[0, 0].numpy()
     matrix = dinov2.cubic_weights(size, grid)
-    np.testing.assert_allclose(matrix @ line[0, 0].numpy() @ matrix.T, want, atol=1e-12)
+    parity.close(matrix @ line[0, 0].numpy() @ matrix.T, want, atol=1e-12)

@@ -4,6 +4,7 @@ import diffusers.models.embeddings as reference
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 import torch
 
@@ -25,7 +26,7 @@ def test_group_norm_at_mean_100(dtype, atol):
     want = ((exact - mean) / np.sqrt(var + 1e-6)).reshape(x.shape) * scale + bias
     got = GroupNorm(8, 1e-6, dtype).apply({"params": {"scale": scale, "bias": bias}}, x)
     assert got.dtype == dtype
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=atol)
+    parity.close(np.asarray(got, np.float64), want, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 1e-4), (jnp.bfloat16, 2e-2)])
@@ -35,7 +36,7 @@ def test_layer_norm_at_mean_100(dtype, atol):
     exact = np.asarray(x, np.float64)
     want = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-5) * scale + bias
     got = LayerNorm(dtype=dtype).apply({"params": {"scale": scale, "bias": bias}}, x)
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=atol)
+    parity.close(np.asarray(got, np.float64), want, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 2e-5), (jnp.bfloat16, 2e-2), (jnp.float16, 4e-3)])
@@ -52,7 +53,7 @@ def test_softmax_is_float32_at_large_logits(dtype, atol, causal):
     want = np.einsum("bnsl,blnd->bsnd", weights / weights.sum(-1, keepdims=True), exact_v)
     got = dot_product_attention(q, k, v, causal=causal)
     assert got.dtype == dtype
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=atol)
+    parity.close(np.asarray(got, np.float64), want, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -60,7 +61,7 @@ def test_softmax_is_float32_at_large_logits(dtype, atol, causal):
 def test_sinusoid(flip, dim, shift):
     values = np.array([0, 0.25, 17.5, 480, 999], np.float32)
     want = reference.get_timestep_embedding(torch.from_numpy(values), dim, flip, shift)
-    np.testing.assert_allclose(sinusoid(jnp.asarray(values), dim, flip_sin_to_cos=flip, freq_shift=shift), want,
+    parity.close(sinusoid(jnp.asarray(values), dim, flip_sin_to_cos=flip, freq_shift=shift), want,
                                rtol=0, atol=1e-4)  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import family
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 import tiny
 import torch
@@ -107,8 +108,8 @@ def test_adapted_and_merged_equal_peft(kind, side):
     without = plain({"params": base}, *args)
     print(f"peft {np.abs(got - want).max():.1e} merged {np.abs(merged - got).max():.1e} of {np.abs(want).max():.1f}")
     assert np.abs(without - want).max() > 0.1
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(merged, got, rtol=0, atol=1e-5)
+    parity.close(got, want, rtol=0, atol=1e-5)
+    parity.close(merged, got, rtol=0, atol=1e-5)
 
 
 def test_fresh_adapters_change_nothing_and_are_drawn_as_pefts():
@@ -116,7 +117,7 @@ def test_fresh_adapters_change_nothing_and_are_drawn_as_pefts():
     args = arguments("sd1")
     fresh = lora.init(jax.random.key(0), base, 64)
     got = jit(lora.Adapted(module, 1.0).apply)({"params": {"base": base, "lora": fresh}}, *args)
-    np.testing.assert_allclose(got, jit(module.apply)({"params": base}, *args), rtol=0, atol=1e-5)
+    parity.close(got, jit(module.apply)({"params": base}, *args), rtol=0, atol=1e-5)
     for path, pair in lora.by_layer(fresh).items():
         kernel = base
         for part in path:
@@ -164,7 +165,7 @@ def test_several_adapters_merge_in_any_number_and_leave_the_base_alone():
             if pair is not None and path[-1] == "kernel":
                 a, b = (pair[n].astype(np.float64) for n in ("lora_A", "lora_B"))
                 want = want + scale * np.tensordot(a, b.reshape(b.shape[-2:]), 1)
-        np.testing.assert_allclose(got[path], want, rtol=0, atol=1e-6, err_msg="/".join(path))
+        parity.close(got[path], want, rtol=0, atol=1e-6, what="/".join(path))
     jax.tree.map(np.testing.assert_array_equal, base, kept)
     assert jax.tree.structure(lora.merge(base, [])) == jax.tree.structure(base)
 

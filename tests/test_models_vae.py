@@ -7,6 +7,7 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 import torch
 from tiny_configs import TINY_VAES, VAES, torch_model
@@ -47,8 +48,8 @@ def test_kl_encode(name, size):
         posterior = model.encode(nchw(images)).latent_dist
     mean, logvar = module.apply(variables, images, method="encode")
     assert mean.shape[-1] == module.latent_channels
-    np.testing.assert_allclose(mean, nhwc(posterior.mean), rtol=0, atol=ATOL)
-    np.testing.assert_allclose(logvar, nhwc(posterior.logvar), rtol=0, atol=ATOL)
+    parity.close(mean, nhwc(posterior.mean), rtol=0, atol=ATOL)
+    parity.close(logvar, nhwc(posterior.logvar), rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "bare"])
@@ -59,7 +60,7 @@ def test_kl_decode(name):
         want = nhwc(model.decode(nchw(z)).sample)
     got = module.apply(variables, z, method="decode")
     assert got.shape == (2, 5 * module.factor, 7 * module.factor, 3)
-    np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
+    parity.close(got, want, rtol=0, atol=ATOL)
 
 
 def test_kl_clips_the_log_variance():
@@ -80,10 +81,10 @@ def test_tiny_encode(name, size):
     with torch.no_grad():
         want = nhwc(model.encode(nchw(images)).latents)
     mean, logvar = module.apply(variables, images, method="encode")
-    np.testing.assert_allclose(mean, want, rtol=0, atol=ATOL)
+    parity.close(mean, want, rtol=0, atol=ATOL)
     assert logvar.shape == mean.shape and float(logvar.max()) == -30
-    np.testing.assert_allclose(module.scale_latents(mean), nhwc(model.scale_latents(nchw(want))), atol=ATOL)
-    np.testing.assert_allclose(module.unscale_latents(mean), nhwc(model.unscale_latents(nchw(want))), atol=2e-4)
+    parity.close(module.scale_latents(mean), nhwc(model.scale_latents(nchw(want))), atol=ATOL)
+    parity.close(module.unscale_latents(mean), nhwc(model.unscale_latents(nchw(want))), atol=2e-4)
 
 
 @pytest.mark.parametrize("name", TINY_VAES)
@@ -94,7 +95,7 @@ def test_tiny_decode(name):
         want = nhwc(model.decode(nchw(z)).sample)
     got = module.apply(variables, z, method="decode")
     assert got.shape == (2, 3 * module.factor, 5 * module.factor, 3)
-    np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
+    parity.close(got, want, rtol=0, atol=ATOL)
 
 
 def test_tiny_has_the_published_parameters():
@@ -118,9 +119,9 @@ def test_tiling_matches_diffusers(size):
     part = jax.jit(functools.partial(module.apply, variables), static_argnames="method")
     mean, logvar = tiling.encode(lambda x: part(x, method="encode"), images, tile=tile, factor=module.factor)
     got = tiling.decode(lambda x: part(x, method="decode"), z, tile=tile, factor=module.factor)
-    np.testing.assert_allclose(mean, nhwc(posterior.mean), rtol=0, atol=ATOL)
-    np.testing.assert_allclose(logvar, nhwc(posterior.logvar), rtol=0, atol=ATOL)
-    np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
+    parity.close(mean, nhwc(posterior.mean), rtol=0, atol=ATOL)
+    parity.close(logvar, nhwc(posterior.logvar), rtol=0, atol=ATOL)
+    parity.close(got, want, rtol=0, atol=ATOL)
 
 
 def test_tiling_of_the_tiny_vae_blends_its_tiles():
@@ -131,7 +132,7 @@ def test_tiling_of_the_tiny_vae_blends_its_tiles():
     fn = functools.partial(module.apply, variables, method="decode")
     tiled = tiling.decode(fn, z, tile=64, factor=module.factor)
     assert tiled.shape == whole.shape == (1, 80, 112, 3)
-    np.testing.assert_allclose(tiled[:, :20, :20], whole[:, :20, :20], atol=ATOL)  # reach: 11 latents
+    parity.close(tiled[:, :20, :20], whole[:, :20, :20], atol=ATOL)  # reach: 11 latents
     images = draw(1, 40, 72, 3)
     means = tiling.encode(functools.partial(module.apply, variables, method="encode"), images, tile=32, factor=2)
     assert [leaf.shape for leaf in means] == [(1, 20, 36, 16)] * 2
@@ -144,8 +145,8 @@ def test_tiling_of_a_pointwise_map_is_the_map():
     down = lambda x: {"a": x[:, ::2, ::2], "b": 2 * x[:, ::2, ::2]}  # noqa: E731
     for height, width in ((8, 8), (9, 23), (31, 12)):
         z, x = draw(1, height, width, 2), draw(1, 2 * height, 2 * width, 2)
-        np.testing.assert_allclose(tiling.decode(up, z, tile=16, factor=2), up(z), atol=1e-6)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        parity.close(tiling.decode(up, z, tile=16, factor=2), up(z), atol=1e-6)
+        jax.tree.map(lambda a, b: parity.close(a, b, atol=1e-6),
                      tiling.encode(down, x, tile=16, factor=2), down(x))  # fmt: skip
     with pytest.raises(ValueError, match="do not advance"):
         tiling.decode(up, draw(1, 8, 8, 2), tile=2, factor=2)

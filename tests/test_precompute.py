@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import parity
 import pytest
 import tiny
 from PIL import Image
@@ -90,7 +91,7 @@ def assert_rows(cached, group, rank, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
-        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=f"{name} of {rank}")
+        parity.close(found[name], value, rtol=1e-5, atol=1e-5, what=f"{name} of {rank}")
 
 
 def test_a_cache_equals_encoding_at_the_start(teacher, tmp_path):
@@ -145,7 +146,7 @@ def test_sdxl_in_half_precision_is_rounded_from_the_same_but_for_its_sizes(tmp_p
         np.testing.assert_array_equal(found.pop("time_ids"), expected["time_ids"])
         for name, value in found.items():
             assert value.dtype == np.float32 and (value == value.astype(np.float16)).all()
-            np.testing.assert_allclose(value, expected[name], rtol=1e-3, atol=1e-4)
+            parity.close(value, expected[name], rtol=1e-3, atol=1e-4)
     crops = [tuple(cached.row(0, rank)["time_ids"][2:4]) for rank in range(40)]
     assert len(set(crops)) > 10 and sum(a != b for a, b in zip(crops[::2], crops[1::2], strict=True)) > 10
 
@@ -177,14 +178,14 @@ def test_training_from_a_cache_is_training_from_pictures(teacher, centred, tmp_p
     for text, path in centred.items():
         config = make_config(teacher, source="latents", path=str(path), caption_dropout=0.5)
         found, again = run(config, tmp_path / text)
-        np.testing.assert_allclose(found, losses, rtol=1e-5, atol=1e-5)
+        parity.close(found, losses, rtol=1e-5, atol=1e-5)
         assert again == traces
 
 
 def test_the_same_crops_and_flips_are_trained_on(teacher, drawn, tmp_path):
     losses, _ = run(make_config(teacher, **DRAWN, encode="start"), tmp_path / "pictures")
     found, _ = run(make_config(teacher, **DRAWN | {"source": "latents", "path": str(drawn)}), tmp_path / "cache")
-    np.testing.assert_allclose(found, losses, rtol=1e-5, atol=1e-5)
+    parity.close(found, losses, rtol=1e-5, atol=1e-5)
 
 
 def test_a_cache_can_be_held_in_memory(teacher, centred):

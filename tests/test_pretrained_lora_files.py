@@ -10,6 +10,7 @@ import family
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import peft
 import pytest
 import safetensors.numpy
@@ -83,7 +84,7 @@ def theirs(name, unet):
 def agree(name, mine, other):
     """UNet outputs within 1e-5, and far from the base's."""
     got, wanted = ours(name, mine.params["unet"]), theirs(name, other)
-    np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=1e-5)
+    parity.close(got, wanted, atol=1e-5, rtol=1e-5)
     assert np.abs(got - ours(name, pipeline(name).params["unet"])).max() > 0.05
 
 
@@ -185,10 +186,10 @@ def texts_agree(name, merged, other, part):
     with torch.no_grad():
         wanted = other(torch.from_numpy(ids), output_hidden_states=True)
     base = text_compiled(name, part)(pipeline(name).params[part], ids)
-    np.testing.assert_allclose(got.last_hidden_state, wanted.last_hidden_state, atol=1e-5)
-    np.testing.assert_allclose(got.hidden_states[-2], wanted.hidden_states[-2], atol=1e-5)
+    parity.close(got.last_hidden_state, wanted.last_hidden_state, atol=1e-5)
+    parity.close(got.hidden_states[-2], wanted.hidden_states[-2], atol=1e-5)
     if hasattr(wanted, "text_embeds"):
-        np.testing.assert_allclose(got.pooled, wanted.text_embeds, atol=1e-5)
+        parity.close(got.pooled, wanted.text_embeds, atol=1e-5)
     assert np.abs(got.last_hidden_state - base.last_hidden_state).max() > 0.05
 
 
@@ -251,7 +252,7 @@ def test_what_is_written_loads_in_diffusers(name, form, tmp_path, oracle):
     pipe = oracle(name)
     pipe.load_lora_weights(str(tmp_path), weight_name=path.name)
     params = lora.merge(pipeline(name).params["unet"], [(tree, 2.5 / 4)])
-    np.testing.assert_allclose(ours(name, params), theirs(name, pipe.unet), atol=1e-5, rtol=1e-5)
+    parity.close(ours(name, params), theirs(name, pipe.unet), atol=1e-5, rtol=1e-5)
     read = merge_into(pipeline(name), [(read_lora(path, {"unet": unet}), 1.0)])
     jax.tree.map(np.testing.assert_array_equal, read.params["unet"], params)
 
@@ -333,7 +334,7 @@ def test_mixed_ranks_and_alphas_and_the_missing_ones(tmp_path):
         a, b = (x.astype(np.float64) for x in found[name])
         rank = len(a)
         delta = np.tensordot(b.reshape(-1, rank), a, 1) * 0.8 * alphas.get(name, rank) / rank
-        np.testing.assert_allclose(got[key], value + delta, atol=2e-6)
+        parity.close(got[key], value + delta, atol=2e-6)
 
 
 def test_1x1_layers_in_either_rank(tmp_path):

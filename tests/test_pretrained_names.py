@@ -2,6 +2,7 @@
 
 import ml_dtypes
 import numpy as np
+import parity
 import pytest
 import tiny
 import torch
@@ -82,17 +83,17 @@ def test_layouts_of_square_weights():
     x = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
     kernel = block["transformer_blocks_0"]["attn1"]["to_q"]["kernel"]
     layer = tiny.torch_unet("sd1").down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
-    np.testing.assert_allclose(x @ kernel, layer(torch.from_numpy(x)).numpy(), atol=1e-5)
+    parity.close(x @ kernel, layer(torch.from_numpy(x)).numpy(), atol=1e-5)
     kernel = block["proj_in"]["kernel"]  # a 1x1 convolution in SD 1
     assert kernel.shape == (1, 1, 32, 32)
     image = torch.from_numpy(x.T[None, :, :, None])
     y = tiny.torch_unet("sd1").down_blocks[0].attentions[0].proj_in(image)
-    np.testing.assert_allclose(x @ kernel[0, 0] + block["proj_in"]["bias"], y[0, :, :, 0].numpy().T, atol=1e-5)
+    parity.close(x @ kernel[0, 0] + block["proj_in"]["bias"], y[0, :, :, 0].numpy().T, atol=1e-5)
 
     module, state_dict = CASES["text openclip_projection"]
     params = names.from_torch(module, state_dict)
     projection = tiny.torch_text_encoder("openclip_projection").text_projection
-    np.testing.assert_allclose(
+    parity.close(
         x @ params["text_projection"]["kernel"], projection(torch.from_numpy(x)).numpy(), atol=1e-5
     )
     tokens = state_dict["text_model.embeddings.token_embedding.weight"].numpy()

@@ -7,6 +7,7 @@ import time
 
 import jax
 import numpy as np
+import parity
 import pytest
 import torch
 from PIL import Image
@@ -33,7 +34,7 @@ def torch_flops(workload: Workload) -> float:
 def test_sampling_asks_for_the_same_products_on_both_sides():
     """Text encoder, 4 steps, decoding: FLOPs counted in the jaxpr and by torch while it runs."""
     ours = jax_side._sampling_flops(jax_side._pipeline(SMALL["sample"]), SMALL["sample"])
-    np.testing.assert_allclose(torch_flops(SMALL["sample"]), ours, rtol=0.01)
+    parity.close(torch_flops(SMALL["sample"]), ours, rtol=0.01)
 
 
 @pytest.mark.parametrize("kind", ["lcd", pytest.param("lora", marks=pytest.mark.slow)])
@@ -43,7 +44,7 @@ def test_training_steps_ask_for_the_same_products_on_both_sides(kind):
     teacher = student.load_teacher(config, weights=False)
     made = training_step.make(config, teacher, student.load_student(config, teacher),
                               mesh_lib.make_mesh(devices=jax.devices()[:1]))  # fmt: skip
-    np.testing.assert_allclose(torch_flops(SMALL[kind]), made.model_flops(), rtol=0.02)
+    parity.close(torch_flops(SMALL[kind]), made.model_flops(), rtol=0.02)
 
 
 def test_products_of_both_sides():
@@ -58,7 +59,7 @@ def test_random_weights_keep_a_signals_size():
     shapes = {"conv": {"kernel": jax.ShapeDtypeStruct((3, 3, 64, 32), np.float32)},
               "norm": {"scale": jax.ShapeDtypeStruct((8,), np.float32), "bias": jax.ShapeDtypeStruct((8,), np.float32)}}
     found = jax_side.random_weights(shapes)
-    np.testing.assert_allclose(found["conv"]["kernel"].std(), (3 * 3 * 64) ** -0.5, rtol=0.05)
+    parity.close(found["conv"]["kernel"].std(), (3 * 3 * 64) ** -0.5, rtol=0.05)
     assert (found["norm"]["scale"] == 1).all() and (found["norm"]["bias"] == 0).all()
 
 
@@ -228,7 +229,7 @@ def test_report_files(tmp_path):
 
 def test_spread():
     assert report.spread([1.0]) == 0
-    np.testing.assert_allclose(report.spread([1.0, 2.0, 3.0]), 0.5)
+    parity.close(report.spread([1.0, 2.0, 3.0]), 0.5)
 
 
 def test_kernels_of_a_trace(tmp_path):
@@ -236,7 +237,7 @@ def test_kernels_of_a_trace(tmp_path):
     a = jax.numpy.ones((256, 256))
     product = jax.jit(lambda a: a @ a)
     found = trace.kernels(str(tmp_path), lambda: product(a), 2)["kernels"]
-    np.testing.assert_allclose(sum(kernel["share"] for kernel in found), 1.0)
+    parity.close(sum(kernel["share"] for kernel in found), 1.0)
     assert found[0]["calls"] == 1 and found[0]["seconds"] > 0
     assert trace.summed([("a", 1.0), ("b", 3.0), ("a", 1.0)], 2)[0] == {
         "name": "b", "calls": 0.5, "seconds": 1.5, "share": 0.6,

@@ -16,6 +16,7 @@ from pathlib import Path
 import data_kit
 import jax
 import numpy as np
+import parity
 import pytest
 import tiny
 from PIL import Image
@@ -284,7 +285,7 @@ def test_sdxl_rows_carry_their_conditions(paths):
         height, width, top, left, *target = ids
         scale = 64 / min(height, width)
         assert (height, width) in known and target == [64, 64]
-        np.testing.assert_allclose((top, left), ((height * scale - 64) / 2, (width * scale - 64) / 2), atol=1)
+        parity.close((top, left), ((height * scale - 64) / 2, (width * scale - 64) / 2), atol=1)
 
 
 def test_encoded_at_the_start_equals_encoded_when_asked_for(paths, pipeline):
@@ -296,7 +297,7 @@ def test_encoded_at_the_start_equals_encoded_when_asked_for(paths, pipeline):
         late = encoding.encode_rows(encode, late, 4)
         assert early.keys() == late.keys() == {"mean", "logvar", "encoder_hidden_states"}
         for name, value in late.items():
-            np.testing.assert_allclose(early[name], value, rtol=0, atol=2e-5 * np.abs(value).max())
+            parity.close(early[name], value, rtol=0, atol=2e-5 * np.abs(value).max())
 
 
 @pytest.mark.parametrize("encode_at", ["step", "start"])

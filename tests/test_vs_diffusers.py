@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import parity
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -64,15 +65,15 @@ def test_first_losses_are_the_same():
     config = small("configs/shapes_lcm.py")
     config.train.adam_eps = 1e-3
     theirs, ours = torch_losses(config, STEPS), our_losses(config, STEPS)
-    np.testing.assert_allclose(theirs[0], ours[0], rtol=2e-5)
-    np.testing.assert_allclose(theirs, ours, rtol=3e-4)  # a distance of 0.02 between latents of size 1
+    parity.close(theirs[0], ours[0], rtol=2e-5)
+    parity.close(theirs, ours, rtol=3e-4)  # a distance of 0.02 between latents of size 1
 
 
 @pytest.mark.slow
 def test_first_losses_of_adapters_are_the_same():
     """From adapters that change nothing: the first loss is the same, the next ones depend on A's draw."""
     config = small("configs/shapes_lcm_lora.py")
-    np.testing.assert_allclose(torch_losses(config, 1), our_losses(config, 1), rtol=2e-5)
+    parity.close(torch_losses(config, 1), our_losses(config, 1), rtol=2e-5)
 
 
 def test_encoders_agree():
@@ -86,15 +87,15 @@ def test_encoders_agree():
     theirs, ours = torch_encode(rows), jax.device_get(encoding.make_encode(pipeline)(rows))
     assert theirs.keys() == ours.keys()
     for name in ("mean", "logvar"):
-        np.testing.assert_allclose(theirs[name], np.moveaxis(ours[name], -1, 1), atol=2e-4, rtol=2e-4)
-    np.testing.assert_allclose(theirs["encoder_hidden_states"], ours["encoder_hidden_states"], atol=1e-4)
+        parity.close(theirs[name], np.moveaxis(ours[name], -1, 1), atol=2e-4, rtol=2e-4)
+    parity.close(theirs["encoder_hidden_states"], ours["encoder_hidden_states"], atol=1e-4)
 
 
 def test_w_embedding_of_the_reference():
     """Values at w = 7.5, D = 256, in float64."""
     found = torch_lcd.w_embedding(torch.tensor([7.5]), 256)[0]
-    np.testing.assert_allclose(found[:3], [-0.8512359, 0.8422281, 0.0118197], atol=1e-3)
-    np.testing.assert_allclose(found[128:131], [-0.5247832, 0.5391213, -0.9999302], atol=1e-3)
+    parity.close(found[:3], [-0.8512359, 0.8422281, 0.0118197], atol=1e-3)
+    parity.close(found[128:131], [-0.5247832, 0.5391213, -0.9999302], atol=1e-3)
 
 
 def test_a_stopped_torch_run_goes_on_and_is_exported(tmp_path):
@@ -106,7 +107,7 @@ def test_a_stopped_torch_run_goes_on_and_is_exported(tmp_path):
     assert "torch: steps 3 to 4" in " ".join(say)
     curves = [compare.read_curve(tmp_path / side / "metrics.jsonl") for side in "ab"]
     assert list(curves[0]) == [1, 2, 3, 4]
-    np.testing.assert_allclose(list(curves[0].values()), list(curves[1].values()), rtol=1e-6)
+    parity.close(list(curves[0].values()), list(curves[1].values()), rtol=1e-6)
 
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "a" / "export", safety_checker=None)
     assert pipeline.unet.config.time_cond_proj_dim == 256
@@ -160,7 +161,7 @@ def test_the_verdict_is_that_of_the_paired_t_test():
             a, b = of_seed + rng.normal(size=seeds), of_seed + rng.normal(size=seeds) + shift
             found = compare.agreement("Frechet distance", 4, a.tolist(), b.tolist())
             test = stats.ttest_rel(b, a)
-            np.testing.assert_allclose(found.difference / found.error, test.statistic)
+            parity.close(found.difference / found.error, test.statistic)
             assert found.agrees == (test.pvalue >= 0.05)
             verdicts.add(found.agrees)
     assert verdicts == {True, False}
@@ -216,6 +217,6 @@ def test_results_from_rows(tmp_path):
     run.write_results(args, rows)
     found = json.loads((tmp_path / "table.json").read_text())
     assert len(found["rows"]) == 16 and all(one["agrees"] for one in found["agreement"])
-    np.testing.assert_allclose(found["curves"]["0"]["maximum"], 0.1)
+    parity.close(found["curves"]["0"]["maximum"], 0.1)
     assert Image.open(tmp_path / "curves.png").format == "PNG"
     assert Path(tmp_path / "table.md").read_text().count("55.0 % ± 7.1 %") == 8
