@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_kit
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 from lcm_jax import aot, training_step
 from lcm_jax import student as student_lib
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import compiler
+from lcm_jax.runtime import attention, compiler
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.cost import chips, roofline
 
@@ -70,6 +71,24 @@ def test_the_program_is_that_of_arrays(name, tiny):
     teacher = dataclasses.replace(teacher, params=params)
     of_arrays = training_step.make(config, teacher, student_lib.load_student(config, teacher), mesh)
     assert aot.build(config, mesh)[0].lower().as_text() == of_arrays.lower().as_text()
+
+
+@pytest.mark.parametrize("gpu", [pytest.param(gpu_kit.A100, id="A100"),
+                                 pytest.param(gpu_kit.H100, id="H100", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(("name", "layers"), [
+    ("sd15_lcm_lora", 32),
+    *[pytest.param(*case, marks=pytest.mark.slow) for case in (("sd15_lcm", 32), ("sd21_lcm", 32),
+                                                               ("sdxl_lcm_lora", 140))],
+])  # fmt: skip
+def test_full_size_steps_lower_for_cuda(monkeypatch, name, layers, gpu):
+    """Self- and cross-attention of every layer are cuDNN's, forward and backward; on Ampere not with heads of 160."""
+    gpu_kit.pretend(monkeypatch, gpu)
+    choose = attention.choose
+    monkeypatch.setattr(attention, "choose", lambda implementation, dtype, mesh: choose(implementation, dtype, gpu))
+    step, _ = aot.build(config_of(name, **{"model.dtype": "bfloat16"}), one_device())
+    text = gpu_kit.lowered(step.step.trace(step.state, step.frozen, step.batch, step.key))
+    others = 12 if gpu is gpu_kit.A100 and name.startswith("sd15") else 0
+    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == layers - others
 
 
 @pytest.mark.slow

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
+import gpu_kit
 import jax
 import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+from gpu_kit import A100, CPU, H100, TPU
 
 from lcm_jax.errors import LcmError
 from lcm_jax.models import attention as model_attention
@@ -104,18 +105,11 @@ def test_of_a_rematerialised_splash_its_output_and_log_sums_can_be_kept():
     assert kept(names) - kept(None) == qkv[0].size + qkv[0].size // 8
 
 
-def devices(platform: str, count: int = 1, capability: str = "8.0") -> SimpleNamespace:
-    """What `choose` and `check` read of a mesh."""
-    flat = [SimpleNamespace(platform=platform, compute_capability=capability)] * count
-    return SimpleNamespace(devices=np.array(flat, object), size=count)
-
-
 def chosen(implementation: str, mesh, q, length=None, dtype=jnp.bfloat16) -> str:
     k = (q[0], length or q[1], *q[2:])
     return attention.choose(implementation, dtype, mesh).kind(q, k)
 
 
-TPU, A100, H100, CPU = devices("tpu", 4), devices("gpu"), devices("gpu", capability="9.0"), devices("cpu")
 CASES = [
     ("auto", TPU, (8, 4096, 8, 40), None, "splash"),
     ("auto", TPU, (8, 4096, 8, 40), 77, "xla"),
@@ -129,6 +123,8 @@ CASES = [
     ("xla", TPU, (8, 256, 8, 160), None, None),
     ("auto", A100, (2, 4096, 8, 40), None, "cudnn"),
     ("auto", A100, (2, 4096, 8, 40), 77, "cudnn"),
+    ("auto", A100, (2, 4095, 8, 40), None, "chunked"),  # an odd number of queries has no gradient in jax's cuDNN
+    ("cudnn", H100, (2, 247, 8, 40), 77, "xla"),
     ("auto", A100, (2, 256, 8, 160), None, "xla"),
     ("auto", A100, (2, 16384, 1, 512), None, "chunked"),
     ("auto", H100, (2, 256, 8, 160), None, "cudnn"),
@@ -191,6 +187,36 @@ def test_every_layer_of_a_unet_has_its_head_size():
     params = jax.eval_shape(SD15.init, jax.random.key(0), *args)["params"]
     layers = {".".join(key.key for key in path[:2]) for path, _ in jax.tree.leaves_with_path(params)}
     assert set(sizes) == {layer for layer in layers if "attentions" in layer}
+
+
+LENGTHS = [(4096, 4096, 40), (4096, 77, 40), (1024, 77, 80), (256, 256, 160), (64, 77, 160), (4095, 4095, 40),
+           (4096, 77, 64)]  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh", [A100, H100], ids=["A100", "H100"])
+@pytest.mark.parametrize(("queries", "keys", "d"), LENGTHS)
+def test_gradient_of_auto_lowers_for_cuda(monkeypatch, mesh, queries, keys, d):
+    """Every length and head size of SD 1.x, 2.x and XL, and an odd one; no GPU, CUDA plugin or cuDNN is needed."""
+    gpu_kit.pretend(monkeypatch, mesh)
+    fn = attention.choose("auto", jnp.bfloat16, mesh)
+    q, k = (jax.ShapeDtypeStruct((2, tokens, 8, d), jnp.bfloat16) for tokens in (queries, keys))
+    gradient = jax.jit(jax.grad(lambda *qkv: fn(*qkv).astype(jnp.float32).sum(), (0, 1, 2)))
+    text = gpu_kit.lowered(gradient.trace(q, k, k))
+    assert ("__cudnn$fmhaSoftmaxBackward" in text) == (fn.kind(q.shape, k.shape) == "cudnn")
+
+
+def test_the_key_beside_those_of_a_caption_is_hidden(monkeypatch):
+    """The padded form that cuDNN gets is the plain attention, forward and backward."""
+    qkv = draw(2, 64, 77, 2, 40)
+    plain = jax.nn.dot_product_attention
+
+    def by_xla(*args, implementation, **kwargs):
+        assert implementation == "cudnn" and args[1].shape[1] % 2 == 0
+        return plain(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    want = output_and_gradients(model_attention.dot_product_attention, qkv)
+    assert_close(output_and_gradients(attention.cudnn_attention, qkv), want, 1e-6)
 
 
 SHARDED = """

@@ -1,7 +1,8 @@
 """Which attention runs where: `choose` gives the networks one function that picks a kernel for each shape it meets.
 
     splash   TPU; q and k equally long, a multiple of 128          no logits in memory, forward or backward
-    cudnn    GPU; bfloat16 or float16; head sizes it knows         no logits in memory, forward or backward
+    cudnn    GPU; bfloat16 or float16; head sizes it knows;        no logits in memory, forward or backward
+             an even number of queries
     chunked  anywhere; blocks of queries                           the logits of one block
     xla      anywhere                                              all logits, float32: b n s l * 4 bytes
     auto     splash or cudnn where they run (and the queries are many), chunked where the logits of one device would
@@ -98,6 +99,20 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool =
     return jax.vmap(kernel)(*heads_first).swapaxes(1, 2)
 
 
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """cuDNN's flash attention: [b s n d] over [b l n d], s even, bfloat16 or float16.
+
+    jax differentiates it for even lengths alone (`check_is_flash_attention`, jax 0.10 to 0.12; cuDNN itself can do odd
+    ones), so a 78th key, which the lengths hide, goes beside the 77 of a caption.
+    """
+    lengths = None
+    if k.shape[1] % 2:
+        lengths = jnp.full(k.shape[:1], k.shape[1], jnp.int32)
+        k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (k, v))
+    out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", key_value_seq_lengths=lengths)
+    return tag_attention(out)
+
+
 @functools.lru_cache
 def _splash_kernel(heads: int, queries: int, keys: int, interpret: bool) -> Any:
     block_q, block_k = _splash_block(queries), _splash_block(keys)
@@ -141,7 +156,7 @@ class _Attention:
         if kind == "splash":
             return self._on_each_device(splash_attention)(q, k, v)
         if kind == "cudnn":
-            return tag_attention(jax.nn.dot_product_attention(q, k, v, implementation="cudnn"))
+            return cudnn_attention(q, k, v)
         if kind == "chunked":
             return chunked_attention(q, k, v, self._rows(q.shape, k.shape))
         return dot_product_attention(q, k, v, causal)
@@ -158,7 +173,8 @@ class _Attention:
         platform = self.mesh.devices.flat[0].platform
         if platform == "tpu" and splash and queries >= SPLASH_TOKENS and size <= SPLASH_HEAD:
             return "splash"
-        if platform == "gpu" and self.dtype in CUDNN_DTYPES and _cudnn_knows(size, _largest_cudnn_head(self.mesh)):
+        cudnn = platform == "gpu" and self.dtype in CUDNN_DTYPES and queries % 2 == 0
+        if cudnn and _cudnn_knows(size, _largest_cudnn_head(self.mesh)):
             return "cudnn"  # asked for by name or not: `check` has refused UNets that it cannot run
         return self._plain(q, k)
 
