@@ -1,6 +1,8 @@
 """Feature networks against torch on random weights, from files as they are published; and what their readers refuse."""
 
 import pickle
+import struct
+import zipfile
 
 import jax
 import metrics_kit
@@ -159,6 +161,153 @@ def test_a_file_that_wants_more_than_tensors_is_refused(zipped, tmp_path):
     (tmp_path / "other.pth").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(LcmError, match="other.pth"):
         torch_file.read(tmp_path / "other.pth")
+
+
+def op_name(module, name):
+    return f"c{module}\n{name}\n".encode()
+
+
+def op_text(text):
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+def op_value(value):
+    """A number, None, or a list of them as a tuple; bytes are operations already."""
+    if value is None or isinstance(value, bytes | bool):
+        return {None: b"N", True: b"\x88", False: b"\x89"}.get(value, value)
+    if isinstance(value, list | tuple):
+        return b"(" + b"".join(map(op_value, value)) + b"t"
+    if isinstance(value, float):
+        return b"G" + struct.pack(">d", value)
+    raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8b" + struct.pack("<I", len(raw)) + raw
+
+
+def op_storage(count=4, key=b"X\x01\x00\x00\x000", view=()):
+    return op_value([op_text("storage"), op_name("torch", "FloatStorage"), key, op_text("cpu"), count, *view]) + b"Q"
+
+
+def op_tensor(sizes, strides, offset=0, storage=None):
+    arguments = [op_storage() if storage is None else storage, offset, sizes, strides, False, b"}"]
+    return op_name("torch._utils", "_rebuild_tensor_v2") + op_value(arguments) + b"R"
+
+
+def write_state(path, tensor, numbers=4, key=b"X\x01\x00\x00\x00w", zipped=True, declared=None):
+    """A file of torch.save whose one entry is made by these operations, and whose storage "0" is 0, 1, 2, ..."""
+    state, values = b"\x80\x02}(" + key + tensor + b"u.", np.arange(numbers, dtype=np.float32).tobytes()
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/data.pkl", state)
+            archive.writestr("a/data/0", values)
+    else:
+        start = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
+        count = struct.pack("<q", numbers if declared is None else declared)
+        path.write_bytes(start + state + pickle.dumps(["0"], 2) + count + values)
+    return path
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_tensor_lies_inside_its_storage(zipped, tmp_path):
+    rng, outcomes = np.random.default_rng(0), []
+    for _ in range(250):
+        dims = rng.integers(0, 4)
+        sizes, strides = rng.integers(-1 if rng.random() < 0.1 else 0, 5, dims), rng.integers(-2, 9, dims)
+        strides = abs(strides) if rng.random() < 0.8 else strides
+        offset, numbers = int(rng.integers(-1, 12)), int(rng.integers(0, 40))
+        path = write_state(tmp_path / "w.pth", op_tensor(sizes.tolist(), strides.tolist(), offset, op_storage(numbers)),
+                           numbers, zipped=zipped)
+        good = offset >= 0 and (sizes >= 0).all() and (strides >= 0).all()
+        if good:  # every index that it has, one by one
+            places = offset + sum((np.indices(sizes)[d] * strides[d] for d in range(dims)), np.zeros(sizes, int))
+            good = ((places >= 0) & (places < numbers)).all() and places.nbytes // 2 <= path.stat().st_size
+        outcomes.append(good)
+        if good:
+            np.testing.assert_array_equal(torch_file.read(path)["w"], places.astype(np.float32), strict=True)
+        else:
+            with pytest.raises(LcmError, match="cannot be read as weights"):
+                torch_file.read(path)
+    assert 60 < sum(outcomes) < 190
+
+
+@pytest.mark.parametrize("tensor, why", [
+    (op_tensor([2, 2], [1000, -1000]), "below 0"),  # its last element is its first, the others are somewhere else
+    (op_tensor([-2, -2], [1, 1]), "below 0"),
+    (op_tensor([2], [-1], 3), "below 0"),
+    (op_tensor([2], [1], -1), "below 0"),
+    (op_tensor([2], [1], 3), "ends at number 4 in a storage of 4"),
+    (op_tensor([2, 2], [2**62, 2**62]), "ends at number"),
+    (op_tensor([2**63], [0]), "above 2.63"),
+    (op_tensor([10**5000], [0]), "above 2.63"),
+    (op_tensor([1] * 65, [1] * 65), "too many"),
+    (op_tensor([10**12], [0]), "too often"),
+    (op_tensor([2**32, 2**32], [0, 0]), "too often"),
+    (op_tensor([True, 4], [1, 1]), "only int"),
+    (op_tensor([2.0], [1]), "only int"),
+    (op_tensor([None], [1]), "only int"),
+    (op_tensor([[2]], [1]), "only int"),
+    (op_tensor([2], [1], False), "only int"),
+    (op_tensor([2, 2], [1]), "argument 2 is shorter"),
+    (op_tensor([2], [1], 0, op_storage(100)), "16 bytes, 100 numbers"),
+    (op_tensor([2], [1], 0, op_storage(3)), "16 bytes, 3 numbers"),
+    (op_tensor([2], [1], 0, op_storage(-1)), "below 0"),
+    (op_tensor([2], [1], 0, op_storage(4.0)), "only int"),
+    (op_tensor([2], [1], 0, op_storage(4, 0)), "only str"),
+    (op_tensor([2], [1], 0, op_storage(4, view=[[op_text("0"), 0, 4]])), "else than a whole storage"),
+    (op_tensor([2], [1], 0, op_value(5)), "only Storage"),
+    (op_tensor([2], [1]) + b"}(" + op_text("strides") + op_value([2**40]) + b"ub", "only dict"),  # set later
+    (op_name("torch._utils", "_rebuild_tensor_v2") + b"}b", "only dict"),
+    (op_value(1) + b")R", "cannot be called"),
+    (op_name("collections", "OrderedDict") + b")\x81", "NEWOBJ"),
+    (b"\x96" + struct.pack("<Q", 2**40), "bytearray8"),
+])  # fmt: skip
+def test_numbers_of_a_torch_file_that_cannot_be(tensor, why, tmp_path):
+    with pytest.raises(LcmError, match=why) as caught:
+        torch_file.read(write_state(tmp_path / "w.pth", tensor))
+    assert str(tmp_path / "w.pth") in str(caught.value) and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600 + len(str(tmp_path))
+
+
+def test_nesting_of_a_torch_file_has_no_price(tmp_path):
+    deep = b")" + b"\x85" * 100_000  # ((((...)))): its hash and its print go down in C's stack
+    wide = b")" + b"q\x01h\x01h\x01\x86" * 60  # a pair of pairs of pairs ...: 2^60 in whoever walks through it
+    for number, bad in enumerate((deep, wide)):
+        of = op_tensor([2], [1], 0, op_storage(key=bad))
+        for tensor, key in ((bad + b"Q", op_text("w")), (of, op_text("w")), (bad, op_text("w")), (op_value(1), bad)):
+            with pytest.raises(LcmError, match=f"{number}.pth"):
+                torch_file.read(write_state(tmp_path / f"{number}.pth", tensor, key=key))
+    far = b"r\xff\xff\xff\xff"  # kept under number 2^32 - 1, for which pickle makes room
+    path = write_state(tmp_path / "far.pth", op_tensor([2], [1]) + far)
+    np.testing.assert_array_equal(torch_file.read(path)["w"], [0, 1])
+
+
+def test_counts_and_names_in_containers_of_torch(tmp_path):
+    for declared in (-1, 3, 5, 2**62):
+        with pytest.raises(LcmError, match="has not the 4 numbers"):
+            torch_file.read(write_state(tmp_path / "w.pth", op_tensor([2], [1]), zipped=False, declared=declared))
+    path = write_state(tmp_path / "w.pth", op_tensor([2], [1]))
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("a/data/0", bytes(16))
+    with pytest.raises(LcmError, match="1 names twice"):
+        torch_file.read(path)
+    path.unlink()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}.")
+        archive.writestr("a/data/0", bytes(1 << 20))
+    with pytest.raises(LcmError, match="compressed"):
+        torch_file.read(path)
+
+
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_state_of_a_module_in_every_protocol(protocol, zipped, tmp_path):
+    state = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 2), torch.nn.BatchNorm2d(5)).state_dict()
+    state["tied"], state["past its end"] = state["0.weight"].permute(2, 0, 3, 1), state["0.bias"][5:]
+    state["repeated"], state["row"] = torch.ones(1).expand(3, 4), state["0.weight"][1:2, :, ::2]
+    torch.save(state, tmp_path / "w.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    read = torch_file.read(tmp_path / "w.pth")
+    assert list(read) == list(state)
+    for key, value in state.items():
+        np.testing.assert_array_equal(read[key], value.numpy(), strict=True)
 
 
 @pytest.mark.parametrize("kind", weights.SOURCES)

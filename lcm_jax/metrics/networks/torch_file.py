@@ -1,7 +1,8 @@
 """Tensors in a file of `torch.save`, read without torch and without running what the file says.
 
-A pickle may call any function by name. Here the only names are those that a state dict of plain tensors needs, and
-they stand for functions of ours; a file with any other name is refused. Both layouts of torch are read:
+A pickle may call any function by name, and Python's reader of pickles trusts their sizes, indices and nesting. So the
+few operations that a state dict of plain tensors needs are carried out here; a file with any other operation or name is
+refused, and no number of it is used before it is known to lie inside of what it counts. Both layouts of torch are read:
 
     zip (torch >= 1.6)   NAME/data.pkl, NAME/data/KEY: bytes of storage KEY, uncompressed
     before               pickles: magic, protocol, system, the object, [KEY, ...]; per KEY: int64 count, bytes
@@ -9,16 +10,16 @@ they stand for functions of ours; a file with any other name is refused. Both la
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+import functools
 import io
 import math
-import pickle
+import pickletools
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -27,12 +28,17 @@ from lcm_jax.errors import LcmError
 _MAGIC = 0x1950A86A20F9469CFC6C
 _STORAGES = {"FloatStorage": "<f4", "HalfStorage": "<f2", "DoubleStorage": "<f8", "LongStorage": "<i8",
              "IntStorage": "<i4", "ByteStorage": "|u1"}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINUNICODE",
+             "BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"}
+_MOST_DIMENSIONS = 64  # of NumPy and of torch
 
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
     key: str
     dtype: np.dtype
+    count: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,32 +51,8 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-def _rebuild(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> _Tensor:
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
-
-
-_NAMES: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-    **{("torch", name): np.dtype(code) for name, code in _STORAGES.items()},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _NAMES:
-            raise LcmError(f"it names {module}.{name}, more than a state dict of plain tensors needs")
-        return _NAMES[module, name]
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        # ("storage", type, key, device, count[, view])
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], np.dtype):
-            raise LcmError(f"it refers to {str(pid)[:80]!r}, no storage of numbers")
-        return _Storage(str(pid[2]), pid[1])
-
-
 def read(path: Path) -> dict[str, np.ndarray]:
-    """Key -> tensor of the state dict in `path`.
+    """Key -> tensor of the state dict in `path`, read-only.
 
     Raises:
       LcmError: the file is damaged, or holds something else than a state dict of plain tensors; it is named.
@@ -78,43 +60,180 @@ def read(path: Path) -> dict[str, np.ndarray]:
     try:
         content = path.read_bytes()
         state, raw = _zipped(content) if zipfile.is_zipfile(io.BytesIO(content)) else _before_zip(content)
-        if not isinstance(state, dict) or not all(isinstance(value, _Tensor) for value in state.values()):
-            raise LcmError("it holds no state dict of plain tensors")
-        return {str(key): _array(tensor, raw(tensor.storage)) for key, tensor in state.items()}
-    except (LcmError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, LookupError, ValueError, TypeError,
-            AttributeError, struct.error, OverflowError) as error:
-        raise LcmError(f"{path} ({path.stat().st_size} bytes) cannot be read as weights of torch.save: {error}; fetch "
+        return {key: _array(tensor, raw(tensor.storage), len(content)) for key, tensor in state.items()}
+    except (zipfile.BadZipFile, EOFError, LookupError, ValueError, TypeError, RuntimeError, struct.error,
+            OverflowError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise LcmError(f"{path} ({path.stat().st_size} bytes) cannot be read as weights of torch.save: {reason}; fetch "
                        "it again, or give the same tensors as .safetensors") from error
 
 
-def _zipped(content: bytes) -> tuple[Any, Callable[[_Storage], bytes]]:
+def _zipped(content: bytes) -> tuple[dict[str, _Tensor], Callable[[_Storage], bytes]]:
     archive = zipfile.ZipFile(io.BytesIO(content))
-    inside = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-    if len(inside) != 1:
-        raise LcmError(f"a zip with {len(inside)} files data.pkl")
+    names = archive.namelist()
+    inside = [name for name in names if name.endswith("/data.pkl")]
+    if len(inside) != 1 or len(set(names)) != len(names):
+        raise LcmError(f"a zip with {len(inside)} files data.pkl and {len(names) - len(set(names))} names twice")
+    if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+        raise LcmError("a zip with compressed files, which torch.save does not write")
     root = inside[0].removesuffix("data.pkl")
-    state = _Unpickler(io.BytesIO(archive.read(inside[0]))).load()
-    return state, lambda storage: archive.read(f"{root}data/{storage.key}")
+    read = functools.cache(archive.read)  # tensors may share a storage
+    return _state(io.BytesIO(archive.read(inside[0]))), lambda storage: read(f"{root}data/{storage.key}")
 
 
-def _before_zip(content: bytes) -> tuple[Any, Callable[[_Storage], bytes]]:
+def _before_zip(content: bytes) -> tuple[dict[str, _Tensor], Callable[[_Storage], bytes]]:
     stream = io.BytesIO(content)
-    if _Unpickler(stream).load() != _MAGIC:
+    if _load(stream) != _MAGIC:
         raise LcmError("it does not begin as torch's files do")
-    _Unpickler(stream).load(), _Unpickler(stream).load()  # protocol and system
-    state = _Unpickler(stream).load()
-    dtypes = {tensor.storage.key: tensor.storage.dtype for tensor in state.values()}
+    _load(stream), _load(stream)  # protocol and system
+    state = _state(stream)
+    storages = {tensor.storage.key: tensor.storage for tensor in state.values()}
     found = {}
-    for key in _Unpickler(stream).load():
-        (count,) = struct.unpack("<q", stream.read(8))
-        found[key] = stream.read(count * dtypes[key].itemsize)
+    for key in _all(str, _load(stream)):
+        storage = storages[key]
+        if struct.unpack("<q", stream.read(8)) != (storage.count,):
+            raise LcmError(f"storage {key[:80]} has not the {storage.count} numbers that its tensors are of")
+        found[key] = stream.read(storage.count * storage.dtype.itemsize)
     return state, lambda storage: found[storage.key]
 
 
-def _array(tensor: _Tensor, raw: bytes) -> np.ndarray:
-    values = np.frombuffer(raw, tensor.storage.dtype)
-    last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
-    if math.prod(tensor.shape) and not 0 <= tensor.offset <= last < values.size:
-        raise LcmError(f"a tensor of {last + 1} numbers in a storage of {values.size}")
-    strides = [s * values.itemsize for s in tensor.strides]
-    return np.lib.stride_tricks.as_strided(values[tensor.offset :], tensor.shape, strides, writeable=False)
+def _array(tensor: _Tensor, raw: bytes, most: int) -> np.ndarray:
+    """The tensor as a view of its storage's bytes `raw`, of at most `most` bytes itself.
+
+    All that a tensor counts by is 0 or more, so its first element is at its offset, and its last at the offset and the
+    sum of (size - 1) * stride. More bytes than the file has come of strides that meet elements again and again.
+    """
+    storage, count, dtype = tensor.storage, tensor.storage.count, tensor.storage.dtype
+    dims = list(zip(tensor.shape, tensor.strides, strict=True))
+    if len(raw) != count * dtype.itemsize:
+        raise LcmError(f"storage {storage.key[:80]} has {len(raw)} bytes, {count} numbers of {dtype} are declared")
+    if 0 in tensor.shape:
+        return np.zeros(tensor.shape, dtype)
+    last = tensor.offset + sum((n - 1) * s for n, s in dims)
+    if last >= count:
+        raise LcmError(f"a tensor that ends at number {last} in a storage of {count}")
+    if math.prod(tensor.shape) * dtype.itemsize > most:
+        raise LcmError(f"a tensor of shape {list(tensor.shape)} in a storage of {count} numbers repeats them too often")
+    strides = [s * dtype.itemsize if n > 1 else 0 for n, s in dims]
+    return np.ndarray(tensor.shape, dtype, raw, tensor.offset * dtype.itemsize, strides)  # checks the bounds again
+
+def _state(stream: BinaryIO) -> dict[str, _Tensor]:
+    state = _load(stream)
+    if type(state) is not dict or not all(type(value) is _Tensor for value in state.values()):
+        raise LcmError("it holds no state dict of plain tensors")
+    return state
+
+
+def _load(stream: BinaryIO) -> Any:
+    """The object of the pickle at which `stream` stands, which stands behind it then.
+
+    What the file has nested is never hashed, compared or printed: neither its depth nor its size has a bound.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def taken(count: int) -> list[Any]:
+        if not 0 <= count <= len(stack):
+            raise LcmError("its pickle takes more than it has")
+        items = stack[len(stack) - count :]
+        del stack[len(stack) - count :]
+        return items
+
+    def since_mark() -> list[Any]:
+        return taken(len(stack) - marks.pop())
+
+    for operation, value, _ in pickletools.genops(stream):
+        match operation.name:
+            case "STOP":
+                return stack.pop()
+            case "PROTO" | "FRAME":
+                pass
+            case name if name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            case name if name in _LITERALS:
+                stack.append(value)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[value] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[value])
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(since_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
+                stack.append(tuple(taken(int(name[-1]))))
+            case "EMPTY_LIST":
+                stack.append([])
+            case "APPEND" | "APPENDS" as name:
+                items = taken(1) if name == "APPEND" else since_mark()
+                _all(list, stack[-1:])[0].extend(items)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "SETITEM" | "SETITEMS" as name:
+                items = taken(2) if name == "SETITEM" else since_mark()
+                _all(dict, stack[-1:])[0].update(_pairs(items))
+            case "GLOBAL":
+                stack.append(_named(value))
+            case "STACK_GLOBAL":
+                stack.append(_named(" ".join(_all(str, taken(2)))))
+            case "REDUCE":
+                function, arguments = taken(2)
+                if function not in _CALLED or type(arguments) is not tuple:
+                    raise LcmError("it calls what cannot be called")
+                stack.append(function(*arguments))
+            case "BUILD":  # attributes of a dict, as `_metadata` of a module's: they are left out
+                stack.pop()
+                _all(dict, stack[-1:])
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case name:
+                raise LcmError(f"its pickle has the operation {name}, more than a state dict of plain tensors needs")
+    raise LcmError("its pickle does not end")
+
+
+def _all(kind: type, values: Any) -> Any:
+    """`values`, which must be a sequence of nothing but this type: a file may have put anything in its place."""
+    if type(values) not in (list, tuple) or not all(type(value) is kind for value in values):
+        raise LcmError(f"it has values of another type where only {kind.__name__.strip('_')} can be")
+    return values
+
+
+def _indices(values: Any) -> tuple[int, ...]:
+    if len(_all(int, values)) > _MOST_DIMENSIONS or not all(0 <= value < 2**63 for value in values):
+        raise LcmError("an offset, count, size or stride is below 0 or above 2^63, or a tensor has too many of them")
+    return tuple(values)
+
+
+def _pairs(items: list[Any]) -> Iterable[tuple[str, Any]]:
+    return zip(_all(str, items[::2]), items[1::2], strict=True)
+
+
+def _ordered(items: Any = ()) -> dict[str, Any]:
+    """An OrderedDict; Python 2 gave it its items as [[key, value], ...]."""
+    return dict(_pairs([part for item in items for part in item]))
+
+
+def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    _all(_Storage, [storage])
+    return _Tensor(storage, *_indices([offset]), _indices(shape), _indices(strides))
+
+
+def _storage(pid: Any) -> _Storage:
+    """("storage", type, key, device, count[, view of another storage])."""
+    if type(pid) is not tuple or len(pid) < 5 or not isinstance(pid[1], np.dtype) or pid[5:] not in ((), (None,)):
+        raise LcmError("it refers to something else than a whole storage of numbers")
+    return _Storage(*_all(str, [pid[2]]), pid[1], *_indices([pid[4]]))
+
+
+_CALLED = (_ordered, _rebuild)
+_NAMES = {"collections OrderedDict": _ordered, "torch._utils _rebuild_tensor_v2": _rebuild,
+          **{f"torch {name}": np.dtype(code) for name, code in _STORAGES.items()}}
+
+
+def _named(name: str) -> Any:
+    if name not in _NAMES:
+        raise LcmError(f"it names {'.'.join(name.split())}, more than a state dict of plain tensors needs")
+    return _NAMES[name]
