@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import posixpath
 import resource
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,36 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LcmError(f"{path} holds a {type(value).__name__} where a JSON object is needed; download it again")
     return value
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """`folder / name`, for a name that stands in a file: it may not lead out of `folder`.
+
+    The text of the name counts. Links are followed, as users and the hub's cache (to its blobs) put them.
+
+    Raises:
+      LcmError: the name is absolute, leads out by its `..`, or no name of a file.
+    """
+    normal = posixpath.normpath(name.replace("\\", "/")) if isinstance(name, str) else "/"
+    if normal.startswith("/") or normal.split("/")[0] == ".." or "\0" in normal:
+        raise LcmError(f"{ascii(name)[:200]} names no file inside {folder}; name one by its path from there")
+    return folder / posixpath.normpath(name)
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The content of a regular file; one that is no regular file is not waited for.
+
+    Raises:
+      LcmError: a pipe, a device or a folder; a file of more than `most` bytes.
+      OSError: it cannot be opened or read.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        state = os.fstat(stream.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise LcmError(f"{path} is no regular file; put a file in its place")
+        if state.st_size > most:
+            raise LcmError(f"{path} has {state.st_size} bytes, more than {most} are not read; remove it, or shrink it")
+        return stream.read(state.st_size)
 
 
 @contextlib.contextmanager

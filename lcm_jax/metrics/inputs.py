@@ -133,7 +133,7 @@ def file_pictures(paths: Sequence[Path], height: int, width: int) -> Iterator[np
     def decoded() -> Iterator[np.ndarray]:
         for path in paths:
             try:
-                yield images.decode(path.read_bytes())
+                yield images.decode(parsing.read_file(path))
             except BadRecord as error:
                 raise LcmError(f"--reference: {path}: {error}; remove it or mend it") from None
 
@@ -168,8 +168,8 @@ def in_batches(pictures: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray
 
 
 def files_about(paths: Sequence[Path], folder: Path) -> dict[str, Any]:
-    """Tells this set of files from others: by what is in them."""
+    """Tells this set of files from others: by what is in them. Raises LcmError, which names one that is no image."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(hashlib.sha256(parsing.read_file(path)).digest())
     return {"from": str(folder), "pictures": len(paths), "sha256": digest.hexdigest()}

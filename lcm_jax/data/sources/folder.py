@@ -96,10 +96,7 @@ class FolderSource:
         return number
 
     def _read(self, name: str) -> bytes:
-        try:
-            return (self._root / name).read_bytes()
-        except OSError as error:
-            raise BadRecord(f"{name} cannot be read ({error.strerror})") from None
+        return parsing.read_file(self._root / name)
 
 
 def _files(folder: Path, inside: str = "") -> Iterator[tuple[str, int]]:

@@ -7,21 +7,23 @@
 
 An image column holds encoded bytes, alone or as {bytes, path}; a caption column a text or a list of texts; every number
 column is a field. A record's key is its "key", "__key__" or (if no two are alike) "id", else "train-000000123".
-Rows are read from the Arrow files that `datasets` maps into memory; parquet is converted once, into HF_HOME.
+Rows are read from the Arrow files that `datasets` maps into memory; parquet is converted once, into HF_HOME. They are
+taken as Arrow has them: decoding a row, `datasets` would open whatever file or address the row names.
 """
 
 from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lcm_jax import files
 from lcm_jax.data.records import BadRecord, Fault, Record
-from lcm_jax.data.sources.parsing import captions_of, text_of
+from lcm_jax.data.sources.parsing import captions_of, read_file, text_of
 from lcm_jax.errors import LcmError
 
 KEY_COLUMNS = ("key", "__key__", "id")
@@ -31,10 +33,10 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 class HuggingFace:
     """Random access to a map-style `datasets.Dataset`; see `open`."""
 
-    def __init__(self, table: Any, *, root: Path | None, parts: tuple[tuple[str, int], ...], split: str,
+    def __init__(self, table: Any, *, roots: tuple[Path, ...], parts: tuple[tuple[str, int], ...], split: str,
                  image_key: str, caption_key: str):
-        """`parts`: (file, rows) of the files that the rows of `table` stand in, in order; `root`: of image paths."""
-        self.root, self.split = root, split
+        """`parts`: (file, rows) of the files that the rows of `table` stand in, in order; `roots`: of image paths."""
+        self.roots, self.split = roots, split
         self._image, self._caption = image_key, caption_key
         self._parts = [file for file, _ in parts]
         self._ends = np.cumsum([rows for _, rows in parts])
@@ -42,7 +44,7 @@ class HuggingFace:
         self._numbers = [column for column in table.column_names
                          if column not in (self._key, image_key, caption_key) and _is_number(table, column)]
         columns = [image_key, caption_key, *self._numbers, *([self._key] if self._key else [])]
-        self._table = table.select_columns(list(dict.fromkeys(columns)))
+        self._table = table.select_columns(list(dict.fromkeys(columns))).with_format("arrow")
         self._rows, repeated = _first_of_each(self._table, self._key)
         self.faults = [Fault(*self._place(row), f"its key is that of an earlier record (column {self._key!r})")
                        for row in repeated]
@@ -53,9 +55,11 @@ class HuggingFace:
     def __getitem__(self, number: int) -> Record:
         row = self._row(number)
         try:
-            values = self._table[row]
-        except UnicodeDecodeError as error:
-            raise BadRecord(f"a text is not UTF-8 ({error})") from None
+            found = self._table[row]
+            found.flatten().validate(full=True)  # an Arrow file says itself where in it a value begins and ends
+            (values,) = found.to_pylist()
+        except ValueError as error:
+            raise BadRecord(f"a text is not UTF-8, or the row is damaged ({_one_line(error)})") from None
         numbers = {name: float(values[name]) for name in self._numbers if values[name] is not None}
         return Record(self._place(row)[1], self._picture(values[self._image]), _captions(values[self._caption]),
                       {name: value for name, value in numbers.items() if value == value})
@@ -90,12 +94,15 @@ class HuggingFace:
             raise BadRecord(f"column {self._image!r} holds no image")
         return content
 
-    def _file(self, path: str) -> bytes:
-        place = Path(path) if self.root is None else self.root / path
+    def _file(self, name: Any) -> bytes:
+        root, *downloads = self.roots
+        for folder in downloads:
+            if isinstance(name, str) and name.startswith(f"{folder}/"):
+                root, name = folder, name.removeprefix(f"{folder}/")
         try:
-            return place.read_bytes()
-        except OSError as error:
-            raise BadRecord(f"the image is not in the data set but at {place}, and {error.strerror}") from None
+            return read_file(files.inside(root, name))
+        except LcmError as error:
+            raise BadRecord(f"no image in the row, nor where it says: {error}") from None
 
 
 def open(path: str, *, split: str = "train", image_key: str | None = None,
@@ -114,7 +121,7 @@ def open(path: str, *, split: str = "train", image_key: str | None = None,
         import datasets
     except ImportError:
         raise LcmError("the source 'huggingface' needs datasets: pip install 'lcm_jax[data]'") from None
-    table, root, parts = _opened(datasets, str(path), split)
+    table, roots, parts = _opened(datasets, str(path), split)
     image_key, caption_key = image_key or "image", caption_key or "text"
     for key, flag in ((image_key, "image_key"), (caption_key, "caption_key")):
         if key not in table.column_names:
@@ -123,25 +130,29 @@ def open(path: str, *, split: str = "train", image_key: str | None = None,
     if isinstance(table.features[image_key], datasets.Image):
         table = table.cast_column(image_key, datasets.Image(decode=False))
     _check_types(datasets, path, table.features, image_key, caption_key)
-    return HuggingFace(table, root=root, parts=parts, split=split, image_key=image_key, caption_key=caption_key)
+    return HuggingFace(table, roots=roots, parts=parts, split=split, image_key=image_key, caption_key=caption_key)
 
 
-def _opened(datasets: Any, path: str, split: str) -> tuple[Any, Path | None, tuple[tuple[str, int], ...]]:
-    """(table, folder of image paths, (file, rows) of its parts)."""
+def _opened(datasets: Any, path: str, split: str) -> tuple[Any, tuple[Path, ...], tuple[tuple[str, int], ...]]:
+    """(table, folders of image paths, (file, rows) of its parts).
+
+    Paths are within the first folder. For files of the hub `datasets` writes the whole path of where it has put them,
+    which are the other folders.
+    """
     place = Path(path)
     try:
         if place.is_dir() and _is_saved(place):
             table = _saved(datasets, place, split)
-            return table, place, ((path, len(table)),)
+            return table, (place,), ((path, len(table)),)
         if place.exists() or glob.has_magic(path):
             parts = _parquet(datasets, place, split)
             with_split = {split: [file for file, _ in parts]}
             root = place if place.is_dir() else Path(parts[0][0]).parent
-            return datasets.load_dataset("parquet", data_files=with_split, split=split), root, parts
+            return datasets.load_dataset("parquet", data_files=with_split, split=split), (root,), parts
         if not _HUB_ID.fullmatch(path):
             raise LcmError(f"{path} does not exist and is no id on the hub (owner/name); correct --config.data.path")
         table = _from_hub(datasets, path, split)
-        return table, None, ((f"{path} ({split})", len(table)),)
+        return table, _hub_folders(datasets, path), ((f"{path} ({split})", len(table)),)
     except datasets.exceptions.DatasetsError as error:
         cause = error.__cause__ or error
         raise LcmError(f"{path} cannot be read as a data set ({_one_line(cause)}); copy or download it again") from None
@@ -153,12 +164,45 @@ def _is_saved(folder: Path) -> bool:
 
 def _saved(datasets: Any, folder: Path, split: str) -> Any:
     try:
+        for name in _named_files(folder):
+            if Path(name).name != name:
+                raise LcmError(f"it names {ascii(name)[:200]}, which is not in it")
         found = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise LcmError(f"{folder} cannot be read ({_one_line(error)}); write it again by save_to_disk") from None
     if not isinstance(found, datasets.DatasetDict):
         found = {str(found.split or split): found}  # one that was made in memory has no split: it is any
-    return _one_of(found, split, folder)
+    table = _one_of(found, split, folder)
+    _check_arrow(folder, table)
+    return table
+
+
+def _named_files(folder: Path) -> Iterator[str]:
+    """Names in the JSON files of a folder of `save_to_disk`: splits, which are folders in it, and files in those."""
+    places = [folder] if (folder / "state.json").is_file() else []
+    if (folder / "dataset_dict.json").is_file():
+        splits = files.read_json(folder / "dataset_dict.json")["splits"]
+        yield from splits
+        places += [folder / split for split in splits]
+    for place in places:
+        yield from (part["filename"] for part in files.read_json(place / "state.json")["_data_files"])
+
+
+def _check_arrow(folder: Path, table: Any) -> None:
+    """Raises LcmError where columns have not the bytes that they should, or keys lie outside of theirs.
+
+    What a row's texts and image are is checked when it is read.
+    """
+    import pyarrow
+
+    try:
+        table.data.validate()
+        for name in set(KEY_COLUMNS) & set(table.column_names):
+            keys = table.data.column(name)
+            as_bytes = {"string": pyarrow.binary(), "large_string": pyarrow.large_binary()}  # they need not be UTF-8
+            keys.cast(as_bytes.get(str(keys.type), keys.type)).validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        raise LcmError(f"{folder} is damaged ({_one_line(error)}); copy it again") from None
 
 
 def _parquet(datasets: Any, place: Path, split: str) -> tuple[tuple[str, int], ...]:
@@ -178,6 +222,14 @@ def _parquet(datasets: Any, place: Path, split: str) -> tuple[tuple[str, int], .
     except (OSError, pyarrow.ArrowException) as error:
         raise LcmError(f"{place}: not all files are parquet ({_one_line(error)}); copy or download them again, or name "
                        "another --config.data.source") from None
+
+
+def _hub_folders(datasets: Any, name: str) -> tuple[Path, Path, Path]:
+    """Where files of a data set on the hub lie: its own folder in the cache (twice), and what was unpacked of it."""
+    import huggingface_hub
+
+    own = Path(huggingface_hub.constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}")
+    return own, own, Path(datasets.config.EXTRACTED_DATASETS_PATH)
 
 
 def _one_of(splits: Mapping[str, Any], split: str, place: Path) -> Any:
@@ -204,8 +256,8 @@ def _from_hub(datasets: Any, name: str, split: str) -> Any:
 
 def _check_types(datasets: Any, path: str, features: Mapping[str, Any], image_key: str, caption_key: str) -> None:
     image, caption = features[image_key], features[caption_key]
-    encoded = isinstance(image, datasets.Image) or _kind(image) in ("binary", "large_binary")
-    if not encoded and not (isinstance(image, Mapping) and "bytes" in image):
+    content = image.get("bytes") if isinstance(image, Mapping) else image
+    if not isinstance(image, datasets.Image) and _kind(content) not in ("binary", "large_binary", "null"):
         raise LcmError(f"{path}: column {image_key!r} holds {_kind(image)}, not encoded images; name another by "
                        f"--config.data.image_key: {', '.join(features)}")
     inner = getattr(caption, "feature", caption)  # of a list

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lcm_jax import files
 from lcm_jax.data.records import BadRecord
+from lcm_jax.errors import LcmError
 
 # Files taken for pictures. Each is the usual suffix of a format that Pillow reads.
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+MAX_BYTES = 2**30  # of an image or a caption: more than the largest image that is decoded has, uncompressed
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file that holds an image or a caption.
+
+    Raises:
+      BadRecord: it cannot be read, is no regular file, or has more than MAX_BYTES.
+    """
+    try:
+        return files.read_regular(path, MAX_BYTES)
+    except OSError as error:
+        raise BadRecord(f"{path} cannot be read ({error.strerror})") from None
+    except LcmError as error:
+        raise BadRecord(str(error)) from None
 
 
 def text_of(content: bytes) -> str:
