@@ -126,6 +126,30 @@ def test_shards_that_are_missing_or_cut_short(broken):
         cache.open(broken)
 
 
+@pytest.mark.parametrize("name", ["../latents-00-00000.array_record", "{folder}/latents-00-00000.array_record"])
+def test_shards_outside_of_the_folder_are_not_read(broken, name):
+    manifest = json.loads((broken / "manifest.json").read_text())
+    shutil.copy(broken / "latents-00-00000.array_record", broken.parent)
+    manifest["groups"][0]["shards"][0]["file"] = name.format(folder=broken.parent)
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(LcmError, match="latents-00-00000.array_record' names no file inside .*broken"):
+        cache.open(broken)
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m["groups"][0].update(rows=100), lambda m: m["groups"][0]["shards"][0].update(rows=-1),
+    lambda m: m["groups"][0].update(rows="x"), lambda m: m["groups"][0]["shards"][0].update(rows=2.5),
+    lambda m: m["arrays"][0]["shapes"].__setitem__(0, [-1, 4, 4]), lambda m: m["groups"][0].pop("shards"),
+    lambda m: m["arrays"][0]["shapes"].__setitem__(0, [8.0, 8, 4]), lambda m: m.update(groups=None),
+])  # fmt: skip
+def test_rows_and_shapes_that_cannot_be(broken, change):
+    manifest = json.loads((broken / "manifest.json").read_text())
+    change(manifest)
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(LcmError, match="rows or shapes in .*manifest.json"):
+        cache.open(broken)
+
+
 def test_a_damaged_row_is_one_bad_record(broken):
     shard = broken / "latents-00-00000.array_record"
     data, mean = bytearray(shard.read_bytes()), row(0, 4)["mean"].tobytes()

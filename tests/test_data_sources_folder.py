@@ -3,6 +3,7 @@
 import io
 import json
 import multiprocessing
+import os
 
 import datasets
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lcm_jax.data.records import BadRecord
-from lcm_jax.data.sources import folder
+from lcm_jax.data.sources import folder, parsing
 from lcm_jax.errors import LcmError
 
 
@@ -130,6 +131,20 @@ def test_what_only_reading_shows(tmp_path):
     assert len(source) == 3 and not source.faults
     (tmp_path / "c.png").unlink()
     for number, reason in enumerate(("not UTF-8", "its text is empty", "c.png cannot be read")):
+        with pytest.raises(BadRecord, match=reason):
+            source[number]
+
+
+def test_only_regular_files_of_a_bounded_size_are_read(tmp_path, monkeypatch):
+    files = {f"{name}.{end}": b"x" for name in "abc" for end in ("png", "txt")}
+    source = folder.open(write(tmp_path, files))
+    (tmp_path / "a.png").unlink()
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").unlink()
+    (tmp_path / "b.png").symlink_to("/dev/zero")
+    (tmp_path / "c.png").write_bytes(bytes(9))
+    monkeypatch.setattr(parsing, "MAX_BYTES", 8)
+    for number, reason in enumerate(("a.png is no regular", "b.png is no regular", "c.png has 9 bytes, more than 8")):
         with pytest.raises(BadRecord, match=reason):
             source[number]
 

@@ -1,9 +1,11 @@
 """Hugging Face data sets as sources: parquet written by pyarrow and pandas, `save_to_disk`, ids on the hub."""
 
 import io
+import json
 import multiprocessing
 import os
 import re
+import struct
 import sys
 
 import numpy as np
@@ -139,6 +141,115 @@ def test_images_by_path_and_unusable_records(tmp_path):
     for number in (2, 3, 4):
         with pytest.raises(BadRecord, match="no image"):
             source[number]
+
+
+def test_paths_of_images_stay_in_the_data_set(tmp_path):
+    root, outside = tmp_path / "set", tmp_path / "0.png"
+    (root / "sub").mkdir(parents=True)
+    for place in (outside, root / "0.png"):
+        place.write_bytes(PICTURES[0])
+    (root / "link.png").symlink_to(outside)  # as in a snapshot of the hub, to its blob
+    (root / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(root / "pipe.png")
+    with (root / "huge.png").open("wb") as stream:
+        stream.truncate(2**30 + 1)
+    good = ["0.png", "./0.png", "sub/../0.png", "link.png"]
+    wrong = {"../0.png": "inside", str(outside): "inside", str(root / "0.png"): "inside", "sub/../../0.png": "inside",
+             "../set/0.png": "inside", "..": "inside", "..\\0.png": "inside", "0.png\0": "inside", "//x": "inside",
+             "zero.png": "no regular file", "pipe.png": "no regular file", "sub": "directory", ".": "directory",
+             "huge.png": "1073741825 bytes", "~/0.png": "No such", "file:///etc/passwd": "No such",
+             "http://127.0.0.1:9/0.png": "No such", "zip://0.png::/x.zip": "No such", "0" * 5000: "too long"}
+    rows = [{"bytes": None, "path": path} for path in (*good, *wrong)]
+    write(root / "x.parquet", pa.array(rows, IMAGE), ["a cat"] * len(rows))
+    source = huggingface.open(str(root))
+    assert [source[i].image for i in range(len(good))] == PICTURES[:1] * len(good)
+    for number, reason in enumerate(wrong.values(), start=len(good)):
+        with pytest.raises(BadRecord, match=reason) as caught:
+            source[number]
+        assert "\n" not in str(caught.value)
+
+
+def test_files_of_the_hub_are_read_where_datasets_has_put_them(tmp_path):
+    hub, unpacked, other = (tmp_path / name for name in ("datasets--a--b", "extracted", "datasets--a--c"))
+    for folder in (hub, unpacked, other):
+        folder.mkdir()
+        (folder / "0.png").write_bytes(PICTURES[0])
+    paths = [f"{hub}/0.png", f"{unpacked}/0.png", f"{other}/0.png", f"{hub}/../{other.name}/0.png", "../0.png"]
+    rows = {"image": [{"bytes": None, "path": path} for path in paths], "text": TEXTS}
+    table = datasets.Dataset.from_dict(rows)
+    source = huggingface.HuggingFace(table, roots=(hub, hub, unpacked), parts=(("a/b", 5),), split="train",
+                                     image_key="image", caption_key="text")
+    assert source[0].image == source[1].image == PICTURES[0]
+    for number in (2, 3, 4):
+        with pytest.raises(BadRecord, match="names no file inside"):
+            source[number]
+
+
+def test_what_datasets_itself_would_open_is_not_taken(tmp_path):
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(PICTURES[0])
+    rows = pa.array([{"bytes": {"bytes": None, "path": str(outside)}, "path": None}] * 5,
+                    pa.struct([("bytes", IMAGE), ("path", pa.string())]))
+    nested = {"image": {"bytes": {"_type": "Image"}, "path": {"dtype": "string", "_type": "Value"}},
+              "text": {"dtype": "string", "_type": "Value"}}
+    table = pa.table({"image": rows, "text": TEXTS})
+    (tmp_path / "set").mkdir()
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": nested}})}),
+                   tmp_path / "set/x.parquet")
+    with pytest.raises(LcmError, match="not encoded images"):
+        huggingface.open(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "{other}/data-00000-of-00001.arrow", "a/../b"])
+def test_a_saved_data_set_names_its_own_files_alone(tmp_path, name):
+    saved = datasets.Dataset.from_dict({"image": [{"bytes": p, "path": None} for p in PICTURES], "text": TEXTS})
+    saved.save_to_disk(str(tmp_path / "other"))
+    datasets.DatasetDict(train=saved).save_to_disk(str(tmp_path / "set"))
+    state = tmp_path / "set/train/state.json"
+    content = json.loads(state.read_text())
+    content["_data_files"][0]["filename"] = name.format(other=tmp_path / "other")
+    state.write_text(json.dumps(content))
+    with pytest.raises(LcmError, match="which is not in it.*save_to_disk"):
+        huggingface.open(str(tmp_path / "set"))
+    (tmp_path / "set/dataset_dict.json").write_text(json.dumps({"splits": ["../other"]}))
+    with pytest.raises(LcmError, match="names '../other', which is not in it"):
+        huggingface.open(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("column, at, value, lost", [
+    ("image", 1, 2**31 - 1, {0, 1}), ("image", 2, -5, {1, 2}), ("text", 3, 2**30, {2, 3}), ("text", 2, 0, {1}),
+    ("image", 4, 2**30, "damaged"), ("key", 1, 2**31 - 1, "damaged"), ("key", 0, -3, "damaged"),
+])  # fmt: skip
+def test_arrow_offsets_lie_inside_their_bytes(tmp_path, column, at, value, lost):
+    values = {"image": [bytes([i]) * 900 for i in range(4)], "text": [f"{i}" * 77 for i in range(4)],
+              "key": [f"{i}" * 13 for i in range(4)]}
+    rows = {**values, "image": [{"bytes": content, "path": None} for content in values["image"]]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path))
+    (file,) = tmp_path.glob("*.arrow")
+    content, size = bytearray(file.read_bytes()), len(values[column][0])
+    place = content.index(struct.pack("<5i", *range(0, 5 * size, size))) + 4 * at
+    content[place : place + 4] = struct.pack("<i", value)
+    file.write_bytes(content)
+    if lost == "damaged":
+        with pytest.raises(LcmError, match=f"{tmp_path} is damaged"):
+            huggingface.open(str(tmp_path))
+        return
+    source = huggingface.open(str(tmp_path))
+    for number in range(4):
+        if number in lost:
+            with pytest.raises(BadRecord, match="damaged|no caption"):
+                source[number]
+        elif column == "image":
+            assert source[number].image == values["image"][number]
+
+
+def test_pipes_among_the_files_are_not_waited_for(tmp_path):
+    write(tmp_path / "a.parquet")
+    os.mkfifo(tmp_path / "b.parquet")
+    assert contents(huggingface.open(str(tmp_path))) == expected()
+    for path in (tmp_path / "*.parquet", tmp_path / "b.parquet"):
+        with pytest.raises(LcmError, match="b.parquet is no regular file"):
+            huggingface.open(str(path))
 
 
 def test_captions_that_are_not_utf8_or_empty(tmp_path):

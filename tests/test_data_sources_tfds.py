@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import multiprocessing
 import os
 import pickle
@@ -184,6 +185,20 @@ RECORDS += ["a truncated file", Record("array", ARRAY, ("array",), {"width": 700
 NAN = np.nan
 
 
+def test_shards_outside_of_the_folder_are_not_read(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "copy")
+    info = json.loads((tmp_path / "copy/dataset_info.json").read_text())
+    for file in (tmp_path / "copy").glob("*array_record*"):
+        shutil.copy(file, tmp_path)
+    for template in ("../{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                     f"{tmp_path}/{{DATASET}}-{{SPLIT}}.{{FILEFORMAT}}-{{SHARD_X_OF_Y}}"):
+        for split in info["splits"]:
+            split["filepathTemplate"] = template
+        (tmp_path / "copy/dataset_info.json").write_text(json.dumps(info))
+        with pytest.raises(LcmError, match="names no file inside .*copy"):
+            tfds_source.open(str(tmp_path / "copy"))
+
+
 @pytest.mark.parametrize("shard_bytes", [tfds_builder.SHARD_BYTES, 70_000])
 def test_packed_records_come_back(tmp_path, shard_bytes):
     seen = []
@@ -211,6 +226,9 @@ def test_packed_records_come_back(tmp_path, shard_bytes):
     assert [source[i] for i in range(6)] == [tfds_source.open(str(tmp_path / "again"))[i] for i in range(6)]
     np.save(index, np.load(index)[1:])
     with pytest.raises(LcmError, match="has 5 records.*the split 6"):
+        tfds_source.open(str(tmp_path / "out"))
+    np.save(index, np.zeros((6, 2), np.load(index).dtype))
+    with pytest.raises(LcmError, match="another kind"):
         tfds_source.open(str(tmp_path / "out"))
     index.write_bytes(b"")
     with pytest.raises(LcmError, match="index.npy cannot be read"):

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from lcm_jax.data.records import BadRecord
-from lcm_jax.data.sources import tar_index, webdataset
+from lcm_jax.data.sources import parsing, tar_index, webdataset
 from lcm_jax.errors import LcmError
 
 
@@ -356,6 +356,61 @@ def test_index_is_made_once_and_anew_for_another_shard(tmp_path, monkeypatch):
     assert len(scanned) == 6
     monkeypatch.setattr(tar_index, "VERSION", 2)
     assert len(webdataset.open(tmp_path)) == 46 and len(scanned) == 9
+
+
+def _changed(number, column, value):
+    def change(spans):
+        spans[number, column] = value
+        return spans
+
+    return change
+
+
+@pytest.mark.parametrize("name, change", [
+    ("spans", _changed(0, 0, -512)), ("spans", _changed(1, 1, -1)), ("spans", _changed(1, 1, 2**50)),
+    ("spans", _changed(0, 0, 2**63 - 9)), ("spans", _changed(2, 3, 2**40)), ("spans", lambda spans: spans[:2]),
+    ("spans", lambda spans: spans.astype(np.float64)), ("keys", lambda _: np.arange(3)), ("keys", lambda _: b"a"),
+    ("hashes", lambda hashes: hashes[:1]), ("is_json", lambda flags: flags[:2]), ("fields", lambda x: x[:, 1:]),
+])  # fmt: skip
+def test_an_index_whose_numbers_leave_its_shard_is_made_anew(tmp_path, name, change):
+    path = shard(tmp_path / "a.tar", range(3))
+    webdataset.open(path)
+    file = tmp_path / "a.tar.index.npz"
+    made = file.read_bytes()
+    with np.load(file) as stored:
+        arrays = {key: stored[key] for key in stored.files}
+    with file.open("wb") as stream:
+        np.savez(stream, **arrays | {name: change(arrays[name].copy())})
+    source = webdataset.open(path)
+    assert [source[number].image for number in range(3)] == [picture(number) for number in range(3)]
+    assert file.read_bytes() == made
+
+
+@pytest.mark.parametrize("size", ["-5", "-2000", str(-10**30), str(2**62), "1" * 400])
+def test_sizes_of_members_that_cannot_be(tmp_path, size):
+    bad = tarfile.TarInfo("x.txt")
+    bad.size, bad.pax_headers = 5, {"size": size}
+    parts = []
+    for number in range(2):
+        write_tar(tmp_path / "part.tar", members(number))
+        with tarfile.open(tmp_path / "part.tar") as tar:
+            parts.append((tmp_path / "part.tar").read_bytes()[: tar.getmembers()[-1].offset_data + 512])
+    middle = bad.tobuf(tarfile.PAX_FORMAT) + b"hello".ljust(512, b"\0")
+    (tmp_path / "a.tar").write_bytes(parts[0] + middle + parts[1] + bytes(1024))
+    source = webdataset.open(tmp_path / "a.tar")
+    assert source[0].image == picture(0) and source.faults
+    assert len(source) == (2 if size.startswith("-") else 1)  # a member that is said to be longer takes the rest
+
+
+def test_no_pipes_and_no_endless_members(tmp_path, monkeypatch):
+    path = shard(tmp_path / "a.tar", range(3))
+    source = webdataset.open(path)
+    monkeypatch.setattr(parsing, "MAX_BYTES", 100)
+    with pytest.raises(BadRecord, match="more than 100 are not read"):
+        source[0]
+    os.mkfifo(tmp_path / "b.tar")
+    with pytest.raises(LcmError, match="b.tar is no regular file"):
+        webdataset.open(tmp_path)
 
 
 def test_index_that_cannot_be_written(tmp_path):

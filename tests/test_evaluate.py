@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -414,6 +415,14 @@ def test_pictures_are_told_apart_by_what_is_in_them(tmp_path):
         Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(tmp_path / name / "0.bmp")
     a, b, c = (inputs.files_about(inputs.picture_files(tmp_path / name), tmp_path / name) for name in "abc")
     assert table.same_origin(a) == table.same_origin(b) != table.same_origin(c)
+
+
+def test_pictures_are_regular_files(tmp_path):
+    os.mkfifo(tmp_path / "0.png")
+    paths = inputs.picture_files(tmp_path)
+    for read in (lambda: inputs.files_about(paths, tmp_path), lambda: list(inputs.file_pictures(paths, 8, 8))):
+        with pytest.raises(LcmError, match="0.png is no regular file"):
+            read()
 
 
 def test_a_reference_that_is_too_short_is_told():

@@ -60,6 +60,21 @@ def test_added_tokens_that_the_vocabulary_has_change_nothing(tmp_path):
     assert np.array_equal(tokenize(load_tokenizer(folder, 77), ["a red square"]), before)
 
 
+@pytest.mark.parametrize("entry", [
+    {"vocab_file": "/other/vocab.json"}, {"merges_file": "../merges.txt"}, {"tokenizer_file": "/other/tokenizer.json"},
+    {"fast_tokenizer_files": ["../other/tokenizer.4.0.0.json"]}, {"vocab": "/other/vocab.json"}, {"init_inputs": ["x"]},
+])  # fmt: skip
+def test_the_config_names_no_other_files(tmp_path, entry):
+    folder = tiny.write_tokenizer(tmp_path / "t")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    tiny.write_json(folder / "tokenizer_config.json", config | entry)
+    with pytest.raises(LcmError, match=f"tokenizer_config.json names other files as '{next(iter(entry))}'"):
+        load_tokenizer(folder, 77)
+    told = {"name_or_path": "/a/folder", "special_tokens_map_file": "./special_tokens_map.json", "vocab_file": None}
+    tiny.write_json(folder / "tokenizer_config.json", config | told)  # as published ones have them; not opened
+    assert tokenize(load_tokenizer(folder, 77), ["a"]).shape == (1, 77)
+
+
 @pytest.mark.parametrize("name", FILES[:3])
 def test_missing_files_are_named(tmp_path, name):
     folder = tiny.write_tokenizer(tmp_path / "t")

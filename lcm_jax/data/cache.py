@@ -148,14 +148,28 @@ def open(path: str | Path) -> Cached:
     path = Path(path).expanduser().absolute()
     check_reader()
     manifest = read_manifest(path)
+    _check_numbers(manifest, path)
     for shard in (shard for group in manifest["groups"] for shard in group["shards"]):
-        file = path / shard["file"]
+        file = files.inside(path, shard["file"])
         found = file.stat().st_size if file.is_file() else None
         if found != shard["bytes"]:
             state = "is missing" if found is None else f"has {found} bytes where {shard['bytes']} were written"
             raise LcmError(f"{file} {state}; copy the cache again, or remove {path} and precompute again")
     files.allow_open_files(sum(len(group["shards"]) for group in manifest["groups"]))
     return Cached(path, manifest)
+
+
+def _check_numbers(manifest: Mapping[str, Any], path: Path) -> None:
+    """Raises LcmError where the manifest's rows and shapes cannot be those of arrays."""
+    try:
+        rows = [(group["rows"], [shard["rows"] for shard in group["shards"]]) for group in manifest["groups"]]
+        sizes = [size for array in manifest["arrays"] for shape in array["shapes"] for size in shape]
+        counts = [count for whole, parts in rows for count in (whole, *parts)]
+        good = all(type(n) is int and n >= 0 for n in counts + sizes) and all(n == sum(parts) for n, parts in rows)
+    except (TypeError, KeyError):
+        good = False
+    if not good:
+        raise LcmError(f"the rows or shapes in {path / MANIFEST} are not those of a cache; copy the cache again")
 
 
 def check_reader() -> None:

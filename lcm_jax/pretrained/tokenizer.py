@@ -17,6 +17,9 @@ from lcm_jax.files import read_json
 
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 OPTIONAL_FILES = ("tokenizer.json", "added_tokens.json")
+# By these, tokenizer_config.json makes transformers (not every version, nor all of them) read files of other names, and
+# from anywhere.
+_OTHER_FILES = ("vocab_file", "merges_file", "tokenizer_file", "fast_tokenizer_files", "vocab", "merges", "init_inputs")
 _NO_LIMIT = 1_000_000  # transformers says 1e30 where tokenizer_config.json gives no length
 
 
@@ -24,13 +27,15 @@ def load_tokenizer(folder: Path, max_length: int) -> Any:
     """transformers' CLIPTokenizer of a folder; `max_length` is its length where its config gives none.
 
     Raises:
-      LcmError: files missing or unreadable.
+      LcmError: files missing or unreadable; the config names others.
     """
     pair = [(folder / name).is_file() for name in ("vocab.json", "merges.txt")]
     if not (all(pair) or (folder / "tokenizer.json").is_file()) or not (folder / "tokenizer_config.json").is_file():
         missing = [name for name in FILES[:3] if not (folder / name).is_file()]
         raise LcmError(f"{folder} lacks {', '.join(missing)}; copy the tokenizer's files from the original model")
-    read_json(folder / "tokenizer_config.json")
+    if others := [key for key in _OTHER_FILES if read_json(folder / "tokenizer_config.json").get(key)]:
+        raise LcmError(f"{folder / 'tokenizer_config.json'} names other files as {others[0]!r} than those beside it; "
+                       "remove that entry")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no word about torch, which is not needed
     from transformers import CLIPTokenizer  # slow to import, and only whoever has text needs it
 

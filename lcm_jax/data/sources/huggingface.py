@@ -217,6 +217,8 @@ def _parquet(datasets: Any, place: Path, split: str) -> tuple[tuple[str, int], .
         files = _one_of({name: files for name, files in found.items() if files}, split, place)
     else:
         files = _one_of({"train": sorted(glob.glob(str(place), recursive=True)) or [str(place)]}, split, place)
+    if odd := [file for file in files if Path(file).exists() and not Path(file).is_file()]:  # to open a pipe is to wait
+        raise LcmError(f"{odd[0]} is no regular file; remove it, or name another --config.data.path")
     try:
         return tuple((file, pyarrow.parquet.read_metadata(file).num_rows) for file in files)
     except (OSError, pyarrow.ArrowException) as error:

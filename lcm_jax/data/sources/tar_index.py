@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import tarfile
 import zipfile
 from collections.abc import Generator, Iterator
@@ -96,6 +97,8 @@ def make(shard: Path, sidecar: Path, image_key: str | None, caption_key: str | N
 def read(shard: Path, sidecar: Path, image_key: str | None, caption_key: str | None) -> ShardIndex | None:
     """What `sidecar` holds; None if there is none, or it was made of another state of the shard or by other keys.
 
+    None as well where its arrays do not fit each other, or a span does not lie in the shard.
+
     Raises:
       LcmError: the shard cannot be read.
     """
@@ -103,18 +106,31 @@ def read(shard: Path, sidecar: Path, image_key: str | None, caption_key: str | N
         state = shard.stat()
     except OSError as error:
         raise LcmError(f"tar shard {shard} cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(state.st_mode):
+        raise LcmError(f"tar shard {shard} is no regular file; remove it")
     try:
         with np.load(sidecar, allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
             if header["made_of"] != [VERSION, state.st_size, state.st_mtime_ns, image_key, caption_key]:
                 return None
-            return ShardIndex(
+            found = ShardIndex(
                 state.st_size, state.st_mtime_ns, arrays["keys"], arrays["hashes"], arrays["spans"], arrays["is_json"],
                 dict(zip(header["fields"], arrays["fields"], strict=True)),
-                tuple((key, reason) for key, reason in header["faults"]),
+                tuple((str(key), str(reason)) for key, reason in header["faults"]),
             )  # fmt: skip
+            return found if _fits(found) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):  # no sidecar, or another's file
         return None
+
+
+def _fits(index: ShardIndex) -> bool:
+    count, columns = index.keys.size, list(index.fields.values())
+    wanted = [(index.keys, "S", (count,)), (index.hashes, "u8", (count,)), (index.spans, "i8", (count, 4)),
+              (index.is_json, "b1", (count,)), *((column, "f8", (count,)) for column in columns)]  # fmt: skip
+    if any(array.dtype.str.lstrip("<|=")[: len(kind)] != kind or array.shape != shape for array, kind, shape in wanted):
+        return False
+    offsets, sizes = index.spans[:, ::2], index.spans[:, 1::2]
+    return bool(((offsets >= 0) & (sizes >= 0) & (sizes <= index.size - np.minimum(offsets, index.size))).all())
 
 
 def scan(shard: Path, image_key: str | None = None, caption_key: str | None = None) -> ShardIndex:
@@ -245,7 +261,7 @@ def _samples(stream: BinaryIO, size: int, losses: list[tuple[str, str]]) -> list
     latest: dict[str, _Sample] = {}
     for member in _members(stream, size, losses):
         name = _split(member.name)
-        if name is None or not member.isreg() or member.issparse() or member.offset_data + member.size > size:
+        if name is None or not member.isreg() or member.issparse() or not 0 <= member.size <= size - member.offset_data:
             continue
         key, suffix = name
         if key not in latest or suffix in latest[key].members:
@@ -261,7 +277,7 @@ def _members(stream: BinaryIO, size: int, losses: list[tuple[str, str]]) -> Iter
     """All members that can be found; what lies between is appended to `losses`."""
     offset = 0
     while True:
-        offset = yield from _stretch(stream, offset)
+        offset = yield from _stretch(stream, offset, size)
         following = _next_header(stream, offset + 1)
         stream.seek(offset)
         end_mark = stream.read(_BLOCK)
@@ -275,15 +291,17 @@ def _members(stream: BinaryIO, size: int, losses: list[tuple[str, str]]) -> Iter
         offset = following
 
 
-def _stretch(stream: BinaryIO, offset: int) -> Generator[tarfile.TarInfo, None, int]:
+def _stretch(stream: BinaryIO, offset: int, size: int) -> Generator[tarfile.TarInfo, None, int]:
     """Members one after the other from `offset` on; returns the first byte that is no part of them."""
     stream.seek(offset)
     try:
         tar = tarfile.TarFile(fileobj=stream, encoding="utf-8", errors="surrogateescape")
         while (member := tar.next()) is not None and tar.offset > offset:
-            offset = tar.offset
+            offset = min(tar.offset, size)
             yield member
             tar.members.clear()
+            if offset == size:  # or told to lie behind it, which may be where no file can be looked at
+                break
     except (tarfile.TarError, ValueError):  # ValueError: an extended header of nonsense
         pass
     return offset

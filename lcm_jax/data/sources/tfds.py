@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import glob
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def open(path: str, *, split: str = "train", image_key: str | None = None, capti
     base = split.partition("[")[0]
     index = Path(builder.data_path) / INDEX_FILE.format(split=base)
     whole, numbers = builder.info.splits[base], _numbers(features, {image_key, caption_key})
-    return TFDS(_data(builder, split, skip), split=base, rows=_rows(whole, info), shards=_shards(whole),
+    shards = _shards(whole, builder.data_path)
+    return TFDS(_data(builder, split, skip), split=base, rows=_rows(shards, info), shards=shards,
                 numbers=numbers, image_key=image_key, caption_key=caption_key,
                 index=_checked(index, whole, numbers) if index.is_file() else None)
 
@@ -205,7 +207,9 @@ def _data(builder: Any, split: str, decoders: dict[str, Any]) -> Any:
                        "prepare or copy it again") from None
 
 
-def _shards(whole: Any) -> tuple[tuple[str, int], ...]:
+def _shards(whole: Any, folder: Any) -> tuple[tuple[str, int], ...]:
+    for file in whole.filepaths:  # dataset_info.json says how they are called
+        files.inside(Path(folder), os.path.relpath(file, folder))
     found = tuple((str(file), rows) for file, rows in zip(whole.filepaths, whole.shard_lengths, strict=True))
     missing = [file for file, _ in found if not Path(file).is_file()]
     if missing:
@@ -213,9 +217,8 @@ def _shards(whole: Any) -> tuple[tuple[str, int], ...]:
     return found
 
 
-def _rows(whole: Any, part: Any) -> np.ndarray:
-    """Numbers in the whole split of the records of a slice of it."""
-    shards = _shards(whole)
+def _rows(shards: Sequence[tuple[str, int]], part: Any) -> np.ndarray:
+    """Numbers in the whole split, of these shards, of the records of a slice of it."""
     starts = np.cumsum([0] + [rows for _, rows in shards])
     first = {Path(file).name: int(start) for (file, _), start in zip(shards, starts, strict=False)}
     pieces = [np.arange(piece.take) + piece.skip + first[Path(piece.filename).name] for piece in part.file_instructions]
@@ -227,9 +230,10 @@ def _checked(index: Path, whole: Any, numbers: tuple[str, ...]) -> Path:
         found = np.load(index, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise LcmError(f"{index} cannot be read ({_one_line(error)}); copy the folder again") from None
-    if len(found) != whole.num_examples or set(found.dtype.names or ()) != {KEY, *numbers}:
-        raise LcmError(f"{index} has {len(found)} records of {found.dtype.names}, the split {whole.num_examples} of "
-                       f"{(KEY, *numbers)}; copy the folder again")
+    kinds = {name: found.dtype[name].kind for name in found.dtype.names or ()}
+    if found.shape != (whole.num_examples,) or kinds != {KEY: "S", **dict.fromkeys(numbers, "f")}:
+        raise LcmError(f"{index} has {found.size} records of {found.dtype.names}, the split {whole.num_examples} of "
+                       f"{(KEY, *numbers)}, or of another kind; copy the folder again")
     return index
 
 

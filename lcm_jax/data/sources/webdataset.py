@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lcm_jax.data.records import BadRecord, Fault, Record
-from lcm_jax.data.sources import tar_index
+from lcm_jax.data.sources import parsing, tar_index
 from lcm_jax.data.sources.tar_index import ShardIndex
 from lcm_jax.errors import LcmError
 
@@ -117,6 +117,8 @@ class _Handle:
             raise BadRecord("the shard has changed since it was indexed")
 
     def bytes_at(self, offset: int, size: int) -> bytes:
+        if size > parsing.MAX_BYTES:
+            raise BadRecord(f"a member of {size} bytes, more than {parsing.MAX_BYTES} are not read")
         try:
             content = os.pread(self.fd, size, offset)  # moves no file position: threads may share the handle
         except OSError as error:
