@@ -117,6 +117,7 @@ def _array(tensor: _Tensor, raw: bytes, most: int) -> np.ndarray:
     strides = [s * dtype.itemsize if n > 1 else 0 for n, s in dims]
     return np.ndarray(tensor.shape, dtype, raw, tensor.offset * dtype.itemsize, strides)  # checks the bounds again
 
+
 def _state(stream: BinaryIO) -> dict[str, _Tensor]:
     state = _load(stream)
     if type(state) is not dict or not all(type(value) is _Tensor for value in state.values()):
