@@ -1,7 +1,6 @@
 """Compiling for machines that are not here: the same program as the run's, what fits, and what is told to whom."""
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import os
@@ -43,9 +42,8 @@ def tiny(tmp_path_factory) -> str:
     """A folder with nothing but configs, of a model that is quick to trace."""
     folder = tmp_path_factory.mktemp("tiny")
     unet = tiny_configs.UNETS["sd15"] | {
-        "block_out_channels": [32, 64], "cross_attention_dim": 32, "layers_per_block": 1,
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "block_out_channels": [32], "cross_attention_dim": 32, "layers_per_block": 1, "mid_block_type": None,
+        "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"],
     }  # fmt: skip
     parts = {"unet": unet, "vae": tiny_configs.VAES["sd"], "text_encoder": tiny_configs.CLIPS["vit-l"]}
     index = {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"]}
@@ -102,18 +100,23 @@ def test_the_program_is_that_of_the_run(name):
     assert aot.build(config, mesh)[0].lower().as_text() == of_run.lower().as_text()
 
 
-def test_the_report_of_a_step_on_this_machine(tiny):
-    config = config_of("shapes_lcm", **{"model.teacher": tiny, "train.remat": "block"})
-    mesh = one_device()
-    step, _ = aot.build(config, mesh)
-    compiled = aot.compile_step(step, config, {})
+@pytest.fixture(scope="module")
+def compiled(tiny):
+    """(config, its step, the step compiled)."""
+    config = config_of("shapes_lcm", **{"model.teacher": tiny})
+    step, _ = aot.build(config, one_device())
+    return config, step, aot.compile_step(step, config, {})
+
+
+def test_the_report_of_a_step_on_this_machine(compiled):
+    (_, step, compiled), mesh = compiled, one_device()
     flops = step.model_flops()
     found = json.loads(json.dumps(roofline.report(compiled, mesh, 4, flops)))
     arguments = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((step.state, step.frozen, step.batch)))
     assert found["memory"]["arguments"] == pytest.approx(arguments, rel=0.01)
     assert aot.argument_bytes(step) == arguments
-    # XLA leaves out products with padding, a tenth of the model's here, and counts those that remat repeats.
-    assert 0.9 < found["flops"]["total"] / found["model_flops"] < 1.6
+    # XLA leaves out products with padding, a tenth of the model's here.
+    assert 0.9 < found["flops"]["total"] / found["model_flops"] < 1.1
     assert found["chip"] is None and "utilisation" not in found and found["collectives"] == {}
     assert "roofline" not in roofline.text(found)
     on_v5e = roofline.report(compiled, mesh, 4, flops, chips.CHIPS["v5e"], {"option": 1})
@@ -122,10 +125,9 @@ def test_the_report_of_a_step_on_this_machine(tiny):
     assert "197 TFLOP/s" in roofline.text(on_v5e) and "option=1" in roofline.text(on_v5e)
 
 
-def test_what_a_run_holds_beside_the_step_must_fit_too(tiny, monkeypatch):
-    config, mesh, compile_step = config_of("shapes_lcm", **{"model.teacher": tiny}), one_device(), aot.compile_step
-    compiled = functools.cache(lambda: compile_step(aot.build(config, mesh)[0], config, {}))
-    monkeypatch.setattr(aot, "compile_step", lambda *args: compiled())
+def test_what_a_run_holds_beside_the_step_must_fit_too(compiled, monkeypatch):
+    (config, _, compiled), mesh = compiled, one_device()
+    monkeypatch.setattr(aot, "compile_step", lambda *args: compiled)
     found = aot.report(config, mesh, {}, chips.CHIPS["v5e"])
     memory = found["memory"]
     teacher, _ = student_lib.shapes(config)

@@ -1,4 +1,4 @@
-"""Every file in configs/: a card, valid values, and one step of `train` on random folders of its architecture.
+"""Every file in configs/: a card, valid values, and its step, traced and run, on random folders of its architecture.
 
 The models are reduced, and so is the batch; everything else is the file's own.
 """
@@ -7,6 +7,7 @@ import re
 import runpy
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny_family
@@ -14,8 +15,10 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from lcm_jax import config as config_lib
-from lcm_jax import train
+from lcm_jax import student as student_lib
+from lcm_jax import train, training_step
 from lcm_jax.errors import LcmError
+from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.checkpoints import checkpoint
 from lcm_jax.runtime.reporting import telemetry
 
@@ -27,7 +30,6 @@ FAMILIES = {
     "ssd1b_lcm": "ssd-1b", "ssd1b_lcm_lora": "ssd-1b",
 }  # fmt: skip
 EMBEDDED = {name for name in FILES if name.startswith("shapes_")}
-QUICK = ("sd21_lcm", "ssd1b_lcm_lora")  # LCF is in test_train.py too, XL without w in test_family_runs.py
 
 
 def load(name: str) -> ConfigDict:
@@ -120,7 +122,24 @@ def test_the_hyper_parameters_are_the_published_ones(name):
     assert {key: values[key] for key in PUBLISHED[name]} == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FILES])
+@pytest.mark.parametrize("name", FILES)
+def test_the_step_traces(name):
+    """From shapes alone, as `train` builds it: the state keeps its shapes, the loss is one number."""
+    config = config_lib.resolve(reduced(name))
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    program = training_step.make(config, *student_lib.shapes(config), mesh)
+    state, metrics = jax.eval_shape(program.step, program.state, program.frozen, program.batch, program.key)
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, program.state)
+    assert all(jax.tree.leaves(same)) and metrics["loss"].shape == ()
+    weights = flatten_dict(state.params, sep="/")
+    if config.lora.rank:
+        assert all("/lora_" in key for key in weights)
+    else:
+        assert ("time_embedding/cond_proj/kernel" in weights) == (config.distill.w_embedding_dim > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
 def test_one_step(name, tmp_path):
     config = reduced(name)
     state = train.train(config, tmp_path / "run")

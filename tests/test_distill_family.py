@@ -74,6 +74,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_loss_and_gradient_match_torch_from_the_caption_on(case):
     family, prediction_type, folder = CASES[case]
     torch_cond, torch_null = encoded_by_torch(folder())

@@ -36,7 +36,8 @@ def make_problem(kind: str, prediction_type: str, distance=losses.l2) -> objecti
     return dataclasses.replace(whole, student=lora.Adapted(unet, SCALE), teacher=unet)
 
 
-CASES = [("sd1", "epsilon"), ("sd2", "v_prediction"), ("sdxl", "epsilon")]
+CASES = [("sd2", "v_prediction"),
+         *(pytest.param(kind, "epsilon", marks=pytest.mark.slow) for kind in ("sd1", "sdxl"))]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "prediction_type"), CASES)

@@ -159,7 +159,9 @@ def loss_and_gradient(family: str, prediction_type: str):
     return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what takes time here
 
 
-CASES = [("sd1", p, d) for p in ("epsilon", "v_prediction") for d in ("l2", "huber")] + [("sdxl", "epsilon", "huber")]
+CASES = [("sd1", "epsilon", d) for d in ("l2", "huber")]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in (
+    ("sd1", "v_prediction", "l2"), ("sd1", "v_prediction", "huber"), ("sdxl", "epsilon", "huber"))]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "prediction_type", "distance"), CASES)

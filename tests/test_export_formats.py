@@ -1,6 +1,6 @@
 """`python -m lcm_jax.export`: LoRA files, merged pipelines, single files, students without w embedding, LCF runs.
 
-One LoRA run comes from the training program itself; the other workdirs are written as training leaves them.
+Workdirs are written as training leaves them (a LoRA run's by test_train.py's slow one).
 """
 
 import json
@@ -14,7 +14,6 @@ import safetensors
 import tiny
 from test_export import diffusers_pictures, make_run
 from test_sample import arrays, draw
-from test_train import LORA, command
 
 from lcm_jax import export, pretrained
 from lcm_jax import generate as generate_lib
@@ -29,15 +28,17 @@ TINY_RUN = {"distill.w_embedding_dim": 0, "sample.guidance_scale": 1.0}
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    return tiny.build("teacher", tmp_path_factory.mktemp("formats") / "teacher")
+    """Of two levels: the default adapters are on the downsampler, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny.TRAINING_FOLDERS, "teacher", ("small", *tiny.TRAINING_FOLDERS["teacher"][1:]))
+        return tiny.build("teacher", tmp_path_factory.mktemp("formats") / "teacher")
 
 
 @pytest.fixture(scope="module")
 def lora_run(teacher, tmp_path_factory) -> Path:
-    """The workdir of a LoRA run that `lcm_jax.train` made."""
     workdir = tmp_path_factory.mktemp("formats") / "run"
-    options = (*LORA, "--config.sample.guidance_scale=1", "--config.train.ema_decay=0", "--config.train.steps=40")
-    assert command(workdir, teacher, *options) == 0
+    changes = {"lora.rank": 4, "lora.alpha": 8.0, "train.steps": 40, "train.ema_decay": 0.0}
+    make_run(workdir, teacher, steps=(40,), **TINY_RUN, **changes)
     return workdir
 
 
@@ -253,7 +254,8 @@ def test_a_single_file_with_and_without_w(tmp_path, capsys, monkeypatch):
 def test_lcf_runs_export_what_their_student_is(rank, tmp_path, capsys):
     """No teacher; the student is an LCM with w embedding, trained whole or by adapters."""
     lcm = tiny.copy("lcm", tmp_path / "lcm")
-    changes = {"objective": "lcf", "model.student": str(lcm), "lora.rank": rank, "lora.alpha": 4.0}
+    changes = {"objective": "lcf", "model.student": str(lcm), "lora.rank": rank, "lora.alpha": 4.0,
+               "lora.targets": ("to_q", "conv1")}  # fmt: skip
     make_run(tmp_path / "run", None, steps=(3,), **changes)
     out, form = tmp_path / "model", "merged" if rank else "pipeline"
     assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={out}", f"--format={form}", "--verify"]) == 0

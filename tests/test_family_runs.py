@@ -23,9 +23,9 @@ from lcm_jax.diffusion import denoiser, guidance
 from lcm_jax.pretrained import names
 from lcm_jax.student import load_student, load_teacher
 
-QUICK = ("tiny-sd",)
 PROMPTS = ("a red circle", "hello")
 W = np.array([3.0, 11.5], np.float32)
+pytestmark = pytest.mark.slow  # test_configs.py traces these steps, test_export*.py exports them
 
 
 def run(teacher: Path, workdir: Path, **changes) -> tuple[config_lib.ConfigDict, dict]:
@@ -70,9 +70,7 @@ def torch_output(unet, z, t, cond, w) -> np.ndarray:
     return out.permute(0, 2, 3, 1).numpy()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in tiny_family.FAMILY]
-)
+@pytest.mark.parametrize("name", tiny_family.FAMILY)
 def test_trained_and_exported_it_is_the_same_model_in_diffusers(name, tmp_path):
     config, weights = run(tiny_family.folder(name), tmp_path / "run")
     out = exported(tmp_path / "run", tmp_path / "out")
@@ -116,7 +114,6 @@ def check_pictures(pipe, ours: np.ndarray, monkeypatch, guidance_scale: float) -
     assert difference <= 2
 
 
-@pytest.mark.slow
 def test_sdxl_draws_the_same_pictures_in_diffusers(tmp_path, monkeypatch):
     run(tiny_family.folder("sdxl", short=True), tmp_path / "run")
     out = exported(tmp_path / "run", tmp_path / "out")

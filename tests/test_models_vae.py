@@ -103,7 +103,7 @@ def test_tiny_has_the_published_parameters():
     assert len(names.torch_table(taesd.AutoencoderTiny())) == 134
 
 
-@pytest.mark.parametrize("size", [(56, 72), (72, 20)])
+@pytest.mark.parametrize("size", [(72, 20), pytest.param((56, 72), marks=pytest.mark.slow)])
 def test_tiling_matches_diffusers(size):
     """Tiles of 32 px, with ragged edges and slivers narrower than the blend."""
     model, module, variables = pair("sd")

@@ -171,6 +171,7 @@ def run(config, workdir):
     return [record["loss"] for record in telemetry.read_metrics(workdir)], traces
 
 
+@pytest.mark.slow
 def test_training_from_a_cache_is_training_from_pictures(teacher, centred, tmp_path):
     """With half of the captions dropped; and the step is one program for all."""
     losses, traces = run(make_config(teacher, caption_dropout=0.5), tmp_path / "pictures")

@@ -31,6 +31,7 @@ def torch_flops(workload: Workload) -> float:
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_sampling_asks_for_the_same_products_on_both_sides():
     """Text encoder, 4 steps, decoding: FLOPs counted in the jaxpr and by torch while it runs."""
     ours = jax_side._sampling_flops(jax_side._pipeline(SMALL["sample"]), SMALL["sample"])
@@ -38,6 +39,7 @@ def test_sampling_asks_for_the_same_products_on_both_sides():
 
 
 @pytest.mark.parametrize("kind", ["lcd", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_training_steps_ask_for_the_same_products_on_both_sides(kind):
     """Teacher twice, target, student, its gradient. Of adapters the order of products may differ a little."""
     config = side.training_config(SMALL[kind])

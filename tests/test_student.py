@@ -25,7 +25,7 @@ def make_lcm(teacher: Path, target: Path, dim: int | None = DIM, **record) -> Pa
     """A pipeline as `teacher`, its UNet an LCM's with random weights; `record`: its lcm_config.json."""
     shutil.copytree(teacher, target)
     shutil.rmtree(target / "unet")
-    unet = UNet2DConditionModel(**tiny.UNETS["small"], time_cond_proj_dim=dim)
+    unet = UNet2DConditionModel(**tiny.UNETS["micro"], time_cond_proj_dim=dim)
     tiny.randomise(unet, 31).save_pretrained(target / "unet")
     if record:
         tiny.write_json(target / RECORD, record)

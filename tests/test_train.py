@@ -218,10 +218,13 @@ def test_more_steps_go_on_until_one_is_not_finite(whole, teacher, tmp_path, caps
     assert f"trained to step {bad_step - 1} already" in capsys.readouterr().err
 
 
-LORA = ("--config.lora.rank=4", "--config.lora.alpha=8", "--config.distill.w_embedding_dim=0")
+TARGETS = tuple(name for name in lora.DEFAULT_TARGETS if name != "downsamplers.0.conv")  # the teacher has one level
+LORA = ("--config.lora.rank=4", "--config.lora.alpha=8", "--config.distill.w_embedding_dim=0",
+        f"--config.lora.targets={TARGETS}")  # fmt: skip
 FEW = ("--config.sample.every=6", *PICTURES[1:], "--config.checkpoint.every=6", "--config.log.every=2")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(teacher, tmp_path, capsys, monkeypatch):
     """At the next step that looks, not at the next checkpoint, which may be hours away."""
     def full(folder):
@@ -233,6 +236,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(teacher, tmp_path, cap
     assert 100 <= logged(tmp_path / "run")[-1][0] < 195 and saved_steps(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_lora_run_saves_adapters_alone_and_goes_on_bit_for_bit(teacher, tmp_path):
     options = (*FEW, *LORA, "--config.sample.guidance_scale=1", "--config.train.ema_decay=0")
     halves, whole = tmp_path / "halves", tmp_path / "whole"
@@ -250,12 +254,13 @@ def test_a_lora_run_saves_adapters_alone_and_goes_on_bit_for_bit(teacher, tmp_pa
             np.testing.assert_array_equal(a[name], a[name.replace("params/", "ema_params/", 1)])
             assert np.any(a[name])
     config = json.loads((whole / "config.json").read_text())
-    assert config["lora"] == {"rank": 4, "alpha": 8.0, "targets": list(lora.DEFAULT_TARGETS)}
+    assert config["lora"] == {"rank": 4, "alpha": 8.0, "targets": list(TARGETS)}
     pictures = snapshot(whole / "samples")
     assert list(pictures) == ["00000006.png", "00000012.png"] and pictures == snapshot(halves / "samples")
     assert pictures["00000006.png"] != pictures["00000012.png"]
 
 
+@pytest.mark.slow
 def test_an_lcf_run_takes_the_lcm_alone_or_beside_a_pipeline(teacher, tmp_path):
     """A bare UNet with the teacher's other parts, stopped halfway; the same UNet in a pipeline, at once, no teacher."""
     lcm = make_lcm(teacher, tmp_path / "lcm")

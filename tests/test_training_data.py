@@ -119,6 +119,7 @@ def read_by(processes: int, config, folder: Path, start: int, steps: int, worker
     return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0].files}
 
 
+@pytest.mark.slow
 def test_real_processes_share_the_batches_and_go_on_for_each_other(paths, reference, tmp_path):
     """One stream by 2 processes, by 4, and by 2 that stop at batch 5, from where one with two workers goes on."""
     config = config_of("webdataset", paths["webdataset"])
@@ -189,6 +190,7 @@ def test_damaged_records_are_named_and_nothing_good_is_lost(damaged, pipeline):
     assert set(counts) == set(pixels) and words.keys() == {ids.tobytes() for ids in captions}
 
 
+@pytest.mark.slow
 def test_a_training_on_damaged_shards_finishes_and_lists_them(damaged, tmp_path, capsys):
     pattern, _, reasons = damaged
     config = config_of("webdataset", pattern)
@@ -204,6 +206,7 @@ def test_a_training_on_damaged_shards_finishes_and_lists_them(damaged, tmp_path,
     assert all(said.count(fault["reason"]) >= 1 for fault in listed) and "1994 records" in said
 
 
+@pytest.mark.slow
 def test_too_many_damaged_records_stop_a_training_that_loses_nothing(damaged, tmp_path):
     """The index finds 6 of the 10; the run stops at the 8th, is saved there, and goes on when it may."""
     config = config_of("webdataset", damaged[0])

@@ -59,6 +59,7 @@ def teacher(tmp_path_factory) -> Path:
     return tiny.build("teacher", tmp_path_factory.mktemp("step") / "teacher")
 
 
+@pytest.mark.slow
 def test_a_sharded_step_with_all_switches_is_the_step(teacher):
     for case, about in told(teacher, QUICK).items():
         check(case, **about)

@@ -58,6 +58,7 @@ def torch_losses(config, steps: int) -> list[float]:
     return [float(torch_lcd.train_step(trainer, batch(step), draw(step))) for step in range(steps)]
 
 
+@pytest.mark.slow
 def test_first_losses_are_the_same():
     """To rounding. With Adam's usual eps the first update is the gradient's sign, which for gradients that are nothing
     but rounding (a bias before a norm) is a coin's; with a larger one it is smooth, and the test sharp.
@@ -98,6 +99,7 @@ def test_w_embedding_of_the_reference():
     parity.close(found[128:131], [-0.5247832, 0.5391213, -0.9999302], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_stopped_torch_run_goes_on_and_is_exported(tmp_path):
     """Four steps equal two and then two; the folder loads in diffusers and here, with the target's weights."""
     say = []
