@@ -7,15 +7,17 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 CORE   := $(VENV)/.core
 TESTS  := $(VENV)/.tests
+TESTS_CORE := $(VENV)/.tests-core
 DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
 
-.PHONY: help demo demo-full notebooks test test-slow test-gpu test-tpu-aot lint install install-test clean
+.PHONY: help demo demo-full notebooks test test-core test-slow test-gpu test-tpu-aot lint install install-test clean
 
 help:
 	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about five minutes"
 	@echo "make demo-full  the same, with the teacher's rows of the table computed anew"
 	@echo "make notebooks  execute notebooks/ from clean kernels, outputs in place"
 	@echo "make test       the default suite        make test-slow  full-size models"
+	@echo "make test-core  the tests that need no torch, for a Python that has none (PYTHON=python3.13 VENV=.venv313)"
 	@echo "make test-gpu   tests on an accelerator  make test-tpu-aot  compiling for TPUs, without one"
 	@echo "make lint       ruff                     make clean"
 
@@ -30,6 +32,10 @@ $(CORE): setup.py constraints.txt | $(PY)
 
 $(TESTS): $(CORE)
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(TESTS_CORE): $(CORE)
+	$(PIP) --editable '.[test-core]'
 	@touch $@
 
 install: $(CORE)
@@ -49,6 +55,9 @@ notebooks: $(TESTS)
 # A file's tests stay in one process: they share models and compiled programs.
 test: $(TESTS)
 	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+
+test-core: $(TESTS_CORE)
+	$(PY) -m pytest --without-torch --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 test-slow: $(TESTS)
 	$(PY) -m pytest -m slow --numprocesses=2 --dist=loadfile

@@ -7,12 +7,13 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 readme = here / "README.md"
 
+JAX = ">=0.10.2,<0.13"  # Python 3.11 gets 0.10.2, the last that supports it
 CORE = [
     "absl-py",
     "flax>=0.12",
     "grain>=0.2.18",
     "huggingface_hub",
-    "jax>=0.10.2,<0.12",
+    f"jax{JAX}",
     "ml-collections>=1.0",
     "numpy>=2.0",
     "optax>=0.2.5",
@@ -27,6 +28,7 @@ DATA = ["array_record>=0.8", "datasets>=5", "opencv-python-headless>=5", "tensor
 PLOT = ["matplotlib>=3.9"]
 NOTEBOOKS = [*PLOT, "ipykernel", "ipywidgets", "nbconvert>=7"]  # ipywidgets: tqdm warns of its absence
 TORCH = ["torch>=2.6", "diffusers>=0.35", "accelerate", "peft"]  # lcm_jax.export --verify
+TEST_CORE = [*DATA, *NOTEBOOKS, "pytest>=8", "pytest-xdist", "ruff"]
 
 setup(
     name="lcm_jax",
@@ -44,9 +46,10 @@ setup(
         "torch": TORCH,
         "plot": PLOT,  # figures of lcm_jax.evaluate and the experiments
         "notebooks": NOTEBOOKS,  # 05 needs "torch", too
-        "test": [*DATA, *TORCH, *NOTEBOOKS, "pytest>=8", "pytest-xdist", "ruff"],  # TORCH: the tests' oracles
-        "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
-        "tpu": ["jax[tpu]>=0.10.2,<0.12"],  # lcm_jax.aot needs this extra, and no TPU
+        "test": [*TEST_CORE, *TORCH],  # TORCH: the tests' oracles
+        "test-core": TEST_CORE,  # for `make test-core`, where there is no torch for this Python
+        "cuda": [f"jax[cuda13]{JAX}"],
+        "tpu": [f"jax[tpu]{JAX}"],  # lcm_jax.aot needs this extra, and no TPU
         "wandb": ["wandb"],
         "data": DATA,  # latent caches, data sets of Hugging Face and TFDS, OpenCV; tar shards and folders need nothing
         "demo": [],  # nor does `make demo`
@@ -56,6 +59,7 @@ setup(
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )
