@@ -20,9 +20,8 @@ import dataclasses
 import os
 from typing import Any
 
-from jax._src.clusters import ClusterEnv
-
 from lcm_jax.errors import LcmError
+from lcm_jax.runtime.jax_private import cluster_types
 
 ALONE = "or --num_processes=1 where this is a run of one process"
 _LAUNCHERS = (  # count, index, whose detection by jax finds process 0; mpirun in a SLURM job shows both and is right
@@ -92,7 +91,8 @@ def find(
         raise LcmError(f"{said}={count} says that there are several processes, but not which one this is; start them "
                        f"with srun (SLURM) or give --coordinator, --num_processes and --process_id, {ALONE}")
     address = coordinator or _coordinator()
-    cluster = cluster or next((known for known in _known() if known.name == kind and known.is_env_present()), None)
+    if cluster is None:
+        cluster = next((known for known in cluster_types() if known.name == kind and known.is_env_present()), None)
     if address is None and cluster is not None:
         port = os.environ.get("JAX_COORDINATOR_PORT")
         address = _ask(cluster, lambda: cluster.get_coordinator_address(timeout, port))
@@ -165,14 +165,10 @@ def _refuse_coordinator_alone(coordinator: str | None) -> None:
                        f"one this is; give --num_processes and --process_id, {ALONE}")
 
 
-def _known() -> list[Any]:
-    return [known for known in ClusterEnv._cluster_types if not known.opt_in_only_method]
-
-
 def _detected() -> Any:
     """What jax detects beside the launchers above: TPU pods, and indexed Kubernetes jobs."""
     indexed = "JOB_COMPLETION_INDEX" in os.environ
-    for known in _known():
+    for known in cluster_types():
         if known.name in ("ompi", "slurm") or (known.__name__ == "K8sCluster" and not indexed):  # as any pod does
             continue
         if _ask(known, known.is_env_present):

@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 
 import jax
 from absl import flags
-from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
 from lcm_jax import errors
 from lcm_jax.errors import LcmError
+from lcm_jax.runtime import jax_private
 from lcm_jax.runtime.processes import cluster
 from lcm_jax.runtime.processes.roll_call import roll_call
 
@@ -40,7 +40,6 @@ _LEAVE = 5  # seconds that a failing process gives the others to fail at the sam
 _WAIT = 1800  # seconds to wait for processes that live: the heartbeats tell of those that do not
 _LOOPBACK = ("localhost", "127.", "[::1]", "::1")
 _FLAGS = ("coordinator", "num_processes", "process_id", "init_timeout")
-_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # key by which jax's preemption service tells all processes of a SIGTERM
 _meetings, _steps = itertools.count(), itertools.count(1)
 
 
@@ -137,7 +136,7 @@ def everywhere(call: Callable[[], T], timeout: float = _WAIT) -> T:
     """
     if not jax.distributed.is_initialized():
         return call()
-    client, meeting = jax_distributed.global_state.client, f"lcm_jax/everywhere/{next(_meetings)}"
+    client, meeting = jax_private.client(), f"lcm_jax/everywhere/{next(_meetings)}"
     value, failure = None, None
     try:
         value = call()
@@ -161,7 +160,7 @@ def anywhere(flag: bool) -> bool:
     """Whether `flag` is true on any process. All come here as to `everywhere`, within its default time."""
     if not jax.distributed.is_initialized():
         return flag
-    client, key = jax_distributed.global_state.client, f"lcm_jax/anywhere/{next(_meetings)}"
+    client, key = jax_private.client(), f"lcm_jax/anywhere/{next(_meetings)}"
     if flag:
         client.key_value_set(f"{key}/{jax.process_index():09d}", "yes")
     everywhere(lambda: None)
@@ -176,12 +175,12 @@ def said(error: BaseException) -> str:
 def tell_failure(key: str, what: str) -> None:
     """Leaves word for the others under `key` that this process failed, from whichever thread; see `first_failure`."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone; jax ends this one as well
-        jax_distributed.global_state.client.key_value_set(f"{key}/{jax.process_index():09d}", what)
+        jax_private.client().key_value_set(f"{key}/{jax.process_index():09d}", what)
 
 
 def first_failure(key: str) -> str:
     """What the first process said that failed, "process 1 of 2: ..."; "" where none did. Waits for nobody."""
-    failed = sorted(jax_distributed.global_state.client.key_value_dir_get(f"{key}/"))
+    failed = sorted(jax_private.client().key_value_dir_get(f"{key}/"))
     return f"process {int(failed[0][0].rsplit('/', 1)[1])} of {jax.process_count()}: {failed[0][1]}" if failed else ""
 
 
@@ -189,7 +188,7 @@ def same(what: str, value: Any) -> None:
     """Raises LcmError on every process unless all have the same `value` (its str) of what is named `what`."""
     if not jax.distributed.is_initialized():
         return
-    client, key = jax_distributed.global_state.client, f"lcm_jax/same/{next(_meetings)}"
+    client, key = jax_private.client(), f"lcm_jax/same/{next(_meetings)}"
     if jax.process_index() == 0:
         client.key_value_set(key, str(value))
     first = client.blocking_key_value_get(key, 1000 * _WAIT)
@@ -205,7 +204,7 @@ def same(what: str, value: Any) -> None:
 def stop_asked() -> bool:
     """Whether any of several processes got a SIGTERM, or asks to stop; at which step they hear of it differs."""
     try:
-        return bool(jax_distributed.global_state.client.key_value_try_get(_NOTICE))
+        return bool(jax_private.client().key_value_try_get(jax_private.PREEMPTION_NOTICE))
     except jax.errors.JaxRuntimeError:  # no such key
         return False
 
@@ -213,7 +212,8 @@ def stop_asked() -> bool:
 def ask_to_stop() -> None:
     """Stops all of several processes as a SIGTERM to this one would, from whichever thread: where each asks next."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # a signal was before it
-        jax_distributed.global_state.client.key_value_set(_NOTICE, datetime.datetime.now(datetime.UTC).isoformat())
+        now = datetime.datetime.now(datetime.UTC).isoformat()
+        jax_private.client().key_value_set(jax_private.PREEMPTION_NOTICE, now)
 
 
 def stop_agreed() -> bool:
@@ -250,6 +250,6 @@ def _leave(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        jax_distributed.global_state.client.wait_at_barrier("lcm_jax/leave", 1000 * _LEAVE)
+        jax_private.client().wait_at_barrier("lcm_jax/leave", 1000 * _LEAVE)
         shutdown()
     os._exit(code)  # threads may wait for another process still, as for its part of a checkpoint

@@ -1,0 +1,30 @@
+"""Everything private of jax that this package uses; tests/test_runtime_jax_private.py tries it on the installed jax.
+
+The processes of a run need, without public replacement:
+
+- the key-value store and the barriers of the service that `jax.distributed.initialize` starts. What jax offers in
+  their place (`jax.experimental.multihost_utils`) are collectives of devices, to which a process that has failed cannot
+  come, and which no thread beside the training loop may start;
+- what `jax.distributed.initialize` would detect, without joining at once: `roll_call` finds missing processes first;
+- the key under which jax's preemption service stores a SIGTERM: the public `reached_preemption_sync_point` only says
+  whether to stop after this step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax._src import distributed
+from jax._src.clusters import ClusterEnv
+
+PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
+
+
+def client() -> Any:
+    """The connection to the service of a run of several processes; None before `jax.distributed.initialize`."""
+    return distributed.global_state.client
+
+
+def cluster_types() -> list[Any]:
+    """The environments that `jax.distributed.initialize` looks for, in its order, as classes."""
+    return [known for known in ClusterEnv._cluster_types if not known.opt_in_only_method]

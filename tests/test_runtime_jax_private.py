@@ -1,0 +1,75 @@
+"""What the package uses of jax's private parts is there and does what it counts on; and nobody else uses any."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from test_runtime_distributed import free_port
+
+from lcm_jax.runtime import jax_private
+from lcm_jax.runtime.processes import distributed
+
+ROOT = Path(__file__).parents[1]
+PRIVATE = re.compile(r"\b_src\b|^\s*(import|from) jaxlib\b", re.MULTILINE)
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """This process as the only one of a run, with a service of its own."""
+    jax.devices()  # made now, they do not depend on the service
+    state, address = type(jax_private.distributed.global_state)(), f"127.0.0.1:{free_port()}"
+    monkeypatch.setattr(jax_private.distributed, "global_state", state)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take this process's SIGTERM for good
+    state.initialize(address, 1, 0, cluster_detection_method="deactivate", coordinator_bind_address=address)
+    yield
+    state.shutdown()
+    jax.config.update("jax_enable_preemption_service", True)
+
+
+def test_the_service(joined):
+    client = jax_private.client()
+    client.key_value_set("kept/2", "two")
+    client.key_value_set("kept/1", "one")
+    assert sorted(client.key_value_dir_get("kept/")) == [("kept/1", "one"), ("kept/2", "two")]
+    assert client.key_value_dir_get("other/") == []
+    assert client.blocking_key_value_get("kept/1", 1000) == client.key_value_try_get("kept/1") == "one"
+    client.wait_at_barrier("met", 1000)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        client.key_value_set("kept/1", "another")
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        client.key_value_try_get("nothing")
+
+
+def test_what_is_built_on_it(joined):
+    assert distributed.everywhere(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        distributed.everywhere(lambda: 1 / 0)
+    assert distributed.anywhere(True)
+    assert not distributed.anywhere(False)
+    distributed.same("the seed", 5)
+    assert not distributed.stop_asked()
+    distributed.ask_to_stop()
+    distributed.ask_to_stop()
+    assert distributed.stop_asked()
+    assert distributed.first_failure("run") == ""
+    distributed.tell_failure("run", "disk full")
+    assert distributed.first_failure("run") == "process 0 of 1: disk full"
+
+
+def test_no_service_before_processes_join():
+    assert jax_private.client() is None
+
+
+def test_cluster_types():
+    kinds = jax_private.cluster_types()
+    assert {"ompi", "slurm"} < {kind.name for kind in kinds}
+    assert "K8sCluster" in {kind.__name__ for kind in kinds}
+    calls = ("is_env_present", "get_process_count", "get_process_id", "get_coordinator_address")
+    assert all(callable(getattr(kind, call)) for kind in kinds for call in calls)
+
+
+def test_one_file_uses_private_parts():
+    files = [file for folder in ("lcm_jax", "experiments", "configs") for file in (ROOT / folder).rglob("*.py")]
+    users = [file.relative_to(ROOT).as_posix() for file in files if PRIVATE.search(file.read_text())]
+    assert users == ["lcm_jax/runtime/jax_private.py"]
