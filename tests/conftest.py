@@ -18,6 +18,7 @@ import jax  # noqa: E402
 import parity  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
+from needs_torch import needs_torch  # noqa: E402
 
 _cache = Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))  # programs that tests start share it
@@ -31,6 +32,22 @@ flags.FLAGS.mark_as_parsed()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity", type=int, default=0, metavar="N", help="list the N comparisons nearest their bounds")
+    parser.addoption("--without-torch", action="store_true", help="leave out the files that cannot be imported then")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.left_out = needs_torch(Path(__file__).parent) if config.getoption("without_torch") else set()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return collection_path in config.left_out or None
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if not config.left_out:
+        return None
+    files = set(Path(__file__).parent.rglob("test_*.py"))
+    return f"without torch: {len(files - config.left_out)} of {len(files)} test files, the others import it"
 
 
 @pytest.hookimpl(wrapper=True)
