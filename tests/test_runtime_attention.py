@@ -100,7 +100,7 @@ def test_of_a_rematerialised_splash_its_output_and_log_sums_can_be_kept():
     def kept(policy):
         fn = jax.checkpoint(functools.partial(attention.splash_attention, interpret=True), policy=policy)
         _, backward = jax.eval_shape(lambda *qkv: jax.vjp(fn, *qkv), *qkv)
-        return sum(leaf.size for leaf in jax.tree.leaves(backward))
+        return sum(leaf.size for leaf in jax.tree.leaves(backward) if leaf.dtype == qkv[0].dtype)  # not the mask's int8
 
     assert kept(names) - kept(None) == qkv[0].size + qkv[0].size // 8
 

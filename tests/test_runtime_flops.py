@@ -73,7 +73,7 @@ def test_a_loop_of_unknown_length_is_refused_only_where_it_multiplies():
 
 
 def test_shard_map_counts_all_devices():
-    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
     f = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec("data"))
     assert flops.count(f, f32(8, 6), f32(6, 5)) == 2 * 8 * 6 * 5
