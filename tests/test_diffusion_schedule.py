@@ -32,11 +32,10 @@ def test_tables_equal_diffusers(diffusers, name, betas, rescale):
         }
         want = diffusers.DDPMScheduler(**config).alphas_cumprod.numpy()
         got = schedule.from_config(config).alphas_cumprod
-        parity.close(got, want, atol=1e-6, rtol=0)
+        # Rescaled betas are rounded one by one, and a product of 1000 of them adds that up as independent errors.
+        parity.close(got, want, atol=32 * parity.EPS if rescale else 0, rtol=3e-7)
         if rescale:
             assert got[-1] == 0
-        else:
-            parity.close(got, want, rtol=3e-7)
 
 
 @pytest.mark.parametrize("name", ("LCMScheduler", "TCDScheduler", "DDPMScheduler", "DDIMScheduler"))
@@ -47,6 +46,7 @@ def test_missing_keys_have_the_defaults_of_the_class(diffusers, name):
 
 
 def test_reference_values_of_stable_diffusion():
+    """Bounds: half a unit of the last digit of the ratios and of sigma, which is all there is."""
     table = schedule.from_config(LATENT)
     t = np.array([0, 19, 499, 999])
     parity.close(table.alphas_cumprod[t], [0.99915, 0.982244, 0.277670, 0.0046601], atol=1e-6)

@@ -184,10 +184,8 @@ def test_loss_and_gradient_match_torch(family, prediction_type, distance):
     assert got_loss.dtype == jnp.float32 and got_loss.shape == ()
     parity.close(got_loss, want_loss.item(), rtol=1e-4)
     assert got.keys() == want.keys() and "time_embedding/cond_proj/kernel" in want
-    errors = {key: np.linalg.norm(got[key] - want[key]) / np.linalg.norm(want[key]) for key in want}
-    worst = max(errors, key=errors.get)
-    print(f"loss {got_loss:.6g} {abs(got_loss / want_loss.item() - 1):.1e}; gradient {errors[worst]:.1e} ({worst})")
-    assert errors[worst] <= 1e-4, f"{worst}: {errors[worst]}"
+    for key, value in want.items():
+        parity.near(got[key], value, 1e-4, key)
     assert all(np.any(value) for value in want.values())
 
 
@@ -195,7 +193,7 @@ def test_loss_and_gradient_match_torch(family, prediction_type, distance):
 def test_w_embedding_matches_the_pipeline(dim):
     w = np.concatenate([W, np.linspace(2, 15, 9, dtype=np.float32)])
     want = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, torch.from_numpy(w), dim)
-    parity.close(guidance.w_embedding(w, dim), want.numpy(), rtol=0, atol=1e-3)
+    parity.close(guidance.w_embedding(w, dim), want.numpy(), rtol=0, atol=parity.sinusoid(1000 * w, dim, 1))
 
 
 def test_a_fresh_student_equals_its_teacher_for_every_w():

@@ -146,7 +146,7 @@ def test_sdxl_in_half_precision_is_rounded_from_the_same_but_for_its_sizes(tmp_p
         np.testing.assert_array_equal(found.pop("time_ids"), expected["time_ids"])
         for name, value in found.items():
             assert value.dtype == np.float32 and (value == value.astype(np.float16)).all()
-            parity.close(value, expected[name], rtol=1e-3, atol=1e-4)
+            parity.close(value, expected[name], rtol=1.5 * parity.HALF, atol=1e-4)  # rounded: half a unit
     crops = [tuple(cached.row(0, rank)["time_ids"][2:4]) for rank in range(40)]
     assert len(set(crops)) > 10 and sum(a != b for a, b in zip(crops[::2], crops[1::2], strict=True)) > 10
 

@@ -1,0 +1,285 @@
+"""Wrong answers that the tests must notice: `make test-mutants`, or `python tests/mutants.py WORD ...` for some.
+
+A mutant is one change of one file of lcm_jax, made in a copy of the package and its tests; one of its tests must fail.
+A bound that lets rounding through on every CPU must not let an error through, so of a mutant that changes numbers a
+bound (see parity.py) must be exceeded at least `FACTOR` times. The tests named here must pass on the unchanged copy.
+"""
+
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("lcm_jax", "tests", "experiments", "configs", "pyproject.toml", "setup.py", "README.md")
+FACTOR = 10.0
+
+
+class Mutant(NamedTuple):
+    """`old`, which occurs once in lcm_jax/`file`, becomes `new`.
+
+    Attributes:
+      tests: what is run, relative to tests/, one of which must fail.
+      numeric: whether a bound must be exceeded `FACTOR` times; else any failure will do.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    numeric: bool = True
+
+
+TABLES = ("test_diffusion_schedule.py::test_tables_equal_diffusers",)
+LCM = ("test_diffusion_samplers.py::test_lcm_equals_diffusers[4-epsilon]",)
+DDIM = ("test_diffusion_samplers.py::test_ddim_equals_diffusers[8-trailing-epsilon]",
+        "test_diffusion_samplers.py::test_ddim_equals_diffusers[8-trailing-v_prediction]")  # fmt: skip
+DPM = ("test_diffusion_samplers.py::test_dpm_solver_equals_diffusers[14-epsilon-trailing]",)
+DPM_PP = ("test_diffusion_samplers.py::test_dpm_solver_pp_equals_diffusers[8-trailing-epsilon]",)
+JUMPS = ("test_diffusion_solvers.py::test_second_order_jumps_equal_diffusers",)
+BOUNDARY = ("test_diffusion_guidance.py::test_boundary_scalings_reference_values",
+            "test_diffusion_guidance.py::test_boundary_scalings_equal_diffusers")  # fmt: skip
+W = ("test_diffusion_guidance.py::test_w_embedding_equals_the_diffusers_pipeline",)
+LCD = ("test_distill_objectives.py::test_loss_and_gradient_match_torch[sd1-epsilon-l2]",)
+STEP = ("test_distill_step.py::test_three_steps_match_torch_adamw[0.0]",)
+LAYERS = ("test_models_layers.py",)
+NORMS = ("test_models_norms.py",)
+CLIP = ("test_models_clip.py::test_matches_transformers",)
+UNET = ("test_models_unet.py::test_matches_diffusers[prefixed-even]",)
+VAE = ("test_models_vae.py::test_kl_decode[sd]", "test_models_vae.py::test_kl_encode")
+LORA_FILES = ("test_pretrained_lora_files.py::test_one_file_gives_the_model_that_diffusers_gives",)
+RESIZING = ("test_metrics_resizing.py",)
+TEACHER = ("test_sample.py::test_the_teacher_draws_what_diffusers_draws",)
+
+NUMBERS = [
+    # The schedule and what converts with it.
+    Mutant("scaled_linear betas as linear", "diffusion/schedule.py",
+           "_linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2",
+           "_linspace(beta_start, beta_end, num_train_timesteps)", TABLES),
+    Mutant("alpha_t is abar_t", "diffusion/schedule.py",
+           "return np.sqrt(self.alphas_cumprod)", "return self.alphas_cumprod",
+           ("test_diffusion_schedule.py::test_add_noise_and_velocity_equal_diffusers",)),
+    Mutant("v read as eps", "diffusion/schedule.py", "return alpha * z_t - sigma * output",
+           "return (z_t - sigma * output) / alpha", DDIM),
+    Mutant("eps read as v", "diffusion/schedule.py", "return (z_t - sigma * output) / alpha",
+           "return alpha * z_t - sigma * output", DDIM),
+    Mutant("sign of v", "diffusion/schedule.py", "return alpha * _float32(eps) - sigma * _float32(z)",
+           "return sigma * _float32(z) - alpha * _float32(eps)",
+           ("test_diffusion_schedule.py::test_add_noise_and_velocity_equal_diffusers",)),
+    # Samplers and solvers: one timestep off.
+    Mutant("lcm: the network's timestep is one off", "diffusion/samplers.py",
+           "model(x, t), x, alpha, sigma)\n        x = next_alpha",
+           "model(x, t - 1), x, alpha, sigma)\n        x = next_alpha",
+           LCM),
+    Mutant("lcm: boundary scalings one timestep off", "diffusion/samplers.py",
+           "boundary_scalings(t, sigma_data, timestep_scaling)",
+           "boundary_scalings(t + 1, sigma_data, timestep_scaling)",
+           ("test_diffusion_samplers.py::test_lcm_other_solver_grids_and_scalings",)),
+    Mutant("lcm: renoised to one timestep off", "diffusion/samplers.py",
+           "np.append(schedule.alphas[t[1:]], np.float32(1))", "np.append(schedule.alphas[t[1:] - 1], np.float32(1))",
+           LCM),
+    Mutant("ddim: ends one timestep off", "diffusion/samplers.py",
+           "prev = t - schedule.num_train_timesteps // num_steps",
+           "prev = t - schedule.num_train_timesteps // num_steps - 1", DDIM),
+    Mutant("ddim: always ends at abar = 1", "diffusion/samplers.py",
+           "final = np.float32(1) if set_alpha_to_one else schedule.alphas_cumprod[0]", "final = np.float32(1)",
+           ("test_diffusion_samplers.py::test_stable_diffusion_offsets",)),
+    Mutant("dpm_solver_pp: noise levels one timestep off", "diffusion/samplers.py",
+           "alpha, sigma, half_log_snr = scales(schedule.alphas_cumprod[t])",
+           "alpha, sigma, half_log_snr = scales(schedule.alphas_cumprod[np.maximum(t - 1, 0)])", DPM_PP),
+    Mutant("dpm_solver: the last step of order 2 from 14 steps on", "diffusion/samplers.py",
+           "_LOWER_ORDER_FINAL = 15", "_LOWER_ORDER_FINAL = 14", DPM),
+    Mutant("solver: jumps end one timestep off", "diffusion/solvers.py",
+           "end = np.maximum(start - skip, 0)", "end = np.maximum(start - skip + 1, 0)", LCD),
+    Mutant("solver: the second call at one timestep off", "diffusion/solvers.py",
+           "output = model(u, s)", "output = model(u, s - 1)", JUMPS),
+    Mutant("solver: the correction twice", "diffusion/solvers.py",
+           "(weights / (2 * q)).astype(np.float32)", "(weights / q).astype(np.float32)", JUMPS),
+    # Consistency function and guidance.
+    Mutant("c_skip and c_out swapped", "diffusion/consistency.py",
+           "return sigma_data**2 / total, u / jnp.sqrt(total)", "return u / jnp.sqrt(total), sigma_data**2 / total",
+           BOUNDARY),
+    Mutant("c_out with sigma_data", "diffusion/consistency.py",
+           "u / jnp.sqrt(total)", "sigma_data * u / jnp.sqrt(total)", BOUNDARY),
+    Mutant("sigma_data 1", "diffusion/consistency.py", "SIGMA_DATA = 0.5", "SIGMA_DATA = 1.0", BOUNDARY),
+    Mutant("timestep scaling 1", "diffusion/consistency.py", "TIMESTEP_SCALING = 10.0", "TIMESTEP_SCALING = 1.0",
+           BOUNDARY),
+    Mutant("guidance scale for w", "diffusion/guidance.py",
+           "return cond + expand_to(w, cond) * (cond - uncond)", "return uncond + expand_to(w, cond) * (cond - uncond)",
+           ("test_diffusion_guidance.py::test_guided_pair_still_makes_up_z_t",
+            "test_diffusion_guidance.py::test_guidance_zero_is_the_conditional_branch",
+            "test_diffusion_solvers.py::test_guiding_x0_and_eps_is_the_paper_s_guided_increment", *LCD)),
+    Mutant("w embedding of 999 w", "diffusion/guidance.py", "angles = (1000.0 * w)", "angles = (999.0 * w)", W),
+    Mutant("w embedding divides by h", "diffusion/guidance.py", "np.float32(half - 1)", "np.float32(half)", W),
+    Mutant("w embedding with cosines first", "diffusion/guidance.py", "[jnp.sin(angles), jnp.cos(angles)]",
+           "[jnp.cos(angles), jnp.sin(angles)]", W),
+    # The loss and the step.
+    Mutant("target: the network's timestep is one off", "distill/objectives.py",
+           "f(target_params, z_end, p.grid.prev_timesteps)", "f(target_params, z_end, p.grid.prev_timesteps + 1)", LCD),
+    Mutant("target: theta in place of theta^-", "distill/objectives.py", "stop_gradient(f(target_params, z_end,",
+           "stop_gradient(f(params, z_end,", LCD),
+    Mutant("null and caption exchanged", "diffusion/denoiser.py", "classifier_free(output[:, 0], output[:, 1], w)",
+           "classifier_free(output[:, 1], output[:, 0], w)", LCD),
+    Mutant("latents not scaled", "distill/objectives.py", "z = problem.scaling_factor * (", "z = (", LCD),
+    Mutant("posterior's variance for its deviation", "distill/objectives.py", "jnp.exp(0.5 * batch[",
+           "jnp.exp(1.0 * batch[", LCD),
+    Mutant("Huber c twice", "distill/losses.py", "c: float = 1e-3", "c: float = 2e-3", ("test_distill_losses.py",)),
+    Mutant("Huber without - c", "distill/losses.py", "+ c**2) - c)", "+ c**2))", ("test_distill_losses.py",)),
+    Mutant("EMA decay swapped", "distill/state.py", "decay * e + (1.0 - decay) * p", "(1.0 - decay) * e + decay * p",
+           ("test_distill_state.py::test_ema_distance_shrinks_geometrically",)),
+    Mutant("weight decay inside Adam", "distill/step.py",
+           "adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype)",
+           "adamw = optax.chain(optax.add_decayed_weights(weight_decay), "
+           "optax.adam(learning_rate, b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype))", STEP),
+    Mutant("clipped to twice the norm", "distill/step.py", "optax.clip_by_global_norm(max_grad_norm)",
+           "optax.clip_by_global_norm(2 * max_grad_norm)",
+           ("test_distill_step.py::test_three_steps_match_torch_adamw[0.1]",)),
+    # Networks.
+    Mutant("attention without its scale", "models/attention.py", "scale = q.shape[-1] ** -0.5", "scale = 1.0",
+           ("test_models_layers.py::test_softmax_is_float32_at_large_logits",)),
+    Mutant("attention scaled by the width of all heads", "models/attention.py", "scale = q.shape[-1] ** -0.5",
+           "scale = (q.shape[-1] * q.shape[-2]) ** -0.5", CLIP),
+    Mutant("logits in half precision", "models/attention.py",
+           'jnp.einsum("bnsd,bnld->bnsl", q, k, preferred_element_type=jnp.float32)',
+           'jnp.einsum("bnsd,bnld->bnsl", q, k)',
+           ("test_models_layers.py::test_softmax_is_float32_at_large_logits",)),
+    Mutant("attention covers later tokens", "models/attention.py", "keep = jnp.tril(", "keep = jnp.ones_like(",
+           ("test_models_layers.py::test_softmax_is_float32_at_large_logits", *CLIP)),
+    Mutant("quick_gelu as gelu", "models/clip.py", "x * nn.sigmoid(1.702 * x)", "nn.gelu(x, approximate=False)", CLIP),
+    Mutant("gelu as quick_gelu", "models/clip.py", "nn.gelu(x, approximate=False)", "x * nn.sigmoid(1.702 * x)", CLIP),
+    Mutant("gelu by tanh in CLIP", "models/clip.py", "nn.gelu(x, approximate=False)", "nn.gelu(x, approximate=True)",
+           CLIP),
+    Mutant("gelu by tanh in the UNet", "models/attention.py", "nn.gelu(gate, approximate=False)",
+           "nn.gelu(gate, approximate=True)", UNET),
+    Mutant("GEGLU's halves swapped", "models/attention.py", "value, gate = jnp.split", "gate, value = jnp.split", UNET),
+    Mutant("cosines and sines swapped", "models/layers.py", "[jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos",
+           "[jnp.sin(angles), jnp.cos(angles)] if not flip_sin_to_cos", LAYERS),
+    Mutant("freq_shift left out", "models/layers.py", "np.float32(half - freq_shift)", "np.float32(half)", LAYERS),
+    Mutant("variance in one pass", "models/layers.py", "group_mean(jnp.square(centred)) + self.epsilon",
+           "group_mean(jnp.square(x)) - jnp.square(group_mean(x)) + self.epsilon", LAYERS),
+    Mutant("GroupNorm without epsilon", "models/layers.py", "group_mean(jnp.square(centred)) + self.epsilon",
+           "group_mean(jnp.square(centred)) + 1e-20", LAYERS),
+    Mutant("LayerNorm's epsilon 1e-5 whatever is asked for", "models/layers.py",
+           ".mean(-1, keepdims=True) + self.epsilon", ".mean(-1, keepdims=True) + 1e-5", LAYERS),
+    Mutant("epsilon 1e-5 before the UNet's transformers", "models/attention.py", "GroupNorm(self.groups, 1e-6,",
+           "GroupNorm(self.groups, 1e-5,", NORMS, False),
+    Mutant("epsilon 1e-5 in the VAE", "models/vae.py", "EPSILON = 1e-6", "EPSILON = 1e-5", NORMS, False),
+    Mutant("epsilon 1e-6 in the UNet's resnets", "models/unet.py", "epsilon=self.norm_eps,", "epsilon=1e-6,", NORMS,
+           False),
+    Mutant("epsilon 1e-5 in CLIP whatever the config says", "models/clip.py",
+           "LayerNorm(self.layer_norm_eps, self.dtype", "LayerNorm(1e-5, self.dtype", NORMS, False),
+    Mutant("the UNet pads when it shrinks as XLA's SAME", "models/layers.py",
+           "pad = (0, 1) if self.asymmetric else (1, 1)", "pad = (0, 1)", UNET),
+    Mutant("the VAE pads on every side when it shrinks", "models/layers.py",
+           "pad = (0, 1) if self.asymmetric else (1, 1)", "pad = (1, 1)", VAE),
+    Mutant("logarithm of the deviation for that of the variance", "models/vae.py", "return mean, jnp.clip(logvar, ",
+           "return mean, jnp.clip(0.5 * logvar, ", VAE),
+    Mutant("pooled at the last token", "models/clip.py", "self.end_of_text(input_ids)[:, None, None]",
+           "0 * self.end_of_text(input_ids)[:, None, None] + input_ids.shape[1] - 1", CLIP),
+    # Adapters.
+    Mutant("LoRA: factors swapped", "models/lora.py", "* (a @ b.reshape(b.shape[-2:]))",
+           "* ((lambda x: x.swapaxes(-1, -2) if x.shape[-1] == x.shape[-2] else x)(a @ b.reshape(b.shape[-2:])))",
+           LORA_FILES),
+    Mutant("LoRA: alpha not over rank", "pretrained/lora_files.py",
+           "return 1.0 if self.alpha is None else self.alpha / self.rank",
+           "return 1.0 if self.alpha is None else self.alpha",
+           LORA_FILES),
+    Mutant("LoRA: no alpha at all", "pretrained/lora_files.py",
+           "return 1.0 if self.alpha is None else self.alpha / self.rank", "return 1.0", LORA_FILES),
+    Mutant("LoRA: alpha 2 % off", "pretrained/lora_files.py", "self.alpha / self.rank", "1.02 * self.alpha / self.rank",
+           LORA_FILES),
+    Mutant("LoRA: one layer's alpha for a file without", "pretrained/lora_files.py", "return 1.0 if self.alpha is None",
+           "return 0.5 if self.alpha is None", LORA_FILES),
+    Mutant("LoRA in training: no scale", "models/lora.py", "(hidden * jnp.asarray(scale, dtype)) @", "hidden @",
+           ("test_models_lora.py::test_adapted_and_merged_equal_peft[sdxl-8]",)),
+    Mutant("LoRA in training: alpha not over rank", "distill/state.py", "alpha / rank)", "alpha)",
+           ("test_distill_state.py::test_what_a_student_adds_is_as_its_parameters_are",), False),
+    # Resizing.
+    Mutant("bilinear half a pixel off", "metrics/resizing.py",
+           "(np.arange(side) + 0.5) * (size / side) - 0.5 if centres",
+           "np.arange(side) * (size / side) if centres", RESIZING),
+    Mutant("bilinear 1 % of a pixel off", "metrics/resizing.py", "(np.arange(side) + 0.5) * (size / side) - 0.5 if",
+           "(np.arange(side) + 0.5) * (size / side) - 0.51 if", RESIZING),
+    Mutant("bicubic as bilinear", "metrics/resizing.py", ".resize((side, side), Image.Resampling.BICUBIC)",
+           ".resize((side, side), Image.Resampling.BILINEAR)", RESIZING),
+]  # fmt: skip
+
+# Of what keeps the parts together; any failing test will do.
+CONTRACTS = [
+    Mutant("SDXL's sizes with the width first", "pretrained/conditioning.py",
+           "[height, width, 0, 0, height, width]", "[width, height, 0, 0, width, height]",
+           ("test_pretrained_conditioning.py",), False),
+    Mutant("latents multiplied by the VAE's factor before decoding", "generate.py", "z = z / vae.scaling_factor",
+           "z = z * vae.scaling_factor", TEACHER, False),
+    Mutant("the user's guidance scale taken as w", "generate.py",
+           "jnp.asarray(guidance_scale, jnp.float32) - 1.0", "jnp.asarray(guidance_scale, jnp.float32)", TEACHER,
+           False),
+]  # fmt: skip
+
+
+def copy_to(folder: Path) -> None:
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, folder / name)
+
+
+def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """pytest's exit code, and what it said, for tests of the copy in `folder`."""
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=0", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, *(f"tests/{test}" for test in tests)], cwd=folder, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def judge(mutant: Mutant) -> tuple[bool, str]:
+    """Whether its tests notice a mutant, and its row of the table."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_to(folder)
+        file = folder / "lcm_jax" / mutant.file
+        text = file.read_text()
+        if text.count(mutant.old) != 1:
+            return False, f"{mutant.name} | {mutant.file} has {text.count(mutant.old)} times {mutant.old!r} |"
+        file.write_text(text.replace(mutant.old, mutant.new))
+        code, said = run_tests(folder, mutant.tests)
+    failed = re.findall(r"^FAILED tests/(\S+)", said, re.MULTILINE)
+    ratios = [float(ratio) for ratio in re.findall(r"^E .*?(\S+) times the bound", said, re.MULTILINE)]
+    ratio = max(ratios, default=0.0)
+    if code not in (0, 1):
+        return False, f"{mutant.name} | pytest ended with {code}: {said[-500:]} |"
+    noticed = bool(failed) and (not mutant.numeric or ratio >= FACTOR)
+    first = failed[0] + (f" and {len(failed) - 1} more" if len(failed) > 1 else "") if failed else "no test"
+    return noticed, f"{mutant.name} | {first} | {f'{ratio:.3g}' if ratios else ''}"
+
+
+def main(words: list[str]) -> int:
+    chosen = [m for m in NUMBERS + CONTRACTS if not words or any(word in m.name for word in words)]
+    with tempfile.TemporaryDirectory() as name:
+        copy_to(Path(name))
+        code, said = run_tests(Path(name), tuple(dict.fromkeys(test for m in chosen for test in m.tests)))
+    if code:
+        print(f"the tests do not pass on the unchanged package:\n{said[-3000:]}")
+        return 1
+    print("mutant | test that fails | error over bound", flush=True)
+    survivors = 0
+    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        for noticed, row in pool.map(judge, chosen):
+            print(row if noticed else f"NOT NOTICED: {row}", flush=True)
+            survivors += not noticed
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants noticed")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

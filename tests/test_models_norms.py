@@ -1,0 +1,58 @@
+"""Each norm has the epsilon and the groups of torch's layer of its name, whatever numbers go through it.
+
+Outputs do not show it: where a variance is about 1, as in networks of random weights, 1e-5 and 1e-6 are one number.
+"""
+
+import diffusers
+import jax
+import pytest
+import torch
+import transformers
+from flax import linen as nn
+from test_models_clip_vision import VISION
+from tiny_configs import CLIPS, UNETS, VAES
+
+from lcm_jax.models import clip, clip_vision, unet, vae
+from lcm_jax.models.layers import GroupNorm, LayerNorm
+from lcm_jax.pretrained import names
+
+# Where a config says the epsilon it is one that no layer has by itself.
+BIGG = {key: value for key, value in CLIPS["bigg"].items() if key != "torch_dtype"} | {"layer_norm_eps": 3e-4}
+CASES = {
+    "sd15": (unet, diffusers.UNet2DConditionModel, UNETS["sd15"] | {"norm_eps": 3e-4}),
+    "sdxl": (unet, diffusers.UNet2DConditionModel, UNETS["sdxl-w"] | {"norm_eps": 3e-4}),
+    "vae": (vae, diffusers.AutoencoderKL, VAES["sd"]),
+    "text": (clip, transformers.CLIPTextModelWithProjection, BIGG),
+    "vision": (clip_vision, transformers.CLIPVisionModelWithProjection, VISION | {"layer_norm_eps": 3e-4}),
+}
+
+
+def torch_norms(cls, config) -> dict:
+    """Name of a layer -> (epsilon, groups), without what towers of CLIP prefix."""
+    with torch.device("meta"):
+        model = cls(cls.config_class(**config)) if hasattr(cls, "config_class") else cls.from_config(dict(config))
+    layers = {name: layer for name, layer in model.named_modules()
+              if isinstance(layer, (torch.nn.GroupNorm, torch.nn.LayerNorm))}  # fmt: skip
+    return {name.removeprefix("text_model.").removeprefix("vision_model."): (layer.eps, getattr(layer, "num_groups", 0))
+            for name, layer in layers.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_epsilon_and_groups_are_torchs(name):
+    library, torch_class, config = CASES[name]
+    module, found = library.from_config(config), {}
+
+    def note(call, args, kwargs, context):
+        layer = context.module
+        if isinstance(layer, (GroupNorm, LayerNorm)):
+            key = names.torch_name((*layer.path, "scale")).removesuffix(".weight")
+            found[key] = layer.epsilon, getattr(layer, "num_groups", 0)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        if name == "vision":
+            jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 28, 28, 3), "float32"))
+        else:
+            names.abstract_params.cache_clear()
+            names.abstract_params(module)
+    assert len(found) > 5 and found == torch_norms(torch_class, config)
