@@ -10,15 +10,18 @@ TESTS  := $(VENV)/.tests
 TESTS_CORE := $(VENV)/.tests-core
 DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
 
-.PHONY: help demo demo-full notebooks test test-core test-slow test-gpu test-tpu-aot lint install install-test clean
+.PHONY: help demo demo-full notebooks test test-core test-parity test-mutants test-slow test-slow-part test-gpu \
+  test-tpu-aot lint install install-test clean
 
 help:
 	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about five minutes"
 	@echo "make demo-full  the same, with the teacher's rows of the table computed anew"
 	@echo "make notebooks  execute notebooks/ from clean kernels, outputs in place"
-	@echo "make test       the default suite        make test-slow  full-size models"
+	@echo "make test       the default suite        make test-slow  all that takes minutes; test-slow-part: a seventh"
 	@echo "make test-core  the tests that need no torch, for a Python that has none (PYTHON=python3.13 VENV=.venv313)"
 	@echo "make test-gpu   tests on an accelerator  make test-tpu-aot  compiling for TPUs, without one"
+	@echo "make test-parity   tests against torch and closed forms, and which come nearest to their bounds"
+	@echo "make test-mutants  wrong answers that the tests must notice"
 	@echo "make lint       ruff                     make clean"
 
 $(PY):
@@ -52,15 +55,31 @@ demo-full: $(CORE)
 notebooks: $(TESTS)
 	$(PY) -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
-# A file's tests stay in one process: they share models and compiled programs.
+# Neighbours stay in one process, as they share models and compiled programs; who is done first takes from the other.
+PYTEST := $(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
+
 test: $(TESTS)
-	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(PYTEST)
 
 test-core: $(TESTS_CORE)
-	$(PY) -m pytest --without-torch --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(PYTEST) --without-torch
+
+# Where error over bound is above 1/3 a bound wants a reason: see tests/parity.py. Other processors are imitated by
+# XLA_FLAGS=--xla_cpu_max_isa=AVX2, ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2 and MKL_ENABLE_INSTRUCTIONS=AVX2,
+# each alone and together, and `taskset -c 0`; JAX_COMPILATION_CACHE_DIR of its own for each.
+test-parity: $(TESTS)
+	$(PYTEST) --parity=20 $$(grep --files-with-matches --word-regexp parity tests/test_*.py)
+
+test-mutants: $(TESTS)
+	$(PY) tests/mutants.py
 
 test-slow: $(TESTS)
-	$(PY) -m pytest -m slow --numprocesses=2 --dist=loadfile
+	$(PYTEST) -m slow
+
+# The slow tests in seven parts, one for each day of the week: what CI runs. DAY=1 is Monday's.
+DAY ?= $(shell date +%u)
+test-slow-part: $(TESTS)
+	$(PYTEST) -m slow --part=$(DAY)/7
 
 # The accelerator's own jax comes from the extras "cuda" or "tpu".
 test-gpu: $(TESTS)

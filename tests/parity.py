@@ -20,7 +20,7 @@ BFLOAT16 = 2.0**-7
 
 # Relative to the largest output, of a network of some 100 layers in float32: the layers' errors, each of a few EPS, add
 # up as independent ones do.
-NETWORK = 128 * EPS
+NETWORK = 64 * EPS
 
 _made: list[tuple[float, str]] = []
 

@@ -1,6 +1,5 @@
 """Adapters by interception and merged, against peft's on torch UNets; which layers the published default adapts."""
 
-import copy
 import functools
 import math
 
@@ -97,11 +96,10 @@ def test_adapted_and_merged_equal_peft(kind, side):
     assert {"to_q", "to_out_0", "proj_in", "conv1", "conv", "conv_shortcut", "time_emb_proj", "proj"} <= kinds
     args = arguments(kind, side)
     z, t, text, _, added = args
-    with torch.no_grad():
-        want = copy.deepcopy(torch_unet).double()(
-            torch.from_numpy(z).permute(0, 3, 1, 2).double(), torch.from_numpy(t), torch.from_numpy(text).double(),
-            added_cond_kwargs=added and {k: torch.from_numpy(v).double() for k, v in added.items()},
-        ).sample.permute(0, 2, 3, 1).numpy()  # fmt: skip
+    want = tiny.in_float64(
+        torch_unet, torch.from_numpy(z).permute(0, 3, 1, 2), torch.from_numpy(t), torch.from_numpy(text),
+        added_cond_kwargs=added and {k: torch.from_numpy(v) for k, v in added.items()},
+    ).sample.permute(0, 2, 3, 1).numpy()  # fmt: skip
     adapted = lora.Adapted(module, ALPHA / RANK)
     got = jit(adapted.apply)({"params": {"base": base, "lora": adapters}}, *args)
     plain = jit(module.apply)

@@ -72,28 +72,18 @@ def ours(name, params):
     return np.asarray(compiled(name)(params))
 
 
-@torch.no_grad()
-def in_float64(model, *args, **kwargs):
-    """The torch model's output, computed in float64: what is left of a difference is our rounding."""
-    to = lambda x: x.double() if torch.is_floating_point(x) else x  # noqa: E731
-    try:
-        return model.double()(*jax.tree.map(to, args), **jax.tree.map(to, kwargs))
-    finally:
-        model.float()
-
-
 def theirs(name, unet):
     x, t, text, added = inputs(name)
     added = added and {key: torch.from_numpy(value) for key, value in added.items()}
     x = torch.from_numpy(x).permute(0, 3, 1, 2)
-    out = in_float64(unet, x, torch.from_numpy(t), torch.from_numpy(text), added_cond_kwargs=added).sample
+    out = tiny.in_float64(unet, x, torch.from_numpy(t), torch.from_numpy(text), added_cond_kwargs=added).sample
     return out.permute(0, 2, 3, 1).numpy()
 
 
 def agree(name, mine, other):
     """UNet outputs equal but for rounding, and far from the base's."""
     got, wanted = ours(name, mine.params["unet"]), theirs(name, other)
-    parity.close(got, wanted, rtol=0, of_max=parity.NETWORK)
+    parity.close(got, wanted, rtol=0, of_max=4 * parity.NETWORK)  # adapters at twice their rank's strength amplify
     assert np.abs(got - ours(name, pipeline(name).params["unet"])).max() > 0.05
 
 
@@ -192,7 +182,7 @@ def text_compiled(name, part):
 def texts_agree(name, merged, other, part):
     ids = np.array([[0, 5, 6, 9, len(tiny.vocabulary()[0]) - 1]])
     got = text_compiled(name, part)(merged.params[part], ids)
-    wanted = in_float64(other, torch.from_numpy(ids), output_hidden_states=True)
+    wanted = tiny.in_float64(other, torch.from_numpy(ids), output_hidden_states=True)
     base = text_compiled(name, part)(pipeline(name).params[part], ids)
     parity.close(got.last_hidden_state, wanted.last_hidden_state, rtol=0, of_max=parity.NETWORK)
     parity.close(got.hidden_states[-2], wanted.hidden_states[-2], rtol=0, of_max=parity.NETWORK)

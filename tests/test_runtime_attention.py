@@ -59,7 +59,7 @@ def test_blocks_sum_the_gradients_of_keys_in_float32():
     qkv = draw(1, 512, 32, 1, 8, jnp.bfloat16)
     exact = output_and_gradients(model_attention.dot_product_attention, [x.astype(jnp.float32) for x in qkv])
     many = output_and_gradients(functools.partial(model_attention.chunked_attention, rows=2), qkv)
-    assert_close(many, exact, 0.01)  # 256 blocks summed in bfloat16 would be off by much more
+    assert_close(many, exact, 1.5 * parity.BFLOAT16)  # 256 blocks summed in bfloat16 would be off by much more
 
 
 def test_blocks_keep_no_logits():

@@ -90,6 +90,21 @@ WORDS = ("a", "red", "blue", "circle", "square", "hello", "small", "large", "on"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
+def in_float64(model: torch.nn.Module, *args, **kwargs):
+    """A torch model's output for tensors, computed in float64: what differs from it is the other side's rounding."""
+
+    def widen(x):
+        if isinstance(x, dict):
+            return {key: widen(value) for key, value in x.items()}
+        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    try:
+        with torch.no_grad():
+            return model.double()(*map(widen, args), **widen(kwargs))
+    finally:
+        model.float()  # exactly the weights that it had
+
+
 def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Every parameter drawn anew: matrices about 1/sqrt(fan in), norms' scales about 1, biases about 0."""
     generator = torch.Generator().manual_seed(seed)
