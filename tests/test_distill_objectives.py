@@ -311,7 +311,7 @@ def test_a_skip_of_one(solver):
     """N = 1000: jumps of one timestep, that at index 0 of none; the solver's error is all but gone."""
     p, params, frozen, batch, draws = gaussian_case(1000, np.array([0, 1, 499, 998, 999]), solver)
     loss = objectives.lcd_loss(p, params, params, frozen, batch, draws)
-    assert np.all(loss < 1e-6), loss
+    parity.close(loss, np.zeros(5), atol=1e-6)
 
 
 def test_a_second_order_jump_costs_one_more_guided_teacher():

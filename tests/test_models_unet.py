@@ -140,8 +140,7 @@ def test_bfloat16_stays_close():
     assert got.dtype == jnp.bfloat16
     with torch.no_grad():
         want = torch_call(torch_unet("prefixed"), args).permute(0, 2, 3, 1).numpy()
-    error = np.asarray(got, np.float32) - want
-    assert np.sqrt(np.mean(error**2)) < 0.03 * want.std()
+    parity.near(got, want, 0.03)
 
 
 REFUSED = {
