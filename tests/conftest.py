@@ -1,6 +1,7 @@
 """Settings of every test: CPU unless asked otherwise, exact float32 products, compiled programs kept between runs."""
 
 import os
+import zlib
 from pathlib import Path
 
 # LCM_JAX_TEST_PLATFORMS: what JAX_PLATFORMS is in tests; empty lets jax choose (make test-gpu).
@@ -32,6 +33,7 @@ flags.FLAGS.mark_as_parsed()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity", type=int, default=0, metavar="N", help="list the N comparisons nearest their bounds")
+    parser.addoption("--part", metavar="I/N", help="only the I-th of N parts of the tests, chosen by their names")
     parser.addoption("--without-torch", action="store_true", help="leave out the files that cannot be imported then")
 
 
@@ -69,7 +71,12 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
             terminalreporter.write_line(f"{ratio:8.3f}  {place}  {test}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if part := config.getoption("part"):
+        index, count = map(int, part.split("/"))
+        others = [item for item in items if zlib.crc32(item.nodeid.encode()) % count != index % count]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and jax.default_backend() == "cpu":
         for item in gpu:
