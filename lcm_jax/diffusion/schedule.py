@@ -32,10 +32,32 @@ from lcm_jax.errors import LcmError, UnsupportedConfig
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
-# What a scheduler class of diffusers assumes for keys that its config file leaves out.
-_DEFAULT_BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
-_LATENT_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-_CLASS_BETAS = {"LCMScheduler": _LATENT_BETAS, "TCDScheduler": _LATENT_BETAS}
+# The schedulers of diffusers 0.42 whose noise is a table of variance-preserving steps -> the betas that each assumes if
+# its config leaves them out. The others (EDM, flow matching, ...) add noise otherwise: a table in its place would be
+# noise that the model never saw.
+_PLAIN = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+_LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_CLASSES = {
+    f"{name}Scheduler": betas
+    for betas, names in (
+        (_PLAIN, ("DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep",
+                  "DPMSolverMultistepInverse", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete",
+                  "LMSDiscrete", "PNDM", "RePaint", "SASolver", "UniPCMultistep")),
+        (_LATENT, ("LCM", "TCD")),
+        (_LATENT | {"beta_schedule": "linear"},
+         ("DPMSolverSDE", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete")),
+        (_PLAIN | {"beta_schedule": "squaredcos_cap_v2"}, ("UnCLIP",)),
+    )
+    for name in names
+}  # fmt: skip
+# Options of these classes that ask for other noise or another meaning of the output -> the only value that does not.
+_OPTIONS = {
+    "predict_epsilon": (True, "name the prediction_type instead"),
+    "snr_shift_scale": (1, "its table is shifted, as CogVideoX's"),
+    "thresholding": (False, "it is meant for models of pixels"),
+    "timestep_type": ("discrete", "noise levels between those of the table"),
+    "use_flow_sigmas": (False, "flow matching"),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,6 +98,11 @@ class NoiseSchedule:
     def num_train_timesteps(self) -> int:
         """T, the number of training timesteps; t runs over 0 .. T-1."""
         return self.alphas_cumprod.size
+
+    def same_as(self, other: "NoiseSchedule") -> bool:
+        """The same table, value for value, and the same meaning of the output."""
+        table = np.array_equal(self.alphas_cumprod, other.alphas_cumprod)
+        return table and self.prediction_type == other.prediction_type
 
     @functools.cached_property
     def alphas(self) -> np.ndarray:
@@ -147,27 +174,60 @@ def from_betas(
 def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     """The schedule that a diffusers `scheduler_config.json` describes.
 
-    Keys left out have the defaults of the scheduler class that the config names, else of DDPMScheduler. Keys about
-    sampling (spacing, offsets, clipping, ...) are not read: they are arguments of the samplers.
-
     Args:
-      config: num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr,
-        prediction_type; all optional.
+      config: see `noise_fields`.
 
     Raises:
-      UnsupportedConfig: unknown beta_schedule or prediction_type, thresholding.
+      UnsupportedConfig: unknown beta_schedule or prediction_type, and what `noise_fields` refuses.
       LcmError: betas that make no noise table; epsilon prediction with zero terminal SNR.
     """
-    if config.get("thresholding"):
-        raise UnsupportedConfig("thresholding", config["thresholding"], "False (it is meant for models of pixels)")
-    defaults = _CLASS_BETAS.get(config.get("_class_name", ""), _DEFAULT_BETAS)
-    keys = {"num_train_timesteps": 1000, **defaults}
-    betas = config.get("trained_betas")
+    fields = noise_fields(config)
+    betas, rescale = fields.pop("trained_betas"), bool(fields.pop("rescale_betas_zero_snr"))
+    kind = fields.pop("prediction_type")
+    if kind not in PREDICTION_TYPES:  # before betas are looked at: flow matching has none
+        raise UnsupportedConfig("prediction_type", kind, PREDICTION_TYPES)
+    return from_betas(make_betas(**fields) if betas is None else betas, kind, rescale)
+
+
+def noise_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a diffusers `scheduler_config.json` says of noise and output, complete.
+
+    Keys left out or null have the defaults of the scheduler class that the config names; a config that names none must
+    give its betas. Keys about sampling (spacing, offsets, clipping, ...) are not read: they are arguments of the
+    samplers.
+
+    Returns:
+      num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, prediction_type.
+
+    Raises:
+      UnsupportedConfig: a class or an option whose noise is no table of variance-preserving steps; thresholding.
+      LcmError: neither class nor betas, or numbers that are none.
+    """
+    given = {key: value for key, value in config.items() if value is not None}
+    for key, (usual, why) in _OPTIONS.items():
+        if given.get(key, usual) != usual:
+            raise UnsupportedConfig(key, given[key], f"{usual!r} ({why})")
+    name = given.get("_class_name")
+    betas = {} if name is None else _CLASSES.get(str(name).removeprefix("Flax"))
     if betas is None:
-        betas = make_betas(**{key: config.get(key, default) for key, default in keys.items()})
-    return from_betas(
-        betas, config.get("prediction_type", "epsilon"), bool(config.get("rescale_betas_zero_snr", False))
-    )
+        raise UnsupportedConfig(
+            "_class_name", name,
+            "schedulers with a table of variance-preserving steps (if the model was trained on one, name its class in "
+            f"scheduler_config.json): {', '.join(_CLASSES)}",
+        )  # fmt: skip
+    lacking = [] if "trained_betas" in given else [key for key in _PLAIN if key not in betas | given]
+    if lacking:
+        raise LcmError(
+            f"the scheduler config names no class (_class_name) and no {', '.join(lacking)}, so the noise is unknown; "
+            "add the class to scheduler_config.json"
+        )
+    fields = {"num_train_timesteps": 1000, "trained_betas": None, "rescale_betas_zero_snr": False} | betas
+    fields["prediction_type"] = "epsilon"
+    fields |= {key: given[key] for key in (*fields, *_PLAIN) if key in given}
+    numbers = {key: fields[key] for key in ("num_train_timesteps", "beta_start", "beta_end") if key in fields}
+    if not all(isinstance(value, int | float) and value >= 0 for value in numbers.values()):
+        raise LcmError(f"the scheduler config has {numbers}; these must be positive numbers, correct them there")
+    return fields
 
 
 def add_noise(schedule: NoiseSchedule, z, eps, t) -> jax.Array:

@@ -49,13 +49,7 @@ _LCM_SCHEDULER = {
     "timestep_spacing": "leading",
     "trained_betas": None,
 }
-_TEACHER_KEYS = (
-    "beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "rescale_betas_zero_snr",
-    "trained_betas",
-)  # fmt: skip
 _LCM_KEYS = ("original_inference_steps", "timestep_scaling")
-# What diffusers' other schedulers assume for betas that their files leave out.
-_PLAIN_BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 
 
 def lcm_scheduler_config(source: Config, **overrides: Any) -> Config:
@@ -63,14 +57,12 @@ def lcm_scheduler_config(source: Config, **overrides: Any) -> Config:
 
     overrides: keys to set, e.g. original_inference_steps=100; unknown ones are refused by name.
     """
-    is_lcm = source.get("_class_name") in ("LCMScheduler", "TCDScheduler")
-    base = _LCM_SCHEDULER if is_lcm else _LCM_SCHEDULER | _PLAIN_BETAS
-    keys = _TEACHER_KEYS + _LCM_KEYS if is_lcm else _TEACHER_KEYS
     unknown = overrides.keys() - _LCM_SCHEDULER.keys()
     if unknown:
         raise LcmError(f"LCMScheduler has no {', '.join(sorted(unknown))}; keys: {', '.join(_LCM_SCHEDULER)}")
-    carried = {key: source[key] for key in keys if source.get(key) is not None}
-    return dict(sorted((base | carried | overrides).items()))
+    is_lcm = source.get("_class_name") in ("LCMScheduler", "TCDScheduler")
+    carried = {key: source[key] for key in _LCM_KEYS if is_lcm and source.get(key) is not None}
+    return dict(sorted((_LCM_SCHEDULER | schedule.noise_fields(source) | carried | overrides).items()))
 
 
 def save_pipeline(
@@ -178,7 +170,7 @@ def _checked_scheduler(pipeline: Pipeline, config: Config | None) -> Config:
         raise LcmError("the scheduler config has no _class_name; diffusers needs it, e.g. LCMScheduler")
     made = schedule.from_config(config)
     mine = pipeline.schedule
-    if made.prediction_type != mine.prediction_type or not np.array_equal(made.alphas_cumprod, mine.alphas_cumprod):
+    if not made.same_as(mine):
         raise LcmError(
             f"the scheduler config ({config['_class_name']}, {made.prediction_type}, {made.num_train_timesteps} steps) "
             f"has another noise table or prediction type than the model ({mine.prediction_type}, "
