@@ -25,6 +25,7 @@ from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.pretrained import Pipeline, hub, load_pipeline, load_unet, read_record
 from lcm_jax.pretrained.names import Place
+from lcm_jax.pretrained.pipeline import check_noise
 
 _SCHEDULER = "scheduler/scheduler_config.json"
 
@@ -67,12 +68,12 @@ def load_student(config: ConfigDict, teacher: Pipeline, place: Place | None = No
     unet, params = teacher.unet, teacher.params["unet"]
     if config_lib.asks_teacher(config) and config.model.student not in (None, config.model.teacher):
         weights = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
-        unet, params = load_unet(
-            assets.resolve(config.model.student), dtype=unet.dtype, place=place, weights=weights
-        )
+        source = assets.resolve(config.model.student)
+        check_noise(source, teacher.schedule, config.model.teacher, weights)
+        unet, params = load_unet(source, dtype=unet.dtype, place=place, weights=weights)
     dim = config.distill.w_embedding_dim
     if config.objective == "lcf":
-        _check_lcm(config, unet, teacher)
+        _check_lcm(config, unet)
     if config.lora.rank and dim and unet.time_cond_proj_dim is None:
         raise LcmError(f"config.distill.w_embedding_dim = {dim}: {config_lib.W_EMBEDDING_OF_A_LORA}")
     unet, params = state.student_of(unet, params, dim, place)
@@ -150,7 +151,7 @@ def _check_student(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> 
             )
 
 
-def _check_lcm(config: ConfigDict, unet: Any, teacher: Pipeline) -> None:
+def _check_lcm(config: ConfigDict, unet: Any) -> None:
     """Raises LcmError unless `config.model.student` is an LCM, and was distilled as the config would go on with it."""
     name = config.model.student
     source = assets.resolve(name)
@@ -168,12 +169,6 @@ def _check_lcm(config: ConfigDict, unet: Any, teacher: Pipeline) -> None:
             "LCM without w embedding; set 0"
         )
     _check_constants(config, record, scheduler, told_w=has is not None)
-    predicts = record.get("prediction_type", scheduler.get("prediction_type", teacher.schedule.prediction_type))
-    if predicts != teacher.schedule.prediction_type:
-        raise LcmError(
-            f"config.model.student = {name!r} is a model of {predicts} prediction, config.model.teacher = "
-            f"{config.model.teacher!r} of {teacher.schedule.prediction_type}; give the teacher it was distilled from"
-        )
 
 
 def _check_constants(config: ConfigDict, record: Mapping[str, Any], scheduler: Mapping[str, Any], told_w: bool) -> None:

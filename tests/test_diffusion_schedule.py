@@ -1,5 +1,9 @@
 """Noise tables against diffusers and reference numbers; conversions against the definition of z_t."""
 
+import importlib
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,11 +42,80 @@ def test_tables_equal_diffusers(diffusers, name, betas, rescale):
             assert got[-1] == 0
 
 
-@pytest.mark.parametrize("name", ("LCMScheduler", "TCDScheduler", "DDPMScheduler", "DDIMScheduler"))
-def test_missing_keys_have_the_defaults_of_the_class(diffusers, name):
-    got = schedule.from_config({"_class_name": name})
-    parity.close(got.alphas_cumprod, getattr(diffusers, name)().alphas_cumprod, atol=1e-6)
-    assert got.prediction_type == "epsilon" and got.num_train_timesteps == 1000
+# torch's schedulers by what their noise is; test_every_scheduler_class_is_classified holds this against diffusers.
+TABLES = (
+    "DDIM DDIMInverse DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep DPMSolverMultistepInverse "
+    "DPMSolverSDE DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete "
+    "KDPM2Discrete LCM LMSDiscrete PNDM RePaint SASolver TCD UnCLIP UniPCMultistep"
+).split()
+OTHERS = (
+    "Amused BlockRefinement CMStochasticIterative CogVideoXDDIM CogVideoXDPM ConsistencyDecoder "
+    "CosineDPMSolverMultistep DDPMWuerstchen DiscreteDDIM EDMDPMSolverMultistep EDMEuler EntropyBound "
+    "FlowMapEulerDiscrete FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM Helios HeliosDMD IPNDM KarrasVe "
+    "LTXEulerAncestralRF MiniMaxH3 Piflow RFD4Proteina SCM ScoreSdeVe ScoreSdeVp VQDiffusion"
+).split()
+
+
+def test_every_scheduler_class_is_classified(diffusers):
+    """A class that only a later diffusers has is refused, as any unknown one."""
+    known = {name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")}
+    assert known >= {f"{name}Scheduler" for name in TABLES}
+    if diffusers.__version__.startswith("0.42."):
+        assert known == {f"{name}Scheduler" for name in (*TABLES, *OTHERS)}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_missing_keys_have_the_defaults_of_the_class(diffusers, name, monkeypatch):
+    if name == "DPMSolverSDE":  # torchsde draws its noise, which is not asked for here
+        monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
+        module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
+    else:
+        module = diffusers.schedulers
+    want = getattr(module, f"{name}Scheduler")().alphas_cumprod
+    for config in ({"_class_name": f"{name}Scheduler"}, {"_class_name": f"Flax{name}Scheduler", "beta_start": None}):
+        got = schedule.from_config(config)
+        parity.close(got.alphas_cumprod, want, atol=1e-6)
+        assert got.prediction_type == "epsilon" and got.num_train_timesteps == 1000
+
+
+@pytest.mark.parametrize("name", (*OTHERS, "My", ""))
+def test_classes_of_other_noise_are_refused(name):
+    for prefix in ("", "Flax"):
+        with pytest.raises(UnsupportedConfig) as caught:
+            schedule.from_config({**LATENT, "_class_name": f"{prefix}{name}Scheduler"})
+        assert caught.value.field == "_class_name" and caught.value.value == f"{prefix}{name}Scheduler"
+        assert "name its class in scheduler_config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_options_that_choose_timesteps_alone_are_read_over():
+    options = {
+        "use_karras_sigmas": True, "use_beta_sigmas": True, "use_exponential_sigmas": True, "use_lu_lambdas": True,
+        "timestep_spacing": "trailing", "final_sigmas_type": "zero", "interpolation_type": "log_linear",
+        "sigma_min": 0.03, "sigma_max": 14.6, "use_flow_sigmas": False, "flow_shift": 1.0, "snr_shift_scale": 1.0,
+        "timestep_type": "discrete", "predict_epsilon": True, "thresholding": False,
+    }  # fmt: skip
+    for name in ("EulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"):
+        assert schedule.from_config({"_class_name": name, **LATENT, **options}).same_as(schedule.from_config(LATENT))
+
+
+def test_a_config_without_a_class_must_give_its_betas():
+    assert schedule.from_config(LATENT).same_as(schedule.from_config({**LATENT, "_class_name": "LCMScheduler"}))
+    for key in ("beta_start", "beta_end", "beta_schedule"):
+        with pytest.raises(LcmError, match=f"names no class .* and no {key}, so the noise is unknown"):
+            schedule.from_config({k: v for k, v in LATENT.items() if k != key})
+
+
+@pytest.mark.parametrize("wrong", ({"beta_start": "0.00085"}, {"beta_end": -0.1}, {"num_train_timesteps": "1000"}))
+def test_numbers_that_are_none_are_refused(wrong):
+    with pytest.raises(LcmError, match="must be positive numbers"):
+        schedule.from_config({**LATENT, **wrong})
+
+
+def test_schedules_are_the_same_by_table_and_prediction_type():
+    table = schedule.from_config(LATENT)
+    assert table.same_as(schedule.from_config(LATENT)) and str(table).startswith("epsilon prediction, abar 0.9991 to")
+    for other in ({"prediction_type": "sample"}, {"beta_end": 0.0121}, {"num_train_timesteps": 500}):
+        assert not table.same_as(schedule.from_config({**LATENT, **other}))
 
 
 def test_reference_values_of_stable_diffusion():
@@ -99,13 +172,17 @@ def test_half_precision_input_is_computed_in_float32():
     "config,field",
     (
         ({"prediction_type": "flow_prediction"}, "prediction_type"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule"),
+        *(({"beta_schedule": name}, "beta_schedule") for name in ("sigmoid", "laplace", "exp")),
         ({"thresholding": True}, "thresholding"),
+        ({"use_flow_sigmas": True, "flow_shift": 3.0}, "use_flow_sigmas"),
+        ({"timestep_type": "continuous"}, "timestep_type"),
+        ({"snr_shift_scale": 3.0}, "snr_shift_scale"),
+        ({"predict_epsilon": False}, "predict_epsilon"),
     ),
 )
 def test_unsupported_config_is_named(config, field):
     with pytest.raises(UnsupportedConfig) as caught:
-        schedule.from_config(config)
+        schedule.from_config({**LATENT, **config})
     assert caught.value.field == field and caught.value.value == config[field]
     assert field in str(caught.value) and repr(config[field]) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -135,7 +212,7 @@ def test_tables_that_do_not_fall_are_refused():
     with pytest.raises(LcmError, match="shape"):
         schedule.NoiseSchedule(np.ones((2, 2)))
     with pytest.raises(LcmError, match="num_train_timesteps=0"):
-        schedule.from_config({"num_train_timesteps": 0})
+        schedule.from_config({**LATENT, "num_train_timesteps": 0})
 
 
 def test_the_table_cannot_be_changed():

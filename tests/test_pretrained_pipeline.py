@@ -185,6 +185,55 @@ def test_broken_folders(sd1, case):
     assert "\n" not in str(caught.value)
 
 
+def scheduler(folder, **changes):
+    edit(folder / "scheduler" / "scheduler_config.json", **changes)
+
+
+@pytest.mark.parametrize("name", ("EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "MyScheduler"))
+def test_schedulers_of_other_noise_are_refused(sd1, name):
+    """As written by Playground v2.5 or bigASP 2.5; and if model_index.json alone says it, which diffusers goes by."""
+    edit(sd1 / "model_index.json", scheduler=["diffusers", name])
+    with pytest.raises(UnsupportedConfig, match=f"_class_name='{name}'"):
+        load_pipeline(sd1, weights=False)
+    edit(sd1 / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    assert load_pipeline(sd1, weights=False)
+    scheduler(sd1, _class_name=name)
+    with pytest.raises(UnsupportedConfig, match=f"_class_name='{name}'"):
+        load_pipeline(sd1, weights=False)
+
+
+def test_a_scheduler_without_a_class_has_that_of_the_index(sd1):
+    edit(sd1 / "model_index.json", scheduler=["diffusers", "LCMScheduler"])
+    scheduler(sd1, _class_name=..., beta_start=..., beta_end=..., beta_schedule=...)
+    pipeline = load_pipeline(sd1, weights=False)
+    assert pipeline.configs["scheduler"]["_class_name"] == "LCMScheduler"
+    assert pipeline.schedule.same_as(load_pipeline(tiny.folder("sd1"), weights=False).schedule)
+    scheduler(sd1, _class_name="PNDMScheduler")
+    with pytest.raises(LcmError, match="names PNDMScheduler and leaves betas out, but model_index.json names LCMSched"):
+        load_pipeline(sd1, weights=False)
+
+
+def test_a_unet_of_other_noise_is_refused(sd1, tmp_path):
+    """Its folder's scheduler, or its record, against the noise of the rest."""
+    other = tiny.copy("lcm", tmp_path / "other")
+    assert load_pipeline(sd1, unet=other, weights=False).has_w_embedding
+    for changes in ({"prediction_type": "v_prediction"}, {"beta_end": 0.013}):
+        scheduler(other, **changes)
+        for unet in (other, other / "unet"):
+            with pytest.raises(LcmError, match="other: scheduler/scheduler_config.json says .*take the UNet and"):
+                load_pipeline(sd1, unet=unet, weights=False)
+        scheduler(other, prediction_type="epsilon", beta_end=0.012)
+    alone = shutil.copytree(other / "unet", tmp_path / "alone")
+    tiny.write_json(alone / "lcm_config.json", {"prediction_type": "v_prediction"})
+    with pytest.raises(LcmError, match="alone: lcm_config.json says v_prediction prediction, but .* used with epsilon"):
+        load_pipeline(sd1, unet=alone, weights=False)
+    scheduler(sd1, prediction_type="v_prediction")
+    assert load_pipeline(sd1, unet=alone, weights=False)
+    tiny.write_json(sd1 / "lcm_config.json", {"prediction_type": "epsilon"})
+    with pytest.raises(LcmError, match="model: lcm_config.json says epsilon prediction, but .* used with v_prediction"):
+        load_pipeline(sd1, weights=False)
+
+
 def test_a_truncated_file_is_named(sd1):
     path = sd1 / "vae" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])

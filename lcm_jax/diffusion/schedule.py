@@ -99,6 +99,10 @@ class NoiseSchedule:
         """T, the number of training timesteps; t runs over 0 .. T-1."""
         return self.alphas_cumprod.size
 
+    def __str__(self):
+        first, last = self.alphas_cumprod[[0, -1]]
+        return f"{self.prediction_type} prediction, abar {first:.4g} to {last:.3g} in {self.num_train_timesteps} steps"
+
     def same_as(self, other: "NoiseSchedule") -> bool:
         """The same table, value for value, and the same meaning of the output."""
         table = np.array_equal(self.alphas_cumprod, other.alphas_cumprod)

@@ -27,7 +27,7 @@ from lcm_jax import files
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.models.unet import UNet2DConditionModel
-from lcm_jax.pretrained import hub, lora_keys, names, weight_files
+from lcm_jax.pretrained import hub, lora_keys, names, noise_marks, weight_files
 from lcm_jax.pretrained.pipeline import Pipeline
 from lcm_jax.pretrained.saving import check_target
 
@@ -63,9 +63,13 @@ class Factors:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraFile:
-    """What one file holds: part ("unet", "text_encoder", "text_encoder_2") -> layer's path -> Factors."""
+    """What one file holds: part ("unet", "text_encoder", "text_encoder_2") -> layer's path -> Factors.
+
+    marks: what it says of the noise that its base was trained on.
+    """
 
     parts: Mapping[str, Mapping[names.Path, Factors]]
+    marks: noise_marks.Marks | None = None
 
     def tree(self, part: str) -> dict[str, Any]:
         """The part's adapter tree (see `models.lora`), without its scales."""
@@ -102,26 +106,33 @@ def read_lora(source: str | Path, modules: Mapping[str, nn.Module], ignore_unuse
     _check_container(path)
     with weight_files.open_weights(path.parent, path.stem) as weights:
         metadata = _metadata(path)
-        found = lora_keys.match(str(path), weights.shapes, modules, ignore_unused)
+        marks = _marks(path, weights.shapes, metadata)
+        shapes = {key: shape for key, shape in weights.shapes.items() if key not in noise_marks.KEYS}
+        found = lora_keys.match(str(path), shapes, modules, ignore_unused)
         alphas = _alphas(path, found, weights, metadata)
         parts: dict[str, dict[names.Path, Factors]] = {}
         for layer, keys in found.items():
             a, b = (_factor(path, layer, role, keys[role], weights.read) for role in ("lora_A", "lora_B"))
             parts.setdefault(layer.part, {})[layer.kernel.path[:-1]] = Factors(a, b, alphas[layer])
     logging.info("%s: %s", path, ", ".join(f"{len(part)} layers of {name}" for name, part in parts.items()))
-    return LoraFile(parts)
+    return LoraFile(parts, marks)
 
 
 def merge_into(pipeline: Pipeline, loras: Sequence[tuple[LoraFile, float]]) -> Pipeline:
     """A new pipeline with W + sum_i weight_i * scale_i * B_i A_i in every adapted layer; the given one stays as it is.
 
+    A LoRA that is marked for other noise than the pipeline's is merged with a warning.
+
     Raises:
       LcmError: a weight that is not finite, or a LoRA for a part that the pipeline has not.
     """
-    params = dict(pipeline.params)
-    for _, weight in loras:
+    params, noise = dict(pipeline.params), pipeline.schedule
+    for one, weight in loras:
         if not math.isfinite(weight):
             raise LcmError(f"LoRA weight {weight} is not finite; 1 is the LoRA as it was trained")
+        if one.marks is not None and not one.marks.agree_with(noise):
+            # No error: such LoRAs are in use, and the noise stays the model's.
+            logging.warning("%s is marked %s, but the model is used with %s", one.marks.source, one.marks.said, noise)
     for part in sorted({part for one, _ in loras for part in one.parts}):
         if part not in params:
             raise LcmError(f"the LoRA is for a {part}, which this model has not; take the model that it was made for")
@@ -239,6 +250,14 @@ def _check_container(path: Path) -> None:
 def _metadata(path: Path) -> dict[str, str]:
     with safetensors.safe_open(path, framework="np") as handle:
         return handle.metadata() or {}
+
+
+def _marks(path: Path, keys: Mapping[str, Any], metadata: Mapping[str, str]) -> noise_marks.Marks | None:
+    try:
+        return noise_marks.read(path, keys, metadata)
+    except LcmError as error:  # the noise is the model's to say
+        logging.warning("%s", error)
+        return None
 
 
 def _factor(path: Path, layer: lora_keys.Layer, role: str, key: str, read: Any) -> np.ndarray:

@@ -32,6 +32,7 @@ _CLASSES = {
     "text_encoder": TEXT_ENCODERS,
     "text_encoder_2": TEXT_ENCODERS,
 }
+SCHEDULER = "scheduler/scheduler_config.json"
 RECORD = "lcm_config.json"  # what an export of ours says about its training: w range, solver steps, scalings
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 ENCODERS = _PARTS[1:]  # what pictures and captions are encoded with
@@ -118,8 +119,10 @@ def load_pipeline(
     folder = _folder(source, _pipeline_patterns(wanted, read, variant), bool(read))
     index = _model_index(folder, str(source))
     encoders = _encoder_slots(folder, index)
-    configs = {"model_index": index, "scheduler": files.read_json(folder / "scheduler" / "scheduler_config.json")}
+    configs = {"model_index": index, "scheduler": scheduler_config(folder, index)}
     noise = schedule.from_config(configs["scheduler"])
+    for one in (folder, unet or folder):
+        check_noise(one, noise, str(source), bool(read))
 
     modules: dict[str, Any] = dict.fromkeys(_PARTS)
     tokenizers: dict[str, Any] = dict.fromkeys(("tokenizer", "tokenizer_2"))
@@ -251,7 +254,7 @@ def _part_folder(source: str | Path, part: str, variant: str | None, weights: bo
 
 def _pipeline_patterns(parts: set[str], read: set[str], variant: str | None) -> list[str]:
     """Globs of what `parts` of a pipeline need: configs, and the weights of those that are `read`."""
-    patterns = ["model_index.json", RECORD, "scheduler/scheduler_config.json"]
+    patterns = ["model_index.json", RECORD, SCHEDULER]
     patterns += [f"{slot}/{name}" for slot in ("tokenizer", "tokenizer_2") for name in ("*.json", "*.txt")]
     for part in sorted(parts):
         name = weight_files.TRANSFORMERS_NAME if part.startswith("text_encoder") else weight_files.DIFFUSERS_NAME
@@ -321,6 +324,52 @@ def _params(
 ) -> names.Params:
     with weight_files.open_weights(folder, name, variant) as weights:
         return names.read_params(module, weights.shapes, weights.read, jnp.dtype(dtype), str(weights.source), place)
+
+
+def scheduler_config(folder: Path, index: Config) -> Config:
+    """The scheduler's config, with the class that model_index.json gives it where it names none itself.
+
+    Raises:
+      UnsupportedConfig: either class is none that `schedule.from_config` takes.
+      LcmError: the file is missing or no noise schedule, or diffusers, which goes by model_index.json, reads another.
+    """
+    path = folder / SCHEDULER
+    config, kind = files.read_json(path), _entry_class(index, "scheduler")
+    if kind is None:
+        return config
+    config = {"_class_name": kind, **config}
+    if not schedule.from_config(config).same_as(schedule.from_config(config | {"_class_name": kind})):
+        raise LcmError(
+            f"{path} names {config['_class_name']} and leaves betas out, but model_index.json names {kind}, which has "
+            "others; write the betas that the model was trained with into scheduler_config.json"
+        )
+    return config
+
+
+def check_noise(source: str | Path, noise: NoiseSchedule, model: str, weights: bool = True) -> None:
+    """Refuse a UNet from `source` if the scheduler or the record there says that it was trained on other noise.
+
+    Args:
+      source: folder or hub id.
+      noise: what the UNet would be used with, of `model`.
+      weights: False: where the hub cannot be asked, the package's own configs.
+    """
+    folder = _folder(source, ["model_index.json", SCHEDULER, RECORD], weights)
+    above = folder.absolute().parent
+    for place in (folder, above) if (above / "model_index.json").is_file() else (folder,):
+        index, record = (files.read_json(place / name) if (place / name).is_file() else {}
+                         for name in ("model_index.json", RECORD))  # fmt: skip
+        said = []
+        if (place / SCHEDULER).is_file():
+            theirs = schedule.from_config(scheduler_config(place, index))
+            said = [] if theirs.same_as(noise) else [f"{SCHEDULER} says {theirs}"]
+        if record.get("prediction_type", noise.prediction_type) != noise.prediction_type:
+            said.append(f"{RECORD} says {record['prediction_type']} prediction")
+        if said:
+            raise LcmError(
+                f"{place}: {' and '.join(said)}, but {model} is used with {noise}; take the UNet and the rest from one "
+                "model, or correct what is wrong"
+            )
 
 
 def check_fit(modules: Mapping[str, Any]) -> None:

@@ -6,11 +6,12 @@
     cond_stage_model.model.                    SD 2.x     OpenCLIP ViT-H
     conditioner.embedders.{0.transformer,1.model}.   SDXL  CLIP ViT-L, OpenCLIP bigG; refiner: embedders.0.model.
 
-Keys outside these prefixes (an EMA's copy, noise tables, ...) are not looked at. A file holds neither tokenizers nor
-configs: the UNet's is read off its tensors, the others are known for each family, and a diffusers folder given as
-`config` has the last word. What a file says of its prediction type, in this order: metadata
-`modelspec.prediction_type`; a key `v_pred`; for SD 2.x, as diffusers has it, v but where `global_step` is 875000 (with
-a warning); else epsilon.
+Keys outside these prefixes (an EMA's copy, ...) are not looked at, but for the marks of `noise_marks`. A file holds
+neither tokenizers nor configs: the UNet's is read off its tensors, the others are known for each family, and a
+diffusers folder given as `config` has the last word. Noise is the exception: v prediction and zero terminal SNR that
+the file is marked with win over the folder's scheduler (with a warning), since the folder may be given for its
+tokenizers alone. If neither says a prediction type: for SD 2.x, as diffusers has it, v unless `global_step` is 875000
+(with a warning); else epsilon.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from lcm_jax.diffusion import schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
 from lcm_jax.models.config import to_config
-from lcm_jax.pretrained import hub, names, pipeline, tokenizer, weight_files
+from lcm_jax.pretrained import hub, names, noise_marks, pipeline, tokenizer, weight_files
 from lcm_jax.pretrained import single_file_keys as keys
 from lcm_jax.pretrained.names import Shape
 
@@ -192,6 +193,9 @@ def load_single_file(
             if other
         }
         configs = _configs(given, family, stored, _metadata(path), {part: m for part, (m, _) in replaced.items()})
+        noise = schedule.from_config(configs["scheduler"])
+        if unet:
+            pipeline.check_noise(unet, noise, str(path), "unet" in read)
         modules = dict.fromkeys(("text_encoder", "text_encoder_2"))
         modules |= {part: _FROM_CONFIG[part](configs[part], dtype=dtype) for part in ("unet", "vae", *family.encoders)}
         modules |= {part: module for part, (module, _) in replaced.items()}
@@ -208,7 +212,6 @@ def load_single_file(
                 tensor, put = (stored.read, place) if part in read else (no_tensor, _shape)
                 source = prefix, stored.shapes, tensor
                 params[part] = keys.read_part(modules[part], layout, *source, param_dtype, what, put)
-    noise = schedule.from_config(configs["scheduler"])
     return pipeline.Pipeline(
         **modules, **tokenizers, params=params, schedule=noise, configs=configs, source=str(folder.resolve())
     )
@@ -282,8 +285,6 @@ def _holds(shapes: Mapping[str, Shape], encoder: Encoder) -> bool:
 
 def _check_known(family: Family, shapes: Mapping[str, Shape], path: Path) -> None:
     """Refuse what has the family's text encoder but another kind of model."""
-    if "edm_mean" in shapes:
-        raise UnsupportedConfig("noise schedule of a file with the key", "edm_mean", "the discrete ones of SD and SDXL")
     label = UNET + "label_emb.0.0.weight" in shapes
     if label != family.name.startswith("sdxl"):
         raise LcmError(
@@ -323,10 +324,10 @@ def _configs(
         return files.read_json(path) if path is not None and path.is_file() else known()
 
     shapes = {key.removeprefix(UNET): shape for key, shape in weights.shapes.items() if key.startswith(UNET)}
-    configs = {
-        "scheduler": of("scheduler/scheduler_config.json", lambda: _scheduler(family, weights, metadata)),
-        "model_index": of("model_index.json", lambda: family.model_index),
-    }
+    index = of("model_index.json", lambda: family.model_index)
+    given = folder is not None and (folder / pipeline.SCHEDULER).is_file()
+    given = pipeline.scheduler_config(folder, index) if given else None
+    configs = {"model_index": index, "scheduler": _scheduler(family, weights, metadata, given, folder)}
     is_base = family.name == "sd2" and configs["scheduler"].get("prediction_type", "epsilon") == "epsilon"
     pixels = 512 if is_base else family.pixels
     configs["vae"] = of(
@@ -342,22 +343,69 @@ def _configs(
     return configs | {part: to_config(module) for part, module in replaced.items()}
 
 
-def _scheduler(family: Family, weights: weight_files.Weights, metadata: Mapping[str, str]) -> Config:
-    kind = _prediction_type(family, weights, metadata)
+def _scheduler(
+    family: Family,
+    weights: weight_files.Weights,
+    metadata: Mapping[str, str],
+    given: Config | None,
+    folder: Path | None,
+) -> Config:
+    """The scheduler's config: `given`, that of `folder`, unless the file is marked otherwise.
+
+    Raises:
+      LcmError: marks and `given` contradict each other, and the marks do not settle it.
+    """
+    source, marks = weights.source, noise_marks.read(weights.source, weights.shapes, metadata)
+    config = published_scheduler(family, marks.prediction_type or _guess(family, weights)) if given is None else given
+    fields = schedule.noise_fields(config)
+    says, rescale = fields["prediction_type"], bool(fields["rescale_betas_zero_snr"])
+    kind = marks.prediction_type or says
+    if kind not in (says, "v_prediction"):
+        raise LcmError(
+            f"{source} is marked {marks.said}, but {pipeline.SCHEDULER} of {folder} says {says}; correct the one that "
+            "is wrong, or give config= a folder without a scheduler"
+        )
+    said, zero = marks.said, marks.zero_snr or rescale
+    stored = noise_marks.table(weights)
+    if stored is not None:
+        key, fits = stored[0], noise_marks.fits(stored[1], fields)
+        if not fits:
+            raise LcmError(
+                f"{source} holds a noise table ({key}) other than {'the published one' if given is None else folder}; "
+                f"give config= a folder whose scheduler has it, or remove {key} if it is left over from another model"
+            )
+        if fits == [True]:
+            said, zero = ", ".join([*filter(None, [said]), f"{key} (zero terminal SNR)"]), True
+        elif zero and True not in fits:
+            logging.warning("%s holds a noise table (%s) without zero terminal SNR, taken for left over", source, key)
+    if zero and kind == "epsilon" and not rescale:
+        raise LcmError(
+            f"{source} is marked {said}, which goes with v prediction, but "
+            f"{'nothing says so' if given is None else f'{pipeline.SCHEDULER} of {folder} says epsilon'}; add an empty "
+            "tensor v_pred to the file if its model predicts v, else remove the mark"
+        )
+    if (kind, zero) == (says, rescale):
+        return config
+    betas = {key: value for key, value in fields.items() if key != "prediction_type"}
+    made = published_scheduler(family, kind) | betas | {"rescale_betas_zero_snr": zero}
+    if given is not None:
+        logging.warning(
+            "%s is marked %s, but %s of %s says %s: the marks are taken, %s", source, said, pipeline.SCHEDULER, folder,
+            schedule.from_config(given), schedule.from_config(made),
+        )  # fmt: skip
+    return made
+
+
+def published_scheduler(family: Family, kind: str) -> Config:
+    """The scheduler as the family's models are published, with a prediction type."""
     config = _SCHEDULER | {"prediction_type": kind}
-    if "ztsnr" in weights.shapes:
-        config["rescale_betas_zero_snr"] = True
     if family.name.startswith("sdxl"):
         return {"_class_name": "EulerDiscreteScheduler"} | config | _EULER
     return {"_class_name": "PNDMScheduler" if kind == "epsilon" else "DDIMScheduler"} | config
 
 
-def _prediction_type(family: Family, weights: weight_files.Weights, metadata: Mapping[str, str]) -> str:
-    said = metadata.get("modelspec.prediction_type")
-    if said:
-        return "v_prediction" if said == "v" else said
-    if "v_pred" in weights.shapes:
-        return "v_prediction"
+def _guess(family: Family, weights: weight_files.Weights) -> str:
+    """The prediction type of a file that does not say it."""
     if family.name != "sd2" or weights.shapes[UNET + "input_blocks.0.0.weight"][1] == 9:
         return "epsilon"
     steps = int(weights.read("global_step").item()) if "global_step" in weights.shapes else None

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from lcm_jax import files
-from lcm_jax.diffusion import guidance
+from lcm_jax.diffusion import guidance, schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip
 from lcm_jax.models.config import to_config
@@ -19,7 +19,7 @@ from lcm_jax.pretrained import weight_files
 from lcm_jax.pretrained.names import Shape
 from lcm_jax.pretrained.pipeline import Config, Pipeline
 from lcm_jax.pretrained.saving import names_of_parts
-from lcm_jax.pretrained.single_file import FAMILIES, SUFFIX, Family, layouts
+from lcm_jax.pretrained.single_file import FAMILIES, SUFFIX, Family, layouts, published_scheduler
 
 _SLACK = 1 << 20  # bytes for the header and the file system's own rounding
 # modelspec.architecture of the Stability AI model specification, by family (SD 2.x: and prediction type).
@@ -96,6 +96,9 @@ def save_single_file(
     marks += ["ztsnr"] if source.schedule.alphas_cumprod[-1] == 0 else []
     for mark in marks:  # what ComfyUI goes by for SDXL: presence, not content
         shapes[mark], tensors[mark] = (0,), (lambda key: np.zeros(0, jnp.dtype(dtype)), mark)
+    if not _is_published(source.schedule, family):  # what A1111 goes by
+        table = source.schedule.alphas_cumprod.astype(dtype)
+        shapes["alphas_cumprod"], tensors["alphas_cumprod"] = table.shape, (lambda key: table, "alphas_cumprod")
     header = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": _ARCHITECTURES.get(f"{family.name} {kind}", _ARCHITECTURES[family.name]),
@@ -123,6 +126,13 @@ def family_of(source: Pipeline) -> Family:
     raise UnsupportedConfig("text encoders of a single file", list(found.values()), supported)
 
 
+def _is_published(noise: schedule.NoiseSchedule, family: Family) -> bool:
+    """The noise table is the family's, maybe with zero terminal SNR: what keys can mark."""
+    config = published_scheduler(family, "v_prediction")
+    tables = (schedule.from_config({**config, "rescale_betas_zero_snr": zero}).alphas_cumprod for zero in (False, True))
+    return any(np.array_equal(table, noise.alphas_cumprod) for table in tables)
+
+
 def _kind(config: Config) -> tuple[str, str]:
     return config["hidden_act"], config["architectures"][0]
 
@@ -135,6 +145,14 @@ def _warn(source: Pipeline, family: Family, out: Path) -> None:
             "%s cannot say that its VAE's scaling_factor is %s: programs take %s for %s; read it with config=",
             out, factor, family.scaling_factor, family.name,
         )  # fmt: skip
+    if not _is_published(source.schedule, family):
+        logging.warning(
+            "%s has another noise table than %s (%s): ComfyUI and diffusers do not look at it, read it with config=",
+            out, family.name, source.schedule,
+        )  # fmt: skip
+    kind = source.schedule.prediction_type
+    if kind == "sample" or (kind == "v_prediction" and family.name == "sd1"):
+        logging.warning("%s: ComfyUI takes every %s for epsilon; set %s by hand there", out, family.name, kind)
     if source.has_w_embedding:
         logging.warning("%s has a w embedding, which A1111, ComfyUI and diffusers do not use; fold one w for them", out)
 

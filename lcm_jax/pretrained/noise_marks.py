@@ -1,0 +1,134 @@
+"""What a .safetensors file says of the noise that its model, or the base of its LoRA, was trained on.
+
+    keys      v_pred: v prediction  ztsnr: zero terminal SNR     (ComfyUI, A1111, Forge; presence counts, not content)
+              edm_mean, edm_vpred.sigma_max, ...: no discrete table
+              alphas_cumprod, betas, denoiser.sigmas: the table itself
+    header    modelspec.prediction_type (sd-scripts), modelspec.predict_key (ComfyUI), prediction_type: v, epsilon
+              ss_v_parameterization, ss_v_prediction, ss_zero_terminal_snr: True, False
+              modelspec.architecture, ss_base_model_version: names that end in v
+              lcm_config.json: our own record
+
+A key is a deliberate mark, by which other programs go. In a header "epsilon" and "False" are what writers put if they
+are not told otherwise: a key wins over them.
+"""
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from lcm_jax.diffusion import schedule
+from lcm_jax.errors import LcmError, UnsupportedConfig
+from lcm_jax.pretrained.pipeline import RECORD
+from lcm_jax.pretrained.weight_files import Weights
+
+KEYS = ("v_pred", "ztsnr")
+
+_V = "v_prediction"
+_WORDS = {"epsilon": "epsilon", "eps": "epsilon", "sample": "sample"}
+_WORDS |= dict.fromkeys(("v", "v_pred", "v-pred", "vpred", "v_prediction", "v-prediction"), _V)
+_FLAGS = {"true": _V, "1": _V, "false": "epsilon", "0": "epsilon"}
+# Field of the header -> its words, and whether others say something that is not known here.
+_FIELDS = {
+    "modelspec.prediction_type": (_WORDS, True),
+    "modelspec.predict_key": (_WORDS, True),
+    "prediction_type": (_WORDS, True),
+    "modelspec.noise_process": ({"ddpm": None, "auto": None}, True),
+    "ss_v_parameterization": (_FLAGS, False),
+    "ss_v_prediction": (_FLAGS, False),
+    "v_pred": (_FLAGS, False),
+    "modelspec.architecture": ({"stable-diffusion-v2-768-v": _V, "stable-diffusion-v2-768-v/lora": _V}, False),
+    "ss_base_model_version": ({"sd_v1_v": _V, "sd_v2_v": _V}, False),
+    RECORD: (_WORDS, False),
+}
+_ZERO_SNR = ("ss_zero_terminal_snr", "ztsnr")
+_TABLES = {  # key -> abar_t from it
+    "alphas_cumprod": lambda x: x,
+    "denoiser.sigmas": lambda x: 1 / (1 + np.sort(x) ** 2),
+    "betas": lambda x: np.cumprod(1 - x),
+}
+_ROUNDING = 0.04  # of sqrt(abar) in files of half precision or less; zero terminal SNR moves its end by 0.068
+
+
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """prediction_type: None if nothing says it. said: what says it and zero_snr, in the file `source`."""
+
+    source: Path
+    prediction_type: str | None
+    zero_snr: bool
+    said: str
+
+    def agree_with(self, noise: schedule.NoiseSchedule) -> bool:
+        """What is not said agrees with everything."""
+        zero = not self.zero_snr or noise.alphas_cumprod[-1] == 0
+        return zero and self.prediction_type in (None, noise.prediction_type)
+
+
+def read(source: Path, keys: Collection[str], metadata: Mapping[str, str]) -> Marks:
+    """The marks among a file's tensor names and in its header.
+
+    Raises:
+      UnsupportedConfig: noise that is no discrete table, or a prediction type that is not known.
+      LcmError: fields of the header contradict each other.
+    """
+    edm = sorted(key for key in keys if key.startswith("edm_"))
+    if edm:
+        raise UnsupportedConfig(f"noise schedule of {source}: key", edm[0], "the discrete ones of SD and SDXL")
+    said: dict[str, str | None] = {}
+    zero = ["key ztsnr"] if "ztsnr" in keys else []
+    zero += [f"{field} {metadata[field]!r}" for field in _ZERO_SNR if metadata.get(field, "").lower() in ("true", "1")]
+    for field, (words, strict) in _FIELDS.items():
+        text = metadata.get(field, "") if field != RECORD else _recorded(metadata)
+        word = text.strip().lower()
+        if word in ("", "none"):
+            continue
+        if word == "v-zsnr":
+            word, zero = "v", [*zero, f"{field} {text!r}"]
+        if strict and word not in words:
+            known = [word for word, kind in words.items() if kind] or list(words)
+            raise UnsupportedConfig(f"{field} in the header of {source}", text, known)
+        if words.get(word):
+            said[f"{field} {text!r}"] = words[word]
+    if "v_pred" in keys:
+        wrong = [where for where, kind in said.items() if kind != _V]
+        if wrong:
+            logging.warning("%s has a key v_pred, but its header %s; taken for v_prediction", source, ", ".join(wrong))
+        said = {"key v_pred": _V} | {where: kind for where, kind in said.items() if kind == _V}
+    if len(set(said.values())) > 1:
+        raise LcmError(
+            f"the header of {source} contradicts itself: {', '.join(f'{where} ({said[where]})' for where in said)}; "
+            "correct it, or add a key v_pred (an empty tensor) if the model predicts v"
+        )
+    return Marks(source, next(iter(said.values()), None), bool(zero), ", ".join([*said, *zero]))
+
+
+def _recorded(metadata: Mapping[str, str]) -> str:
+    """The prediction type that our own record gives; a broken record is `single_file.read_record`'s to refuse."""
+    try:
+        return str(json.loads(metadata[RECORD])["prediction_type"])
+    except (KeyError, TypeError, json.JSONDecodeError):
+        return ""
+
+
+def table(weights: Weights) -> tuple[str, np.ndarray] | None:
+    """(key, abar_t float64 [T]) of the noise table that a file holds; None: none, or zeros in its place."""
+    for key in (key for key in _TABLES if key in weights.shapes):
+        abar = _TABLES[key](np.asarray(weights.read(key), np.float64).reshape(-1))
+        if abar.size > 1 and abar[0] > 0.5 > abar[-1] >= 0:
+            return key, abar
+    return None
+
+
+def fits(abar: np.ndarray, fields: Mapping[str, Any]) -> list[bool]:
+    """Which of `rescale_betas_zero_snr` False, True make a stored table, maybe rounded, of `schedule.noise_fields`."""
+    found = []
+    for rescale in (False, True):
+        wanted = schedule.from_config({**fields, "prediction_type": _V, "rescale_betas_zero_snr": rescale}).alphas
+        if abar.shape == wanted.shape and np.all(abs(np.sqrt(np.clip(abar, 0, 1)) - wanted) < _ROUNDING):
+            found.append(rescale)
+    return found
