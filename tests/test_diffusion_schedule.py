@@ -113,7 +113,7 @@ def test_numbers_that_are_none_are_refused(wrong):
 
 def test_schedules_are_the_same_by_table_and_prediction_type():
     table = schedule.from_config(LATENT)
-    assert table.same_as(schedule.from_config(LATENT)) and str(table).startswith("epsilon prediction, abar 0.9991 to")
+    assert table.same_as(schedule.from_config(LATENT)) and str(table).startswith("epsilon, abar 0.9991 to")
     for other in ({"prediction_type": "sample"}, {"beta_end": 0.0121}, {"num_train_timesteps": 500}):
         assert not table.same_as(schedule.from_config({**LATENT, **other}))
 

@@ -101,6 +101,32 @@ def everything(form, name, path, seed=0, rank=4, alpha=None):
     return save(path, tensors_of(form, found, alpha, original=lora_keys.sgm_names(unet)))
 
 
+MARKED = {
+    "sd-scripts": ({"modelspec.prediction_type": "v"}, (), True),
+    "its flags": ({"ss_v_parameterization": "True"}, (), True),
+    "its zero SNR": ({"ss_zero_terminal_snr": "True"}, (), True),
+    "keys": ({}, ("v_pred", "ztsnr"), True),
+    "the same noise": ({"modelspec.prediction_type": "epsilon", "ss_zero_terminal_snr": "False"}, (), False),
+    "nothing": ({}, (), False),
+    "unknown": ({"modelspec.prediction_type": "flow"}, (), True),
+}
+
+
+@pytest.mark.parametrize("case", MARKED)
+def test_a_lora_for_other_noise_is_merged_with_a_warning(tmp_path, monkeypatch, case):
+    said = []
+    monkeypatch.setattr(lora_files.logging, "warning", lambda text, *args: said.append(text % args))
+    header, keys, warned = MARKED[case]
+    base = pipeline("sd1")
+    tensors = tensors_of("kohya", factors(base.unet, ("to_q",)), 2.0)
+    marks = {key: np.zeros(0, np.float32) for key in keys}
+    path = save(tmp_path / "marked.safetensors", tensors | marks, **header)
+    read = read_lora(path, modules_of(base))
+    merge_into(base, [(read, 1.0)])
+    same_lora(read, read_lora(save(tmp_path / "plain.safetensors", tensors), modules_of(base)))
+    assert len(said) == warned and all(str(path) in text for text in said)
+
+
 @pytest.mark.parametrize(
     ("name", "form", "alpha"),
     [

@@ -312,7 +312,7 @@ def without(part: str, folder: Path, target: Path) -> Path:
 
 
 def test_prediction_type(folders, written, tmp_path, warnings):
-    """Config, then metadata, then marker, then diffusers' rule for SD 2.x."""
+    """The file's marks, then the config's scheduler, then diffusers' rule for SD 2.x."""
     bare = without("scheduler", folders("sd2"), tmp_path / "bare")
     path = written("sd2")[1]
 
@@ -324,11 +324,11 @@ def test_prediction_type(folders, written, tmp_path, warnings):
         return lambda tensors: tensors.pop("v_pred") is None or tensors.update(more)
 
     assert kind("marker") == "v_prediction" and not warnings
-    assert kind("said", metadata={"modelspec.prediction_type": "epsilon"}) == "epsilon" and not warnings
+    assert kind("said", unmarked(), {"modelspec.prediction_type": "epsilon"}) == "epsilon" and not warnings
     epsilon = without("scheduler", folders("sd2"), tmp_path / "epsilon")
     (epsilon / "scheduler").mkdir()
     tiny.write_json(epsilon / "scheduler" / "scheduler_config.json", tiny.scheduler_config("epsilon"))
-    assert kind("config", config=epsilon) == "epsilon" and not warnings
+    assert kind("config", unmarked(), config=epsilon) == "epsilon" and not warnings
     assert kind("nothing", unmarked()) == "v_prediction"
     assert kind("base", unmarked(global_step=np.array(875000))) == "epsilon"
     assert len(warnings) == 2 and all("give config=" in text for text in warnings)
@@ -337,6 +337,162 @@ def test_prediction_type(folders, written, tmp_path, warnings):
     assert pipeline.schedule.alphas_cumprod[-1] == 0
     again = save_single_file(pipeline, tmp_path / "zero.safetensors", dtype=jnp.float32)
     assert {"v_pred", "ztsnr"} <= safetensors.numpy.load_file(again).keys()
+
+
+def empty(*keys):
+    return lambda tensors: tensors.update({key: np.zeros(0, np.float32) for key in keys})
+
+
+def noise_of(path, config):
+    return load_pipeline(path, config=config, weights=False).schedule
+
+
+MARKS = {
+    "keys": (empty("v_pred", "ztsnr"), {}, True),
+    "keys with content": (lambda t: t.update(v_pred=np.zeros(1, np.float16), ztsnr=np.zeros((), np.float16)), {}, True),
+    "ComfyUI": (empty("v_pred"), {"modelspec.predict_key": "v"}, False),
+    "its header alone": (empty(), {"modelspec.predict_key": "v"}, False),
+    "sd-scripts": (empty(), {"modelspec.prediction_type": "v", "modelspec.architecture": "stable-diffusion-v1"}, False),
+    "sd-scripts with zero SNR": (empty(), {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}, True),
+    "other spellings": (empty(), {"prediction_type": "v_prediction", "ss_v_prediction": "True"}, False),
+    "both in one": (empty(), {"modelspec.prediction_type": "v-zsnr"}, True),
+    "version": (empty(), {"ss_base_model_version": "sd_v1_v"}, False),
+    "architecture": (empty(), {"modelspec.architecture": "stable-diffusion-v2-768-v"}, False),
+    "record": (empty(), {"lcm_config.json": '{"prediction_type": "v_prediction"}'}, False),
+    "the key wins over what headers say by default": (
+        empty("v_pred", "ztsnr"), {"modelspec.prediction_type": "epsilon", "ss_v_parameterization": "False"}, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_marks_of_v_prediction_and_zero_snr(folders, written, tmp_path, warnings, name):
+    """Without a scheduler, and against one of a base model whose folder is given for its tokenizers."""
+    change, header, zero = MARKS[name]
+    path = rewrite(written("sd1")[1], tmp_path / "marked.safetensors", change, header)
+    expected = schedule.from_config(tiny.scheduler_config("v_prediction") | {"rescale_betas_zero_snr": zero})
+    doubt = 1 if name.startswith("the key wins") else 0
+    assert noise_of(path, without("scheduler", folders("sd1"), tmp_path / "bare")).same_as(expected)
+    assert len(warnings) == doubt
+    pipeline = load_pipeline(path, config=folders("sd1"), weights=False)
+    assert pipeline.schedule.same_as(expected) and schedule.from_config(pipeline.configs["scheduler"]).same_as(expected)
+    said = next(iter(header)) if header and not doubt else "key v_pred"
+    assert len(warnings) == 1 + 2 * doubt and said in warnings[-1]
+    assert "says epsilon, abar" in warnings[-1] and "the marks are taken, v_prediction" in warnings[-1]
+    agreeing = Path(shutil.copytree(folders("sd1"), tmp_path / "agreeing"))
+    tiny.write_json(agreeing / "scheduler" / "scheduler_config.json", pipeline.configs["scheduler"])
+    warnings.clear()
+    assert noise_of(path, agreeing).same_as(expected) and len(warnings) == doubt
+
+
+def test_marks_against_a_scheduler_with_other_betas(folders, written, tmp_path, warnings):
+    """The folder's betas stay: the marks do not speak of them. What a file does not say contradicts nothing."""
+    folder = Path(shutil.copytree(folders("sd1"), tmp_path / "folder"))
+    place = folder / "scheduler" / "scheduler_config.json"
+    betas = {"beta_start": 0.001, "beta_schedule": "linear"}
+    tiny.write_json(place, tiny.scheduler_config("epsilon") | betas)
+    marked = rewrite(written("sd1")[1], tmp_path / "marked.safetensors", empty("v_pred", "ztsnr"))
+    both = tiny.scheduler_config("v_prediction") | betas | {"rescale_betas_zero_snr": True}
+    assert noise_of(marked, folder).same_as(schedule.from_config(both)) and len(warnings) == 1
+    tiny.write_json(place, both)
+    half = rewrite(written("sd1")[1], tmp_path / "half.safetensors", empty("v_pred"))
+    plain = rewrite(written("sd1")[1], tmp_path / "plain.safetensors", empty())
+    for path in (marked, half, plain):
+        assert noise_of(path, folder).same_as(schedule.from_config(both)) and len(warnings) == 1
+
+
+CONTRADICTIONS = {
+    "edm_mean": (empty("edm_mean", "edm_std"), {}, "key='edm_mean'; supported: the discrete ones"),
+    "CosXL": (empty("edm_vpred.sigma_max", "edm_vpred.sigma_min", "v_pred"), {}, "key='edm_vpred.sigma_max'"),
+    "flow": (empty(), {"modelspec.noise_process": "flow"}, "modelspec.noise_process in the header of .*='flow'"),
+    "unknown": (empty(), {"modelspec.prediction_type": "velocity"}, "modelspec.prediction_type in .*'velocity'; supp"),
+    "header": (
+        empty(), {"modelspec.prediction_type": "v", "modelspec.predict_key": "epsilon"},
+        r"contradicts itself: modelspec.prediction_type 'v' \(v_prediction\), modelspec.predict_key 'epsilon' \(eps"),
+    "zero SNR alone": (empty("ztsnr"), {}, "is marked key ztsnr, which goes with v prediction, but .*; add an empty"),
+    "zero SNR of epsilon": (
+        empty(), {"modelspec.prediction_type": "epsilon", "ss_zero_terminal_snr": "True"}, "which goes with v pred"),
+    "table": (
+        lambda t: t.update(alphas_cumprod=schedule.from_config({"_class_name": "DDPMScheduler"}).alphas_cumprod), {},
+        r"holds a noise table \(alphas_cumprod\) other than"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_marks_that_are_refused(folders, written, tmp_path, name):
+    change, header, words = CONTRADICTIONS[name]
+    path = rewrite(written("sd1")[1], tmp_path / "marked.safetensors", change, header)
+    for config in (folders("sd1"), without("scheduler", folders("sd1"), tmp_path / "bare")):
+        refused(path, words, config, weights=False)
+
+
+def test_epsilon_in_a_header_against_a_scheduler_of_v(folders, written, tmp_path):
+    path = rewrite(written("sd2")[1], tmp_path / "said.safetensors", lambda t: t.pop("v_pred") is None,
+                   {"modelspec.prediction_type": "epsilon"})  # fmt: skip
+    refused(path, "is marked modelspec.prediction_type 'epsilon', but scheduler/.* says v_prediction; correct",
+            folders("sd2"), weights=False)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", (np.float32, np.float16))
+def test_stored_noise_tables(folders, written, tmp_path, warnings, dtype):
+    """Published files of SD 1.x and SDXL hold theirs; it may be the only thing that says zero terminal SNR."""
+    config = tiny.scheduler_config("v_prediction")
+    plain, zero = (schedule.from_config(config | {"rescale_betas_zero_snr": z}) for z in (False, True))
+    with np.errstate(divide="ignore"):
+        stored = {
+            "alphas_cumprod": lambda noise: noise.alphas_cumprod,
+            "denoiser.sigmas": lambda noise: noise.sigmas / noise.alphas,
+            "betas": lambda noise: 1 - noise.alphas_cumprod / np.append(1, noise.alphas_cumprod[:-1]),
+        }
+        files = {
+            (key, which): rewrite(
+                written("sd2")[1], tmp_path / f"{key}-{which}.safetensors",
+                lambda t, key=key, table=table, noise=noise: t.update({key: table(noise).astype(dtype)}))
+            for key, table in stored.items() for which, noise in (("plain", plain), ("zero", zero))
+        }  # fmt: skip
+    for (_, which), path in files.items():
+        bare = noise_of(path, without("scheduler", folders("sd2"), tmp_path / path.stem))
+        assert bare.same_as(zero if which == "zero" else plain) and not warnings
+    assert noise_of(files["alphas_cumprod", "zero"], folders("sd2")).same_as(zero)
+    assert len(warnings) == 1 and "key v_pred, alphas_cumprod (zero terminal SNR)" in warnings[0]
+    both = rewrite(files["alphas_cumprod", "plain"], tmp_path / "both.safetensors", empty("ztsnr"))
+    warnings.clear()
+    assert noise_of(both, without("scheduler", folders("sd2"), tmp_path / "bare")).same_as(zero)
+    assert len(warnings) == 1 and "without zero terminal SNR, taken for left over" in warnings[0]
+
+
+@pytest.mark.parametrize("zero", (False, True))
+def test_v_prediction_students_are_written_with_marks(written, folders, tmp_path, warnings, zero):
+    """There and back for SDXL, whose files are taken for epsilon by ComfyUI and by us without a mark."""
+    config = tiny.scheduler_config("v_prediction") | {"rescale_betas_zero_snr": zero}
+    noise = schedule.from_config(config)
+    pipeline = dataclasses.replace(written("sdxl")[0], schedule=noise)
+    out = save_single_file(pipeline, tmp_path / "v.safetensors", dtype=jnp.float32)
+    with safetensors.safe_open(out, framework="np") as handle:
+        assert {"v_pred", "ztsnr"} & set(handle.keys()) == ({"v_pred", "ztsnr"} if zero else {"v_pred"})
+        assert handle.metadata()["modelspec.prediction_type"] == "v" and "alphas_cumprod" not in handle.keys()
+    assert not warnings and noise_of(out, without("scheduler", folders("sdxl"), tmp_path / "bare")).same_as(noise)
+    assert noise_of(out, folders("sdxl")).same_as(noise) and len(warnings) == 1
+
+
+def test_another_noise_table_is_written_and_not_lost_in_silence(written, folders, tmp_path, warnings):
+    config = tiny.scheduler_config("epsilon") | {"beta_schedule": "linear"}
+    pipeline = dataclasses.replace(written("sd1")[0], schedule=schedule.from_config(config))
+    out = save_single_file(pipeline, tmp_path / "linear.safetensors")
+    assert len(warnings) == 1 and "has another noise table than sd1" in warnings[0]
+    refused(out, r"holds a noise table \(alphas_cumprod\) other than", folders("sd1"), weights=False)
+    folder = Path(shutil.copytree(folders("sd1"), tmp_path / "linear"))
+    tiny.write_json(folder / "scheduler" / "scheduler_config.json", config)
+    assert noise_of(out, folder).same_as(pipeline.schedule)
+    sample = dataclasses.replace(pipeline, schedule=schedule.from_config(tiny.scheduler_config("sample")))
+    assert noise_of(save_single_file(sample, tmp_path / "s.safetensors"),
+                    without("scheduler", folders("sd1"), tmp_path / "bare")).same_as(sample.schedule)  # fmt: skip
+    assert len(warnings) == 2 and "takes every sd1 for epsilon; set sample by hand" in warnings[1]
+
+
+def test_a_unet_of_other_noise_in_the_place_of_a_files(folders, written, tmp_path):
+    path = rewrite(written("sd1")[1], tmp_path / "marked.safetensors", empty("v_pred"))
+    words = "says epsilon, .* used with v_prediction"
+    refused(path, words, folders("sd1"), unet=folders("lcm"), weights=False)
 
 
 def test_folding_w_changes_nothing_at_that_w(folders, written, tmp_path, warnings):

@@ -178,6 +178,15 @@ def test_a_broken_record_is_named(tmp_path, capsys):
     assert "lcm_config.json is not valid JSON" in capsys.readouterr().err
 
 
+def test_a_model_of_other_noise_is_one_line_and_exit_code_2(lcm, tmp_path, capsys):
+    folder = tiny.copy("sd1", tmp_path / "edm")
+    tiny.write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "EDMEulerScheduler"})
+    for options in ([f"--model={folder}"], [f"--model={lcm}", f"--unet={folder}"]):
+        assert sample.main([*options, f"--out={tmp_path / 'out'}", "--prompt=a"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: unsupported _class_name='EDMEulerScheduler'") and error.count("\n") == 1
+
+
 def test_pictures_that_are_not_finite_are_refused(lcm, tmp_path, capsys, monkeypatch):
     def broken(self, cond, noise, *rest):
         images = np.full((noise.shape[1], 4, 4, 3), np.nan, np.float32)

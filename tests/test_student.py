@@ -171,7 +171,7 @@ def test_models_that_do_not_go_together(teacher, lcm, tmp_path):
     with pytest.raises(LcmError, match=r"holds a single model, no pipeline"):
         load(make_config(None, objective="lcf", model__student=str(lcm / "unet"), distill__w_embedding_dim=DIM))
     of_v = make_lcm(teacher, tmp_path / "v", prediction_type="v_prediction", solver_steps=50)
-    with pytest.raises(LcmError, match=r"lcm_config.json says v_prediction prediction, but .* used with epsilon"):
+    with pytest.raises(LcmError, match=r"lcm_config.json says v_prediction, but .* used with epsilon"):
         load(make_config(teacher, objective="lcf", model__student=str(of_v), distill__w_embedding_dim=DIM))
     plain = tmp_path / "plain"
     shutil.copytree(teacher, plain)

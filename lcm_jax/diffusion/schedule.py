@@ -101,7 +101,7 @@ class NoiseSchedule:
 
     def __str__(self):
         first, last = self.alphas_cumprod[[0, -1]]
-        return f"{self.prediction_type} prediction, abar {first:.4g} to {last:.3g} in {self.num_train_timesteps} steps"
+        return f"{self.prediction_type}, abar {first:.4g} to {last:.3g} in {self.num_train_timesteps} steps"
 
     def same_as(self, other: "NoiseSchedule") -> bool:
         """The same table, value for value, and the same meaning of the output."""
@@ -212,23 +212,24 @@ def noise_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         if given.get(key, usual) != usual:
             raise UnsupportedConfig(key, given[key], f"{usual!r} ({why})")
     name = given.get("_class_name")
-    betas = {} if name is None else _CLASSES.get(str(name).removeprefix("Flax"))
+    betas = _PLAIN if name is None else _CLASSES.get(str(name).removeprefix("Flax"))
     if betas is None:
         raise UnsupportedConfig(
             "_class_name", name,
-            "schedulers with a table of variance-preserving steps (if the model was trained on one, name its class in "
-            f"scheduler_config.json): {', '.join(_CLASSES)}",
+            f"schedulers with a table of variance-preserving steps, {', '.join(_CLASSES)}; if the model was trained on "
+            "one of these, name its class in scheduler_config.json",
         )  # fmt: skip
-    lacking = [] if "trained_betas" in given else [key for key in _PLAIN if key not in betas | given]
-    if lacking:
+    needs_betas = "trained_betas" not in given and given.get("beta_schedule") != "squaredcos_cap_v2"
+    lacking = [key for key in _PLAIN if key not in given]
+    if name is None and needs_betas and lacking:
         raise LcmError(
             f"the scheduler config names no class (_class_name) and no {', '.join(lacking)}, so the noise is unknown; "
             "add the class to scheduler_config.json"
         )
     fields = {"num_train_timesteps": 1000, "trained_betas": None, "rescale_betas_zero_snr": False} | betas
     fields["prediction_type"] = "epsilon"
-    fields |= {key: given[key] for key in (*fields, *_PLAIN) if key in given}
-    numbers = {key: fields[key] for key in ("num_train_timesteps", "beta_start", "beta_end") if key in fields}
+    fields |= {key: given[key] for key in fields if key in given}
+    numbers = {key: fields[key] for key in ("num_train_timesteps", "beta_start", "beta_end")}
     if not all(isinstance(value, int | float) and value >= 0 for value in numbers.values()):
         raise LcmError(f"the scheduler config has {numbers}; these must be positive numbers, correct them there")
     return fields

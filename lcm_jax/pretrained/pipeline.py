@@ -333,15 +333,19 @@ def scheduler_config(folder: Path, index: Config) -> Config:
       UnsupportedConfig: either class is none that `schedule.from_config` takes.
       LcmError: the file is missing or no noise schedule, or diffusers, which goes by model_index.json, reads another.
     """
-    path = folder / SCHEDULER
-    config, kind = files.read_json(path), _entry_class(index, "scheduler")
-    if kind is None:
-        return config
-    config = {"_class_name": kind, **config}
-    if not schedule.from_config(config).same_as(schedule.from_config(config | {"_class_name": kind})):
+    config, kind = files.read_json(folder / SCHEDULER), _entry_class(index, "scheduler")
+    config = {"_class_name": kind, **config} if kind else config
+    try:
+        noise = schedule.from_config(config)
+        theirs = schedule.from_config(config | {"_class_name": kind}) if kind else noise
+    except UnsupportedConfig as error:
+        raise UnsupportedConfig(error.field, error.value, f"{error.supported} (scheduler of {folder})") from None
+    except LcmError as error:
+        raise LcmError(f"{folder / SCHEDULER}: {error}") from None
+    if not theirs.same_as(noise):
         raise LcmError(
-            f"{path} names {config['_class_name']} and leaves betas out, but model_index.json names {kind}, which has "
-            "others; write the betas that the model was trained with into scheduler_config.json"
+            f"{folder / SCHEDULER} names {config['_class_name']} and leaves betas out, but model_index.json names "
+            f"{kind}, which has others; write the betas that the model was trained with into it"
         )
     return config
 
@@ -364,7 +368,7 @@ def check_noise(source: str | Path, noise: NoiseSchedule, model: str, weights: b
             theirs = schedule.from_config(scheduler_config(place, index))
             said = [] if theirs.same_as(noise) else [f"{SCHEDULER} says {theirs}"]
         if record.get("prediction_type", noise.prediction_type) != noise.prediction_type:
-            said.append(f"{RECORD} says {record['prediction_type']} prediction")
+            said.append(f"{RECORD} says {record['prediction_type']}")
         if said:
             raise LcmError(
                 f"{place}: {' and '.join(said)}, but {model} is used with {noise}; take the UNet and the rest from one "

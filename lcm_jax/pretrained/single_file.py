@@ -386,8 +386,7 @@ def _scheduler(
         )
     if (kind, zero) == (says, rescale):
         return config
-    betas = {key: value for key, value in fields.items() if key != "prediction_type"}
-    made = published_scheduler(family, kind) | betas | {"rescale_betas_zero_snr": zero}
+    made = published_scheduler(family, kind) | fields | {"prediction_type": kind, "rescale_betas_zero_snr": zero}
     if given is not None:
         logging.warning(
             "%s is marked %s, but %s of %s says %s: the marks are taken, %s", source, said, pipeline.SCHEDULER, folder,
