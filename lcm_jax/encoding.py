@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lcm_jax.data import loader
+from lcm_jax.data import loader, waiting
 from lcm_jax.data.order import draws_at
 from lcm_jax.data.records import BadRecord, Fault
 from lcm_jax.networks import on_mesh
@@ -130,11 +130,12 @@ def encode_rows(encode: Callable, rows: Rows, batch: int) -> Rows:
 
 
 def in_order(
-    examples: loader.Examples, group: int, seed: int, ranks: Sequence[int]
+    examples: loader.Examples, group: int, seed: int, ranks: Sequence[int], stop: Callable[[], Any] = lambda: False
 ) -> Iterator[tuple[int, Rows | Fault]]:
     """(rank, its row, or why it has none) of examples one after another, read ahead by threads.
 
-    What is random about a row is a function of (seed, group, rank).
+    What is random about a row is a function of (seed, group, rank). Raises `waiting.Stopped` if a row has not come when
+    `stop()` is true.
     """
     first = sum(examples.groups[:group])
 
@@ -144,14 +145,22 @@ def in_order(
         except BadRecord as error:
             return rank, Fault(*examples.where(group, rank), str(error))
 
-    with concurrent.futures.ThreadPoolExecutor(loader.THREADS) as pool:
-        waiting: collections.deque = collections.deque()
+    def taken(rank: int, future: concurrent.futures.Future) -> tuple[int, Rows | Fault]:
+        waiting.wait(lambda seconds: concurrent.futures.wait([future], seconds).done,
+                     lambda: "{}: {}, which is being read".format(*examples.where(group, rank)), stop=stop)
+        return future.result()
+
+    pool = concurrent.futures.ThreadPoolExecutor(loader.THREADS)
+    try:
+        under_way: collections.deque = collections.deque()
         for rank in ranks:
-            waiting.append(pool.submit(read, rank))
-            if len(waiting) > AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            under_way.append((rank, pool.submit(read, rank)))
+            if len(under_way) > AHEAD:
+                yield taken(*under_way.popleft())
+        while under_way:
+            yield taken(*under_way.popleft())
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a read may hang
 
 
 def fingerprint(pipeline: Pipeline, resolution: int, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:

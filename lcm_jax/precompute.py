@@ -34,7 +34,7 @@ import lcm_jax
 from lcm_jax import config as config_lib
 from lcm_jax import encoding, files, training_data
 from lcm_jax import student as student_lib
-from lcm_jax.data import cache, cache_writing, loader, tfds_builder
+from lcm_jax.data import cache, cache_writing, loader, tfds_builder, waiting
 from lcm_jax.data.cache_writing import Shard
 from lcm_jax.data.order import draws_at
 from lcm_jax.data.records import Fault
@@ -278,10 +278,13 @@ def write_shards(job: Job) -> None:
         for group, shards in itertools.groupby(todo, lambda shard: shard.group):
             shards = list(shards)
             ranks = [rank for shard in shards for rank in shard.ranks]
-            rows = encoding.in_order(job.examples, group, job.plan["seed"], ranks)
+            rows = encoding.in_order(job.examples, group, job.plan["seed"], ranks, stop=lambda: stop)
             with contextlib.closing(rows):
                 for shard in shards:
-                    write_shard(job, shard, rows, progress, stop)
+                    try:
+                        write_shard(job, shard, rows, progress, stop)
+                    except waiting.Stopped:
+                        raise Stopped(STOPPED.format(stop.name)) from None
 
 
 def write_shard(job: Job, shard: Shard, rows: Iterator, progress: Progress, stop: StopSignal) -> None:
@@ -384,4 +387,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("shard_size", Options.shard_size, "rows of a file")
     distributed.define_flags()
     flags.mark_flags_as_required(["config", "out"])
-    app.run(main, flags_parser=config_lib.parse_flags)
+    app.run(distributed.last(main), flags_parser=config_lib.parse_flags)

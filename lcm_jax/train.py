@@ -16,7 +16,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ from lcm_jax import aot, encoding, training_data, training_step
 from lcm_jax import config as config_lib
 from lcm_jax import generate as generate_lib
 from lcm_jax import student as student_lib
-from lcm_jax.data import loader
+from lcm_jax.data import loader, waiting
 from lcm_jax.distill import objectives
 from lcm_jax.distill import state as state_lib
 from lcm_jax.distill import step as step_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import Pipeline
 from lcm_jax.runtime import mesh as mesh_lib
+from lcm_jax.runtime.checkpoints import lost
 from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints
 from lcm_jax.runtime.cost import chips, roofline
 from lcm_jax.runtime.processes import distributed
@@ -44,6 +45,7 @@ from lcm_jax.runtime.reporting import boards, profiling
 from lcm_jax.runtime.reporting.telemetry import BadRecords, Telemetry
 from lcm_jax.runtime.workdir import StopSignal, locked, prepare_workdir, same_as_before, write_atomic
 
+READ_HERE = 20.0  # seconds that one of several processes has for a batch, to stop with the others
 GRID_COLUMNS = 4  # pictures per prompt in a sample grid
 
 
@@ -59,6 +61,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> state_l
     began = time.time()
     config, mesh = distributed.everywhere(lambda: prepared(config, profile))
     with locked(workdir) as workdir:  # first of all: config.json is the running process's
+        distributed.everywhere(lambda: lost.check(workdir, config.checkpoint.every))  # before config.json is new
         prepare_workdir(workdir, config)
         parts = distributed.everywhere(lambda: training_data.open_parts(config))
         program = distributed.everywhere(lambda: training_step.make(config, *student_lib.shapes(config), mesh))
@@ -131,6 +134,7 @@ def run(
         same_as_before(workdir, "data.json", training_data.describe(order))
         key = jax.jit(lambda: step_lib.named_key(config.seed, "draws"), out_shardings=program.key.sharding)()
         say(mesh_lib.report_unsharded(mesh, (program.state, program.frozen)))
+        stop, failure = StopSignal(), None
         with (
             contextlib.closing(
                 loader.batches(
@@ -141,6 +145,7 @@ def run(
                     put=functools.partial(to_device, mesh, watch),
                     workers=0 if config.data.encode == "start" else config.data.workers,  # rows in memory stay here
                     rows=mesh_lib.process_rows(mesh, config.data.batch_size, jax.process_index()),
+                    stop=lambda: stop,
                 )
             ) as batches,
             Telemetry(
@@ -157,8 +162,25 @@ def run(
                 **speed_limits(program, mesh),
             ) as telemetry,
             profiling.Profile(workdir, profile, step) as profiled,
-            StopSignal() as stop,
+            stop,
         ):
+            first, alone, late = step, jax.process_count() == 1, False  # late: no data are read ahead any more
+
+            @contextlib.contextmanager
+            def kept() -> Iterator[None]:
+                nonlocal failure
+                try:
+                    yield
+                except Exception as error:
+                    if failure:
+                        raise
+                    failure = error
+                    if not alone:
+                        distributed.ask_to_stop()
+
+            def encoded(rows: encoding.Rows) -> dict[str, Any]:
+                with jax.transfer_guard("disallow"):
+                    return training_step.as_batch(encode(rows))
 
             def save() -> None:
                 telemetry.settle()  # a step whose loss or gradient was not finite raises here and is never saved
@@ -166,33 +188,59 @@ def run(
                     with telemetry.pause("checkpoint"):
                         checkpoints.save(step, state, contents(config, step), telemetry.means() or None)
 
-            while step < config.train.steps and not stop.agreed():
+            # What fails beside the step leaves the state whole, which is saved before that is raised. One process of
+            # several cannot stop alone, as the others have begun the next step: it asks them to, and reads for itself
+            # until they do.
+            while step < config.train.steps and not stop.agreed() and not (failure and alone):
                 checkpoints.check()
-                profiled.at(step, state)
-                try:
-                    with telemetry.waiting():
-                        rows = next(batches)
-                except (LcmError, OSError):  # the data gave out: what was trained until here is not lost
-                    if jax.process_count() == 1 and step > 0:
-                        save()  # by one of several processes it would wait for the others
-                    raise
+                batch = None
+                with kept(), contextlib.suppress(waiting.Stopped):
+                    profiled.at(step, state)
+                    if not late:
+                        with telemetry.waiting():
+                            rows = next(batches)
+                        batch = encoded(rows)
+                if batch is None:
+                    if alone:
+                        continue
+                    late = True
+                    batch = encoded(read_here(batches, step - first, failure))
                 with jax.transfer_guard("disallow"):
-                    state, metrics = program.step(state, frozen, training_step.as_batch(encode(rows)), key)
+                    state, metrics = program.step(state, frozen, batch, key)
                 step += 1
                 telemetry.update(step, metrics)
                 if step == config.train.steps or step % config.checkpoint.every == 0:
                     save()
                 if draw_grid and step % config.sample.every == 0:
                     telemetry.settle()
-                    with telemetry.pause("evaluation"):
+                    with kept(), telemetry.pause("evaluation"):
                         telemetry.images(step, draw_grid(state.ema_params))
-            if step < config.train.steps:
+            if step < config.train.steps and (step > 0 or not failure or not alone):
                 save()
             with telemetry.pause("checkpoint"):
                 checkpoints.wait()  # here, where a signal still waits for it
-            if step < config.train.steps:
-                telemetry.message(f"{stop.name}: saved step {step}; the same command goes on from there")
+            if checkpoints.latest_step() == step:
+                telemetry.saved(step)
+                if step < config.train.steps:
+                    why = "an error" if failure else stop.name
+                    telemetry.message(f"{why}: saved step {step}; the same command goes on from there")
+            distributed.everywhere(lambda: raise_if(failure))
     return state
+
+
+def read_here(batches: loader.Prefetched, number: int, failure: Exception | None) -> encoding.Rows:
+    """Batch `number`, read by this process in at most READ_HERE seconds. Raises `failure` if it does not come."""
+    late = time.monotonic() + READ_HERE
+    try:
+        return waiting.apart(lambda: batches.make(number), lambda: "data", stop=lambda: time.monotonic() > late)
+    except waiting.Stopped:
+        raise failure or LcmError("the data do not come, and without them this process cannot save with the others; "
+                                  "the same command resumes from the last checkpoint") from None
+
+
+def raise_if(error: Exception | None) -> None:
+    if error:
+        raise error
 
 
 def encoders(pipeline: Pipeline) -> Pipeline:
@@ -280,4 +328,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=config_lib.parse_flags)
+    app.run(distributed.last(main), flags_parser=config_lib.parse_flags)

@@ -135,7 +135,7 @@ def test_errors_come_through():
         yield {"a": 1}
         raise OSError("tar is gone")
 
-    ahead = loader.prefetched(broken(), put=lambda b: b)
+    ahead = loader.Prefetched(broken(), put=lambda b: b)
     assert next(ahead) == {"a": 1}
     with pytest.raises(OSError, match="tar is gone"):
         next(ahead)
@@ -143,13 +143,13 @@ def test_errors_come_through():
 
 def test_end_and_limit_of_prefetching():
     made = []
-    ahead = loader.prefetched((made.append(i) or i for i in range(100)), put=lambda b: b, depth=2)
+    ahead = loader.Prefetched((made.append(i) or i for i in range(100)), put=lambda b: b, depth=2)
     assert next(ahead) == 0
     threading.Event().wait(0.3)
     assert len(made) <= 4, "one taken, two waiting, one in hand"
     assert list(ahead) == list(range(1, 100))
     before = threading.active_count()
-    ahead = loader.prefetched(itertools.count(), put=lambda b: b)
+    ahead = loader.Prefetched(itertools.count(), put=lambda b: b)
     next(ahead)
     ahead.close()
     assert threading.active_count() == before

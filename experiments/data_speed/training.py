@@ -62,7 +62,7 @@ def first_batch_held() -> Iterator[None]:
     def held(*args, put, **keywords) -> Iterator:
         with contextlib.closing(read(*args, put=dict, **keywords)) as batches:
             rows = next(batches)
-        return loader.prefetched(itertools.repeat(rows), put)
+        return loader.Prefetched(itertools.repeat(rows), put)
 
     with mock.patch.object(loader, "batches", held):
         yield

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
+import pickle
 import queue
 import signal
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import grain
@@ -23,12 +27,22 @@ import jax
 import numpy as np
 from absl import flags
 
+from lcm_jax.data import waiting
 from lcm_jax.data.order import Order, Place, draws_at
 from lcm_jax.data.records import BadRecord, Fault
 from lcm_jax.errors import LcmError
 
 THREADS = min(8, os.cpu_count() or 1)  # batches in the making at a time, where no processes make them
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CLOSE = 3.0  # seconds that who reads ahead gets to end by itself
+_STATES = {  # letters of /proc/PID/stat
+    "R": "running",
+    "S": "waiting for something, as a pipe or a file server",
+    "D": "waiting for a disk or a file server",
+    "T": "stopped by a signal; kill -CONT lets it run again",
+    "t": "stopped by a debugger",
+    "Z": "ended",
+}
 MAX_STEPS = 2**40  # length of a stream that has no end, for grain
 MAX_IN_A_ROW = 100  # bad records: then it is no matter of single ones
 MIN_READ = 10_000  # the share of bad records is taken of no fewer (but of no more than there are)
@@ -74,8 +88,13 @@ class Batches:
     def __getitem__(self, number: int) -> tuple[dict[str, np.ndarray], tuple[Fault, ...]]:
         step, faults = self.start + number, []
         places = self.order.places(step)
-        rows = [self._row(places[row], step * self.order.batch_size + row, faults) for row in self.rows]
-        return stacked(rows), tuple(faults)
+        try:
+            rows = [self._row(places[row], step * self.order.batch_size + row, faults) for row in self.rows]
+            return stacked(rows), tuple(faults)
+        except Exception as error:
+            if _portable(error):
+                raise
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
     def _row(self, place: Place, position: int, faults: list[Fault]) -> dict[str, np.ndarray]:
         examples, size = self.examples[place.stream], self.order.streams[place.stream][place.group]
@@ -86,6 +105,14 @@ class Batches:
             except BadRecord as error:
                 faults.append(Fault(*examples.where(place.group, rank), str(error)))
         raise LcmError(f"none of {min(size, MAX_IN_A_ROW)} records in a row can be used; the last one: {faults[-1]}")
+
+
+def _portable(error: Exception) -> bool:
+    """Whether it can leave a worker; else it would be lost there, and waited for for ever."""
+    try:
+        return isinstance(pickle.loads(pickle.dumps(error)), Exception)
+    except Exception:
+        return False
 
 
 def stacked(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -142,15 +169,18 @@ class Faults:
                        f"more than --config.data.max_bad_fraction={self.share}")
 
 
-def _begin_worker(index: int, count: int) -> None:
+def _begin_worker(folder: str, index: int, count: int) -> None:
     """Signals are not for workers (`_held_back`); one that came while this worker started is dropped here.
 
-    If the process that trains is killed outright, its workers end too, instead of waiting for it for ever.
+    If the process that trains is killed outright, its workers end too, instead of waiting for it for ever. `folder`
+    gets a file that says which process this worker is.
     """
-    del index, count
+    del count
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(OSError):  # only a message needs it
+        Path(folder, str(index)).write_text(str(os.getpid()))
 
 
 @contextlib.contextmanager
@@ -172,34 +202,194 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def read_ahead(batches: Batches, workers: int = 0) -> Iterator[tuple[dict[str, np.ndarray], tuple[Fault, ...]]]:
+class WorkerEnded(LcmError):
+    """A process that reads data has ended, with this exit code; -9: by signal 9."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Workers:
+    """The processes that read for one `read_ahead`: which is which, what became of them, and their end.
+
+    Args:
+        count: how many there are; 0: threads of this process read.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._folder = tempfile.TemporaryDirectory(prefix="lcm_jax-") if count else None  # what `_begin_worker` says
+        self._others = {process.pid for process in multiprocessing.active_children()}
+        self._processes: dict[int, Any] = {}
+        self._found: dict[int, int] = {}
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of grain's `mp_prefetch`."""
+        several = grain.MultiprocessingOptions(num_workers=self.count, per_worker_buffer_size=2)
+        return {"options": several, "worker_init_fn": functools.partial(_begin_worker, self._folder.name)}
+
+    def check(self) -> None:
+        """Raises WorkerEnded if one of them has: the data have no end, so none ends by itself."""
+        for pid, process in self._seen().items():
+            if process.exitcode is not None and (pid in self._known() or len(self._known()) < self.count):
+                raise WorkerEnded(self._ended(pid, process.exitcode), process.exitcode)
+
+    def describe(self, number: int) -> str:
+        """Who makes batch `number`, and what it does just now."""
+        if not self.count:
+            return f"{THREADS} threads of this process read"
+        index = number % self.count  # grain takes batches from one worker after another
+        pid = next((pid for pid, worker in self._known().items() if worker == index), None)
+        if pid is None:
+            return f"worker {index} of {self.count} makes it, which has not begun yet"
+        return f"worker {index} of {self.count} makes it (pid {pid}, {_state(pid)})"
+
+    def kill(self) -> None:
+        """Ends those that have not ended."""
+        for process in self._seen().values():
+            process.kill()  # SIGTERM is not for them, nor does a stopped process hear of it
+
+    def close(self) -> None:
+        if self._folder:
+            self._folder.cleanup()
+
+    def _seen(self) -> dict[int, Any]:
+        """pid -> process, of those that were ever seen alive."""
+        if self.count:
+            found = {process.pid: process for process in multiprocessing.active_children()}
+            self._processes |= {pid: process for pid, process in found.items() if pid not in self._others}
+        return self._processes
+
+    def _known(self) -> dict[int, int]:
+        """pid -> worker, of those that have begun."""
+        if len(self._found) < self.count:
+            for path in Path(self._folder.name).glob("*"):
+                with contextlib.suppress(OSError, ValueError):  # being written
+                    self._found[int(path.read_text())] = int(path.name)
+        return self._found
+
+    def _ended(self, pid: int, code: int) -> str:
+        which = self._known().get(pid)
+        name = f"a worker of {self.count}" if which is None else f"worker {which} of {self.count}"
+        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        if -code == signal.SIGBUS:
+            hint = "shared memory may be full: make /dev/shm larger, or lower --config.data.workers"
+        elif -code == signal.SIGKILL:
+            hint = "memory may have run out: lower --config.data.workers or --config.data.batch_size, or give it more"
+        else:
+            hint = "see what it said above; --config.data.workers=0 reads in this process"
+        return f"{name} (pid {pid}), which read data, {how}; {hint}. The same command resumes the run"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _state(pid: int) -> str:
+    """What a process does, in words, where the system tells it."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "its state is not known"
+    return _STATES.get(letter, f"its state is {letter}")
+
+
+def read_ahead(
+    batches: Batches, workers: int | Workers = 0
+) -> Iterator[tuple[dict[str, np.ndarray], tuple[Fault, ...]]]:
     """The batches in order, read by grain: in `workers` processes, or in threads of this one if 0."""
     if not flags.FLAGS.is_parsed():  # grain reads flags to start processes; a notebook or a script has parsed none
         flags.FLAGS.mark_as_parsed()
-    threads = 1 if workers else THREADS
+    watched = workers if isinstance(workers, Workers) else Workers(workers)
+    threads = 1 if watched.count else THREADS
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     ahead = grain.MapDataset.source(batches).to_iter_dataset(options)
-    if workers:
-        several = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        ahead = ahead.mp_prefetch(several, worker_init_fn=_begin_worker)
+    if watched.count:
+        ahead = ahead.mp_prefetch(**watched.options())
     iterator = iter(ahead)
     try:
-        with _held_back() if workers else contextlib.nullcontext():
+        with _held_back() if watched.count else contextlib.nullcontext():
             first = next(iterator)  # starts threads that start the workers
         yield first
         yield from iterator
     finally:
         iterator.close()
+        if watched is not workers:
+            watched.close()
 
 
-def prefetched(batches: Iterator[Batch], put: Callable[[Batch], Any] = jax.device_put, depth: int = 2) -> Iterator[Any]:
-    """`put` of each batch, made ahead by one thread, at most `depth` in waiting.
+class Prefetched:
+    """An iterator of `put` of each batch, made ahead by one thread, at most `depth` in waiting.
 
     An error in `batches` or `put` is raised where the batch would have come. The thread ends with the iterator: when
-    `batches` ends, on `.close()`, or when it is garbage.
+    `batches` ends, on `close()`, or when it is garbage. One that hangs is left to itself after CLOSE seconds.
+
+    Args:
+        batches: closed by the thread.
+        put: takes a batch to the device.
+        depth: batches in waiting.
+        take: (queue, number of the batch) -> the queue's next item: how to wait for it.
+        make: number -> a batch, see `make`.
+        workers: that the thread may wait for; ended with the iterator.
     """
-    ready: queue.Queue = queue.Queue(maxsize=depth)
-    stop = threading.Event()
+
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        put: Callable[[Batch], Any] = jax.device_put,
+        depth: int = 2,
+        *,
+        take: Callable[[queue.Queue, int], Any] = lambda ready, number: ready.get(),
+        make: Callable[[int], Batch] | None = None,
+        workers: Workers | None = None,
+    ) -> None:
+        self._ready: queue.Queue = queue.Queue(maxsize=depth)
+        self._stop, self._taken, self._over = threading.Event(), 0, False
+        self._put, self._take, self._make, self._workers = put, take, make, workers
+        self._thread = threading.Thread(
+            target=_prefetch, args=(batches, put, self._ready, self._stop), name="prefetch", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Prefetched:
+        return self
+
+    def __next__(self) -> Any:
+        if self._over:
+            raise StopIteration
+        kind, value = self._take(self._ready, self._taken)
+        if kind == "batch":
+            self._taken += 1
+            return value
+        self._over = True
+        raise value if kind == "error" else StopIteration
+
+    def make(self, number: int) -> Any:
+        """Batch `number` (the first is 0) made here, whatever became of those who read ahead."""
+        return self._put(self._make(number))
+
+    def close(self) -> None:
+        self._over = True
+        self._stop.set()
+        self._thread.join(CLOSE)
+        if self._workers:
+            if self._thread.is_alive():
+                self._workers.kill()
+                self._thread.join(CLOSE)
+            self._workers.close()
+
+    def __del__(self) -> None:
+        self._stop.set()
+
+
+def _prefetch(
+    batches: Iterable[Batch], put: Callable[[Batch], Any], ready: queue.Queue, stop: threading.Event
+) -> None:
+    """The thread of `Prefetched`; it does not hold that object, which may become garbage."""
 
     def offer(item: tuple[str, Any]) -> None:
         while not stop.is_set():
@@ -208,34 +398,22 @@ def prefetched(batches: Iterator[Batch], put: Callable[[Batch], Any] = jax.devic
             except queue.Full:
                 continue
 
-    def work() -> None:
+    try:
         try:
             for batch in batches:
                 offer(("batch", put(batch)))
                 if stop.is_set():
                     return
             offer(("end", None))
-        except BaseException as error:  # carried to the reader, who raises it
-            offer(("error", error))
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                return
-            yield value
-    finally:
-        stop.set()
-        thread.join()
+        finally:
+            getattr(batches, "close", lambda: None)()
+    except BaseException as error:  # carried to the reader, who raises it
+        offer(("error", error))
 
 
 def batches(examples: Sequence[Examples], order: Order, start_step: int = 0, *, faults: Faults | None = None,
             put: Callable[[Batch], Any] = jax.device_put, workers: int = 0, depth: int = 2,
-            rows: Sequence[int] | None = None) -> Iterator[Any]:
+            rows: Sequence[int] | None = None, stop: Callable[[], Any] = lambda: False) -> Prefetched:
     """Endless batches on the device from `start_step` on: the training loop's data. Close it (`contextlib.closing`).
 
     Args:
@@ -247,8 +425,10 @@ def batches(examples: Sequence[Examples], order: Order, start_step: int = 0, *, 
         workers: processes that read and decode; 0: threads of this one.
         depth: batches in waiting on the device.
         rows: positions in a global batch of the rows that this process reads (`mesh.process_rows`); None: all.
+        stop: whether to stop, asked while a batch is waited for.
 
-    Bad arguments are refused here, not when the first batch is asked for.
+    Bad arguments are refused here, not when the first batch is asked for. `next` raises `waiting.Stopped` on a stop,
+    LcmError if a worker has ended.
     """
     if tuple(tuple(e.groups) for e in examples) != order.streams or start_step < 0:
         raise LcmError(f"examples in groups {[e.groups for e in examples]} from step {start_step} do not fit an order "
@@ -258,12 +438,27 @@ def batches(examples: Sequence[Examples], order: Order, start_step: int = 0, *, 
         count = sum(map(sum, order.streams))
         faults.indexed((), count, count)
     mine = tuple(range(order.batch_size) if rows is None else rows)
+    source, watched = Batches(tuple(examples), order, start_step, mine), Workers(workers)
 
     def on_host() -> Iterator[Batch]:
-        read = read_ahead(Batches(tuple(examples), order, start_step, mine), workers)
-        with contextlib.closing(read):
+        with contextlib.closing(read_ahead(source, watched)) as read:
             for batch, found in read:
                 faults.add(found, len(mine))
                 yield batch
 
-    return prefetched(on_host(), put, depth)
+    def take(ready: queue.Queue, number: int) -> tuple[str, Any]:
+        def what() -> str:
+            return (f"rows {mine[0]} to {mine[-1]} of the batch of step {start_step + number + 1}; "
+                    f"{watched.describe(number)}")
+
+        try:
+            return waiting.taken(ready, what, stop=stop, check=watched.check)
+        except WorkerEnded as ended:
+            with contextlib.suppress(queue.Empty):
+                while ended.code >= 0:  # it has said why before it ended
+                    kind, value = ready.get(timeout=CLOSE)
+                    if kind == "error":
+                        return kind, value
+            raise
+
+    return Prefetched(on_host(), put, depth, take=take, make=lambda number: source[number][0], workers=watched)

@@ -37,6 +37,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from lcm_jax import files
+from lcm_jax.data import waiting
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import trees
 from lcm_jax.runtime.checkpoints import checkpoint_folder as on_disk
@@ -249,10 +250,9 @@ class Checkpoints:
         (step, doomed, future, key), self._pending = self._pending, None
         with self._readable_errors(f"saving checkpoint {step}"):
             try:
-                while not futures.wait([future], _LOOK).done:
-                    if said := agreement.given_up(key):
-                        self._stuck = True
-                        raise LcmError(said)
+                waiting.wait(lambda _: futures.wait([future], _LOOK).done,
+                             lambda: f"checkpoint {step}, which is being written to {self.folder}",
+                             check=lambda: self._check_others(key))
                 future.result()
             except BaseException:
                 del self._steps[step]
@@ -272,6 +272,11 @@ class Checkpoints:
             if not self._stuck:
                 with self._readable_errors("closing the checkpoints"):
                     self._saver.close()
+
+    def _check_others(self, key: str) -> None:
+        if said := agreement.given_up(key):
+            self._stuck = True
+            raise LcmError(said)
 
     def _finish(self, step: int, partial: Path, metrics: Mapping[str, float], doomed: list[int], key: str) -> None:
         """In the background: from written arrays to a complete checkpoint, and only then away with older ones."""

@@ -18,6 +18,7 @@ import datetime
 import itertools
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ T = TypeVar("T")
 INIT_TIMEOUT = 300  # seconds
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead; the others then end, too
 _LEAVE = 5  # seconds that a failing process gives the others to fail at the same
+_LAST = 5  # seconds that a process has to end in order when its work is done
 _WAIT = 1800  # seconds to wait for processes that live: the heartbeats tell of those that do not
 _LOOPBACK = ("localhost", "127.", "[::1]", "::1")
 _FLAGS = ("coordinator", "num_processes", "process_id", "init_timeout")
@@ -123,6 +125,31 @@ def exit_code(program: Callable[[], int | None], **where: Any) -> int:
         _leave(code)
     shutdown()
     return code
+
+
+def last(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """`main` as the last thing that its process does: LAST seconds after it the process ends, whatever hangs.
+
+    Threads that hang in a call, and what libraries do at exit with theirs, would keep it for ever else.
+    """
+
+    def end(code: int) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+    def call(argv: list[str]) -> int:
+        code = 1
+        try:
+            code = main(argv)
+            return code
+        finally:
+            timer = threading.Timer(_LAST, end, [code])
+            timer.daemon = True
+            timer.start()
+
+    return call
 
 
 def everywhere(call: Callable[[], T], timeout: float = _WAIT) -> T:

@@ -59,7 +59,10 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 def keep_until(workdir: str | Path, step: int) -> list[dict[str, Any]]:
-    """Drops the lines of metrics.jsonl beyond `step`, and a half line at its end; returns what is left."""
+    """Moves the lines of metrics.jsonl beyond `step`, and a half line at its end, to metrics.cut.jsonl.
+
+    Returns what is left.
+    """
     return jsonl.keep(Path(workdir) / METRICS_FILE, lambda record: record["step"] <= step)
 
 
@@ -117,12 +120,15 @@ class Telemetry:
         self._spikes = alarms.Spikes(spike, before[-alarms.HORIZON:])
         self._file = None
         if self._writes:
-            others = [boards.WeightsAndBiases(self.workdir, wandb, config)] if wandb else []
-            self._boards: list[Any] = [*others, boards.TensorBoard(self.workdir, start_step)]
+            self._progress = TrainingProgress(total_steps, start_step, stream or sys.stderr)
+            if wandb:
+                boards.import_wandb()
             self._events = Events(self.workdir)
             self._events.add("start", began or time.time(), start_step)
             self._file = open(self.workdir / METRICS_FILE, "a")
-            self._progress = TrainingProgress(total_steps, start_step, stream or sys.stderr)
+            makers = {"Weights & Biases": lambda: boards.WeightsAndBiases(self.workdir, wandb, config)} if wandb else {}
+            makers["TensorBoard"] = lambda: boards.TensorBoard(self.workdir, start_step)
+            self._boards = [boards.Shown(name, make, self._progress.message) for name, make in makers.items()]
         self._fetched = _Fetched()
 
     def __enter__(self) -> Telemetry:
@@ -254,6 +260,11 @@ class Telemetry:
             board.picture(step, name, grid)
         return path
 
+    def saved(self, step: int) -> None:
+        """Notes in events.jsonl that the checkpoint of `step` is on disk, so that a later start misses it."""
+        if self._file:
+            self._events.add("saved", time.time(), step)
+
     def message(self, text: str) -> None:
         """A line for the reader of the terminal."""
         if self._file:
@@ -266,9 +277,11 @@ class Telemetry:
             if self._last_step > self._mark_step:  # no line was due, but they are trained
                 self._add_steps(self._last_step)
             self._events.add("stop", time.time(), self._last_step)
-            for part in (self._progress, self._file, self._events, *self._boards):
-                part.close()
+            self._file.close()
+            self._events.close()
             self._file = None
+            boards.close(self._boards)
+            self._progress.close()
 
 
 class _Fetched:
