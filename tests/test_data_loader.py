@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from lcm_jax.data import loader
+from lcm_jax.data import loader, waiting
 from lcm_jax.data.examples import Arrays, CaptionDropout
 from lcm_jax.data.order import Order, batch_indices
 from lcm_jax.data.records import BadRecord, Fault
@@ -75,9 +75,106 @@ def test_hosts_share_one_global_batch_with_its_draws(groups):
     assert same(whole, joined)
 
 
-def test_workers_and_threads_make_the_same_batches():
-    examples = Drawn((37,))
-    assert same(take(10, examples, start_step=3), take(10, examples, start_step=3, workers=2))
+def test_workers_make_the_batches_of_threads_and_one_that_is_stopped_or_killed_is_named(monkeypatch, capsys):
+    """In one loader, since processes take seconds to start."""
+    examples, said = Drawn((37,)), []
+
+    def stop():
+        said.append(capsys.readouterr().err)
+        return "waiting" in said[-1]
+
+    order = Order(1, 6, (examples.groups,))
+    with contextlib.closing(loader.batches((examples,), order, 3, put=dict, workers=2, stop=stop)) as batches:
+        assert same(take(10, examples, start_step=3, put=dict), itertools.islice(batches, 10))
+        processes = {worker: psutil.Process(pid) for pid, worker in batches._workers._known().items()}
+        processes[1].suspend()
+        monkeypatch.setattr(waiting, "PATIENCE", 0.5)
+        more = []
+        with pytest.raises(waiting.Stopped):
+            more.extend(batches)
+        number, (line,) = 10 + len(more), said[-1].splitlines()
+        assert f"rows 0 to 5 of the batch of step {number + 4}; worker 1 of 2" in line
+        assert f"(pid {processes[1].pid}, stopped by a signal" in line
+        there = take(1, examples, start_step=number + 3, put=dict)
+        assert same(there, [batches.make(number)]), "read here"
+        processes[1].kill()
+        with pytest.raises(LcmError, match=rf"worker 1 of 2 \(pid {processes[1].pid}\), .* killed by SIGKILL; memory"):
+            next(batches)
+    psutil.wait_procs(processes.values(), timeout=60)
+    assert not any(process.is_running() for process in processes.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Hanging(Drawn):
+    """Examples whose reading waits for an event, as for a file server."""
+
+    event: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def row(self, group, rank, draws):
+        self.event.wait()
+        return super().row(group, rank, draws)
+
+
+def test_a_stop_is_heard_while_threads_hang(monkeypatch, capsys):
+    monkeypatch.setattr(waiting, "PATIENCE", 0.3)
+    monkeypatch.setattr(loader, "CLOSE", 0.1)
+    examples, said = Hanging((37,)), []
+
+    def stop():
+        said.append(capsys.readouterr().err)
+        return "waiting" in said[-1]
+
+    batches = loader.batches((examples,), Order(1, 6, (examples.groups,)), rows=(1, 2), put=dict, stop=stop)
+    with pytest.raises(waiting.Stopped):
+        next(batches)
+    assert "rows 1 to 2 of the batch of step 1" in said[-1] and "threads of this process" in said[-1]
+    batches.close()  # does not wait for them
+    examples.event.set()
+    assert batches.make(0).keys() == {"label", "draw"}
+
+
+class Process:
+    def __init__(self, pid, exitcode=None):
+        self.pid, self.exitcode = pid, exitcode
+
+
+@pytest.mark.parametrize(("code", "words"), [
+    (-9, r"worker 0 of 2 \(pid 71\).* killed by SIGKILL; memory may have run out: lower --config.data.workers"),
+    (-7, r"killed by SIGBUS; shared memory may be full"),
+    (-11, r"killed by SIGSEGV; see what it said"),
+    (0, r"ended with exit code 0; see what it said"),
+    (3, r"ended with exit code 3; see what it said"),
+])  # fmt: skip
+def test_how_a_worker_ended(monkeypatch, code, words):
+    other, mine = Process(5, -9), [Process(70), Process(71)]
+    monkeypatch.setattr(loader.multiprocessing, "active_children", lambda: [other])
+    workers = loader.Workers(2)
+    monkeypatch.setattr(loader.multiprocessing, "active_children", lambda: [other, *mine])
+    for index, process in enumerate(reversed(mine)):
+        Path(workers._folder.name, str(index)).write_text(str(process.pid))
+    workers.check()
+    mine[1].exitcode = code
+    monkeypatch.setattr(loader.multiprocessing, "active_children", lambda: [])
+    with pytest.raises(LcmError, match=words) as ended:
+        workers.check()
+    assert "\n" not in str(ended.value)
+    workers.close()
+
+
+def test_an_error_that_cannot_leave_a_worker_leaves_as_words():
+    class Odd(Exception):
+        def __init__(self):
+            super().__init__("broken header")
+            self.reader = threading.Lock()
+
+    class Bad(Drawn):
+        def row(self, group, rank, draws):
+            raise Odd
+
+    with pytest.raises(RuntimeError, match="Odd: broken header"):
+        take(1, Bad((4,)))
+    with pytest.raises(ZeroDivisionError):
+        take(1, type("Zero", (Drawn,), {"row": lambda *_: 1 // 0})((4,)))
 
 
 def test_a_bad_record_is_replaced_told_once_and_not_forgotten():
@@ -159,7 +256,7 @@ READER = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from lcm_jax.data import loader
+from lcm_jax.data import loader, waiting
 from lcm_jax.data.examples import Arrays
 from lcm_jax.data.order import Order
 if __name__ == "__main__":

@@ -245,6 +245,12 @@ class Workers:
             return f"worker {index} of {self.count} makes it, which has not begun yet"
         return f"worker {index} of {self.count} makes it (pid {pid}, {_state(pid)})"
 
+    def resume(self) -> None:
+        """Lets those run that are stopped, so that they can end in order."""
+        for process in self._seen().values():
+            if process.exitcode is None:
+                os.kill(process.pid, signal.SIGCONT)
+
     def kill(self) -> None:
         """Ends those that have not ended."""
         for process in self._seen().values():
@@ -375,6 +381,8 @@ class Prefetched:
     def close(self) -> None:
         self._over = True
         self._stop.set()
+        if self._workers:
+            self._workers.resume()
         self._thread.join(CLOSE)
         if self._workers:
             if self._thread.is_alive():

@@ -46,18 +46,19 @@ def check(workdir: Path, every: int) -> None:
     every = _interval(workdir_lib.read_config(workdir), every)
     known, saved = known_steps(workdir)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    saved |= {int(found[1] or found[2]) for found in map(_WHOLE_ONCE.match, names) if found}
-    newest = max(list_steps(folder), default=0)
+    steps = list_steps(folder)
+    newest = max(steps, default=0)
     writing = [int(found[1]) for found in map(_WRITTEN_NOW.match, names) if found]
     # While a checkpoint is written the steps go on, at most to the next one, which waits for it.
     due = max([newest, *(step for step in writing if step - newest <= every)]) + every
-    if newest and (known > due or max(saved, default=0) > newest) and jax.process_index() == 0:
+    if steps and (known > due or max(saved, default=0) > newest) and jax.process_index() == 0:
         print(f"WARNING: {METRICS_FILE} knows of step {known}, the newest checkpoint in {folder} is of step {newest}: "
               f"steps {newest + 1} to {known} are trained again. If there are newer ones elsewhere, stop this run and "
               "bring them back", file=sys.stderr, flush=True)
-    if not newest and (known > due or saved):
+    saved |= {int(found[1] or found[2]) for found in map(_WHOLE_ONCE.match, names) if found}
+    if not steps and (known > due or saved):
         there = f" (only {', '.join(names)})" if names else ""
-        raise LcmError(f"{metrics} knows of step {max(known, *saved)}, but there is no checkpoint in {folder}{there}; "
+        raise LcmError(f"{metrics} knows of step {max([known, *saved])}, but there is no checkpoint in {folder}{there}; "
                        f"bring the checkpoints back, or delete {METRICS_FILE} to begin anew, or choose another workdir")
 
 
@@ -68,7 +69,7 @@ def known_steps(workdir: Path) -> tuple[int, set[int]]:
         if event.get("event") == "start":
             known, saved = event["step"], {event["step"]} - {0}
         elif event.get("event") == "saved":
-            saved.add(event["step"])
+            saved |= {event["step"]} - {0}
         known = max(known, event["step"])
     return max([known, *(record["step"] for record in jsonl.read(workdir / METRICS_FILE))]), saved
 

@@ -1,0 +1,124 @@
+"""Workdirs whose checkpoints are gone, in part or all: refused, told, or begun anew in silence if that is right."""
+
+import json
+import os
+
+import pytest
+
+from lcm_jax import config as config_lib
+from lcm_jax.errors import LcmError
+from lcm_jax.runtime.checkpoints import lost
+from lcm_jax.runtime.reporting import jsonl
+from lcm_jax.runtime.workdir import prepare_workdir
+
+EVERY = 10
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    config = config_lib.default_config()
+    config.model.teacher, config.checkpoint.every = "a/teacher", EVERY
+    prepare_workdir(tmp_path, config)
+    return tmp_path
+
+
+def tell(workdir, step, events=()):
+    """The files of a run that has come to `step`."""
+    lines = [json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(1, step + 1)]
+    (workdir / "metrics.jsonl").write_text("".join(lines))
+    listed = [json.dumps({"event": event, "time": 0.0, "step": n}) + "\n" for event, n in events]
+    (workdir / "events.jsonl").write_text("".join(listed))
+
+
+def make(workdir, *names):
+    for name in names:
+        (workdir / "checkpoints" / name).mkdir(parents=True)
+
+
+@pytest.mark.parametrize(("step", "names", "events"), [
+    (11, (), ()),
+    (25, ("25.damaged",), ()),
+    (25, (".20.partial",), ()),  # before it was written, that of step 10 was there
+    (21, (".10.partial",), ()),  # the one of step 20 waits for it
+    (4, ("4.damaged1",), ()),
+    (4, (".4.removed",), ()),
+    (4, (), [("start", 0), ("saved", 4), ("stop", 4)]),  # by a signal, long before it was due
+    (0, (), [("start", 0), ("steps", 14)]),  # log.every is larger
+    (4, (), [("start", 0), ("start", 3)]),
+    (4, ("tmp",), [("saved", 4)]),
+])  # fmt: skip
+def test_no_checkpoint_is_refused(workdir, step, names, events):
+    make(workdir, *names)
+    tell(workdir, step, events)
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    known = max([step, *(n for _, n in events)])
+    with pytest.raises(LcmError) as refused:
+        lost.check(workdir, 1000)
+    ways_out = ("bring the checkpoints back", "delete metrics.jsonl", "another workdir")
+    for words in (f"knows of step {known}", *ways_out, *names):
+        assert words in str(refused.value)
+    assert "\n" not in str(refused.value) and before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    (workdir / "metrics.jsonl").unlink()
+    lost.check(workdir, 1000)
+
+
+@pytest.mark.parametrize(("step", "names", "events"), [
+    (0, (), ()),
+    (10, (), ()),
+    (20, (".10.partial",), ()),  # killed while its first checkpoint was written
+    (20, (".10.partial.orbax-checkpoint-tmp",), ()),
+    (9, (), [("start", 0), ("saved", 30), ("start", 0), ("steps", 9)]),  # begun anew after metrics.jsonl was deleted
+    (20, ("10",), ()),
+    (30, ("10", ".20.partial"), ()),
+    (25, ("25", "20.damaged"), [("saved", 25)]),
+    (12, ("10", "60.damaged"), [("saved", 60), ("start", 10), ("steps", 12)]),  # told by the start before
+    (0, ("0",), [("start", 0), ("saved", 0)]),  # stopped before its first step
+    (0, (), [("start", 0), ("saved", 0)]),
+])  # fmt: skip
+def test_what_a_killed_run_leaves_is_no_loss(workdir, capsys, step, names, events):
+    make(workdir, *names)
+    tell(workdir, step, events)
+    lost.check(workdir, 1000)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("step", "names", "events"), [
+    (60, ("10",), ()),
+    (60, ("10", "60.damaged"), ()),
+    (15, ("10",), [("start", 10), ("saved", 15)]),
+])  # fmt: skip
+def test_an_older_checkpoint_is_told(workdir, capsys, step, names, events):
+    make(workdir, *names)
+    tell(workdir, step, events)
+    lost.check(workdir, 1000)
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("WARNING: ") and f"step {step}" in line and f"steps 11 to {step} are trained again" in line
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
+def test_a_link_to_nothing(workdir, name):
+    os.symlink(workdir / "unmounted", workdir / name)
+    with pytest.raises(LcmError, match=f"{name} is a link to .*/unmounted, which is not there"):
+        lost.check(workdir, 1000)
+
+
+@pytest.mark.parametrize("content", [
+    b"5\n", b"{}\n", b'{"step": "a"}\n', b"\xff\xfe\n", b'{"st\n{"step": 2}\n', b"[" * 10000 + b"\n",
+], ids=range(6))  # fmt: skip
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_damaged_file_is_named(workdir, name, content):
+    tell(workdir, 1)
+    (workdir / name).write_bytes(content)
+    with pytest.raises(LcmError, match=f"{name} line 1 is not a JSON object with a step"):
+        lost.check(workdir, 1000)
+
+
+def test_what_is_cut_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step":1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    assert jsonl.keep(path, lambda record: record["step"] <= 2) == [{"step": 1}, {"step": 2}]
+    assert path.read_bytes() == b'{"step":1}\n{"step": 2}\n'
+    jsonl.keep(path, lambda record: record["step"] <= 1)
+    jsonl.keep(path, lambda record: record["step"] <= 1)
+    assert path.read_bytes() == b'{"step":1}\n'
+    assert (tmp_path / "metrics.cut.jsonl").read_bytes() == b'{"step": 3}\n{"ste\n{"step": 2}\n'
