@@ -16,14 +16,15 @@ def clock(monkeypatch):
     return now
 
 
-def test_says_what_it_waits_for_ever_more_rarely(clock):
+def test_says_what_it_waits_for_ever_more_rarely(clock, monkeypatch):
     lines = []
+    monkeypatch.setattr(waiting, "say", lines.append)
 
     def ready(seconds):
         clock[0] += seconds
         return clock[0] >= 4000
 
-    waiting.wait(ready, lambda: "worker 3", tell=lines.append)
+    waiting.wait(ready, lambda: "worker 3")
     seconds = [float(line.split()[2]) for line in lines]
     assert lines[0] == "waiting for 60 s: worker 3"
     assert seconds == [60, 120, 240, 480, 960, 1560, 2160, 2760, 3360, 3960]

@@ -108,9 +108,12 @@ class Batches:
 
 
 def _portable(error: Exception) -> bool:
-    """Whether it can leave a worker; else it would be lost there, and waited for for ever."""
+    """Whether it can leave a worker as it is; else it would be lost there, and waited for for ever.
+
+    A StopIteration would end that worker's batches, and only its.
+    """
     try:
-        return isinstance(pickle.loads(pickle.dumps(error)), Exception)
+        return isinstance(pickle.loads(pickle.dumps(error)), Exception) and not isinstance(error, StopIteration)
     except Exception:
         return False
 

@@ -36,7 +36,6 @@ def wait(
     *,
     stop: Callable[[], Any] = lambda: False,
     check: Callable[[], None] = lambda: None,
-    tell: Callable[[str], None] = say,
 ) -> None:
     """Returns when `ready` is true.
 
@@ -45,7 +44,6 @@ def wait(
         what: is waited for, for a line after PATIENCE seconds.
         stop: whether to stop, asked every SLICE seconds.
         check: called before each slice; what it raises ends the wait.
-        tell: takes a line for the reader of the terminal.
 
     Raises:
         Stopped: `stop()` is true, and `ready` is not.
@@ -58,7 +56,7 @@ def wait(
             raise Stopped
         waited = time.monotonic() - begun
         if waited >= due:
-            tell(f"waiting for {waited:.0f} s: {what()}")
+            say(f"waiting for {waited:.0f} s: {what()}")
             due = waited + min(waited, LONGEST)
 
 

@@ -58,7 +58,7 @@ def check(workdir: Path, every: int) -> None:
     saved |= {int(found[1] or found[2]) for found in map(_WHOLE_ONCE.match, names) if found}
     if not steps and (known > due or saved):
         there = f" (only {', '.join(names)})" if names else ""
-        raise LcmError(f"{metrics} knows of step {max([known, *saved])}, but there is no checkpoint in {folder}{there}; "
+        raise LcmError(f"{metrics} knows of step {max([known, *saved])}, but {folder} holds no checkpoint{there}; "
                        f"bring the checkpoints back, or delete {METRICS_FILE} to begin anew, or choose another workdir")
 
 

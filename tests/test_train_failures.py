@@ -1,0 +1,179 @@
+"""The training loop when what is beside the step fails or hangs: the state is saved first. The step is a counter."""
+
+import dataclasses
+import os
+import pickle
+import runpy
+import signal
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from lcm_jax import train
+from lcm_jax.data import loader
+from lcm_jax.data.examples import Arrays
+from lcm_jax.data.order import Order
+from lcm_jax.errors import LcmError
+from lcm_jax.runtime.checkpoints import checkpoint
+from lcm_jax.runtime.reporting.telemetry import read_metrics
+
+ROWS = Arrays(({"label": np.arange(64, dtype=np.int32)},))
+ORDER = Order(0, 4, (ROWS.groups,))
+STEPS, BAD = 12, 5  # of a run; done when it fails
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+    step: jax.Array
+    ema_params: dict
+
+
+class Program:
+    problem = frozen = None
+
+    def __init__(self):
+        scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=SingleDeviceSharding(jax.devices()[0]))
+        self.key, self.state = scalar, State(scalar, {"labels": scalar})
+        self._add = jax.jit(lambda state, batch: State(state.step + 1, {"labels": state.ema_params["labels"] + batch}))
+
+    def begin(self, theta):
+        return State(jnp.int32(0), {"labels": jnp.int32(0)})
+
+    def place_frozen(self, teacher, student):
+        return None
+
+    def step(self, state, frozen, batch, key):
+        return self._add(state, batch), {"loss": 1.0, "grad_norm": 1.0}
+
+    def model_flops(self):
+        return 1.0
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """options -> the run in tmp_path / "run", whose state adds up its data's labels."""
+    for name, value in {
+        "train.models": lambda *_: (None, None), "train.encoders": lambda _: None, "student.shapes": lambda _: (0, 0),
+        "student.theta": lambda _: None, "training_data.open_parts": lambda _: [],
+        "training_data.check_caches": lambda *_: None, "training_data.open_examples": lambda *_: ((ROWS,), ORDER),
+        "training_step.make": lambda *_: Program(), "training_step.as_batch": lambda batch: batch,
+        "encoding.make_encode": lambda *_: jax.jit(lambda rows: rows["label"].sum()),
+        "runtime.mesh.report_unsharded": lambda *_: "", "data.loader.CLOSE": 0.1,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"lcm_jax.{name}", value)
+
+    def call(profile="", **options):
+        config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "shapes_lcm.py"))["get_config"]()
+        config.data.batch_size, config.train.steps, config.log.every, config.sample.every = 4, STEPS, 1, 0
+        config.update_from_flattened_dict(options)
+        return train.train(config, tmp_path / "run", profile)
+
+    call.workdir = tmp_path / "run"
+    return call
+
+
+def saved(run) -> list[int]:
+    return checkpoint.list_steps(run.workdir / "checkpoints")
+
+
+def check_resumed(run, monkeypatch) -> None:
+    """The same command ends as if nothing had been."""
+    monkeypatch.setattr(Arrays, "row", ROW)
+    labels = [place.rank for step in range(STEPS) for place in ORDER.places(step)]
+    assert int(run().ema_params["labels"]) == sum(labels)
+    assert [record["step"] for record in read_metrics(run.workdir)] == [*range(1, STEPS + 1)]
+
+
+ROW = Arrays.row
+
+
+def bad_row(monkeypatch, call, step=BAD) -> None:
+    """`call` is what reading a row of the batch after `step` steps does."""
+    bad = ORDER.places(step)[1].rank
+    monkeypatch.setattr(
+        Arrays, "row", lambda self, group, rank, draws: call() if rank == bad else ROW(self, group, rank, draws)
+    )
+
+
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [
+    LcmError("bad"), OSError(5, "Input/output error"), BrokenPipeError(), EOFError(), MemoryError(), RuntimeError("x"),
+    pickle.UnpicklingError("truncated"), TimeoutError(), KeyError("image"), StopIteration(),
+], ids=lambda error: type(error).__name__)  # fmt: skip
+def test_what_the_data_raise_is_raised_after_the_state_is_saved(run, monkeypatch, capsys, error):
+    bad_row(monkeypatch, failing(error))
+    with pytest.raises(RuntimeError if isinstance(error, StopIteration) else type(error)):
+        run()
+    assert saved(run) == [BAD] and f"an error: saved step {BAD}" in capsys.readouterr().err
+    assert read_metrics(run.workdir)[-1]["step"] == BAD
+    check_resumed(run, monkeypatch)
+
+
+def test_before_the_first_step_there_is_nothing_to_save(run, monkeypatch, capsys):
+    bad_row(monkeypatch, failing(MemoryError()), step=0)
+    with pytest.raises(MemoryError):
+        run()
+    assert saved(run) == [] and "saved" not in capsys.readouterr().err
+    check_resumed(run, monkeypatch)
+
+
+def test_a_signal_is_heard_while_data_hang(run, monkeypatch, capsys):
+    event = threading.Event()
+    bad_row(monkeypatch, event.wait)
+    monkeypatch.setattr(loader.waiting, "PATIENCE", 0.3)
+    monkeypatch.setattr(
+        loader.waiting, "say", lambda line: os.kill(os.getpid(), signal.SIGTERM) if f"step {BAD + 1};" in line else None
+    )
+    assert int(run().step) == BAD
+    event.set()
+    assert saved(run) == [BAD] and f"SIGTERM: saved step {BAD}" in capsys.readouterr().err
+    check_resumed(run, monkeypatch)
+
+
+def test_what_fails_beside_the_data_does_not_lose_the_state(run, monkeypatch):
+    monkeypatch.setattr(train, "make_grid_drawer", lambda *_: failing(MemoryError()))
+    with pytest.raises(MemoryError):
+        run(**{"sample.every": 3})
+    assert saved(run) == [3]
+    (run.workdir / "samples").write_text("a file")
+    monkeypatch.setattr(train, "make_grid_drawer", lambda *_: lambda _: np.zeros((2, 2, 3), np.uint8))
+    with pytest.raises(OSError, match="samples"):
+        run(**{"sample.every": 4})
+    assert saved(run) == [3, 4]
+    monkeypatch.setattr(train, "make_grid_drawer", lambda *_: None)
+    monkeypatch.setattr(train.training_step, "as_batch", failing(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run()
+    assert saved(run) == [3, 4]
+    monkeypatch.setattr(train.training_step, "as_batch", lambda batch: batch)
+    check_resumed(run, monkeypatch)
+
+
+def test_a_trace_that_cannot_be_written(run, monkeypatch):
+    monkeypatch.setattr(jax.profiler, "start_trace", failing(OSError(13, "Permission denied")))
+    with pytest.raises(OSError, match="Permission"):
+        run(profile="2:3")
+    assert saved(run) == [1]
+
+
+def test_an_end_in_order_is_known_to_a_start_without_checkpoints(run, monkeypatch, tmp_path):
+    bad_row(monkeypatch, failing(MemoryError()))
+    with pytest.raises(MemoryError):
+        run()
+    (run.workdir / "checkpoints").rename(tmp_path / "away")
+    with pytest.raises(LcmError, match=f"knows of step {BAD}, but .*checkpoints holds no checkpoint"):
+        run()
+    (tmp_path / "away").rename(run.workdir / "checkpoints")
+    check_resumed(run, monkeypatch)
