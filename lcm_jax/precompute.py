@@ -37,7 +37,7 @@ from lcm_jax import student as student_lib
 from lcm_jax.data import cache, cache_writing, loader, tfds_builder, waiting
 from lcm_jax.data.cache_writing import Shard
 from lcm_jax.data.order import draws_at
-from lcm_jax.data.records import Fault
+from lcm_jax.data.records import Fault, Record, Source
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import ENCODERS, Pipeline, conditioning
 from lcm_jax.runtime import mesh as mesh_lib
@@ -336,16 +336,38 @@ def records(config: ConfigDict, out: str | Path) -> None:
 
         def report(done: int, total: int) -> None:
             if stop:
-                raise Stopped(f"{stop.name}: stopped, nothing is left; the same command begins again")
+                raise waiting.Stopped
             progress.move(1)
 
-        packed = tfds_builder.pack(part.source, out, report=report)
+        try:
+            packed = tfds_builder.pack(Heard(part.source, lambda: stop), out, report=report)
+        except waiting.Stopped:
+            raise Stopped(f"{stop.name}: stopped, nothing is left; the same command begins again") from None
     try:
         loader.Faults(share, BadRecords(out)).indexed(packed.faults, packed.records, packed.records)
     except LcmError:
         shutil.rmtree(out)
         raise
     say(f"{out}: {packed.records} records in {packed.shards} shards; {len(packed.faults)} could not be used")
+
+
+class Heard:
+    """A source whose records are read apart, so that a wish to stop is heard while a file server hangs."""
+
+    def __init__(self, source: Source, stop: Callable[[], Any]) -> None:
+        self._source, self._stop = source, stop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, number: int) -> Record:
+        def what() -> str:
+            return "{}: {}, which is being read".format(*self._source.where(number))
+
+        return waiting.apart(lambda: self._source[number], what, stop=self._stop)
 
 
 def say(line: str) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
+from lcm_jax import encoding
 from lcm_jax.data import loader, waiting
 from lcm_jax.data.examples import Arrays, CaptionDropout
 from lcm_jax.data.order import Order, batch_indices
@@ -131,6 +132,22 @@ def test_a_stop_is_heard_while_threads_hang(monkeypatch, capsys):
     batches.close()  # does not wait for them
     examples.event.set()
     assert batches.make(0).keys() == {"label", "draw"}
+
+
+def test_rows_one_after_another_hear_a_stop_too(monkeypatch, capsys):
+    monkeypatch.setattr(waiting, "PATIENCE", 0.3)
+    examples, said = Hanging((300,)), []
+
+    def stop():
+        said.append(capsys.readouterr().err)
+        return "waiting" in said[-1]
+
+    rows = encoding.in_order(examples, 0, 1, range(300), stop)
+    with pytest.raises(waiting.Stopped):
+        next(rows)
+    assert "a.tar: 0-0, which is being read" in said[-1]
+    examples.event.set()
+    assert [rank for rank, _ in encoding.in_order(examples, 0, 1, range(300))] == [*range(300)]
 
 
 class Process:
@@ -256,7 +273,7 @@ READER = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from lcm_jax.data import loader, waiting
+from lcm_jax.data import loader
 from lcm_jax.data.examples import Arrays
 from lcm_jax.data.order import Order
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from PIL import Image
 from configs import shapes_lcm
 from lcm_jax import encoding, precompute, train, training_data
 from lcm_jax import student as student_lib
-from lcm_jax.data import cache, loader, shapes
+from lcm_jax.data import cache, loader, shapes, waiting
 from lcm_jax.data.order import draws_at
 from lcm_jax.distill import step as step_lib
 from lcm_jax.errors import LcmError
@@ -438,6 +438,35 @@ def test_records_are_packed_for_tfds(teacher, folder, tmp_path, capsys):
     assert len(part.source) == 11 and part.source[0].captions == ("a red circle",)
     assert part.source[0].image == (folder / "00.png").read_bytes()
     assert "05.png" in (out / "bad_records.jsonl").read_text()
+
+
+def test_a_signal_is_heard_while_a_file_hangs(teacher, folder, tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setattr(waiting, "PATIENCE", 0.3)
+    said, pack = [], precompute.tfds_builder.pack
+
+    def hanging(*args, **options):
+        (folder / "07.png").unlink()
+        os.mkfifo(folder / "07.png")
+        return pack(*args, **options)
+
+    monkeypatch.setattr(precompute.tfds_builder, "pack", hanging)
+
+    def say(line):
+        said.append(line)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(waiting, "say", say)
+    with pytest.raises(precompute.Stopped, match="SIGTERM: stopped, nothing is left"):
+        precompute.records(make_config(teacher, source="folder", path=str(folder), num_examples=4096), tmp_path / "out")
+    assert "07.png" in said[0] and not list(tmp_path.glob("*out*"))
+    os.close(os.open(folder / "07.png", os.O_WRONLY | os.O_NONBLOCK))  # the thread that reads it ends
+
+
+def test_a_finished_cache_whose_shards_are_gone_is_not_complete(teacher, drawn, tmp_path):
+    out = Path(shutil.copytree(drawn, tmp_path / "cache"))
+    next(out.glob("*array_record*")).unlink()
+    refused(lambda: precompute.latents(make_config(teacher, **DRAWN), out, Options(shard_size=16)), "is missing")
 
 
 def test_a_signal_drops_the_shard_under_way(teacher, drawn, tmp_path, monkeypatch):

@@ -5,7 +5,9 @@ import signal
 import time
 from pathlib import Path
 
+import data_kit
 import numpy as np
+import psutil
 import pytest
 import tiny
 import training_processes as runs
@@ -53,6 +55,31 @@ def test_two_processes_stop_together_and_go_on_bit_for_bit(whole, teacher, tmp_p
     assert STOP_FROM <= step < STEPS and f"saved step {step}; the same command goes on" in said[0]
     runs.ended(start(workdir, teacher))
     check_same(workdir, whole, STEPS)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_killed_or_stopped_stops_all_at_one_step(teacher, tmp_path, number):
+    """Killed: all say so. Stopped for ever: all hear a SIGTERM. What the worker would have read its process reads."""
+    data_kit.imagefolder(tmp_path / "data", data_kit.records(16))
+    data = ("--config.data.source=folder", f"--config.data.path={tmp_path / 'data'}", "--config.data.encode=step",
+            "--config.data.num_examples=4096", "--config.data.workers=1", "--config.log.every=1")  # fmt: skip
+    workdir = tmp_path / "run"
+    processes = start(workdir, teacher, *data, "--config.train.steps=3000", "--config.checkpoint.every=3000")
+    while processes[0].poll() is None and steps_logged(workdir) < STOP_FROM:
+        time.sleep(0.1)
+    workers = [
+        child for child in psutil.Process(processes[1].pid).children(recursive=True)
+        if "spawn_main" in " ".join(child.cmdline())
+    ]  # fmt: skip
+    workers[0].send_signal(number)
+    if number == signal.SIGSTOP:
+        time.sleep(5)
+        processes[0].send_signal(signal.SIGTERM)
+    said = runs.ended(processes, code=0 if number == signal.SIGSTOP else 2)
+    step, = saved_steps(workdir)
+    assert step == steps_logged(workdir) >= STOP_FROM and f"saved step {step}" in said[0]
+    if number == signal.SIGKILL:
+        assert all("worker 0 of 1" in line and "killed by SIGKILL" in line for line in said)
 
 
 def test_all_processes_refuse_what_one_would(whole, teacher):

@@ -84,7 +84,8 @@ def begin(out: Path, plan: Mapping[str, Any]) -> bool:
     """Makes ready to write what is missing of `plan` (as it comes back from JSON); False where nothing is.
 
     Raises:
-      LcmError: `out` was begun, or finished, with another plan; names the keys and both values.
+      LcmError: `out` was begun, or finished, with another plan; names the keys and both values. It was finished, and
+        shards are missing.
     """
     known, saved = out / PLAN, out / cache.MANIFEST
     before = files.read_json(saved if saved.exists() else known) if saved.exists() or known.exists() else plan
@@ -92,6 +93,7 @@ def begin(out: Path, plan: Mapping[str, Any]) -> bool:
         listed = "; ".join(f"{key}: {old} there, {new} now" for key, (old, new) in different.items())
         raise LcmError(f"--out={out} was made with other settings ({listed}); use the same, or another folder")
     if saved.exists():
+        cache.open(out)  # its shards may be gone, on a disk that is not mounted
         shutil.rmtree(out / PROGRESS, ignore_errors=True)
         return False
     if not known.exists():
