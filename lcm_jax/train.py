@@ -193,6 +193,7 @@ def run(
             # until they do.
             while step < config.train.steps and not stop.agreed() and not (failure and alone):
                 checkpoints.check()
+                telemetry.saved(checkpoints.whole)
                 batch = None
                 with kept(), contextlib.suppress(waiting.Stopped):
                     profiled.at(step, state)
@@ -219,11 +220,10 @@ def run(
                 save()
             with telemetry.pause("checkpoint"):
                 checkpoints.wait()  # here, where a signal still waits for it
-            if checkpoints.latest_step() == step:
-                telemetry.saved(step)
-                if step < config.train.steps:
-                    why = "an error" if failure else stop.name
-                    telemetry.message(f"{why}: saved step {step}; the same command goes on from there")
+            telemetry.saved(checkpoints.whole)
+            if checkpoints.whole == step < config.train.steps:
+                why = "an error" if failure else stop.name
+                telemetry.message(f"{why}: saved step {step}; the same command goes on from there")
             distributed.everywhere(lambda: raise_if(failure))
     return state
 

@@ -20,6 +20,7 @@ from lcm_jax.data.examples import Arrays
 from lcm_jax.data.order import Order
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime.checkpoints import checkpoint
+from lcm_jax.runtime.reporting import jsonl
 from lcm_jax.runtime.reporting.telemetry import read_metrics
 
 ROWS = Arrays(({"label": np.arange(64, dtype=np.int32)},))
@@ -166,6 +167,24 @@ def test_a_trace_that_cannot_be_written(run, monkeypatch):
     with pytest.raises(OSError, match="Permission"):
         run(profile="2:3")
     assert saved(run) == [1]
+
+
+def test_every_checkpoint_is_known_to_a_start_without_checkpoints(run, monkeypatch, tmp_path):
+    """Though metrics.jsonl has no line yet; as of a run that is killed."""
+    seen = []
+    monkeypatch.setattr(train.StopSignal, "agreed", lambda self: seen.append(events(run)) or False)
+    run(**{"checkpoint.every": 2, "log.every": 100, "train.steps": 9})
+    assert any(("saved", step) in found for found in seen for step in (2, 4, 6))
+    assert events(run)[-2:] == [("saved", 9), ("stop", 9)]
+    assert not list((run.workdir / "checkpoints").glob(".*"))
+    (run.workdir / "metrics.jsonl").write_text("")
+    (run.workdir / "checkpoints").rename(tmp_path / "away")
+    with pytest.raises(LcmError, match="knows of step 9, but .*checkpoints holds no checkpoint"):
+        run()
+
+
+def events(run) -> list[tuple[str, int]]:
+    return [(event["event"], event["step"]) for event in jsonl.read(run.workdir / "events.jsonl")]
 
 
 def test_an_end_in_order_is_known_to_a_start_without_checkpoints(run, monkeypatch, tmp_path):

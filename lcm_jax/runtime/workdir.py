@@ -3,6 +3,7 @@
     workdir/
       config.json          the resolved config; a command with another one is refused
       metrics.jsonl        runtime/reporting/telemetry.py
+      metrics.cut.jsonl    lines of metrics.jsonl of steps that were trained again
       data.json            sizes of the data: a run goes on with data of the same
       events.jsonl         runtime/reporting/goodput.py
       bad_records.jsonl    runtime/reporting/telemetry.py, where there are any

@@ -99,6 +99,9 @@ def load_subtree(folder: str | os.PathLike[str], step: int, name: str) -> dict[s
 class Checkpoints:
     """The checkpoints of one run; a context manager, which waits for the last save.
 
+    Attributes:
+        whole: the newest step that is known to be on disk; None: there is none.
+
     Args:
         folder: workdir / "checkpoints"; created. What killed runs left there is removed.
         keep: how many of the newest stay, 1 or more.
@@ -117,6 +120,7 @@ class Checkpoints:
         # step -> metric; the same on all processes at all times, so that they always take the same way
         found = agreement.decided_by_first(lambda: on_disk.tidy(self.folder, best))
         self._steps: dict[int, float | None] = {step: metric for step, metric in found}
+        self.whole = max(self._steps, default=None)
         self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(),
                                             async_options=ocp.AsyncOptions(timeout_secs=agreement.TIMEOUT))
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
@@ -168,6 +172,8 @@ class Checkpoints:
         values = {name: float(value) for name, value in (metrics or {}).items()}
         partial = self.folder / f".{step}.partial"
         with self._readable_errors(f"saving checkpoint {step}"):
+            if jax.process_index() == 0:
+                on_disk.begun(self.folder, step).touch()  # now, while orbax makes its folder some time later
             self._saver.save(partial, force=True, args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(tree), extra=ocp.args.JsonSave(dict(extra or {}))))
         self._steps[step] = values.get(self._best)
@@ -207,6 +213,7 @@ class Checkpoints:
         if step is None:
             step = agreement.decided_by_first(lambda: on_disk.newest_whole(self.folder))
             self._steps = {other: metric for other, metric in self._steps.items() if other <= step}
+            self.whole = step
         else:
             on_disk.check_present(self.folder, step, self.steps())
             agreement.decided_by_first(lambda: on_disk.check_whole(self.folder, step))
@@ -257,6 +264,7 @@ class Checkpoints:
             except BaseException:
                 del self._steps[step]
                 raise
+        self.whole = step
         for old in doomed:
             del self._steps[old]
 
@@ -287,6 +295,7 @@ class Checkpoints:
                     files.write_text(partial / on_disk.METRICS_FILE, json.dumps(metrics))
                 digests.write(partial)
                 os.rename(partial, self.folder / str(step))
+                on_disk.begun(self.folder, step).unlink()
                 files.sync_folder(self.folder)
                 for old in doomed:
                     on_disk.remove(self.folder, old)

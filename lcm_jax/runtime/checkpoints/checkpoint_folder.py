@@ -115,6 +115,11 @@ def _metric(folder: Path, step: int, best: str) -> float | None:
         return None
 
 
+def begun(folder: Path, step: int) -> Path:
+    """A mark that the checkpoint of `step` is being written; removed when it is there, or by the next run."""
+    return folder / f".{step}.partial.begun"
+
+
 def remove(folder: Path, step: int) -> None:
     """Away with a checkpoint; its number goes first, so that nobody takes half of it for whole."""
     aside = folder / f".{step}.removed"

@@ -3,7 +3,7 @@
     {"event": "start", "time": 1790000000.0, "step": 0}                       an attempt begins, `step` steps are done
     {"event": "compiled", "time": ..., "step": 1}                             its first step is done
     {"event": "steps", "time": ..., "from": 1, "step": 10, "seconds": 2.5}    steps 2 .. 10 took 2.5 s of computing
-    {"event": "saved", "time": ..., "step": 500}                              its last checkpoint is on disk
+    {"event": "saved", "time": ..., "step": 500}                              a checkpoint is on disk
     {"event": "stop", "time": ..., "step": 500}                               it ends in order
 
 Times are seconds since 1970. An attempt that was killed ends with its last event; the time between attempts does not

@@ -35,6 +35,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -42,6 +43,7 @@ from typing import Any, NamedTuple, TextIO
 import jax
 import numpy as np
 
+from lcm_jax.data import waiting
 from lcm_jax.data.records import Fault
 from lcm_jax.runtime.reporting import alarms, boards, jsonl
 from lcm_jax.runtime.reporting.goodput import Events
@@ -112,7 +114,7 @@ class Telemetry:
         self._since_means: list[Mapping[str, float]] = []
         self._start_time = self._done = time.monotonic()
         self._wall_clock = time.time() - self._start_time  # to be added to the monotonic one
-        self._first_step, self._last_step = start_step + 1, start_step
+        self._first_step, self._last_step, self._saved = start_step + 1, start_step, start_step
         self._mark(start_step)
         self._bins = np.zeros((2, 1))
         records = keep_until(self.workdir, start_step) if self._writes else read_metrics(self.workdir)
@@ -173,6 +175,8 @@ class Telemetry:
         return {name: float(np.mean([values[name] for values in steps])) for name in (steps[0] if steps else ())}
 
     def _take(self, step: _Step) -> None:
+        waiting.wait(lambda seconds: futures.wait([step.result], seconds).done,
+                     lambda: f"step {step.number}, which the devices compute")
         values, done = step.result.result()
         bins = values.pop("loss_bins", None)
         values = {name: float(value) for name, value in values.items()}
@@ -260,9 +264,10 @@ class Telemetry:
             board.picture(step, name, grid)
         return path
 
-    def saved(self, step: int) -> None:
-        """Notes in events.jsonl that the checkpoint of `step` is on disk, so that a later start misses it."""
-        if self._file:
+    def saved(self, step: int | None) -> None:
+        """Notes in events.jsonl, once, that the checkpoint of `step` is on disk, so that a later start misses it."""
+        if self._file and step not in (None, self._saved):
+            self._saved = step
             self._events.add("saved", time.time(), step)
 
     def message(self, text: str) -> None:
