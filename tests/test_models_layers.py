@@ -57,10 +57,14 @@ def test_epsilon_counts_where_the_input_is_quiet(norm, epsilon):
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
-@pytest.mark.parametrize("causal", [False, True])
-def test_softmax_is_float32_at_large_logits(dtype, causal):
-    """Logits of size 100, where bfloat16 steps by 0.5: rounded to it, weights would be off by half."""
-    q, k, v = (jnp.asarray(s * draw(2, 9, 2, 16, seed=i), dtype) for i, s in enumerate((10, 4, 1)))
+@pytest.mark.parametrize(("causal", "shared"), [(False, 0), (True, 0), (False, 1024)])
+def test_softmax_is_float32_at_large_logits(dtype, causal, shared):
+    """Logits of size 100, or of 1 and a shared 1024, where float16 steps by 1: rounded to it, all would be alike."""
+    sizes = (1, 1, 1) if shared else (10, 4, 1)
+    q, k, v = (s * draw(2, 9, 2, 16, seed=i) for i, s in enumerate(sizes))
+    if shared:
+        q[..., 0], k[..., 0] = 128, 4 * shared / 128
+    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
     exact_q, exact_k, exact_v = (np.asarray(a, np.float64) for a in (q, k, v))
     logits = np.einsum("bsnd,blnd->bnsl", exact_q, exact_k) / 4
     assert np.abs(logits).max() > 80
@@ -72,7 +76,8 @@ def test_softmax_is_float32_at_large_logits(dtype, causal):
     got = dot_product_attention(q, k, v, causal=causal)
     assert got.dtype == dtype
     # In half precision weights and output are rounded; in float32 a logit of 100 has 100 EPS.
-    parity.close(np.asarray(got, np.float64), want, rtol=0, atol=2e-5 + 2 * ROUNDED[dtype] * size)
+    atol = 2e-5 + 4 * shared * parity.EPS + 2 * ROUNDED[dtype] * size
+    parity.close(np.asarray(got, np.float64), want, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("flip", [True, False])
