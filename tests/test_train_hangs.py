@@ -51,7 +51,8 @@ def test_workers(teacher, tmp_path, number):
     data_kit.imagefolder(tmp_path / "data", data_kit.records(16))
     workdir = tmp_path / "run"
     process = start(workdir, teacher, "--config.data.source=folder", f"--config.data.path={tmp_path / 'data'}",
-                    "--config.data.encode=step", "--config.data.num_examples=4096", "--config.data.workers=2")  # fmt: skip
+                    "--config.data.encode=step", "--config.data.num_examples=4096",
+                    "--config.data.workers=2")  # fmt: skip
     reach(process, workdir, 5)
     children = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]

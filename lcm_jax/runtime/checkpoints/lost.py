@@ -53,8 +53,8 @@ def check(workdir: Path, every: int) -> None:
     due = max([newest, *(step for step in writing if step - newest <= every)]) + every
     if steps and (known > due or max(saved, default=0) > newest) and jax.process_index() == 0:
         print(f"WARNING: {METRICS_FILE} knows of step {known}, the newest checkpoint in {folder} is of step {newest}: "
-              f"steps {newest + 1} to {known} are trained again, their lines go to metrics.cut.jsonl. If newer ones are "
-              "elsewhere, stop this run and bring them back", file=sys.stderr, flush=True)
+              f"steps {newest + 1} to {known} are trained again, their lines go to metrics.cut.jsonl. If newer ones "
+              "are elsewhere, stop this run and bring them back", file=sys.stderr, flush=True)
     saved |= {int(found[1] or found[2]) for found in map(_WHOLE_ONCE.match, names) if found}
     if not steps and (known > due or saved):
         there = f" (only {', '.join(names)})" if names else ""
