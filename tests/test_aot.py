@@ -71,12 +71,10 @@ def test_the_program_is_that_of_arrays(name, tiny):
     assert aot.build(config, mesh)[0].lower().as_text() == of_arrays.lower().as_text()
 
 
-@pytest.mark.parametrize("gpu", [pytest.param(gpu_kit.A100, id="A100"),
-                                 pytest.param(gpu_kit.H100, id="H100", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", [gpu_kit.A100, gpu_kit.H100], ids=["A100", "H100"])
 @pytest.mark.parametrize(("name", "layers"), [
-    ("sd15_lcm_lora", 32),
-    *[pytest.param(*case, marks=pytest.mark.slow) for case in (("sd15_lcm", 32), ("sd21_lcm", 32),
-                                                               ("sdxl_lcm_lora", 140))],
+    ("sd15_lcm_lora", 32), ("sd15_lcm", 32), ("sd21_lcm", 32), ("sdxl_lcm_lora", 140),
 ])  # fmt: skip
 def test_full_size_steps_lower_for_cuda(monkeypatch, name, layers, gpu):
     """Self- and cross-attention of every layer are cuDNN's, forward and backward; on Ampere not with heads of 160."""

@@ -29,6 +29,8 @@ FAMILIES = {
     "sdxl_lcm": "sdxl", "sdxl_lcm_lora": "sdxl", "lcm_xl_pokemon_blip": "sdxl", "lcm_xl_lora_pokemon_blip": "sdxl",
     "ssd1b_lcm": "ssd-1b", "ssd1b_lcm_lora": "ssd-1b",
 }  # fmt: skip
+# One of each program: the others differ from these in numbers alone.
+TRACED = ("sd15_lcm", "sd15_lcm_lora", "pokemon_lcf", "sd21_lcm", "sdxl_lcm_lora", "lcm_xl_pokemon_blip", "ssd1b_lcm")
 EMBEDDED = {name for name in FILES if name.startswith("shapes_")}
 
 
@@ -122,7 +124,7 @@ def test_the_hyper_parameters_are_the_published_ones(name):
     assert {key: values[key] for key in PUBLISHED[name]} == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in TRACED else pytest.mark.slow) for n in FILES])
 def test_the_step_traces(name):
     """From shapes alone, as `train` builds it: the state keeps its shapes, the loss is one number."""
     config = config_lib.resolve(reduced(name))

@@ -6,6 +6,7 @@ The torch side is `test_distill_objectives.algorithm_1` on models whose adapters
 import dataclasses
 import functools
 import math
+import re
 
 import family
 import jax
@@ -108,20 +109,19 @@ def abstract_step(unet, text_width: int, rank: int, side: int = 8, adapted: bool
 
 
 def test_a_step_is_given_the_base_once():
-    """By XLA's count of the compiled step's arguments: LoRA holds W + 4 adapters, full LCD 5 W and w's projections."""
+    """By the arguments of the lowered step: LoRA holds W + 4 adapters, full LCD 5 W and w's projections."""
     unet = unet_lib.from_config(tiny.UNETS["small"])
     held = {}
     for adapted in (True, False):
         arguments, step = abstract_step(unet, 32, 4, adapted=adapted)
-        compiled = step.lower(*arguments).compile({"xla_backend_optimization_level": 0})
-        data = sum(x.size * 4 for x in jax.tree.leaves((arguments[2], arguments[1].null)))
-        held[adapted] = (compiled.memory_analysis().argument_size_in_bytes - data) / 4, arguments[0]
+        main = re.search(r"@main\((.*?)\) -> ", step.lower(*arguments).as_text(), re.DOTALL)[1]
+        given = sum(math.prod(map(int, dims.split("x"))) for dims in re.findall(r"tensor<([\dx]+)xf32>", main))
+        held[adapted] = given - size((arguments[2], arguments[1].null)), arguments[0]
     base = names.num_params(unet)
     adapters = size(held[True][1].params)
     assert 0 < adapters < base
-    # Beside the float32 arrays: step, Adam's count, the key.
-    assert abs(held[True][0] - (base + 4 * adapters)) <= 8
-    assert abs(held[False][0] - (5 * base + 4 * 16 * 16)) <= 8
+    assert held[True][0] == base + 4 * adapters
+    assert held[False][0] == 5 * base + 4 * 16 * 16
 
 
 def size(tree) -> int:
@@ -168,6 +168,7 @@ def test_a_steps_arguments_at_the_real_widths():
     assert total < 0.27 * size((begun, frozen))
 
 
+@pytest.mark.slow
 def test_a_base_of_its_own_and_steps_move_adapters_alone():
     """The student's base differs from the teacher: `Frozen.base` is taken; decay 0 makes the target the student."""
     unet = unet_lib.from_config(tiny.UNETS["small"])

@@ -122,7 +122,7 @@ def test_fsdp_of_sample_divides_the_devices(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("program", "folder"), [
-    pytest.param(ENCODE, "sd1", id="encode"),
+    pytest.param(ENCODE, "sd1", id="encode", marks=pytest.mark.slow),
     pytest.param(DRAW, "lcm", id="draw", marks=pytest.mark.slow),
 ])
 def test_on_eight_devices(program, folder, tmp_path):

@@ -181,7 +181,8 @@ def test_misfits_are_refused_by_name():
     with pytest.raises(LcmError, match="nowhere"):
         lora.merge(base, [(stray, 1.0)])
     with pytest.raises(LcmError, match="nowhere"):
-        lora.Adapted(module, 1.0).apply({"params": {"base": base, "lora": stray}}, *arguments("sd1"))
+        apply = functools.partial(jax.eval_shape, lora.Adapted(module, 1.0).apply)
+        apply({"params": {"base": base, "lora": stray}}, *arguments("sd1"))
     with pytest.raises(LcmError, match=r"to_k: lora_A \[64, 4\] and lora_B \[4, 32\] on a kernel \[32, 32\]"):
         sdxl = factors(peft_unet("sdxl", 1, ("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",)))
         wrong = sdxl["down_blocks_1"]["attentions_0"]["transformer_blocks_0"]["attn2"]["to_k"]

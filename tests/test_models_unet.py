@@ -22,8 +22,10 @@ SHAPES = {"even": (16, 16), "odd": (13, 22)}
 TIMESTEPS = {"even": np.array([999, 0], np.int32), "odd": np.array([281.25, 17.6], np.float32)}
 SLOW = pytest.mark.slow
 GRADIENTS = ["sd15-w", *(pytest.param(name, marks=SLOW) for name in ("sdxl-w", "ssd-1b"))]
-# Odd sides go through the same layers in every family: one with 1x1 convolutions, one with linear projections.
-CASES = [pytest.param(name, shape, marks=SLOW if shape == "odd" and name not in ("sd15", "sdxl") else ())
+# The others have no layer, depth or input that these, "sd15-w" above and test_family_runs.py's have not.
+QUICK = {("sd15", "odd"), ("sdxl", "even"), *((n, "even") for n in ("sd21-768", "sdxl-refiner", "ssd-1b", "tiny-sd",
+                                                                    "prefixed"))}  # fmt: skip
+CASES = [pytest.param(name, shape, marks=() if (name, shape) in QUICK else SLOW)
          for name in UNETS for shape in SHAPES]  # fmt: skip
 
 

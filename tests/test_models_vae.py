@@ -124,6 +124,7 @@ def test_tiling_matches_diffusers(size):
     parity.close(got, want, rtol=0, atol=ATOL)
 
 
+@pytest.mark.slow
 def test_tiling_of_the_tiny_vae_blends_its_tiles():
     """Where no tile edge is within the network's reach, tiled and untiled pixels agree; shapes always."""
     _, module, variables = pair("two-levels")
@@ -143,7 +144,7 @@ def test_tiling_of_a_pointwise_map_is_the_map():
     """Identical overlaps blend to themselves, whatever the sizes: up 2, down 2, and nothing to tile."""
     up = lambda x: jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)  # noqa: E731
     down = lambda x: {"a": x[:, ::2, ::2], "b": 2 * x[:, ::2, ::2]}  # noqa: E731
-    for height, width in ((8, 8), (9, 23), (31, 12)):
+    for height, width in ((8, 8), (9, 23)):
         z, x = draw(1, height, width, 2), draw(1, 2 * height, 2 * width, 2)
         parity.close(tiling.decode(up, z, tile=16, factor=2), up(z), atol=1e-6)
         jax.tree.map(lambda a, b: parity.close(a, b, atol=1e-6),
