@@ -159,7 +159,7 @@ NUMBERS = [
     Mutant("gelu by tanh in CLIP", "models/clip.py", "nn.gelu(x, approximate=False)", "nn.gelu(x, approximate=True)",
            CLIP),
     Mutant("gelu by tanh in the UNet", "models/attention.py", "nn.gelu(gate, approximate=False)",
-           "nn.gelu(gate, approximate=True)", UNET),
+           "nn.gelu(gate, approximate=True)", LAYERS),
     Mutant("GEGLU's halves swapped", "models/attention.py", "value, gate = jnp.split", "gate, value = jnp.split", UNET),
     Mutant("cosines and sines swapped", "models/layers.py", "[jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos",
            "[jnp.sin(angles), jnp.cos(angles)] if not flip_sin_to_cos", LAYERS),

@@ -66,14 +66,15 @@ def test_three_steps_match_torch_adamw(max_grad_norm):
     problem, params, frozen, batch = make_case()
     rates, decay, key = [1e-2, 2e-2, 3e-2], 0.9, jax.random.key(7)
     rate = step_lib.learning_rate_schedule(3e-2, warmup_steps=2)
-    optimizer = step_lib.make_optimizer(rate, b2=0.99, weight_decay=0.1, max_grad_norm=max_grad_norm)
+    eps = 1e-3  # of the gradient's size: at the usual 1e-8 Adam's step is the same whatever it is clipped to
+    optimizer = step_lib.make_optimizer(rate, b2=0.99, eps=eps, weight_decay=0.1, max_grad_norm=max_grad_norm)
     step = jax.jit(step_lib.make_step(problem, optimizer, decay, 1, rate))
     now = state.create(params, optimizer)
 
     leaves, tree = jax.tree.flatten(params)
     theta = [torch.tensor(np.array(x), requires_grad=True) for x in leaves]
     target = [x.detach().clone() for x in theta]
-    adamw = torch.optim.AdamW(theta, lr=1.0, betas=(0.9, 0.99), weight_decay=0.1)
+    adamw = torch.optim.AdamW(theta, lr=1.0, betas=(0.9, 0.99), eps=eps, weight_decay=0.1)
     gradient = jax.jit(jax.value_and_grad(
         lambda p, ema, draws: objectives.lcd_loss(problem, p, ema, frozen, batch, draws).mean()
     ))  # fmt: skip
