@@ -78,7 +78,7 @@ def test_splash_is_xlas(d):
     qkv = draw(1, 256, 256, 2, d)
     splash = functools.partial(attention.splash_attention, interpret=True)
     want = output_and_gradients(model_attention.dot_product_attention, qkv)
-    assert_close(output_and_gradients(splash, qkv), want, 3e-6)
+    assert_close(output_and_gradients(splash, qkv), want, 5e-6)  # the softmax is rescaled block by block
 
 
 def test_splash_can_be_made_where_transfers_are_disallowed():
