@@ -161,6 +161,7 @@ def test_a_stopped_command_keeps_what_it_has(lcm, prompts, tmp_path, monkeypatch
     assert drawn == [1, 2, 2]
 
 
+@pytest.mark.slow
 def test_another_model_stands_beside_and_a_changed_one_replaces(first, lcm, prompts, tmp_path, capsys):
     """Rows of one name and other weights never stand in one table."""
     out = tmp_path / "table"

@@ -135,7 +135,8 @@ def test_verify_measures_the_difference_and_fails_on_another_model(run, exported
     assert re.search(r"(?m)^error: the pictures differ by \d+/255, more than 2/255", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("teacher", ["sdxl", pytest.param("sd2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["sd2", "sdxl"])
 def test_the_rest_of_the_family(teacher, tmp_path, capsys):
     """v prediction; and SDXL's two encoders, sizes and own pipeline class."""
     make_run(tmp_path / "run", tiny.folder(teacher), steps=(3,), **{"distill.solver_steps": 20})

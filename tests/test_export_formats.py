@@ -28,10 +28,7 @@ TINY_RUN = {"distill.w_embedding_dim": 0, "sample.guidance_scale": 1.0}
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    """Of two levels: the default adapters are on the downsampler, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny.TRAINING_FOLDERS, "teacher", ("small", *tiny.TRAINING_FOLDERS["teacher"][1:]))
-        return tiny.build("teacher", tmp_path_factory.mktemp("formats") / "teacher")
+    return tiny.build("deep teacher", tmp_path_factory.mktemp("formats") / "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -254,8 +251,7 @@ def test_a_single_file_with_and_without_w(tmp_path, capsys, monkeypatch):
 def test_lcf_runs_export_what_their_student_is(rank, tmp_path, capsys):
     """No teacher; the student is an LCM with w embedding, trained whole or by adapters."""
     lcm = tiny.copy("lcm", tmp_path / "lcm")
-    changes = {"objective": "lcf", "model.student": str(lcm), "lora.rank": rank, "lora.alpha": 4.0,
-               "lora.targets": ("to_q", "conv1")}  # fmt: skip
+    changes = {"objective": "lcf", "model.student": str(lcm), "lora.rank": rank, "lora.alpha": 4.0}
     make_run(tmp_path / "run", None, steps=(3,), **changes)
     out, form = tmp_path / "model", "merged" if rank else "pipeline"
     assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={out}", f"--format={form}", "--verify"]) == 0

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import tiny
 from PIL import Image
 
 from configs import shapes_lcm
-from lcm_jax import encoding, precompute, train, training_data
+from lcm_jax import encoding, files, precompute, train, training_data
 from lcm_jax import student as student_lib
 from lcm_jax.data import cache, loader, shapes, waiting
 from lcm_jax.data.order import draws_at
@@ -443,14 +444,14 @@ def test_records_are_packed_for_tfds(teacher, folder, tmp_path, capsys):
 def test_a_signal_is_heard_while_a_file_hangs(teacher, folder, tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_datasets")
     monkeypatch.setattr(waiting, "PATIENCE", 0.3)
-    said, pack = [], precompute.tfds_builder.pack
+    said, read, answered = [], files.read_regular, threading.Event()
 
-    def hanging(*args, **options):
-        (folder / "07.png").unlink()
-        os.mkfifo(folder / "07.png")
-        return pack(*args, **options)
+    def hanging(path, *args):
+        if path.name == "07.png":
+            answered.wait()
+        return read(path, *args)
 
-    monkeypatch.setattr(precompute.tfds_builder, "pack", hanging)
+    monkeypatch.setattr(files, "read_regular", hanging)
 
     def say(line):
         said.append(line)
@@ -460,7 +461,7 @@ def test_a_signal_is_heard_while_a_file_hangs(teacher, folder, tmp_path, monkeyp
     with pytest.raises(precompute.Stopped, match="SIGTERM: stopped, nothing is left"):
         precompute.records(make_config(teacher, source="folder", path=str(folder), num_examples=4096), tmp_path / "out")
     assert "07.png" in said[0] and not list(tmp_path.glob("*out*"))
-    os.close(os.open(folder / "07.png", os.O_WRONLY | os.O_NONBLOCK))  # the thread that reads it ends
+    answered.set()  # the thread that reads it ends
 
 
 def test_a_finished_cache_whose_shards_are_gone_is_not_complete(teacher, drawn, tmp_path):

@@ -130,8 +130,9 @@ def test_a_lora_for_other_noise_is_merged_with_a_warning(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("name", "form", "alpha"),
     [
-        ("sd1", "peft", None), ("sd1", "diffusers", None), ("sd1", "processors", None), ("sd1", "kohya", 2.0),
-        ("sd2", "kohya", None), ("sdxl", "peft", None), ("sdxl", "kohya", 8.0), ("sdxl", "sgm", 3.0),
+        ("sd1", "diffusers", None), ("sd1", "processors", None), ("sd1", "kohya", 2.0), ("sdxl", "kohya", 8.0),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ("sd1", "peft", None), ("sd2", "kohya", None), ("sdxl", "peft", None), ("sdxl", "sgm", 3.0))),
     ],
 )  # fmt: skip
 def test_one_file_gives_the_model_that_diffusers_gives(name, form, alpha, tmp_path, oracle):

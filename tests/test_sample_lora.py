@@ -73,8 +73,11 @@ def test_loras_are_merged_as_diffusers_adds_them(lora_files, tmp_path, monkeypat
     assert np.abs(alone - arrays(ours)).max() > 8
 
 
-@pytest.mark.parametrize("negative", [None, "", "a large blue square"])
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize(("name", "negative"), [
+    ("sd1", "a large blue square"), ("sdxl", None), ("sdxl", ""),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("sd1", None), ("sd1", ""), ("sdxl", "a large blue square"))),
+])  # fmt: skip
 def test_guidance_between_1_and_2_is_diffusers_two_passes(name, negative, tmp_path, monkeypatch):
     """SDXL: no negative prompt is zeros, "" is encoded; SD: both are "" encoded."""
     words = () if negative is None else (f"--negative_prompt={negative}",)

@@ -25,8 +25,8 @@ def make_lcm(teacher: Path, target: Path, dim: int | None = DIM, **record) -> Pa
     """A pipeline as `teacher`, its UNet an LCM's with random weights; `record`: its lcm_config.json."""
     shutil.copytree(teacher, target)
     shutil.rmtree(target / "unet")
-    unet = UNet2DConditionModel(**tiny.UNETS["micro"], time_cond_proj_dim=dim)
-    tiny.randomise(unet, 31).save_pretrained(target / "unet")
+    config = UNet2DConditionModel.load_config(teacher / "unet") | {"time_cond_proj_dim": dim}
+    tiny.randomise(UNet2DConditionModel.from_config(config), 31).save_pretrained(target / "unet")
     if record:
         tiny.write_json(target / RECORD, record)
     return target
@@ -34,7 +34,7 @@ def make_lcm(teacher: Path, target: Path, dim: int | None = DIM, **record) -> Pa
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    return tiny.build("teacher", tmp_path_factory.mktemp("student") / "teacher")
+    return tiny.build("deep teacher", tmp_path_factory.mktemp("student") / "teacher")
 
 
 @pytest.fixture(scope="module")

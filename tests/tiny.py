@@ -36,7 +36,7 @@ _XL = dict(
 )  # fmt: skip
 UNETS = {
     "sd1": dict(_SD, attention_head_dim=4),
-    "lcm": dict(_MICRO, time_cond_proj_dim=16),
+    "lcm": dict(_SD, attention_head_dim=4, time_cond_proj_dim=16),
     "micro": _MICRO,  # for programs, which do not care for depth: compiles in half the time of "small"
     "small": dict(_SD, attention_head_dim=2, block_out_channels=(16, 32)),
     "inpainting": dict(_MICRO, in_channels=9),
@@ -80,9 +80,11 @@ FOLDERS = {
                 "StableDiffusionXLImg2ImgPipeline"),
 }  # fmt: skip
 
-# For the training program: 64 pixels are 8x8 latents.
+# For the training program: 64 pixels are 8x8 latents. "teacher" has one level and compiles soonest; "deep teacher" has
+# all layers that default adapters are on.
 TRAINING_FOLDERS = {
     "teacher": ("micro", "factor8", {"": ("clip", "sd1")}, "epsilon", "StableDiffusionPipeline"),
+    "deep teacher": ("small", "factor8", {"": ("clip", "sd1")}, "epsilon", "StableDiffusionPipeline"),
     "inpainting": ("inpainting", "factor8", {"": ("clip", "sd1")}, "epsilon", "StableDiffusionInpaintPipeline"),
 }
 
