@@ -4,6 +4,7 @@ import json
 
 import diffusers
 import numpy as np
+import pytest
 import torch
 
 from experiments.shapes_lcm import table
@@ -22,6 +23,7 @@ def test_size():
     assert size <= LARGEST_BYTES
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same():
     """StableDiffusionPipeline on the folder, DDIM with 4 trailing steps, from the same latents."""
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(assets.path("shapes")))

@@ -38,7 +38,7 @@ PROMPTS = ("a small red circle", "a blue square", "hello")
 
 @pytest.fixture(scope="module")
 def lcm(tmp_path_factory) -> Path:
-    folder = tiny.copy("lcm", tmp_path_factory.mktemp("evaluate") / "lcm")
+    folder = tiny.copy("micro lcm", tmp_path_factory.mktemp("evaluate") / "lcm")
     tiny.write_json(folder / pretrained.RECORD, RECORD)
     return folder
 
@@ -192,7 +192,7 @@ def test_a_models_configs_are_part_of_what_it_is(lcm, tmp_path):
         return rows_lib.model_about(rows_lib.Subject("a", pipeline, record, (16, 16), (8, 8, 4), 4))
 
     def rewritten(name, **changes):
-        folder = tiny.copy("lcm", tmp_path / name)
+        folder = tiny.copy("micro lcm", tmp_path / name)
         path = folder / "vae" / "config.json"
         tiny.write_json(path, json.loads(path.read_text()) | changes)
         return identity(folder)

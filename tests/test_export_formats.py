@@ -121,7 +121,7 @@ def test_a_lora_folder_is_complete(lora_run, exports, teacher):
         assert {str(handle.get_tensor(key).dtype) for key in keys} == {"float16"}
 
 
-@pytest.mark.parametrize("form", ["lora-kohya", "lora-peft"])
+@pytest.mark.parametrize("form", ["lora-kohya", pytest.param("lora-peft", marks=pytest.mark.slow)])
 def test_the_card_of_a_lora_shows_code_that_runs(form, teacher, exports, monkeypatch, ours):
     card = (exports[form] / "README.md").read_text()
     assert "LoRA of rank 4, alpha 8" in card and "- lora\n" in card and "guidance_scale=1" in card
@@ -173,7 +173,7 @@ def test_a_failed_write_leaves_nothing(form, lora_run, tmp_path, capsys, monkeyp
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
 def test_a_student_without_w_is_a_plain_pipeline(name, tmp_path, capsys):
     make_run(tmp_path / "run", tiny.folder(name), steps=(3,), **TINY_RUN)
     out = tmp_path / "model"
@@ -247,7 +247,7 @@ def test_a_single_file_with_and_without_w(tmp_path, capsys, monkeypatch):
     assert np.abs(arrays(without) - pictures).max() <= 2
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_lcf_runs_export_what_their_student_is(rank, tmp_path, capsys):
     """No teacher; the student is an LCM with w embedding, trained whole or by adapters."""
     lcm = tiny.copy("lcm", tmp_path / "lcm")

@@ -65,7 +65,8 @@ def gradients(choice: str, weights_fn=None) -> dict:
     return jax.jit(jax.grad(functools.partial(loss, unet)))(params(SMALL))
 
 
-@pytest.mark.parametrize("choice", [pytest.param("block", marks=pytest.mark.slow), "attention"])
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["block", "attention"])
 def test_gradients_of_weights_and_adapters_are_the_same(choice):
     want = jax.tree.leaves_with_path(gradients("none"))
     got = jax.tree.leaves(gradients(choice, fetch))

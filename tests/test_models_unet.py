@@ -21,10 +21,9 @@ ATOL = 2e-5
 SHAPES = {"even": (16, 16), "odd": (13, 22)}
 TIMESTEPS = {"even": np.array([999, 0], np.int32), "odd": np.array([281.25, 17.6], np.float32)}
 SLOW = pytest.mark.slow
-GRADIENTS = ["sd15-w", *(pytest.param(name, marks=SLOW) for name in ("sdxl-w", "ssd-1b"))]
-# The others have no layer, depth or input that these, "sd15-w" above and test_family_runs.py's have not.
-QUICK = {("sd15", "odd"), ("sdxl", "even"), *((n, "even") for n in ("sd21-768", "sdxl-refiner", "ssd-1b", "tiny-sd",
-                                                                    "prefixed"))}  # fmt: skip
+GRADIENTS = ("sd15-w", "sdxl-w", "ssd-1b")
+# The others have no layer or input that these and the quick tests of LCD, of students with w, have not.
+QUICK = {("sd15", "odd"), *((name, "even") for name in ("sdxl", "sdxl-refiner", "ssd-1b", "tiny-sd", "prefixed"))}
 CASES = [pytest.param(name, shape, marks=() if (name, shape) in QUICK else SLOW)
          for name in UNETS for shape in SHAPES]  # fmt: skip
 
@@ -88,6 +87,7 @@ def test_matches_diffusers(name, shape):
     parity.close(got, want, rtol=0, atol=ATOL)
 
 
+@SLOW  # test_distill_objectives.py has the gradient of a whole loss, of every weight
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_match_torch(name):
     model, args = torch_unet(name), inputs(name, "odd")

@@ -40,7 +40,10 @@ def nhwc(x: torch.Tensor) -> np.ndarray:
     return x.detach().permute(0, 2, 3, 1).numpy()
 
 
-@pytest.mark.parametrize(("name", "size"), [("sd", (24, 32)), ("sd", (21, 35)), ("sdxl", (21, 35)), ("bare", (21, 35))])
+@pytest.mark.parametrize(("name", "size"), [
+    ("sd", (21, 35)), ("bare", (21, 35)),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sd", (24, 32)), ("sdxl", (21, 35)))),
+])  # fmt: skip
 def test_kl_encode(name, size):
     model, module, variables = pair(name)
     images = draw(2, *size, 3)
@@ -52,7 +55,7 @@ def test_kl_encode(name, size):
     parity.close(logvar, nhwc(posterior.logvar), rtol=0, atol=ATOL)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "bare"])
+@pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=pytest.mark.slow), "bare"])
 def test_kl_decode(name):
     model, module, variables = pair(name)
     z = draw(2, 5, 7, module.latent_channels)

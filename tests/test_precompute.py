@@ -115,6 +115,7 @@ def test_ids_are_those_of_the_captions(drawn, teacher):
         assert_rows(cached, 0, rank, moments | {"text_encoder": ids})
 
 
+@pytest.mark.slow
 def test_variants_are_further_draws_one_after_another(drawn, teacher, tmp_path):
     config = make_config(teacher, **DRAWN)
     precompute.latents(config, tmp_path / "cache", Options(variants=2, shard_size=64))
@@ -190,6 +191,7 @@ def test_the_same_crops_and_flips_are_trained_on(teacher, drawn, tmp_path):
     parity.close(found, losses, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_cache_can_be_held_in_memory(teacher, centred):
     """Its captions are encoded once then, at the start."""
     config = make_config(teacher, source="latents", path=str(centred["ids"]), encode="start")

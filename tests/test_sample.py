@@ -22,7 +22,7 @@ PROMPT = "a small red circle"
 @pytest.fixture(scope="module")
 def lcm(tmp_path_factory) -> Path:
     """An LCM's folder with the record of its distillation."""
-    folder = tiny.copy("lcm", tmp_path_factory.mktemp("sample") / "lcm")
+    folder = tiny.copy("micro lcm", tmp_path_factory.mktemp("sample") / "lcm")
     tiny.write_json(folder / pretrained.RECORD, RECORD)
     return folder
 
@@ -154,7 +154,7 @@ def test_bad_input_is_one_line_and_exit_code_2(lcm, tmp_path, capsys, options, m
     (tmp_path / "prompts.txt").write_text("a\n")
     (tmp_path / "latin1.txt").write_bytes("größe".encode("latin1"))
     if any("BROKEN" in option for option in options):
-        weights = tiny.copy("lcm", tmp_path / "broken") / "unet" / "diffusion_pytorch_model.safetensors"
+        weights = tiny.copy("micro lcm", tmp_path / "broken") / "unet" / "diffusion_pytorch_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:5000])
     places = {"SD1": tiny.folder("sd1"), "TEXT": tmp_path / "prompts.txt", "LATIN1": tmp_path / "latin1.txt",
               "BROKEN": tmp_path / "broken"}  # fmt: skip
@@ -172,7 +172,7 @@ def test_bad_input_is_one_line_and_exit_code_2(lcm, tmp_path, capsys, options, m
 
 
 def test_a_broken_record_is_named(tmp_path, capsys):
-    folder = tiny.copy("lcm", tmp_path / "lcm")
+    folder = tiny.copy("micro lcm", tmp_path / "lcm")
     (folder / pretrained.RECORD).write_text("{")
     assert sample.main([f"--model={folder}", f"--out={tmp_path / 'out'}", "--prompt=a"]) == 2
     assert "lcm_config.json is not valid JSON" in capsys.readouterr().err
@@ -211,8 +211,8 @@ def test_grid_lays_pictures_row_by_row():
     ("sampler", "scheduler", "guidance_scale"),
     [
         ("ddim", DDIMScheduler, 5.0),
-        ("ddim", DDIMScheduler, 1.0),
-        ("dpm_solver_pp_2m", DPMSolverMultistepScheduler, 5.0),
+        pytest.param("ddim", DDIMScheduler, 1.0, marks=pytest.mark.slow),
+        pytest.param("dpm_solver_pp_2m", DPMSolverMultistepScheduler, 5.0, marks=pytest.mark.slow),
     ],
 )
 def test_the_teacher_draws_what_diffusers_draws(tmp_path, sampler, scheduler, guidance_scale):

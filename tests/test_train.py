@@ -34,7 +34,7 @@ from lcm_jax.runtime.checkpoints import checkpoint
 from lcm_jax.runtime.reporting import telemetry
 
 ROOT = Path(__file__).parents[1]
-STEPS, STOP_FROM = 200, 15  # of the interrupted run: its length, and the step from which it is told to stop
+STEPS, STOP_FROM = 120, 15  # of the interrupted run: its length, and the step from which it is told to stop
 PROGRAM = [sys.executable, "-m", "lcm_jax.train"]
 
 
@@ -231,16 +231,16 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(teacher, tmp_path, cap
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.digests, "write", full)
-    assert command(tmp_path / "run", teacher, "--config.checkpoint.every=100") == 2
-    assert "saving checkpoint 100 in " in (said := capsys.readouterr().err) and "free disk space" in said
-    assert 100 <= logged(tmp_path / "run")[-1][0] < 195 and saved_steps(tmp_path / "run") == []
+    assert command(tmp_path / "run", teacher, "--config.checkpoint.every=20") == 2
+    assert "saving checkpoint 20 in " in (said := capsys.readouterr().err) and "free disk space" in said
+    assert 20 <= logged(tmp_path / "run")[-1][0] < STEPS and saved_steps(tmp_path / "run") == []
 
 
 def test_a_run_whose_checkpoints_are_gone_is_refused(whole, teacher, tmp_path, capsys):
     workdir = Path(shutil.copytree(whole[0], tmp_path / "run"))
     shutil.move(workdir / "checkpoints", tmp_path / "away")
     before = snapshot(workdir)
-    words = ["metrics.jsonl knows of step 200", "holds no checkpoint", "bring the checkpoints back"]
+    words = [f"metrics.jsonl knows of step {STEPS}", "holds no checkpoint", "bring the checkpoints back"]
     refused(capsys, words, workdir, teacher, *PICTURES)
     (workdir / "checkpoints").symlink_to(tmp_path / "elsewhere")
     refused(capsys, ["checkpoints is a link to", "elsewhere"], workdir, teacher, *PICTURES)

@@ -37,6 +37,7 @@ _XL = dict(
 UNETS = {
     "sd1": dict(_SD, attention_head_dim=4),
     "lcm": dict(_SD, attention_head_dim=4, time_cond_proj_dim=16),
+    "micro lcm": dict(_MICRO, time_cond_proj_dim=16),
     "micro": _MICRO,  # for programs, which do not care for depth: compiles in half the time of "small"
     "small": dict(_SD, attention_head_dim=2, block_out_channels=(16, 32)),
     "inpainting": dict(_MICRO, in_channels=9),
@@ -73,6 +74,7 @@ TEXT_ENCODERS = {
 FOLDERS = {
     "sd1": ("sd1", "sd", {"": ("clip", "sd1")}, "epsilon", "StableDiffusionPipeline"),
     "lcm": ("lcm", "sd", {"": ("clip", "sd1")}, "epsilon", "LatentConsistencyModelPipeline"),
+    "micro lcm": ("micro lcm", "sd", {"": ("clip", "sd1")}, "epsilon", "LatentConsistencyModelPipeline"),
     "sd2": ("sd2", "sd", {"": ("openclip", "sd2")}, "v_prediction", "StableDiffusionPipeline"),
     "sdxl": ("sdxl", "sdxl", {"": ("clip", "sd1"), "_2": ("openclip_projection", "sdxl_2")}, "epsilon",
              "StableDiffusionXLPipeline"),
