@@ -55,8 +55,8 @@ demo-full: $(CORE)
 notebooks: $(TESTS)
 	$(PY) -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
-# Neighbours stay in one process, as they share models and compiled programs; who is done first takes from the other.
-PYTEST := $(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
+# A file's tests stay in one process: they share models and compiled programs. In the order of tests/conftest.py.
+PYTEST := $(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 test: $(TESTS)
 	$(PYTEST)

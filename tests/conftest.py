@@ -72,6 +72,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # First what shares folders and runs that take long to make, so that all processes are busy to the end.
+    items.sort(key=lambda item: "tmp_path_factory" not in item.fixturenames)
     if part := config.getoption("part"):
         index, count = map(int, part.split("/"))
         others = [item for item in items if zlib.crc32(item.nodeid.encode()) % count != index % count]

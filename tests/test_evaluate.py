@@ -252,6 +252,7 @@ def test_fid_is_the_distance_to_the_folder_and_is_computed_once(lcm, prompts, tm
     assert "reference from" in (tmp_path / "out" / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_metrics_of_the_field_are_taken_by_name(lcm, prompts, tmp_path, monkeypatch):
     """CLIP score, CMMD and FD-DINOv2 of the pictures that were drawn, by networks of folders."""
     clip = metrics_kit.write_clip(tmp_path / "clip")

@@ -134,6 +134,7 @@ def test_the_card_of_a_lora_shows_code_that_runs(form, teacher, exports, monkeyp
     assert np.abs(theirs(names["pipe"], monkeypatch) - ours[form]).max() <= 2
 
 
+@pytest.mark.slow
 def test_merged_is_verified(lora_run, tmp_path, capsys):
     assert export.main([f"--workdir={lora_run}", f"--out={tmp_path / 'out'}", "--format=merged", "--verify"]) == 0
     said = capsys.readouterr().out
@@ -189,6 +190,7 @@ def test_a_student_without_w_is_a_plain_pipeline(name, tmp_path, capsys):
     assert "Guidance is distilled in" in card and "guidance_scale=1)" in card
 
 
+@pytest.mark.slow
 def test_the_card_of_an_sdxl_unet_shows_code_that_runs(tmp_path, monkeypatch):
     """diffengine's way: our UNet folder, another VAE, the base pipeline, LCMScheduler; and the same in lcm_jax."""
     make_run(tmp_path / "run", tiny.folder("sdxl"), steps=(3,), **TINY_RUN)
@@ -247,7 +249,8 @@ def test_a_single_file_with_and_without_w(tmp_path, capsys, monkeypatch):
     assert np.abs(arrays(without) - pictures).max() <= 2
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 4])
 def test_lcf_runs_export_what_their_student_is(rank, tmp_path, capsys):
     """No teacher; the student is an LCM with w embedding, trained whole or by adapters."""
     lcm = tiny.copy("lcm", tmp_path / "lcm")

@@ -89,6 +89,7 @@ def kept(choice: str) -> int:
     return nbytes(backward) - nbytes(base) - nbytes(args)
 
 
+@pytest.mark.slow
 def test_less_is_kept():
     everything, attention, block = kept("none"), kept("attention"), kept("block")
     tokens = 2 * (32 * 32) * 8 * 4  # bytes of one activation at the upper level

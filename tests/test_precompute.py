@@ -185,6 +185,7 @@ def test_training_from_a_cache_is_training_from_pictures(teacher, centred, tmp_p
         assert again == traces
 
 
+@pytest.mark.slow
 def test_the_same_crops_and_flips_are_trained_on(teacher, drawn, tmp_path):
     losses, _ = run(make_config(teacher, **DRAWN, encode="start"), tmp_path / "pictures")
     found, _ = run(make_config(teacher, **DRAWN | {"source": "latents", "path": str(drawn)}), tmp_path / "cache")
