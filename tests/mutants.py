@@ -246,7 +246,7 @@ CONTRACTS = [
            'if actual != entry["sha256"]:', "if False:", ("test_runtime_checkpoint_damage.py",), False),
     Mutant("a failed write leaves a part", "files.py",
            "        partial.unlink(missing_ok=True)\n        raise\n    sync_folder", "        raise\n    sync_folder",
-           ("test_pretrained_saving.py",), False),
+           ("test_files.py",), False),
     Mutant("an export without its tokenizers", "pretrained/saving.py", "texts |= _tokenizer_texts(pipeline)", "pass",
            ("test_pretrained_saving.py",), False),
     Mutant("sums of half-precision logits in half precision", "models/attention.py",

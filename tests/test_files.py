@@ -1,4 +1,4 @@
-"""What every room does with files: the limit of open ones."""
+"""What every room does with files: the limit of open ones, and new ones that appear whole or not at all."""
 
 import resource
 
@@ -20,3 +20,16 @@ def test_the_limit_of_open_files_is_raised_or_named():
             files.allow_open_files(10_000_000)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_new_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with pytest.raises(OSError, match="full"):
+        with files.new_file(path) as partial:
+            partial.write_text("half")
+            raise OSError(28, "the disk is full")
+    assert not any(path.parent.iterdir())
+    with files.new_file(path) as partial:
+        partial.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
