@@ -259,7 +259,7 @@ class Checkpoints:
             try:
                 waiting.wait(lambda _: futures.wait([future], _LOOK).done,
                              lambda: f"checkpoint {step}, which is being written to {self.folder}",
-                             check=lambda: self._check_others(key))
+                             check=lambda: future.done() or self._check_others(key))  # its own error goes first
                 future.result()
             except BaseException:
                 del self._steps[step]
