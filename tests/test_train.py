@@ -34,7 +34,7 @@ from lcm_jax.runtime.checkpoints import checkpoint
 from lcm_jax.runtime.reporting import telemetry
 
 ROOT = Path(__file__).parents[1]
-STEPS, STOP_FROM = 120, 15  # of the interrupted run: its length, and the step from which it is told to stop
+STEPS, STOP_FROM = 120, 15  # of the interrupted run: its length, and the step from which it is asked to stop
 PROGRAM = [sys.executable, "-m", "lcm_jax.train"]
 
 
