@@ -22,7 +22,7 @@ help:
 	@echo "make test-gpu   tests on an accelerator  make test-tpu-aot  compiling for TPUs, without one"
 	@echo "make test-parity   tests against torch and closed forms, and which come nearest to their bounds"
 	@echo "make test-mutants  wrong answers that the tests must notice, one after another: 15 minutes"
-	@echo "make lint       ruff                     make clean"
+	@echo "make lint       ruff, and its formatter    make clean"
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11;" \
@@ -91,6 +91,7 @@ test-tpu-aot: $(TESTS)
 
 lint: $(TESTS)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build dist lcm_jax.egg-info

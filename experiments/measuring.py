@@ -53,8 +53,13 @@ def row(samplers: str, guidance_scales: Sequence[float]) -> str:
 def asked_for(out: Path, args: argparse.Namespace, guidance_scales: Sequence[float]) -> list[table.Row]:
     """The rows of the table in OUT that this command asks for; the folder may hold others, of commands before."""
     spacing = _parsed(args).spacing
-    return [row for row in table.read(out) if row.steps in STEPS and row.guidance_scale in guidance_scales
-            and row.settings["sampling"]["spacing"] == spacing]  # fmt: skip
+    return [
+        row
+        for row in table.read(out)
+        if row.steps in STEPS
+        and row.guidance_scale in guidance_scales
+        and row.settings["sampling"]["spacing"] == spacing
+    ]
 
 
 def _parsed(args: argparse.Namespace) -> argparse.Namespace:
@@ -68,8 +73,9 @@ def check(config: ConfigDict, args: argparse.Namespace) -> None:
     if args.plot:
         plot.check()
     if args.evaluate is None and not embedded(config):
-        raise LcmError(f"--config={args.config} needs --evaluate='--source=... --metric=...': how its models are "
-                       "measured")  # fmt: skip
+        raise LcmError(
+            f"--config={args.config} needs --evaluate='--source=... --metric=...': how its models are measured"
+        )
     asked = _parsed(args)
     evaluate.check_flags(asked)
     specs, found = measures.parse(asked.metric), evaluate.read_inputs(asked)

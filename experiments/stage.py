@@ -56,8 +56,10 @@ def made(config: ConfigDict, workdir: Path, say: Callable[[str], None]) -> bool:
 def check_not_beyond(step: int, config: ConfigDict, workdir: Path) -> None:
     """Raises LcmError where `step`, to which `workdir` is trained, is beyond the config's end: its label would lie."""
     if step > config.train.steps:
-        raise LcmError(f"{workdir} is trained to step {step}, beyond the {config.train.steps} asked for; "
-                       "ask for as many, or use another workdir")
+        raise LcmError(
+            f"{workdir} is trained to step {step}, beyond the {config.train.steps} asked for; "
+            "ask for as many, or use another workdir"
+        )
 
 
 def check_same(saved: Mapping[str, Any], config: ConfigDict, workdir: Path) -> None:

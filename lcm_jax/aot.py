@@ -116,8 +116,10 @@ def report(
 def encoder_bytes(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> int:
     """Bytes that one device holds of the VAE and the text encoders."""
     leaves = jax.tree.leaves({name: tree for name, tree in pipeline.params.items() if name != "unet"})
-    return sum(math.prod(mesh_lib.param_sharding(mesh, leaf.shape).shard_shape(leaf.shape)) * leaf.dtype.itemsize
-               for leaf in leaves)  # fmt: skip
+    return sum(
+        math.prod(mesh_lib.param_sharding(mesh, leaf.shape).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in leaves
+    )
 
 
 def compile_step(
@@ -143,8 +145,10 @@ def compile_step(
 def _does_not_fit(config: ConfigDict, kind: str, needed: float, available: float) -> DoesNotFit:
     return DoesNotFit(
         f"this config does not fit {kind}: {needed / roofline.GIB:.2f} GiB of {available / roofline.GIB:.2f}, "
-        f"{(needed - available) / roofline.GIB:.2f} too much; {_remedies(config)}", needed, available
-    )  # fmt: skip
+        f"{(needed - available) / roofline.GIB:.2f} too much; {_remedies(config)}",
+        needed,
+        available,
+    )
 
 
 def argument_bytes(step: training_step.TrainingStep) -> int:
@@ -174,8 +178,10 @@ def _remedies(config: ConfigDict) -> str:
         ways.append("--config.train.remat=block keeps fewer activations")
     if train.remat == "attention":
         ways.append("--config.train.remat=block keeps fewer activations than attention")
-    ways.append(f"a smaller --config.data.batch_size (now {config.data.batch_size}), or "
-                f"--config.train.accumulation_steps={2 * train.accumulation_steps}")
+    ways.append(
+        f"a smaller --config.data.batch_size (now {config.data.batch_size}), or "
+        f"--config.train.accumulation_steps={2 * train.accumulation_steps}"
+    )
     if config.model.teacher_dtype == "float32":
         ways.append("--config.model.teacher_dtype=bfloat16")
     if train.mu_dtype == "float32":
@@ -201,6 +207,7 @@ def fit(attempt: Callable[[int], tuple[float, float, Any]], say: Callable[[str],
     Raises:
       DoesNotFit: not even one image fits.
     """
+
     def needed(images: int) -> tuple[float, float]:
         try:
             need, there_are, made = attempt(images)

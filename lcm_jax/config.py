@@ -203,11 +203,19 @@ def _check_keys_and_types(flat: Mapping[str, Any], defaults: Mapping[str, Any]) 
         if default is None:  # placeholder(str)
             _check(key, value, value is None or isinstance(value, str), "must be a string or None")
         elif isinstance(default, tuple):
-            _check(key, value, isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value),
-                   "must be a tuple of strings, as (\"a red circle\",)")
+            _check(
+                key,
+                value,
+                isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value),
+                'must be a tuple of strings, as ("a red circle",)',
+            )
         elif isinstance(default, float):
-            _check(key, value, isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
-                   "must be a finite number")
+            _check(
+                key,
+                value,
+                isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+                "must be a finite number",
+            )
         else:
             _check(key, value, type(value) is type(default), f"must be {type(default).__name__}")
 
@@ -223,23 +231,59 @@ def validate(config: ConfigDict, models: bool = True) -> None:
     def check(key: str, ok: bool, remedy: str) -> None:
         _check(key, flat[key], ok, remedy)
 
-    check("data.source", flat["data.source"] is not None,
-          f"no training data; set --config.data.source, to one of {', '.join(SOURCES)}, and --config.data.path")
-    for key, choices in {"objective": OBJECTIVES, "data.source": SOURCES, "distill.loss": LOSSES,
-                         "model.dtype": ("auto", *DTYPES), "model.teacher_dtype": DTYPES, "train.mu_dtype": DTYPES,
-                         "model.attention": attention.CHOICES, "train.remat": remat.CHOICES,
-                         "distill.solver": solvers.SOLVERS,
-                         "model.prediction_type": PREDICTION_TYPES}.items():
+    check(
+        "data.source",
+        flat["data.source"] is not None,
+        f"no training data; set --config.data.source, to one of {', '.join(SOURCES)}, and --config.data.path",
+    )
+    for key, choices in {
+        "objective": OBJECTIVES,
+        "data.source": SOURCES,
+        "distill.loss": LOSSES,
+        "model.dtype": ("auto", *DTYPES),
+        "model.teacher_dtype": DTYPES,
+        "train.mu_dtype": DTYPES,
+        "model.attention": attention.CHOICES,
+        "train.remat": remat.CHOICES,
+        "distill.solver": solvers.SOLVERS,
+        "model.prediction_type": PREDICTION_TYPES,
+    }.items():
         check(key, flat[key] in choices, f"must be one of {', '.join(map(str, choices))}")
-    for key in ("data.batch_size", "data.resolution", "data.num_examples", "train.steps", "train.accumulation_steps",
-                "checkpoint.every", "checkpoint.keep", "log.every", "mesh.slices"):
+    for key in (
+        "data.batch_size",
+        "data.resolution",
+        "data.num_examples",
+        "train.steps",
+        "train.accumulation_steps",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "log.every",
+        "mesh.slices",
+    ):
         check(key, flat[key] >= 1, "must be at least 1")
-    for key in ("train.lr_warmup_steps", "train.lr_decay_start", "train.lr_decay_steps", "train.weight_decay",
-                "train.max_grad_norm", "distill.w_min", "distill.lcd_weight", "sample.every", "lora.rank",
-                "data.encode_chunk", "checkpoint.keep_every", "log.spike"):
+    for key in (
+        "train.lr_warmup_steps",
+        "train.lr_decay_start",
+        "train.lr_decay_steps",
+        "train.weight_decay",
+        "train.max_grad_norm",
+        "distill.w_min",
+        "distill.lcd_weight",
+        "sample.every",
+        "lora.rank",
+        "data.encode_chunk",
+        "checkpoint.keep_every",
+        "log.spike",
+    ):
         check(key, flat[key] >= 0, "must not be negative")
-    for key in ("train.learning_rate", "train.adam_eps", "distill.huber_c", "distill.timestep_scaling",
-                "distill.sigma_data", "lora.alpha"):
+    for key in (
+        "train.learning_rate",
+        "train.adam_eps",
+        "distill.huber_c",
+        "distill.timestep_scaling",
+        "distill.sigma_data",
+        "lora.alpha",
+    ):
         check(key, flat[key] > 0, "must be greater than 0")
     for key in ("train.ema_decay", "train.adam_b1", "train.adam_b2"):
         check(key, 0 <= flat[key] < 1, "must be in [0, 1)")
@@ -251,23 +295,40 @@ def validate(config: ConfigDict, models: bool = True) -> None:
     if models:
         _check_models(config, check)
     _check_data(config.data, check)
-    check("train.lr_decay_start",
-          flat["train.lr_decay_steps"] == 0 or flat["train.lr_decay_start"] >= flat["train.lr_warmup_steps"],
-          f"the decay would begin inside the warm-up of {flat['train.lr_warmup_steps']} steps (train.lr_warmup_steps)")
-    check("train.accumulation_steps", flat["data.batch_size"] % flat["train.accumulation_steps"] == 0,
-          f"must divide data.batch_size = {flat['data.batch_size']}")
-    check("distill.solver_steps", 1 <= flat["distill.solver_steps"] <= MAX_SOLVER_STEPS,
-          f"must be in 1..{MAX_SOLVER_STEPS}")
-    check("distill.w_max", flat["distill.w_max"] >= flat["distill.w_min"],
-          f"must not be below distill.w_min = {flat['distill.w_min']!r}")
+    check(
+        "train.lr_decay_start",
+        flat["train.lr_decay_steps"] == 0 or flat["train.lr_decay_start"] >= flat["train.lr_warmup_steps"],
+        f"the decay would begin inside the warm-up of {flat['train.lr_warmup_steps']} steps (train.lr_warmup_steps)",
+    )
+    check(
+        "train.accumulation_steps",
+        flat["data.batch_size"] % flat["train.accumulation_steps"] == 0,
+        f"must divide data.batch_size = {flat['data.batch_size']}",
+    )
+    check(
+        "distill.solver_steps",
+        1 <= flat["distill.solver_steps"] <= MAX_SOLVER_STEPS,
+        f"must be in 1..{MAX_SOLVER_STEPS}",
+    )
+    check(
+        "distill.w_max",
+        flat["distill.w_max"] >= flat["distill.w_min"],
+        f"must not be below distill.w_min = {flat['distill.w_min']!r}",
+    )
     dim = flat["distill.w_embedding_dim"]
     check("distill.w_embedding_dim", dim == 0 or (dim >= 4 and dim % 2 == 0), "must be 0, or even and at least 4")
-    check("sample.steps", 1 <= flat["sample.steps"] <= flat["distill.solver_steps"],
-          f"must be in 1..distill.solver_steps = {flat['distill.solver_steps']}")
+    check(
+        "sample.steps",
+        1 <= flat["sample.steps"] <= flat["distill.solver_steps"],
+        f"must be in 1..distill.solver_steps = {flat['distill.solver_steps']}",
+    )
     check("sample.guidance_scale", flat["sample.guidance_scale"] >= 1, "must be at least 1 (1 = no guidance, w = 0)")
-    check("sample.guidance_scale", dim > 0 or flat["sample.guidance_scale"] <= MAX_TWO_PASS_SCALE,
-          "a student without w embedding (distill.w_embedding_dim = 0) is guided already; set 1 (one pass a step), or "
-          f"up to {MAX_TWO_PASS_SCALE:g} (two passes)")
+    check(
+        "sample.guidance_scale",
+        dim > 0 or flat["sample.guidance_scale"] <= MAX_TWO_PASS_SCALE,
+        "a student without w embedding (distill.w_embedding_dim = 0) is guided already; set 1 (one pass a step), or "
+        f"up to {MAX_TWO_PASS_SCALE:g} (two passes)",
+    )
 
 
 def _check_data(data: ConfigDict, check: Callable[[str, bool, str], None]) -> None:
@@ -285,35 +346,62 @@ def _check_data(data: ConfigDict, check: Callable[[str, bool, str], None]) -> No
         check("data.path", data.path is None, f"data.source {data.source!r} has no files of its own; leave it None")
     else:
         check("data.path", bool(data.path), f"data.source {data.source!r} ({SOURCES[data.source]}) needs it")
-    check("data.mixture", bool(data.mixture) == (data.source == "mixture"),
-          "goes with data.source \"mixture\", and only with it")
+    check(
+        "data.mixture",
+        bool(data.mixture) == (data.source == "mixture"),
+        'goes with data.source "mixture", and only with it',
+    )
 
 
 def _check_models(config: ConfigDict, check: Callable[[str, bool, str], None]) -> None:
     """Which models the objective needs, and what of them can be trained."""
     model, distill = config.model, config.distill
-    check("distill.lcd_weight", config.objective == "lcf" or not distill.lcd_weight,
-          "only objective \"lcf\" mixes two losses; set 0, or config.objective = \"lcf\"")
-    check("distill.solver", distill.solver == "ddim" or asks_teacher(config),
-          "no teacher jumps in plain LCF; leave it \"ddim\", or set distill.lcd_weight")
+    check(
+        "distill.lcd_weight",
+        config.objective == "lcf" or not distill.lcd_weight,
+        'only objective "lcf" mixes two losses; set 0, or config.objective = "lcf"',
+    )
+    check(
+        "distill.solver",
+        distill.solver == "ddim" or asks_teacher(config),
+        'no teacher jumps in plain LCF; leave it "ddim", or set distill.lcd_weight',
+    )
     if asks_teacher(config):
-        check("model.teacher", bool(model.teacher),
-              "no teacher; set --config.model.teacher to a model folder in diffusers format, a hub id, or \"shapes\""
-              + (" (distill.lcd_weight > 0 asks it)" if config.objective == "lcf" else ""))
+        check(
+            "model.teacher",
+            bool(model.teacher),
+            'no teacher; set --config.model.teacher to a model folder in diffusers format, a hub id, or "shapes"'
+            + (" (distill.lcd_weight > 0 asks it)" if config.objective == "lcf" else ""),
+        )
     for key in ("teacher", "student", "vae", "config"):
         check(f"model.{key}", model[key] != "", "must be a folder, a hub id, or None")
-    check("model.config", model.config is None or str(model.teacher).endswith(".safetensors"),
-          f"goes with a single .safetensors file; model.teacher = {model.teacher!r} has its own, leave it None")
+    check(
+        "model.config",
+        model.config is None or str(model.teacher).endswith(".safetensors"),
+        f"goes with a single .safetensors file; model.teacher = {model.teacher!r} has its own, leave it None",
+    )
     if config.objective == "lcf":
-        check("model.student", model.student is not None,
-              "LCF fine-tunes a Latent Consistency Model; set it to that model's folder or hub id")
+        check(
+            "model.student",
+            model.student is not None,
+            "LCF fine-tunes a Latent Consistency Model; set it to that model's folder or hub id",
+        )
     elif config.lora.rank and distill.w_embedding_dim and model.student in (None, model.teacher):
         check("distill.w_embedding_dim", False, W_EMBEDDING_OF_A_LORA)
 
 
 # Change nothing that is trained, but for rounding.
-MAY_DIFFER = ("compilation_cache", "train.steps", "train.remat", "train.accumulation_steps", "model.attention",
-              "data.workers", "data.index_dir", "data.max_bad_fraction", "data.encode_chunk")
+MAY_DIFFER = (
+    "compilation_cache",
+    "train.steps",
+    "train.remat",
+    "train.accumulation_steps",
+    "model.attention",
+    "data.workers",
+    "data.index_dir",
+    "data.max_bad_fraction",
+    "data.encode_chunk",
+)
 MAY_DIFFER_UNDER = ("mesh.", "checkpoint.", "log.")
 
 
@@ -365,7 +453,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         message = _one_line(error) if not isinstance(error, OSError) else " ".join(str(error).split())
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         given = [word for word in argv[1:] if word.startswith(("--config.", "-config."))]
-        message = f"config: {_one_line(error)} (given: {' '.join(given) or 'no overrides'}); " \
-                  "the keys are in lcm_jax/config.py"
+        message = (
+            f"config: {_one_line(error)} (given: {' '.join(given) or 'no overrides'}); "
+            "the keys are in lcm_jax/config.py"
+        )
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

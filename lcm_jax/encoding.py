@@ -146,8 +146,11 @@ def in_order(
             return rank, Fault(*examples.where(group, rank), str(error))
 
     def taken(rank: int, future: concurrent.futures.Future) -> tuple[int, Rows | Fault]:
-        waiting.wait(lambda seconds: concurrent.futures.wait([future], seconds).done,
-                     lambda: "{}: {}, which is being read".format(*examples.where(group, rank)), stop=stop)
+        waiting.wait(
+            lambda seconds: concurrent.futures.wait([future], seconds).done,
+            lambda: "{}: {}, which is being read".format(*examples.where(group, rank)),
+            stop=stop,
+        )
         return future.result()
 
     pool = concurrent.futures.ThreadPoolExecutor(loader.THREADS)

@@ -65,10 +65,20 @@ def parser() -> argparse.ArgumentParser:
     p = sample.Parser(prog="python -m lcm_jax.evaluate", description=__doc__.splitlines()[0])
     sample.add_model_arguments(p)
     p.add_argument("--name", help="of the model in the table; default: what --model, --unet and --lora say")
-    p.add_argument("--row", action="append", required=True, metavar="SAMPLER:STEPS[:SCALE]",
-                   help="rows of the table; of lists with commas every combination; several times")  # fmt: skip
-    p.add_argument("--metric", action="append", default=[], metavar="NAME[:WEIGHTS]",
-                   help=f"{', '.join(measures.KINDS)}; several times; none: latency alone")  # fmt: skip
+    p.add_argument(
+        "--row",
+        action="append",
+        required=True,
+        metavar="SAMPLER:STEPS[:SCALE]",
+        help="rows of the table; of lists with commas every combination; several times",
+    )
+    p.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME[:WEIGHTS]",
+        help=f"{', '.join(measures.KINDS)}; several times; none: latency alone",
+    )
     p.add_argument("--prompts", type=Path, help="text file, one prompt per line")
     p.add_argument("--source", choices=tuple(SOURCES), help="data source of captions, and of reference pictures")
     p.add_argument("--path", help="of the data source")
@@ -76,10 +86,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image_key", help="of the data source: what holds the picture")
     p.add_argument("--caption_key", help="of the data source: what holds the caption")
     p.add_argument("--style", help="of the source shapes")
-    p.add_argument("--count", type=int,
-                   help=f"pictures per row; default: one of each prompt, {SOURCE_COUNT} of a source")  # fmt: skip
-    p.add_argument("--reference", action="append", type=Path, default=[], metavar="FILE.npz|FOLDER",
-                   help="statistics, or pictures, to compare with; several times; default: the source's")  # fmt: skip
+    p.add_argument(
+        "--count", type=int, help=f"pictures per row; default: one of each prompt, {SOURCE_COUNT} of a source"
+    )
+    p.add_argument(
+        "--reference",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE.npz|FOLDER",
+        help="statistics, or pictures, to compare with; several times; default: the source's",
+    )
     p.add_argument("--references", type=int, help="pictures of the source to compare with; default: --count")
     p.add_argument("--spacing", choices=samplers.SPACINGS, default="trailing", help="timesteps of the baselines")
     p.add_argument("--endpoint_steps", type=int, default=50, help="of the teacher's ODE: --metric=shapes, one step")
@@ -93,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse_rows(texts: Sequence[str]) -> list[Asked]:
-    """"lcm:1,2:8" -> lcm with 1 and with 2 steps at guidance scale 8; each row once.
+    """ "lcm:1,2:8" -> lcm with 1 and with 2 steps at guidance scale 8; each row once.
 
     Raises:
       LcmError: an unknown sampler, steps or a scale that are no numbers or out of range.
@@ -139,8 +156,10 @@ def check_flags(args: argparse.Namespace) -> None:
     if folders > 1:
         raise LcmError("--reference: one folder of pictures at most; put them together")
     if folders and args.references is not None:
-        raise LcmError(f"--references={args.references} is of --source's pictures, but --reference gives a folder, "
-                       "all of which are taken; leave one of them out")
+        raise LcmError(
+            f"--references={args.references} is of --source's pictures, but --reference gives a folder, "
+            "all of which are taken; leave one of them out"
+        )
     if args.plot:
         plot.check()
 
@@ -170,8 +189,10 @@ def read_reference(args: argparse.Namespace, found: inputs.Inputs, specs: Sequen
       LcmError: an empty folder, fewer pictures than --references, or no metric of `specs` compares with any.
     """
     if args.reference and not any(spec.name in measures.NEEDS_REFERENCE for spec in specs):
-        raise LcmError(f"--reference={args.reference[0]}: no --metric compares with pictures; give one of "
-                       f"{', '.join(measures.NEEDS_REFERENCE)}, or leave it out")
+        raise LcmError(
+            f"--reference={args.reference[0]}: no --metric compares with pictures; give one of "
+            f"{', '.join(measures.NEEDS_REFERENCE)}, or leave it out"
+        )
     statistics = tuple(path for path in args.reference if not path.is_dir())
     folder = next((path for path in args.reference if path.is_dir()), None)
     cache = args.out / "references"
@@ -236,8 +257,10 @@ def load_teacher(specs: Sequence[Spec], subject: Subject, mesh: Mesh, endpoint_s
         raise LcmError(f"--metric=shapes:{path} is distilled itself (it has a w embedding); give its teacher")
     latents = (teacher.unet.in_channels, teacher.vae.factor)
     if latents != (subject.shape[2], subject.pipeline.vae.factor):
-        raise LcmError(f"--metric=shapes:{path} has latents of {latents[0]} channels at 1/{latents[1]} size, the "
-                       f"model's are {subject.shape[2]} at 1/{subject.pipeline.vae.factor}; give the model's teacher")
+        raise LcmError(
+            f"--metric=shapes:{path} has latents of {latents[0]} channels at 1/{latents[1]} size, the "
+            f"model's are {subject.shape[2]} at 1/{subject.pipeline.vae.factor}; give the model's teacher"
+        )
     timesteps = len(teacher.schedule.alphas_cumprod)
     if endpoint_steps > timesteps:
         raise LcmError(f"--endpoint_steps={endpoint_steps}: the teacher has {timesteps} timesteps; give no more")
@@ -296,14 +319,30 @@ def measure(
     generator.decode(np.zeros((subject.batch_size, *subject.shape), np.float32))  # compiled before any clock runs
     with Progress(len(rows) * len(found.captions), 0, "pictures") as progress:
         for number, (settings, scale) in enumerate(rows, 1):
-            row = rows_lib.measured(subject, generator, found.captions, settings, scale, taken, ends,
-                                    seed=args.seed, timings=args.timings, shared=shared, about=about,
-                                    move=progress.move)  # fmt: skip
+            row = rows_lib.measured(
+                subject,
+                generator,
+                found.captions,
+                settings,
+                scale,
+                taken,
+                ends,
+                seed=args.seed,
+                timings=args.timings,
+                shared=shared,
+                about=about,
+                move=progress.move,
+            )
             aside = table.keep(out, row)
-            values = ", ".join(f"{table.COLUMNS[key].title} {table.COLUMNS[key].form.format(value)}"
-                               for key, value in row.values.items() if value is not None)  # fmt: skip
-            say(f"row {number} of {len(rows)}: {row.sampler}, {row.steps} steps, scale {scale:g}: "
-                + ", ".join(filter(None, (values, f"{row.milliseconds:.1f} ms per image"))))
+            values = ", ".join(
+                f"{table.COLUMNS[key].title} {table.COLUMNS[key].form.format(value)}"
+                for key, value in row.values.items()
+                if value is not None
+            )
+            say(
+                f"row {number} of {len(rows)}: {row.sampler}, {row.steps} steps, scale {scale:g}: "
+                + ", ".join(filter(None, (values, f"{row.milliseconds:.1f} ms per image")))
+            )
             if aside:
                 say(f"the row before it was of other pictures and had more metrics: {aside}")
 
@@ -314,8 +353,10 @@ def write(out: Path, subject: Subject, about: Mapping[str, Any], with_plot: bool
     current = table.states(table.read(out)) | {subject.name: about}
     rows = [row for row in kept if table.belongs(row, current)]
     for name, number in Counter(row.model for row in kept if not table.belongs(row, current)).items():
-        say(f"{number} rows of {name} are of another state of it or other flags, and are left out of the table; ask "
-            "for them again to measure them anew")
+        say(
+            f"{number} rows of {name} are of another state of it or other flags, and are left out of the table; ask "
+            "for them again to measure them anew"
+        )
     table.write(out, rows)
     if with_plot:
         plot.write(rows, out / "plot.png")
@@ -329,8 +370,10 @@ def tell_lengths(pipeline: Pipeline, found: inputs.Inputs) -> None:
     cut = conditioning.truncated(pipeline, found.captions)
     if cut:
         caption, (length, kept) = max(cut.items(), key=lambda item: item[1][0])
-        say(f"warning: {len(cut)} captions are longer than {kept} tokens and are cut; the longest, of {length}, begins "
-            f"{caption[:60]!r}")
+        say(
+            f"warning: {len(cut)} captions are longer than {kept} tokens and are cut; the longest, of {length}, begins "
+            f"{caption[:60]!r}"
+        )
 
 
 def say(line: str) -> None:

@@ -101,8 +101,10 @@ def allow_open_files(needed: int) -> None:
     if resource.RLIM_INFINITY != soft < needed + _OTHER_FILES:
         soft = max(soft, _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES))
         if soft < needed + _OTHER_FILES:
-            raise LcmError(f"{needed} files must be open at once, the limit of this process is {hard}; raise it "
-                           "(ulimit -n), or make fewer, larger files")
+            raise LcmError(
+                f"{needed} files must be open at once, the limit of this process is {hard}; raise it "
+                "(ulimit -n), or make fewer, larger files"
+            )
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 

@@ -50,9 +50,21 @@ WAIT = 30 * 24 * 3600  # seconds for the slowest process after the first is done
 STOPPED = "{}: stopped; the same command goes on from the last whole file"
 CAPTION = "caption"  # a row's text, kept for people to read
 DATA_KEYS = (  # of config.data, that decide what a row holds; sizes stand in the fingerprint
-    "source", "path", "split", "image_key", "caption_key", "style", "num_examples", "filters", "width_key",
-    "height_key", "crop", "flip", "resize_filter", "decoder",
-)  # fmt: skip
+    "source",
+    "path",
+    "split",
+    "image_key",
+    "caption_key",
+    "style",
+    "num_examples",
+    "filters",
+    "width_key",
+    "height_key",
+    "crop",
+    "flip",
+    "resize_filter",
+    "decoder",
+)
 
 
 class Stopped(Exception):
@@ -156,7 +168,7 @@ def latents(config: ConfigDict, out: str | Path, options: Options) -> None:
 
 def prepared(config: ConfigDict, out: Path, options: Options) -> Job:
     """All that writing the cache takes."""
-    part, = training_data.open_parts(config)
+    (part,) = training_data.open_parts(config)
     say(f"{part.name}: {part.report.line()}")
     training_data.check_sizes(config, student_lib.load_teacher(config, weights=False))  # before minutes of reading
     mesh = mesh_of_this_host(config)
@@ -183,8 +195,10 @@ def check_config(config: ConfigDict) -> ConfigDict:
     """The config resolved. Raises LcmError: a bad one, or one whose data cannot be one cache."""
     config_lib.validate(config)
     if config.data.source == "mixture":
-        raise LcmError("config.data.source = 'mixture': a cache holds one source; precompute each part on its own, "
-                       "then mix them as parts \"WEIGHT latents DIR\"")
+        raise LcmError(
+            "config.data.source = 'mixture': a cache holds one source; precompute each part on its own, "
+            'then mix them as parts "WEIGHT latents DIR"'
+        )
     if config.data.source == "latents":
         raise LcmError(f"config.data.source = 'latents': {config.data.path} is encoded already; give its pictures")
     return config_lib.resolve(config)
@@ -328,7 +342,7 @@ def records(config: ConfigDict, out: str | Path) -> None:
     config, out = check_config(config), Path(out).expanduser().absolute()
     if jax.process_count() > 1:
         raise LcmError(f"--what=records packs in one process, not in {jax.process_count()}; start it once")
-    part, = training_data.open_parts(config)
+    (part,) = training_data.open_parts(config)
     say(f"{part.name}: {part.report.line()}")
     share = config.data.max_bad_fraction
     loader.Faults(share, lambda fault: None).indexed(part.source.faults, part.report.total, part.report.kept)

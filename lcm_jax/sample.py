@@ -194,14 +194,20 @@ class Parser(argparse.ArgumentParser):
 
 def add_model_arguments(p: argparse.ArgumentParser) -> None:
     """The flags that say which model draws."""
-    p.add_argument("--model", required=True,
-                   help="model folder in diffusers format, hub id, single .safetensors, or \"shapes\"")  # fmt: skip
+    p.add_argument(
+        "--model", required=True, help='model folder in diffusers format, hub id, single .safetensors, or "shapes"'
+    )
     p.add_argument("--model_config", help="for a single file: folder or hub id with its tokenizers and configs")
     p.add_argument("--unet", help="UNet folder to use instead (as lcm-sdxl's: config.json at its root)")
     p.add_argument("--vae", help="VAE folder to use instead")
     p.add_argument("--variant", help="weight files to read, as fp16")
-    p.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
-                   help="LoRA to merge: file, folder or hub id; may be given several times")  # fmt: skip
+    p.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="LoRA to merge: file, folder or hub id; may be given several times",
+    )
     p.add_argument("--ignore_unused", action="store_true", help="go on if keys of a LoRA match no layer of the model")
 
 
@@ -212,8 +218,7 @@ def add_drawing_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--width", type=int, help="pixels; default: the model's")
     p.add_argument("--tiled", action="store_true", help="decode large pictures in tiles: less memory, faint seams")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the networks")
-    p.add_argument("--fsdp", type=int, default=1,
-                   help="devices that hold one copy of the weights together; -1: all")  # fmt: skip
+    p.add_argument("--fsdp", type=int, default=1, help="devices that hold one copy of the weights together; -1: all")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -224,9 +229,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sampler", choices=SAMPLERS, default="lcm")
     p.add_argument("--spacing", choices=samplers.SPACINGS, default="trailing", help="timesteps of ddim and dpm")
     p.add_argument("--steps", type=int, default=4)
-    p.add_argument("--guidance_scale", type=float,
-                   help="w + 1; 1 is no guidance. Default: 1 for an LCM without w embedding (LCM-LoRA), else 8, or "
-                   "the middle of the range the model was distilled on")  # fmt: skip
+    p.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="w + 1; 1 is no guidance. Default: 1 for an LCM without w embedding (LCM-LoRA), else 8, or "
+        "the middle of the range the model was distilled on",
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--num_images", type=int, default=4, help="pictures per prompt")
     p.add_argument("--batch_size", type=int, default=4, help="pictures drawn at once")
@@ -250,7 +258,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts is not None:
         prompts += [line.strip() for line in read_text("prompts", args.prompts).splitlines() if line.strip()]
     if not prompts:
-        raise LcmError("no prompt; give --prompt=\"...\" or --prompts=FILE with one per line")
+        raise LcmError('no prompt; give --prompt="..." or --prompts=FILE with one per line')
     for flag in ("num_images", "batch_size"):
         if getattr(args, flag) < 1:
             raise LcmError(f"--{flag}={getattr(args, flag)} must be at least 1")
@@ -321,8 +329,10 @@ def run(args: argparse.Namespace) -> list[Path]:
                 write_png(path, image, {"prompt": prompt, "image": i, **words})
                 written.append(path)
         if bad:
-            raise LcmError(f"{', '.join(path.name for path in bad)}: not finite, and would be black; try "
-                           "--dtype=float32, and see whether the weights are finite")
+            raise LcmError(
+                f"{', '.join(path.name for path in bad)}: not finite, and would be black; try "
+                "--dtype=float32, and see whether the weights are finite"
+            )
     return written
 
 
@@ -354,8 +364,10 @@ def report(
         print(f"warning: {warning}", file=sys.stderr)
     texts = [*prompts, *([args.negative_prompt] if args.negative_prompt else [])]
     for text, (length, kept) in conditioning.truncated(pipeline, texts).items():
-        print(f"warning: a prompt of {length} tokens is cut to {kept}, {length - kept} are lost: {text[:60]!r}...",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"warning: a prompt of {length} tokens is cut to {kept}, {length - kept} are lost: {text[:60]!r}...",
+            file=sys.stderr,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -161,7 +161,7 @@ def _check_lcm(config: ConfigDict, unet: Any) -> None:
         raise LcmError(
             f"config.model.student = {name!r} is no Latent Consistency Model, which LCF fine-tunes: that has "
             "time_cond_proj_dim in unet/config.json, or an lcm_config.json, or LCMScheduler in "
-            f"{_SCHEDULER}; distil one first (config.objective = \"lcd\")"
+            f'{_SCHEDULER}; distil one first (config.objective = "lcd")'
         )
     if has is None and config.distill.w_embedding_dim:
         raise LcmError(

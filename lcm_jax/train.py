@@ -234,8 +234,10 @@ def read_here(batches: loader.Prefetched, number: int, failure: Exception | None
     try:
         return waiting.apart(lambda: batches.make(number), lambda: "data", stop=lambda: time.monotonic() > late)
     except waiting.Stopped:
-        raise failure or LcmError("the data do not come, and without them this process cannot save with the others; "
-                                  "the same command resumes from the last checkpoint") from None
+        raise failure or LcmError(
+            "the data do not come, and without them this process cannot save with the others; "
+            "the same command resumes from the last checkpoint"
+        ) from None
 
 
 def raise_if(error: Exception | None) -> None:

@@ -66,7 +66,7 @@ def mixture(config: ConfigDict) -> list[tuple[float, str, str | None]]:
 
 
 def parse_part(entry: str) -> tuple[float, str, str | None]:
-    """"3 webdataset /data/{000..099}.tar" -> (3.0, "webdataset", "/data/{000..099}.tar")."""
+    """ "3 webdataset /data/{000..099}.tar" -> (3.0, "webdataset", "/data/{000..099}.tar")."""
     words = entry.split(maxsplit=2)
     try:
         weight = float(words[0])
@@ -74,7 +74,7 @@ def parse_part(entry: str) -> tuple[float, str, str | None]:
             raise ValueError
     except (ValueError, IndexError):
         raise LcmError(
-            f"config.data.mixture has {entry!r}; write \"WEIGHT SOURCE PATH\", weights greater than 0"
+            f'config.data.mixture has {entry!r}; write "WEIGHT SOURCE PATH", weights greater than 0'
         ) from None
     return weight, words[1], words[2] if len(words) == 3 else None
 
@@ -98,8 +98,10 @@ def open_parts(config: ConfigDict) -> list[Part]:
         parts.append(Part(" ".join(filter(None, (name, path))), source, weight, report))
     kinds = {part.source.manifest["text"] if is_cached(part) else "pictures" for part in parts}
     if len(kinds) > 1:
-        raise LcmError(f"config.data.mixture has parts of {' and '.join(sorted(kinds))}, whose rows differ; precompute "
-                       "all of them, with the same --text")
+        raise LcmError(
+            f"config.data.mixture has parts of {' and '.join(sorted(kinds))}, whose rows differ; precompute "
+            "all of them, with the same --text"
+        )
     return parts
 
 
@@ -306,5 +308,7 @@ def check_caches(config: ConfigDict, parts: Sequence[Part], pipeline: Pipeline) 
         for key in DRAWN_KEYS:
             value = list(config.data[key]) if key == "filters" else config.data[key]
             if made[key] != value:
-                raise LcmError(f"the latent cache {cached[0].path} was made with config.data.{key} = {made[key]!r}, "
-                               f"the run's is {value!r}; set the cache's, or precompute again")
+                raise LcmError(
+                    f"the latent cache {cached[0].path} was made with config.data.{key} = {made[key]!r}, "
+                    f"the run's is {value!r}; set the cache's, or precompute again"
+                )

@@ -93,8 +93,10 @@ def make(config: ConfigDict, teacher: Pipeline, student: Pipeline, mesh: Mesh) -
         `checkpoint.best`.
     """
     if config.checkpoint.best not in ("", *step_lib.METRICS):
-        raise LcmError(f"config.checkpoint.best = {config.checkpoint.best!r} is no metric of a step; choose one of "
-                       f"{', '.join(step_lib.METRICS)}")
+        raise LcmError(
+            f"config.checkpoint.best = {config.checkpoint.best!r} is no metric of a step; choose one of "
+            f"{', '.join(step_lib.METRICS)}"
+        )
     mesh_lib.check_batch(mesh, config.data.batch_size, config.train.accumulation_steps)
     attention, remat = config.model.attention, config.train.remat
     problem = make_problem(config, *(on_mesh(pipeline, mesh, attention, remat) for pipeline in (teacher, student)))
@@ -119,9 +121,7 @@ def make(config: ConfigDict, teacher: Pipeline, student: Pipeline, mesh: Mesh) -
     frozen = _shapes(make_frozen(problem, teacher, student, None), jnp.dtype(config.model.teacher_dtype))
     frozen = mesh_lib.abstract_state(mesh, frozen.replace(null=cond))
     rows, everywhere = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_shapes(config, teacher)
-    )
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_shapes(config, teacher))
     step = jax.jit(
         step_lib.make_step(problem, optimizer, config.train.ema_decay, config.train.accumulation_steps, rate),
         donate_argnums=0,
@@ -184,8 +184,10 @@ def text_shapes(pipeline: Pipeline, batch: int) -> dict[str, jax.ShapeDtypeStruc
     """ShapeDtypeStructs of the conditioning of `batch` captions, float32, without SDXL's time_ids."""
     encoders = {name: getattr(pipeline, name) for name in conditioning.TEXT_ENCODERS}
     encoders = {name: module for name, module in encoders.items() if module is not None}
-    ids = {name: jax.ShapeDtypeStruct((batch, module.max_position_embeddings), jnp.int32)
-           for name, module in encoders.items()}  # fmt: skip
+    ids = {
+        name: jax.ShapeDtypeStruct((batch, module.max_position_embeddings), jnp.int32)
+        for name, module in encoders.items()
+    }
     params = _shapes({name: pipeline.params[name] for name in encoders})
     cond = jax.eval_shape(functools.partial(conditioning.encode_tokens, pipeline), params, ids)
     return {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in cond.items()}

@@ -1,6 +1,6 @@
 """One of several real processes that read the data of one config: its rows of the global batches, into a file.
 
-    python tests/data_process.py CONFIG.json INDEX COUNT PORT START STEPS WORKERS OUT.npz
+python tests/data_process.py CONFIG.json INDEX COUNT PORT START STEPS WORKERS OUT.npz
 """
 
 import json
@@ -30,7 +30,7 @@ def main() -> None:
     with open(config) as file:
         config = config_lib.ConfigDict(json.load(file))
     pipeline = load_pipeline(config.model.teacher)
-    part, = training_data.open_parts(config)
+    (part,) = training_data.open_parts(config)
     tokenize = training_data.Tokenize(conditioning.tokenizers(pipeline))
     examples = training_data.pictures(config, part.source, tokenize)
     order = Order(config.seed, config.data.batch_size, (examples.groups,))
@@ -39,9 +39,14 @@ def main() -> None:
     mine = []
     with contextlib.closing(
         loader.batches(
-            (examples,), order, start, put=put, workers=workers, faults=loader.Faults(1.0, lambda fault: None),
+            (examples,),
+            order,
+            start,
+            put=put,
+            workers=workers,
+            faults=loader.Faults(1.0, lambda fault: None),
             rows=mesh_lib.process_rows(mesh, config.data.batch_size, jax.process_index()),
-        )  # fmt: skip
+        )
     ) as batches:
         for batch in itertools.islice(batches, steps):
             assert all(value.shape[0] == config.data.batch_size for value in batch.values()), "global arrays"

@@ -9,13 +9,26 @@ import tiny
 import transformers
 from safetensors.torch import save_file
 
-VISION = dict(hidden_size=32, image_size=28, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2,
-              patch_size=7)
-TEXT = dict(hidden_size=24, intermediate_size=32, num_attention_heads=3, num_hidden_layers=2,
-            max_position_embeddings=77, hidden_act="gelu")
+VISION = dict(
+    hidden_size=32, image_size=28, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, patch_size=7
+)
+TEXT = dict(
+    hidden_size=24,
+    intermediate_size=32,
+    num_attention_heads=3,
+    num_hidden_layers=2,
+    max_position_embeddings=77,
+    hidden_act="gelu",
+)
 DINO = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=70, patch_size=14, mlp_ratio=2)
-PREPROCESSOR = {"crop_size": {"height": 28, "width": 28}, "do_center_crop": True, "size": {"shortest_edge": 28},
-                "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "resample": 3}
+PREPROCESSOR = {
+    "crop_size": {"height": 28, "width": 28},
+    "do_center_crop": True,
+    "size": {"shortest_edge": 28},
+    "image_mean": [0.48, 0.46, 0.41],
+    "image_std": [0.27, 0.26, 0.28],
+    "resample": 3,
+}
 
 
 def pictures(count, height=40, width=40, seed=0):

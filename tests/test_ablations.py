@@ -50,8 +50,12 @@ def test_variants_do_not_change_the_config_they_come_from():
 
 def test_settings_of_the_command_line():
     texts = ("data.batch_size=8", "train.learning_rate=1e-4", "data.path=/a/{0..9}.tar", "data.filters=('side > 9',)")
-    wanted = {"data.batch_size": 8, "train.learning_rate": 1e-4, "data.path": "/a/{0..9}.tar",
-              "data.filters": ("side > 9",)}  # fmt: skip
+    wanted = {
+        "data.batch_size": 8,
+        "train.learning_rate": 1e-4,
+        "data.path": "/a/{0..9}.tar",
+        "data.filters": ("side > 9",),
+    }
     assert stage.parse_settings(texts) == wanted
     changed = stage.changed(config("sd15_lcm"), wanted)
     assert (changed.data.batch_size, changed.data.path, changed.data.filters) == (8, "/a/{0..9}.tar", ("side > 9",))
@@ -63,8 +67,14 @@ def test_settings_of_the_command_line():
 
 
 def asked(name: str, **changes) -> argparse.Namespace:
-    options = {"config": ROOT / "configs" / f"{name}.py", "set": [], "steps": None, "count": None, "evaluate": None,
-               "plot": False}  # fmt: skip
+    options = {
+        "config": ROOT / "configs" / f"{name}.py",
+        "set": [],
+        "steps": None,
+        "count": None,
+        "evaluate": None,
+        "plot": False,
+    }
     return argparse.Namespace(**options | changes)
 
 

@@ -42,16 +42,21 @@ def tiny(tmp_path_factory) -> str:
     """A folder with nothing but configs, of a model that is quick to trace."""
     folder = tmp_path_factory.mktemp("tiny")
     unet = tiny_configs.UNETS["sd15"] | {
-        "block_out_channels": [32], "cross_attention_dim": 32, "layers_per_block": 1, "mid_block_type": None,
-        "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"],
-    }  # fmt: skip
+        "block_out_channels": [32],
+        "cross_attention_dim": 32,
+        "layers_per_block": 1,
+        "mid_block_type": None,
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+    }
     parts = {"unet": unet, "vae": tiny_configs.VAES["sd"], "text_encoder": tiny_configs.CLIPS["vit-l"]}
     index = {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"]}
     scheduler = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
     for name, value in {
-        "model_index.json": index, "scheduler/scheduler_config.json": scheduler,
+        "model_index.json": index,
+        "scheduler/scheduler_config.json": scheduler,
         **{f"{part}/config.json": config for part, config in parts.items()},
-    }.items():  # fmt: skip
+    }.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(value))
     return str(folder)
@@ -73,9 +78,15 @@ def test_the_program_is_that_of_arrays(name, tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", [gpu_kit.A100, gpu_kit.H100], ids=["A100", "H100"])
-@pytest.mark.parametrize(("name", "layers"), [
-    ("sd15_lcm_lora", 32), ("sd15_lcm", 32), ("sd21_lcm", 32), ("sdxl_lcm_lora", 140),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("sd15_lcm_lora", 32),
+        ("sd15_lcm", 32),
+        ("sd21_lcm", 32),
+        ("sdxl_lcm_lora", 140),
+    ],
+)
 def test_full_size_steps_lower_for_cuda(monkeypatch, name, layers, gpu):
     """Self- and cross-attention of every layer are cuDNN's, forward and backward; on Ampere not with heads of 160."""
     gpu_kit.pretend(monkeypatch, gpu)
@@ -155,13 +166,22 @@ def test_model_flops_know_neither_rematerialisation_nor_parts_of_a_batch(tiny):
     assert counted(**{"data.batch_size": 8}) == pytest.approx(2 * plain, rel=1e-3)
 
 
-@pytest.mark.parametrize(("message", "sizes"), [
-    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (28.24G) exceeds "
-     "available HBM (15.75G).", (28.24, 15.75)),
-    ("XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.31G of 15.75G hbm. Exceeded hbm "
-     "capacity by 1.56G.", (17.31, 15.75)),
-    ("INTERNAL: Mosaic failed: Used 3.00G of 2.00G", (0, 0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("message", "sizes"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (28.24G) "
+            "exceeds available HBM (15.75G).",
+            (28.24, 15.75),
+        ),
+        (
+            "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.31G of 15.75G hbm. "
+            "Exceeded hbm capacity by 1.56G.",
+            (17.31, 15.75),
+        ),
+        ("INTERNAL: Mosaic failed: Used 3.00G of 2.00G", (0, 0)),
+    ],
+)
 def test_what_xla_says_about_memory(message, sizes):
     assert aot.memory_asked(message) == pytest.approx(tuple(size * GIB for size in sizes))
 
@@ -182,11 +202,16 @@ class _Exhausted:
         raise jax.errors.JaxRuntimeError(self.message)
 
 
-@pytest.mark.parametrize(("message", "words"), [
-    ("RESOURCE_EXHAUSTED: Used 17.31G of 15.75G hbm.", "17.31 GiB of 15.75, 1.56 too much"),
-    ("RESOURCE_EXHAUSTED: required for HLO temporaries (17.31G) exceeds available HBM (15.75G).",
-     "19.31 GiB of 15.75, 3.56 too much"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 17.31G of 15.75G hbm.", "17.31 GiB of 15.75, 1.56 too much"),
+        (
+            "RESOURCE_EXHAUSTED: required for HLO temporaries (17.31G) exceeds available HBM (15.75G).",
+            "19.31 GiB of 15.75, 3.56 too much",
+        ),
+    ],
+)
 def test_a_config_that_does_not_fit_is_told_by_how_much_and_what_to_change(message, words):
     config, step = config_of("shapes_lcm", **{"train.remat": "none", "data.batch_size": 8}), _Exhausted(message)
     with pytest.raises(aot.DoesNotFit, match=words) as caught:
@@ -220,6 +245,7 @@ def test_fit_of_what_never_fits():
 
 def test_fit_where_memory_bends():
     """More than linear: the guess fails, and what failed bounds the next."""
+
     def attempt(images):
         need = 4 + images + 0.2 * images**2
         if need > 16:

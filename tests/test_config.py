@@ -29,21 +29,61 @@ def test_promised_keys_exist():
 
 
 BAD = {
-    "seed": -1, "objective": "lcf2", "model.teacher": None, "model.student": "", "model.dtype": "float16",
-    "data.source": "imagenet", "data.path": "/x", "data.batch_size": 0, "data.resolution": 0, "data.num_examples": 0,
-    "data.style": "oil", "data.crop": "left", "data.flip": 1.5, "data.decoder": "gd", "data.encode": "never",
-    "data.caption_dropout": -0.1, "data.max_bad_fraction": 2.0, "data.workers": -1, "data.bucket_step": 0,
-    "data.bucket_max_aspect": 0.5, "data.mixture": ("1 folder /x",),
-    "train.steps": 0, "train.learning_rate": 0.0, "train.lr_warmup_steps": -1, "train.lr_decay_steps": -5,
-    "train.ema_decay": 1.0, "train.weight_decay": -0.1, "train.adam_b1": 1.5, "train.adam_b2": -0.1,
-    "train.adam_eps": 0.0, "train.max_grad_norm": -1.0, "train.accumulation_steps": 0, "distill.solver_steps": 1001,
-    "distill.w_min": -0.5, "distill.w_max": float("nan"), "distill.loss": "l1", "distill.huber_c": 0.0,
+    "seed": -1,
+    "objective": "lcf2",
+    "model.teacher": None,
+    "model.student": "",
+    "model.dtype": "float16",
+    "data.source": "imagenet",
+    "data.path": "/x",
+    "data.batch_size": 0,
+    "data.resolution": 0,
+    "data.num_examples": 0,
+    "data.style": "oil",
+    "data.crop": "left",
+    "data.flip": 1.5,
+    "data.decoder": "gd",
+    "data.encode": "never",
+    "data.caption_dropout": -0.1,
+    "data.max_bad_fraction": 2.0,
+    "data.workers": -1,
+    "data.bucket_step": 0,
+    "data.bucket_max_aspect": 0.5,
+    "data.mixture": ("1 folder /x",),
+    "train.steps": 0,
+    "train.learning_rate": 0.0,
+    "train.lr_warmup_steps": -1,
+    "train.lr_decay_steps": -5,
+    "train.ema_decay": 1.0,
+    "train.weight_decay": -0.1,
+    "train.adam_b1": 1.5,
+    "train.adam_b2": -0.1,
+    "train.adam_eps": 0.0,
+    "train.max_grad_norm": -1.0,
+    "train.accumulation_steps": 0,
+    "distill.solver_steps": 1001,
+    "distill.w_min": -0.5,
+    "distill.w_max": float("nan"),
+    "distill.loss": "l1",
+    "distill.huber_c": 0.0,
     "distill.solver": "euler",
-    "distill.w_embedding_dim": 255, "distill.lcd_weight": -1.0, "lora.rank": -1, "lora.alpha": 0.0,
-    "lora.targets": (1,), "model.vae": "", "model.config": "x", "model.prediction_type": "eps",
-    "distill.timestep_scaling": 0.0, "distill.sigma_data": float("inf"),
-    "checkpoint.every": 0, "checkpoint.keep": 0, "log.every": 0, "sample.every": -1, "sample.steps": 51,
-    "sample.guidance_scale": 0.5, "sample.prompts": (3,),
+    "distill.w_embedding_dim": 255,
+    "distill.lcd_weight": -1.0,
+    "lora.rank": -1,
+    "lora.alpha": 0.0,
+    "lora.targets": (1,),
+    "model.vae": "",
+    "model.config": "x",
+    "model.prediction_type": "eps",
+    "distill.timestep_scaling": 0.0,
+    "distill.sigma_data": float("inf"),
+    "checkpoint.every": 0,
+    "checkpoint.keep": 0,
+    "log.every": 0,
+    "sample.every": -1,
+    "sample.steps": 51,
+    "sample.guidance_scale": 0.5,
+    "sample.prompts": (3,),
 }
 
 
@@ -66,15 +106,23 @@ def test_values_that_contradict_each_other(shapes):
         config_lib.validate(shapes)
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"lora.rank": 64}, r"w_embedding_dim = 256: w-embedding student asked of a LoRA run.*set 0"),
-    ({"objective": "lcf"}, r"model.student = None: LCF fine-tunes"),
-    ({"objective": "lcf", "model.student": "/lcm", "model.teacher": None, "distill.lcd_weight": 0.5},
-     r"model.teacher = None: no teacher.*lcd_weight"),
-    ({"distill.lcd_weight": 0.5}, r"lcd_weight = 0.5: only objective \"lcf\""),
-    ({"objective": "lcf", "model.student": "/lcm", "distill.solver": "dpm_solver"}, r"no teacher jumps in plain LCF"),
-    ({"distill.w_embedding_dim": 0}, r"guidance_scale = 3.0: .*set 1 "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora.rank": 64}, r"w_embedding_dim = 256: w-embedding student asked of a LoRA run.*set 0"),
+        ({"objective": "lcf"}, r"model.student = None: LCF fine-tunes"),
+        (
+            {"objective": "lcf", "model.student": "/lcm", "model.teacher": None, "distill.lcd_weight": 0.5},
+            r"model.teacher = None: no teacher.*lcd_weight",
+        ),
+        ({"distill.lcd_weight": 0.5}, r"lcd_weight = 0.5: only objective \"lcf\""),
+        (
+            {"objective": "lcf", "model.student": "/lcm", "distill.solver": "dpm_solver"},
+            r"no teacher jumps in plain LCF",
+        ),
+        ({"distill.w_embedding_dim": 0}, r"guidance_scale = 3.0: .*set 1 "),
+    ],
+)
 def test_objectives_and_what_they_train(shapes, changes, words):
     shapes.update_from_flattened_dict(changes)
     with pytest.raises(LcmError, match=words) as error:
@@ -156,19 +204,22 @@ def test_command_line_overrides():
     assert config["model"]["student"] == "/a"
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    ((CONFIG, "--config.train.stepz=3"), ["stepz", "steps", "--config.train.stepz=3"]),
-    ((CONFIG, "--config.trane.steps=3"), ["trane", "train"]),
-    ((CONFIG, "--config.train.steps=many"), ["many", "train.steps"]),
-    (("--config=configs/none.py",), ["configs/none.py"]),
-    ((CONFIG, "--config.train.steps=", "3"), ["train.steps"]),
-    ((CONFIG, "stray"), ["stray"]),
-    ((CONFIG, "--workdirr=x"), ["workdirr", "workdir"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((CONFIG, "--config.train.stepz=3"), ["stepz", "steps", "--config.train.stepz=3"]),
+        ((CONFIG, "--config.trane.steps=3"), ["trane", "train"]),
+        ((CONFIG, "--config.train.steps=many"), ["many", "train.steps"]),
+        (("--config=configs/none.py",), ["configs/none.py"]),
+        ((CONFIG, "--config.train.steps=", "3"), ["train.steps"]),
+        ((CONFIG, "stray"), ["stray"]),
+        ((CONFIG, "--workdirr=x"), ["workdirr", "workdir"]),
+    ],
+)
 def test_command_line_errors_are_one_line_and_exit_2(arguments, words):
     done = run_app(*arguments)
     assert done.returncode == 2 and not done.stdout
-    line, = done.stderr.strip().splitlines()
+    (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ") and all(word in line for word in words), line
 
 

@@ -24,11 +24,21 @@ from lcm_jax.runtime.reporting import telemetry
 
 FILES = {file.stem: file for file in sorted((Path(__file__).parents[1] / "configs").glob("*.py"))}
 FAMILIES = {
-    "dreamshaper_v7_lcm": "sd15", "sd15_lcm": "sd15", "sd15_lcm_lora": "sd15", "collage_lcm_lora": "sd15",
-    "pokemon_lcf": "sd15", "simpsons_lcf": "sd15", "sd21_base_lcm": "sd21-base", "sd21_lcm": "sd21-768",
-    "sdxl_lcm": "sdxl", "sdxl_lcm_lora": "sdxl", "lcm_xl_pokemon_blip": "sdxl", "lcm_xl_lora_pokemon_blip": "sdxl",
-    "ssd1b_lcm": "ssd-1b", "ssd1b_lcm_lora": "ssd-1b",
-}  # fmt: skip
+    "dreamshaper_v7_lcm": "sd15",
+    "sd15_lcm": "sd15",
+    "sd15_lcm_lora": "sd15",
+    "collage_lcm_lora": "sd15",
+    "pokemon_lcf": "sd15",
+    "simpsons_lcf": "sd15",
+    "sd21_base_lcm": "sd21-base",
+    "sd21_lcm": "sd21-768",
+    "sdxl_lcm": "sdxl",
+    "sdxl_lcm_lora": "sdxl",
+    "lcm_xl_pokemon_blip": "sdxl",
+    "lcm_xl_lora_pokemon_blip": "sdxl",
+    "ssd1b_lcm": "ssd-1b",
+    "ssd1b_lcm_lora": "ssd-1b",
+}
 # One of each program: the others differ from these in numbers alone.
 TRACED = ("sd15_lcm", "sd15_lcm_lora", "pokemon_lcf", "sd21_lcm", "sdxl_lcm_lora", "lcm_xl_pokemon_blip", "ssd1b_lcm")
 EMBEDDED = {name for name in FILES if name.startswith("shapes_")}
@@ -88,34 +98,80 @@ def differences(a: str, b: str) -> set[str]:
 
 def test_variants_change_what_their_cards_say_and_nothing_else():
     assert differences("sd21_base_lcm", "sd21_lcm") == {
-        "model.teacher", "model.prediction_type", "data.resolution", "data.batch_size"}  # fmt: skip
+        "model.teacher",
+        "model.prediction_type",
+        "data.resolution",
+        "data.batch_size",
+    }
     assert differences("sdxl_lcm", "ssd1b_lcm") == {"model.teacher"}
-    adapters = {"lora.rank", "train.learning_rate", "train.ema_decay", "distill.w_embedding_dim", "distill.w_min",
-                "distill.w_max", "sample.guidance_scale"}  # fmt: skip
+    adapters = {
+        "lora.rank",
+        "train.learning_rate",
+        "train.ema_decay",
+        "distill.w_embedding_dim",
+        "distill.w_min",
+        "distill.w_max",
+        "sample.guidance_scale",
+    }
     for full in ("sd15_lcm", "sdxl_lcm", "ssd1b_lcm"):
         assert differences(full, f"{full}_lora") == adapters
     assert differences("pokemon_lcf", "simpsons_lcf") == {"sample.prompts", "data.path"}
 
 
 PUBLISHED = {
-    "sd15_lcm": {"train.learning_rate": 1e-6, "distill.loss": "huber", "distill.huber_c": 1e-3, "data.batch_size": 12,
-                 "data.crop": "random", "data.resize_filter": "bilinear", "train.steps": 1000,
-                 "train.ema_decay": 0.95, "distill.w_min": 5.0, "distill.w_max": 15.0},
-    "sd21_base_lcm": {"data.resolution": 512, "data.batch_size": 72, "train.steps": 100_000, "distill.w_min": 2.0,
-                      "train.learning_rate": 8e-6, "train.ema_decay": 0.999943, "distill.w_max": 14.0,
-                      "distill.solver_steps": 50, "distill.loss": "l2"},
+    "sd15_lcm": {
+        "train.learning_rate": 1e-6,
+        "distill.loss": "huber",
+        "distill.huber_c": 1e-3,
+        "data.batch_size": 12,
+        "data.crop": "random",
+        "data.resize_filter": "bilinear",
+        "train.steps": 1000,
+        "train.ema_decay": 0.95,
+        "distill.w_min": 5.0,
+        "distill.w_max": 15.0,
+    },
+    "sd21_base_lcm": {
+        "data.resolution": 512,
+        "data.batch_size": 72,
+        "train.steps": 100_000,
+        "distill.w_min": 2.0,
+        "train.learning_rate": 8e-6,
+        "train.ema_decay": 0.999943,
+        "distill.w_max": 14.0,
+        "distill.solver_steps": 50,
+        "distill.loss": "l2",
+    },
     "sd21_lcm": {"data.resolution": 768, "data.batch_size": 16, "model.prediction_type": "v_prediction"},
     "dreamshaper_v7_lcm": {"data.resolution": 768, "train.steps": 4000, "model.teacher": "Lykon/dreamshaper-7"},
-    "sdxl_lcm": {"data.resolution": 1024, "data.filters": ("side >= 700", "pwatermark <= 0.5 or missing"),
-                  "distill.w_min": 3.0, "distill.w_max": 15.0, "train.learning_rate": 1e-6},
-    "sdxl_lcm_lora": {"lora.rank": 64, "lora.alpha": 64.0, "train.learning_rate": 1e-4, "distill.w_min": 6.5,
-                      "distill.w_max": 6.5, "train.weight_decay": 0.0},
-    "lcm_xl_pokemon_blip": {"data.flip": 0.5, "data.filters": (), "distill.w_embedding_dim": 0,
-                            "train.learning_rate": 1e-6, "data.batch_size": 4,
-                            "train.accumulation_steps": 2, "train.ema_decay": 0.95, "distill.w_min": 3.0},
+    "sdxl_lcm": {
+        "data.resolution": 1024,
+        "data.filters": ("side >= 700", "pwatermark <= 0.5 or missing"),
+        "distill.w_min": 3.0,
+        "distill.w_max": 15.0,
+        "train.learning_rate": 1e-6,
+    },
+    "sdxl_lcm_lora": {
+        "lora.rank": 64,
+        "lora.alpha": 64.0,
+        "train.learning_rate": 1e-4,
+        "distill.w_min": 6.5,
+        "distill.w_max": 6.5,
+        "train.weight_decay": 0.0,
+    },
+    "lcm_xl_pokemon_blip": {
+        "data.flip": 0.5,
+        "data.filters": (),
+        "distill.w_embedding_dim": 0,
+        "train.learning_rate": 1e-6,
+        "data.batch_size": 4,
+        "train.accumulation_steps": 2,
+        "train.ema_decay": 0.95,
+        "distill.w_min": 3.0,
+    },
     "lcm_xl_lora_pokemon_blip": {"lora.rank": 8, "lora.alpha": 8.0, "train.learning_rate": 1e-5},
     "pokemon_lcf": {"objective": "lcf", "train.steps": 30_000, "model.teacher": None, "distill.lcd_weight": 0.0},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -146,7 +202,7 @@ def test_one_step(name, tmp_path):
     config = reduced(name)
     state = train.train(config, tmp_path / "run")
     assert int(state.step) == 1 and checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [1]
-    metrics, = telemetry.read_metrics(tmp_path / "run")
+    (metrics,) = telemetry.read_metrics(tmp_path / "run")
     assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0 and metrics["grad_norm"] > 0
     weights = flatten_dict(state.params, sep="/")
     assert all(np.isfinite(value).all() for value in weights.values())

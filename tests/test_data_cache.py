@@ -16,9 +16,14 @@ from lcm_jax.errors import LcmError
 SIZES = ((8, 8), (4, 12), (6, 6))  # of the groups' latents; the last group has no rows
 ROWS = (23, 5, 0)
 FINGERPRINT = {
-    "resolution": 64, "sizes": [[64, 64], [32, 96], [48, 48]], "time_ids": False, "scaling_factor": 0.18215,
-    "vae": "12ab" * 16, "tokenizers": {"text_encoder": "77aa" * 16}, "text_encoders": {"text_encoder": "99ee" * 16},
-}  # fmt: skip
+    "resolution": 64,
+    "sizes": [[64, 64], [32, 96], [48, 48]],
+    "time_ids": False,
+    "scaling_factor": 0.18215,
+    "vae": "12ab" * 16,
+    "tokenizers": {"text_encoder": "77aa" * 16},
+    "text_encoders": {"text_encoder": "99ee" * 16},
+}
 
 
 def arrays(dtype):
@@ -66,9 +71,14 @@ def broken(written, tmp_path):
     return shutil.copytree(written, tmp_path / "broken")
 
 
-@pytest.mark.parametrize(("dtype", "kept"), [
-    ("float32", np.float32), ("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [
+        ("float32", np.float32),
+        ("float16", np.float16),
+        ("bfloat16", ml_dtypes.bfloat16),
+    ],
+)
 def test_what_is_written_is_read(tmp_path, dtype, kept):
     cached = cache.open(write(tmp_path / "cache", dtype))
     assert cached.groups == ROWS and len(cached) == 28
@@ -85,9 +95,12 @@ def test_what_is_written_is_read(tmp_path, dtype, kept):
 
 def test_the_folder_holds_the_manifest_and_whole_shards_alone(written):
     assert sorted(p.name for p in written.iterdir()) == [
-        "latents-00-00000.array_record", "latents-00-00001.array_record", "latents-00-00002.array_record",
-        "latents-01-00000.array_record", "manifest.json",
-    ]  # fmt: skip
+        "latents-00-00000.array_record",
+        "latents-00-00001.array_record",
+        "latents-00-00002.array_record",
+        "latents-01-00000.array_record",
+        "manifest.json",
+    ]
     manifest = json.loads((written / "manifest.json").read_text())
     assert [group["rows"] for group in manifest["groups"]] == list(ROWS) and manifest["faults"] == 0
     assert [shard["rows"] for shard in manifest["groups"][0]["shards"]] == [10, 10, 3]
@@ -136,12 +149,19 @@ def test_shards_outside_of_the_folder_are_not_read(broken, name):
         cache.open(broken)
 
 
-@pytest.mark.parametrize("change", [
-    lambda m: m["groups"][0].update(rows=100), lambda m: m["groups"][0]["shards"][0].update(rows=-1),
-    lambda m: m["groups"][0].update(rows="x"), lambda m: m["groups"][0]["shards"][0].update(rows=2.5),
-    lambda m: m["arrays"][0]["shapes"].__setitem__(0, [-1, 4, 4]), lambda m: m["groups"][0].pop("shards"),
-    lambda m: m["arrays"][0]["shapes"].__setitem__(0, [8.0, 8, 4]), lambda m: m.update(groups=None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["groups"][0].update(rows=100),
+        lambda m: m["groups"][0]["shards"][0].update(rows=-1),
+        lambda m: m["groups"][0].update(rows="x"),
+        lambda m: m["groups"][0]["shards"][0].update(rows=2.5),
+        lambda m: m["arrays"][0]["shapes"].__setitem__(0, [-1, 4, 4]),
+        lambda m: m["groups"][0].pop("shards"),
+        lambda m: m["arrays"][0]["shapes"].__setitem__(0, [8.0, 8, 4]),
+        lambda m: m.update(groups=None),
+    ],
+)
 def test_rows_and_shapes_that_cannot_be(broken, change):
     manifest = json.loads((broken / "manifest.json").read_text())
     change(manifest)
@@ -163,14 +183,17 @@ def test_a_damaged_row_is_one_bad_record(broken):
     np.testing.assert_array_equal(cached.row(0, 5)["mean"], row(0, 5)["mean"])
 
 
-@pytest.mark.parametrize(("key", "value", "words"), [
-    ("vae", "34cd" * 16, ["vae 12ab12ab12ab", "34cd34cd34cd", "config.model.vae", "precompute again"]),
-    ("resolution", 512, ["resolution 64", "512", "config.data.resolution"]),
-    ("sizes", [[64, 64]], ["sizes", "[32, 96]", "aspect_buckets"]),
-    ("scaling_factor", 0.13, ["0.18215", "0.13"]),
-    ("time_ids", True, ["False", "True", "SDXL"]),
-    ("tokenizers", {"text_encoder": "55bb" * 16}, ["77aa77aa77aa", "55bb55bb55bb"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("vae", "34cd" * 16, ["vae 12ab12ab12ab", "34cd34cd34cd", "config.model.vae", "precompute again"]),
+        ("resolution", 512, ["resolution 64", "512", "config.data.resolution"]),
+        ("sizes", [[64, 64]], ["sizes", "[32, 96]", "aspect_buckets"]),
+        ("scaling_factor", 0.13, ["0.18215", "0.13"]),
+        ("time_ids", True, ["False", "True", "SDXL"]),
+        ("tokenizers", {"text_encoder": "55bb" * 16}, ["77aa77aa77aa", "55bb55bb55bb"]),
+    ],
+)
 def test_another_runs_cache_is_refused_with_both_values(written, key, value, words):
     manifest = cache.open(written).manifest
     cache.check_fit(manifest, FINGERPRINT, written)

@@ -46,20 +46,38 @@ def kept(source, *rules, **keys):
     return selection.numbers.tolist(), report
 
 
-@pytest.mark.parametrize("text, rule", [
-    ("side >= 512", filters.Rule("side", ">=", 512)),
-    ("  aspect<=2 ", filters.Rule("aspect", "<=", 2)),
-    ("pwatermark <= 0.5 or missing", filters.Rule("pwatermark", "<=", 0.5, True)),
-    ("json.score > -1e-3  or  missing ", filters.Rule("json.score", ">", -1e-3, True)),
-    ("n==3", filters.Rule("n", "==", 3)),
-    ("n < 3", filters.Rule("n", "<", 3)),
-])
+@pytest.mark.parametrize(
+    "text, rule",
+    [
+        ("side >= 512", filters.Rule("side", ">=", 512)),
+        ("  aspect<=2 ", filters.Rule("aspect", "<=", 2)),
+        ("pwatermark <= 0.5 or missing", filters.Rule("pwatermark", "<=", 0.5, True)),
+        ("json.score > -1e-3  or  missing ", filters.Rule("json.score", ">", -1e-3, True)),
+        ("n==3", filters.Rule("n", "==", 3)),
+        ("n < 3", filters.Rule("n", "<", 3)),
+    ],
+)
 def test_parse(text, rule):
     assert filters.parse(text) == rule and filters.parse(str(rule)) == rule
 
 
-@pytest.mark.parametrize("text", ["", "side", "side >=", ">= 3", "side = 3", "side != 3", "side >= big", "side >= nan",
-                                  "side >= 3 or", "side >= 3 or none", "side >= 3 and aspect < 2", "side => 3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "side",
+        "side >=",
+        ">= 3",
+        "side = 3",
+        "side != 3",
+        "side >= big",
+        "side >= nan",
+        "side >= 3 or",
+        "side >= 3 or none",
+        "side >= 3 and aspect < 2",
+        "side => 3",
+    ],
+)
 def test_bad_rules_show_the_grammar(text):
     with pytest.raises(LcmError, match=r"FIELD OP NUMBER \[or missing\]") as caught:
         filters.parse(text)
@@ -68,8 +86,15 @@ def test_bad_rules_show_the_grammar(text):
 
 def test_operators_and_missing():
     source = Rows({"a": [1, 2, 3, NAN]})
-    for rule, numbers in [("a <= 2", [0, 1]), ("a < 2", [0]), ("a >= 2", [1, 2]), ("a > 2", [2]), ("a == 2", [1]),
-                          ("a == 2 or missing", [1, 3]), ("a < 9 or missing", [0, 1, 2, 3])]:
+    for rule, numbers in [
+        ("a <= 2", [0, 1]),
+        ("a < 2", [0]),
+        ("a >= 2", [1, 2]),
+        ("a > 2", [2]),
+        ("a == 2", [1]),
+        ("a == 2 or missing", [1, 3]),
+        ("a < 9 or missing", [0, 1, 2, 3]),
+    ]:
         assert kept(source, rule)[0] == numbers
     assert filters.apply(source, ())[0] is source
 
@@ -80,11 +105,13 @@ def test_a_record_counts_at_the_first_rule_that_drops_it():
     assert numbers == [1]
     assert report == filters.Report(6, 1, ((filters.parse("a >= 3"), 3, 1), (filters.parse("b >= 5"), 2, 1)), 1)
     assert sum(dropped for _, dropped, _ in report.rules) == report.total - report.kept
-    assert str(report).splitlines() == ["records                       6",
-                                        "a >= 3                       -3  (1 missing)",
-                                        "b >= 5                       -2  (1 missing)",
-                                        "kept                          1",
-                                        "unusable, not counted above   1"]
+    assert str(report).splitlines() == [
+        "records                       6",
+        "a >= 3                       -3  (1 missing)",
+        "b >= 5                       -2  (1 missing)",
+        "kept                          1",
+        "unusable, not counted above   1",
+    ]
 
 
 def test_side_and_aspect_from_fields():
@@ -108,9 +135,17 @@ def encoded(height, width, form="JPEG", orientation=None):
 
 
 def test_sizes_from_image_headers():
-    pictures = [encoded(20, 30), encoded(20, 30, orientation=6), encoded(7, 9, "PNG"), encoded(7, 9, "PNG", 8),
-                encoded(5, 6, "WEBP", 3), encoded(30, 20)[:60], b"no picture", None,
-                np.zeros((4, 2, 3), np.uint8)]
+    pictures = [
+        encoded(20, 30),
+        encoded(20, 30, orientation=6),
+        encoded(7, 9, "PNG"),
+        encoded(7, 9, "PNG", 8),
+        encoded(5, 6, "WEBP", 3),
+        encoded(30, 20)[:60],
+        b"no picture",
+        None,
+        np.zeros((4, 2, 3), np.uint8),
+    ]
     source = Rows({}, pictures)
     sizes = filters.sizes(source).tolist()
     assert sizes == [[20, 30], [30, 20], [7, 9], [9, 7], [5, 6], [0, 0], [0, 0], [0, 0], [4, 2]]

@@ -46,8 +46,16 @@ def png(values, colour_type, depth, extra=(), after=(), size=None):
     rows = values.astype(">u2" if depth == 16 else "u1").reshape(len(values), -1)
     body = b"".join(b"\0" + row.tobytes() for row in rows)
     head = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
-    return b"".join((b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", head), *extra, chunk(b"IDAT", zlib.compress(body)), *after,
-                     chunk(b"IEND", b"")))
+    return b"".join(
+        (
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", head),
+            *extra,
+            chunk(b"IDAT", zlib.compress(body)),
+            *after,
+            chunk(b"IEND", b""),
+        )
+    )
 
 
 def over_white(colour, alpha):
@@ -69,8 +77,10 @@ def orientation(number):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("form, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {}),
-                                           ("PPM", {}), ("JPEG2000", {})])
+@pytest.mark.parametrize(
+    "form, options",
+    [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {}), ("PPM", {}), ("JPEG2000", {})],
+)
 def test_lossless_formats_come_back_equal(form, options, decoder):
     picture = noise(23, 31)
     pixels = images.decode(encoded(picture, form, **options), decoder)
@@ -97,8 +107,13 @@ def test_transparency_lies_over_white(decoder):
         assert apart(pixels, over_white(colour, alpha)) <= 1
         assert (pixels[:3] == 255).all() and (pixels[3:6] == colour[3:6]).all()
     grey = np.dstack([colour[..., 0], alpha])
-    assert apart(images.decode(encoded(Image.fromarray(grey, "LA")), decoder),
-                 over_white(colour[..., :1].repeat(3, 2), alpha)) <= 1
+    assert (
+        apart(
+            images.decode(encoded(Image.fromarray(grey, "LA")), decoder),
+            over_white(colour[..., :1].repeat(3, 2), alpha),
+        )
+        <= 1
+    )
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -126,8 +141,10 @@ def test_sixteen_bits_are_scaled_not_clipped(decoder):
         assert pixels.min() == 0 and pixels.max() == 255
     colour = np.random.default_rng(1).integers(0, 65536, (10, 15, 3), dtype=np.uint16)
     assert apart(images.decode(png(colour, 2, 16), decoder), colour / 257) <= 1
-    for data in (encoded(Image.frombytes("I;16B", (15, 10), deep.astype(">u2").tobytes()), "TIFF"),
-                 b"P5 15 10 65535 " + deep.astype(">u2").tobytes()):
+    for data in (
+        encoded(Image.frombytes("I;16B", (15, 10), deep.astype(">u2").tobytes()), "TIFF"),
+        b"P5 15 10 65535 " + deep.astype(">u2").tobytes(),
+    ):
         assert apart(images.decode(data, decoder), deep[..., None] / 257) <= 1
     grey_alpha = np.dstack([deep, np.full_like(deep, 65535)])
     assert apart(images.decode(png(grey_alpha, 4, 16), decoder), deep[..., None] / 257) <= 1
@@ -169,7 +186,7 @@ def test_ycck(decoder):
     jpeg = encoded(Image.fromarray(stored, "CMYK"), "JPEG", quality=100)
     at = jpeg.index(b"Adobe") + 11
     assert jpeg[at] == 0
-    ycck = jpeg[:at] + b"\x02" + jpeg[at + 1:]
+    ycck = jpeg[:at] + b"\x02" + jpeg[at + 1 :]
     # libjpeg: C = 255 - R of the stored YCbCr, and Pillow inverts what it reads
     shown = (255 - rgb.astype(float)) * (255.0 - black[..., None]) / 255
     assert apart(images.decode(ycck, decoder), shown) <= 8
@@ -187,13 +204,15 @@ def test_the_first_frame_of_an_animation(form, options, decoder):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_colour_profiles_change_nothing(decoder):
     from PIL import ImageCms
+
     picture = smooth(32, 48)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
     for form in ("JPEG", "PNG"):
         with_profile = encoded(picture, form, icc_profile=profile)
         assert Image.open(io.BytesIO(with_profile)).info["icc_profile"] == profile
-        np.testing.assert_array_equal(images.decode(with_profile, decoder),
-                                      images.decode(encoded(picture, form), decoder))
+        np.testing.assert_array_equal(
+            images.decode(with_profile, decoder), images.decode(encoded(picture, form), decoder)
+        )
 
 
 # Orientation
@@ -274,8 +293,18 @@ def lenient(monkeypatch):
 def test_truncated_jpegs(options, decoder, lenient):
     whole = jpeg_with_thumbnail(quality=90, **options)
     assert images.decode(whole, decoder).shape == (120, 160, 3)
-    for length in (1, 2, 20, 500, 1000, len(whole) // 2, len(whole) * 9 // 10, len(whole) - 20, len(whole) - 2,
-                   len(whole) - 1):
+    for length in (
+        1,
+        2,
+        20,
+        500,
+        1000,
+        len(whole) // 2,
+        len(whole) * 9 // 10,
+        len(whole) - 20,
+        len(whole) - 2,
+        len(whole) - 1,
+    ):
         with pytest.raises(BadRecord, match="truncated|not an image|undecodable"):
             images.decode(whole[:length], decoder)
 
@@ -324,19 +353,22 @@ def test_no_truncation_yields_other_pixels(form):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("data, reason", [
-    (b"", "0 bytes"),
-    (bytes(100), "not an image"),
-    (b"<!DOCTYPE html><html>404</html>", "not an image"),
-    (b"\xff\xd8\xff\xe0", "not an image|undecodable"),
-    (encoded(noise(4, 4), "EPS"), "not an image"),
-    (png(np.zeros((1, 1, 3)), 2, 8, size=(0, 5)), "image"),
-    (png(np.zeros((1, 1, 3)), 2, 8, size=(9000, 10000)), "9000 x 10000"),
-    (png(np.zeros((1, 1, 3)), 2, 8, size=(60000, 60000)), "Bomb"),
-    (np.zeros((0, 5, 3), np.uint8), "no size"),
-    (np.zeros((5, 5), np.uint8), r"uint8 \[5, 5\]"),
-    (np.zeros((5, 5, 3), np.float32), "float32"),
-])
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "0 bytes"),
+        (bytes(100), "not an image"),
+        (b"<!DOCTYPE html><html>404</html>", "not an image"),
+        (b"\xff\xd8\xff\xe0", "not an image|undecodable"),
+        (encoded(noise(4, 4), "EPS"), "not an image"),
+        (png(np.zeros((1, 1, 3)), 2, 8, size=(0, 5)), "image"),
+        (png(np.zeros((1, 1, 3)), 2, 8, size=(9000, 10000)), "9000 x 10000"),
+        (png(np.zeros((1, 1, 3)), 2, 8, size=(60000, 60000)), "Bomb"),
+        (np.zeros((0, 5, 3), np.uint8), "no size"),
+        (np.zeros((5, 5), np.uint8), r"uint8 \[5, 5\]"),
+        (np.zeros((5, 5, 3), np.float32), "float32"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_unusable_images(data, reason, decoder):
     with pytest.raises(BadRecord, match=reason) as caught:
@@ -354,6 +386,7 @@ def test_arrays_pass():
 def test_lack_of_memory_is_no_bad_record(monkeypatch):
     def exhausted(*_args, **_options):
         raise MemoryError
+
     monkeypatch.setattr(images.Image, "open", exhausted)
     with pytest.raises(MemoryError):
         images.decode(b"some bytes")
@@ -362,8 +395,9 @@ def test_lack_of_memory_is_no_bad_record(monkeypatch):
 # OpenCV against Pillow
 
 
-@pytest.mark.parametrize("options", [{}, {"quality": 90}, {"progressive": True}, {"subsampling": 0},
-                                     {"subsampling": "4:2:2"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"quality": 90}, {"progressive": True}, {"subsampling": 0}, {"subsampling": "4:2:2"}]
+)
 def test_opencv_decodes_as_pillow(options):
     for picture in (smooth(61, 87), noise(64, 40), noise(33, 20, 0)):
         data = encoded(picture, "JPEG", **options)
@@ -372,8 +406,7 @@ def test_opencv_decodes_as_pillow(options):
 
 def test_without_opencv_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    for call in (lambda: images.decode(encoded(noise(4, 4), "JPEG"), "opencv"),
-                 lambda: images.check_choice("opencv")):
+    for call in (lambda: images.decode(encoded(noise(4, 4), "JPEG"), "opencv"), lambda: images.check_choice("opencv")):
         with pytest.raises(LcmError, match=r"pip install 'lcm_jax\[data\]'") as caught:
             call()
         assert not isinstance(caught.value, BadRecord)

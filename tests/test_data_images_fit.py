@@ -57,8 +57,9 @@ def test_a_marked_block_at_scale_1(height, width, decoder, resize_filter):
     picture = noise(height, width)
     for flip in (False, True):
         for draws in (*rng.random((4, 2)), (0.0, 0.0), (1 - 2**-53, 1 - 2**-53)):
-            pixels, conditions = images.fit(picture, side, side, crop="random", draws=draws, flip=flip,
-                                            decoder=decoder, resize_filter=resize_filter)
+            pixels, conditions = images.fit(
+                picture, side, side, crop="random", draws=draws, flip=flip, decoder=decoder, resize_filter=resize_filter
+            )
             original_height, original_width, top, left, *target = conditions.astype(int)
             assert (original_height, original_width, *target) == (height, width, side, side)
             for y, x in np.ndindex(side, side) if side < 40 else rng.integers(0, side, (50, 2)):
@@ -81,9 +82,10 @@ def test_a_marked_block_at_any_scale(height, width, target, decoder, resize_filt
         y, x = min(y, height - block), min(x, width - block)
         picture = np.zeros((height, width, 3), np.uint8)
         column = width - x - block if flip else x
-        picture[y:y + block, column:column + block] = 255
-        pixels, conditions = images.fit(picture, *target, crop="random", draws=draws, flip=flip, decoder=decoder,
-                                        resize_filter=resize_filter)
+        picture[y : y + block, column : column + block] = 255
+        pixels, conditions = images.fit(
+            picture, *target, crop="random", draws=draws, flip=flip, decoder=decoder, resize_filter=resize_filter
+        )
         top, left = conditions[2:4]
         rows, columns = np.nonzero(pixels[..., 0] > 127)
         assert abs(rows.mean() + 0.5 - ((y + block / 2) * scale - top)) < 1
@@ -92,8 +94,16 @@ def test_a_marked_block_at_any_scale(height, width, target, decoder, resize_filt
 
 
 @pytest.mark.parametrize("resize_filter", ["lanczos", "bicubic", "bilinear", "box"])
-@pytest.mark.parametrize("size, target", [((500, 667), (256, 256)), ((667, 500), (256, 256)), ((167, 250), (192, 192)),
-                                          ((351, 499), (160, 224)), ((64, 1501), (128, 128))])
+@pytest.mark.parametrize(
+    "size, target",
+    [
+        ((500, 667), (256, 256)),
+        ((667, 500), (256, 256)),
+        ((167, 250), (192, 192)),
+        ((351, 499), (160, 224)),
+        ((64, 1501), (128, 128)),
+    ],
+)
 def test_the_resized_part_is_the_part_of_the_resized(size, target, resize_filter):
     picture, at = noise(*size), images.place(size, target, "random", (0.3, 0.6))
     enlarging_box = resize_filter == "box" and at.resized_height > size[0]
@@ -101,7 +111,7 @@ def test_the_resized_part_is_the_part_of_the_resized(size, target, resize_filter
     mirrored = ImageOps.mirror(Image.fromarray(picture))
     whole = np.asarray(mirrored.resize((at.resized_width, at.resized_height), kernel))
     pixels, _ = images.fit(picture, *target, resize_filter=resize_filter, crop="random", draws=(0.3, 0.6), flip=True)
-    assert apart(pixels, whole[at.top:at.top + target[0], at.left:at.left + target[1]]) <= 1
+    assert apart(pixels, whole[at.top : at.top + target[0], at.left : at.left + target[1]]) <= 1
 
 
 @pytest.mark.parametrize("decoder, resize_filter", PAIRS)
@@ -117,8 +127,9 @@ def test_reducing_antialiases(decoder, resize_filter):
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (1, 5000), (5000, 1), (2, 4000)])
 def test_pictures_of_any_size_fit(size, decoder, resize_filter):
     flat = np.full((*size, 3), (10, 100, 200), np.uint8)
-    pixels, conditions = images.fit(flat, 512, 512, crop="random", draws=(0.9, 0.9), resize_filter=resize_filter,
-                                    decoder=decoder)
+    pixels, conditions = images.fit(
+        flat, 512, 512, crop="random", draws=(0.9, 0.9), resize_filter=resize_filter, decoder=decoder
+    )
     assert pixels.shape == (512, 512, 3) and (pixels == flat[0, 0]).all()
     assert tuple(conditions[:2]) == size
 
@@ -148,14 +159,17 @@ def test_every_random_position_is_as_likely():
     assert images.place((64, 73), (64, 64)) == images.Crop(64, 73, 0, 4)
 
 
-@pytest.mark.parametrize("options, reason", [
-    ({"resize_filter": "lanczos", "decoder": "opencv"}, "data.resize_filter='lanczos'.*data.decoder='opencv'"),
-    ({"resize_filter": "nearest"}, "data.resize_filter='nearest'"),
-    ({"decoder": "turbo"}, "data.decoder='turbo'"),
-    ({"crop": "middle"}, "data.crop='middle'"),
-    ({"crop": "random"}, "two draws"),
-    ({"crop": "random", "draws": (0.5, 1.0)}, "two draws"),
-])
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"resize_filter": "lanczos", "decoder": "opencv"}, "data.resize_filter='lanczos'.*data.decoder='opencv'"),
+        ({"resize_filter": "nearest"}, "data.resize_filter='nearest'"),
+        ({"decoder": "turbo"}, "data.decoder='turbo'"),
+        ({"crop": "middle"}, "data.crop='middle'"),
+        ({"crop": "random"}, "two draws"),
+        ({"crop": "random", "draws": (0.5, 1.0)}, "two draws"),
+    ],
+)
 def test_bad_choices(options, reason):
     with pytest.raises(LcmError, match=reason) as caught:
         images.fit(noise(40, 50), 32, 32, **options)
@@ -165,8 +179,10 @@ def test_bad_choices(options, reason):
 # Buckets
 
 
-@pytest.mark.parametrize("resolution, step, max_aspect", [
-    (512, 64, 2.0), (1024, 64, 2.0), (1024, 64, 4.0), (64, 8, 3.0), (768, 32, 1.5), (512, 512, 2.0), (512, 64, 1.0)])
+@pytest.mark.parametrize(
+    "resolution, step, max_aspect",
+    [(512, 64, 2.0), (1024, 64, 2.0), (1024, 64, 4.0), (64, 8, 3.0), (768, 32, 1.5), (512, 512, 2.0), (512, 64, 1.0)],
+)
 def test_buckets_have_one_area_and_whole_steps(resolution, step, max_aspect):
     buckets = images.bucket_sizes(resolution, step=step, max_aspect=max_aspect)
     assert (resolution, resolution) in buckets and list(buckets) == sorted(set(buckets))
@@ -178,13 +194,22 @@ def test_buckets_have_one_area_and_whole_steps(resolution, step, max_aspect):
 
 def test_buckets_of_sdxl():
     assert images.bucket_sizes(1024, max_aspect=2.0) == (
-        (768, 1344), (832, 1216), (896, 1152), (960, 1088), (1024, 1024), (1088, 960), (1152, 896), (1216, 832),
-        (1344, 768))
+        (768, 1344),
+        (832, 1216),
+        (896, 1152),
+        (960, 1088),
+        (1024, 1024),
+        (1088, 960),
+        (1152, 896),
+        (1216, 832),
+        (1344, 768),
+    )
     assert {(512, 2048), (576, 1792), (640, 1600), (704, 1472)} <= set(images.bucket_sizes(1024, max_aspect=4))
 
 
-@pytest.mark.parametrize("arguments", [(500, 64, 2.0), (0, 64, 2.0), (512, 0, 2.0), (512, 64, 0.5),
-                                       (512, 64, float("nan"))])
+@pytest.mark.parametrize(
+    "arguments", [(500, 64, 2.0), (0, 64, 2.0), (512, 0, 2.0), (512, 64, 0.5), (512, 64, float("nan"))]
+)
 def test_impossible_buckets(arguments):
     with pytest.raises(LcmError, match="data.resolution"):
         images.bucket_sizes(arguments[0], step=arguments[1], max_aspect=arguments[2])

@@ -89,8 +89,11 @@ def test_folder(folder):
     assert "sizes of 8 pictures of the sample" in text and "unknown" not in text
     sides, ratios = np.minimum(height, width), width / height
     assert bars(text, "shorter side") == {
-        "0 to 63": (sides < 64).sum(), "64 to 127": ((sides >= 64) & (sides < 128)).sum(), "128 to 255": 0,
-        "256 to 383": (sides >= 256).sum()}  # fmt: skip
+        "0 to 63": (sides < 64).sum(),
+        "64 to 127": ((sides >= 64) & (sides < 128)).sum(),
+        "128 to 255": 0,
+        "256 to 383": (sides >= 256).sum(),
+    }
     found = bars(text, "width / height")
     assert sum(found.values()) == 8 and found["0.95 to 1.05"] == (abs(ratios - 1) < 0.05).sum() == 3
     assert f"so enlarged: {(sides < 64).sum()} of 8 ({100 * (sides < 64).mean():.1f} %)" in text
@@ -124,8 +127,10 @@ def test_fields_filters_and_the_run_that_would_stop(tmp_path):
     assert "score >= 2                   -2\n" in text and "side < 2000                  -1\n" in text
     assert "sizes of all 6 records, by the fields 'height' and 'width'" in text
     assert bars(text, "shorter side") == {
-        "384 to 511": (10 * left.min(1) < 512).sum(), "512 to 767": ((10 * left.min(1) - 512) // 256 == 0).sum(),
-        "768 to 1023": (10 * left.min(1) >= 768).sum()}  # fmt: skip
+        "384 to 511": (10 * left.min(1) < 512).sum(),
+        "512 to 767": ((10 * left.min(1) - 512) // 256 == 0).sum(),
+        "768 to 1023": (10 * left.min(1) >= 768).sum(),
+    }
     assert "so enlarged: 0 of 6" in text
     seen = np.delete(left, 2, axis=0)
     assert f"pictures of the sample themselves that are enlarged: {(seen.min(1) < 64).sum()} of 5 (" in text
@@ -162,8 +167,17 @@ def test_sheet_shows_what_the_loader_gives(tmp_path, encode, buckets):
     path = write_folder(tmp_path / "set")
     for number in (BROKEN, EMPTY):
         (path / f"{number}.jpg").unlink()
-    config = make_config(source="folder", path=str(path), flip=0.5, caption_dropout=0.3, encode=encode,
-                         aspect_buckets=buckets, bucket_step=8, bucket_max_aspect=3.0, batch_size=3)
+    config = make_config(
+        source="folder",
+        path=str(path),
+        flip=0.5,
+        caption_dropout=0.3,
+        encode=encode,
+        aspect_buckets=buckets,
+        bucket_step=8,
+        bucket_max_aspect=3.0,
+        batch_size=3,
+    )
     out = tmp_path / "new" / "sheet.png"
     text = inspected(config, out=out, count=11)
     assert f"contact sheet: {out}, the first 11 pictures of a run, row by row" in text
@@ -221,9 +235,12 @@ def test_shapes():
     text = inspected(make_config(source="shapes", num_examples=2000, workers=0, encode="start"), sample=50)
     assert "records  2000\nkept     2000\n" in text and "sample: 50 records" in text
     assert bars(text, "shorter side") == {"64 to 127": 2000} and "enlarged: 0 of 2,000 (0.0 %)" in text
-    rate, count, seconds, steps = map(float, re.search(
-        r"^([\d,.]+) rows/s \(([\d,]+) in (\S+) s\): feeds ([\d,.]+) steps/s of 4$", text.replace(",", ""), re.M
-    ).groups())  # fmt: skip
+    rate, count, seconds, steps = map(
+        float,
+        re.search(
+            r"^([\d,.]+) rows/s \(([\d,]+) in (\S+) s\): feeds ([\d,.]+) steps/s of 4$", text.replace(",", ""), re.M
+        ).groups(),
+    )
     assert count % 4 == 0 and count / (seconds + 0.051) <= rate <= count / (seconds - 0.051)
     assert steps == pytest.approx(rate / 4, abs=0.02)
     assert 'data.encode = "start": it is done once, before training, 2,000 rows' in text
@@ -246,13 +263,24 @@ def test_measured_rate_is_the_readers(monkeypatch):
 
 def write_cache(out: Path) -> None:
     """6 records, each twice, and one that could not be used."""
-    arrays = [{"name": "mean", "dtype": "float32", "shapes": [[2, 2, 4]]},
-              {"name": "text_encoder", "dtype": "int32", "shapes": [[8]]}]  # fmt: skip
+    arrays = [
+        {"name": "mean", "dtype": "float32", "shapes": [[2, 2, 4]]},
+        {"name": "text_encoder", "dtype": "int32", "shapes": [[8]]},
+    ]
     hashes = {"vae": "ab" * 32, "tokenizers": {"text_encoder": "cd" * 32}, "text_encoders": {"text_encoder": "ef" * 32}}
     fingerprint = {"resolution": 64, "sizes": [[64, 64]], "time_ids": False, "scaling_factor": 0.5, **hashes}
-    plan = {"made_by": "lcm_jax 1", "fingerprint": fingerprint, "text": "ids", "variants": 2, "dtype": "float32",
-            "shard_size": 7, "seed": 3, "data": {"source": "folder", "path": None, "crop": "random"}, "examples": [6],
-            "arrays": arrays}  # fmt: skip
+    plan = {
+        "made_by": "lcm_jax 1",
+        "fingerprint": fingerprint,
+        "text": "ids",
+        "variants": 2,
+        "dtype": "float32",
+        "shard_size": 7,
+        "seed": 3,
+        "data": {"source": "folder", "path": None, "crop": "random"},
+        "examples": [6],
+        "arrays": arrays,
+    }
     out.mkdir()
     assert cache_writing.begin(out, plan)
     shards = cache_writing.shards_of([12], 7)
@@ -260,7 +288,8 @@ def write_cache(out: Path) -> None:
     for shard in shards:
         abouts = [{"key": str(rank), "shard": "a", "caption": "y" * (rank + 1)} for rank in shard.ranks]
         count = cache_writing.write_shard(
-            out / shard.name, (cache_writing.pack(row, arrays, about) for about in abouts))
+            out / shard.name, (cache_writing.pack(row, arrays, about) for about in abouts)
+        )
         cache_writing.note(out, shard, count, [Fault("a", "12", "no image")] if shard.number else [])
     cache_writing.finish(out, plan, shards, [])
 
@@ -318,10 +347,23 @@ finally:
 """
     out = tmp_path / "sheet.png"
     done = subprocess.run(
-        [sys.executable, "-c", code, "--config=configs/shapes_lcm.py", "--config.data.source=folder",
-         f"--config.data.path={folder}", "--seconds=0.1", "--count=4", f"--out={out}"],
-        cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"}, text=True, capture_output=True, timeout=120,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            code,
+            "--config=configs/shapes_lcm.py",
+            "--config.data.source=folder",
+            f"--config.data.path={folder}",
+            "--seconds=0.1",
+            "--count=4",
+            f"--out={out}",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert "reading a sample" in done.stderr and "throughput" in done.stdout and done.stdout.isascii()
     assert Image.open(out).size[0] > 2 * contact_sheet.MIN_WIDTH
@@ -329,8 +371,15 @@ finally:
 
 def test_caption_lines_fit():
     font = ImageFont.load_default(contact_sheet.FONT_SIZE)
-    texts = ["one two", "w" * 300, "many words " * 60, "日本語のキャプション" * 20, "", "a " + "b" * 90,
-             "العربية \ud800 x"]  # fmt: skip
+    texts = [
+        "one two",
+        "w" * 300,
+        "many words " * 60,
+        "日本語のキャプション" * 20,
+        "",
+        "a " + "b" * 90,
+        "العربية \ud800 x",
+    ]
     for text in texts:
         lines = contact_sheet.wrapped(text, font, 160)
         assert len(lines) <= contact_sheet.LINES and all(0 < font.getlength(line) <= 160 for line in lines)

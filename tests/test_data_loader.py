@@ -49,8 +49,9 @@ def take(n, examples=ARRAYS, batch_size=6, seed=1, **kwargs):
 
 
 def same(a, b):
-    return all(x.keys() == y.keys() and all(x[k].tobytes() == y[k].tobytes() for k in x)
-               for x, y in zip(a, b, strict=True))  # fmt: skip
+    return all(
+        x.keys() == y.keys() and all(x[k].tobytes() == y[k].tobytes() for k in x) for x, y in zip(a, b, strict=True)
+    )
 
 
 def test_going_on_equals_never_stopping():
@@ -155,13 +156,16 @@ class Process:
         self.pid, self.exitcode = pid, exitcode
 
 
-@pytest.mark.parametrize(("code", "words"), [
-    (-9, r"worker 0 of 2 \(pid 71\).* killed by SIGKILL; memory may have run out: lower --config.data.workers"),
-    (-7, r"killed by SIGBUS; shared memory may be full"),
-    (-11, r"killed by SIGSEGV; see what it said"),
-    (0, r"ended with exit code 0; see what it said"),
-    (3, r"ended with exit code 3; see what it said"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (-9, r"worker 0 of 2 \(pid 71\).* killed by SIGKILL; memory may have run out: lower --config.data.workers"),
+        (-7, r"killed by SIGBUS; shared memory may be full"),
+        (-11, r"killed by SIGSEGV; see what it said"),
+        (0, r"ended with exit code 0; see what it said"),
+        (3, r"ended with exit code 3; see what it said"),
+    ],
+)
 def test_how_a_worker_ended(monkeypatch, code, words):
     other, mine = Process(5, -9), [Process(70), Process(71)]
     monkeypatch.setattr(loader.multiprocessing, "active_children", lambda: [other])
@@ -300,9 +304,12 @@ def test_workers_leave_signals_to_the_process_that_trains_and_end_with_it(tmp_pa
     script = tmp_path / "reader.py"
     script.write_text(READER)
     process = subprocess.Popen(
-        [sys.executable, str(script), str(Path(__file__).parents[1])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, str(script), str(Path(__file__).parents[1])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     if number == signal.SIGINT:  # to the workers alone, while they start and when they read: nothing happens
         while len(workers := workers_of(process.pid)) < 2:
             time.sleep(0.01)

@@ -42,8 +42,9 @@ def test_a_function_of_split_and_index(train):
 
 def test_the_set_does_not_drift():
     # Captions of a hundred indices, by digest: a change here makes every trained asset refer to another set.
-    text = "\n".join(shapes.caption(shapes.spec(i, split, n)) for split in shapes.SPLITS for n in (1, 2, 3)
-                     for i in range(100))
+    text = "\n".join(
+        shapes.caption(shapes.spec(i, split, n)) for split in shapes.SPLITS for n in (1, 2, 3) for i in range(100)
+    )
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "c882aa96c0991ba5"
 
 
@@ -136,8 +137,15 @@ def test_pixels_show_position_size_and_background(train):
 
 
 def test_pixels_show_colour(train):
-    hues = {"orange": (22, 42), "yellow": (46, 62), "green": (115, 150), "cyan": (172, 195), "blue": (215, 235),
-            "purple": (270, 295), "pink": (315, 345)}
+    hues = {
+        "orange": (22, 42),
+        "yellow": (46, 62),
+        "green": (115, 150),
+        "cyan": (172, 195),
+        "blue": (215, 235),
+        "purple": (270, 295),
+        "pink": (315, 345),
+    }
     for s, picture in zip(*train, strict=True):
         o = s.objects[0]
         # The most frequent pixel value away from the background is the object's.
@@ -244,7 +252,11 @@ def test_refusals():
         shapes.spec(-1)
     with pytest.raises(LcmError, match="num_objects=4"):
         shapes.spec(0, "train", 4)
-    for text in ("", "a red circle", "a small red blob at the top on a white background",
-                 "a small red circle at the top on a red background"):
+    for text in (
+        "",
+        "a red circle",
+        "a small red blob at the top on a white background",
+        "a small red circle at the top on a red background",
+    ):
         with pytest.raises(LcmError, match="not a caption"):
             shapes.parse_caption(text)

@@ -43,8 +43,15 @@ def test_unknown_name(data):
 
 @pytest.mark.parametrize("name", sources.SOURCES)
 def test_what_a_source_does_not_use_is_refused(name, data):
-    values = {"path": data, "split": "test", "image_key": "jpg", "caption_key": "title", "index_dir": data,
-              "num_examples": 3, "style": "card"}
+    values = {
+        "path": data,
+        "split": "test",
+        "image_key": "jpg",
+        "caption_key": "title",
+        "index_dir": data,
+        "num_examples": 3,
+        "style": "card",
+    }
     unused = values.keys() - sources.KEYWORDS[name]
     assert unused
     for key in unused:
@@ -62,6 +69,8 @@ def test_path_is_needed(name):
 
 
 def test_modules_are_imported_when_asked_for():
-    code = ("import sys; import lcm_jax.data.sources as s; "
-            "print([name for name in sys.modules if name.startswith(s.__name__ + '.')])")
+    code = (
+        "import sys; import lcm_jax.data.sources as s; "
+        "print([name for name in sys.modules if name.startswith(s.__name__ + '.')])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -43,8 +43,17 @@ def faults(source, root):
 
 def test_as_hugging_face_reads_it(tmp_path):
     names = ["a.png", "c.png", "cats/b.png", "cats/tiny/z.png"]
-    rows = [{"file_name": name, "text": f"caption of {name}", "score": number / 4, "width": None, "good": number > 1,
-             "tag": "x"} for number, name in enumerate(names)]
+    rows = [
+        {
+            "file_name": name,
+            "text": f"caption of {name}",
+            "score": number / 4,
+            "width": None,
+            "good": number > 1,
+            "tag": "x",
+        }
+        for number, name in enumerate(names)
+    ]
     root = write(tmp_path / "set", {name: picture(number) for number, name in enumerate(names)})
     write(root, {"metadata.jsonl": rows[2::-1]})
     write(root, {"cats/tiny/metadata.jsonl": [rows[3] | {"file_name": "z.png"}]})
@@ -63,12 +72,26 @@ def test_as_hugging_face_reads_it(tmp_path):
 
 
 def test_texts_beside(tmp_path):
-    root = write(tmp_path, {"b.jpg": b"1", "b.txt": "two\n", "a.v1.PNG": b"2", "a.v1.txt": "\ufeffone",
-                            "d/c.webp": b"3", "d/c.txt": "ünï", ".hidden/e.png": b"4", ".f.png": b"5",
-                            "notes.txt": "nothing"})
+    root = write(
+        tmp_path,
+        {
+            "b.jpg": b"1",
+            "b.txt": "two\n",
+            "a.v1.PNG": b"2",
+            "a.v1.txt": "\ufeffone",
+            "d/c.webp": b"3",
+            "d/c.txt": "ünï",
+            ".hidden/e.png": b"4",
+            ".f.png": b"5",
+            "notes.txt": "nothing",
+        },
+    )
     source = folder.open(root)
     assert [(r.key, r.image, r.captions, dict(r.fields)) for r in records(source)] == [
-        ("a.v1.PNG", b"2", ("one",), {}), ("b.jpg", b"1", ("two",), {}), ("d/c.webp", b"3", ("ünï",), {})]
+        ("a.v1.PNG", b"2", ("one",), {}),
+        ("b.jpg", b"1", ("two",), {}),
+        ("d/c.webp", b"3", ("ünï",), {}),
+    ]
     assert not source.faults
     for number in (-1, 3):
         with pytest.raises(IndexError):
@@ -76,8 +99,10 @@ def test_texts_beside(tmp_path):
 
 
 def test_columns_and_several_captions(tmp_path):
-    rows = [{"file_name": "a.png", "text": ["one", " two ", ""], "title": "A", "score": 1},
-            {"file_name": "b.png", "text": None, "title": "B"}]
+    rows = [
+        {"file_name": "a.png", "text": ["one", " two ", ""], "title": "A", "score": 1},
+        {"file_name": "b.png", "text": None, "title": "B"},
+    ]
     root = write(tmp_path, {"a.png": b"a", "b.png": b"b", "b.txt": "beside", "metadata.jsonl": rows})
     assert [record.captions for record in records(folder.open(root))] == [("one", "two"), ("beside",)]
     assert [record.captions for record in records(folder.open(root, caption_key="title"))] == [("A",), ("B",)]
@@ -91,21 +116,36 @@ def test_columns_and_several_captions(tmp_path):
 def test_the_nearer_list_stands(tmp_path):
     outer = [{"file_name": "cats/a.png", "text": "outer a"}, {"file_name": "cats/b.png", "text": "outer b"}]
     inner = [{"file_name": "a.png", "text": "inner a"}, {"file_name": "a.png", "text": "again"}]
-    root = write(tmp_path, {"cats/a.png": b"a", "cats/b.png": b"b", "metadata.jsonl": outer,
-                            "cats/metadata.jsonl": inner})
+    root = write(
+        tmp_path, {"cats/a.png": b"a", "cats/b.png": b"b", "metadata.jsonl": outer, "cats/metadata.jsonl": inner}
+    )
     source = folder.open(root)
     assert [record.captions for record in records(source)] == [("inner a",), ("outer b",)]
     assert faults(source, root) == {("cats/metadata.jsonl", "line 2"): "cats/a.png is listed already in this file"}
 
 
 def test_every_unusable_record_is_a_fault(tmp_path):
-    lines = ['{"file_name": "a.png", "text": "good"}', "", '{"file_name": "b.png", "text"', '{"text": "x"}', "[1]",
-             '{"file_name": "gone.png", "text": "x"}', '{"file_name": "empty.png", "text": "x"}',
-             '{"file_name": "blank.png", "text": " "}', '{"file_name": "../out.png", "text": "x"}']
+    lines = [
+        '{"file_name": "a.png", "text": "good"}',
+        "",
+        '{"file_name": "b.png", "text"',
+        '{"text": "x"}',
+        "[1]",
+        '{"file_name": "gone.png", "text": "x"}',
+        '{"file_name": "empty.png", "text": "x"}',
+        '{"file_name": "blank.png", "text": " "}',
+        '{"file_name": "../out.png", "text": "x"}',
+    ]
     write(tmp_path, {"out.png": b"x"})
     root = write(tmp_path / "set", {f"{name}.png": b"x" for name in ("a", "b", "blank", "zero", "plain")})
-    write(root, {"metadata.jsonl": "\n".join(lines).encode() + b'\n{"file_name": "b.png", "text": "caf\xe9"}\n',
-                 "empty.png": b"", "zero.txt": ""})
+    write(
+        root,
+        {
+            "metadata.jsonl": "\n".join(lines).encode() + b'\n{"file_name": "b.png", "text": "caf\xe9"}\n',
+            "empty.png": b"",
+            "zero.txt": "",
+        },
+    )
     (root / "link.png").symlink_to(root / "nowhere.png")
     source = folder.open(root)
     assert [record.key for record in records(source)] == ["a.png"]
@@ -155,8 +195,11 @@ def test_folders_that_cannot_be_used(tmp_path):
     write(tmp_path, {"x/a.txt": "a", "x/b.dat": "b", "y/a.png": b"a", "y/b.png": b"b"})
     with pytest.raises(LcmError, match=r"no pictures \(jpg .*\) in .*x, 2 other files"):
         folder.open(tmp_path / "x")
-    with pytest.raises(LcmError, match="none of 2 pictures .*y is usable; the first: .*a.png: no caption.*'text' of "
-                                       "metadata.jsonl or the .txt beside .*: none; see --config.data.caption_key"):
+    with pytest.raises(
+        LcmError,
+        match="none of 2 pictures .*y is usable; the first: .*a.png: no caption.*'text' of "
+        "metadata.jsonl or the .txt beside .*: none; see --config.data.caption_key",
+    ):
         folder.open(tmp_path / "y")
 
 

@@ -131,8 +131,13 @@ def test_images_as_plain_bytes_and_captions_as_lists_or_bytes(tmp_path):
 def test_images_by_path_and_unusable_records(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/0.png").write_bytes(PICTURES[0])
-    rows = [{"bytes": None, "path": "pictures/0.png"}, {"bytes": None, "path": "pictures/1.png"},
-            {"bytes": None, "path": None}, None, {"bytes": b"", "path": None}]
+    rows = [
+        {"bytes": None, "path": "pictures/0.png"},
+        {"bytes": None, "path": "pictures/1.png"},
+        {"bytes": None, "path": None},
+        None,
+        {"bytes": b"", "path": None},
+    ]
     write(tmp_path / "x.parquet", pa.array(rows, IMAGE))
     source = huggingface.open(str(tmp_path))
     assert source[0].image == PICTURES[0]
@@ -154,11 +159,27 @@ def test_paths_of_images_stay_in_the_data_set(tmp_path):
     with (root / "huge.png").open("wb") as stream:
         stream.truncate(2**30 + 1)
     good = ["0.png", "./0.png", "sub/../0.png", "link.png"]
-    wrong = {"../0.png": "inside", str(outside): "inside", str(root / "0.png"): "inside", "sub/../../0.png": "inside",
-             "../set/0.png": "inside", "..": "inside", "..\\0.png": "inside", "0.png\0": "inside", "//x": "inside",
-             "zero.png": "no regular file", "pipe.png": "no regular file", "sub": "directory", ".": "directory",
-             "huge.png": "1073741825 bytes", "~/0.png": "No such", "file:///etc/passwd": "No such",
-             "http://127.0.0.1:9/0.png": "No such", "zip://0.png::/x.zip": "No such", "0" * 5000: "too long"}
+    wrong = {
+        "../0.png": "inside",
+        str(outside): "inside",
+        str(root / "0.png"): "inside",
+        "sub/../../0.png": "inside",
+        "../set/0.png": "inside",
+        "..": "inside",
+        "..\\0.png": "inside",
+        "0.png\0": "inside",
+        "//x": "inside",
+        "zero.png": "no regular file",
+        "pipe.png": "no regular file",
+        "sub": "directory",
+        ".": "directory",
+        "huge.png": "1073741825 bytes",
+        "~/0.png": "No such",
+        "file:///etc/passwd": "No such",
+        "http://127.0.0.1:9/0.png": "No such",
+        "zip://0.png::/x.zip": "No such",
+        "0" * 5000: "too long",
+    }
     rows = [{"bytes": None, "path": path} for path in (*good, *wrong)]
     write(root / "x.parquet", pa.array(rows, IMAGE), ["a cat"] * len(rows))
     source = huggingface.open(str(root))
@@ -177,8 +198,9 @@ def test_files_of_the_hub_are_read_where_datasets_has_put_them(tmp_path):
     paths = [f"{hub}/0.png", f"{unpacked}/0.png", f"{other}/0.png", f"{hub}/../{other.name}/0.png", "../0.png"]
     rows = {"image": [{"bytes": None, "path": path} for path in paths], "text": TEXTS}
     table = datasets.Dataset.from_dict(rows)
-    source = huggingface.HuggingFace(table, roots=(hub, hub, unpacked), parts=(("a/b", 5),), split="train",
-                                     image_key="image", caption_key="text")
+    source = huggingface.HuggingFace(
+        table, roots=(hub, hub, unpacked), parts=(("a/b", 5),), split="train", image_key="image", caption_key="text"
+    )
     assert source[0].image == source[1].image == PICTURES[0]
     for number in (2, 3, 4):
         with pytest.raises(BadRecord, match="names no file inside"):
@@ -188,14 +210,20 @@ def test_files_of_the_hub_are_read_where_datasets_has_put_them(tmp_path):
 def test_what_datasets_itself_would_open_is_not_taken(tmp_path):
     outside = tmp_path / "outside.png"
     outside.write_bytes(PICTURES[0])
-    rows = pa.array([{"bytes": {"bytes": None, "path": str(outside)}, "path": None}] * 5,
-                    pa.struct([("bytes", IMAGE), ("path", pa.string())]))
-    nested = {"image": {"bytes": {"_type": "Image"}, "path": {"dtype": "string", "_type": "Value"}},
-              "text": {"dtype": "string", "_type": "Value"}}
+    rows = pa.array(
+        [{"bytes": {"bytes": None, "path": str(outside)}, "path": None}] * 5,
+        pa.struct([("bytes", IMAGE), ("path", pa.string())]),
+    )
+    nested = {
+        "image": {"bytes": {"_type": "Image"}, "path": {"dtype": "string", "_type": "Value"}},
+        "text": {"dtype": "string", "_type": "Value"},
+    }
     table = pa.table({"image": rows, "text": TEXTS})
     (tmp_path / "set").mkdir()
-    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": nested}})}),
-                   tmp_path / "set/x.parquet")
+    pq.write_table(
+        table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": nested}})}),
+        tmp_path / "set/x.parquet",
+    )
     with pytest.raises(LcmError, match="not encoded images"):
         huggingface.open(str(tmp_path / "set"))
 
@@ -216,13 +244,24 @@ def test_a_saved_data_set_names_its_own_files_alone(tmp_path, name):
         huggingface.open(str(tmp_path / "set"))
 
 
-@pytest.mark.parametrize("column, at, value, lost", [
-    ("image", 1, 2**31 - 1, {0, 1}), ("image", 2, -5, {1, 2}), ("text", 3, 2**30, {2, 3}), ("text", 2, 0, {1}),
-    ("image", 4, 2**30, "damaged"), ("key", 1, 2**31 - 1, "damaged"), ("key", 0, -3, "damaged"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "column, at, value, lost",
+    [
+        ("image", 1, 2**31 - 1, {0, 1}),
+        ("image", 2, -5, {1, 2}),
+        ("text", 3, 2**30, {2, 3}),
+        ("text", 2, 0, {1}),
+        ("image", 4, 2**30, "damaged"),
+        ("key", 1, 2**31 - 1, "damaged"),
+        ("key", 0, -3, "damaged"),
+    ],
+)
 def test_arrow_offsets_lie_inside_their_bytes(tmp_path, column, at, value, lost):
-    values = {"image": [bytes([i]) * 900 for i in range(4)], "text": [f"{i}" * 77 for i in range(4)],
-              "key": [f"{i}" * 13 for i in range(4)]}
+    values = {
+        "image": [bytes([i]) * 900 for i in range(4)],
+        "text": [f"{i}" * 77 for i in range(4)],
+        "key": [f"{i}" * 13 for i in range(4)],
+    }
     rows = {**values, "image": [{"bytes": content, "path": None} for content in values["image"]]}
     datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path))
     (file,) = tmp_path.glob("*.arrow")
@@ -267,9 +306,15 @@ def test_captions_that_are_not_utf8_or_empty(tmp_path):
 
 
 def test_fields(tmp_path):
-    write(tmp_path / "x.parquet", width=pa.array([640, None, 512, 1, 2]), score=pa.array([0.5, np.nan, 1, None, 2]),
-          nothing=pa.array([None] * 5, pa.int64()), title=pa.array(list("abcde")), small=pa.array([1] * 5, pa.int8()),
-          many=pa.array([[1.0]] * 5))
+    write(
+        tmp_path / "x.parquet",
+        width=pa.array([640, None, 512, 1, 2]),
+        score=pa.array([0.5, np.nan, 1, None, 2]),
+        nothing=pa.array([None] * 5, pa.int64()),
+        title=pa.array(list("abcde")),
+        small=pa.array([1] * 5, pa.int8()),
+        many=pa.array([[1.0]] * 5),
+    )
     source = huggingface.open(str(tmp_path))
     width = source.field("width")
     assert width.dtype == np.float64
@@ -317,9 +362,13 @@ def test_what_is_no_data_set(tmp_path):
     (tmp_path / "broken/x.parquet").write_bytes(b"PAR1 nothing PAR1")
     (tmp_path / "dict").mkdir()
     (tmp_path / "dict/state.json").write_text("{}")
-    for name, message in [("empty", "no parquet files"), ("broken", "not all files are parquet"),
-                          ("missing/folder", "does not exist"), ("no*.parquet", "not all files|no parquet"),
-                          ("dict", "save_to_disk")]:
+    for name, message in [
+        ("empty", "no parquet files"),
+        ("broken", "not all files are parquet"),
+        ("missing/folder", "does not exist"),
+        ("no*.parquet", "not all files|no parquet"),
+        ("dict", "save_to_disk"),
+    ]:
         with pytest.raises(LcmError, match=message) as caught:
             huggingface.open(str(tmp_path / name))
         assert "\n" not in str(caught.value)

@@ -33,8 +33,14 @@ def picture(seed, form="PNG", mode="RGB"):
     return stream.getvalue()
 
 
-PICTURES = [picture(0), picture(1, "JPEG"), picture(2, "WEBP"), picture(3, "PNG", "L"), picture(4, "JPEG", "CMYK"),
-            picture(5, "PNG", "RGBA")]
+PICTURES = [
+    picture(0),
+    picture(1, "JPEG"),
+    picture(2, "WEBP"),
+    picture(3, "PNG", "L"),
+    picture(4, "JPEG", "CMYK"),
+    picture(5, "PNG", "RGBA"),
+]
 TEXTS = [["a cat", "ein Käfer"], ["猫"], ["c"], ["d"], ["e", "f", "g"], [" ", ""]]
 
 
@@ -45,18 +51,38 @@ class OtherRecords(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         f = tfds.features
-        return tfds.core.DatasetInfo(builder=self, features=f.FeaturesDict(
-            {"image": f.Image(), "second": f.Image(), "text": f.Text(), "label": f.ClassLabel(num_classes=9),
-             "score": np.float32, "flag": np.bool_, "many": f.Sequence({"text": f.Text(), "id": np.int64})}))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=f.FeaturesDict(
+                {
+                    "image": f.Image(),
+                    "second": f.Image(),
+                    "text": f.Text(),
+                    "label": f.ClassLabel(num_classes=9),
+                    "score": np.float32,
+                    "flag": np.bool_,
+                    "many": f.Sequence({"text": f.Text(), "id": np.int64}),
+                }
+            ),
+        )
 
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples(range(6)), "test": self._generate_examples(range(3))}
 
     def _generate_examples(self, numbers):
         for i in numbers:
-            yield i, {"image": PICTURES[i], "second": PICTURES[0], "text": TEXTS[i][0], "label": i,
-                      "score": np.nan if i == 1 else i / 4, "flag": True,
-                      "many": [{"text": text, "id": 7} for text in TEXTS[i]]}
+            yield (
+                i,
+                {
+                    "image": PICTURES[i],
+                    "second": PICTURES[0],
+                    "text": TEXTS[i][0],
+                    "label": i,
+                    "score": np.nan if i == 1 else i / 4,
+                    "flag": True,
+                    "many": [{"text": text, "id": 7} for text in TEXTS[i]],
+                },
+            )
 
 
 class Unprepared(OtherRecords):
@@ -91,7 +117,7 @@ def test_another_builders_data_set_from_its_folder(prepared):
     shards = [os.path.basename(source.where(i)[0]) for i in range(6)]
     assert sorted(set(shards)) == [f"other_records-train.array_record-0000{k}-of-00003" for k in range(3)]
     assert shards == sorted(shards)
-    np.testing.assert_array_equal([source.field("score")[places[i]] for i in range(6)], [0, np.nan, .5, .75, 1, 1.25])
+    np.testing.assert_array_equal([source.field("score")[places[i]] for i in range(6)], [0, np.nan, 0.5, 0.75, 1, 1.25])
     assert source.field("score").dtype == np.float64
     assert all(source.field(name) is None for name in ("flag", "image", "text", "unknown"))
     with pytest.raises(IndexError):
@@ -131,7 +157,8 @@ def test_wrong_folders_formats_splits_and_features(prepared, tmp_path):
     with pytest.raises(LcmError, match="no feature 'many/words'.*caption_key"):
         tfds_source.open(str(prepared), caption_key="many/words")
     (tmp_path / "dataset_info.json").write_text(
-        (prepared / "dataset_info.json").read_text().replace('"array_record"', '"tfrecord"'))
+        (prepared / "dataset_info.json").read_text().replace('"array_record"', '"tfrecord"')
+    )
     (tmp_path / "features.json").write_bytes((prepared / "features.json").read_bytes())
     with pytest.raises(LcmError, match="stored as tfrecord.*file_format='array_record'"):
         tfds_source.open(str(tmp_path))
@@ -143,7 +170,7 @@ def test_damaged_copies(prepared, tmp_path):
     shards = sorted(copy.glob("*-train.array_record*"))
     content = bytearray(shards[0].read_bytes())
     at = content.index(PICTURES[0][:40])  # every example holds it
-    content[at:at + 400] = bytes(400)  # within the picture: what stands before it has no fixed length
+    content[at : at + 400] = bytes(400)  # within the picture: what stands before it has no fixed length
     shards[0].write_bytes(content)
     source = tfds_source.open(str(copy))
     good, reasons = 0, []
@@ -180,8 +207,11 @@ class Rows:
 
 ARRAY = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
 RECORDS = [Record(f"k/{i} ä", PICTURES[i], tuple(TEXTS[i]), {"score": i / 3}) for i in range(5)]
-RECORDS += ["a truncated file", Record("array", ARRAY, ("array",), {"width": 700, "late": -1}),
-            Record("z", b"no picture", ("z",))]
+RECORDS += [
+    "a truncated file",
+    Record("array", ARRAY, ("array",), {"width": 700, "late": -1}),
+    Record("z", b"no picture", ("z",)),
+]
 NAN = np.nan
 
 
@@ -190,8 +220,10 @@ def test_shards_outside_of_the_folder_are_not_read(prepared, tmp_path):
     info = json.loads((tmp_path / "copy/dataset_info.json").read_text())
     for file in (tmp_path / "copy").glob("*array_record*"):
         shutil.copy(file, tmp_path)
-    for template in ("../{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-                     f"{tmp_path}/{{DATASET}}-{{SPLIT}}.{{FILEFORMAT}}-{{SHARD_X_OF_Y}}"):
+    for template in (
+        "../{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        f"{tmp_path}/{{DATASET}}-{{SPLIT}}.{{FILEFORMAT}}-{{SHARD_X_OF_Y}}",
+    ):
         for split in info["splits"]:
             split["filepathTemplate"] = template
         (tmp_path / "copy/dataset_info.json").write_text(json.dumps(info))
@@ -202,8 +234,12 @@ def test_shards_outside_of_the_folder_are_not_read(prepared, tmp_path):
 @pytest.mark.parametrize("shard_bytes", [tfds_builder.SHARD_BYTES, 70_000])
 def test_packed_records_come_back(tmp_path, shard_bytes):
     seen = []
-    packed = tfds_builder.pack(Rows(RECORDS, (Fault("a", "b", "c"),)), tmp_path / "out", shard_bytes=shard_bytes,
-                               report=lambda done, total: seen.append((done, total)))
+    packed = tfds_builder.pack(
+        Rows(RECORDS, (Fault("a", "b", "c"),)),
+        tmp_path / "out",
+        shard_bytes=shard_bytes,
+        report=lambda done, total: seen.append((done, total)),
+    )
     assert packed.records == 6 and (packed.shards > 1) == (shard_bytes < tfds_builder.SHARD_BYTES)
     assert [(f.shard, f.key) for f in packed.faults] == [("a", "b"), ("shard", "n5"), ("shard", "n7")]
     assert packed.faults[1].reason == "a truncated file" and seen == [(i + 1, 8) for i in range(8)]
@@ -294,8 +330,13 @@ tfds_builder.pack(source, sys.argv[1], shard_bytes=70_000, report=lambda done, t
 def packing(out, pause=0.0, limit=0):
     root = Path(__file__).parents[1]
     path = os.pathsep.join([str(root), str(root / "tests")])
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(out), str(pause), str(limit)], text=True,
-                            env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(out), str(pause), str(limit)],
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_killed_and_run_again(tmp_path):

@@ -31,10 +31,20 @@ def picture(number, kind="JPEG"):
 def members(number, suffix="jpg", **changes):
     """[(name, content)] of one record as img2dataset lays it out; a change of None leaves the member out."""
     caption, key = f"caption {number}, ünïcode", f"{number:09d}"
-    metadata = {"caption": caption, "url": f"https://x/{number}", "key": key, "status": "success",
-                "error_message": None, "width": 12, "height": 9 + number % 5,
-                "original_width": 100 + number, "original_height": 90, "nsfw": number % 2 == 0,
-                "pwatermark": number / 100 if number % 3 else None, "sha256": "0" * 64}
+    metadata = {
+        "caption": caption,
+        "url": f"https://x/{number}",
+        "key": key,
+        "status": "success",
+        "error_message": None,
+        "width": 12,
+        "height": 9 + number % 5,
+        "original_width": 100 + number,
+        "original_height": 90,
+        "nsfw": number % 2 == 0,
+        "pwatermark": number / 100 if number % 3 else None,
+        "sha256": "0" * 64,
+    }
     contents = {suffix: picture(number), "json": json.dumps(metadata, indent=4).encode(), "txt": caption.encode()}
     contents |= changes
     return [(f"{key}.{end}", content) for end, content in contents.items() if content is not None]
@@ -80,8 +90,13 @@ def test_read_back_equal(tmp_path):
         record = source[number]
         assert record.key == f"{number:09d}" and record.image == picture(number)
         assert record.captions == (f"caption {number}, ünïcode",)
-        expected = {"width": 12, "height": 9 + number % 5, "original_width": 100 + number, "original_height": 90,
-                    "nsfw": number % 2 == 0}
+        expected = {
+            "width": 12,
+            "height": 9 + number % 5,
+            "original_width": 100 + number,
+            "original_height": 90,
+            "nsfw": number % 2 == 0,
+        }
         assert record.fields == expected | ({"pwatermark": number / 100} if number % 3 else {})
         assert source.where(number) == (str(tmp_path / f"{number // 10:05d}.tar"), record.key)
     for number in (-1, 30):
@@ -102,8 +117,14 @@ def test_field(tmp_path):
 
 
 def test_groups_members_as_hugging_face_does(tmp_path):
-    entries = [("a/b.c/0001.jpg", picture(1)), ("a/b.c/0001.txt", b"one"), ("x/0001.jpg", picture(2)),
-               ("x/0001.txt", b"two"), ("0001.jpg", picture(3)), ("0001.txt", b"three")]
+    entries = [
+        ("a/b.c/0001.jpg", picture(1)),
+        ("a/b.c/0001.txt", b"one"),
+        ("x/0001.jpg", picture(2)),
+        ("x/0001.txt", b"two"),
+        ("0001.jpg", picture(3)),
+        ("0001.txt", b"three"),
+    ]
     path = write_tar(tmp_path / "a.tar", entries)
     table = datasets.load_dataset("webdataset", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
     theirs = table.cast_column("jpg", datasets.Image(decode=False))
@@ -123,8 +144,9 @@ def test_image_key_chooses(tmp_path):
     path = shard(tmp_path / "a.tar", [1], png=b"png", webp=b"webp")
     first = webdataset.open(path)
     assert first[0].image == picture(1)
-    assert sorted(fault.reason.split(";")[0] for fault in first.faults) == [f"a second picture, .{s}"
-                                                                           for s in ("png", "webp")]
+    assert sorted(fault.reason.split(";")[0] for fault in first.faults) == [
+        f"a second picture, .{s}" for s in ("png", "webp")
+    ]
     chosen = webdataset.open(path, image_key="webp")  # another key: the index is made anew
     assert chosen[0].image == b"webp" and not chosen.faults
     with pytest.raises(LcmError, match=r"tar without pictures: .*a\.tar.*\.jpg .*none of gif; .*data\.image_key"):
@@ -134,8 +156,13 @@ def test_image_key_chooses(tmp_path):
 def test_captions(tmp_path):
     metadata = {"caption": " from json ", "all": ["one", "", "two "], "number": 3, "width": 5}
     path = shard(tmp_path / "a.tar", range(2), json=json.dumps(metadata).encode())
-    write_tar(tmp_path / "b.tar", [(name.replace("00000000", "1"), content)
-                                   for name, content in members(1, txt=None, json=json.dumps(metadata).encode())])
+    write_tar(
+        tmp_path / "b.tar",
+        [
+            (name.replace("00000000", "1"), content)
+            for name, content in members(1, txt=None, json=json.dumps(metadata).encode())
+        ],
+    )
     assert webdataset.open(path)[0].captions == ("caption 0, ünïcode",)
     assert webdataset.open(tmp_path / "b.tar")[0].captions == ("from json",)
     assert webdataset.open(tmp_path, caption_key="caption")[0].captions == ("from json",)
@@ -143,8 +170,11 @@ def test_captions(tmp_path):
     assert webdataset.open(path, caption_key="txt")[1].captions == ("caption 1, ünïcode",)
     with pytest.raises(LcmError, match=r"no usable record in 2 .*the caption is 3, not text"):
         webdataset.open(tmp_path, caption_key="number")
-    with pytest.raises(LcmError, match=r"tar without captions: .*a\.tar holds \.jpg \.json \.txt, and 'TEXT' nowhere.*"
-                                       r"data\.caption_key"):
+    with pytest.raises(
+        LcmError,
+        match=r"tar without captions: .*a\.tar holds \.jpg \.json \.txt, and 'TEXT' nowhere.*"
+        r"data\.caption_key",
+    ):
         webdataset.open(tmp_path, caption_key="TEXT")
     assert webdataset.open(tmp_path)[0].captions == ("caption 0, ünïcode",), "an index for other keys is no use here"
 
@@ -157,8 +187,17 @@ def test_tar_without_captions(tmp_path):
 
 
 def test_every_unusable_record_is_a_fault(tmp_path):
-    broken = {1: {"jpg": b""}, 2: {"txt": b""}, 3: {"txt": b" \n"}, 4: {"txt": b"caf\xe9"}, 5: {"jpg": None},
-              6: {"txt": None, "json": None}, 7: {"json": b"{"}, 8: {"json": b"[1]"}, 9: {"jpg": None, "jqg": b"x"}}
+    broken = {
+        1: {"jpg": b""},
+        2: {"txt": b""},
+        3: {"txt": b" \n"},
+        4: {"txt": b"caf\xe9"},
+        5: {"jpg": None},
+        6: {"txt": None, "json": None},
+        7: {"json": b"{"},
+        8: {"json": b"[1]"},
+        9: {"jpg": None, "jqg": b"x"},
+    }
     entries = [entry for number in range(11) for entry in members(number, **broken.get(number, {}))]
     entries += [("README", b"no suffix"), ("._000000001.jpg", b"hidden"), ("notes.md", b"no record")]
     source = webdataset.open(write_tar(tmp_path / "a.tar", entries))
@@ -181,12 +220,18 @@ def test_of_one_key_the_first_stands(tmp_path):
     second = write_tar(tmp_path / "b.tar", members(3) + again)
     source = webdataset.open([second, first])
     assert [(record.key, record.image) for record in map(source.__getitem__, range(3))] == [
-        ("000000003", picture(3)), ("000000001", b"another"), ("000000002", picture(2))]
+        ("000000003", picture(3)),
+        ("000000001", b"another"),
+        ("000000002", picture(2)),
+    ]
     source = webdataset.open([first, second])
     assert keys(source) == ["000000001", "000000002", "000000003"] and source[0].image == picture(1)
     stands = f"key stands already in {first}"
     assert [(fault.shard, fault.reason) for fault in source.faults] == [
-        (str(first), "no caption"), (str(first), stands), (str(second), stands)]
+        (str(first), "no caption"),
+        (str(first), stands),
+        (str(second), stands),
+    ]
     np.testing.assert_array_equal(source.field("original_width"), [101, 102, 103])
     assert source.where(2) == (str(second), "000000003")
 
@@ -231,10 +276,14 @@ def test_names_of_shards(tmp_path, monkeypatch):
     assert names("b") == ["b/00001.tar", "b/odd,{1..2}.tar"] and names("b/odd,{1..2}.tar") == ["b/odd,{1..2}.tar"]
     assert names("**/00001.tar") == ["a/00001.tar", "b/00001.tar"]
     assert names(["a", "{a,b}"]) == ["a/00000.tar", "a/00001.tar", "a/00002.tar", "b/00001.tar", "b/odd,{1..2}.tar"]
-    for path, message in {"c/*.tar": r"no tar shard matches c/\*\.tar", "nowhere": "no tar shard 'nowhere'",
-                          "a/{00001..00004}.tar": r"'a/00003\.tar' \(2 of 4 files of a/\{00001\.\.00004\}\.tar",
-                          "s3://bucket/{0..9}.tar": "from disks only", "pipe:cat x": "from disks only",
-                          "": "no tar shard"}.items():
+    for path, message in {
+        "c/*.tar": r"no tar shard matches c/\*\.tar",
+        "nowhere": "no tar shard 'nowhere'",
+        "a/{00001..00004}.tar": r"'a/00003\.tar' \(2 of 4 files of a/\{00001\.\.00004\}\.tar",
+        "s3://bucket/{0..9}.tar": "from disks only",
+        "pipe:cat x": "from disks only",
+        "": "no tar shard",
+    }.items():
         with pytest.raises(LcmError, match=message):
             webdataset.find_shards(path)
     (tmp_path / "empty").mkdir()
@@ -244,10 +293,28 @@ def test_names_of_shards(tmp_path, monkeypatch):
         webdataset.find_shards([])
 
 
-@pytest.mark.parametrize("pattern", [
-    "a{0..3}b", "{00..11}", "{8..12..2}", "{3..1}", "{-1..1}", "{09..10}{a,b}", "{a,b{1..2},{x,{y,z}}w}.tar", "{a}",
-    "{a{b,c}}", "{{0..2}}", "a{,b}", "x{", "}x{1,2}", "{0..1}/{a,b}/{2..3}", "{1..2,7}", "{01..100..33}", "plain",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a{0..3}b",
+        "{00..11}",
+        "{8..12..2}",
+        "{3..1}",
+        "{-1..1}",
+        "{09..10}{a,b}",
+        "{a,b{1..2},{x,{y,z}}w}.tar",
+        "{a}",
+        "{a{b,c}}",
+        "{{0..2}}",
+        "a{,b}",
+        "x{",
+        "}x{1,2}",
+        "{0..1}/{a,b}/{2..3}",
+        "{1..2,7}",
+        "{01..100..33}",
+        "plain",
+    ],
+)
 def test_braces_are_those_of_bash(pattern):
     command = f'for name in {pattern}; do echo "$name"; done'
     theirs = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
@@ -315,7 +382,8 @@ def test_what_is_no_tar(tmp_path):
     assert len(source) == 2
     assert {fault.shard: str(fault).split(": ")[1:] for fault in source.faults} == {
         str(tmp_path / "bad.tar"): ["byte 0", "the tar is damaged from here to its end"],
-        str(tmp_path / "empty.tar"): ["byte 0", "the tar is cut off here"]}
+        str(tmp_path / "empty.tar"): ["byte 0", "the tar is cut off here"],
+    }
     with pytest.raises(LcmError, match=r"no usable record in 1 tar shards of .*bad\.tar; .*byte 0"):
         webdataset.open(tmp_path / "bad.tar")
     (tmp_path / "packed.tar").write_bytes(gzip.compress(good.read_bytes()))
@@ -366,12 +434,23 @@ def _changed(number, column, value):
     return change
 
 
-@pytest.mark.parametrize("name, change", [
-    ("spans", _changed(0, 0, -512)), ("spans", _changed(1, 1, -1)), ("spans", _changed(1, 1, 2**50)),
-    ("spans", _changed(0, 0, 2**63 - 9)), ("spans", _changed(2, 3, 2**40)), ("spans", lambda spans: spans[:2]),
-    ("spans", lambda spans: spans.astype(np.float64)), ("keys", lambda _: np.arange(3)), ("keys", lambda _: b"a"),
-    ("hashes", lambda hashes: hashes[:1]), ("is_json", lambda flags: flags[:2]), ("fields", lambda x: x[:, 1:]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("spans", _changed(0, 0, -512)),
+        ("spans", _changed(1, 1, -1)),
+        ("spans", _changed(1, 1, 2**50)),
+        ("spans", _changed(0, 0, 2**63 - 9)),
+        ("spans", _changed(2, 3, 2**40)),
+        ("spans", lambda spans: spans[:2]),
+        ("spans", lambda spans: spans.astype(np.float64)),
+        ("keys", lambda _: np.arange(3)),
+        ("keys", lambda _: b"a"),
+        ("hashes", lambda hashes: hashes[:1]),
+        ("is_json", lambda flags: flags[:2]),
+        ("fields", lambda x: x[:, 1:]),
+    ],
+)
 def test_an_index_whose_numbers_leave_its_shard_is_made_anew(tmp_path, name, change):
     path = shard(tmp_path / "a.tar", range(3))
     webdataset.open(path)
@@ -386,7 +465,7 @@ def test_an_index_whose_numbers_leave_its_shard_is_made_anew(tmp_path, name, cha
     assert file.read_bytes() == made
 
 
-@pytest.mark.parametrize("size", ["-5", "-2000", str(-10**30), str(2**62), "1" * 400])
+@pytest.mark.parametrize("size", ["-5", "-2000", str(-(10**30)), str(2**62), "1" * 400])
 def test_sizes_of_members_that_cannot_be(tmp_path, size):
     bad = tarfile.TarInfo("x.txt")
     bad.size, bad.pax_headers = 5, {"size": size}
@@ -444,8 +523,11 @@ def test_few_shards_are_open_at_once(tmp_path, monkeypatch):
     source = webdataset.open(tmp_path)
     for _ in range(2):
         assert [int(source[number].image) for number in range(len(source))] == list(range(len(source)))
-    opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
-              if os.path.exists(f"/proc/self/fd/{fd}")]
+    opened = [
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{fd}")
+    ]
     assert 0 < sum(str(tmp_path) in name for name in opened) <= webdataset.MAX_OPEN
 
 

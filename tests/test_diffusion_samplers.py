@@ -152,7 +152,7 @@ def cases(steps):
     others = set(schedule.PREDICTION_TYPES) - {"epsilon"}
     return [(n, spacing, "epsilon") for n in steps for spacing in samplers.SPACINGS] + [
         (4, "trailing", prediction_type) for prediction_type in sorted(others)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(("num_steps", "spacing", "prediction_type"), cases(STEPS))
@@ -306,8 +306,10 @@ def test_one_dpm_solver_step_is_ddims_that_ends_at_abar_0():
     """Where only one step is made both solvers are of order 1, and eps says all that DDIM has."""
     noise_schedule = schedule.from_config(LATENT)
     x, _ = start_and_noise(1)
-    got, want = (sampler(fake_model(jnp, noise_schedule), x, noise_schedule, 1) for sampler in (
-        samplers.dpm_solver_2m, functools.partial(samplers.ddim, set_alpha_to_one=False)))  # fmt: skip
+    got, want = (
+        sampler(fake_model(jnp, noise_schedule), x, noise_schedule, 1)
+        for sampler in (samplers.dpm_solver_2m, functools.partial(samplers.ddim, set_alpha_to_one=False))
+    )
     parity.close(got, want, atol=TOLERANCE)
 
 

@@ -89,11 +89,22 @@ def test_classes_of_other_noise_are_refused(name):
 
 def test_options_that_choose_timesteps_alone_are_read_over():
     options = {
-        "use_karras_sigmas": True, "use_beta_sigmas": True, "use_exponential_sigmas": True, "use_lu_lambdas": True,
-        "timestep_spacing": "trailing", "final_sigmas_type": "zero", "interpolation_type": "log_linear",
-        "sigma_min": 0.03, "sigma_max": 14.6, "use_flow_sigmas": False, "flow_shift": 1.0, "snr_shift_scale": 1.0,
-        "timestep_type": "discrete", "predict_epsilon": True, "thresholding": False,
-    }  # fmt: skip
+        "use_karras_sigmas": True,
+        "use_beta_sigmas": True,
+        "use_exponential_sigmas": True,
+        "use_lu_lambdas": True,
+        "timestep_spacing": "trailing",
+        "final_sigmas_type": "zero",
+        "interpolation_type": "log_linear",
+        "sigma_min": 0.03,
+        "sigma_max": 14.6,
+        "use_flow_sigmas": False,
+        "flow_shift": 1.0,
+        "snr_shift_scale": 1.0,
+        "timestep_type": "discrete",
+        "predict_epsilon": True,
+        "thresholding": False,
+    }
     for name in ("EulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"):
         assert schedule.from_config({"_class_name": name, **LATENT, **options}).same_as(schedule.from_config(LATENT))
 

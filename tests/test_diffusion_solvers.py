@@ -162,12 +162,16 @@ def test_guiding_x0_and_eps_is_the_paper_s_guided_increment():
     grid = solvers.solver_grid(table(), 50)
     i, w = np.array([0, 17, 49]), np.array([0.0, 7.5, 14.0], np.float32)
     t, z_t, cond, uncond = grid.timesteps[i], start(1), start(2), start(3)
-    x0, eps = (guidance.classifier_free(f(table(), cond, z_t, t), f(table(), uncond, z_t, t), w)
-               for f in (schedule.to_x0, schedule.to_eps))  # fmt: skip
+    x0, eps = (
+        guidance.classifier_free(f(table(), cond, z_t, t), f(table(), uncond, z_t, t), w)
+        for f in (schedule.to_x0, schedule.to_eps)
+    )
     got = solvers.ddim_jump(x0, eps, grid.alphas_cumprod_prev[i])
     abar = table().alphas_cumprod.astype(np.float64)
-    (a_m, s_m), (a_n, s_n) = ((np.sqrt(u)[:, None, None, None], np.sqrt(1 - u)[:, None, None, None])
-                              for u in (abar[t], abar[grid.prev_timesteps[i]]))  # fmt: skip
+    (a_m, s_m), (a_n, s_n) = (
+        (np.sqrt(u)[:, None, None, None], np.sqrt(1 - u)[:, None, None, None])
+        for u in (abar[t], abar[grid.prev_timesteps[i]])
+    )
     psi = [(a_n / a_m - 1) * z_t - (a_n * s_m / a_m - s_n) * e for e in (cond, uncond)]
     w = w[:, None, None, None]
     # x0 is of order 14.6 w before the jump scales it down, hence the looser bound
@@ -204,9 +208,16 @@ def test_order_of_convergence(solver, prediction_type):
 
     def error(num_steps, solver):
         grid = solvers.solver_grid(noise_schedule, num_steps, solver)
-        run = jax.jit(functools.partial(
-            solvers.ode_endpoint, model, schedule=noise_schedule, num_steps=num_steps, return_trajectory=True,
-            solver=solver))  # fmt: skip
+        run = jax.jit(
+            functools.partial(
+                solvers.ode_endpoint,
+                model,
+                schedule=noise_schedule,
+                num_steps=num_steps,
+                return_trajectory=True,
+                solver=solver,
+            )
+        )
         jumps = np.count_nonzero(grid.prev_timesteps >= 199)
         assert grid.prev_timesteps[-jumps] == 199
         return np.abs(run(z)[1][jumps - 1] - exact_flow(noise_schedule, 0.3, 0.5, z, 999, 199)).max()

@@ -38,10 +38,12 @@ def sdxl_without_zeros() -> Path:
 
 
 def sizes_as_diffusers(pipe) -> np.ndarray:
-    return np.concatenate([
-        pipe._get_add_time_ids((h, w), (top, left), (to_h, to_w), torch.float64, 32).numpy()
-        for h, w, top, left, to_h, to_w in SIZES
-    ])  # fmt: skip
+    return np.concatenate(
+        [
+            pipe._get_add_time_ids((h, w), (top, left), (to_h, to_w), torch.float64, 32).numpy()
+            for h, w, top, left, to_h, to_w in SIZES
+        ]
+    )
 
 
 def encoded_by_torch(folder: Path) -> tuple[dict, dict]:

@@ -53,8 +53,9 @@ def test_the_two_points_share_latent_noise_text_and_w(dim):
     seen = []
     for noise in (draws["noise"], 2.5 * draws["noise"], 0 * draws["noise"]):
         student.calls.clear()
-        objectives.lcf_loss(p, {"theta": 1}, {"theta": 2}, objectives.Frozen(), batch,
-                            objectives.Draws(**draws | {"noise": noise}))  # fmt: skip
+        objectives.lcf_loss(
+            p, {"theta": 1}, {"theta": 2}, objectives.Frozen(), batch, objectives.Draws(**draws | {"noise": noise})
+        )
         assert len(student.calls) == 2  # one pass of the student, one of the target, none of a teacher
         calls = {call[0]["params"]["theta"]: call for call in student.calls}
         seen.append([calls[1][1], calls[2][1]])
@@ -96,8 +97,9 @@ def test_gaussian_data_leave_the_closed_form():
     rng = np.random.default_rng(1)
     draws = draws.replace(
         posterior=jnp.asarray(rng.standard_normal(shape), jnp.float32),
-        noise=jnp.asarray(rng.standard_normal(shape), jnp.float32), w=jnp.zeros(5),
-    )  # fmt: skip
+        noise=jnp.asarray(rng.standard_normal(shape), jnp.float32),
+        w=jnp.zeros(5),
+    )
     batch = batch | {k: jnp.broadcast_to(batch[k][:, :1, :1], shape) for k in ("mean", "logvar")}
     got = np.asarray(objectives.lcf_loss(p, params, params, frozen, batch, draws), np.float64).mean((1, 2, 3))
     want = expected_variance(p, index)

@@ -95,9 +95,15 @@ def abstract_step(unet, text_width: int, rank: int, side: int = 8, adapted: bool
         student, theta = state.student_of(unet, weights, 16)
     noise_schedule = schedule.from_config(lcd.BETAS)
     problem = objectives.Problem(
-        student=student, teacher=unet, schedule=noise_schedule, grid=solvers.solver_grid(noise_schedule, 50),
-        distance=losses.l2, w_min=6.5, w_max=6.5, scaling_factor=0.18215,
-    )  # fmt: skip
+        student=student,
+        teacher=unet,
+        schedule=noise_schedule,
+        grid=solvers.solver_grid(noise_schedule, 50),
+        distance=losses.l2,
+        w_min=6.5,
+        w_max=6.5,
+        scaling_factor=0.18215,
+    )
     optimizer = step_lib.make_optimizer(1e-4)
     cond, null = ({"encoder_hidden_states": array((b, 7, text_width))} for b in (2, 1))
     latents = array((2, side, side, 4))

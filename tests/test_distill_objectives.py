@@ -160,8 +160,10 @@ def loss_and_gradient(family: str, prediction_type: str):
 
 
 CASES = [("sd1", "epsilon", d) for d in ("l2", "huber")]
-CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in (
-    ("sd1", "v_prediction", "l2"), ("sd1", "v_prediction", "huber"), ("sdxl", "epsilon", "huber"))]  # fmt: skip
+CASES += [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (("sd1", "v_prediction", "l2"), ("sd1", "v_prediction", "huber"), ("sdxl", "epsilon", "huber"))
+]
 
 
 @pytest.mark.parametrize(("family", "prediction_type", "distance"), CASES)
@@ -265,16 +267,20 @@ def gaussian_case(num_steps: int, index=None, solver: str = "ddim") -> tuple:
     b = len(index)
     p = dataclasses.replace(
         make_problem("sd1", "sample"),
-        student=ExactStudent(noise_schedule), teacher=Denoiser(noise_schedule), schedule=noise_schedule, grid=grid,
+        student=ExactStudent(noise_schedule),
+        teacher=Denoiser(noise_schedule),
+        schedule=noise_schedule,
+        grid=grid,
         scaling_factor=1.0,
-    )  # fmt: skip
+    )
     rng = np.random.default_rng(3)
     null, means = rng.standard_normal((1, 1, 4)) * 0.1, rng.standard_normal((b, 1, 4)) * 0.1
     draws = objectives.Draws(
         posterior=jnp.asarray(rng.standard_normal((b, 16, 16, 4)), jnp.float32),
         noise=jnp.asarray(rng.standard_normal((b, 16, 16, 4)), jnp.float32),
-        index=jnp.asarray(index), w=jnp.linspace(1.0, 9.0, b),
-    )  # fmt: skip
+        index=jnp.asarray(index),
+        w=jnp.linspace(1.0, 9.0, b),
+    )
     batch = {
         "mean": jnp.broadcast_to(means[:, :, None, :], draws.noise.shape).astype(jnp.float32),
         "logvar": jnp.full(draws.noise.shape, 2 * np.log(SPREAD), jnp.float32),

@@ -58,15 +58,22 @@ step = jax.jit(step_lib.make_step(problem, optimizer, 0.9, parts, rate), donate_
 args = begun, mesh_lib.abstract_state(mesh, frozen), batch, jax.eval_shape(jax.random.key, 0)
 print(step.lower(*args).compile().as_text())
 """
-MOVES = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|"
-                   r"collective-broadcast|ragged-all-to-all)(?:-start)?\(")  # fmt: skip
+MOVES = re.compile(
+    r"= (.*?) (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|"
+    r"collective-broadcast|ragged-all-to-all)(?:-start)?\("
+)
 
 
 def compiled(data: int, fsdp: int, parts: int) -> str:
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(data), str(fsdp), str(parts)], env=environment,
-                          cwd=Path(__file__).parents[1], capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(data), str(fsdp), str(parts)],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -86,6 +93,6 @@ def test_weights_and_gradients_move_and_examples_stay(data, fsdp, parts):
     assert moved.pop("all-reduce") | moved.pop("reduce-scatter", set()) <= gradients
     assert not moved
     if parts > 1:  # the gradient that is summed over the parts lies split like the weights
-        sums, = (line for line in text.splitlines() if " while(" in line and "f32[3,3,4,96]" in line)
+        (sums,) = (line for line in text.splitlines() if " while(" in line and "f32[3,3,4,96]" in line)
         first = re.findall(r"f32\[([\d,]*)\]", sums)[:5]
         assert sorted(first) == sorted(["", "3,3,4,96", f"3,3,96,{96 // fsdp}", "3,3,96,4", f"{768 // fsdp},96"])

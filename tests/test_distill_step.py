@@ -49,9 +49,15 @@ def make_case(distance=losses.l2):
     weights = teacher.init(jax.random.key(0), *args)["params"]
     params = student.init(jax.random.key(1), *args, jnp.zeros((4, 8)))["params"]
     problem = objectives.Problem(
-        student=student, teacher=teacher, schedule=NOISE_SCHEDULE, grid=solvers.solver_grid(NOISE_SCHEDULE, 50),
-        distance=distance, w_min=2.0, w_max=9.0, scaling_factor=0.5,
-    )  # fmt: skip
+        student=student,
+        teacher=teacher,
+        schedule=NOISE_SCHEDULE,
+        grid=solvers.solver_grid(NOISE_SCHEDULE, 50),
+        distance=distance,
+        w_min=2.0,
+        w_max=9.0,
+        scaling_factor=0.5,
+    )
     frozen = objectives.Frozen(teacher=weights, null={"encoder_hidden_states": draw(1, 3, 6)})
     return problem, params, frozen, batch
 
@@ -75,9 +81,9 @@ def test_three_steps_match_torch_adamw(max_grad_norm):
     theta = [torch.tensor(np.array(x), requires_grad=True) for x in leaves]
     target = [x.detach().clone() for x in theta]
     adamw = torch.optim.AdamW(theta, lr=1.0, betas=(0.9, 0.99), eps=eps, weight_decay=0.1)
-    gradient = jax.jit(jax.value_and_grad(
-        lambda p, ema, draws: objectives.lcd_loss(problem, p, ema, frozen, batch, draws).mean()
-    ))  # fmt: skip
+    gradient = jax.jit(
+        jax.value_and_grad(lambda p, ema, draws: objectives.lcd_loss(problem, p, ema, frozen, batch, draws).mean())
+    )
     for n in range(3):
         now, metrics = step(now, frozen, batch, key)
         draws = objectives.draw(problem, jax.random.fold_in(key, n), SHAPE)
@@ -159,9 +165,15 @@ def lowered_text(width: int) -> tuple[str, int]:
     weights = names.abstract_params(teacher)
     student, params = state.student_of(teacher, weights, 16)
     problem = objectives.Problem(
-        student=student, teacher=teacher, schedule=NOISE_SCHEDULE, grid=solvers.solver_grid(NOISE_SCHEDULE, 50),
-        distance=losses.l2, w_min=2.0, w_max=14.0, scaling_factor=0.18215,
-    )  # fmt: skip
+        student=student,
+        teacher=teacher,
+        schedule=NOISE_SCHEDULE,
+        grid=solvers.solver_grid(NOISE_SCHEDULE, 50),
+        distance=losses.l2,
+        w_min=2.0,
+        w_max=14.0,
+        scaling_factor=0.18215,
+    )
     optimizer = step_lib.make_optimizer(1e-6)
     array = jax.ShapeDtypeStruct
     cond, null = ({"encoder_hidden_states": array((b, 7, 32), jnp.float32)} for b in (4, 1))

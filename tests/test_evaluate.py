@@ -59,9 +59,13 @@ def loaded(model: str, load=sample.load) -> tuple:
 def means_extractor(name: str) -> features.Extractor:
     """Features of a picture: the means of its three channels."""
     network = features.Network(
-        name, 3, lambda images: images.astype(np.float32), lambda params, x: x.mean((1, 2)) * params["scale"],
-        {"scale": np.ones((), np.float32)}, "none",
-    )  # fmt: skip
+        name,
+        3,
+        lambda images: images.astype(np.float32),
+        lambda params, x: x.mean((1, 2)) * params["scale"],
+        {"scale": np.ones((), np.float32)},
+        "none",
+    )
     return features.make_extractor(network)
 
 
@@ -74,8 +78,12 @@ def places(tmp_path_factory) -> Path:
     (folder / "torn").mkdir()
     for i in range(4):
         (folder / "torn" / f"{i}.png").write_bytes(b"no picture")
-    for name, count, side, network in (("four", 4, 16, "means/none"), ("three", 3, 16, "means/none"),
-                                       ("large", 4, 32, "means/none"), ("other", 4, 16, "other/none")):  # fmt: skip
+    for name, count, side, network in (
+        ("four", 4, 16, "means/none"),
+        ("three", 3, 16, "means/none"),
+        ("large", 4, 32, "means/none"),
+        ("other", 4, 16, "other/none"),
+    ):
         pictures = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
         gathered = statistics_files.gather(means_extractor(network), [pictures])
         statistics_files.save(folder / f"{name}.npz", gathered)
@@ -111,8 +119,9 @@ def first(lcm, prompts, tmp_path_factory) -> tuple[Path, dict]:
 def test_a_table_names_what_its_numbers_are_of(first):
     out, found = first
     assert [(row["sampler"], row["steps"], row["guidance_scale"], row["evaluations"]) for row in found["rows"]] == [
-        ("lcm", 2, 4.0, 2), ("lcm", 2, 8.0, 2)
-    ]  # fmt: skip
+        ("lcm", 2, 4.0, 2),
+        ("lcm", 2, 8.0, 2),
+    ]
     assert (found["seed"], found["pictures"], found["height"], found["width"]) == (0, 5, 16, 16)
     for row in found["rows"]:
         low, high = row["quartiles"]
@@ -178,8 +187,10 @@ def test_another_model_stands_beside_and_a_changed_one_replaces(first, lcm, prom
     teacher = ("--count=5", "--row=ddim:2:3", "--name=teacher")
     later = evaluated(tiny.folder("sd1"), prompts, out, *teacher)  # a command for another model brings none back
     assert [(row["model"], row["guidance_scale"], row["steps"]) for row in later["rows"]] == [
-        ("one", 8.0, 1), ("teacher", 3.0, 1), ("teacher", 3.0, 2)
-    ]  # fmt: skip
+        ("one", 8.0, 1),
+        ("teacher", 3.0, 1),
+        ("teacher", 3.0, 2),
+    ]
     assert "1 rows of one are of another state" in capsys.readouterr().err
     whole = evaluated(lcm, prompts, out, *options, "--row=lcm:1:4", "--name=one")  # the state before, asked for again
     assert [(row["model"], row["guidance_scale"]) for row in whole["rows"]][:2] == [("one", 4.0), ("one", 8.0)]
@@ -187,6 +198,7 @@ def test_another_model_stands_beside_and_a_changed_one_replaces(first, lcm, prom
 
 def test_a_models_configs_are_part_of_what_it_is(lcm, tmp_path):
     """Another scaling of the latents: the same weights, other pictures. Who wrote a file makes no difference."""
+
     def identity(folder):
         pipeline, record = sample.load(str(folder))
         return rows_lib.model_about(rows_lib.Subject("a", pipeline, record, (16, 16), (8, 8, 4), 4))
@@ -210,8 +222,13 @@ def test_pictures_are_those_of_sample_whatever_the_batch(lcm, prompts, tmp_path,
         seen.append((images, list(captions)))
         return state
 
-    monkeypatch.setattr(measures, "load", lambda *args: measures.Measure(
-        "fid", 1, {"network": "none", "sha256": "0" * 64}, lambda: None, fold, lambda state: {"fid": 1.0}))
+    monkeypatch.setattr(
+        measures,
+        "load",
+        lambda *args: measures.Measure(
+            "fid", 1, {"network": "none", "sha256": "0" * 64}, lambda: None, fold, lambda state: {"fid": 1.0}
+        ),
+    )
     for size in (2, 4):
         out = tmp_path / str(size)
         words = ["--metric=fid:" + str(prompts), "--row=lcm:2:8", "--seed=5", f"--batch_size={size}"]
@@ -221,8 +238,21 @@ def test_pictures_are_those_of_sample_whatever_the_batch(lcm, prompts, tmp_path,
     assert np.abs(pictures[0].astype(int) - pictures[1]).max() <= 1  # another program: sums may round differently
     for i, prompt in enumerate(PROMPTS):  # picture i of a prompt, as `sample` numbers them
         sampled = tmp_path / f"png{i}"
-        assert sample.main([f"--model={lcm}", f"--out={sampled}", f"--prompt={prompt}", "--seed=5", "--steps=2",
-                            "--num_images=3", "--batch_size=3", "--guidance_scale=8"]) == 0  # fmt: skip
+        assert (
+            sample.main(
+                [
+                    f"--model={lcm}",
+                    f"--out={sampled}",
+                    f"--prompt={prompt}",
+                    "--seed=5",
+                    "--steps=2",
+                    "--num_images=3",
+                    "--batch_size=3",
+                    "--guidance_scale=8",
+                ]
+            )
+            == 0
+        )
         theirs = np.asarray(Image.open(sampled / f"0000_{i:04d}.png"))
         assert np.abs(theirs.astype(int) - pictures[1][i]).max() <= 1
 
@@ -270,8 +300,16 @@ def test_metrics_of_the_field_are_taken_by_name(lcm, prompts, tmp_path, monkeypa
 
     monkeypatch.setattr(drawing, "draw", listen)
     metrics = [f"--metric=clip_score:{clip}", f"--metric=cmmd:{clip}", f"--metric=fd_dinov2:{dino}"]
-    row, = evaluated(lcm, prompts, tmp_path / "out", "--count=36", "--batch_size=12", "--row=lcm:1:8", *metrics,
-                     f"--reference={folder}")["rows"]  # fmt: skip
+    (row,) = evaluated(
+        lcm,
+        prompts,
+        tmp_path / "out",
+        "--count=36",
+        "--batch_size=12",
+        "--row=lcm:1:8",
+        *metrics,
+        f"--reference={folder}",
+    )["rows"]
     images, captions = np.concatenate(drawn), [PROMPTS[i % 3] for i in range(36)]
     values = row["values"]
     scores = clip_score.clip_scores(clip_score.load_clip(clip), images, captions)
@@ -327,8 +365,11 @@ def _listening(gather, heard):
         (["--metric=fid:EMPTY", "--count=4", "--reference=THREE"], r"three.npz is of 3 pictures, at least 4 are"),
         (["--metric=fid:EMPTY", "--count=4", "--reference=LARGE"], r"large.npz is of pictures of 32 x 32, those drawn"),
         (["--metric=fid:EMPTY", "--count=4", "--reference=OTHER"], r"statistics of another network are given.*other/n"),
-        (["--metric=fid:EMPTY", "--count=4", "--reference=FOUR", "--reference=OTHER"], r"holds statistics of another "
-         r"network, other/none \(\w+\); the metrics' are means/none"),
+        (
+            ["--metric=fid:EMPTY", "--count=4", "--reference=FOUR", "--reference=OTHER"],
+            r"holds statistics of another "
+            r"network, other/none \(\w+\); the metrics' are means/none",
+        ),
         (["--reference=EMPTY"], r"empty.txt: no .npz of statistics and no folder of pictures is there"),
         (["--metric=fid:EMPTY", "--reference=BARE"], r"bare holds no pictures"),
         (["--reference=BARE"], r"bare: no --metric compares with pictures; give one of fid"),
@@ -338,15 +379,17 @@ def _listening(gather, heard):
         (["--negative_prompt=b"], r"this UNet has a w embedding"),
         (["--model=/no/such"], r"/no/such does not exist"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line_before_long_work(
     lcm, prompts, places, tmp_path, capsys, monkeypatch, means, options, message
 ):
     monkeypatch.setattr(rows_lib, "measured", lambda *args, **more: pytest.fail("long work began"))
     monkeypatch.setattr(sample, "load", lambda model, *_: loaded(model))  # once for all
     for place in places.iterdir():
-        options = [re.sub(f"[=:]{place.stem.upper()}$", lambda found, to=place: f"{found[0][0]}{to}", option)
-                   for option in options]  # fmt: skip
+        options = [
+            re.sub(f"[=:]{place.stem.upper()}$", lambda found, to=place: f"{found[0][0]}{to}", option)
+            for option in options
+        ]
     rows = [] if any(option.startswith("--row") for option in options) else ["--row=lcm:1:8"]
     assert evaluate.main(command(lcm, prompts, tmp_path / "out", *rows, *options)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -523,12 +566,18 @@ ROW = table.Row("m", "lcm", 1, 8.0, 1, VALUES, 1.0, (0.9, 1.1), 3, 0.5, {}, {})
 
 
 def test_a_plot_has_a_line_for_each_sampler_and_scale():
-    rows = [ROW, dataclasses.replace(ROW, steps=4, values={"caption_accuracy": 0.7}),
-            dataclasses.replace(ROW, guidance_scale=3.0), dataclasses.replace(ROW, model="n", sampler="ddim")]
+    rows = [
+        ROW,
+        dataclasses.replace(ROW, steps=4, values={"caption_accuracy": 0.7}),
+        dataclasses.replace(ROW, guidance_scale=3.0),
+        dataclasses.replace(ROW, model="n", sampler="ddim"),
+    ]
     lines = plot.series(rows)
     assert {name: [row.steps for row in members] for name, members in lines.items()} == {
-        "m, lcm, scale 8": [1, 4], "m, lcm, scale 3": [1], "n, ddim, scale 8": [1]
-    }  # fmt: skip
+        "m, lcm, scale 8": [1, 4],
+        "m, lcm, scale 3": [1],
+        "n, ddim, scale 8": [1],
+    }
     assert plot.panels(rows) == ["caption_accuracy"] and plot.panels([ROW]) == ["caption_accuracy", "endpoint_error"]
 
 
@@ -564,7 +613,7 @@ def test_metrics_asked_for_later_are_added_to_a_row(tmp_path):
     assert not table.is_current(first, second.comparison, settings)
     for row in (first, second):
         table.keep(tmp_path, row)
-    both, = table.kept(tmp_path)
+    (both,) = table.kept(tmp_path)
     assert both.values == {"fid": 1.0, "cmmd": 2.0} and both.comparison["metrics"].keys() == {"fid", "cmmd"}
     for row in (first, second):
         assert table.is_current(both, row.comparison, settings)
@@ -572,7 +621,7 @@ def test_metrics_asked_for_later_are_added_to_a_row(tmp_path):
     slower = dataclasses.replace(second, settings=drawn_with("trailing", batch_size=2, device="gpu", timings=9))
     assert not table.is_current(both, slower.comparison, slower.settings)
     assert table.keep(tmp_path, slower) is None  # another latency, the same pictures
-    both, = table.kept(tmp_path)
+    (both,) = table.kept(tmp_path)
     assert both.values == {"fid": 1.0, "cmmd": 2.0} and both.settings == slower.settings
     other = dataclasses.replace(second, settings=drawn_with("trailing", dtype="bfloat16"))
     aside = table.keep(tmp_path, other)  # other pictures: nothing is taken over, nor lost
@@ -594,8 +643,10 @@ def test_rows_drawn_otherwise_are_told_apart(tmp_path):
     assert len(rows) == 3
     text = table.markdown(rows)
     assert "| m | ddim | 1 |" in text and "| m | ddim-leading | 1 |" in text
-    assert ("- dtype float32 (m), bfloat16 (n); spacing trailing (m, n), leading (m); negative_prompt none (m), b (n); "
-            "tiled False.") in text  # fmt: skip
+    assert (
+        "- dtype float32 (m), bfloat16 (n); spacing trailing (m, n), leading (m); negative_prompt none (m), b (n); "
+        "tiled False."
+    ) in text
     assert len(plot.series(rows)) == 3
     lcm = dataclasses.replace(leading, sampler="lcm")
     assert table.sampler_of(lcm) == "lcm" and "- dtype float32; negative_prompt none; tiled" in table.markdown([lcm])
@@ -641,13 +692,25 @@ def test_without_matplotlib_the_program_says_so_at_once(lcm, prompts, tmp_path, 
 def test_the_embedded_teacher_measures_as_its_recorded_rows(tmp_path):
     """One and two DDIM steps of 256 pictures, as experiments/shapes_teacher recorded them."""
     out = tmp_path / "table"
-    argv = ["--model=shapes", "--source=shapes", "--count=256", "--metric=shapes", "--row=ddim:1,2:3", "--no-plot",
-            "--batch_size=64", "--timings=1", f"--out={out}"]  # fmt: skip
+    argv = [
+        "--model=shapes",
+        "--source=shapes",
+        "--count=256",
+        "--metric=shapes",
+        "--row=ddim:1,2:3",
+        "--no-plot",
+        "--batch_size=64",
+        "--timings=1",
+        f"--out={out}",
+    ]
     assert evaluate.main(argv) == 0
     recorded = json.loads((Path(__file__).parents[1] / "experiments/shapes_teacher/teacher_rows.json").read_text())
     for row in json.loads((out / "table.json").read_text())["rows"]:
-        old, = (r for r in recorded["tables"]["256"] if (r["method"], r["steps"], r["guidance_scale"]) == (
-            "DDIM", row["steps"], 3.0))  # fmt: skip
+        (old,) = (
+            r
+            for r in recorded["tables"]["256"]
+            if (r["method"], r["steps"], r["guidance_scale"]) == ("DDIM", row["steps"], 3.0)
+        )
         values = row["values"]
         assert row["evaluations"] == old["evaluations"]
         assert abs(values["caption_accuracy"] - old["accuracy"]) <= 1 / 256

@@ -153,10 +153,20 @@ def test_the_rest_of_the_family(teacher, tmp_path, capsys):
 def test_the_folder_says_what_inference_must_match(run, exported):
     record = json.loads((exported / pretrained.RECORD).read_text())
     assert record == {
-        "objective": "lcd", "w_embedding_dim": 16, "w_min": 2.0, "w_max": 8.0, "solver_steps": 50,
-        "timestep_scaling": 10.0, "sigma_data": 0.5, "prediction_type": "epsilon", "teacher": str(tiny.folder("sd1")),
-        "student": str(tiny.folder("sd1")), "step": 7, "weights": "ema", "lcm_jax": lcm_jax.__version__,
-    }  # fmt: skip
+        "objective": "lcd",
+        "w_embedding_dim": 16,
+        "w_min": 2.0,
+        "w_max": 8.0,
+        "solver_steps": 50,
+        "timestep_scaling": 10.0,
+        "sigma_data": 0.5,
+        "prediction_type": "epsilon",
+        "teacher": str(tiny.folder("sd1")),
+        "student": str(tiny.folder("sd1")),
+        "step": 7,
+        "weights": "ema",
+        "lcm_jax": lcm_jax.__version__,
+    }
     scheduler = diffusers.LCMScheduler.from_pretrained(exported, subfolder="scheduler")
     assert scheduler.config.original_inference_steps == 50 and scheduler.config.timestep_scaling == 10.0
     index = json.loads((exported / "model_index.json").read_text())
@@ -170,10 +180,16 @@ def test_the_model_card(exported):
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n") and card.count("---\n") == 2
     for words in (
-        str(tiny.folder("sd1")), "the EMA target network after step 7 of 7", "32 images of 64 pixels",
-        "w in [2, 8], that is `guidance_scale` 3 to 9", "| `train.learning_rate` | `8e-06` |", TABLE,
-        'DiffusionPipeline.from_pretrained("model")', "--model=model --prompt=", "guidance_scale=8",
-    ):  # fmt: skip
+        str(tiny.folder("sd1")),
+        "the EMA target network after step 7 of 7",
+        "32 images of 64 pixels",
+        "w in [2, 8], that is `guidance_scale` 3 to 9",
+        "| `train.learning_rate` | `8e-06` |",
+        TABLE,
+        'DiffusionPipeline.from_pretrained("model")',
+        "--model=model --prompt=",
+        "guidance_scale=8",
+    ):
         assert words in card, words
 
 
@@ -190,8 +206,11 @@ def test_unet_format_holds_the_weights_asked_for(run, tmp_path, options, step, p
     out = tmp_path / "unet"
     assert export.main([f"--workdir={workdir}", f"--out={out}", "--format=unet", *options]) == 0
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "diffusion_pytorch_model.safetensors", "README.md", pretrained.RECORD
-    }  # fmt: skip
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "README.md",
+        pretrained.RECORD,
+    }
     unet, info = diffusers.UNet2DConditionModel.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()) and unet.config.time_cond_proj_dim == 16
     wanted = kernel(states[step], part).astype(dtype).astype(np.float32)

@@ -60,8 +60,10 @@ def ours(teacher, exports, tmp_path_factory) -> dict[str, np.ndarray]:
         "alone": (teacher,),
     }
     out = tmp_path_factory.mktemp("pictures")
-    return {form: arrays(draw(model, out / form, *words, *OPTIONS, prompt=PROMPT))
-            for form, (model, *words) in sources.items()}  # fmt: skip
+    return {
+        form: arrays(draw(model, out / form, *words, *OPTIONS, prompt=PROMPT))
+        for form, (model, *words) in sources.items()
+    }
 
 
 def theirs(pipe, monkeypatch, size=64) -> np.ndarray:
@@ -107,8 +109,14 @@ def test_a_lora_folder_is_complete(lora_run, exports, teacher):
         assert {path.name for path in folder.iterdir()} == {lora_files.FILE_NAME, "README.md", pretrained.RECORD}
         record = pretrained.read_record(folder)
         assert record == pretrained.read_record(folder / lora_files.FILE_NAME), "a file alone says the same"
-        wanted = {"objective": "lcd", "w_embedding_dim": 0, "solver_steps": 50, "step": 40, "teacher": str(teacher),
-                  "lora": {"rank": 4, "alpha": 8.0, "targets": list(lora.DEFAULT_TARGETS)}}  # fmt: skip
+        wanted = {
+            "objective": "lcd",
+            "w_embedding_dim": 0,
+            "solver_steps": 50,
+            "step": 40,
+            "teacher": str(teacher),
+            "lora": {"rank": 4, "alpha": 8.0, "targets": list(lora.DEFAULT_TARGETS)},
+        }
         assert wanted.items() <= record.items() and trained["lora"] == record["lora"]
         read = lora_files.read_lora(folder, {"unet": unet}).parts["unet"]
         layers = [name for name in lora_keys.layers(unet) if name.endswith(lora.DEFAULT_TARGETS)]
@@ -150,12 +158,15 @@ def error_of(capsys, *words) -> str:
     return error
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["--format=pipeline"], r"--format=pipeline: this is a LoRA run \(config.lora.rank = 4\).*use --format=merged"),
-    (["--format=unet"], r"--format=unet: this is a LoRA run .*lora-kohya, lora-peft"),
-    (["--verify"], r"--format=lora-kohya is no pipeline; use --format=merged"),
-    (["--format=single-file", "--guidance_scale=8"], r"no w embedding to fold; leave it out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format=pipeline"], r"--format=pipeline: this is a LoRA run \(config.lora.rank = 4\).*use --format=merged"),
+        (["--format=unet"], r"--format=unet: this is a LoRA run .*lora-kohya, lora-peft"),
+        (["--verify"], r"--format=lora-kohya is no pipeline; use --format=merged"),
+        (["--format=single-file", "--guidance_scale=8"], r"no w embedding to fold; leave it out"),
+    ],
+)
 def test_what_a_lora_run_has_not(lora_run, tmp_path, capsys, options, message):
     suffix = ".safetensors" if "--format=single-file" in options else ""
     assert re.search(message, error_of(capsys, f"--workdir={lora_run}", f"--out={tmp_path / 'out'}{suffix}", *options))
@@ -201,8 +212,11 @@ def test_the_card_of_an_sdxl_unet_shows_code_that_runs(tmp_path, monkeypatch):
     vae = diffusers.AutoencoderKL(**tiny.VAES["sdxl"], force_upcast=False)
     tiny.randomise(vae, 42).save_pretrained(tmp_path / "vae")
     code = re.search(r"```python\n(.*?)```", card, re.S)[1].split("image = ")[0]
-    places = {"folder of the teacher": tiny.folder("sdxl"), "unet": out, "madebyollin/sdxl-vae-fp16-fix":
-              tmp_path / "vae"}  # fmt: skip
+    places = {
+        "folder of the teacher": tiny.folder("sdxl"),
+        "unet": out,
+        "madebyollin/sdxl-vae-fp16-fix": tmp_path / "vae",
+    }
     for word, place in places.items():
         code = code.replace(f'"{word}"', f'"{place}"')
     names = {}
@@ -224,8 +238,9 @@ def test_a_single_file_with_and_without_w(tmp_path, capsys, monkeypatch):
     assert export.main([word, f"--out={tmp_path / 'w.safetensors'}", *single]) == 0
     assert export.main([word, f"--out={tmp_path / 'folded.safetensors'}", *single, "--guidance_scale=5"]) == 0
     capsys.readouterr()
-    assert "choose 3 to 9" in error_of(capsys, word, f"--out={tmp_path / 'x.safetensors'}", *single,
-                                       "--guidance_scale=2")  # fmt: skip
+    assert "choose 3 to 9" in error_of(
+        capsys, word, f"--out={tmp_path / 'x.safetensors'}", *single, "--guidance_scale=2"
+    )
     kept, folded = (pretrained.read_record(tmp_path / f"{name}.safetensors") for name in ("w", "folded"))
     assert kept == pretrained.read_record(tmp_path / "whole")
     assert folded == kept | {"w_embedding_dim": 0, "guidance_scale": 5.0}

@@ -64,9 +64,12 @@ def torch_output(unet, z, t, cond, w) -> np.ndarray:
     embedding = None if w is None else torch.from_numpy(np.array(guidance.w_embedding(w, tiny_family.W_DIM)))
     with torch.no_grad():
         out = unet(
-            torch.from_numpy(z).permute(0, 3, 1, 2), torch.from_numpy(t), cond.pop("encoder_hidden_states"),
-            timestep_cond=embedding, added_cond_kwargs=cond or None,
-        ).sample  # fmt: skip
+            torch.from_numpy(z).permute(0, 3, 1, 2),
+            torch.from_numpy(t),
+            cond.pop("encoder_hidden_states"),
+            timestep_cond=embedding,
+            added_cond_kwargs=cond or None,
+        ).sample
     return out.permute(0, 2, 3, 1).numpy()
 
 

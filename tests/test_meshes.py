@@ -53,7 +53,9 @@ def close(got, want, most=1e-5):
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=most, atol=most), got, want)
 """
 
-ENCODE = START + """
+ENCODE = (
+    START
+    + """
 host = load_pipeline(source)
 rng = np.random.default_rng(0)
 rows = {"pixels": rng.integers(0, 256, (32, 16, 16, 3), np.uint8),
@@ -84,8 +86,11 @@ for data, fsdp, chunk in ((2, 4, 3), (8, 1, 0)):
 assert encoding.weights_hash(pipeline.params["vae"]) == encoding.weights_hash(host.params["vae"])
 print("fine")
 """
+)
 
-DRAW = START + """
+DRAW = (
+    START
+    + """
 host = load_pipeline(source)
 prompts = ["a red circle", "a blue square", "hello"]
 settings = generate.Settings(steps=2)
@@ -113,6 +118,7 @@ for i, picture in enumerate(want):
     assert abs(drawn - picture).max() <= 1
 print("fine")
 """
+)
 
 
 def test_fsdp_of_sample_divides_the_devices(capsys, tmp_path):
@@ -121,15 +127,21 @@ def test_fsdp_of_sample_divides_the_devices(capsys, tmp_path):
     assert "--fsdp=3 does not divide the 1 devices; choose a divisor, or -1 for all" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("program", "folder"), [
-    pytest.param(ENCODE, "sd1", id="encode", marks=pytest.mark.slow),
-    pytest.param(DRAW, "lcm", id="draw", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("program", "folder"),
+    [
+        pytest.param(ENCODE, "sd1", id="encode", marks=pytest.mark.slow),
+        pytest.param(DRAW, "lcm", id="draw", marks=pytest.mark.slow),
+    ],
+)
 def test_on_eight_devices(program, folder, tmp_path):
     source = tiny.copy(folder, tmp_path / "model")
     if folder == "lcm":
         tiny.write_json(source / RECORD, {"w_min": 2.0, "w_max": 8.0, "solver_steps": 50})
-    done = subprocess.run([sys.executable, "-c", program, str(source), str(tmp_path / "out")], capture_output=True,
-                          text=True, env={**os.environ, "JAX_PLATFORMS": "cpu",
-                                          "PYTHONPATH": str(Path(__file__).parents[1])})
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(source), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     assert done.stdout.splitlines()[-1:] == ["fine"], done.stderr[-2000:]

@@ -21,8 +21,14 @@ SIDE = shapes.RESOLUTION
 def linear(scale=1.0, preprocessing="mean"):
     """A network that is a matrix: features of any picture in microseconds."""
     matrix = scale * np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
-    return features.Network("linear/none", 5, lambda x: x.astype(np.float32) / 255,
-                            lambda p, x: x.mean((1, 2)) @ p["m"], {"m": matrix}, preprocessing)
+    return features.Network(
+        "linear/none",
+        5,
+        lambda x: x.astype(np.float32) / 255,
+        lambda p, x: x.mean((1, 2)) @ p["m"],
+        {"m": matrix},
+        preprocessing,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +51,14 @@ def test_pictures_as_floats_are_rounded_as_files_would(extractor):
     images = metrics_kit.pictures(3)
     np.testing.assert_array_equal(features.to_bytes(images / 255), images)
     np.testing.assert_array_equal(features.to_bytes(np.full((1, 2, 2, 3), 0.4999 / 255)), 0)
-    for bad, why in ((images[0], "shape"), (images[:0], "n at least 1"), (images.astype(np.int32), "int32"),
-                     (images.astype(np.float32), "values from"), (images * np.float32("nan"), "values from nan"),
-                     (images / 127.5 - 1, "values from -")):
+    for bad, why in (
+        (images[0], "shape"),
+        (images[:0], "n at least 1"),
+        (images.astype(np.int32), "int32"),
+        (images.astype(np.float32), "values from"),
+        (images * np.float32("nan"), "values from nan"),
+        (images / 127.5 - 1, "values from -"),
+    ):
         with pytest.raises(LcmError, match=why):
             extractor(bad)
 
@@ -63,8 +74,11 @@ def test_any_count_and_batch_size_is_one_function(extractor):
 def test_hash_covers_weights_preprocessing_and_name():
     base = features.weights_hash(linear())
     assert base == features.weights_hash(linear()) and len(base) == 64
-    others = [linear(scale=1.0000002), linear(preprocessing="max"),
-              features.dataclasses.replace(linear(), name="linear/clean")]
+    others = [
+        linear(scale=1.0000002),
+        linear(preprocessing="max"),
+        features.dataclasses.replace(linear(), name="linear/clean"),
+    ]
     assert len({base, *map(features.weights_hash, others)}) == 4
 
 
@@ -125,9 +139,11 @@ def test_nothing_mixes(extractor, tmp_path):
     renamed = features.make_extractor(features.dataclasses.replace(linear(), name="linear/clean"), batch_size=4)
     small = statistics_files.gather(extractor, [images[:, ::2, ::2]])
     weights, names = "two different linear/none", "linear/none and of linear/clean"
-    for other, why in ((statistics_files.gather(same_name, [images]), weights),
-                       (statistics_files.gather(renamed, [images]), names),
-                       (small, "pictures of 40 x 40 and of 20 x 20 do not mix")):
+    for other, why in (
+        (statistics_files.gather(same_name, [images]), weights),
+        (statistics_files.gather(renamed, [images]), names),
+        (small, "pictures of 40 x 40 and of 20 x 20 do not mix"),
+    ):
         for act in (statistics_files.merge, statistics_files.frechet_distance):
             with pytest.raises(LcmError, match=why):
                 act(here, other)
@@ -173,15 +189,18 @@ def test_too_few_pictures_and_unusable_files(extractor, tmp_path):
         statistics_files.load(tmp_path / "array.npz")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"resolution": [8]}, r"its resolution has the shape \[1\], \[2\] is expected"),
-    ({"resolution": 8}, r"its resolution has the shape \[\]"),
-    ({"sigma": np.eye(4)}, r"its sigma has the shape \[4, 4\], \[5, 5\] is expected"),
-    ({"mu": np.float64(1)}, r"its mu has the shape \[\]"),
-    ({"count": [8]}, r"its count has the shape \[1\]"),
-    ({"mu": np.full(5, "a")}, r"its mu is of <U1"),
-    ({"features": np.zeros(5, np.float32)}, r"its features has the shape \[5\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resolution": [8]}, r"its resolution has the shape \[1\], \[2\] is expected"),
+        ({"resolution": 8}, r"its resolution has the shape \[\]"),
+        ({"sigma": np.eye(4)}, r"its sigma has the shape \[4, 4\], \[5, 5\] is expected"),
+        ({"mu": np.float64(1)}, r"its mu has the shape \[\]"),
+        ({"count": [8]}, r"its count has the shape \[1\]"),
+        ({"mu": np.full(5, "a")}, r"its mu is of <U1"),
+        ({"features": np.zeros(5, np.float32)}, r"its features has the shape \[5\]"),
+    ],
+)
 def test_arrays_of_another_shape_or_kind_are_refused(extractor, tmp_path, change, message):
     path = tmp_path / "s.npz"
     statistics_files.save(path, statistics_files.gather(extractor, [metrics_kit.pictures(8)]))
@@ -218,8 +237,13 @@ print(json.dumps({
 
 def test_eight_devices_equal_one():
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", EIGHT], capture_output=True, text=True, cwd=root,
-                          env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)})
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout)
     assert told["count"] == 90 and told["spread"] > 0.01

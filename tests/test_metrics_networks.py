@@ -32,8 +32,10 @@ def torch_inception(state, x):
     def pool(name, x, kind):
         border = dict(kernel_size=3, stride=1, padding=1)
         mean = kind == "mean"
-        return conv(f"{name}.branch_pool", F.avg_pool2d(x, **border, count_include_pad=False) if mean else
-                    F.max_pool2d(x, **border))
+        return conv(
+            f"{name}.branch_pool",
+            F.avg_pool2d(x, **border, count_include_pad=False) if mean else F.max_pool2d(x, **border),
+        )
 
     x = conv("Conv2d_2a_3x3", conv("Conv2d_1a_3x3", x, 2))
     x = F.max_pool2d(conv("Conv2d_2b_3x3", x, padding=1), 3, 2)
@@ -44,8 +46,9 @@ def torch_inception(state, x):
         three = conv(f"{n}.branch3x3dbl_3", three, padding=1)
         x = torch.cat([conv(f"{n}.branch1x1", x), five, three, pool(n, x, "mean")], 1)
     three = conv("Mixed_6a.branch3x3dbl_2", conv("Mixed_6a.branch3x3dbl_1", x), padding=1)
-    x = torch.cat([conv("Mixed_6a.branch3x3", x, 2), conv("Mixed_6a.branch3x3dbl_3", three, 2),
-                   F.max_pool2d(x, 3, 2)], 1)
+    x = torch.cat(
+        [conv("Mixed_6a.branch3x3", x, 2), conv("Mixed_6a.branch3x3dbl_3", three, 2), F.max_pool2d(x, 3, 2)], 1
+    )
     for n in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
         seven = conv(f"{n}.branch7x7_2", conv(f"{n}.branch7x7_1", x), padding=(0, 3))
         seven = conv(f"{n}.branch7x7_3", seven, padding=(3, 0))
@@ -59,8 +62,11 @@ def torch_inception(state, x):
     for n, kind in (("Mixed_7b", "mean"), ("Mixed_7c", "max")):
         three = conv(f"{n}.branch3x3_1", x)
         double = conv(f"{n}.branch3x3dbl_2", conv(f"{n}.branch3x3dbl_1", x), padding=1)
-        heads = [conv(f"{n}.{b}{h}", y, padding=p) for b, y in (("branch3x3_2", three), ("branch3x3dbl_3", double))
-                 for h, p in (("a", (0, 1)), ("b", (1, 0)))]
+        heads = [
+            conv(f"{n}.{b}{h}", y, padding=p)
+            for b, y in (("branch3x3_2", three), ("branch3x3dbl_3", double))
+            for h, p in (("a", (0, 1)), ("b", (1, 0)))
+        ]
         x = torch.cat([conv(f"{n}.branch1x1", x), *heads, pool(n, x, kind)], 1)
     return x.mean((2, 3))
 
@@ -112,8 +118,11 @@ def test_inception_features_of_pictures(resize, inception_state, inception_file)
 
 def test_inception_variants_have_names_and_hashes_of_their_own(inception_file):
     networks = [inception.load(inception_file, resize) for resize in inception.RESIZES]
-    assert [n.name for n in networks] == ["inception-2015/tf1-bilinear-299", "inception-2015/pytorch-bilinear-299",
-                                          "inception-2015/clean-bicubic-299"]
+    assert [n.name for n in networks] == [
+        "inception-2015/tf1-bilinear-299",
+        "inception-2015/pytorch-bilinear-299",
+        "inception-2015/clean-bicubic-299",
+    ]
     images = metrics_kit.pictures(1, 330, 310)
     inputs = [n.prepare(images) for n in networks]
     assert all(x.shape == (1, 299, 299, 3) and x.dtype == np.float32 and -1 <= x.min() < x.max() <= 1 for x in inputs)
@@ -131,8 +140,14 @@ def test_inception_reads_safetensors_alike(inception_state, inception_file, tmp_
 @pytest.mark.parametrize("zipped", [True, False])
 def test_files_of_torch_save(zipped, tmp_path):
     base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
-    state = {"plain": base, "transposed": base.t(), "part": base[1:3, 2:], "half": base.half(),
-             "count": torch.tensor(3), "empty": torch.zeros(0, 2)}
+    state = {
+        "plain": base,
+        "transposed": base.t(),
+        "part": base[1:3, 2:],
+        "half": base.half(),
+        "count": torch.tensor(3),
+        "empty": torch.zeros(0, 2),
+    }
     torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     read = torch_file.read(tmp_path / "w.pth")
     assert set(read) == set(state)
@@ -146,9 +161,11 @@ def test_a_file_that_wants_more_than_tensors_is_refused(zipped, tmp_path):
         def __reduce__(self):
             return print, ("run",)
 
-    for name, value, why in (("evil", {"a": torch.zeros(2), "b": Evil()}, r"it names \w+.print, more than"),
-                             ("module", torch.nn.Linear(2, 2), "more than a state dict"),
-                             ("list", [torch.zeros(2)], "cannot be read")):
+    for name, value, why in (
+        ("evil", {"a": torch.zeros(2), "b": Evil()}, r"it names \w+.print, more than"),
+        ("module", torch.nn.Linear(2, 2), "more than a state dict"),
+        ("list", [torch.zeros(2)], "cannot be read"),
+    ):
         path = tmp_path / f"{name}.pth"
         torch.save(value, path, _use_new_zipfile_serialization=zipped)
         with pytest.raises(LcmError, match=why):
@@ -214,8 +231,12 @@ def test_a_tensor_lies_inside_its_storage(zipped, tmp_path):
         sizes, strides = rng.integers(-1 if rng.random() < 0.1 else 0, 5, dims), rng.integers(-2, 9, dims)
         strides = abs(strides) if rng.random() < 0.8 else strides
         offset, numbers = int(rng.integers(-1, 12)), int(rng.integers(0, 40))
-        path = write_state(tmp_path / "w.pth", op_tensor(sizes.tolist(), strides.tolist(), offset, op_storage(numbers)),
-                           numbers, zipped=zipped)
+        path = write_state(
+            tmp_path / "w.pth",
+            op_tensor(sizes.tolist(), strides.tolist(), offset, op_storage(numbers)),
+            numbers,
+            zipped=zipped,
+        )
         good = offset >= 0 and (sizes >= 0).all() and (strides >= 0).all()
         if good:  # every index that it has, one by one
             places = offset + sum((np.indices(sizes)[d] * strides[d] for d in range(dims)), np.zeros(sizes, int))
@@ -229,37 +250,40 @@ def test_a_tensor_lies_inside_its_storage(zipped, tmp_path):
     assert 60 < sum(outcomes) < 190
 
 
-@pytest.mark.parametrize("tensor, why", [
-    (op_tensor([2, 2], [1000, -1000]), "below 0"),  # its last element is its first, the others are somewhere else
-    (op_tensor([-2, -2], [1, 1]), "below 0"),
-    (op_tensor([2], [-1], 3), "below 0"),
-    (op_tensor([2], [1], -1), "below 0"),
-    (op_tensor([2], [1], 3), "ends at number 4 in a storage of 4"),
-    (op_tensor([2, 2], [2**62, 2**62]), "ends at number"),
-    (op_tensor([2**63], [0]), "above 2.63"),
-    (op_tensor([10**5000], [0]), "above 2.63"),
-    (op_tensor([1] * 65, [1] * 65), "too many"),
-    (op_tensor([10**12], [0]), "too often"),
-    (op_tensor([2**32, 2**32], [0, 0]), "too often"),
-    (op_tensor([True, 4], [1, 1]), "only int"),
-    (op_tensor([2.0], [1]), "only int"),
-    (op_tensor([None], [1]), "only int"),
-    (op_tensor([[2]], [1]), "only int"),
-    (op_tensor([2], [1], False), "only int"),
-    (op_tensor([2, 2], [1]), "argument 2 is shorter"),
-    (op_tensor([2], [1], 0, op_storage(100)), "16 bytes, 100 numbers"),
-    (op_tensor([2], [1], 0, op_storage(3)), "16 bytes, 3 numbers"),
-    (op_tensor([2], [1], 0, op_storage(-1)), "below 0"),
-    (op_tensor([2], [1], 0, op_storage(4.0)), "only int"),
-    (op_tensor([2], [1], 0, op_storage(4, 0)), "only str"),
-    (op_tensor([2], [1], 0, op_storage(4, view=[[op_text("0"), 0, 4]])), "else than a whole storage"),
-    (op_tensor([2], [1], 0, op_value(5)), "only Storage"),
-    (op_tensor([2], [1]) + b"}(" + op_text("strides") + op_value([2**40]) + b"ub", "only dict"),  # set later
-    (op_name("torch._utils", "_rebuild_tensor_v2") + b"}b", "only dict"),
-    (op_value(1) + b")R", "cannot be called"),
-    (op_name("collections", "OrderedDict") + b")\x81", "NEWOBJ"),
-    (b"\x96" + struct.pack("<Q", 2**40), "bytearray8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tensor, why",
+    [
+        (op_tensor([2, 2], [1000, -1000]), "below 0"),  # its last element is its first, the others are somewhere else
+        (op_tensor([-2, -2], [1, 1]), "below 0"),
+        (op_tensor([2], [-1], 3), "below 0"),
+        (op_tensor([2], [1], -1), "below 0"),
+        (op_tensor([2], [1], 3), "ends at number 4 in a storage of 4"),
+        (op_tensor([2, 2], [2**62, 2**62]), "ends at number"),
+        (op_tensor([2**63], [0]), "above 2.63"),
+        (op_tensor([10**5000], [0]), "above 2.63"),
+        (op_tensor([1] * 65, [1] * 65), "too many"),
+        (op_tensor([10**12], [0]), "too often"),
+        (op_tensor([2**32, 2**32], [0, 0]), "too often"),
+        (op_tensor([True, 4], [1, 1]), "only int"),
+        (op_tensor([2.0], [1]), "only int"),
+        (op_tensor([None], [1]), "only int"),
+        (op_tensor([[2]], [1]), "only int"),
+        (op_tensor([2], [1], False), "only int"),
+        (op_tensor([2, 2], [1]), "argument 2 is shorter"),
+        (op_tensor([2], [1], 0, op_storage(100)), "16 bytes, 100 numbers"),
+        (op_tensor([2], [1], 0, op_storage(3)), "16 bytes, 3 numbers"),
+        (op_tensor([2], [1], 0, op_storage(-1)), "below 0"),
+        (op_tensor([2], [1], 0, op_storage(4.0)), "only int"),
+        (op_tensor([2], [1], 0, op_storage(4, 0)), "only str"),
+        (op_tensor([2], [1], 0, op_storage(4, view=[[op_text("0"), 0, 4]])), "else than a whole storage"),
+        (op_tensor([2], [1], 0, op_value(5)), "only Storage"),
+        (op_tensor([2], [1]) + b"}(" + op_text("strides") + op_value([2**40]) + b"ub", "only dict"),  # set later
+        (op_name("torch._utils", "_rebuild_tensor_v2") + b"}b", "only dict"),
+        (op_value(1) + b")R", "cannot be called"),
+        (op_name("collections", "OrderedDict") + b")\x81", "NEWOBJ"),
+        (b"\x96" + struct.pack("<Q", 2**40), "bytearray8"),
+    ],
+)
 def test_numbers_of_a_torch_file_that_cannot_be(tensor, why, tmp_path):
     with pytest.raises(LcmError, match=why) as caught:
         torch_file.read(write_state(tmp_path / "w.pth", tensor))
@@ -332,8 +356,10 @@ def test_inception_refuses_other_files(inception_state, tmp_path):
         inception.load(named, "lanczos")
 
 
-@pytest.mark.parametrize(("changes", "published"), [({}, True), ({}, False), ({"use_swiglu_ffn": True}, True),
-                                                    ({"use_swiglu_ffn": True, "qkv_bias": False}, False)])
+@pytest.mark.parametrize(
+    ("changes", "published"),
+    [({}, True), ({}, False), ({"use_swiglu_ffn": True}, True), ({"use_swiglu_ffn": True, "qkv_bias": False}, False)],
+)
 def test_dinov2_matches_transformers(changes, published, tmp_path):
     model = metrics_kit.torch_dinov2(**changes)
     network = dinov2.load(metrics_kit.write_dinov2(tmp_path, model, published))
@@ -349,12 +375,25 @@ def test_dinov2_matches_transformers(changes, published, tmp_path):
 @pytest.mark.slow
 def test_published_networks_have_their_size():
     """Numbers of parameters of facebook/dinov2-large (its mask token apart) and of openai/clip-vit-large-patch14."""
-    large = {"model_type": "dinov2", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-             "mlp_ratio": 4, "image_size": 518, "patch_size": 14, "hidden_act": "gelu"}
+    large = {
+        "model_type": "dinov2",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "mlp_ratio": 4,
+        "image_size": 518,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+    }
     table = weights.torch_table(dinov2.from_config(large), (1, 518, 518, 3))
     assert sum(np.prod(p.shape) for p in table.values()) + 1024 == 304_368_640
-    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-              "patch_size": 14}
+    vision = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    }
     config = {"model_type": "clip", "projection_dim": 768, "vision_config": vision}
     table = clip._vision_table(clip_vision.from_config(config))
     texts = 123_060_480 + 768 * 768  # text tower and its projection; the last number is the logit scale

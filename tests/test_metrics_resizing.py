@@ -69,8 +69,12 @@ def test_clean_bicubic_is_torchs_antialiased(size):
 def test_processor_is_transformers(size, kind, tmp_path):
     theirs = {
         "clip": lambda: CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
-        "dinov2": lambda: BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28},
-                                               image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]),
+        "dinov2": lambda: BitImageProcessorPil(
+            size={"shortest_edge": 32},
+            crop_size={"height": 28, "width": 28},
+            image_mean=[0.485, 0.456, 0.406],
+            image_std=[0.229, 0.224, 0.225],
+        ),
         "square": lambda: BitImageProcessorPil(size={"height": 30, "width": 27}, do_center_crop=False, resample=2),
     }[kind]()
     theirs.save_pretrained(tmp_path)
@@ -82,9 +86,17 @@ def test_processor_is_transformers(size, kind, tmp_path):
 
 
 def test_early_configs_and_those_of_whole_processors(tmp_path):
-    early = {"crop_size": 28, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3,
-             "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.5] * 3, "image_std": [0.25] * 3,
-             "size": 28}
+    early = {
+        "crop_size": 28,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "resample": 3,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.5] * 3,
+        "image_std": [0.25] * 3,
+        "size": 28,
+    }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(early))
     first = resizing.read_processor(tmp_path)
     assert first == resizing.Processor(28, (28, 28), (0.5,) * 3, (0.25,) * 3)
@@ -105,10 +117,14 @@ def test_centre_square_first_is_cmmds_reading():
     parity.close(processor(image[None])[0], want, atol=1e-6)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"do_resize": False}, "do_resize=False"), ({"resample": 1}, "resample=1"),
-    ({"rescale_factor": 1 / 127.5}, "rescale_factor=0.0078"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"do_resize": False}, "do_resize=False"),
+        ({"resample": 1}, "resample=1"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor=0.0078"),
+    ],
+)
 def test_refusals(change, message, tmp_path):
     config = {"size": 28, "crop_size": 28, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     with pytest.raises(LcmError, match="preprocessor_config.json is missing"):

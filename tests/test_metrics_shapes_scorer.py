@@ -43,7 +43,12 @@ def test_one_wrong_attribute_fails_the_caption():
     logits["colour"][1] = [0.0, 1.0, 0.5]
     assert shapes_scorer.caption_accuracy(logits, labels) == 0.5
     assert shapes_scorer.attribute_accuracies(logits, labels) == {
-        "shape": 1.0, "colour": 0.75, "size": 0.75, "position": 1.0, "background": 1.0}
+        "shape": 1.0,
+        "colour": 0.75,
+        "size": 0.75,
+        "position": 1.0,
+        "background": 1.0,
+    }
     with pytest.raises(LcmError, match="3 labels"):
         shapes_scorer.caption_accuracy(logits, {k: v[:3] for k, v in labels.items()})
 

@@ -18,12 +18,15 @@ ATOL = 2e-5
 
 # Length 20 = the tiny max_position_embeddings; 97 ends a text. Row 1 carries added ids above it (textual inversion)
 # before the end, row 2 ends twice, row 3 nowhere.
-IDS = np.array([
-    [96, 5, 17, 42, 97] + [97] * 15,
-    [96, 98, 99, 3, 97] + [0] * 15,
-    [96, 97, 8, 97, 9] + [1] * 15,
-    [96] + list(range(19)),
-], np.int32)  # fmt: skip
+IDS = np.array(
+    [
+        [96, 5, 17, 42, 97] + [97] * 15,
+        [96, 98, 99, 3, 97] + [0] * 15,
+        [96, 97, 8, 97, 9] + [1] * 15,
+        [96] + list(range(19)),
+    ],
+    np.int32,
+)
 
 
 @functools.cache

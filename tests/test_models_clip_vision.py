@@ -12,10 +12,18 @@ from lcm_jax.metrics.networks import weights
 from lcm_jax.models import clip_vision
 
 VISION = {
-    "hidden_act": "quick_gelu", "hidden_size": 32, "image_size": 28, "intermediate_size": 48, "layer_norm_eps": 1e-5,
-    "model_type": "clip_vision_model", "num_attention_heads": 4, "num_channels": 3, "num_hidden_layers": 3,
-    "patch_size": 7, "projection_dim": 24,
-}  # fmt: skip
+    "hidden_act": "quick_gelu",
+    "hidden_size": 32,
+    "image_size": 28,
+    "intermediate_size": 48,
+    "layer_norm_eps": 1e-5,
+    "model_type": "clip_vision_model",
+    "num_attention_heads": 4,
+    "num_channels": 3,
+    "num_hidden_layers": 3,
+    "patch_size": 7,
+    "projection_dim": 24,
+}
 
 
 def torch_vision(**changes):
@@ -56,8 +64,9 @@ def test_both_layouts_of_a_config():
     assert clip_vision.from_config(wide).projection_dim == 24
 
 
-@pytest.mark.parametrize(("field", "value"), [("hidden_act", "relu"), ("model_type", "siglip_vision_model"),
-                                              ("attention_dropout", 0.1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden_act", "relu"), ("model_type", "siglip_vision_model"), ("attention_dropout", 0.1)]
+)
 def test_refuses_by_name_and_value(field, value):
     with pytest.raises(UnsupportedConfig) as caught:
         clip_vision.from_config(VISION | {field: value})

@@ -71,8 +71,9 @@ def test_softmax_is_float32_at_large_logits(dtype, causal, shared):
     if causal:
         logits = np.where(np.arange(9)[:, None] >= np.arange(9), logits, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
-    want, size = (np.einsum("bnsl,blnd->bsnd", weights / weights.sum(-1, keepdims=True), x)
-                  for x in (exact_v, np.abs(exact_v)))  # fmt: skip
+    want, size = (
+        np.einsum("bnsl,blnd->bsnd", weights / weights.sum(-1, keepdims=True), x) for x in (exact_v, np.abs(exact_v))
+    )
     got = dot_product_attention(q, k, v, causal=causal)
     assert got.dtype == dtype
     # In half precision weights and output are rounded; in float32 a logit of 100 has 100 EPS.

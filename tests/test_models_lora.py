@@ -96,10 +96,17 @@ def test_adapted_and_merged_equal_peft(kind, side):
     assert {"to_q", "to_out_0", "proj_in", "conv1", "conv", "conv_shortcut", "time_emb_proj", "proj"} <= kinds
     args = arguments(kind, side)
     z, t, text, _, added = args
-    want = tiny.in_float64(
-        torch_unet, torch.from_numpy(z).permute(0, 3, 1, 2), torch.from_numpy(t), torch.from_numpy(text),
-        added_cond_kwargs=added and {k: torch.from_numpy(v) for k, v in added.items()},
-    ).sample.permute(0, 2, 3, 1).numpy()  # fmt: skip
+    want = (
+        tiny.in_float64(
+            torch_unet,
+            torch.from_numpy(z).permute(0, 3, 1, 2),
+            torch.from_numpy(t),
+            torch.from_numpy(text),
+            added_cond_kwargs=added and {k: torch.from_numpy(v) for k, v in added.items()},
+        )
+        .sample.permute(0, 2, 3, 1)
+        .numpy()
+    )
     adapted = lora.Adapted(module, ALPHA / RANK)
     got = jit(adapted.apply)({"params": {"base": base, "lora": adapters}}, *args)
     plain = jit(module.apply)
@@ -124,8 +131,10 @@ def test_fresh_adapters_change_nothing_and_are_drawn_as_pefts():
         bound = 1 / math.sqrt(kernel["kernel"][..., 0].size)  # kaiming_uniform with a = sqrt(5)
         a = np.asarray(pair["lora_A"])
         assert a.dtype == np.float32 and not pair["lora_B"].any()
-        assert a.shape == (*kernel["kernel"].shape[:-1], 64) and pair["lora_B"].shape[-2:] == (64, kernel["bias"].size
-            if "bias" in kernel else kernel["kernel"].shape[-1])  # fmt: skip
+        assert a.shape == (*kernel["kernel"].shape[:-1], 64) and pair["lora_B"].shape[-2:] == (
+            64,
+            kernel["bias"].size if "bias" in kernel else kernel["kernel"].shape[-1],
+        )
         assert 0.98 * bound < np.abs(a).max() <= bound and abs(a.std() * math.sqrt(3) / bound - 1) < 0.05
     other = lora.init(jax.random.key(1), base, 64)
     some = lora.init(jax.random.key(0), jax.eval_shape(lambda: base), 64, ("to_q",))

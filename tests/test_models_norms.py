@@ -31,10 +31,15 @@ def torch_norms(cls, config) -> dict:
     """Name of a layer -> (epsilon, groups), without what towers of CLIP prefix."""
     with torch.device("meta"):
         model = cls(cls.config_class(**config)) if hasattr(cls, "config_class") else cls.from_config(dict(config))
-    layers = {name: layer for name, layer in model.named_modules()
-              if isinstance(layer, (torch.nn.GroupNorm, torch.nn.LayerNorm))}  # fmt: skip
-    return {name.removeprefix("text_model.").removeprefix("vision_model."): (layer.eps, getattr(layer, "num_groups", 0))
-            for name, layer in layers.items()}  # fmt: skip
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, (torch.nn.GroupNorm, torch.nn.LayerNorm))
+    }
+    return {
+        name.removeprefix("text_model.").removeprefix("vision_model."): (layer.eps, getattr(layer, "num_groups", 0))
+        for name, layer in layers.items()
+    }
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -28,10 +28,15 @@ CONFIG = {
 }
 UNET = unet_lib.from_config(CONFIG)
 # One level: half the time to compile.
-SMALL = unet_lib.from_config(CONFIG | {
-    "block_out_channels": [8], "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"],
-    "mid_block_type": None,
-})  # fmt: skip
+SMALL = unet_lib.from_config(
+    CONFIG
+    | {
+        "block_out_channels": [8],
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+        "mid_block_type": None,
+    }
+)
 TAG = "fetched"
 
 
@@ -43,9 +48,15 @@ def fetch(tree, after=None):
 @functools.cache
 def arguments(side: int = 8) -> tuple:
     rng = np.random.default_rng(0)
-    return tuple(jnp.asarray(x, jnp.float32) for x in (
-        rng.standard_normal((2, side, side, 4)), [3, 500], rng.standard_normal((2, 7, 8)), rng.standard_normal((2, 6))
-    ))  # fmt: skip
+    return tuple(
+        jnp.asarray(x, jnp.float32)
+        for x in (
+            rng.standard_normal((2, side, side, 4)),
+            [3, 500],
+            rng.standard_normal((2, 7, 8)),
+            rng.standard_normal((2, 6)),
+        )
+    )
 
 
 @functools.cache

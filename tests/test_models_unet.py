@@ -23,8 +23,7 @@ SLOW = pytest.mark.slow
 GRADIENTS = ("sd15-w", "sdxl-w", "ssd-1b")
 # The others have no layer or input that these and the quick tests of LCD, of students with w, have not.
 QUICK = {("sd15", "odd"), *((name, "even") for name in ("sdxl", "ssd-1b", "tiny-sd", "prefixed"))}
-CASES = [pytest.param(name, shape, marks=() if (name, shape) in QUICK else SLOW)
-         for name in UNETS for shape in SHAPES]  # fmt: skip
+CASES = [pytest.param(name, shape, marks=() if (name, shape) in QUICK else SLOW) for name in UNETS for shape in SHAPES]
 
 
 @functools.cache

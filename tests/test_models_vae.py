@@ -40,10 +40,14 @@ def nhwc(x: torch.Tensor) -> np.ndarray:
     return x.detach().permute(0, 2, 3, 1).numpy()
 
 
-@pytest.mark.parametrize(("name", "size"), [
-    ("sd", (21, 35)), ("bare", (21, 35)),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sd", (24, 32)), ("sdxl", (21, 35)))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("sd", (21, 35)),
+        ("bare", (21, 35)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sd", (24, 32)), ("sdxl", (21, 35)))),
+    ],
+)
 def test_kl_encode(name, size):
     model, module, variables = pair(name)
     images = draw(2, *size, 3)
@@ -150,8 +154,7 @@ def test_tiling_of_a_pointwise_map_is_the_map():
     for height, width in ((8, 8), (9, 23)):
         z, x = draw(1, height, width, 2), draw(1, 2 * height, 2 * width, 2)
         parity.close(tiling.decode(up, z, tile=16, factor=2), up(z), atol=1e-6)
-        jax.tree.map(lambda a, b: parity.close(a, b, atol=1e-6),
-                     tiling.encode(down, x, tile=16, factor=2), down(x))  # fmt: skip
+        jax.tree.map(lambda a, b: parity.close(a, b, atol=1e-6), tiling.encode(down, x, tile=16, factor=2), down(x))
     with pytest.raises(ValueError, match="do not advance"):
         tiling.decode(up, draw(1, 8, 8, 2), tile=2, factor=2)
     assert tiling.tile_size(SimpleNamespace(sample_size=(640, 512))) == 512
@@ -177,8 +180,17 @@ def test_config_round_trip_through_diffusers(name):
 @pytest.mark.parametrize("name", ["sd", "taesd"])
 def test_either_vae_is_usable_wherever_a_vae_is(name):
     module = vae.from_config(ALL[name])
-    for field in ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size",
-                  "latent_channels", "factor", "dtype"):  # fmt: skip
+    for field in (
+        "scaling_factor",
+        "shift_factor",
+        "latents_mean",
+        "latents_std",
+        "force_upcast",
+        "sample_size",
+        "latent_channels",
+        "factor",
+        "dtype",
+    ):
         getattr(module, field)
     low = module.clone(dtype=jnp.bfloat16)
     images = jnp.zeros((1, 32, 32, 3))

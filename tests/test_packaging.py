@@ -18,8 +18,10 @@ def package(monkeypatch) -> SimpleNamespace:
     monkeypatch.setitem(sys.modules, "setuptools", SimpleNamespace(setup=told.update, find_packages=lambda include: []))
     runpy.run_path(str(ROOT / "setup.py"))
     wanted = {"": told["install_requires"], **told["extras_require"]}
-    return SimpleNamespace(classifiers=told["classifiers"],
-                           wanted={extra: [Requirement(line) for line in lines] for extra, lines in wanted.items()})
+    return SimpleNamespace(
+        classifiers=told["classifiers"],
+        wanted={extra: [Requirement(line) for line in lines] for extra, lines in wanted.items()},
+    )
 
 
 def pins(python: str) -> list[Requirement]:

@@ -79,7 +79,7 @@ def centred(teacher, tmp_path_factory) -> dict[str, Path]:
 def expected_rows(config):
     """What the run itself makes before training begins."""
     pipeline = student_lib.load_teacher(config)
-    part, = training_data.open_parts(config)
+    (part,) = training_data.open_parts(config)
     watch = training_data.Watch(loader.Faults(0.01, lambda fault: None), lambda line: None)
     tokenize = training_data.Tokenize(conditioning.tokenizers(pipeline))
     pictures = training_data.pictures(config, part.source, tokenize, time_ids=pipeline.is_xl)
@@ -351,9 +351,17 @@ def two(*options: str) -> list[subprocess.Popen]:
         port = probe.getsockname()[1]
     where = ["--num_processes=2", f"--coordinator=127.0.0.1:{port}", "--config=configs/shapes_lcm.py", *options]
     environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": str(ROOT)}
-    return [subprocess.Popen([sys.executable, "-c", SLOW, f"--process_id={index}", *where], cwd=ROOT, env=environment,
-                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            for index in range(2)]  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW, f"--process_id={index}", *where],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for index in range(2)
+    ]
 
 
 def end(processes: list[subprocess.Popen], code: int) -> list[str]:
@@ -372,8 +380,16 @@ def test_one_of_two_processes_fails(teacher, folder, tmp_path):
         for copy in range(20):
             for suffix in (".png", ".txt"):
                 shutil.copy(folder / f"{name}{suffix}", folder / f"more-{copy:02d}-{name}{suffix}")
-    said = end(two(f"--config.model.teacher={teacher}", f"--out={tmp_path / 'cache'}", "--config.data.source=folder",
-                   f"--config.data.path={folder}", "--config.data.max_bad_fraction=0.0"), 2)  # fmt: skip
+    said = end(
+        two(
+            f"--config.model.teacher={teacher}",
+            f"--out={tmp_path / 'cache'}",
+            "--config.data.source=folder",
+            f"--config.data.path={folder}",
+            "--config.data.max_bad_fraction=0.0",
+        ),
+        2,
+    )
     assert "process 1 of 2 failed: " in said[1] and "the others stop at their next batch" in said[1]
     assert "error: process 1 of 2: " in said[0] and "05.png" in said[0] and "05.png" in said[1]
     assert len(list((tmp_path / "cache").glob("latents-*"))) < 20, "of 58; the first process stopped early"
@@ -382,8 +398,9 @@ def test_one_of_two_processes_fails(teacher, folder, tmp_path):
 @pytest.mark.slow
 def test_a_signal_when_one_of_two_processes_has_written_its_files(teacher, tmp_path):
     out = tmp_path / "cache"
-    processes = two(f"--config.model.teacher={teacher}", f"--out={out}", "--shard_size=10",
-                    "--config.data.num_examples=100")  # fmt: skip
+    processes = two(
+        f"--config.model.teacher={teacher}", f"--out={out}", "--shard_size=10", "--config.data.num_examples=100"
+    )
     while all(process.poll() is None for process in processes) and not all(
         (out / "progress" / f"{cache.shard_name(0, number)}.json").exists() for number in range(1, 10, 2)
     ):
@@ -420,7 +437,7 @@ def test_unusable_records_are_left_out_and_listed(teacher, folder, tmp_path, cap
     config.data.max_bad_fraction = 0.1  # the same command otherwise goes on
     precompute.latents(config, out, Options(variants=2, shard_size=5))
     cached = cache.open(out)
-    line, = (out / "bad_records.jsonl").read_text().splitlines()
+    (line,) = (out / "bad_records.jsonl").read_text().splitlines()
     assert "05.png" in line and cached.manifest["faults"] == 1
     assert cached.groups == (22,) and cached.manifest["examples"] == [12]
     keys = [cached.where(0, rank)[1] for rank in range(22)]
@@ -438,7 +455,7 @@ def test_records_are_packed_for_tfds(teacher, folder, tmp_path, capsys):
     config.data.max_bad_fraction = 0.1
     precompute.records(config, out)
     assert "11 records in 1 shards; 1 could not be used" in capsys.readouterr().err
-    part, = training_data.open_parts(make_config(teacher, source="tfds", path=str(out), num_examples=4096))
+    (part,) = training_data.open_parts(make_config(teacher, source="tfds", path=str(out), num_examples=4096))
     assert len(part.source) == 11 and part.source[0].captions == ("a red circle",)
     assert part.source[0].image == (folder / "00.png").read_bytes()
     assert "05.png" in (out / "bad_records.jsonl").read_text()
@@ -494,8 +511,14 @@ def test_a_signal_drops_the_shard_under_way(teacher, drawn, tmp_path, monkeypatc
 
 def start(*options: str) -> subprocess.Popen:
     environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # as conftest.py: the same cached programs
-    return subprocess.Popen([sys.executable, "-m", "lcm_jax.precompute", *options], cwd=ROOT, env=environment,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "lcm_jax.precompute", *options],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_killed_and_gone_on_is_byte_for_byte_the_same_as_never_killed(teacher, tmp_path):
@@ -520,5 +543,5 @@ def test_killed_and_gone_on_is_byte_for_byte_the_same_as_never_killed(teacher, t
 def test_what_the_command_says(teacher, tmp_path):
     process = start("--config=configs/shapes_lcm.py", f"--out={tmp_path / 'cache'}", "--variants=0")
     _, said = process.communicate()
-    line, = said.splitlines()
+    (line,) = said.splitlines()
     assert process.returncode == 2 and line.startswith("error: --variants=0") and not (tmp_path / "cache").exists()

@@ -102,11 +102,17 @@ def test_a_whole_sd15_folder_there_and_back(tmp_path):
     tiny.write_tokenizer(source / "tokenizer")
     (source / "scheduler").mkdir()
     tiny.write_json(source / "scheduler" / "scheduler_config.json", tiny.scheduler_config("epsilon"))
-    tiny.write_json(source / "model_index.json", {
-        "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "PNDMScheduler"],
-    })  # fmt: skip
+    tiny.write_json(
+        source / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "scheduler": ["diffusers", "PNDMScheduler"],
+        },
+    )
 
     pipeline = load_pipeline(source)
     image = draw(pipeline)

@@ -88,9 +88,13 @@ def agree(name, mine, other):
 
 
 SGM_OUTSIDE = (
-    "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "add_embedding.linear_1",
+    "conv_in",
+    "conv_out",
+    "time_embedding.linear_1",
+    "time_embedding.linear_2",
+    "add_embedding.linear_1",
     "add_embedding.linear_2",
-)  # fmt: skip
+)
 
 
 def everything(form, name, path, seed=0, rank=4, alpha=None):
@@ -130,11 +134,16 @@ def test_a_lora_for_other_noise_is_merged_with_a_warning(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("name", "form", "alpha"),
     [
-        ("sd1", "diffusers", None), ("sd1", "processors", None), ("sd1", "kohya", 2.0), ("sdxl", "kohya", 8.0),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-            ("sd1", "peft", None), ("sd2", "kohya", None), ("sdxl", "peft", None), ("sdxl", "sgm", 3.0))),
+        ("sd1", "diffusers", None),
+        ("sd1", "processors", None),
+        ("sd1", "kohya", 2.0),
+        ("sdxl", "kohya", 8.0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("sd1", "peft", None), ("sd2", "kohya", None), ("sdxl", "peft", None), ("sdxl", "sgm", 3.0))
+        ),
     ],
-)  # fmt: skip
+)
 def test_one_file_gives_the_model_that_diffusers_gives(name, form, alpha, tmp_path, oracle):
     path = everything(form, name, tmp_path / "x.safetensors", alpha=alpha)
     pipe = oracle(name)
@@ -218,10 +227,14 @@ def texts_agree(name, merged, other, part):
     assert np.abs(got.last_hidden_state - base.last_hidden_state).max() > 0.05
 
 
-@pytest.mark.parametrize(("name", "form"), [
-    pytest.param(name, form, marks=() if name == "sdxl" or form == "kohya" else pytest.mark.slow)
-    for name in ("sd1", "sd2", "sdxl") for form in ("peft", "peft, flat", "diffusers", "kohya", "kohya, flat")
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(name, form, marks=() if name == "sdxl" or form == "kohya" else pytest.mark.slow)
+        for name in ("sd1", "sd2", "sdxl")
+        for form in ("peft", "peft, flat", "diffusers", "kohya", "kohya, flat")
+    ],
+)
 def test_text_encoders(name, form, tmp_path, oracle):
     """UNet and text encoders in one file. "flat": without `text_model.`, as newer transformers names the layers."""
     base, pipe, form = pipeline(name), oracle(name), form.split(",")
@@ -407,12 +420,16 @@ LINEAR = {"lora_A": np.full((32, 4), 1e6, np.float32), "lora_B": np.zeros((4, 12
         (dict(tree={}), "there are no adapters to write"),
         (dict(tree={"nowhere": LINEAR}), "the adapter nowhere is for no layer of this UNet; take the UNet"),
         (dict(tree={"conv_in": LINEAR}), r"adapter conv_in: shapes \[32, 4\], \[4, 128\] on a kernel \[3, 3, 4, 32\]"),
-        (dict(tree={"add_embedding": {"linear_1": LINEAR}}, unet=pipeline("sdxl").unet),
-         "diffusers cannot read kohya's name of add_embedding.linear_1; write format='peft'"),
-        (dict(tree={"time_embedding": {"linear_1": LINEAR}}),
-         "lora_down.weight has values that are not finite in float16"),
+        (
+            dict(tree={"add_embedding": {"linear_1": LINEAR}}, unet=pipeline("sdxl").unet),
+            "diffusers cannot read kohya's name of add_embedding.linear_1; write format='peft'",
+        ),
+        (
+            dict(tree={"time_embedding": {"linear_1": LINEAR}}),
+            "lora_down.weight has values that are not finite in float16",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_written(change, message, tmp_path):
     unet, tree = random_adapters("sd1")
     options = dict(tree=tree, unet=unet, alpha=4, rank=4) | change

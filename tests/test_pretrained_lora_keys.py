@@ -76,39 +76,74 @@ PEFT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         (kohya(**{f"{STEM}.dora_scale": UP}), {}, "is a DoRA"),
         ({f"{PEFT}.lora_magnitude_vector": UP}, {}, "is a DoRA"),
         (kohya(**{f"{STEM}.lora_mid.weight": DOWN}), {}, "is a LoCon with CP decomposition"),
-        (kohya(**{f"lora_unet_a_{i:02}.alpha": np.float32(1) for i in range(12)}), {},
-         r"12 of \d+ keys match no layer of this model \(lora_unet_a_00.alpha, .*_09.alpha, and 2 more\); is it for"),
+        (
+            kohya(**{f"lora_unet_a_{i:02}.alpha": np.float32(1) for i in range(12)}),
+            {},
+            r"12 of \d+ keys match no layer of this model \(lora_unet_a_00.alpha, .*_09.alpha, and 2 more\); is it for",
+        ),
         ({"lora_te2_x.lora_down.weight": DOWN}, {}, r"1 of 1 keys match no layer .*; it is for another architecture"),
-        ({f"{STEM}.lora_down.weight": DOWN}, {},
-         rf"1 keys lack a factor of their layer \({STEM}.lora_down.weight\); the file is incomplete"),
+        (
+            {f"{STEM}.lora_down.weight": DOWN},
+            {},
+            rf"1 keys lack a factor of their layer \({STEM}.lora_down.weight\); the file is incomplete",
+        ),
         ({f"{PEFT}.lora_B.weight": UP}, {}, "1 keys lack a factor of their layer"),
-        ({f"{STEM}.lora_down.weight": DOWN[:, :9], f"{STEM}.lora_up.weight": UP}, {},
-         r"1 of 1 layers have other shapes .*attn1.to_q \[4, 9\], \[32, 4\] for \[32, 32\]\); it is for another"),
+        (
+            {f"{STEM}.lora_down.weight": DOWN[:, :9], f"{STEM}.lora_up.weight": UP},
+            {},
+            r"1 of 1 layers have other shapes .*attn1.to_q \[4, 9\], \[32, 4\] for \[32, 32\]\); it is for another",
+        ),
         ({f"{STEM}.lora_down.weight": DOWN, f"{STEM}.lora_up.weight": UP[:, :3]}, {}, "other shapes than this model's"),
-        ({f"{STEM}.lora_down.weight": DOWN, f"{STEM}.lora_up.weight": UP, f"{STEM}.alpha": UP[0]}, {},
-         rf"{STEM}.alpha \[4\] for \[\]"),
+        (
+            {f"{STEM}.lora_down.weight": DOWN, f"{STEM}.lora_up.weight": UP, f"{STEM}.alpha": UP[0]},
+            {},
+            rf"{STEM}.alpha \[4\] for \[\]",
+        ),
         ({f"{STEM}.lora_down.weight": DOWN.astype(np.int32), f"{STEM}.lora_up.weight": UP}, {}, "is int32; only float"),
         ({f"{STEM}.lora_down.weight": DOWN, f"{STEM}.lora_up.weight": UP * np.nan}, {}, "lora_up.weight has values"),
-        ({f"{PEFT}.lora_{x}.{y}.weight": t for x, t in (("A", DOWN), ("B", UP)) for y in ("a", "b")}, {},
-         "for one layer; keep one adapter in the file"),
+        (
+            {f"{PEFT}.lora_{x}.{y}.weight": t for x, t in (("A", DOWN), ("B", UP)) for y in ("a", "b")},
+            {},
+            "for one layer; keep one adapter in the file",
+        ),
         (kohya("sdxl"), {}, r"attends to text of width 64; this model's has 32: take a LoRA for this model"),
-        ({f"{STEM.replace('attn1', 'attn2')[:-1]}k.lora_{x}.weight": np.zeros(s, np.float32)
-          for x, s in (("down", (4, 2048)), ("up", (32, 4)))}, {}, r"of width 2048 \(SDXL\); this model's has 32"),
-        ({f"{PEFT}.lora_A.weight": DOWN, f"{PEFT}.lora_B.weight": UP}, {"lora_adapter_metadata": '{"unet.r": 4}'},
-         "metadata gives no lora_alpha for unet, so the strength is unknown"),
-        ({f"{PEFT}.lora_A.weight": DOWN, f"{PEFT}.lora_B.weight": UP},
-         {"lora_adapter_metadata": '{"text_encoder.r": 4, "text_encoder.lora_alpha": 4}'},
-         "gives no lora_alpha for unet"),
+        (
+            {
+                f"{STEM.replace('attn1', 'attn2')[:-1]}k.lora_{x}.weight": np.zeros(s, np.float32)
+                for x, s in (("down", (4, 2048)), ("up", (32, 4)))
+            },
+            {},
+            r"of width 2048 \(SDXL\); this model's has 32",
+        ),
+        (
+            {f"{PEFT}.lora_A.weight": DOWN, f"{PEFT}.lora_B.weight": UP},
+            {"lora_adapter_metadata": '{"unet.r": 4}'},
+            "metadata gives no lora_alpha for unet, so the strength is unknown",
+        ),
+        (
+            {f"{PEFT}.lora_A.weight": DOWN, f"{PEFT}.lora_B.weight": UP},
+            {"lora_adapter_metadata": '{"text_encoder.r": 4, "text_encoder.lora_alpha": 4}'},
+            "gives no lora_alpha for unet",
+        ),
         ({f"{PEFT}.lora_A.weight": DOWN, f"{PEFT}.lora_B.weight": UP}, {"lora_adapter_metadata": "{"}, "is not JSON"),
-        ({f"{PEFT}.lora_A.weight": DOWN, f"{PEFT}.lora_B.weight": UP},
-         {"lora_adapter_metadata": '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(": 1}}'}, r"'\(' is no pattern"),
-        ({f"{PEFT}.lora_A.weight": DOWN, f"{PEFT}.lora_B.weight": UP},
-         {"lora_adapter_metadata": '{"unet.lora_alpha": 4, "unet.use_dora": true}'}, r"is a DoRA \(use_dora\)"),
+        (
+            {f"{PEFT}.lora_A.weight": DOWN, f"{PEFT}.lora_B.weight": UP},
+            {"lora_adapter_metadata": '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(": 1}}'},
+            r"'\(' is no pattern",
+        ),
+        (
+            {f"{PEFT}.lora_A.weight": DOWN, f"{PEFT}.lora_B.weight": UP},
+            {"lora_adapter_metadata": '{"unet.lora_alpha": 4, "unet.use_dora": true}'},
+            r"is a DoRA \(use_dora\)",
+        ),
         (kohya(), {"lora_adapter_metadata": '{"unet.lora_alpha": 8}'}, "is 4.0 in its tensor and 8.0 in the metadata"),
-        ({f"{STEM}.lora_down.weight": DOWN, f"{STEM}.lora_up.weight": UP}, {"ss_network_alpha": "8"},
-         r"trained with alpha 8 \(ss_network_alpha\) but 1 layers have no .alpha"),
+        (
+            {f"{STEM}.lora_down.weight": DOWN, f"{STEM}.lora_up.weight": UP},
+            {"ss_network_alpha": "8"},
+            r"trained with alpha 8 \(ss_network_alpha\) but 1 layers have no .alpha",
+        ),
     ],
-)  # fmt: skip
+)
 def test_files_that_are_refused(tensors, metadata, message, tmp_path):
     path = save(tmp_path / "x.safetensors", tensors, **metadata)
     with pytest.raises(LcmError, match=message) as caught:

@@ -44,16 +44,20 @@ def prefixed(key: str) -> str:
         ("down_blocks_0/resnets_1/conv1/kernel", "down_blocks.0.resnets.1.conv1.weight"),
         ("time_embedding/linear_1/bias", "time_embedding.linear_1.bias"),
         ("add_embedding/linear_2/kernel", "add_embedding.linear_2.weight"),
-        ("mid_block/attentions_0/transformer_blocks_10/attn1/to_out_0/bias",
-         "mid_block.attentions.0.transformer_blocks.10.attn1.to_out.0.bias"),
-        ("up_blocks_1/attentions_2/transformer_blocks_0/ff/net_0/proj/kernel",
-         "up_blocks.1.attentions.2.transformer_blocks.0.ff.net.0.proj.weight"),
+        (
+            "mid_block/attentions_0/transformer_blocks_10/attn1/to_out_0/bias",
+            "mid_block.attentions.0.transformer_blocks.10.attn1.to_out.0.bias",
+        ),
+        (
+            "up_blocks_1/attentions_2/transformer_blocks_0/ff/net_0/proj/kernel",
+            "up_blocks.1.attentions.2.transformer_blocks.0.ff.net.0.proj.weight",
+        ),
         ("embeddings/token_embedding/embedding", "embeddings.token_embedding.weight"),
         ("encoder/layers_11/layer_norm1/scale", "encoder.layers.11.layer_norm1.weight"),
         ("decoder/layers_3/conv_4/kernel", "decoder.layers.3.conv.4.weight"),
         ("post_quant_conv/kernel", "post_quant_conv.weight"),
     ],
-)  # fmt: skip
+)
 def test_torch_name(path, key):
     assert names.torch_name(tuple(path.split("/"))) == key
 
@@ -93,9 +97,7 @@ def test_layouts_of_square_weights():
     module, state_dict = CASES["text openclip_projection"]
     params = names.from_torch(module, state_dict)
     projection = tiny.torch_text_encoder("openclip_projection").text_projection
-    parity.close(
-        x @ params["text_projection"]["kernel"], projection(torch.from_numpy(x)).numpy(), atol=1e-5
-    )
+    parity.close(x @ params["text_projection"]["kernel"], projection(torch.from_numpy(x)).numpy(), atol=1e-5)
     tokens = state_dict["text_model.embeddings.token_embedding.weight"].numpy()
     assert np.array_equal(params["embeddings"]["token_embedding"]["embedding"], tokens)
 

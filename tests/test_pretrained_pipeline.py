@@ -78,11 +78,14 @@ def test_shards(tmp_path):
 
 def test_old_folders_written_by_flax_and_with_a_safety_checker(sd1):
     edit(
-        sd1 / "model_index.json", _class_name="FlaxStableDiffusionPipeline",
+        sd1 / "model_index.json",
+        _class_name="FlaxStableDiffusionPipeline",
         safety_checker=["stable_diffusion", "FlaxStableDiffusionSafetyChecker"],
-        feature_extractor=["transformers", "CLIPFeatureExtractor"], unet=["diffusers", "FlaxUNet2DConditionModel"],
-        text_encoder=["transformers", "FlaxCLIPTextModel"], vae=["diffusers", "FlaxAutoencoderKL"],
-    )  # fmt: skip
+        feature_extractor=["transformers", "CLIPFeatureExtractor"],
+        unet=["diffusers", "FlaxUNet2DConditionModel"],
+        text_encoder=["transformers", "FlaxCLIPTextModel"],
+        vae=["diffusers", "FlaxAutoencoderKL"],
+    )
     edit(sd1 / "unet" / "config.json", _class_name="FlaxUNet2DConditionModel", _diffusers_version="0.6.0", decay=0.9999)
     edit(sd1 / "vae" / "config.json", _class_name="FlaxAutoencoderKL", scaling_factor=..., force_upcast=...)
     edit(sd1 / "text_encoder" / "config.json", architectures=["FlaxCLIPTextModel"])
@@ -97,9 +100,12 @@ def test_a_refiners_encoder_under_the_first_name(tmp_path):
     (folder / "tokenizer_2").rename(folder / "tokenizer")
     index = json.loads((folder / "model_index.json").read_text())
     edit(
-        folder / "model_index.json", text_encoder=index["text_encoder_2"], text_encoder_2=...,
-        tokenizer=index["tokenizer_2"], tokenizer_2=[None, None],
-    )  # fmt: skip
+        folder / "model_index.json",
+        text_encoder=index["text_encoder_2"],
+        text_encoder_2=...,
+        tokenizer=index["tokenizer_2"],
+        tokenizer_2=[None, None],
+    )
     pipeline = load_pipeline(folder)
     assert pipeline.text_encoder is None and pipeline.tokenizer is None and pipeline.tokenizer_2 is not None
     assert_same_weights(pipeline, "text_encoder_2", tiny.torch_text_encoder("openclip_projection"))
@@ -281,20 +287,32 @@ def fake_hub(monkeypatch, folder: Path, target: Path) -> list[str]:
 
 def test_hub_fetches_what_is_needed_and_no_more(monkeypatch, tmp_path, sd1):
     for name in (
-        "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors", "v1-5.safetensors",
-        "safety_checker/config.json", "safety_checker/model.safetensors", "unet/diffusion_flax_model.msgpack",
-    ):  # fmt: skip
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "v1-5.safetensors",
+        "safety_checker/config.json",
+        "safety_checker/model.safetensors",
+        "unet/diffusion_flax_model.msgpack",
+    ):
         (sd1 / name).parent.mkdir(exist_ok=True)
         (sd1 / name).write_bytes(b"x")
     fetched = fake_hub(monkeypatch, sd1, tmp_path / "cache")
     pipeline = load_pipeline("owner/name")
     assert_same_weights(pipeline, "unet", tiny.torch_unet("sd1"))
     assert sorted(fetched) == [
-        "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
-        "text_encoder/model.safetensors", "tokenizer/merges.txt", "tokenizer/special_tokens_map.json",
-        "tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
-    ]  # fmt: skip
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/merges.txt",
+        "tokenizer/special_tokens_map.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
 
 
 def test_hub_repositories_of_one_part(monkeypatch, tmp_path):

@@ -119,8 +119,12 @@ def sd15(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_no_second_copy_of_a_model_while_it_is_read(sd15, devices):
-    done = subprocess.run([sys.executable, "-c", LOAD, str(sd15), str(devices)], capture_output=True, text=True,
-                          env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])})
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(sd15), str(devices)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     print(f"{devices} devices: {found['size']} bytes, at the peak {found['peak'] / found['size']:.3f} times as many")

@@ -26,9 +26,13 @@ from lcm_jax.models.config import to_config
 from lcm_jax.pretrained import load_pipeline, load_unet, load_vae, save_pipeline, save_unet, saving, weight_files
 
 FILES = {
-    "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json",
-    "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-}  # fmt: skip
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "vae/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+}
 
 
 def slot_files(slot: str) -> set[str]:
@@ -182,9 +186,7 @@ def test_unet_alone_has_its_files_at_the_root(saved, tmp_path):
 def test_a_tiny_autoencoder_takes_the_vaes_place(saved, tmp_path):
     tiny.torch_tiny_vae().save_pretrained(tmp_path / "taesd")
     module, params = load_vae(tmp_path / "taesd")
-    pipeline = dataclasses.replace(
-        saved("sd1")[0], vae=module, params={**saved("sd1")[0].params, "vae": params}
-    )
+    pipeline = dataclasses.replace(saved("sd1")[0], vae=module, params={**saved("sd1")[0].params, "vae": params})
     out = save_pipeline(pipeline, tmp_path / "out")
     pipe = diffusers.DiffusionPipeline.from_pretrained(out)
     assert type(pipe.vae).__name__ == "AutoencoderTiny"
@@ -234,9 +236,12 @@ def test_a_given_scheduler_index_keys_and_files(saved, tmp_path):
     pipeline = saved("sd1")[0]
     config = saving.lcm_scheduler_config(pipeline.configs["scheduler"])
     out = save_pipeline(
-        pipeline, tmp_path / "deep" / "out", scheduler_config=config, model_index_extra={"_note": "x"},
+        pipeline,
+        tmp_path / "deep" / "out",
+        scheduler_config=config,
+        model_index_extra={"_note": "x"},
         extra_files={"README.md": "card é", "samples/grid.png": b"\x89PNG"},
-    )  # fmt: skip
+    )
     index = read(out / "model_index.json")
     assert index["scheduler"] == ["diffusers", "LCMScheduler"] and index["_note"] == "x"
     assert (out / "README.md").read_text(encoding="utf-8") == "card é"

@@ -32,9 +32,9 @@ def count(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("hub", [
-    name if "v1-5" in name else pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "hub", [name if "v1-5" in name else pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED]
+)
 def test_the_published_models(hub):
     (unet, *texts), prediction = PUBLISHED[hub]
     pipeline = load_pipeline(hub, weights=False, param_dtype=jnp.bfloat16)
@@ -54,8 +54,13 @@ def test_every_entry_has_its_folder_and_every_folder_an_entry():
 
 def test_configs_are_those_of_the_family():
     """The same facts as the tests' own table of the published configs, which diffusers' models are compared with."""
-    for name, unet in {"stable-diffusion-v1-5": "sd15", "stable-diffusion-2-1": "sd21", "SSD-1B": "ssd-1b",
-                       "stable-diffusion-xl-base-1.0": "sdxl", "Segmind-Vega": "vega"}.items():  # fmt: skip
+    for name, unet in {
+        "stable-diffusion-v1-5": "sd15",
+        "stable-diffusion-2-1": "sd21",
+        "SSD-1B": "ssd-1b",
+        "stable-diffusion-xl-base-1.0": "sdxl",
+        "Segmind-Vega": "vega",
+    }.items():
         assert json.loads((ARCHITECTURES / name / "unet" / "config.json").read_text()) == family.UNETS[unet]
 
 

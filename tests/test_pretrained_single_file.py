@@ -136,20 +136,24 @@ def test_full_size_text_encoder_keys(name):
 
 
 WHOLE = {
-    "sd15": ("sd1", ["clip-l"], 1130), "lcm-dreamshaper": ("sd1", ["clip-l"], 1131),
-    "sd21": ("sd2", ["openclip-h"], 1214), "sdxl": ("sdxl", ["clip-l", "openclip-bigg"], 2513),
-}  # fmt: skip
+    "sd15": ("sd1", ["clip-l"], 1130),
+    "lcm-dreamshaper": ("sd1", ["clip-l"], 1131),
+    "sd21": ("sd2", ["openclip-h"], 1214),
+    "sdxl": ("sdxl", ["clip-l", "openclip-bigg"], 2513),
+}
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_files_need_no_configs(name):
     """Keys and shapes of a published file -> family -> configs -> the published modules."""
     kind, encoders, count = WHOLE[name]
-    family_, = (f for f in single_file.FAMILIES if f.name == kind)
+    (family_,) = (f for f in single_file.FAMILIES if f.name == kind)
     vae_config = family.VAES["sdxl" if kind == "sdxl" else "sd15"]
     modules = {"unet": unet.from_config(family.UNETS[name]), "vae": vae.from_config(vae_config)}
-    modules |= {part: clip.from_config(family.TEXT_ENCODERS[encoder])
-                for part, encoder in zip(family_.encoders, encoders, strict=True)}  # fmt: skip
+    modules |= {
+        part: clip.from_config(family.TEXT_ENCODERS[encoder])
+        for part, encoder in zip(family_.encoders, encoders, strict=True)
+    }
     shapes = {}
     for layout, prefix in single_file.layouts(family_, modules).values():
         shapes |= {prefix + key: stored.shape for key, stored in layout.tensors.items()}
@@ -186,8 +190,16 @@ def test_unet_config_is_read_off_the_tensors(name, monkeypatch):
         assert made.down_depths(i) == module.down_depths(i) and made.up_depths(i) == module.up_depths(i)
     for field in ("block_out_channels", "layers_per_block", "cross_attention_dim"):
         assert made.per_level(field) == module.per_level(field)
-    for field in ("in_channels", "out_channels", "use_linear_projection", "time_cond_proj_dim", "addition_embed_type",
-                  "projection_class_embeddings_input_dim", "down_block_types", "up_block_types"):  # fmt: skip
+    for field in (
+        "in_channels",
+        "out_channels",
+        "use_linear_projection",
+        "time_cond_proj_dim",
+        "addition_embed_type",
+        "projection_class_embeddings_input_dim",
+        "down_block_types",
+        "up_block_types",
+    ):
         assert getattr(made, field) == getattr(module, field), field
 
 
@@ -211,8 +223,9 @@ def test_there_and_back_is_exact(folders, written, tmp_path, name):
 def test_square_matrices_are_told_apart(written):
     """By value, since shapes do not: q, k, v of OpenCLIP stacked in this order, its projection [in out]."""
     tensors = safetensors.numpy.load_file(written("sdxl")[1])
-    state = tiny.randomise(CLIPTextModelWithProjection(
-        CLIPTextConfig(vocab_size=len(tiny.vocabulary()[0]), **BIG_G)), 4).state_dict()  # fmt: skip
+    state = tiny.randomise(
+        CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=len(tiny.vocabulary()[0]), **BIG_G)), 4
+    ).state_dict()
     layer = "text_model.encoder.layers.1.self_attn."
     stacked = np.concatenate([state[f"{layer}{x}_proj.weight"].numpy() for x in "qkv"])
     np.testing.assert_array_equal(tensors[XL[1] + "transformer.resblocks.1.attn.in_proj_weight"], stacked)
@@ -267,13 +280,16 @@ def test_files_as_they_circulate(folders, written, tmp_path):
         tensors |= {
             OPEN_CLIP + "text_projection": np.eye(32, dtype=np.float32),
             OPEN_CLIP + "logit_scale": np.float32(4.6),
-            "betas": np.zeros(1000), "alphas_cumprod": np.zeros(1000), "global_step": np.array(5),
+            "betas": np.zeros(1000),
+            "alphas_cumprod": np.zeros(1000),
+            "global_step": np.array(5),
             "model_ema.diffusion_modeltime_embed0weight": np.zeros((2, 2), np.float32),
             VAE + "loss.logvar": np.zeros((), np.float32),
-        }  # fmt: skip
+        }
 
-    same_trees(load_pipeline(rewrite(path, tmp_path / "sd2.safetensors", sd2), config=folders("sd2")).params,
-               pipeline.params)  # fmt: skip
+    same_trees(
+        load_pipeline(rewrite(path, tmp_path / "sd2.safetensors", sd2), config=folders("sd2")).params, pipeline.params
+    )
     pipeline, path = written("sd1")
 
     def sd1(tensors):
@@ -284,8 +300,9 @@ def test_files_as_they_circulate(folders, written, tmp_path):
                 changed[key] = value[:, :, 0, 0]
         return changed
 
-    same_trees(load_pipeline(rewrite(path, tmp_path / "sd1.safetensors", sd1), config=folders("sd1")).params,
-               pipeline.params)  # fmt: skip
+    same_trees(
+        load_pipeline(rewrite(path, tmp_path / "sd1.safetensors", sd1), config=folders("sd1")).params, pipeline.params
+    )
 
 
 def test_the_files_channels_and_w_embedding_count(folders, written):
@@ -360,8 +377,11 @@ MARKS = {
     "architecture": (empty(), {"modelspec.architecture": "stable-diffusion-v2-768-v"}, False),
     "record": (empty(), {"lcm_config.json": '{"prediction_type": "v_prediction"}'}, False),
     "the key wins over what headers say by default": (
-        empty("v_pred", "ztsnr"), {"modelspec.prediction_type": "epsilon", "ss_v_parameterization": "False"}, True),
-}  # fmt: skip
+        empty("v_pred", "ztsnr"),
+        {"modelspec.prediction_type": "epsilon", "ss_v_parameterization": "False"},
+        True,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", MARKS)
@@ -406,15 +426,22 @@ CONTRADICTIONS = {
     "flow": (empty(), {"modelspec.noise_process": "flow"}, "modelspec.noise_process in the header of .*='flow'"),
     "unknown": (empty(), {"modelspec.prediction_type": "velocity"}, "modelspec.prediction_type in .*'velocity'; supp"),
     "header": (
-        empty(), {"modelspec.prediction_type": "v", "modelspec.predict_key": "epsilon"},
-        r"contradicts itself: modelspec.prediction_type 'v' \(v_prediction\), modelspec.predict_key 'epsilon' \(eps"),
+        empty(),
+        {"modelspec.prediction_type": "v", "modelspec.predict_key": "epsilon"},
+        r"contradicts itself: modelspec.prediction_type 'v' \(v_prediction\), modelspec.predict_key 'epsilon' \(eps",
+    ),
     "zero SNR alone": (empty("ztsnr"), {}, "is marked key ztsnr, which goes with v prediction, but .*; add an empty"),
     "zero SNR of epsilon": (
-        empty(), {"modelspec.prediction_type": "epsilon", "ss_zero_terminal_snr": "True"}, "which goes with v pred"),
+        empty(),
+        {"modelspec.prediction_type": "epsilon", "ss_zero_terminal_snr": "True"},
+        "which goes with v pred",
+    ),
     "table": (
-        lambda t: t.update(alphas_cumprod=schedule.from_config({"_class_name": "DDPMScheduler"}).alphas_cumprod), {},
-        r"holds a noise table \(alphas_cumprod\) other than"),
-}  # fmt: skip
+        lambda t: t.update(alphas_cumprod=schedule.from_config({"_class_name": "DDPMScheduler"}).alphas_cumprod),
+        {},
+        r"holds a noise table \(alphas_cumprod\) other than",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
@@ -426,10 +453,18 @@ def test_marks_that_are_refused(folders, written, tmp_path, name):
 
 
 def test_epsilon_in_a_header_against_a_scheduler_of_v(folders, written, tmp_path):
-    path = rewrite(written("sd2")[1], tmp_path / "said.safetensors", lambda t: t.pop("v_pred") is None,
-                   {"modelspec.prediction_type": "epsilon"})  # fmt: skip
-    refused(path, "is marked modelspec.prediction_type 'epsilon', but scheduler/.* says v_prediction; correct",
-            folders("sd2"), weights=False)  # fmt: skip
+    path = rewrite(
+        written("sd2")[1],
+        tmp_path / "said.safetensors",
+        lambda t: t.pop("v_pred") is None,
+        {"modelspec.prediction_type": "epsilon"},
+    )
+    refused(
+        path,
+        "is marked modelspec.prediction_type 'epsilon', but scheduler/.* says v_prediction; correct",
+        folders("sd2"),
+        weights=False,
+    )
 
 
 @pytest.mark.parametrize("dtype", (np.float32, np.float16))
@@ -445,10 +480,13 @@ def test_stored_noise_tables(folders, written, tmp_path, warnings, dtype):
         }
         files = {
             (key, which): rewrite(
-                written("sd2")[1], tmp_path / f"{key}-{which}.safetensors",
-                lambda t, key=key, table=table, noise=noise: t.update({key: table(noise).astype(dtype)}))
-            for key, table in stored.items() for which, noise in (("plain", plain), ("zero", zero))
-        }  # fmt: skip
+                written("sd2")[1],
+                tmp_path / f"{key}-{which}.safetensors",
+                lambda t, key=key, table=table, noise=noise: t.update({key: table(noise).astype(dtype)}),
+            )
+            for key, table in stored.items()
+            for which, noise in (("plain", plain), ("zero", zero))
+        }
     for (_, which), path in files.items():
         bare = noise_of(path, without("scheduler", folders("sd2"), tmp_path / path.stem))
         assert bare.same_as(zero if which == "zero" else plain) and not warnings
@@ -484,8 +522,9 @@ def test_another_noise_table_is_written_and_not_lost_in_silence(written, folders
     tiny.write_json(folder / "scheduler" / "scheduler_config.json", config)
     assert noise_of(out, folder).same_as(pipeline.schedule)
     sample = dataclasses.replace(pipeline, schedule=schedule.from_config(tiny.scheduler_config("sample")))
-    assert noise_of(save_single_file(sample, tmp_path / "s.safetensors"),
-                    without("scheduler", folders("sd1"), tmp_path / "bare")).same_as(sample.schedule)  # fmt: skip
+    assert noise_of(
+        save_single_file(sample, tmp_path / "s.safetensors"), without("scheduler", folders("sd1"), tmp_path / "bare")
+    ).same_as(sample.schedule)
     assert len(warnings) == 2 and "takes every sd1 for epsilon; set sample by hand" in warnings[1]
 
 
@@ -521,6 +560,7 @@ def test_folding_w_changes_nothing_at_that_w(folders, written, tmp_path, warning
 
 def test_other_unet_and_vae(folders, written, tmp_path):
     """The file's own are then not read: this one has none that would fit."""
+
     def cut(tensors):
         del tensors[VAE + "decoder.conv_in.bias"], tensors[UNET + "out.2.bias"]
 
@@ -553,8 +593,10 @@ def test_from_the_hub(folders, written, monkeypatch, tmp_path):
     load_pipeline("Lykon/DreamShaper/DreamShaper_8.safetensors", config=folders("sd1"))
     address = "https://huggingface.co/Lykon/DreamShaper/blob/main/sub/DreamShaper_8.safetensors?download=true"
     load_pipeline(address, config=folders("sd1"))
-    assert asked == [("Lykon/DreamShaper", "DreamShaper_8.safetensors", None),
-                     ("Lykon/DreamShaper", "sub/DreamShaper_8.safetensors", "main")]  # fmt: skip
+    assert asked == [
+        ("Lykon/DreamShaper", "DreamShaper_8.safetensors", None),
+        ("Lykon/DreamShaper", "sub/DreamShaper_8.safetensors", "main"),
+    ]
     # The suite runs offline: the family's tokenizers cannot be fetched.
     for name, kind in (("sd1", "v1"), ("sd2", "v2"), ("sdxl", "xl_base"), ("refiner", "xl_refiner")):
         known = original.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
@@ -580,8 +622,10 @@ def test_files_that_are_refused(folders, written, tmp_path):
 
     for name, prefix in (("unet", UNET), ("vae", VAE), ("text", CLIP)):
         error = str(refused(broken(name, drop(prefix)), "no checkpoint of a known family", sd1))
-        assert all(key in error for key in (UNET + "input_blocks.0.0.weight", VAE + "encoder.conv_in.weight", *XL,
-                                            CLIP, OPEN_CLIP))  # fmt: skip
+        assert all(
+            key in error
+            for key in (UNET + "input_blocks.0.0.weight", VAE + "encoder.conv_in.weight", *XL, CLIP, OPEN_CLIP)
+        )
     refused(sd1 / "unet" / "diffusion_pytorch_model.safetensors", "no checkpoint of a known family.*conv_in.bias", sd1)
     refused(broken("few", drop(UNET + "input_blocks.1.0.in_layers")), "unet of .*4 missing .*in_layers", sd1)
     more = broken("more", lambda tensors: tensors.update({UNET + "extra.weight": np.zeros(3, np.float32)}))

@@ -60,10 +60,17 @@ def test_added_tokens_that_the_vocabulary_has_change_nothing(tmp_path):
     assert np.array_equal(tokenize(load_tokenizer(folder, 77), ["a red square"]), before)
 
 
-@pytest.mark.parametrize("entry", [
-    {"vocab_file": "/other/vocab.json"}, {"merges_file": "../merges.txt"}, {"tokenizer_file": "/other/tokenizer.json"},
-    {"fast_tokenizer_files": ["../other/tokenizer.4.0.0.json"]}, {"vocab": "/other/vocab.json"}, {"init_inputs": ["x"]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"vocab_file": "/other/vocab.json"},
+        {"merges_file": "../merges.txt"},
+        {"tokenizer_file": "/other/tokenizer.json"},
+        {"fast_tokenizer_files": ["../other/tokenizer.4.0.0.json"]},
+        {"vocab": "/other/vocab.json"},
+        {"init_inputs": ["x"]},
+    ],
+)
 def test_the_config_names_no_other_files(tmp_path, entry):
     folder = tiny.write_tokenizer(tmp_path / "t")
     config = json.loads((folder / "tokenizer_config.json").read_text())

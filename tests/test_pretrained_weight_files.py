@@ -169,12 +169,14 @@ def test_written_files_are_torchs(tmp_path, dtype):
 
 def test_the_writer_checks_every_tensor(tmp_path):
     square = np.arange(4, dtype=np.float32).reshape(2, 2)
-    for i, (bad, what) in enumerate([
-        (square.T, "contiguous"),  # strides that a writer of raw bytes would ignore
-        (square.astype(np.float64), "float64"),
-        (square[:1], "instead of"),
-        (square + np.nan, "not finite"),
-    ]):  # fmt: skip
+    for i, (bad, what) in enumerate(
+        [
+            (square.T, "contiguous"),  # strides that a writer of raw bytes would ignore
+            (square.astype(np.float64), "float64"),
+            (square[:1], "instead of"),
+            (square + np.nan, "not finite"),
+        ]
+    ):
         with pytest.raises(LcmError, match=what):
             weight_files.write_weights(tmp_path / str(i), {"w": (2, 2)}, lambda key, bad=bad: bad, np.float32)
     with pytest.raises(LcmError, match="int8"):
@@ -185,14 +187,18 @@ def test_download_patterns_take_one_variant_only():
     import fnmatch
 
     present = [
-        "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
-        "unet/diffusion_pytorch_model-00001-of-00002.safetensors", "unet/diffusion_pytorch_model.bin",
-        "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "unet/diffusion_flax_model.msgpack",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+        "unet/diffusion_flax_model.msgpack",
         "unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors",
-        "unet/diffusion_pytorch_model.non_ema.safetensors", "unet/diffusion_pytorch_model.safetensors.index.json",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
         "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
         "unet/diffusion_pytorch_model.safetensors.fp16.index.json",
-    ]  # fmt: skip
+    ]
 
     def taken(variant):
         patterns = ["unet/" + pattern for pattern in weight_files.download_patterns(NAME, variant)]

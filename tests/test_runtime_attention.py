@@ -169,11 +169,14 @@ def test_cudnn_names_the_layer_it_cannot_run():
         attention.check(SD21, "cudnn", A100)
 
 
-@pytest.mark.parametrize(("implementation", "mesh", "message"), [
-    ("splash", A100, "splash runs on TPUs alone, these devices are gpu"),
-    ("cudnn", TPU, "cudnn runs on NVIDIA GPUs alone, these devices are tpu"),
-    ("flash", CPU, "model.attention=flash: known are auto, xla, chunked, cudnn, splash"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("implementation", "mesh", "message"),
+    [
+        ("splash", A100, "splash runs on TPUs alone, these devices are gpu"),
+        ("cudnn", TPU, "cudnn runs on NVIDIA GPUs alone, these devices are tpu"),
+        ("flash", CPU, "model.attention=flash: known are auto, xla, chunked, cudnn, splash"),
+    ],
+)
 def test_wrong_devices_and_names_are_refused(implementation, mesh, message):
     for refuse in (functools.partial(attention.check, SD15), lambda i, m: attention.choose(i, jnp.bfloat16, m)):
         with pytest.raises(LcmError, match=message) as caught:
@@ -191,8 +194,15 @@ def test_every_layer_of_a_unet_has_its_head_size():
     assert set(sizes) == {layer for layer in layers if "attentions" in layer}
 
 
-LENGTHS = [(4096, 4096, 40), (4096, 77, 40), (1024, 77, 80), (256, 256, 160), (64, 77, 160), (4095, 4095, 40),
-           (4096, 77, 64)]  # fmt: skip
+LENGTHS = [
+    (4096, 4096, 40),
+    (4096, 77, 40),
+    (1024, 77, 80),
+    (256, 256, 160),
+    (64, 77, 160),
+    (4095, 4095, 40),
+    (4096, 77, 64),
+]
 
 
 @pytest.mark.parametrize("mesh", [A100, H100], ids=["A100", "H100"])

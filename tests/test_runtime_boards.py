@@ -45,8 +45,16 @@ def wandb(monkeypatch):
 
 
 def train(workdir, first, last, project="demo", stream=None):
-    with Telemetry(workdir, 20, batch_size=8, start_step=first, log_every=5, stream=stream or io.StringIO(),
-                   wandb=project, config={"train": {"steps": 20}}) as telemetry:
+    with Telemetry(
+        workdir,
+        20,
+        batch_size=8,
+        start_step=first,
+        log_every=5,
+        stream=stream or io.StringIO(),
+        wandb=project,
+        config={"train": {"steps": 20}},
+    ) as telemetry:
         for step in range(first + 1, last + 1):
             telemetry.update(step, {"loss": 1.0 / step})
         telemetry.settle()
@@ -122,7 +130,7 @@ def test_a_board_that_blocks(tmp_path, wandb, hang, monkeypatch):
 @pytest.mark.parametrize("error", [RuntimeError("no route\nto host"), SystemExit(1), MemoryError()])
 def test_a_board_that_fails(tmp_path, monkeypatch, method, error):
     monkeypatch.setattr(boards.TensorBoard, method, failing(error))
-    line, = lines_of(tmp_path)
+    (line,) = lines_of(tmp_path)
     assert line.startswith(f"TensorBoard ended ({type(error).__name__}") and "to host" not in line
 
 
@@ -135,7 +143,7 @@ def test_a_board_that_cannot_begin(tmp_path, wandb):
 
 def test_a_thread_of_tensorboard_that_dies_is_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", failing(OSError(28, "disk full")))
-    line, = lines_of(tmp_path)
+    (line,) = lines_of(tmp_path)
     assert line.startswith("TensorBoard ended (OSError: [Errno 28] disk full") and capfd.readouterr().err == ""
 
 
@@ -146,7 +154,8 @@ def test_a_board_that_is_slow_gets_less(hang):
         shown.scalars({"step": step})
         shown.picture(step, "samples", np.zeros((2, 2, 3), np.uint8))
     assert shown._queue.qsize() == sum(boards.WAITING.values()) and lines == [
-        "Slow takes no more for now; what it does not take is left out, metrics.jsonl has all numbers"]
+        "Slow takes no more for now; what it does not take is left out, metrics.jsonl has all numbers"
+    ]
 
 
 def test_a_board_that_has_blocked_for_long_is_told_of_and_not_waited_for(hang, monkeypatch):

@@ -34,9 +34,13 @@ class State(NamedTuple):
 
 def make_state(seed: int = 0) -> State:
     rng = np.random.default_rng(seed)
-    params = {"conv_in": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 4, 8)), jnp.float32),
-                          "bias": jnp.asarray(rng.normal(size=8), jnp.bfloat16)},
-              "down_blocks_0": {"resnets_1": {"norm1": {"scale": jnp.asarray([np.nan, -0.0, 1e-45], jnp.float32)}}}}
+    params = {
+        "conv_in": {
+            "kernel": jnp.asarray(rng.normal(size=(3, 3, 4, 8)), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=8), jnp.bfloat16),
+        },
+        "down_blocks_0": {"resnets_1": {"norm1": {"scale": jnp.asarray([np.nan, -0.0, 1e-45], jnp.float32)}}},
+    }
     optimiser = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), 2)
     return State(jnp.int32(seed), params, optimiser.init(params), jax.tree.map(jnp.copy, params))
 
@@ -93,15 +97,25 @@ def _drop(tree):
     return {k: v for k, v in tree.items() if k != "conv_in"}
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda p: {**p, "cond_proj": {"kernel": jnp.zeros((2, 2))}},
-     ["params/cond_proj/kernel: not in the checkpoint, expected float32[2,2]"]),
-    (_drop, ["params/conv_in/kernel: float32[3,3,4,8] in the checkpoint, not expected"]),
-    (lambda p: {**p, "conv_in": {**p["conv_in"], "kernel": jnp.zeros((3, 3, 4, 9))}},
-     ["params/conv_in/kernel: float32[3,3,4,8] in the checkpoint, expected float32[3,3,4,9]"]),
-    (lambda p: jax.tree.map(lambda x: x.astype(jnp.float32), p),
-     ["params/conv_in/bias: bfloat16[8] in the checkpoint, expected float32[8]"]),
-], ids=["missing", "unexpected", "shape", "dtype"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda p: {**p, "cond_proj": {"kernel": jnp.zeros((2, 2))}},
+            ["params/cond_proj/kernel: not in the checkpoint, expected float32[2,2]"],
+        ),
+        (_drop, ["params/conv_in/kernel: float32[3,3,4,8] in the checkpoint, not expected"]),
+        (
+            lambda p: {**p, "conv_in": {**p["conv_in"], "kernel": jnp.zeros((3, 3, 4, 9))}},
+            ["params/conv_in/kernel: float32[3,3,4,8] in the checkpoint, expected float32[3,3,4,9]"],
+        ),
+        (
+            lambda p: jax.tree.map(lambda x: x.astype(jnp.float32), p),
+            ["params/conv_in/bias: bfloat16[8] in the checkpoint, expected float32[8]"],
+        ),
+    ],
+    ids=["missing", "unexpected", "shape", "dtype"],
+)
 def test_any_difference_is_refused(saved, change, words):
     state = make_state()
     with Checkpoints(saved) as checkpoints, pytest.raises(LcmError) as info:
@@ -238,7 +252,7 @@ def test_a_process_that_fails_waits_for_nobody_and_tells(tmp_path, monkeypatch):
     checkpoints.save(1, {"x": jnp.zeros(3)})
     with pytest.raises(LcmError, match="quota"):
         checkpoints.close()
-    (key, said), = told
+    ((key, said),) = told
     assert key.startswith("lcm_jax/checkpoint 1/") and said.startswith(f"saving checkpoint 1 in {tmp_path}")
 
 
@@ -255,8 +269,12 @@ def test_nobody_waits_for_a_process_that_failed(tmp_path, monkeypatch):
 
 
 def run_python(code, *arguments):
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
 
 
 FULL = """

@@ -17,8 +17,13 @@ from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints, load_subtree
 
 def make_state(step):
     rng = np.random.default_rng(step)
-    return {"step": jnp.int32(step), "params": {"kernel": jnp.asarray(rng.normal(size=(64, 32)), jnp.float32),
-                                                "bias": jnp.asarray(rng.normal(size=7), jnp.bfloat16)}}
+    return {
+        "step": jnp.int32(step),
+        "params": {
+            "kernel": jnp.asarray(rng.normal(size=(64, 32)), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=7), jnp.bfloat16),
+        },
+    }
 
 
 def bits(tree):

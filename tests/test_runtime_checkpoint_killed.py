@@ -74,17 +74,22 @@ print(json.dumps({"newest": newest, "left": caught}))
 def kill(folder, kills: int, keep: int, seed: int) -> dict:
     done = subprocess.run(
         [sys.executable, "-W", "ignore::RuntimeWarning", "-c", KILLS, *map(str, (folder, kills, keep, seed))],
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("kills", "keep"), [
-    (8, 1),
-    pytest.param(100, 1, marks=pytest.mark.slow),
-    pytest.param(100, 3, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kills", "keep"),
+    [
+        (8, 1),
+        pytest.param(100, 1, marks=pytest.mark.slow),
+        pytest.param(100, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_while_saving(tmp_path, kills, keep):
     found = kill(tmp_path / "checkpoints", kills, keep, seed=kills + keep)
     print(found)

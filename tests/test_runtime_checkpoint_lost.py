@@ -35,18 +35,21 @@ def make(workdir, *names):
         (workdir / "checkpoints" / name).mkdir(parents=True)
 
 
-@pytest.mark.parametrize(("step", "names", "events"), [
-    (11, (), ()),
-    (25, ("25.damaged",), ()),
-    (25, (".20.partial",), ()),  # before it was written, that of step 10 was there
-    (21, (".10.partial",), ()),  # the one of step 20 waits for it
-    (4, ("4.damaged1",), ()),
-    (4, (".4.removed",), ()),
-    (4, (), [("start", 0), ("saved", 4), ("stop", 4)]),  # by a signal, long before it was due
-    (0, (), [("start", 0), ("steps", 14)]),  # log.every is larger
-    (4, (), [("start", 0), ("start", 3)]),
-    (4, ("tmp",), [("saved", 4)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("step", "names", "events"),
+    [
+        (11, (), ()),
+        (25, ("25.damaged",), ()),
+        (25, (".20.partial",), ()),  # before it was written, that of step 10 was there
+        (21, (".10.partial",), ()),  # the one of step 20 waits for it
+        (4, ("4.damaged1",), ()),
+        (4, (".4.removed",), ()),
+        (4, (), [("start", 0), ("saved", 4), ("stop", 4)]),  # by a signal, long before it was due
+        (0, (), [("start", 0), ("steps", 14)]),  # log.every is larger
+        (4, (), [("start", 0), ("start", 3)]),
+        (4, ("tmp",), [("saved", 4)]),
+    ],
+)
 def test_no_checkpoint_is_refused(workdir, step, names, events):
     make(workdir, *names)
     tell(workdir, step, events)
@@ -62,19 +65,26 @@ def test_no_checkpoint_is_refused(workdir, step, names, events):
     lost.check(workdir, 1000)
 
 
-@pytest.mark.parametrize(("step", "names", "events"), [
-    (0, (), ()),
-    (10, (), ()),
-    (20, (".10.partial",), ()),  # killed while its first checkpoint was written
-    (20, (".10.partial.orbax-checkpoint-tmp",), ()),
-    (9, (), [("start", 0), ("saved", 30), ("start", 0), ("steps", 9)]),  # begun anew after metrics.jsonl was deleted
-    (20, ("10",), ()),
-    (30, ("10", ".20.partial"), ()),
-    (25, ("25", "20.damaged"), [("saved", 25)]),
-    (12, ("10", "60.damaged"), [("saved", 60), ("start", 10), ("steps", 12)]),  # told by the start before
-    (0, ("0",), [("start", 0), ("saved", 0)]),  # stopped before its first step
-    (0, (), [("start", 0), ("saved", 0)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("step", "names", "events"),
+    [
+        (0, (), ()),
+        (10, (), ()),
+        (20, (".10.partial",), ()),  # killed while its first checkpoint was written
+        (20, (".10.partial.orbax-checkpoint-tmp",), ()),
+        (
+            9,
+            (),
+            [("start", 0), ("saved", 30), ("start", 0), ("steps", 9)],
+        ),  # begun anew after metrics.jsonl was deleted
+        (20, ("10",), ()),
+        (30, ("10", ".20.partial"), ()),
+        (25, ("25", "20.damaged"), [("saved", 25)]),
+        (12, ("10", "60.damaged"), [("saved", 60), ("start", 10), ("steps", 12)]),  # told by the start before
+        (0, ("0",), [("start", 0), ("saved", 0)]),  # stopped before its first step
+        (0, (), [("start", 0), ("saved", 0)]),
+    ],
+)
 def test_what_a_killed_run_leaves_is_no_loss(workdir, capsys, step, names, events):
     make(workdir, *names)
     tell(workdir, step, events)
@@ -82,16 +92,19 @@ def test_what_a_killed_run_leaves_is_no_loss(workdir, capsys, step, names, event
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("step", "names", "events"), [
-    (60, ("10",), ()),
-    (60, ("10", "60.damaged"), ()),
-    (15, ("10",), [("start", 10), ("saved", 15)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("step", "names", "events"),
+    [
+        (60, ("10",), ()),
+        (60, ("10", "60.damaged"), ()),
+        (15, ("10",), [("start", 10), ("saved", 15)]),
+    ],
+)
 def test_an_older_checkpoint_is_told(workdir, capsys, step, names, events):
     make(workdir, *names)
     tell(workdir, step, events)
     lost.check(workdir, 1000)
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("WARNING: ") and f"step {step}" in line and f"steps 11 to {step} are trained again" in line
 
 
@@ -102,9 +115,18 @@ def test_a_link_to_nothing(workdir, name):
         lost.check(workdir, 1000)
 
 
-@pytest.mark.parametrize("content", [
-    b"5\n", b"{}\n", b'{"step": "a"}\n', b"\xff\xfe\n", b'{"st\n{"step": 2}\n', b"[" * 10000 + b"\n",
-], ids=range(6))  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"5\n",
+        b"{}\n",
+        b'{"step": "a"}\n',
+        b"\xff\xfe\n",
+        b'{"st\n{"step": 2}\n',
+        b"[" * 10000 + b"\n",
+    ],
+    ids=range(6),
+)
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
 def test_a_damaged_file_is_named(workdir, name, content):
     tell(workdir, 1)

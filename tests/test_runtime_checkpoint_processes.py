@@ -46,8 +46,11 @@ def same(tree, step, target):
 
 def host(step):
     rng = np.random.default_rng(step)
-    return {"w": rng.normal(size=(16, 24)).astype(np.float32), "b": rng.normal(size=8).astype(np.float32),
-            "step": np.int32(step)}  # fmt: skip
+    return {
+        "w": rng.normal(size=(16, 24)).astype(np.float32),
+        "b": rng.normal(size=8).astype(np.float32),
+        "step": np.int32(step),
+    }
 
 
 def same_on_one_device(folder: Path, step: int) -> None:
@@ -60,8 +63,13 @@ def same_on_one_device(folder: Path, step: int) -> None:
 
 def start(code: str, *arguments) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen([sys.executable, "-c", STATE + code, *map(str, arguments)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", STATE + code, *map(str, arguments)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process: subprocess.Popen) -> tuple[str, str]:
@@ -204,7 +212,7 @@ def test_a_write_that_fails_in_one_process_ends_all_at_the_same_step(tmp_path, w
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [2, 2], ends
-    last, = {out.splitlines()[-1] for out, _ in ends}
+    (last,) = {out.splitlines()[-1] for out, _ in ends}
     assert last.startswith("stopped at ") and 2 < int(last.split()[-1]) < 3000, ends
     own = f"saving checkpoint 2 in {tmp_path / 'c'} failed (OSError: [Errno 122] Disk quota exceeded)"
     assert f"error: {own}" in ends[who][1] and f"error: process {who} of 2: {own}" in ends[1 - who][1], ends

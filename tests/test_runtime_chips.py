@@ -6,11 +6,20 @@ from lcm_jax.errors import LcmError
 from lcm_jax.runtime.cost import chips
 
 
-@pytest.mark.parametrize(("kind", "name"), [
-    ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"),
-    ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
-    ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+    ],
+)
 def test_device_kinds(kind, name):
     assert chips.lookup(kind).name == name
 
@@ -20,10 +29,17 @@ def test_unknown_devices_have_no_constants(kind):
     assert chips.lookup(kind) is None
 
 
-@pytest.mark.parametrize(("topology", "name", "count"), [
-    ("v5e:4x4", "v5e", 16), ("v5p:2x2x4", "v5p", 16), ("v6e:4x4", "v6e", 16), ("v4:2x2x4", "v4", 16),
-    ("v5e:16x16", "v5e", 256), ("v5p:4x8x8", "v5p", 256),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("topology", "name", "count"),
+    [
+        ("v5e:4x4", "v5e", 16),
+        ("v5p:2x2x4", "v5p", 16),
+        ("v6e:4x4", "v6e", 16),
+        ("v4:2x2x4", "v4", 16),
+        ("v5e:16x16", "v5e", 256),
+        ("v5p:4x8x8", "v5p", 256),
+    ],
+)
 def test_a_topology_counts_chips(topology, name, count):
     chip, found = chips.of_topology(topology)
     assert (chip.name, found) == (name, count)

@@ -14,9 +14,13 @@ from lcm_jax.runtime.processes import cluster
 from lcm_jax.runtime.processes.roll_call import roll_call
 
 SLURM = {
-    "SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": "node[007-009],gpu1", "SLURM_NTASKS": "4", "SLURM_PROCID": "3",
-    "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2",
-}  # fmt: skip
+    "SLURM_JOB_ID": "4097",
+    "SLURM_STEP_NODELIST": "node[007-009],gpu1",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_NODES": "2",
+}
 PER_NODE = {"SLURM_STEP_NUM_NODES": "4"}
 OMPI5 = {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "2"}
 OMPI = OMPI5 | {"OMPI_MCA_orte_hnp_uri": "0.0;tcp://10.96.0.1,10.148.0.1:34911"}
@@ -48,17 +52,26 @@ def environment(monkeypatch):
         ({}, dict(coordinator="[::1]:99", num_processes=2, process_id=1), cluster.Place("[::1]:99", 2, 1)),
         (SLURM, dict(coordinator="h:99", num_processes=2, process_id=1), cluster.Place("h:99", 2, 1, (1,))),
         (OMPI5 | SLURM, dict(coordinator="h:99"), cluster.Place("h:99", 8, 2, (2,), "4097")),
-        (OMPI5 | {"JAX_COORDINATOR_ADDRESS": "[fe80::1]", "JAX_COORDINATOR_PORT": "7"}, {},
-         cluster.Place("[fe80::1]:7", 8, 2, (2,))),
-        ({"JAX_COORDINATOR_ADDRESS": "w-0-0.w:1", "JAX_NUM_PROCESSES": "2", "JOB_COMPLETION_INDEX": "1"}, {},
-         cluster.Place("w-0-0.w:1", 2, 1)),
-        ({"JAX_COORDINATOR_ADDRESS": "w", "JAX_COORDINATOR_PORT": "1", "NNODES": "2", "NODE_RANK": "1"}, {},
-         cluster.Place("w:1", 2, 1)),
+        (
+            OMPI5 | {"JAX_COORDINATOR_ADDRESS": "[fe80::1]", "JAX_COORDINATOR_PORT": "7"},
+            {},
+            cluster.Place("[fe80::1]:7", 8, 2, (2,)),
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "w-0-0.w:1", "JAX_NUM_PROCESSES": "2", "JOB_COMPLETION_INDEX": "1"},
+            {},
+            cluster.Place("w-0-0.w:1", 2, 1),
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "w", "JAX_COORDINATOR_PORT": "1", "NNODES": "2", "NODE_RANK": "1"},
+            {},
+            cluster.Place("w:1", 2, 1),
+        ),
         (OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, {}, cluster.Place("10.96.0.1:61440", 8, 2, (2,))),
         (OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, {}, cluster.Place("10.96.0.1:61440", 8, 2)),
         ({"NNODES": "4", "NODE_RANK": "1"}, {}, None),  # of torchrun: says nothing about jax
     ],
-)  # fmt: skip
+)
 def test_places(environment, variables, flags, place):
     environment(variables)
     assert cluster.find(**flags) == place
@@ -140,7 +153,7 @@ def test_all_hear_who_is_missing(address):
 
 
 def test_no_process_0(address):
-    heard, = call(*places(address, 2, 1), timeout=3)
+    (heard,) = call(*places(address, 2, 1), timeout=3)
     assert f"process 1 of 2 did not find process 0 at {address} within 3 s (Connection refused)" in heard
 
 
@@ -152,7 +165,7 @@ def test_two_of_a_number(address):
 def test_another_run_at_the_port(address):
     """The process of the other run hears of it; the run begins without it."""
     with waiting(*places(address, 2, 0, run="77")) as heard:
-        stranger, = call(*places(address, 2, 1, run="78"))
+        (stranger,) = call(*places(address, 2, 1, run="78"))
         assert "a run of 2 processes begins that is not its own" in stranger
         assert call(*places(address, 2, 1, run="77")) == [""]
     assert heard == [""]
@@ -161,7 +174,7 @@ def test_another_run_at_the_port(address):
 def test_taken_port(address):
     host, _, port = address.partition(":")
     with socket.create_server((host, int(port))):
-        heard, = call(*places(address, 2, 0))
+        (heard,) = call(*places(address, 2, 0))
     assert f"cannot listen at {address} (Address already in use" in heard and "--coordinator" in heard
 
 
@@ -201,6 +214,6 @@ def test_another_program_at_the_coordinator(address):
                     connection.sendall(b"\x00\x00\x12\x04\n")
 
         threading.Thread(target=serve, daemon=True).start()
-        heard, = call(*places(address, 2, 1), timeout=3)
+        (heard,) = call(*places(address, 2, 1), timeout=3)
         server.shutdown(socket.SHUT_RDWR)
     assert "what answers there is another program" in heard

@@ -30,9 +30,13 @@ def explicit(port: int, index: int, count: int) -> tuple[list[str], dict[str, st
 
 def slurm(port: int, index: int, count: int) -> tuple[list[str], dict[str, str]]:
     return [], {
-        "SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count),
-        "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "JAX_COORDINATOR_PORT": str(port),
-    }  # fmt: skip
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(count),
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index),
+        "JAX_COORDINATOR_PORT": str(port),
+    }
 
 
 def slurm_elsewhere(port: int, index: int, count: int) -> tuple[list[str], dict[str, str]]:
@@ -44,24 +48,33 @@ def slurm_elsewhere(port: int, index: int, count: int) -> tuple[list[str], dict[
 
 def open_mpi(port: int, index: int, count: int) -> tuple[list[str], dict[str, str]]:
     return [], {
-        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": str(count),
-        "OMPI_COMM_WORLD_RANK": str(index), "OMPI_COMM_WORLD_LOCAL_RANK": str(index), "JAX_COORDINATOR_PORT": str(port),
-        "SLURM_NTASKS": "1", "SLURM_PROCID": "0",  # of the job in which mpirun runs
-    }  # fmt: skip
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": str(count),
+        "OMPI_COMM_WORLD_RANK": str(index),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(index),
+        "JAX_COORDINATOR_PORT": str(port),
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",  # of the job in which mpirun runs
+    }
 
 
 def job_set(port: int, index: int, count: int) -> tuple[list[str], dict[str, str]]:
     return [], {
-        "KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": str(index), "JAX_NUM_PROCESSES": str(count),
+        "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+        "JOB_COMPLETION_INDEX": str(index),
+        "JAX_NUM_PROCESSES": str(count),
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-    }  # fmt: skip
+    }
 
 
 def xpk_gpu(port: int, index: int, count: int) -> tuple[list[str], dict[str, str]]:
     return [], {
-        "NNODES": str(count), "NODE_RANK": str(index), "JAX_COORDINATOR_ADDRESS": "localhost",
-        "JAX_COORDINATOR_PORT": str(port), "JOB_COMPLETION_INDEX": str(index),
-    }  # fmt: skip
+        "NNODES": str(count),
+        "NODE_RANK": str(index),
+        "JAX_COORDINATOR_ADDRESS": "localhost",
+        "JAX_COORDINATOR_PORT": str(port),
+        "JOB_COMPLETION_INDEX": str(index),
+    }
 
 
 def start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen:
@@ -69,8 +82,10 @@ def start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen
     return subprocess.Popen(
         [sys.executable, "-u", str(ROOT / "tests" / "distributed_process.py"), *arguments],
         env={**clean, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @contextlib.contextmanager
@@ -116,9 +131,12 @@ def test_processes_become_one_run(launcher):
 
 @pytest.mark.parametrize(
     ("launcher", "number", "count"),
-    [(explicit, signal.SIGTERM, 2), (slurm, signal.SIGINT, 2),
-     pytest.param(explicit, signal.SIGTERM, 4, marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        (explicit, signal.SIGTERM, 2),
+        (slurm, signal.SIGINT, 2),
+        pytest.param(explicit, signal.SIGTERM, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_one_stops_all_at_the_same_step(launcher, number, count):
     with run(launcher, "--do=train", count=count) as processes:
         for process in processes:
@@ -163,7 +181,9 @@ def test_what_fails_in_one_fails_in_all(tmp_path):
     assert "the seed differs between processes: b = 3 on process 0, b = 2 on process 1" in first[2]
     assert "in use by another process" in first[3] and second[3] == f"process 0 of 2: {first[3]}"
     assert [process.error.splitlines()[-1] for process in processes] == [
-        "error: process 1 of 2: the end", "error: the end"]  # fmt: skip
+        "error: process 1 of 2: the end",
+        "error: the end",
+    ]
 
 
 @pytest.mark.slow

@@ -102,9 +102,9 @@ TORCH = {
 }
 
 
-@pytest.mark.parametrize("hub", [
-    name if "v1-5" in name else pytest.param(name, marks=pytest.mark.slow) for name in TORCH
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "hub", [name if "v1-5" in name else pytest.param(name, marks=pytest.mark.slow) for name in TORCH]
+)
 def test_as_torch_counts_the_published_unets(hub):
     side, tera = TORCH[hub]
     pipeline = load_pipeline(hub, weights=False)
@@ -114,6 +114,9 @@ def test_as_torch_counts_the_published_unets(hub):
         cond |= {"text_embeds": f32(1, 1280), "time_ids": f32(1, 6)}
     counted = flops.count(
         lambda params, z, t, c: denoiser.call(pipeline.unet, params, z, t, c),
-        pipeline.params["unet"], f32(1, side, side, 4), f32(1), cond,
-    )  # fmt: skip
+        pipeline.params["unet"],
+        f32(1, side, side, 4),
+        f32(1),
+        cond,
+    )
     parity.close(counted / 1e12, tera, atol=5e-4)

@@ -60,16 +60,19 @@ def eight():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("case", "want"), [
-    ("psum", ["all-reduce", 2 * PART * 3 / 4, 1, ["fsdp"]]),
-    ("psum_all", ["all-reduce", 2 * PART * 7 / 8, 1, ["data", "fsdp"]]),
-    ("all_gather", ["all-gather", 3 * PART, 1, ["fsdp"]]),
-    ("all_gather_data", ["all-gather", PART, 1, ["data"]]),
-    ("psum_scatter", ["reduce-scatter", 3 * PART / 4, 1, ["fsdp"]]),
-    ("all_to_all", ["all-to-all", PART * 3 / 4, 1, ["fsdp"]]),
-    ("ppermute", ["collective-permute", PART, 1, ["data"]]),
-    ("in_loop", ["all-reduce", 2 * PART * 3 / 4, 5, ["fsdp"]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "want"),
+    [
+        ("psum", ["all-reduce", 2 * PART * 3 / 4, 1, ["fsdp"]]),
+        ("psum_all", ["all-reduce", 2 * PART * 7 / 8, 1, ["data", "fsdp"]]),
+        ("all_gather", ["all-gather", 3 * PART, 1, ["fsdp"]]),
+        ("all_gather_data", ["all-gather", PART, 1, ["data"]]),
+        ("psum_scatter", ["reduce-scatter", 3 * PART / 4, 1, ["fsdp"]]),
+        ("all_to_all", ["all-to-all", PART * 3 / 4, 1, ["fsdp"]]),
+        ("ppermute", ["collective-permute", PART, 1, ["data"]]),
+        ("in_loop", ["all-reduce", 2 * PART * 3 / 4, 5, ["fsdp"]]),
+    ],
+)
 def test_collectives_of_known_size(eight, case, want):
     assert eight[case] == [want]
 
@@ -163,10 +166,19 @@ def test_a_loop_of_unknown_length_is_told_of_and_counts_once():
     assert operations.repeated(operations.operations(program)) == (0, 0)
 
 
-@pytest.mark.parametrize(("shape", "size"), [
-    ("f32[2,3]{1,0}", 24), ("(bf16[4]{0}, /*index=1*/s8[3]{0})", 11), ("pred[]", 1), ("bf16[4]{0:T(8,128)S(1)}", 0),
-    ("f8e4m3fn[10]{0}", 10), ("u32[]{:S(2)}", 0), ("token[]", 0), ("s4[6]{0}", 6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("f32[2,3]{1,0}", 24),
+        ("(bf16[4]{0}, /*index=1*/s8[3]{0})", 11),
+        ("pred[]", 1),
+        ("bf16[4]{0:T(8,128)S(1)}", 0),
+        ("f8e4m3fn[10]{0}", 10),
+        ("u32[]{:S(2)}", 0),
+        ("token[]", 0),
+        ("s4[6]{0}", 6),
+    ],
+)
 def test_sizes(shape, size):
     assert hlo.size_bytes(shape) == size
 
@@ -182,16 +194,34 @@ ENTRY %main (x: f32[2,8,8,4]) -> f32[2,8,8,16] {{
 """
 
 
-@pytest.mark.parametrize(("left", "right", "out", "rest", "products"), [
-    ("[2,8,8,4]", "[3,3,4,16]", "[2,6,6,16]", "window={size=3x3}, dim_labels=b01f_01io->b01f", 2 * 36 * 16 * 9 * 4),
-    ("[2,8,8,4]", "[3,3,4,16]", "[2,8,8,16]", "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f",
-     2 * 16 * 4 * 22**2),
-    ("[2,8,8,4]", "[3,3,4,16]", "[2,4,4,16]", "window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_01io->b01f",
-     2 * 16 * 4 * 11**2),
-    # A product of 5 batches, [5 6 7] by [5 7 8], as a convolution over the batches that is mostly padding and holes.
-    ("[5,6,7,1]", "[5,7,8,1]", "[5,6,8,1]", "window={size=5x1 stride=4x1 lhs_dilate=5x1}, dim_labels=0bf1_0io1->0bf1",
-     5 * 6 * 7 * 8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("left", "right", "out", "rest", "products"),
+    [
+        ("[2,8,8,4]", "[3,3,4,16]", "[2,6,6,16]", "window={size=3x3}, dim_labels=b01f_01io->b01f", 2 * 36 * 16 * 9 * 4),
+        (
+            "[2,8,8,4]",
+            "[3,3,4,16]",
+            "[2,8,8,16]",
+            "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f",
+            2 * 16 * 4 * 22**2,
+        ),
+        (
+            "[2,8,8,4]",
+            "[3,3,4,16]",
+            "[2,4,4,16]",
+            "window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_01io->b01f",
+            2 * 16 * 4 * 11**2,
+        ),
+        # A product of 5 batches, [5 6 7] by [5 7 8], as a convolution over the batches: mostly padding and holes.
+        (
+            "[5,6,7,1]",
+            "[5,7,8,1]",
+            "[5,6,8,1]",
+            "window={size=5x1 stride=4x1 lhs_dilate=5x1}, dim_labels=0bf1_0io1->0bf1",
+            5 * 6 * 7 * 8,
+        ),
+    ],
+)
 def test_multiplications_of_a_convolution(left, right, out, rest, products):
     program = hlo.read(CONVOLUTION.format(left=left, right=right, out=out, rest=rest))
     (one,) = operations.operations(program)

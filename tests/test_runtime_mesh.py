@@ -15,15 +15,18 @@ from lcm_jax.errors import LcmError
 from lcm_jax.runtime import mesh as mesh_lib
 
 
-@pytest.mark.parametrize(("shape", "want"), [
-    ((3, 3, 320, 640), PartitionSpec(None, None, None, "fsdp")),
-    ((3, 3, 640, 320), PartitionSpec(None, None, "fsdp", None)),
-    ((1280, 1280), PartitionSpec(None, "fsdp")),
-    ((49408, 770), PartitionSpec("fsdp", None)),
-    ((1021, 77), PartitionSpec()),
-    ((320,), PartitionSpec()),
-    ((), PartitionSpec()),
-])
+@pytest.mark.parametrize(
+    ("shape", "want"),
+    [
+        ((3, 3, 320, 640), PartitionSpec(None, None, None, "fsdp")),
+        ((3, 3, 640, 320), PartitionSpec(None, None, "fsdp", None)),
+        ((1280, 1280), PartitionSpec(None, "fsdp")),
+        ((49408, 770), PartitionSpec("fsdp", None)),
+        ((1021, 77), PartitionSpec()),
+        ((320,), PartitionSpec()),
+        ((), PartitionSpec()),
+    ],
+)
 def test_rule(shape, want):
     mesh = AbstractMesh((2, 4), ("data", "fsdp"))
     assert mesh_lib.param_sharding(mesh, shape).spec == want
@@ -33,14 +36,17 @@ def test_one_way_fsdp_replicates():
     assert mesh_lib.param_sharding(AbstractMesh((8, 1), ("data", "fsdp")), (4096, 4096)).spec == PartitionSpec()
 
 
-@pytest.mark.parametrize(("sizes", "message"), [
-    ((1, 3, 1), "mesh.slices = 1, mesh.data = 1, mesh.fsdp = 3 make 3, not the 1 devices"),
-    ((-1, 2, 1), "mesh.slices = 1, mesh.data = -1, mesh.fsdp = 2 do not divide the 1 devices"),
-    ((-1, 1, 2), "mesh.slices = 2, mesh.data = -1, mesh.fsdp = 1 do not divide the 1 devices"),
-    ((-1, -1, 1), "one of mesh.data and mesh.fsdp may be -1"),
-    ((0, 1, 1), "sizes are at least 1"),
-    ((1, 1, -1), "sizes are at least 1"),
-])
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((1, 3, 1), "mesh.slices = 1, mesh.data = 1, mesh.fsdp = 3 make 3, not the 1 devices"),
+        ((-1, 2, 1), "mesh.slices = 1, mesh.data = -1, mesh.fsdp = 2 do not divide the 1 devices"),
+        ((-1, 1, 2), "mesh.slices = 2, mesh.data = -1, mesh.fsdp = 1 do not divide the 1 devices"),
+        ((-1, -1, 1), "one of mesh.data and mesh.fsdp may be -1"),
+        ((0, 1, 1), "sizes are at least 1"),
+        ((1, 1, -1), "sizes are at least 1"),
+    ],
+)
 def test_sizes_that_are_no_mesh(sizes, message):
     with pytest.raises(LcmError, match=message):
         mesh_lib.make_mesh(*sizes, devices=jax.devices()[:1])
@@ -72,8 +78,12 @@ def test_rows_of_a_process_are_those_of_its_devices():
 def test_what_stays_whole_is_reported():
     mesh = AbstractMesh((1, 1, 4), mesh_lib.AXES)
     struct = jax.ShapeDtypeStruct
-    tree = {"odd": struct((257, 257), np.float32), "small": {"a": struct((8,), np.float32)},
-            "b": struct((4,), np.float16), "split": struct((512, 512), np.float32)}
+    tree = {
+        "odd": struct((257, 257), np.float32),
+        "small": {"a": struct((8,), np.float32)},
+        "b": struct((4,), np.float16),
+        "split": struct((512, 512), np.float32),
+    }
     assert mesh_lib.report_unsharded(mesh, tree) == (
         f"not split over fsdp = 4, whole on every device: {4 * 257**2 + 40} bytes: odd [257, 257] {4 * 257**2} bytes, "
         "2 small ones of 40 bytes"
@@ -182,6 +192,10 @@ print("fine")
 
 @pytest.mark.parametrize("program", [EIGHT, COLLECTIVES], ids=["placing", "collectives"])
 def test_eight_devices(program, tmp_path):
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "c")], capture_output=True, text=True,
-                          env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])})
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "c")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     assert done.stdout == "fine\n", done.stderr[-2000:]

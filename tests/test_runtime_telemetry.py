@@ -62,8 +62,9 @@ def test_where_the_time_went(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(telemetry_lib.time, "monotonic", lambda: now[0])
     pauses = {3: ("data", 3.0), 5: ("checkpoint", 5.0), 8: ("evaluation", 7.0)}
-    with Telemetry(tmp_path, 11, batch_size=8, log_every=11, stream=io.StringIO(), flops_per_step=30e12,
-                   peak_flops=18e12) as telemetry:
+    with Telemetry(
+        tmp_path, 11, batch_size=8, log_every=11, stream=io.StringIO(), flops_per_step=30e12, peak_flops=18e12
+    ) as telemetry:
         for step in range(1, 12):
             if step in pauses:
                 kind, seconds = pauses[step]
@@ -71,7 +72,7 @@ def test_where_the_time_went(tmp_path, monkeypatch):
                     now[0] += seconds
             now[0] += 100.0 if step == 1 else 2.0
             telemetry.update(step, {"loss": 1.0})
-    record, = read_metrics(tmp_path)
+    (record,) = read_metrics(tmp_path)
     assert record["time_step"] == 20 and record["time_data"] == 3
     assert record["time_checkpoint"] == 5 and record["time_evaluation"] == 7
     assert record["data_wait"] == pytest.approx(3 / 23, abs=1e-4)
@@ -92,7 +93,7 @@ def test_waiting_beside_a_step_in_progress_is_the_steps_time(tmp_path, monkeypat
                 now[0] += 6.0
             results[step - 1].set_result(({"loss": 1.0}, now[0] + 4.0))
             telemetry.update(step, {"n": step - 1})
-    record, = read_metrics(tmp_path)
+    (record,) = read_metrics(tmp_path)
     assert record["time_step"] == 16 and record["time_data"] == 8
     assert record["data_wait"] == pytest.approx(1 / 3, abs=1e-4)
 
@@ -196,10 +197,14 @@ def test_tensorboard_and_pictures(tmp_path):
         path = telemetry.images(10, grid)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), grid)
     assert path == tmp_path / "samples" / "00000010.png"
-    events = [(event.step, value.tag, value.WhichOneof("value"))
-              for event in read_events(tmp_path / "tensorboard") for value in event.summary.value]  # fmt: skip
-    assert {(5, "loss", "simple_value"), (10, "images_per_second", "simple_value"),
-            (10, "samples", "image")} <= set(events)
+    events = [
+        (event.step, value.tag, value.WhichOneof("value"))
+        for event in read_events(tmp_path / "tensorboard")
+        for value in event.summary.value
+    ]
+    assert {(5, "loss", "simple_value"), (10, "images_per_second", "simple_value"), (10, "samples", "image")} <= set(
+        events
+    )
 
 
 def test_goodput_goes_on_after_a_restart(tmp_path):
@@ -253,8 +258,9 @@ def test_the_records_of_a_bad_batch_are_listed(tmp_path):
 
 def test_stops_at_a_spike_and_again_where_the_run_goes_on(tmp_path):
     def run(first, spike):
-        with Telemetry(tmp_path, 60, batch_size=8, start_step=first, log_every=1, stream=io.StringIO(),
-                       spike=spike) as telemetry:
+        with Telemetry(
+            tmp_path, 60, batch_size=8, start_step=first, log_every=1, stream=io.StringIO(), spike=spike
+        ) as telemetry:
             for step in range(first + 1, 61):
                 telemetry.update(step, {"loss": 5.0 if step == 50 else 1.0 + step % 2})
 

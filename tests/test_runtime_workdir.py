@@ -177,10 +177,16 @@ def test_signal_sets_the_flag_once_and_handlers_come_back():
 
 
 def test_second_signal_ends_the_process():
-    code = ("import os, signal, time\nfrom lcm_jax.runtime.workdir import StopSignal\n"
-            "with StopSignal() as stop:\n"
-            "    os.kill(os.getpid(), signal.SIGTERM); print('once', bool(stop), flush=True)\n"
-            "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(5); print('alive')\n")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    code = (
+        "import os, signal, time\nfrom lcm_jax.runtime.workdir import StopSignal\n"
+        "with StopSignal() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); print('once', bool(stop), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(5); print('alive')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     assert done.stdout == "once True\n" and done.returncode == -signal.SIGTERM

@@ -48,9 +48,16 @@ def test_pictures_carry_prompt_seed_and_settings(three, lcm):
     for i, picture in enumerate(three.values()):
         assert (picture.mode, picture.size) == ("RGB", (16, 16))
         assert picture.text == {
-            "prompt": PROMPT, "image": str(i), "model": str(lcm), "sampler": "lcm", "steps": "3",
-            "guidance_scale": "8.0", "seed": "5", "size": "16x16", "dtype": "float32",
-        }  # fmt: skip
+            "prompt": PROMPT,
+            "image": str(i),
+            "model": str(lcm),
+            "sampler": "lcm",
+            "steps": "3",
+            "guidance_scale": "8.0",
+            "seed": "5",
+            "size": "16x16",
+            "dtype": "float32",
+        }
 
 
 def test_a_picture_depends_on_its_number_alone(three, lcm, tmp_path):
@@ -102,9 +109,7 @@ def test_unet_and_vae_are_exchanged(three, lcm, tmp_path, capsys):
     assert np.abs(arrays(pictures)[0] - arrays(three)[0]).max() > 8
 
 
-@pytest.mark.parametrize(
-    ("guidance_scale", "warned"), [(3, False), (9, False), (2.9, True), (9.5, True)]
-)  # fmt: skip
+@pytest.mark.parametrize(("guidance_scale", "warned"), [(3, False), (9, False), (2.9, True), (9.5, True)])
 def test_guidance_outside_the_record_is_warned_of(lcm, guidance_scale, warned):
     pipeline, record = sample.load(str(lcm))
     warning = sample.guidance_warning(pipeline, record, generate_lib.Settings(), guidance_scale)
@@ -156,8 +161,12 @@ def test_bad_input_is_one_line_and_exit_code_2(lcm, tmp_path, capsys, options, m
     if any("BROKEN" in option for option in options):
         weights = tiny.copy("micro lcm", tmp_path / "broken") / "unet" / "diffusion_pytorch_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:5000])
-    places = {"SD1": tiny.folder("sd1"), "TEXT": tmp_path / "prompts.txt", "LATIN1": tmp_path / "latin1.txt",
-              "BROKEN": tmp_path / "broken"}  # fmt: skip
+    places = {
+        "SD1": tiny.folder("sd1"),
+        "TEXT": tmp_path / "prompts.txt",
+        "LATIN1": tmp_path / "latin1.txt",
+        "BROKEN": tmp_path / "broken",
+    }
     for word, place in places.items():
         options = [option.replace(f"={word}", f"={place}") for option in options]
     out = tmp_path / "out"
@@ -226,9 +235,14 @@ def test_the_teacher_draws_what_diffusers_draws(tmp_path, sampler, scheduler, gu
     pipe.set_progress_bar_config(disable=True)
     noise = generate_lib.draw_noise(seed, [0, 1], 1, (8, 8, 4))[0]
     theirs = pipe(
-        [PROMPT] * 2, height=16, width=16, num_inference_steps=4, guidance_scale=guidance_scale, output_type="pil",
+        [PROMPT] * 2,
+        height=16,
+        width=16,
+        num_inference_steps=4,
+        guidance_scale=guidance_scale,
+        output_type="pil",
         latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
-    ).images  # fmt: skip
+    ).images
     theirs = np.stack([np.asarray(picture).astype(int) for picture in theirs])
     assert ((theirs > 0) & (theirs < 255)).mean() > 0.5  # pictures, not saturation
     difference = np.abs(ours - theirs).max()

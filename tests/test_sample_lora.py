@@ -73,11 +73,17 @@ def test_loras_are_merged_as_diffusers_adds_them(lora_files, tmp_path, monkeypat
     assert np.abs(alone - arrays(ours)).max() > 8
 
 
-@pytest.mark.parametrize(("name", "negative"), [
-    ("sd1", "a large blue square"), ("sdxl", None),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("sd1", None), ("sd1", ""), ("sdxl", ""), ("sdxl", "a large blue square"))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "negative"),
+    [
+        ("sd1", "a large blue square"),
+        ("sdxl", None),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("sd1", None), ("sd1", ""), ("sdxl", ""), ("sdxl", "a large blue square"))
+        ),
+    ],
+)
 def test_guidance_between_1_and_2_is_diffusers_two_passes(name, negative, tmp_path, monkeypatch):
     """SDXL: no negative prompt is zeros, "" is encoded; SD: both are "" encoded."""
     words = () if negative is None else (f"--negative_prompt={negative}",)
@@ -108,9 +114,14 @@ def test_the_negative_prompt_is_the_teachers_too(tmp_path):
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     noise = generate_lib.draw_noise(SEED, [0, 1], 1, (8, 8, 4))[0]
     pictures = pipe(
-        [PROMPT] * 2, negative_prompt=["a blue square"] * 2, height=16, width=16, num_inference_steps=STEPS,
-        guidance_scale=5.0, latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
-    ).images  # fmt: skip
+        [PROMPT] * 2,
+        negative_prompt=["a blue square"] * 2,
+        height=16,
+        width=16,
+        num_inference_steps=STEPS,
+        guidance_scale=5.0,
+        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
+    ).images
     same(ours, np.stack([np.asarray(picture).astype(int) for picture in pictures]), "ddim")
 
 
@@ -122,11 +133,19 @@ def test_a_single_file_is_a_model(tmp_path):
     np.testing.assert_array_equal(arrays(ours), arrays(draw(folder, tmp_path / "b", *OPTIONS)))
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("FILE", ("FILE", 1.0)), ("FILE:0.8", ("FILE", 0.8)), ("FILE:-1", ("FILE", -1.0)), ("FILE:1e-1", ("FILE", 0.1)),
-    ("owner/name", ("owner/name", 1.0)), ("owner/name/x.safetensors:.5", ("owner/name/x.safetensors", 0.5)),
-    ("ODD:name", ("ODD:name", 1.0)), ("ODD:name:2", ("ODD:name", 2.0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("FILE", ("FILE", 1.0)),
+        ("FILE:0.8", ("FILE", 0.8)),
+        ("FILE:-1", ("FILE", -1.0)),
+        ("FILE:1e-1", ("FILE", 0.1)),
+        ("owner/name", ("owner/name", 1.0)),
+        ("owner/name/x.safetensors:.5", ("owner/name/x.safetensors", 0.5)),
+        ("ODD:name", ("ODD:name", 1.0)),
+        ("ODD:name:2", ("ODD:name", 2.0)),
+    ],
+)
 def test_what_follows_the_last_colon_is_a_weight_if_it_is_a_number(tmp_path, text, expected):
     for name in ("file", "odd:name"):
         (tmp_path / name).touch()
@@ -137,10 +156,15 @@ def test_what_follows_the_last_colon_is_a_weight_if_it_is_a_number(tmp_path, tex
     assert sample.parse_lora(real(text)) == (real(expected[0]), expected[1])
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("FILE:nan", "weight nan is not finite"), ("FILE:", "does not exist"), ("nothing", "nothing does not exist"),
-    ("/no/such:2", "/no/such does not exist; give a .safetensors file, a folder, or owner/name"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("FILE:nan", "weight nan is not finite"),
+        ("FILE:", "does not exist"),
+        ("nothing", "nothing does not exist"),
+        ("/no/such:2", "/no/such does not exist; give a .safetensors file, a folder, or owner/name"),
+    ],
+)
 def test_bad_lora_options(tmp_path, text, message):
     (tmp_path / "file").touch()
     with pytest.raises(LcmError, match=message):
@@ -225,8 +249,9 @@ def test_warnings_and_cut_prompts_are_on_stderr_and_pictures_come(lora_files, tm
     assert len(draw(tiny.folder("sd1"), tmp_path, *words, prompt=f"a red {LONG}")) == 2
     first, *cut = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert "oversaturated" in first
-    assert [re.match(r"warning: a prompt of (\d+) tokens is cut to 77, (\d+) are lost: '", line).groups()
-            for line in cut] == [("84", "7"), ("82", "5")]  # fmt: skip
+    assert [
+        re.match(r"warning: a prompt of (\d+) tokens is cut to 77, (\d+) are lost: '", line).groups() for line in cut
+    ] == [("84", "7"), ("82", "5")]
 
 
 def test_captions_are_counted_where_no_program_does(caplog):

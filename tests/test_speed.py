@@ -44,8 +44,9 @@ def test_training_steps_ask_for_the_same_products_on_both_sides(kind):
     """Teacher twice, target, student, its gradient. Of adapters the order of products may differ a little."""
     config = side.training_config(SMALL[kind])
     teacher = student.load_teacher(config, weights=False)
-    made = training_step.make(config, teacher, student.load_student(config, teacher),
-                              mesh_lib.make_mesh(devices=jax.devices()[:1]))  # fmt: skip
+    made = training_step.make(
+        config, teacher, student.load_student(config, teacher), mesh_lib.make_mesh(devices=jax.devices()[:1])
+    )
     parity.close(torch_flops(SMALL[kind]), made.model_flops(), rtol=0.02)
 
 
@@ -58,8 +59,10 @@ def test_products_of_both_sides():
 
 
 def test_random_weights_keep_a_signals_size():
-    shapes = {"conv": {"kernel": jax.ShapeDtypeStruct((3, 3, 64, 32), np.float32)},
-              "norm": {"scale": jax.ShapeDtypeStruct((8,), np.float32), "bias": jax.ShapeDtypeStruct((8,), np.float32)}}
+    shapes = {
+        "conv": {"kernel": jax.ShapeDtypeStruct((3, 3, 64, 32), np.float32)},
+        "norm": {"scale": jax.ShapeDtypeStruct((8,), np.float32), "bias": jax.ShapeDtypeStruct((8,), np.float32)},
+    }
     found = jax_side.random_weights(shapes)
     parity.close(found["conv"]["kernel"].std(), (3 * 3 * 64) ** -0.5, rtol=0.05)
     assert (found["norm"]["scale"] == 1).all() and (found["norm"]["bias"] == 0).all()
@@ -113,8 +116,13 @@ def measured(workload, torch_ways, found=None, ours=0.25, code="a" * 64):
     found = {} if found is None else found
     found |= {"workload": dataclasses.asdict(workload), "versions": {"jax": "1"}, "code": code}
     told = {"jax": {"lcm_jax": ours}, "torch": torch_ways}
-    measure.measure(found, workload, lambda name: Told(name, told[name], log),
-                    lambda: kept.append(json.dumps(found)), lambda line: None)  # fmt: skip
+    measure.measure(
+        found,
+        workload,
+        lambda name: Told(name, told[name], log),
+        lambda: kept.append(json.dumps(found)),
+        lambda line: None,
+    )
     return found, log, kept
 
 
@@ -154,7 +162,7 @@ def test_torchs_best_way_is_the_one_that_comes_nearest_in_its_own_turns():
     """Its seconds are those of other minutes, in which the machine may have been slower."""
     found, _, _ = measured(SMALL["lcd"], {"eager": 0.5, "compile": 0.4})
     found["torch"]["compile"] |= {"seconds": [0.9] * 7, "jax_seconds": [0.6] * 7, "ratio": 1.5}
-    line, = report.lines({"card": "A card", "device": "cpu", "workloads": {"lcd": found}})
+    (line,) = report.lines({"card": "A card", "device": "cpu", "workloads": {"lcd": found}})
     assert (line.best, line.ours(), line.torch(), line.ratio()) == ("compile", 0.6, 0.9, 1.5)
 
 
@@ -200,8 +208,11 @@ def card(device="gpu"):
     lcd, _, _ = measured(workloads.HEADLINE, {"eager": 0.5, "compile": None})
     draw, _, _ = measured(Workload("sample", "sd15", 512, 1, "bfloat16"), {"eager": 0.5, "compile": 0.3})
     records = {w["workload"]["kind"]: w for w in (product, lcd, draw)}
-    return {"card": "A card", "device": device,
-            "workloads": {Workload(**w["workload"]).name: w for w in records.values()}}  # fmt: skip
+    return {
+        "card": "A card",
+        "device": device,
+        "workloads": {Workload(**w["workload"]).name: w for w in records.values()},
+    }
 
 
 def test_report():
@@ -242,8 +253,11 @@ def test_kernels_of_a_trace(tmp_path):
     parity.close(sum(kernel["share"] for kernel in found), 1.0)
     assert found[0]["calls"] == 1 and found[0]["seconds"] > 0
     assert trace.summed([("a", 1.0), ("b", 3.0), ("a", 1.0)], 2)[0] == {
-        "name": "b", "calls": 0.5, "seconds": 1.5, "share": 0.6,
-    }  # fmt: skip
+        "name": "b",
+        "calls": 0.5,
+        "seconds": 1.5,
+        "share": 0.6,
+    }
 
 
 def test_commands(capsys, tmp_path):

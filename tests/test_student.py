@@ -81,7 +81,8 @@ def test_lora_on_the_teacher_shares_its_weights(teacher):
     assert frozen.base is None and frozen.teacher is whole.params["unet"] and problem.student is student.unet
     theta = student_lib.theta(student)
     assert theta is student.params["unet"]["lora"] and lora.target_paths(whole.params["unet"]) == list(
-        sorted(lora.by_layer(theta)))  # fmt: skip
+        sorted(lora.by_layer(theta))
+    )
     again = student_lib.theta(student_lib.load_student(config, whole))
     assert same(theta, again), "the first adapters follow from the seed"
     other = make_config(teacher, **LORA, seed=1)
@@ -152,14 +153,17 @@ def test_what_tells_an_lcm(teacher, lcm, tmp_path):
         load(make_config(None, objective="lcf", model__student=str(scheduled), distill__solver_steps=40))
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"distill__solver_steps": 25}, r"solver_steps = 25, but .* was distilled with 50"),
-    ({"distill__timestep_scaling": 5.0}, r"timestep_scaling = 5.0, but .* 10.0"),
-    ({"distill__sigma_data": 1.0}, r"sigma_data = 1.0, but .* 0.5"),
-    ({"distill__w_max": 20.0}, r"w_max = 20: .* on w in \[2, 14\]"),
-    ({"distill__w_embedding_dim": 256}, r"dimension 16.*w_embedding_dim is 256"),
-    ({"model__prediction_type": "v_prediction"}, r"'v_prediction', but .* 'epsilon'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"distill__solver_steps": 25}, r"solver_steps = 25, but .* was distilled with 50"),
+        ({"distill__timestep_scaling": 5.0}, r"timestep_scaling = 5.0, but .* 10.0"),
+        ({"distill__sigma_data": 1.0}, r"sigma_data = 1.0, but .* 0.5"),
+        ({"distill__w_max": 20.0}, r"w_max = 20: .* on w in \[2, 14\]"),
+        ({"distill__w_embedding_dim": 256}, r"dimension 16.*w_embedding_dim is 256"),
+        ({"model__prediction_type": "v_prediction"}, r"'v_prediction', but .* 'epsilon'"),
+    ],
+)
 def test_lcf_goes_on_as_the_lcm_was_distilled(lcm, changes, words):
     lcf = {"objective": "lcf", "model__student": str(lcm), "distill__w_embedding_dim": DIM}
     with pytest.raises(LcmError, match=words) as error:

@@ -11,10 +11,18 @@ from experiments.table1 import paper, run
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import table
 
-COMPARISON = {"seed": 0, "pictures": 8, "prompts": {"from": "x", "sha256": "0" * 64}, "height": 64, "width": 64,
-              "metrics": {}}  # fmt: skip
-SETTINGS = {"program": {"dtype": "float32", "negative_prompt": "", "tiled": False, "batch_size": 8, "device": "cpu"},
-            "sampling": {"spacing": "trailing"}}  # fmt: skip
+COMPARISON = {
+    "seed": 0,
+    "pictures": 8,
+    "prompts": {"from": "x", "sha256": "0" * 64},
+    "height": 64,
+    "width": 64,
+    "metrics": {},
+}
+SETTINGS = {
+    "program": {"dtype": "float32", "negative_prompt": "", "tiled": False, "batch_size": 8, "device": "cpu"},
+    "sampling": {"spacing": "trailing"},
+}
 
 
 def row(sampler: str, steps: int, scale: float, accuracy: float, distance: float) -> table.Row:
@@ -53,8 +61,11 @@ def test_rows_of_other_commands_stay_out(tmp_path):
     """The folder's table may hold other scales, steps and spacings; metrics that some rows lack are left out."""
     wanted = [row(sampler, n, 3.0, 0.5, 9.0) for sampler in run.METHODS for n in (1, 2, 4, 8)]
     leading = {**SETTINGS, "sampling": {"spacing": "leading"}}
-    others = [row("ddim", 50, 3.0, 0.9, 1.0), row("ddim", 4, 5.0, 0.9, 1.0),
-              dataclasses.replace(row("ddim", 4, 3.0, 0.99, 99.0), settings=leading)]  # fmt: skip
+    others = [
+        row("ddim", 50, 3.0, 0.9, 1.0),
+        row("ddim", 4, 5.0, 0.9, 1.0),
+        dataclasses.replace(row("ddim", 4, 3.0, 0.99, 99.0), settings=leading),
+    ]
     wanted[0] = dataclasses.replace(wanted[0], values={**wanted[0].values, "fid": 3.0})
     table.write(tmp_path, [*wanted, *others])
     args = argparse.Namespace(evaluate=None, count=8)
@@ -73,10 +84,12 @@ def test_what_a_metric_lacks_is_told_before_any_training(monkeypatch, tmp_path):
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(folder / "0.png")
     monkeypatch.setattr(run.stage, "made", lambda *args: pytest.fail("trained"))
-    for metric, wrong in ((f"--metric=fid:{torn} --reference={folder}", "torn.pth"),
-                          (f"--metric=shapes --reference={folder}", "no --metric compares with pictures"),
-                          ("--metric=shapes --height=32 --width=32", "scorer reads pictures of 64 x 64, these are 32"),
-                          ("--metric=shapes", "not a caption of the shapes set")):  # fmt: skip
+    for metric, wrong in (
+        (f"--metric=fid:{torn} --reference={folder}", "torn.pth"),
+        (f"--metric=shapes --reference={folder}", "no --metric compares with pictures"),
+        ("--metric=shapes --height=32 --width=32", "scorer reads pictures of 64 x 64, these are 32"),
+        ("--metric=shapes", "not a caption of the shapes set"),
+    ):
         monkeypatch.setattr("sys.argv", ["run", "--no-plot", f"--evaluate=--prompts={prompts} {metric}"])
         with pytest.raises(LcmError, match=wrong):
             run.main()

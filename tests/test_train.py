@@ -78,9 +78,13 @@ def start(workdir, teacher, *more: str) -> subprocess.Popen:
     """The program in a process of its own."""
     environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # as conftest.py: the same cached programs
     return subprocess.Popen(
-        [*PROGRAM, *arguments(workdir, teacher, *more)], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [*PROGRAM, *arguments(workdir, teacher, *more)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def logged(workdir) -> list[tuple[int, float, float]]:
@@ -116,7 +120,7 @@ def stopped(teacher, tmp_path_factory) -> tuple[Path, int, str]:
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate()
     assert process.returncode == 0, said
-    step, = saved_steps(workdir)
+    (step,) = saved_steps(workdir)
     assert STOP_FROM <= step < STEPS and f"SIGTERM: saved step {step}" in said
     assert logged(workdir)[-1][0] == step - step % 5
     process = start(workdir, teacher, *PICTURES)
@@ -151,9 +155,15 @@ def test_the_workdir_holds_what_is_promised(stopped, teacher):
     workdir, _, said = stopped
     saved = json.loads((workdir / "config.json").read_text())
     assert saved["model"] == {
-        "teacher": str(teacher), "student": str(teacher), "dtype": "float32", "vae": None, "prediction_type": None,
-        "config": None, "teacher_dtype": "float32", "attention": "auto",
-    }  # fmt: skip
+        "teacher": str(teacher),
+        "student": str(teacher),
+        "dtype": "float32",
+        "vae": None,
+        "prediction_type": None,
+        "config": None,
+        "teacher_dtype": "float32",
+        "attention": "auto",
+    }
     assert saved["train"]["steps"] == STEPS and set(saved) == set(config_lib.default_config())
     for record in telemetry.read_metrics(workdir):
         assert {"step", "loss", "images_per_second", "grad_norm", "learning_rate"} <= set(record)
@@ -219,14 +229,19 @@ def test_more_steps_go_on_until_one_is_not_finite(whole, teacher, tmp_path, caps
 
 
 TARGETS = tuple(name for name in lora.DEFAULT_TARGETS if "samplers" not in name)  # the teacher has one level
-LORA = ("--config.lora.rank=4", "--config.lora.alpha=8", "--config.distill.w_embedding_dim=0",
-        f"--config.lora.targets={TARGETS}")  # fmt: skip
+LORA = (
+    "--config.lora.rank=4",
+    "--config.lora.alpha=8",
+    "--config.distill.w_embedding_dim=0",
+    f"--config.lora.targets={TARGETS}",
+)
 FEW = ("--config.sample.every=6", *PICTURES[1:], "--config.checkpoint.every=6", "--config.log.every=2")
 
 
 @pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(teacher, tmp_path, capsys, monkeypatch):
     """At the next step that looks, not at the next checkpoint, which may be hours away."""
+
     def full(folder):
         raise OSError(28, "No space left on device")
 
@@ -276,8 +291,12 @@ def test_a_lora_run_saves_adapters_alone_and_goes_on_bit_for_bit(teacher, tmp_pa
 def test_an_lcf_run_takes_the_lcm_alone_or_beside_a_pipeline(teacher, tmp_path):
     """A bare UNet with the teacher's other parts, stopped halfway; the same UNet in a pipeline, at once, no teacher."""
     lcm = make_lcm(teacher, tmp_path / "lcm")
-    options = (*FEW, "--config.objective=lcf", f"--config.model.student={lcm / 'unet'}",
-               "--config.distill.w_embedding_dim=16")  # fmt: skip
+    options = (
+        *FEW,
+        "--config.objective=lcf",
+        f"--config.model.student={lcm / 'unet'}",
+        "--config.distill.w_embedding_dim=16",
+    )
     for steps in (6, 12):
         assert command(tmp_path / "halves", teacher, *options, f"--config.train.steps={steps}") == 0
     config = config_lib.ConfigDict(json.loads((tmp_path / "halves" / "config.json").read_text()))
@@ -303,11 +322,14 @@ def unsupported(folder: Path) -> None:
     tiny.write_json(path, json.loads(path.read_text()) | {"class_embed_type": "timestep"})
 
 
-@pytest.mark.parametrize(("damage", "words"), [
-    (shutil.rmtree, ["broken"]),
-    (truncate, ["unet/diffusion_pytorch_model.safetensors"]),
-    (unsupported, ["class_embed_type", "timestep"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (shutil.rmtree, ["broken"]),
+        (truncate, ["unet/diffusion_pytorch_model.safetensors"]),
+        (unsupported, ["class_embed_type", "timestep"]),
+    ],
+)
 def test_a_bad_teacher_is_refused_and_the_corrected_command_runs(teacher, tmp_path, capsys, monkeypatch, damage, words):
     broken, workdir = Path(shutil.copytree(teacher, tmp_path / "broken")), tmp_path / "run"
     damage(broken)
@@ -321,7 +343,7 @@ def refused(capsys, words, *args) -> None:
     """The command ends with exit code 2 and says `words` in one line."""
     capsys.readouterr()  # what making the models said
     assert command(*args) == 2
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and all(word in line for word in words), line
 
 
@@ -333,14 +355,17 @@ def test_models_that_cannot_be_distilled(teacher, tmp_path, capsys):
     refused(capsys, [str(inpainting), "in_channels 9", "teacher 4"], tmp_path / "c", teacher, student)
 
 
-@pytest.mark.parametrize(("option", "words"), [
-    ("--config.train.stepz=3", ["stepz", "steps"]),
-    ("--config.train.steps=many", ["many"]),
-    ("--config.train.steps=0", ["train.steps", "0"]),
-    ("--config.objective=lcm", ["objective", "'lcm'", "lcd"]),
-    ("--config.distill.w_max=1e999", ["w_max", "inf"]),
-    ("--config.data.resolution=0", ["data.resolution", "0"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--config.train.stepz=3", ["stepz", "steps"]),
+        ("--config.train.steps=many", ["many"]),
+        ("--config.train.steps=0", ["train.steps", "0"]),
+        ("--config.objective=lcm", ["objective", "'lcm'", "lcd"]),
+        ("--config.distill.w_max=1e999", ["w_max", "inf"]),
+        ("--config.data.resolution=0", ["data.resolution", "0"]),
+    ],
+)
 def test_config_keys_and_values(teacher, tmp_path, capsys, option, words):
     refused(capsys, words, tmp_path / "run", teacher, option)
     assert not (tmp_path / "run").exists()
@@ -360,7 +385,6 @@ def test_resolution_and_batch_must_fit_vae_and_devices(teacher, monkeypatch):
         train.prepared(config)
 
 
-
 def test_another_runs_workdir_is_refused_with_both_values_and_left_alone(whole, teacher, capsys):
     workdir, _ = whole
     before = snapshot(workdir)
@@ -374,5 +398,5 @@ def test_another_runs_workdir_is_refused_with_both_values_and_left_alone(whole, 
 
 def test_a_missing_flag_is_one_line_of_the_program():
     done = subprocess.run([*PROGRAM, "--workdir=x"], cwd=ROOT, capture_output=True, text=True)
-    line, = done.stderr.strip().splitlines()
+    (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 2 and line.startswith("error: ") and "--config" in line

@@ -60,13 +60,19 @@ class Program:
 def run(tmp_path, monkeypatch):
     """options -> the run in tmp_path / "run", whose state adds up its data's labels."""
     for name, value in {
-        "train.models": lambda *_: (None, None), "train.encoders": lambda _: None, "student.shapes": lambda _: (0, 0),
-        "student.theta": lambda _: None, "training_data.open_parts": lambda _: [],
-        "training_data.check_caches": lambda *_: None, "training_data.open_examples": lambda *_: ((ROWS,), ORDER),
-        "training_step.make": lambda *_: Program(), "training_step.as_batch": lambda batch: batch,
+        "train.models": lambda *_: (None, None),
+        "train.encoders": lambda _: None,
+        "student.shapes": lambda _: (0, 0),
+        "student.theta": lambda _: None,
+        "training_data.open_parts": lambda _: [],
+        "training_data.check_caches": lambda *_: None,
+        "training_data.open_examples": lambda *_: ((ROWS,), ORDER),
+        "training_step.make": lambda *_: Program(),
+        "training_step.as_batch": lambda batch: batch,
         "encoding.make_encode": lambda *_: jax.jit(lambda rows: rows["label"].sum()),
-        "runtime.mesh.report_unsharded": lambda *_: "", "data.loader.CLOSE": 0.1,
-    }.items():  # fmt: skip
+        "runtime.mesh.report_unsharded": lambda *_: "",
+        "data.loader.CLOSE": 0.1,
+    }.items():
         monkeypatch.setattr(f"lcm_jax.{name}", value)
 
     def call(profile="", **options):
@@ -109,10 +115,22 @@ def failing(error):
     return fail
 
 
-@pytest.mark.parametrize("error", [
-    LcmError("bad"), OSError(5, "Input/output error"), BrokenPipeError(), EOFError(), MemoryError(), RuntimeError("x"),
-    pickle.UnpicklingError("truncated"), TimeoutError(), KeyError("image"), StopIteration(),
-], ids=lambda error: type(error).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        LcmError("bad"),
+        OSError(5, "Input/output error"),
+        BrokenPipeError(),
+        EOFError(),
+        MemoryError(),
+        RuntimeError("x"),
+        pickle.UnpicklingError("truncated"),
+        TimeoutError(),
+        KeyError("image"),
+        StopIteration(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_what_the_data_raise_is_raised_after_the_state_is_saved(run, monkeypatch, capsys, error):
     bad_row(monkeypatch, failing(error))
     with pytest.raises(RuntimeError if isinstance(error, StopIteration) else type(error)):

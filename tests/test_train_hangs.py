@@ -26,11 +26,18 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def start(workdir: Path, teacher: Path, *more: str, path: Path = ROOT) -> subprocess.Popen:
-    options = arguments(workdir, teacher, "--config.train.steps=100000", "--config.checkpoint.every=100000",
-                        "--config.log.every=1", *more)  # fmt: skip
+    options = arguments(
+        workdir,
+        teacher,
+        "--config.train.steps=100000",
+        "--config.checkpoint.every=100000",
+        "--config.log.every=1",
+        *more,
+    )
     environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": str(path)}
-    return subprocess.Popen([*PROGRAM, *options], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)  # fmt: skip
+    return subprocess.Popen(
+        [*PROGRAM, *options], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def reach(process: subprocess.Popen, workdir: Path, step: int) -> None:
@@ -50,9 +57,15 @@ def end(process: subprocess.Popen, workdir: Path, code: int) -> str:
 def test_workers(teacher, tmp_path, number):
     data_kit.imagefolder(tmp_path / "data", data_kit.records(16))
     workdir = tmp_path / "run"
-    process = start(workdir, teacher, "--config.data.source=folder", f"--config.data.path={tmp_path / 'data'}",
-                    "--config.data.encode=step", "--config.data.num_examples=4096",
-                    "--config.data.workers=2")  # fmt: skip
+    process = start(
+        workdir,
+        teacher,
+        "--config.data.source=folder",
+        f"--config.data.path={tmp_path / 'data'}",
+        "--config.data.encode=step",
+        "--config.data.num_examples=4096",
+        "--config.data.workers=2",
+    )
     reach(process, workdir, 5)
     children = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
@@ -66,7 +79,7 @@ def test_workers(teacher, tmp_path, number):
         process.send_signal(signal.SIGTERM)
         assert "SIGTERM: saved step" in end(process, workdir, 0)
     else:
-        line, = [line for line in end(process, workdir, 2).splitlines() if line.startswith("error: ")]
+        (line,) = [line for line in end(process, workdir, 2).splitlines() if line.startswith("error: ")]
         assert "of 2 (pid" in line and "killed by SIGKILL; memory" in line
     assert not any(worker.is_running() for worker in workers)
 
@@ -82,5 +95,5 @@ def test_boards(teacher, tmp_path, kind):
     reach(process, workdir, 40)  # more than tensorboardX's own queue holds
     process.send_signal(signal.SIGTERM)
     lines = [line for line in end(process, workdir, 0).splitlines() if not line.startswith("step ")]
-    about, = [line for line in lines if line.startswith("TensorBoard ")]
+    (about,) = [line for line in lines if line.startswith("TensorBoard ")]
     assert ("did not end" if kind == "blocks" else "ended (ZeroDivisionError") in about and "Traceback" not in lines

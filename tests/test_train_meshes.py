@@ -25,10 +25,17 @@ PARAMETER = 1e-4, 1e-4
 LOSS = 1e-4, 1e-4  # relative, of the median step and of the worst
 ROUNDING = (3e-4, 2e-3), (1e-4, 1e-3)  # of losses and of parameters, where Adam makes updates of rounding
 SHAPES = (
-    "--config=configs/shapes_lcm.py", f"--config.train.steps={STEPS}", "--config.data.num_examples=64",
-    "--config.data.batch_size=8", "--config.data.workers=0", "--config.log.every=1", "--config.checkpoint.every=1",
-    "--config.checkpoint.keep_every=1", "--config.sample.every=0", "--config.train.adam_eps=1e-3",
-)  # fmt: skip
+    "--config=configs/shapes_lcm.py",
+    f"--config.train.steps={STEPS}",
+    "--config.data.num_examples=64",
+    "--config.data.batch_size=8",
+    "--config.data.workers=0",
+    "--config.log.every=1",
+    "--config.checkpoint.every=1",
+    "--config.checkpoint.keep_every=1",
+    "--config.sample.every=0",
+    "--config.train.adam_eps=1e-3",
+)
 FSDP = ("--config.mesh.fsdp=4",)
 CASES = {  # fake devices of each process, processes, options
     "data 2, fsdp 4": (8, 1, FSDP),

@@ -51,7 +51,7 @@ def test_two_processes_stop_together_and_go_on_bit_for_bit(whole, teacher, tmp_p
         time.sleep(0.01)
     processes[1].send_signal(signal.SIGTERM)
     said = runs.ended(processes)
-    step, = saved_steps(workdir)
+    (step,) = saved_steps(workdir)
     assert STOP_FROM <= step < STEPS and f"saved step {step}; the same command goes on" in said[0]
     runs.ended(start(workdir, teacher))
     check_same(workdir, whole, STEPS)
@@ -61,22 +61,29 @@ def test_two_processes_stop_together_and_go_on_bit_for_bit(whole, teacher, tmp_p
 def test_a_worker_that_is_killed_or_stopped_stops_all_at_one_step(teacher, tmp_path, number):
     """Killed: all say so. Stopped for ever: all hear a SIGTERM. What the worker would have read its process reads."""
     data_kit.imagefolder(tmp_path / "data", data_kit.records(16))
-    data = ("--config.data.source=folder", f"--config.data.path={tmp_path / 'data'}", "--config.data.encode=step",
-            "--config.data.num_examples=4096", "--config.data.workers=1", "--config.log.every=1")  # fmt: skip
+    data = (
+        "--config.data.source=folder",
+        f"--config.data.path={tmp_path / 'data'}",
+        "--config.data.encode=step",
+        "--config.data.num_examples=4096",
+        "--config.data.workers=1",
+        "--config.log.every=1",
+    )
     workdir = tmp_path / "run"
     processes = start(workdir, teacher, *data, "--config.train.steps=3000", "--config.checkpoint.every=3000")
     while processes[0].poll() is None and steps_logged(workdir) < STOP_FROM:
         time.sleep(0.1)
     workers = [
-        child for child in psutil.Process(processes[1].pid).children(recursive=True)
+        child
+        for child in psutil.Process(processes[1].pid).children(recursive=True)
         if "spawn_main" in " ".join(child.cmdline())
-    ]  # fmt: skip
+    ]
     workers[0].send_signal(number)
     if number == signal.SIGSTOP:
         time.sleep(5)
         processes[0].send_signal(signal.SIGTERM)
     said = runs.ended(processes, code=0 if number == signal.SIGSTOP else 2)
-    step, = saved_steps(workdir)
+    (step,) = saved_steps(workdir)
     assert step == steps_logged(workdir) >= STOP_FROM and f"saved step {step}" in said[0]
     if number == signal.SIGKILL:
         assert all("worker 0 of 1" in line and "killed by SIGKILL" in line for line in said)
@@ -158,8 +165,10 @@ def test_stopped_at_any_moment_it_ends_as_never_stopped(teacher, tmp_path):
         orderly = number == signal.SIGTERM and kind != "start"
         ended = finished(hit, [process for process in processes if process not in hit], orderly or alone)
         codes, after = [code for code, _ in ended], saved_steps(workdir)
-        print(f"{n:2} {kind:5} {number.name} to {count} at step {at}, {'in' if writing else 'out of'} a write: "
-              f"codes {codes}, {time.monotonic() - signalled:.1f} s; checkpoints {there} -> {after}")
+        print(
+            f"{n:2} {kind:5} {number.name} to {count} at step {at}, {'in' if writing else 'out of'} a write: "
+            f"codes {codes}, {time.monotonic() - signalled:.1f} s; checkpoints {there} -> {after}"
+        )
         if orderly:
             assert codes == [0, 0] and any(f"saved step {after[-1]};" in said for _, said in ended), ended
         if alone:

@@ -106,12 +106,19 @@ def read_by(processes: int, config, folder: Path, start: int, steps: int, worker
     port = free_port()
     running = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "data_process.py"), str(folder / "config.json"),
-             *map(str, (i, processes, port, start, steps, workers)), str(folder / f"{i}.npz")],
-            env=environment, stderr=subprocess.PIPE, text=True,
+            [
+                sys.executable,
+                str(ROOT / "tests" / "data_process.py"),
+                str(folder / "config.json"),
+                *map(str, (i, processes, port, start, steps, workers)),
+                str(folder / f"{i}.npz"),
+            ],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for i in range(processes)
-    ]  # fmt: skip
+    ]
     for process in running:
         _, said = process.communicate(timeout=240)
         assert process.returncode == 0, said[-2000:]
@@ -142,9 +149,12 @@ def damaged(tmp_path_factory) -> tuple[str, list[dict], dict[str, str]]:
     found = data_kit.records(DAMAGED)
     whole = found[7]["image"]
     bad = {
-        "truncated": [100, 1101], "known format": [202, 1203], "0 bytes": [304, 1305], "stands already": [406, 1407],
+        "truncated": [100, 1101],
+        "known format": [202, 1203],
+        "0 bytes": [304, 1305],
+        "stands already": [406, 1407],
         "UTF-8": [508, 1509],
-    }  # fmt: skip
+    }
     for number in bad["truncated"]:
         found[number]["image"] = found[number]["image"][:-400]
     for number in bad["known format"]:  # a page in the place of the picture
@@ -216,7 +226,7 @@ def test_too_many_damaged_records_stop_a_training_that_loses_nothing(damaged, tm
         config.distill.w_embedding_dim, config.sample.every, config.log.every = 16, 0, 10
     with pytest.raises(LcmError, match=r"could not be used.*max_bad_fraction=0\.0035"):
         train.train(config, tmp_path / "run")
-    step, = checkpoint.list_steps(tmp_path / "run" / "checkpoints")
+    (step,) = checkpoint.list_steps(tmp_path / "run" / "checkpoints")
     assert 0 < step < 41
     with config.unlocked():
         config.data.max_bad_fraction = 0.01
@@ -245,10 +255,17 @@ def test_a_mixture_has_the_shares_of_its_weights(paths, pipeline):
     assert counts == [6] * 20
 
 
-@pytest.mark.parametrize(("entry", "words"), [
-    ("webdataset /a", "WEIGHT SOURCE PATH"), ("0 folder /a", "greater than 0"), ("2", "WEIGHT SOURCE"),
-    ("nan folder /a", "greater than 0"), ("1 imagenet /a", "imagenet"), ("1 folder /nowhere", "/nowhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("webdataset /a", "WEIGHT SOURCE PATH"),
+        ("0 folder /a", "greater than 0"),
+        ("2", "WEIGHT SOURCE"),
+        ("nan folder /a", "greater than 0"),
+        ("1 imagenet /a", "imagenet"),
+        ("1 folder /nowhere", "/nowhere"),
+    ],
+)
 def test_mixtures_that_cannot_be(pipeline, entry, words):
     with pytest.raises(LcmError, match=words):
         training_data.open_parts(config_of("mixture", None, mixture=(entry,)))
@@ -265,7 +282,7 @@ def test_each_part_of_a_mixture_takes_the_keys_that_are_its_own(paths, tmp_path)
 
 def test_buckets_keep_aspect_ratios_and_lose_nothing(paths, pipeline):
     config = config_of("huggingface", paths["huggingface"], aspect_buckets=True, bucket_step=16, batch_size=4, flip=0.0)
-    part, = training_data.open_parts(config)
+    (part,) = training_data.open_parts(config)
     rows = training_data.pictures(config, part.source, training_data.Tokenize(conditioning.tokenizers(pipeline)))
     per_epoch = sum(-(-size // 4) for size in rows.groups)
     batches = taken(config, pipeline, per_epoch)
@@ -281,7 +298,7 @@ def test_buckets_keep_aspect_ratios_and_lose_nothing(paths, pipeline):
 def test_sdxl_rows_carry_their_conditions(paths):
     pipeline = load_pipeline(tiny.folder("sdxl"))
     config = config_of("folder", paths["folder"], crop="center", flip=0.0, width_key="pwatermark")
-    batch, = taken(config, pipeline, 1)
+    (batch,) = taken(config, pipeline, 1)
     assert set(batch) == {"pixels", "text_encoder", "text_encoder_2", "time_ids"}
     known = {(72, 96), (101, 70), (64, 64), (90, 130)}  # a watermark score is no width: the pictures' own size
     for ids in batch["time_ids"]:
@@ -308,7 +325,7 @@ def test_encoded_at_the_start_equals_encoded_when_asked_for(paths, pipeline):
 def test_dropped_captions_are_those_of_nothing(paths, pipeline, encode_at):
     encode = encoding.make_encode(pipeline)
     options = {"encode": encode_at, "caption_dropout": 0.5, "batch_size": 44}
-    batch, = taken(config_of("folder", paths["folder"], **options), pipeline, 1, encode=encode)
+    (batch,) = taken(config_of("folder", paths["folder"], **options), pipeline, 1, encode=encode)
     if encode_at == "step":
         text, null = batch["text_encoder"], conditioning.tokens(pipeline, [""])["text_encoder"]
     else:

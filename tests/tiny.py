@@ -26,14 +26,26 @@ CROSS_UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
 _UNET = dict(sample_size=8, block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1)
 _SD = dict(_UNET, down_block_types=(CROSS, PLAIN), up_block_types=(PLAIN_UP, CROSS_UP), cross_attention_dim=32)
 _MICRO = dict(
-    _UNET, block_out_channels=(16,), down_block_types=(CROSS,), up_block_types=(CROSS_UP,), mid_block_type=None,
-    attention_head_dim=2, cross_attention_dim=32,
-)  # fmt: skip
+    _UNET,
+    block_out_channels=(16,),
+    down_block_types=(CROSS,),
+    up_block_types=(CROSS_UP,),
+    mid_block_type=None,
+    attention_head_dim=2,
+    cross_attention_dim=32,
+)
 _XL = dict(
-    _UNET, down_block_types=(PLAIN, CROSS), up_block_types=(CROSS_UP, PLAIN_UP), cross_attention_dim=64,
-    attention_head_dim=(2, 4), use_linear_projection=True, transformer_layers_per_block=(1, 2),
-    addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32,
-)  # fmt: skip
+    _UNET,
+    down_block_types=(PLAIN, CROSS),
+    up_block_types=(CROSS_UP, PLAIN_UP),
+    cross_attention_dim=64,
+    attention_head_dim=(2, 4),
+    use_linear_projection=True,
+    transformer_layers_per_block=(1, 2),
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=6 * 8 + 32,
+)
 UNETS = {
     "sd1": dict(_SD, attention_head_dim=4),
     "lcm": dict(_SD, attention_head_dim=4, time_cond_proj_dim=16),
@@ -47,23 +59,38 @@ UNETS = {
 }
 
 VAE = dict(
-    block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    norm_num_groups=8, sample_size=16,
-)  # fmt: skip
+    block_out_channels=(16, 32),
+    down_block_types=("DownEncoderBlock2D",) * 2,
+    up_block_types=("UpDecoderBlock2D",) * 2,
+    norm_num_groups=8,
+    sample_size=16,
+)
 VAE_8 = dict(
-    block_out_channels=(8, 8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, sample_size=64,
-)  # fmt: skip
+    block_out_channels=(8, 8, 8, 16),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    norm_num_groups=4,
+    sample_size=64,
+)
 VAES = {"sd": VAE, "sdxl": dict(VAE, scaling_factor=0.13025), "factor8": VAE_8}
 TINY_VAE = dict(
-    encoder_block_out_channels=(16,) * 3, decoder_block_out_channels=(16,) * 3, num_encoder_blocks=(1, 1, 1),
+    encoder_block_out_channels=(16,) * 3,
+    decoder_block_out_channels=(16,) * 3,
+    num_encoder_blocks=(1, 1, 1),
     num_decoder_blocks=(1, 1, 1),
-)  # fmt: skip
+)
 
 TEXT = dict(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77,
-    projection_dim=32, bos_token_id=0, eos_token_id=2, pad_token_id=1,
-)  # fmt: skip
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=77,
+    projection_dim=32,
+    bos_token_id=0,
+    eos_token_id=2,
+    pad_token_id=1,
+)
 TEXT_ENCODERS = {
     "clip": (CLIPTextModel, dict(TEXT, hidden_act="quick_gelu")),
     "openclip": (CLIPTextModel, dict(TEXT, hidden_act="gelu", num_hidden_layers=3)),
@@ -76,11 +103,21 @@ FOLDERS = {
     "lcm": ("lcm", "sd", {"": ("clip", "sd1")}, "epsilon", "LatentConsistencyModelPipeline"),
     "micro lcm": ("micro lcm", "sd", {"": ("clip", "sd1")}, "epsilon", "LatentConsistencyModelPipeline"),
     "sd2": ("sd2", "sd", {"": ("openclip", "sd2")}, "v_prediction", "StableDiffusionPipeline"),
-    "sdxl": ("sdxl", "sdxl", {"": ("clip", "sd1"), "_2": ("openclip_projection", "sdxl_2")}, "epsilon",
-             "StableDiffusionXLPipeline"),
-    "refiner": ("refiner", "sdxl", {"_2": ("openclip_projection", "sdxl_2")}, "epsilon",
-                "StableDiffusionXLImg2ImgPipeline"),
-}  # fmt: skip
+    "sdxl": (
+        "sdxl",
+        "sdxl",
+        {"": ("clip", "sd1"), "_2": ("openclip_projection", "sdxl_2")},
+        "epsilon",
+        "StableDiffusionXLPipeline",
+    ),
+    "refiner": (
+        "refiner",
+        "sdxl",
+        {"_2": ("openclip_projection", "sdxl_2")},
+        "epsilon",
+        "StableDiffusionXLImg2ImgPipeline",
+    ),
+}
 
 # For the training program: 64 pixels are 8x8 latents. "teacher" has one level and compiles soonest; "deep teacher" has
 # all layers that default adapters are on.
@@ -170,10 +207,14 @@ def write_tokenizer(target: Path, kind: str = "sd1") -> Path:
         for key, text in special.items()
     }
     config = {
-        "add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": 77,
-        "tokenizer_class": "CLIPTokenizer", "pad_token": "!" if kind == "sdxl_2" else END,
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        "errors": "replace",
+        "model_max_length": 77,
+        "tokenizer_class": "CLIPTokenizer",
+        "pad_token": "!" if kind == "sdxl_2" else END,
         **{key: {"__type": "AddedToken", **token} for key, token in added.items()},
-    }  # fmt: skip
+    }
     target.mkdir(parents=True, exist_ok=True)
     (target / "vocab.json").write_text(json.dumps(vocab))
     (target / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
@@ -188,10 +229,18 @@ def write_json(path: Path, value: dict) -> None:
 
 def scheduler_config(prediction_type: str) -> dict:
     return {
-        "_class_name": "DDIMScheduler", "_diffusers_version": "0.8.0", "beta_end": 0.012, "beta_start": 0.00085,
-        "beta_schedule": "scaled_linear", "clip_sample": False, "num_train_timesteps": 1000, "steps_offset": 1,
-        "set_alpha_to_one": False, "trained_betas": None, "prediction_type": prediction_type,
-    }  # fmt: skip
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": "0.8.0",
+        "beta_end": 0.012,
+        "beta_start": 0.00085,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+        "trained_betas": None,
+        "prediction_type": prediction_type,
+    }
 
 
 def build(name: str, target: Path, variant: str | None = None, max_shard_size: str = "5GB") -> Path:
@@ -201,17 +250,24 @@ def build(name: str, target: Path, variant: str | None = None, max_shard_size: s
     def prepared(model):
         if variant != "fp16":
             return model
-        half = type(model)(model.config) if isinstance(model, CLIPTextModel | CLIPTextModelWithProjection) else (
-            type(model).from_config(model.config))  # fmt: skip
+        half = (
+            type(model)(model.config)
+            if isinstance(model, CLIPTextModel | CLIPTextModelWithProjection)
+            else (type(model).from_config(model.config))
+        )
         half.load_state_dict(model.state_dict())
         return half.half()
 
     index = {
-        "_class_name": pipeline, "_diffusers_version": "0.19.0", "requires_safety_checker": False,
-        "safety_checker": [None, None], "feature_extractor": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DConditionModel"],
+        "_class_name": pipeline,
+        "_diffusers_version": "0.19.0",
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-    }  # fmt: skip
+    }
     if "XL" in pipeline:
         index["force_zeros_for_empty_prompt"] = "_2" in encoders and "" in encoders
     options = dict(variant=variant, max_shard_size=max_shard_size)

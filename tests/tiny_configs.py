@@ -109,7 +109,7 @@ UNETS: dict[str, dict[str, Any]] = {
         "mid_block_type": "UNetMidBlock2D",
         "transformer_layers_per_block": [1, 1, 2],
         "layers_per_block": 1,
-    },  # fmt: skip
+    },
     "small-sd": _SD1 | {"layers_per_block": 1},
     "tiny-sd": _SD1
     | {
@@ -157,9 +157,15 @@ VAES: dict[str, dict[str, Any]] = {
         "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
         "scaling_factor": 0.5,
     },
-    "bare": _KL | {"use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": False,
-                   "latent_channels": 16, "shift_factor": 0.1159},
-}  # fmt: skip
+    "bare": _KL
+    | {
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "mid_block_add_attention": False,
+        "latent_channels": 16,
+        "shift_factor": 0.1159,
+    },
+}
 TINY_VAES: dict[str, dict[str, Any]] = {
     "taesd": {
         "_class_name": "AutoencoderTiny",

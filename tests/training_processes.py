@@ -24,16 +24,20 @@ def start(
 
     launcher: (port, index, count) -> (options, environment) of one of several.
     """
-    kept = {name: value for name, value in os.environ.items() if name.startswith("JAX_") or
-            not name.startswith(LAUNCHER)}  # the tests' own settings of jax stay
+    kept = {
+        name: value for name, value in os.environ.items() if name.startswith("JAX_") or not name.startswith(LAUNCHER)
+    }  # the tests' own settings of jax stay
     kept |= {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_LOG_COMPILES": "1"}
     command = [sys.executable, "-m", "lcm_jax.train", f"--workdir={workdir}", f"--init_timeout={LIMIT}", *options]
     port, started = free_port(), []
     for index in range(processes):
         where, environment = launcher(port, index, processes) if processes > 1 else ([], {})
         said = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        started.append(subprocess.Popen([*command, *where], cwd=ROOT, env=kept | environment, stdout=said,
-                                        stderr=subprocess.STDOUT))  # fmt: skip
+        started.append(
+            subprocess.Popen(
+                [*command, *where], cwd=ROOT, env=kept | environment, stdout=said, stderr=subprocess.STDOUT
+            )
+        )
         started[-1].said = said
     return started
 

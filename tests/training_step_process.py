@@ -80,8 +80,10 @@ def make_batch(program, seed):
 def named(parts):
     """{part: {array's name: its value on the host}}"""
     assert {x.dtype for x in jax.tree.leaves(parts)} == {np.dtype("float64")}
-    return {name: {jax.tree_util.keystr(path): np.array(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-            for name, tree in parts.items()}
+    return {
+        name: {jax.tree_util.keystr(path): np.array(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for name, tree in parts.items()
+    }
 
 
 def run(teacher, steps, sizes=None, options=None):
@@ -103,8 +105,11 @@ def run(teacher, steps, sizes=None, options=None):
             parts |= named({"gradient": state.opt_state[1][0].mu})
     parts |= named({"params": state.params, "ema_params": state.ema_params, "moments": state.opt_state[1][0][1:]})
     whole = {dimensions(x.shape) for x in jax.tree.leaves((state, frozen))}
-    return parts, {"moved": moves(step.as_text(), mesh), "weights": [sorted(whole), sorted(shards)],
-                   "same_text": of_shapes.lower().as_text() == lowered.as_text()}
+    return parts, {
+        "moved": moves(step.as_text(), mesh),
+        "weights": [sorted(whole), sorted(shards)],
+        "same_text": of_shapes.lower().as_text() == lowered.as_text(),
+    }
 
 
 def dimensions(shape):
@@ -125,8 +130,10 @@ def moves(text, mesh):
 
 
 def distances(one, other):
-    return {name: max(float(np.linalg.norm(other[name][leaf] - x) / np.linalg.norm(x)) for leaf, x in part.items())
-            for name, part in one.items()}
+    return {
+        name: max(float(np.linalg.norm(other[name][leaf] - x) / np.linalg.norm(x)) for leaf, x in part.items())
+        for name, part in one.items()
+    }
 
 
 def main(teacher, cases, steps, small):

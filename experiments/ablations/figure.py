@@ -27,8 +27,13 @@ def write(rows: Sequence[Row], variants: Sequence[str], path: Path) -> None:
             found = {(variants.index(r.model), r.guidance_scale): r.values.get(key) for r in rows if r.steps == steps}
             shown = [(i, found[place]) for i, place in enumerate(places) if found.get(place) is not None]
             for first, line in enumerate(_lines(shown, labels)):
-                panel.plot(*zip(*line, strict=True), marker="o", markersize=4, color=f"C{number}",
-                           label=None if first else f"{steps} steps" if steps > 1 else "1 step")  # fmt: skip
+                panel.plot(
+                    *zip(*line, strict=True),
+                    marker="o",
+                    markersize=4,
+                    color=f"C{number}",
+                    label=None if first else f"{steps} steps" if steps > 1 else "1 step",
+                )
         better = "higher" if COLUMNS[key].higher_is_better else "lower"
         panel.set_title(f"{COLUMNS[key].title} ({better} is better)", fontsize="small")
         panel.set_xticks(range(len(places)), labels, rotation=90 if len(places) > 7 else 30, fontsize="small")

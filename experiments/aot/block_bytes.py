@@ -82,8 +82,9 @@ def main(_) -> None:
         module, args = block(name, shape, kernel, _REMAT.value)
         plain, _ = block(name, shape, dot_product_attention, "none")
         params = jax.eval_shape(plain.init, jax.random.key(0), *args)
-        place = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(
-            a.shape, a.dtype, sharding=mesh_lib.replicated(mesh)))  # fmt: skip
+        place = functools.partial(
+            jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=mesh_lib.replicated(mesh))
+        )
         for kind, program in programs(module).items():
             values = place((params, *args) if kind == "forward" else (params, args[0], *args))
             start = time.time()

@@ -25,49 +25,84 @@ SIXTEEN = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}
 # held once, so that more of the chip is left for pictures.
 LEAN = {"model.teacher_dtype": "bfloat16"}
 MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]]]] = {
-    "sdxl": ("sdxl_lcm", {
-        "v5e": (6, {"mesh.fsdp": 16, "train.remat": "block"}),
-        "v5p": (8, {"mesh.fsdp": 16}),
-        "v6e": (6, {"mesh.fsdp": 16, "train.remat": "block"}),
-    }),
-    "sd15": ("sd15_lcm", {
-        "v5e": (8, {"mesh.fsdp": 16}),
-        "v5p": (32, {"mesh.fsdp": 16}),
-        "v6e": (16, {"mesh.fsdp": 16}),
-    }),
-    "sdxl_lora": ("sdxl_lcm_lora", {
-        "v5e": (4, {"mesh.fsdp": 16, "train.remat": "block"} | LEAN),
-        "v5p": (8, {"mesh.fsdp": 16} | LEAN),
-        "v6e": (16, {"mesh.fsdp": 16, "train.remat": "block"} | LEAN),
-    }),
-    "sd15_lora": ("sd15_lcm_lora", {
-        "v5e": (8, {"mesh.fsdp": 16} | LEAN),
-        "v5p": (32, {"mesh.fsdp": 16} | LEAN),
-        "v6e": (16, {"mesh.fsdp": 16} | LEAN),
-    }),
-    "sd21": ("sd21_lcm", {
-        "v5e": (4, {"mesh.fsdp": 16}),
-        "v5p": (16, {"mesh.fsdp": 16}),
-        "v6e": (8, {"mesh.fsdp": 16}),
-    }),
-}  # fmt: skip
+    "sdxl": (
+        "sdxl_lcm",
+        {
+            "v5e": (6, {"mesh.fsdp": 16, "train.remat": "block"}),
+            "v5p": (8, {"mesh.fsdp": 16}),
+            "v6e": (6, {"mesh.fsdp": 16, "train.remat": "block"}),
+        },
+    ),
+    "sd15": (
+        "sd15_lcm",
+        {
+            "v5e": (8, {"mesh.fsdp": 16}),
+            "v5p": (32, {"mesh.fsdp": 16}),
+            "v6e": (16, {"mesh.fsdp": 16}),
+        },
+    ),
+    "sdxl_lora": (
+        "sdxl_lcm_lora",
+        {
+            "v5e": (4, {"mesh.fsdp": 16, "train.remat": "block"} | LEAN),
+            "v5p": (8, {"mesh.fsdp": 16} | LEAN),
+            "v6e": (16, {"mesh.fsdp": 16, "train.remat": "block"} | LEAN),
+        },
+    ),
+    "sd15_lora": (
+        "sd15_lcm_lora",
+        {
+            "v5e": (8, {"mesh.fsdp": 16} | LEAN),
+            "v5p": (32, {"mesh.fsdp": 16} | LEAN),
+            "v6e": (16, {"mesh.fsdp": 16} | LEAN),
+        },
+    ),
+    "sd21": (
+        "sd21_lcm",
+        {
+            "v5e": (4, {"mesh.fsdp": 16}),
+            "v5p": (16, {"mesh.fsdp": 16}),
+            "v6e": (8, {"mesh.fsdp": 16}),
+        },
+    ),
+}
 # For weak scaling: the row of 16 v5e chips on more of them, fsdp as there.
 LARGER = {64: "v5e:8x8", 256: "v5e:16x16"}
 SCALED = ("sd15", "sdxl")
 
 TITLES = {
-    "sd15": "SD1.5 512 LCD", "sd15_lora": "SD1.5 512 LoRA", "sd21": "SD2.1 768 LCD", "sdxl": "SDXL 1024 LCD",
+    "sd15": "SD1.5 512 LCD",
+    "sd15_lora": "SD1.5 512 LoRA",
+    "sd21": "SD2.1 768 LCD",
+    "sdxl": "SDXL 1024 LCD",
     "sdxl_lora": "SDXL 1024 LoRA",
-}  # fmt: skip
-COLUMNS = ("model", "slice", "images/chip", "settings", "HBM GiB", "of", "roofline ms", "bound by", "images/s/chip",
-           "modelled utilisation", "one by one", "collectives of time", "compiled in s")  # fmt: skip
+}
+COLUMNS = (
+    "model",
+    "slice",
+    "images/chip",
+    "settings",
+    "HBM GiB",
+    "of",
+    "roofline ms",
+    "bound by",
+    "images/s/chip",
+    "modelled utilisation",
+    "one by one",
+    "collectives of time",
+    "compiled in s",
+)
 
 
 def rows() -> dict[str, dict[str, Any]]:
     """Row name -> its config, topology and overrides; in the order in which they are worth having."""
+
     def on_sixteen(models: Sequence[str]) -> dict[str, dict[str, Any]]:
-        return {f"{model}-{chip}-16": _row(model, chip, topology, 16)
-                for chip, topology in SIXTEEN.items() for model in models}  # fmt: skip
+        return {
+            f"{model}-{chip}-16": _row(model, chip, topology, 16)
+            for chip, topology in SIXTEEN.items()
+            for model in models
+        }
 
     larger = {f"{model}-v5e-{n}": _row(model, "v5e", LARGER[n], n) for n in LARGER for model in SCALED}
     return on_sixteen(SCALED) | larger | on_sixteen([model for model in MODELS if model not in SCALED])
@@ -77,9 +112,11 @@ def _row(model: str, chip: str, topology: str, chips: int) -> dict[str, Any]:
     config, by_chip = MODELS[model]
     images, settings = by_chip[chip]
     return {
-        "model": model, "config": f"configs/{config}.py", "topology": topology,
+        "model": model,
+        "config": f"configs/{config}.py",
+        "topology": topology,
         "settings": {"data.batch_size": images * chips} | settings,
-    }  # fmt: skip
+    }
 
 
 def is_done(path: Path, row: dict[str, Any]) -> bool:
@@ -89,8 +126,15 @@ def is_done(path: Path, row: dict[str, Any]) -> bool:
 def run_row(path: Path, row: dict[str, Any]) -> None:
     """Compiles one row in a process of its own, so that its memory returns, and keeps what came of it."""
     out = path.with_suffix(".part")
-    command = [sys.executable, "-m", "lcm_jax.aot", f"--config={row['config']}", f"--topology={row['topology']}",
-               f"--out={out}", *(f"--config.{key}={value}" for key, value in row["settings"].items())]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "lcm_jax.aot",
+        f"--config={row['config']}",
+        f"--topology={row['topology']}",
+        f"--out={out}",
+        *(f"--config.{key}={value}" for key, value in row["settings"].items()),
+    ]
     print(" ".join(command[1:]), flush=True)
     done = subprocess.run(command, cwd=HERE.parents[1], stderr=subprocess.PIPE, text=True)
     if done.returncode == 0:
@@ -125,12 +169,20 @@ def _cells(one: dict[str, Any]) -> list[str]:
         return [TITLES[row["model"]], row["topology"], "", options, one["error"], *[""] * (len(COLUMNS) - 5)]
     seconds, gib = report["seconds"], 2.0**30
     return [
-        TITLES[row["model"]], row["topology"], f"{report['images_per_device']:g}", options,
-        f"{report['memory']['needed'] / gib:.1f}", f"{report['chip']['hbm_bytes'] / gib:.1f}",
-        f"{1e3 * seconds['roofline']:.0f}", seconds["bound"], f"{report['images_per_second_per_device']:.2f}",
-        f"{report['utilisation']:.1%}", f"{report['serial_utilisation']:.1%}", f"{report['collective_share']:.1%}",
+        TITLES[row["model"]],
+        row["topology"],
+        f"{report['images_per_device']:g}",
+        options,
+        f"{report['memory']['needed'] / gib:.1f}",
+        f"{report['chip']['hbm_bytes'] / gib:.1f}",
+        f"{1e3 * seconds['roofline']:.0f}",
+        seconds["bound"],
+        f"{report['images_per_second_per_device']:.2f}",
+        f"{report['utilisation']:.1%}",
+        f"{report['serial_utilisation']:.1%}",
+        f"{report['collective_share']:.1%}",
         f"{report['compile_seconds']:.0f}",
-    ]  # fmt: skip
+    ]
 
 
 def _speed(one: dict[str, Any] | None) -> float | None:

@@ -51,6 +51,7 @@ def fitted(decoder: str, resize_filter: str) -> Method:
     def method(data: bytes) -> np.ndarray:
         image = images.decode(data, decoder)
         return images.fit(image, TARGET, TARGET, resize_filter=resize_filter, decoder=decoder)[0]
+
     return method
 
 
@@ -61,12 +62,18 @@ def bare_opencv(data: bytes) -> np.ndarray:
 
 def methods() -> dict[str, Method]:
     """Name -> what is measured: bytes to uint8 [h w 3]."""
-    table = {f"decode, {decoder}": lambda data, decoder=decoder: images.decode(data, decoder)
-             for decoder in images.FILTERS}
+    table = {
+        f"decode, {decoder}": lambda data, decoder=decoder: images.decode(data, decoder) for decoder in images.FILTERS
+    }
     table["decode, cv2.imdecode alone"] = bare_opencv
     table["header_size"] = lambda data: np.array(images.header_size(data))
-    for decoder, name in (("pillow", "lanczos"), ("pillow", "bicubic"), ("pillow", "bilinear"), ("pillow", "box"),
-                          ("opencv", "area")):
+    for decoder, name in (
+        ("pillow", "lanczos"),
+        ("pillow", "bicubic"),
+        ("pillow", "bilinear"),
+        ("pillow", "box"),
+        ("opencv", "area"),
+    ):
         table[f"decode + fit, {decoder} {name}"] = fitted(decoder, name)
     return table
 
@@ -93,15 +100,23 @@ def measure(files: Sequence[bytes], repeats: int) -> list[dict]:
         processor, wall = (statistics.median(column) for column in zip(*times[name], strict=True))
         fits = name.startswith("decode + fit")
         gap = [np.abs(method(d).astype(float) - reference(d)).mean() for d in files[:8]] if fits else None
-        rows.append({"method": name, "per_core_second": len(files) / processor, "per_wall_second": len(files) / wall,
-                     "difference": float(np.mean(gap)) if fits else None})
+        rows.append(
+            {
+                "method": name,
+                "per_core_second": len(files) / processor,
+                "per_wall_second": len(files) / wall,
+                "difference": float(np.mean(gap)) if fits else None,
+            }
+        )
     return rows
 
 
 def markdown(results: dict[str, list[dict]]) -> str:
     sizes = list(results)
-    lines = [f"| images/s on one core | {' | '.join(sizes)} | difference from Pillow lanczos |",
-             "|---" * (len(sizes) + 2) + "|"]
+    lines = [
+        f"| images/s on one core | {' | '.join(sizes)} | difference from Pillow lanczos |",
+        "|---" * (len(sizes) + 2) + "|",
+    ]
     for same in zip(*results.values(), strict=True):
         rates = " | ".join(f"{row['per_core_second']:,.0f}" for row in same)
         gaps = " / ".join(f"{row['difference']:.2f}" for row in same if row["difference"] is not None)
@@ -128,13 +143,31 @@ def main() -> None:
         files = [photo_like(number, height, width) for number in range(args.count)]
         kibibytes[f"{height} x {width}"] = sum(map(len, files)) / len(files) / 1024
         results[f"{height} x {width}"] = measure(files, args.repeats)
-    versions = {"python": platform.python_version(), "pillow": PIL.__version__, "opencv": cv2.__version__,
-                "libjpeg_turbo": features.version("libjpeg_turbo")}
-    print(f"{markdown(results)}\n\n{args.count} pictures of each size, {args.repeats} repeats; KiB per picture: "
-          f"{', '.join(f'{size}: {mean:.0f}' for size, mean in kibibytes.items())}; {versions}")
+    versions = {
+        "python": platform.python_version(),
+        "pillow": PIL.__version__,
+        "opencv": cv2.__version__,
+        "libjpeg_turbo": features.version("libjpeg_turbo"),
+    }
+    print(
+        f"{markdown(results)}\n\n{args.count} pictures of each size, {args.repeats} repeats; KiB per picture: "
+        f"{', '.join(f'{size}: {mean:.0f}' for size, mean in kibibytes.items())}; {versions}"
+    )
     if args.out:
-        write_text(args.out, json.dumps({"count": args.count, "repeats": args.repeats, "kibibytes": kibibytes,
-                                         "versions": versions, "sizes": results}, indent=1) + "\n")
+        write_text(
+            args.out,
+            json.dumps(
+                {
+                    "count": args.count,
+                    "repeats": args.repeats,
+                    "kibibytes": kibibytes,
+                    "versions": versions,
+                    "sizes": results,
+                },
+                indent=1,
+            )
+            + "\n",
+        )
 
 
 if __name__ == "__main__":

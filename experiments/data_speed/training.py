@@ -122,10 +122,14 @@ def main() -> int:
         reads = reads_per_second(folder / "cache")
     print("| data | step | waiting for data | step, batch held | slow-down |\n|---|---|---|---|---|")
     for name, row in rows.items():
-        print(f"| {name} | {1e3 * row['step_s']:.0f} ms | {100 * row['data_wait']:.1f} % | "
-              f"{1e3 * row['held_step_s']:.0f} ms | {100 * row['slowdown']:+.1f} % |")
-    print(f"\nlatent cache: {reads:.0f} rows/s in random order, one thread ({jax.device_count()} device(s), "
-          f"{jax.default_backend()})")
+        print(
+            f"| {name} | {1e3 * row['step_s']:.0f} ms | {100 * row['data_wait']:.1f} % | "
+            f"{1e3 * row['held_step_s']:.0f} ms | {100 * row['slowdown']:+.1f} % |"
+        )
+    print(
+        f"\nlatent cache: {reads:.0f} rows/s in random order, one thread ({jax.device_count()} device(s), "
+        f"{jax.default_backend()})"
+    )
     if args.out:
         write_text(args.out, json.dumps({"rows": rows, "cache_reads_per_second": reads}, indent=2) + "\n")
     return 0

@@ -71,9 +71,15 @@ def opened(config: ConfigDict, workdir: Path, steps: int) -> Iterator[dict[str, 
     put = functools.partial(to_device, mesh, watch)
     with (
         contextlib.closing(loader.batches(examples, order, faults=watch.faults, put=put)) as batches,
-        Telemetry(workdir, steps, batch_size=config.data.batch_size, log_every=config.log.every,
-                  flops_per_step=made.model_flops(), spike=100.0,
-                  keys_of=functools.partial(training_data.keys_of, examples, order)) as telemetry,
+        Telemetry(
+            workdir,
+            steps,
+            batch_size=config.data.batch_size,
+            log_every=config.log.every,
+            flops_per_step=made.model_flops(),
+            spike=100.0,
+            keys_of=functools.partial(training_data.keys_of, examples, order),
+        ) as telemetry,
     ):
         held = training_step.as_batch(encode(next(batches)))
         done = 0
@@ -135,17 +141,19 @@ def summary(seconds: dict[str, list[float]], log_every: int) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """The summary as Markdown."""
     median = {name: f"{1e3 * value:.1f} ms" for name, value in found["median_s"].items()}
-    return "\n".join([
-        f"| {found['device']}, median of {found['loop_steps']} interleaved steps | time per step | |",
-        "|---|---|---|",
-        f"| the jitted step alone | {median['bare']} | |",
-        f"| the loop's step, everything on, a line every {found['log_every']} | {1e3 * found['loop_s']:.1f} ms "
-        f"| {100 * found['overhead']:+.1f} % |",
-        f"| the jitted step without norms and bins | {median['lean']} | the metrics cost "
-        f"{100 * found['metrics']:+.1f} % |",
-        f"| one line in metrics.jsonl and TensorBoard | {1e3 * found['line_s']:.1f} ms | |",
-        "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"| {found['device']}, median of {found['loop_steps']} interleaved steps | time per step | |",
+            "|---|---|---|",
+            f"| the jitted step alone | {median['bare']} | |",
+            f"| the loop's step, everything on, a line every {found['log_every']} | {1e3 * found['loop_s']:.1f} ms "
+            f"| {100 * found['overhead']:+.1f} % |",
+            f"| the jitted step without norms and bins | {median['lean']} | the metrics cost "
+            f"{100 * found['metrics']:+.1f} % |",
+            f"| one line in metrics.jsonl and TensorBoard | {1e3 * found['line_s']:.1f} ms | |",
+            "",
+        ]
+    )
 
 
 def main() -> int:

@@ -110,9 +110,7 @@ def draw(generator: Generator, judge: Judge, settings: Settings, guidance_scale:
     return np.concatenate(images), 1000.0 * float(np.median(seconds[1:] or seconds)) / BATCH
 
 
-def endpoints(
-    teacher: Generator, judge: Judge, scales: Sequence[float], solver_steps: int
-) -> endpoints_lib.Endpoints:
+def endpoints(teacher: Generator, judge: Judge, scales: Sequence[float], solver_steps: int) -> endpoints_lib.Endpoints:
     """Where the teacher's guided ODE ends from the first captions' noise, solved at these scales."""
     ends = endpoints_lib.Endpoints(teacher, judge.captions, solver_steps, SEED, latent_shape(teacher))
     for scale in scales:

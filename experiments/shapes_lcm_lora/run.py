@@ -64,8 +64,15 @@ the style kept at a few evaluations by two adapters that have never met, is that
 `grid.png`, from the top: {grid}.
 `style_metrics.jsonl`, `lcm_metrics.jsonl`: the curves of both trainings.
 """
-GRID = ("renders in the style", "base teacher, 50 steps", "style teacher, 50 steps", "style teacher, 4 steps",
-        "LCM-LoRA, 4 steps", "style 0.8 + LCM-LoRA, 4 steps", "style 1.0 + LCM-LoRA, 4 steps")  # fmt: skip
+GRID = (
+    "renders in the style",
+    "base teacher, 50 steps",
+    "style teacher, 50 steps",
+    "style teacher, 4 steps",
+    "LCM-LoRA, 4 steps",
+    "style 0.8 + LCM-LoRA, 4 steps",
+    "style 1.0 + LCM-LoRA, 4 steps",
+)
 
 
 def main() -> int:
@@ -135,19 +142,37 @@ def readme(rows: Sequence[Row], text: str, style_file: Path) -> str:
     with safetensors.safe_open(style_file, "np") as file:
         style = file.metadata()
     real, (_, style_50, style_4, lcm, low, high) = rows[:4], rows[4:]
-    percent = {name: f"{100 * row.accuracy:.1f} %" for name, row in (
-        ("render_plain", real[0]), ("render_style", real[1]), ("recon_style", real[3]), ("style_50", style_50),
-        ("style_4", style_4), ("lcm", lcm), ("both_low", low), ("both_high", high))}  # fmt: skip
+    percent = {
+        name: f"{100 * row.accuracy:.1f} %"
+        for name, row in (
+            ("render_plain", real[0]),
+            ("render_style", real[1]),
+            ("recon_style", real[3]),
+            ("style_50", style_50),
+            ("style_4", style_4),
+            ("lcm", lcm),
+            ("both_low", low),
+            ("both_high", high),
+        )
+    }
     pairs = (("style_50", style_50), ("style_4", style_4), ("lcm", lcm), ("both_low", low), ("both_high", high))
     distances = {f"{name}_fd": f"{row.to_style:.0f}" for name, row in pairs}
     distances |= {f"{name}_fd_plain": f"{row.to_plain:.0f}" for name, row in pairs}
     better = max(low, high, key=lambda row: row.accuracy)
     gap = 100 * (better.accuracy - style_50.accuracy)
     return README.format(
-        **percent, **distances, table=text, count=low.count, rank=style["rank"], style_steps=style["steps"],
-        style=style["style"], gap=gap, within="within" if gap >= -10 else "outside", grid=", ".join(GRID),
+        **percent,
+        **distances,
+        table=text,
+        count=low.count,
+        rank=style["rank"],
+        style_steps=style["steps"],
+        style=style["style"],
+        gap=gap,
+        within="within" if gap >= -10 else "outside",
+        grid=", ".join(GRID),
         share=100 * (lcm.to_style - better.to_style) / (lcm.to_style - style_50.to_style),
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The whole embedded teacher with one command, resumable: scorer, VAE, UNet with text encoder, asset, teacher's rows.
 
-    python -m experiments.shapes_teacher --workdir=/tmp/shapes_teacher
+python -m experiments.shapes_teacher --workdir=/tmp/shapes_teacher
 """
 
 import argparse

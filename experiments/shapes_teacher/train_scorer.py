@@ -62,13 +62,18 @@ def evaluate(scorer: shapes_scorer.Scorer, count: int) -> dict:
     """Accuracies on `count` held-out renders and on the same pictures softened, and a Frechet distance of renders."""
     specs = [shapes.spec(i, "heldout") for i in range(count)]
     images, labels = shapes.render_batch(specs), shapes.label_arrays(specs)
-    soft = np.concatenate([np.asarray(augment(jax.random.key(i), shapes_scorer.to_float(images[i : i + 128])))
-                           for i in range(0, count, 128)])
+    soft = np.concatenate(
+        [
+            np.asarray(augment(jax.random.key(i), shapes_scorer.to_float(images[i : i + 128])))
+            for i in range(0, count, 128)
+        ]
+    )
     read, features = shapes_scorer.score(images, scorer)
     read_soft, _ = shapes_scorer.score(soft, scorer)
     _, others = shapes_scorer.score(shapes.examples(count, count, "heldout")[0], scorer)
     return {
-        "split": "heldout", "count": count,
+        "split": "heldout",
+        "count": count,
         "all": shapes_scorer.caption_accuracy(read, labels),
         "attributes": shapes_scorer.attribute_accuracies(read, labels),
         "all_softened": shapes_scorer.caption_accuracy(read_soft, labels),
@@ -94,18 +99,32 @@ def train(args) -> shapes_scorer.Scorer:
     start, start_cpu, losses = time.perf_counter(), time.process_time(), []
     for n in range(args.steps):
         specs = [shapes.spec(i, "train") for i in range(n * args.batch_size, (n + 1) * args.batch_size)]
-        params, state, loss = step(params, state, jax.random.fold_in(jax.random.key(args.seed + 1), n),
-                                   shapes.render_batch(specs), shapes.label_arrays(specs))
+        params, state, loss = step(
+            params,
+            state,
+            jax.random.fold_in(jax.random.key(args.seed + 1), n),
+            shapes.render_batch(specs),
+            shapes.label_arrays(specs),
+        )
         losses.append(float(loss))
         if (n + 1) % 50 == 0:
-            print(f"step {n + 1}/{args.steps}  loss {np.mean(losses[-50:]):.4f}  "
-                  f"{time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"step {n + 1}/{args.steps}  loss {np.mean(losses[-50:]):.4f}  {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     # As stored: through float16.
     params = jax.tree.map(lambda p: np.asarray(p, np.float16).astype(np.float32), jax.device_get(params))
     curve = [round(float(np.mean(losses[i : i + 50])), 4) for i in range(0, args.steps, 50)]
-    training = {"steps": args.steps, "batch_size": args.batch_size, "learning_rate": args.learning_rate,
-                "seed": args.seed, "seconds": round(seconds), "cpu_seconds": round(cpu_seconds), "loss_every_50": curve}
+    training = {
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+        "seconds": round(seconds),
+        "cpu_seconds": round(cpu_seconds),
+        "loss_every_50": curve,
+    }
     scorer = shapes_scorer.Scorer(module, params, {})
     return shapes_scorer.Scorer(module, params, {"accuracy": evaluate(scorer, args.eval_count), "training": training})
 

@@ -1,6 +1,6 @@
 """The `lcm_jax` side of a workload: `Generator`, and the jitted step of `training_step.make`, as the programs use them.
 
-    python -m experiments.speed.jax_side      a worker, see `side.serve`
+python -m experiments.speed.jax_side      a worker, see `side.serve`
 """
 
 import dataclasses
@@ -74,10 +74,15 @@ def _sample(workload: Workload) -> Prepared:
     def stages(folder: str) -> dict[str, Any]:
         cond = text()
         z = generator.latents(cond, noise, side.GUIDANCE_SCALE, SETTINGS)
-        parts = {"text": text, "unet steps": lambda: generator.latents(cond, noise, side.GUIDANCE_SCALE, SETTINGS),
-                 "decoding": lambda: generator.decode(z)}  # fmt: skip
-        seconds = {name: trace.best_of(REPEATS, lambda part=part: jax.block_until_ready(part()))
-                   for name, part in parts.items()}  # fmt: skip
+        parts = {
+            "text": text,
+            "unet steps": lambda: generator.latents(cond, noise, side.GUIDANCE_SCALE, SETTINGS),
+            "decoding": lambda: generator.decode(z),
+        }
+        seconds = {
+            name: trace.best_of(REPEATS, lambda part=part: jax.block_until_ready(part()))
+            for name, part in parts.items()
+        }
         return {"stage_seconds": seconds, **trace.kernels(folder, draw, REPEATS)}
 
     return dataclasses.replace(_of_function(draw, count), profile=stages)
@@ -166,9 +171,11 @@ def _filled(pipeline: Pipeline) -> Pipeline:
     first = pipeline.text_encoder or pipeline.text_encoder_2
     tokenizer.model_max_length = first.max_position_embeddings
     return dataclasses.replace(
-        pipeline, params=random_weights(pipeline.params), tokenizer=pipeline.text_encoder and tokenizer,
+        pipeline,
+        params=random_weights(pipeline.params),
+        tokenizer=pipeline.text_encoder and tokenizer,
         tokenizer_2=pipeline.text_encoder_2 and tokenizer,
-    )  # fmt: skip
+    )
 
 
 def random_weights(shapes: Any) -> Any:

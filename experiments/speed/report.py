@@ -65,8 +65,9 @@ def lines(card: Mapping[str, Any]) -> list[Line]:
             (record["jax"]["setup_s"], ways[best]["setup_s"]),
         )
     order = [workload.name for workload in LISTS[card["device"]]()]
-    return sorted(found.values(), key=lambda line: order.index(line.workload.name) if line.workload.name in order
-                  else len(order))  # fmt: skip
+    return sorted(
+        found.values(), key=lambda line: order.index(line.workload.name) if line.workload.name in order else len(order)
+    )
 
 
 def ceiling(found: list[Line], dtype: str) -> float | None:
@@ -83,7 +84,7 @@ def utilisation(line: Line, top: float | None) -> tuple[float, float] | None:
 
 
 def goal(line: Line, device: str, top: float | None) -> str:
-    """"1.3: met", "1.3: missed", and the same of the utilisation; or nothing where there is no goal."""
+    """ "1.3: met", "1.3: missed", and the same of the utilisation; or nothing where there is no goal."""
     least, way = GOALS[device].get(line.workload.kind, (None, ""))
     told = []
     if least is not None and (not way or way in line.ways):
@@ -152,8 +153,10 @@ def headline(found: list[Line]) -> list[str]:
     if not of_it:
         return []
     hours = HEADLINE_STEPS * min(line.ours() for line in of_it) / 3600
-    return [f"The paper's run, {HEADLINE_STEPS} steps of {HEADLINE.batch} pictures at {HEADLINE.size} pixels: "
-            f"{hours:.2f} hours of steps on this card (the paper: {HEADLINE_PAPER_HOURS} A100 hours; goal: 1)."]
+    return [
+        f"The paper's run, {HEADLINE_STEPS} steps of {HEADLINE.batch} pictures at {HEADLINE.size} pixels: "
+        f"{hours:.2f} hours of steps on this card (the paper: {HEADLINE_PAPER_HOURS} A100 hours; goal: 1)."
+    ]
 
 
 def chart(card: Mapping[str, Any], path: Path) -> None:

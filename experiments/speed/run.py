@@ -124,8 +124,10 @@ def profile(workload: Workload, args: argparse.Namespace, deadline: float, say: 
     for name, seconds in found.get("stage_seconds", {}).items():
         print(f"  {1e3 * seconds:10.2f} ms  {name}")
     for kernel in found["kernels"][:20]:
-        print(f"  {1e3 * kernel['seconds']:10.3f} ms {100 * kernel['share']:5.1f} %  {kernel['calls']:7.1f} x "
-              f"{kernel['name'][:90]}")  # fmt: skip
+        print(
+            f"  {1e3 * kernel['seconds']:10.3f} ms {100 * kernel['share']:5.1f} %  {kernel['calls']:7.1f} x "
+            f"{kernel['name'][:90]}"
+        )
 
 
 def log_file(folder: Path) -> Path:

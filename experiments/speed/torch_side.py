@@ -1,10 +1,10 @@
 """The torch side of a workload: diffusers' pipelines, and the trainer of experiments/vs_diffusers, made fast.
 
-    eager            scaled-dot-product attention, channels last and TF32 on a GPU, cuDNN's kernels tried out
-    compile          the same with `torch.compile` on the networks
-    compile, graphs  sampling on a GPU: with CUDA graphs, too (mode "reduce-overhead")
+eager            scaled-dot-product attention, channels last and TF32 on a GPU, cuDNN's kernels tried out
+compile          the same with `torch.compile` on the networks
+compile, graphs  sampling on a GPU: with CUDA graphs, too (mode "reduce-overhead")
 
-    python -m experiments.speed.torch_side      a worker, see `side.serve`
+python -m experiments.speed.torch_side      a worker, see `side.serve`
 """
 
 import dataclasses
@@ -54,8 +54,9 @@ def _unet(workload: Workload) -> Prepared:
     unet = _placed(_network(UNet2DConditionModel, workload, "unet", time_cond_proj_dim=side.W_EMBEDDING), workload)
     edge = workload.size // _vae_factor(workload)
     z = torch.randn(workload.batch, unet.config.in_channels, edge, edge, device=DEVICE, dtype=unet.dtype)
-    text = torch.randn(workload.batch, _text_length(workload), unet.config.cross_attention_dim, device=DEVICE,
-                       dtype=unet.dtype)  # fmt: skip
+    text = torch.randn(
+        workload.batch, _text_length(workload), unet.config.cross_attention_dim, device=DEVICE, dtype=unet.dtype
+    )
     w = torch.randn(workload.batch, side.W_EMBEDDING, device=DEVICE, dtype=unet.dtype)
     t = torch.full((workload.batch,), 499, device=DEVICE)
 
@@ -86,9 +87,14 @@ def _sample(workload: Workload) -> Prepared:
                     setattr(pipe.vae if name == "decode" else pipe, name, part)
                 fitted[0] = parts
             images = pipe(
-                prompt=[side.PROMPT] * workload.batch, num_inference_steps=side.STEPS, latents=latents,
-                guidance_scale=side.GUIDANCE_SCALE, height=workload.size, width=workload.size, output_type="np",
-            ).images  # fmt: skip
+                prompt=[side.PROMPT] * workload.batch,
+                num_inference_steps=side.STEPS,
+                latents=latents,
+                guidance_scale=side.GUIDANCE_SCALE,
+                height=workload.size,
+                width=workload.size,
+                output_type="np",
+            ).images
             return torch.from_numpy(images)
 
         return draw
@@ -183,8 +189,9 @@ def _pipeline(workload: Workload) -> StableDiffusionPipeline | StableDiffusionXL
         second = _text_encoder(CLIPTextModelWithProjection, folder / "text_encoder_2")
         pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer, add_watermarker=False)
     else:
-        pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
-                                       requires_safety_checker=False)  # fmt: skip
+        pipe = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     for name in ("vae", "unet", "text_encoder", "text_encoder_2"):
         if hasattr(pipe, name):
             _placed(getattr(pipe, name), workload)

@@ -46,8 +46,11 @@ def events(data: Any) -> list[tuple[str, float]]:
             if on_device and "Stream" in line.name:
                 found += [(event.name, event.duration_ns * 1e-9) for event in line.events]
             elif plane.name == "/host:CPU" and not on_device:
-                found += [(event.name, event.duration_ns * 1e-9) for event in line.events
-                          if any(name == "hlo_op" for name, _ in event.stats)]  # fmt: skip
+                found += [
+                    (event.name, event.duration_ns * 1e-9)
+                    for event in line.events
+                    if any(name == "hlo_op" for name, _ in event.stats)
+                ]
     return found
 
 
@@ -58,5 +61,7 @@ def summed(found: list[tuple[str, float]], repeats: int) -> list[dict[str, Any]]
         seconds[name] += one / repeats
         calls[name] += 1
     total = sum(seconds.values())
-    return [{"name": name, "calls": calls[name] / repeats, "seconds": value, "share": value / total}
-            for name, value in seconds.most_common(MOST)]  # fmt: skip
+    return [
+        {"name": name, "calls": calls[name] / repeats, "seconds": value, "share": value / total}
+        for name, value in seconds.most_common(MOST)
+    ]

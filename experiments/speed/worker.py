@@ -38,9 +38,12 @@ class Worker:
             environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         self._log = log.open("a")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"experiments.speed.{side}_side"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._log, env=environment,
-        )  # fmt: skip
+            [sys.executable, "-m", f"experiments.speed.{side}_side"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=environment,
+        )
         self._buffer = b""
         try:
             self.ready = self.ask(dataclasses.asdict(workload))

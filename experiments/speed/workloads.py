@@ -1,10 +1,10 @@
 """What is measured: kinds of work on models of published architectures, in the order of what each is worth knowing.
 
-    matmul   a square product, the ceiling that utilisation is a share of
-    unet     one pass of the UNet
-    sample   prompts -> pictures on the host: tokenizer, text encoders, 4 LCM steps told w, VAE
-    lcd      one training step of Latent Consistency Distillation, encoded latents and text given
-    lora     the same for an LCM-LoRA
+matmul   a square product, the ceiling that utilisation is a share of
+unet     one pass of the UNet
+sample   prompts -> pictures on the host: tokenizer, text encoders, 4 LCM steps told w, VAE
+lcd      one training step of Latent Consistency Distillation, encoded latents and text given
+lora     the same for an LCM-LoRA
 """
 
 import dataclasses

@@ -85,14 +85,17 @@ def t_quantile(freedom: int) -> float:
 def markdown(found: Sequence[Agreement], sides: tuple[str, str]) -> str:
     """The table of agreements."""
     form = {"caption accuracy": lambda x: f"{100 * x:.1f} %", "Frechet distance": lambda x: f"{x:.2f}"}
-    lines = [f"| metric | steps | {sides[0]} | {sides[1]} | difference | in standard errors | within seed noise |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"| metric | steps | {sides[0]} | {sides[1]} | difference | in standard errors | within seed noise |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for one in found:
         show = form[one.metric]
         spread = [f" ± {show(d)}" for d in one.deviations] if one.deviations else ["", ""]
         cells = [show(mean) + text for mean, text in zip(one.means, spread, strict=True)]
         errors = f"{one.difference / one.error:.1f} (up to {one.limit:.1f})" if one.error else ""
         verdict = {True: "yes", False: "no", None: "one seed"}[one.agrees]
-        lines.append(f"| {one.metric} | {one.steps} | {' | '.join(cells)} | {show(one.difference)} | {errors} "
-                     f"| {verdict} |")  # fmt: skip
+        lines.append(
+            f"| {one.metric} | {one.steps} | {' | '.join(cells)} | {show(one.difference)} | {errors} | {verdict} |"
+        )
     return "\n".join(lines) + "\n"

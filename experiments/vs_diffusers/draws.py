@@ -35,8 +35,12 @@ def make_draw(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> Calla
 
     def draw(step: int) -> dict[str, torch.Tensor]:
         drawn = jax.device_get(of_step(step))
-        arrays = {"posterior": _first(drawn.posterior), "noise": _first(drawn.noise),
-                  "index": drawn.index.astype(np.int64), "w": drawn.w}  # fmt: skip
+        arrays = {
+            "posterior": _first(drawn.posterior),
+            "noise": _first(drawn.noise),
+            "index": drawn.index.astype(np.int64),
+            "w": drawn.w,
+        }
         return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
 
     return draw

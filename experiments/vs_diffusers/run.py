@@ -89,8 +89,11 @@ def main(argv: list[str] | None = None) -> int:
             if not made(make_config(seed, args.steps), args.workdir / f"seed{seed}", side, say):
                 return 1
     judge = table.Judge(args.count)
-    rows = {(seed, side): measured(args.workdir / f"seed{seed}" / side, judge, say)
-            for seed in range(args.seeds) for side in SIDES}  # fmt: skip
+    rows = {
+        (seed, side): measured(args.workdir / f"seed{seed}" / side, judge, say)
+        for seed in range(args.seeds)
+        for side in SIDES
+    }
     write_results(args, rows)
     print("\n" + (args.workdir / "table.md").read_text())
     if args.publish:
@@ -154,32 +157,49 @@ def agreements(rows: Mapping[tuple[int, str], list[table.Row]]) -> list[compare.
     def values(side: str, field: str, place: int) -> list[float]:
         return [getattr(rows[seed, side][place], field) for seed in seeds]
 
-    return [compare.agreement(metric, steps, *(values(side, field, place) for side in SIDES))
-            for metric, field in METRICS.items() for place, steps in enumerate(STEPS)]  # fmt: skip
+    return [
+        compare.agreement(metric, steps, *(values(side, field, place) for side in SIDES))
+        for metric, field in METRICS.items()
+        for place, steps in enumerate(STEPS)
+    ]
 
 
 def write_results(args: argparse.Namespace, rows: Mapping[tuple[int, str], list[table.Row]]) -> None:
     """RESULTS in the workdir."""
-    curves = {(seed, side): compare.read_curve(args.workdir / f"seed{seed}" / side / "metrics.jsonl")
-              for seed, side in rows}  # fmt: skip
+    curves = {
+        (seed, side): compare.read_curve(args.workdir / f"seed{seed}" / side / "metrics.jsonl") for seed, side in rows
+    }
     apart = {seed: compare.apart(curves[seed, "jax"], curves[seed, "torch"]) for seed in range(args.seeds)}
     found = agreements(rows)
-    lines = [f"| {seed} | {a.maximum:.1e} | {a.median:.1e} | {a.first:.1e} | {a.end:.1e} |"
-             for seed, a in apart.items()]  # fmt: skip
+    lines = [
+        f"| {seed} | {a.maximum:.1e} | {a.median:.1e} | {a.first:.1e} | {a.end:.1e} |" for seed, a in apart.items()
+    ]
     config = make_config(0, args.steps)
     note = NOTE.format(
-        seeds=args.seeds, steps=args.steps, batch=config.data.batch_size, count=args.count,
-        scale=rows[0, "jax"][0].guidance_scale, first=compare.FIRST, curves="\n".join(lines),
-        verdicts=len(found), alarms=compare.FALSE_ALARMS * len(found),
-    )  # fmt: skip
+        seeds=args.seeds,
+        steps=args.steps,
+        batch=config.data.batch_size,
+        count=args.count,
+        scale=rows[0, "jax"][0].guidance_scale,
+        first=compare.FIRST,
+        curves="\n".join(lines),
+        verdicts=len(found),
+        alarms=compare.FALSE_ALARMS * len(found),
+    )
     (args.workdir / "table.md").write_text(compare.markdown(found, tuple(SIDES.values())) + note)
     text = {
-        "config": CONFIG, "seeds": args.seeds, "steps": args.steps, "count": args.count,
+        "config": CONFIG,
+        "seeds": args.seeds,
+        "steps": args.steps,
+        "count": args.count,
         "curves": {seed: dataclasses.asdict(a) for seed, a in apart.items()},
         "agreement": [dataclasses.asdict(one) | {"agrees": one.agrees} for one in found],
-        "rows": [{"seed": seed, "side": side} | dataclasses.asdict(row)
-                 for (seed, side), both in rows.items() for row in both],
-    }  # fmt: skip
+        "rows": [
+            {"seed": seed, "side": side} | dataclasses.asdict(row)
+            for (seed, side), both in rows.items()
+            for row in both
+        ],
+    }
     (args.workdir / "table.json").write_text(json.dumps(text, indent=1) + "\n")
     draw(curves, args.workdir / "curves.png")
 
@@ -195,8 +215,14 @@ def draw(curves: Mapping[tuple[int, str], Mapping[int, float]], path: Path) -> N
         window = min(SMOOTH, len(steps))
         ends = range(window, len(steps) + 1)
         means = [statistics.fmean(curve[step] for step in steps[end - window : end]) for end in ends]
-        panel.plot([steps[end - 1] for end in ends], means, color=f"C{seed}", linewidth=1.0,
-                   linestyle="--" if side == "torch" else "-", label=f"seed {seed}, {SIDES[side]}")  # fmt: skip
+        panel.plot(
+            [steps[end - 1] for end in ends],
+            means,
+            color=f"C{seed}",
+            linewidth=1.0,
+            linestyle="--" if side == "torch" else "-",
+            label=f"seed {seed}, {SIDES[side]}",
+        )
     panel.set(xlabel="step", ylabel=f"loss, running mean of {SMOOTH} steps", yscale="log")
     panel.grid(alpha=0.3)
     panel.legend(fontsize="small")

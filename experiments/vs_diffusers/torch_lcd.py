@@ -27,8 +27,22 @@ from peft import LoraConfig
 Conditioning = Mapping[str, torch.Tensor]  # encoder_hidden_states [b l d]; SDXL's text_embeds [b p], time_ids [b 6]
 
 # What the LCM-LoRA report adapts.
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1",
-                "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")  # fmt: skip
+LORA_TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +83,13 @@ class Trainer:
     ema_decay: float
 
 
-def make_method(config: ConfigDict, scheduler: Mapping[str, Any], latent_scale: float, device: str,
-                precision: torch.dtype = torch.float32) -> Method:  # fmt: skip
+def make_method(
+    config: ConfigDict,
+    scheduler: Mapping[str, Any],
+    latent_scale: float,
+    device: str,
+    precision: torch.dtype = torch.float32,
+) -> Method:
     """The constants that a training config and a teacher's `scheduler_config.json` ask for."""
     noise = DDPMScheduler.from_config(scheduler)
     return Method(
@@ -107,9 +126,13 @@ def make_trainer(config: ConfigDict, method: Method, teacher: UNet2DConditionMod
         averages = [dict(target.named_parameters())[name] for name in names]
     train = config.train
     optimizer = torch.optim.AdamW(
-        theta, lr=train.learning_rate, betas=(train.adam_b1, train.adam_b2), eps=train.adam_eps,
-        weight_decay=train.weight_decay, fused=True,
-    )  # fmt: skip
+        theta,
+        lr=train.learning_rate,
+        betas=(train.adam_b1, train.adam_b2),
+        eps=train.adam_eps,
+        weight_decay=train.weight_decay,
+        fused=True,
+    )
 
     def factor(step: int) -> float:
         warm = min(1.0, (step + 1) / (train.lr_warmup_steps + 1))
@@ -119,9 +142,18 @@ def make_trainer(config: ConfigDict, method: Method, teacher: UNet2DConditionMod
 
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return Trainer(
-        method, teacher, student, target, list(theta), averages, null, optimizer, rate, train.max_grad_norm,
+        method,
+        teacher,
+        student,
+        target,
+        list(theta),
+        averages,
+        null,
+        optimizer,
+        rate,
+        train.max_grad_norm,
         train.ema_decay,
-    )  # fmt: skip
+    )
 
 
 def told_w(teacher: UNet2DConditionModel, dim: int) -> UNet2DConditionModel:
@@ -185,8 +217,9 @@ def lcd_loss(trainer: Trainer, batch: Mapping[str, Any], draws: Mapping[str, tor
     return (torch.sqrt(squared + method.huber_c**2) - method.huber_c).mean()
 
 
-def jump(trainer: Trainer, z_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor, cond: Conditioning,
-         w: torch.Tensor) -> torch.Tensor:  # fmt: skip
+def jump(
+    trainer: Trainer, z_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor, cond: Conditioning, w: torch.Tensor
+) -> torch.Tensor:
     """The teacher's DDIM step from t to s, guided by w; the text and the null text go through in one batch of 2b."""
     method = trainer.method
     null = {name: trainer.null.get(name, value).expand_as(value) for name, value in cond.items()}
@@ -197,8 +230,9 @@ def jump(trainer: Trainer, z_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor, 
     return _column(method.abar[s].sqrt()) * x0 + _column((1 - method.abar[s]).sqrt()) * eps
 
 
-def consistent(method: Method, network: torch.nn.Module, z: torch.Tensor, t: torch.Tensor, cond: Conditioning,
-               w: torch.Tensor) -> torch.Tensor:  # fmt: skip
+def consistent(
+    method: Method, network: torch.nn.Module, z: torch.Tensor, t: torch.Tensor, cond: Conditioning, w: torch.Tensor
+) -> torch.Tensor:
     """The consistency function f of a network told w, if it takes w."""
     dim = network.config.time_cond_proj_dim
     output = predict(method, network, z, t, cond, None if dim is None else w_embedding(w, dim))
@@ -208,15 +242,27 @@ def consistent(method: Method, network: torch.nn.Module, z: torch.Tensor, t: tor
     return _column(method.sigma_data**2 / total) * z + _column(scaled / total.sqrt()) * x0
 
 
-def predict(method: Method, network: torch.nn.Module, z: torch.Tensor, t: torch.Tensor, cond: Conditioning,
-            timestep_cond: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+def predict(
+    method: Method,
+    network: torch.nn.Module,
+    z: torch.Tensor,
+    t: torch.Tensor,
+    cond: Conditioning,
+    timestep_cond: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The network's output, float32."""
     half = method.precision != torch.float32
     cast = torch.autocast(z.device.type, method.precision) if half else contextlib.nullcontext()
     added = {name: value for name, value in cond.items() if name != "encoder_hidden_states"}
     with cast:
-        output = network(z, t, cond["encoder_hidden_states"], timestep_cond=timestep_cond,
-                         added_cond_kwargs=added or None, return_dict=False)[0]  # fmt: skip
+        output = network(
+            z,
+            t,
+            cond["encoder_hidden_states"],
+            timestep_cond=timestep_cond,
+            added_cond_kwargs=added or None,
+            return_dict=False,
+        )[0]
     return output.float()
 
 

@@ -85,13 +85,11 @@ class Cached:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         return [
-            ArrayRecordDataSource(
-                [_Shard(str(self.path / s["file"]), s["rows"], s["rows"]) for s in group["shards"]]
-            )
+            ArrayRecordDataSource([_Shard(str(self.path / s["file"]), s["rows"], s["rows"]) for s in group["shards"]])
             if group["shards"]
             else ()
             for group in self.manifest["groups"]
-        ]  # fmt: skip
+        ]
 
     def row(self, group: int, rank: int, draws: np.random.Generator | None = None) -> dict[str, np.ndarray]:
         """Arrays of one row, read-only; nothing about it is random. Raises BadRecord."""
@@ -185,12 +183,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise LcmError(f"{path} is no folder; --config.data.path is the --out of lcm_jax.precompute")
     if not (path / MANIFEST).is_file():
-        raise LcmError(f"{path} has no {MANIFEST}: it is no latent cache, or an unfinished one; run the same "
-                       "lcm_jax.precompute command again, it goes on where it was stopped")
+        raise LcmError(
+            f"{path} has no {MANIFEST}: it is no latent cache, or an unfinished one; run the same "
+            "lcm_jax.precompute command again, it goes on where it was stopped"
+        )
     manifest = files.read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise LcmError(f"{path} is a latent cache of format {manifest.get('format')!r}, this version reads {FORMAT}; "
-                       "precompute again, or use the version that wrote it")
+        raise LcmError(
+            f"{path} is a latent cache of format {manifest.get('format')!r}, this version reads {FORMAT}; "
+            "precompute again, or use the version that wrote it"
+        )
     return manifest
 
 
@@ -210,8 +212,10 @@ def check_fit(manifest: Mapping[str, Any], fingerprint: Mapping[str, Any], path:
         if key == "text_encoders" and manifest["text"] == "ids":
             continue
         if made.get(key) != fingerprint[key]:
-            raise LcmError(f"the latent cache {path} was made with {key} {short(made.get(key))}, the run's is "
-                           f"{short(fingerprint[key])}; {way_out}")
+            raise LcmError(
+                f"the latent cache {path} was made with {key} {short(made.get(key))}, the run's is "
+                f"{short(fingerprint[key])}; {way_out}"
+            )
 
 
 def short(value: Any) -> str:

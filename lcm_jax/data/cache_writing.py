@@ -126,8 +126,10 @@ def pack(row: Mapping[str, np.ndarray], arrays: Iterable[Mapping[str, Any]], abo
         with np.errstate(over="ignore"):  # told below
             value = np.asarray(row[name]).astype(dtype)
         if not np.isfinite(value.astype(np.float32)).all():
-            raise LcmError(f"{about['shard']}: {about['key']}: {name} is not finite in {dtype}; use --dtype=float32, "
-                           "and if it is so already --config.model.dtype=float32")
+            raise LcmError(
+                f"{about['shard']}: {about['key']}: {name} is not finite in {dtype}; use --dtype=float32, "
+                "and if it is so already --config.model.dtype=float32"
+            )
         parts.append(value.tobytes())
     return b"".join([*parts, json.dumps(about).encode()])
 
@@ -162,8 +164,10 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # array_record's own is a RuntimeError
-        raise LcmError(f"{path} cannot be written ({' '.join(str(error).split())}); make room or choose another disk, "
-                       "the same command goes on from the last whole shard") from error
+        raise LcmError(
+            f"{path} cannot be written ({' '.join(str(error).split())}); make room or choose another disk, "
+            "the same command goes on from the last whole shard"
+        ) from error
 
 
 def note(out: Path, shard: Shard, rows: int, faults: Iterable[Fault]) -> None:

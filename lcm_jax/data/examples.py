@@ -1,8 +1,8 @@
 """Records -> rows of arrays, as the loader batches them.
 
-    Pictures         from records: pixels and token ids, decoded, cropped, flipped and tokenised when they are asked for
-    Arrays           held in memory: what was encoded before training began
-    CaptionDropout   either of them, with the text of "" in the place of a share of the captions
+Pictures         from records: pixels and token ids, decoded, cropped, flipped and tokenised when they are asked for
+Arrays           held in memory: what was encoded before training began
+CaptionDropout   either of them, with the text of "" in the place of a share of the captions
 """
 
 from __future__ import annotations

@@ -60,14 +60,14 @@ class Report:
 
     def __str__(self) -> str:
         rows = [("records", self.total, "")]
-        rows += [(str(rule), -dropped, f"({missing} missing)" if missing else "")
-                 for rule, dropped, missing in self.rules]
+        rows += [
+            (str(rule), -dropped, f"({missing} missing)" if missing else "") for rule, dropped, missing in self.rules
+        ]
         rows += [("kept", self.kept, "")]
         if self.faults:
             rows += [("unusable, not counted above", self.faults, "")]
         left, right = max(len(row[0]) for row in rows), max(len(str(row[1])) for row in rows)
         return "\n".join(f"{name:<{left}}  {count:>{right}}  {note}".rstrip() for name, count, note in rows)
-
 
     def line(self) -> str:
         """The same in one line, without rules that dropped nothing."""
@@ -116,8 +116,9 @@ def parse(text: str) -> Rule:
     return Rule(name, op, value, or_missing is not None)
 
 
-def apply(source: Source, rules: Sequence[str], *, width_key: str = "width",
-          height_key: str = "height") -> tuple[Source, Report]:
+def apply(
+    source: Source, rules: Sequence[str], *, width_key: str = "width", height_key: str = "height"
+) -> tuple[Source, Report]:
     """The records that satisfy all rules, in their order, and what each rule dropped.
 
     Raises:
@@ -175,8 +176,10 @@ def _numbers(source: Source, rule: Rule, width_key: str, height_key: str) -> dic
         return {"side": known.min(-1), "aspect": known.max(-1) / known.min(-1)}
     values = source.field(rule.field)
     if values is None and not rule.or_missing:
-        raise LcmError(f'no record has a number {rule.field!r}, which the rule "{rule}" needs; correct its name, or '
-                       f'write "{rule} or missing" to keep such records (--config.data.filters)')
+        raise LcmError(
+            f'no record has a number {rule.field!r}, which the rule "{rule}" needs; correct its name, or '
+            f'write "{rule} or missing" to keep such records (--config.data.filters)'
+        )
     return {rule.field: np.full(len(source), np.nan) if values is None else values}
 
 
@@ -185,5 +188,7 @@ def _nothing_left(source: Source, rule: Rule, found: dict[str, np.ndarray], repo
     value = found[rule.field][0]
     has = f"has no {rule.field}" if np.isnan(value) else f"{rule.field} is {value:g}"
     drops = ", ".join(f'"{rule}" dropped {dropped}' for rule, dropped, _ in report.rules)
-    return (f'no record is left of {report.total}: {drops}; for one, {shard}: {key}: {has}, the rule is "{rule}"; '
-            "relax the rules (--config.data.filters)")
+    return (
+        f'no record is left of {report.total}: {drops}; for one, {shard}: {key}: {has}, the rule is "{rule}"; '
+        "relax the rules (--config.data.filters)"
+    )

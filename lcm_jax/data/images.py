@@ -35,8 +35,13 @@ PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 END_OF_JPEG, START_OF_SCAN = b"\xff\xd9", 0xDA
 
 FILTERS = {
-    "pillow": {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC,
-               "bilinear": Image.Resampling.BILINEAR, "box": Image.Resampling.BOX, "area": Image.Resampling.BOX},
+    "pillow": {
+        "lanczos": Image.Resampling.LANCZOS,
+        "bicubic": Image.Resampling.BICUBIC,
+        "bilinear": Image.Resampling.BILINEAR,
+        "box": Image.Resampling.BOX,
+        "area": Image.Resampling.BOX,
+    },
     "opencv": {"area": None},  # the one filter of OpenCV that antialiases
 }
 
@@ -46,8 +51,10 @@ def check_choice(decoder: str, resize_filter: str = "area") -> None:
     if decoder not in FILTERS:
         raise LcmError(f"--config.data.decoder={decoder!r} is unknown; choose one of {', '.join(FILTERS)}")
     if resize_filter not in FILTERS[decoder]:
-        raise LcmError(f"--config.data.resize_filter={resize_filter!r} does not go with --config.data.decoder="
-                       f"{decoder!r}, which has {', '.join(FILTERS[decoder])}")
+        raise LcmError(
+            f"--config.data.resize_filter={resize_filter!r} does not go with --config.data.decoder="
+            f"{decoder!r}, which has {', '.join(FILTERS[decoder])}"
+        )
     if decoder == "opencv":
         _opencv()
 
@@ -145,7 +152,7 @@ def _has_end(jpeg: bytes) -> bool:
     while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
         if jpeg[at + 1] == START_OF_SCAN:
             return jpeg.rfind(END_OF_JPEG, at) >= 0
-        at += 2 + int.from_bytes(jpeg[at + 2:at + 4], "big")
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
     return False
 
 
@@ -233,7 +240,7 @@ def place(size: tuple[int, int], target: tuple[int, int], crop: str = "center", 
     if crop == "center":
         return Crop(height, width, margins[0] // 2, margins[1] // 2)
     if crop != "random":
-        raise LcmError(f"--config.data.crop={crop!r} is unknown; choose \"random\" or \"center\"")
+        raise LcmError(f'--config.data.crop={crop!r} is unknown; choose "random" or "center"')
     if len(draws) != 2 or not all(0 <= u < 1 for u in draws):
         raise LcmError(f"a random crop takes two draws in [0, 1), got {list(draws)}")
     top, left = (min(math.floor(u * (margin + 1)), margin) for u, margin in zip(draws, margins, strict=True))
@@ -248,7 +255,7 @@ def _resize_pillow(image: np.ndarray, crop: Crop, height: int, width: int, resiz
     kernel = FILTERS["pillow"][resize_filter]
     if kernel == Image.Resampling.BOX:  # a pixel is inside or outside the box: the part's rounding would decide
         whole = np.asarray(picture.resize((crop.resized_width, crop.resized_height), kernel))
-        return whole[crop.top:crop.top + height, crop.left:crop.left + width]
+        return whole[crop.top : crop.top + height, crop.left : crop.left + width]
     across, down = picture.width / crop.resized_width, picture.height / crop.resized_height
     part = (crop.left * across, crop.top * down, (crop.left + width) * across, (crop.top + height) * down)
     return np.asarray(picture.resize((width, height), kernel, box=part))
@@ -256,16 +263,18 @@ def _resize_pillow(image: np.ndarray, crop: Crop, height: int, width: int, resiz
 
 def _resize_opencv(image: np.ndarray, crop: Crop, height: int, width: int, flip: bool) -> np.ndarray:
     cv2 = _opencv()
-    whole = cv2.resize(cv2.flip(image, 1) if flip else image, (crop.resized_width, crop.resized_height),
-                       interpolation=cv2.INTER_AREA)
-    return whole[crop.top:crop.top + height, crop.left:crop.left + width]
+    whole = cv2.resize(
+        cv2.flip(image, 1) if flip else image, (crop.resized_width, crop.resized_height), interpolation=cv2.INTER_AREA
+    )
+    return whole[crop.top : crop.top + height, crop.left : crop.left + width]
 
 
-def _resized(image: np.ndarray, crop: Crop, height: int, width: int, resize_filter: str, flip: bool,
-             decoder: str) -> np.ndarray:
+def _resized(
+    image: np.ndarray, crop: Crop, height: int, width: int, resize_filter: str, flip: bool, decoder: str
+) -> np.ndarray:
     if image.shape[:2] == (crop.resized_height, crop.resized_width):
         image = image[:, ::-1] if flip else image
-        return image[crop.top:crop.top + height, crop.left:crop.left + width]
+        return image[crop.top : crop.top + height, crop.left : crop.left + width]
     enlarged = crop.resized_height > image.shape[0] or crop.resized_width > image.shape[1]
     if enlarged and resize_filter in ("box", "area"):  # which would repeat pixels
         return _resize_pillow(image, crop, height, width, "bilinear", flip)
@@ -274,9 +283,18 @@ def _resized(image: np.ndarray, crop: Crop, height: int, width: int, resize_filt
     return _resize_pillow(image, crop, height, width, resize_filter, flip)
 
 
-def fit(image: np.ndarray, height: int, width: int, *, resize_filter: str = "lanczos", crop: str = "center",
-        draws: Sequence[float] = (), flip: bool = False, original_size: tuple[int, int] | None = None,
-        decoder: str = "pillow") -> tuple[np.ndarray, np.ndarray]:
+def fit(
+    image: np.ndarray,
+    height: int,
+    width: int,
+    *,
+    resize_filter: str = "lanczos",
+    crop: str = "center",
+    draws: Sequence[float] = (),
+    flip: bool = False,
+    original_size: tuple[int, int] | None = None,
+    decoder: str = "pillow",
+) -> tuple[np.ndarray, np.ndarray]:
     """Flip, resize so that the target is covered, crop.
 
     Args:
@@ -317,8 +335,10 @@ def bucket_sizes(resolution: int, *, step: int = 64, max_aspect: float = 2.0) ->
         LcmError: `resolution` is no multiple of `step`, or max_aspect < 1.
     """
     if step < 1 or resolution < step or resolution % step or not max_aspect >= 1:
-        raise LcmError(f"no aspect buckets for --config.data.resolution={resolution}, sides in steps of {step} and "
-                       f"aspects up to {max_aspect}; choose a multiple of {step}, and an aspect of at least 1")
+        raise LcmError(
+            f"no aspect buckets for --config.data.resolution={resolution}, sides in steps of {step} and "
+            f"aspects up to {max_aspect}; choose a multiple of {step}, and an aspect of at least 1"
+        )
     sizes = set()
     for short in range(step, resolution + 1, step):
         long = resolution**2 // (short * step) * step

@@ -96,8 +96,10 @@ def too_many(config: ConfigDict, parts: Sequence[training_data.Part], samples: S
     share = config.data.max_bad_fraction
     if bad <= share * read:
         return []
-    return report.paragraph(f"A run would stop: about {bad:,.0f} of {read:,.0f} records cannot be used, more than "
-                            f"--config.data.max_bad_fraction={share}")
+    return report.paragraph(
+        f"A run would stop: about {bad:,.0f} of {read:,.0f} records cannot be used, more than "
+        f"--config.data.max_bad_fraction={share}"
+    )
 
 
 def rows_of(config: ConfigDict, part: training_data.Part) -> loader.Examples:

@@ -168,8 +168,10 @@ class Faults:
                 self.tell(fault)
 
     def _stop(self, bad: int, records: int, last: Fault) -> None:
-        raise LcmError(f"{bad} of {records} records could not be used, the last one {last}; mend the data, or allow "
-                       f"more than --config.data.max_bad_fraction={self.share}")
+        raise LcmError(
+            f"{bad} of {records} records could not be used, the last one {last}; mend the data, or allow "
+            f"more than --config.data.max_bad_fraction={self.share}"
+        )
 
 
 def _begin_worker(folder: str, index: int, count: int) -> None:
@@ -397,9 +399,7 @@ class Prefetched:
         self._stop.set()
 
 
-def _prefetch(
-    batches: Iterable[Batch], put: Callable[[Batch], Any], ready: queue.Queue, stop: threading.Event
-) -> None:
+def _prefetch(batches: Iterable[Batch], put: Callable[[Batch], Any], ready: queue.Queue, stop: threading.Event) -> None:
     """The thread of `Prefetched`; it does not hold that object, which may become garbage."""
 
     def offer(item: tuple[str, Any]) -> None:
@@ -422,9 +422,18 @@ def _prefetch(
         offer(("error", error))
 
 
-def batches(examples: Sequence[Examples], order: Order, start_step: int = 0, *, faults: Faults | None = None,
-            put: Callable[[Batch], Any] = jax.device_put, workers: int = 0, depth: int = 2,
-            rows: Sequence[int] | None = None, stop: Callable[[], Any] = lambda: False) -> Prefetched:
+def batches(
+    examples: Sequence[Examples],
+    order: Order,
+    start_step: int = 0,
+    *,
+    faults: Faults | None = None,
+    put: Callable[[Batch], Any] = jax.device_put,
+    workers: int = 0,
+    depth: int = 2,
+    rows: Sequence[int] | None = None,
+    stop: Callable[[], Any] = lambda: False,
+) -> Prefetched:
     """Endless batches on the device from `start_step` on: the training loop's data. Close it (`contextlib.closing`).
 
     Args:
@@ -442,8 +451,10 @@ def batches(examples: Sequence[Examples], order: Order, start_step: int = 0, *, 
     LcmError if a worker has ended.
     """
     if tuple(tuple(e.groups) for e in examples) != order.streams or start_step < 0:
-        raise LcmError(f"examples in groups {[e.groups for e in examples]} from step {start_step} do not fit an order "
-                       f"of {order.streams}")
+        raise LcmError(
+            f"examples in groups {[e.groups for e in examples]} from step {start_step} do not fit an order "
+            f"of {order.streams}"
+        )
     faults = faults or Faults(0.0, lambda fault: None)
     if not faults.records:
         count = sum(map(sum, order.streams))
@@ -459,8 +470,10 @@ def batches(examples: Sequence[Examples], order: Order, start_step: int = 0, *, 
 
     def take(ready: queue.Queue, number: int) -> tuple[str, Any]:
         def what() -> str:
-            return (f"rows {mine[0]} to {mine[-1]} of the batch of step {start_step + number + 1}; "
-                    f"{watched.describe(number)}")
+            return (
+                f"rows {mine[0]} to {mine[-1]} of the batch of step {start_step + number + 1}; "
+                f"{watched.describe(number)}"
+            )
 
         try:
             return waiting.taken(ready, what, stop=stop, check=watched.check)

@@ -78,8 +78,10 @@ def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> n
     In each epoch of `num_examples` positions every example comes once; a batch may reach into the next epoch.
     """
     if num_examples < 1 or batch_size < 1 or step < 0:
-        raise LcmError(f"no batch of {batch_size} at step {step} from {num_examples} examples; "
-                       "sizes must be at least 1 and the step not negative")
+        raise LcmError(
+            f"no batch of {batch_size} at step {step} from {num_examples} examples; "
+            "sizes must be at least 1 and the step not negative"
+        )
     return shuffled(seed, step * batch_size + np.arange(batch_size, dtype=np.int64), num_examples)
 
 
@@ -121,8 +123,10 @@ class Order:
     def __post_init__(self) -> None:
         empty = not self.streams or any(sum(groups) < 1 for groups in self.streams)
         if empty or self.batch_size < 1 or len(self.weights) != len(self.streams) or min(self.weights) < 1:
-            raise LcmError(f"no batches of {self.batch_size} from groups {self.streams} weighted {self.weights}; "
-                           "sizes and weights must be at least 1")
+            raise LcmError(
+                f"no batches of {self.batch_size} from groups {self.streams} weighted {self.weights}; "
+                "sizes and weights must be at least 1"
+            )
 
     def places(self, step: int) -> list[Place]:
         """The examples of the global batch of `step`, row by row."""

@@ -44,7 +44,7 @@ def heading(title: str) -> Lines:
 
 
 def share(part: int, whole: int) -> str:
-    """"12 of 1,000 (1.2 %)"."""
+    """ "12 of 1,000 (1.2 %)"."""
     return f"{part:,} of {whole:,} ({100 * part / max(whole, 1):.1f} %)"
 
 

@@ -62,8 +62,17 @@ SHADE_JITTER = 6.0  # largest change of a background's shade, of 255, the same f
 ANGLE_JITTER = 12.0  # degrees
 
 # Column and row of each position in a 3 x 3 grid, counted from the top left.
-_CELL = {"center": (1, 1), "left": (0, 1), "right": (2, 1), "top": (1, 0), "bottom": (1, 2), "top left": (0, 0),
-         "top right": (2, 0), "bottom left": (0, 2), "bottom right": (2, 2)}
+_CELL = {
+    "center": (1, 1),
+    "left": (0, 1),
+    "right": (2, 1),
+    "top": (1, 0),
+    "bottom": (1, 2),
+    "top left": (0, 0),
+    "top right": (2, 0),
+    "bottom left": (0, 2),
+    "bottom right": (2, 2),
+}
 _CIRCUMRADIUS = {"circle": 0.96, "square": 0.8 * 2**0.5, "triangle": 1.16, "star": 1.16, "cross": 1.112, "ring": 1.0}
 _COUNTS = tuple(len(words) for words in ATTRIBUTES.values())
 _HELDOUT_FRACTION = 0.1
@@ -135,8 +144,9 @@ class Spec:
 def combination(shape: str, colour: str, size: str, position: str, background: str) -> int:
     """Number of a combination of attributes, 0 .. 4319."""
     words = (shape, colour, size, position, background)
-    return int(np.ravel_multi_index([names.index(w) for names, w in zip(ATTRIBUTES.values(), words, strict=True)],
-                                    _COUNTS))
+    return int(
+        np.ravel_multi_index([names.index(w) for names, w in zip(ATTRIBUTES.values(), words, strict=True)], _COUNTS)
+    )
 
 
 @functools.cache
@@ -197,8 +207,10 @@ def _object(row: np.ndarray, u: np.ndarray, layout: _Layout) -> Object:
         for cell, v in zip(_CELL[position], u[1:3], strict=True)
     )
     angle = float(ANGLE_JITTER * (2.0 * u[3] - 1.0))
-    rgb = tuple(float(np.clip(c + COLOUR_JITTER * (2.0 * v - 1.0), 0.0, 255.0))
-                for c, v in zip(COLOUR_RGB[colour], u[4:7], strict=True))
+    rgb = tuple(
+        float(np.clip(c + COLOUR_JITTER * (2.0 * v - 1.0), 0.0, 255.0))
+        for c, v in zip(COLOUR_RGB[colour], u[4:7], strict=True)
+    )
     return Object(shape, colour, size, position, centre, radius, angle, rgb)
 
 
@@ -217,18 +229,30 @@ def parse_caption(text: str) -> list[dict[str, int]]:
     whole = _CAPTION.fullmatch(text)
     parts = [_OBJECT.fullmatch(p) for p in whole["objects"].split(" and ")] if whole else [None]
     try:
-        return [{name: words.index(whole[name] if name == "background" else part[name])
-                 for name, words in ATTRIBUTES.items()} for part in parts]
+        return [
+            {
+                name: words.index(whole[name] if name == "background" else part[name])
+                for name, words in ATTRIBUTES.items()
+            }
+            for part in parts
+        ]
     except (TypeError, ValueError):
-        raise LcmError(f"not a caption of the shapes set: {text!r}; the form is "
-                       "'a small red circle at the top left on a white background'") from None
+        raise LcmError(
+            f"not a caption of the shapes set: {text!r}; the form is "
+            "'a small red circle at the top left on a white background'"
+        ) from None
 
 
 def labels(spec: Spec, which: int = 0) -> dict[str, int]:
     """Class indices {shape, colour, size, position, background} of the object number `which`."""
     o = spec.objects[which]
-    words = {"shape": o.shape, "colour": o.colour, "size": o.size, "position": o.position,
-             "background": spec.background}
+    words = {
+        "shape": o.shape,
+        "colour": o.colour,
+        "size": o.size,
+        "position": o.position,
+        "background": spec.background,
+    }
     return {name: ATTRIBUTES[name].index(word) for name, word in words.items()}
 
 
@@ -308,9 +332,7 @@ def render_batch(specs: Sequence[Spec], style: str = "plain") -> np.ndarray:
     return out
 
 
-def example(
-    index: int, split: str = "train", num_objects: int = 1, style: str = "plain"
-) -> tuple[np.ndarray, str]:
+def example(index: int, split: str = "train", num_objects: int = 1, style: str = "plain") -> tuple[np.ndarray, str]:
     """Picture (uint8 [64 64 3]) and caption number `index` of a split."""
     s = spec(index, split, num_objects)
     return render(s, style), caption(s)

@@ -53,8 +53,14 @@ class Packed:
     faults: tuple[Fault, ...]
 
 
-def pack(source: Source, out: str | Path, *, name: str = "records", shard_bytes: int = SHARD_BYTES,
-         report: Callable[[int, int], None] | None = None) -> Packed:
+def pack(
+    source: Source,
+    out: str | Path,
+    *,
+    name: str = "records",
+    shard_bytes: int = SHARD_BYTES,
+    report: Callable[[int, int], None] | None = None,
+) -> Packed:
     """Write all usable records of `source` to the new folder `out`, all of it or nothing.
 
     Records that cannot be read, or whose image has no readable header, are left out. Width and height are read from
@@ -78,14 +84,17 @@ def pack(source: Source, out: str | Path, *, name: str = "records", shard_bytes:
     files.check_space(out, needed)
     count = max(1, min(len(source), round(needed / shard_bytes)))
     with _new_folder(out) as folder:
-        template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, split=SPLIT,
-                                                 filetype_suffix="array_record")
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=name, split=SPLIT, filetype_suffix="array_record"
+        )
         paths = [Path(template.sharded_filepath(shard_index=i, num_shards=count)) for i in range(count)]
         try:
             writing = _write_shards(source, paths, report)
         except (OSError, RuntimeError) as error:  # array_record's own is a RuntimeError
-            raise LcmError(f"packing into {out} stopped ({' '.join(str(error).split())}); where the disk is full make "
-                           "room or choose another, then run the same command again") from error
+            raise LcmError(
+                f"packing into {out} stopped ({' '.join(str(error).split())}); where the disk is full make "
+                "room or choose another, then run the same command again"
+            ) from error
         if not writing.keys:
             first = f"; the first: {writing.faults[0]}" if writing.faults else ""
             raise LcmError(f"none of {len(source)} records can be used{first} (--config.data.path)")
@@ -153,8 +162,10 @@ def _numbers(record: Record) -> dict[str, float]:
     height, width = images.header_size(record.image)
     taken = [name for name in record.fields if name in _OTHER_FEATURES]
     if taken:
-        raise LcmError(f"record {record.key} has a number named {taken[0]!r}, which is what another feature of the "
-                       "packed data set is named; rename it in the data")
+        raise LcmError(
+            f"record {record.key} has a number named {taken[0]!r}, which is what another feature of the "
+            "packed data set is named; rename it in the data"
+        )
     return {"width": float(width), "height": float(height), **record.fields}
 
 
@@ -223,10 +234,12 @@ def _check_count(path: Path, expected: int) -> None:
 
 
 def _write_metadata(tfds: Any, folder: Path, template: Any, writing: _Writing) -> None:
-    info = tfds.core.SplitInfo(name=SPLIT, shard_lengths=writing.lengths, num_bytes=writing.num_bytes,
-                               filename_template=template)
-    tfds.folder_dataset.write_metadata(data_dir=folder, features=_features(tfds, writing.fields), split_infos=[info],
-                                       version="1.0.0", check_data=False)  # its check needs TensorFlow
+    info = tfds.core.SplitInfo(
+        name=SPLIT, shard_lengths=writing.lengths, num_bytes=writing.num_bytes, filename_template=template
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=_features(tfds, writing.fields), split_infos=[info], version="1.0.0", check_data=False
+    )  # its check needs TensorFlow
     kinds = [(KEY, f"S{max(map(len, writing.keys))}"), *((name, "<f8") for name in sorted(writing.fields))]
     index = np.empty(len(writing.keys), kinds)
     index[KEY] = writing.keys
@@ -281,6 +294,7 @@ def _tfds() -> Any:
         import array_record.python.array_record_module  # noqa: F401
         import tensorflow_datasets as tfds
     except ImportError:
-        raise LcmError("packing records needs tensorflow-datasets and array_record: "
-                       "pip install 'lcm_jax[data]'") from None
+        raise LcmError(
+            "packing records needs tensorflow-datasets and array_record: pip install 'lcm_jax[data]'"
+        ) from None
     return tfds

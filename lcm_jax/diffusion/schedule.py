@@ -40,16 +40,36 @@ _LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_li
 _CLASSES = {
     f"{name}Scheduler": betas
     for betas, names in (
-        (_PLAIN, ("DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep",
-                  "DPMSolverMultistepInverse", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete",
-                  "LMSDiscrete", "PNDM", "RePaint", "SASolver", "UniPCMultistep")),
+        (
+            _PLAIN,
+            (
+                "DDIM",
+                "DDIMInverse",
+                "DDIMParallel",
+                "DDPM",
+                "DDPMParallel",
+                "DEISMultistep",
+                "DPMSolverMultistep",
+                "DPMSolverMultistepInverse",
+                "DPMSolverSinglestep",
+                "EulerAncestralDiscrete",
+                "EulerDiscrete",
+                "LMSDiscrete",
+                "PNDM",
+                "RePaint",
+                "SASolver",
+                "UniPCMultistep",
+            ),
+        ),
         (_LATENT, ("LCM", "TCD")),
-        (_LATENT | {"beta_schedule": "linear"},
-         ("DPMSolverSDE", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete")),
+        (
+            _LATENT | {"beta_schedule": "linear"},
+            ("DPMSolverSDE", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete"),
+        ),
         (_PLAIN | {"beta_schedule": "squaredcos_cap_v2"}, ("UnCLIP",)),
     )
     for name in names
-}  # fmt: skip
+}
 # Options of these classes that ask for other noise or another meaning of the output -> the only value that does not.
 _OPTIONS = {
     "predict_epsilon": (True, "name the prediction_type instead"),
@@ -215,10 +235,11 @@ def noise_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     betas = _PLAIN if name is None else _CLASSES.get(str(name).removeprefix("Flax"))
     if betas is None:
         raise UnsupportedConfig(
-            "_class_name", name,
+            "_class_name",
+            name,
             f"schedulers with a table of variance-preserving steps, {', '.join(_CLASSES)}; if the model was trained on "
             "one of these, name its class in scheduler_config.json",
-        )  # fmt: skip
+        )
     needs_betas = "trained_betas" not in given and given.get("beta_schedule") != "squaredcos_cap_v2"
     lacking = [key for key in _PLAIN if key not in given]
     if name is None and needs_betas and lacking:

@@ -52,9 +52,11 @@ def draw(
         seconds = time.perf_counter() - begun
         bad = [int(numbers[i]) for i in not_finite(images)]
         if bad:
-            raise LcmError(f"pictures {', '.join(map(str, dict.fromkeys(bad)))} of {settings.sampler} with "
-                           f"{settings.steps} steps are not finite, and would be measured as black ones; try "
-                           "--dtype=float32, and see whether the weights are finite")
+            raise LcmError(
+                f"pictures {', '.join(map(str, dict.fromkeys(bad)))} of {settings.sampler} with "
+                f"{settings.steps} steps are not finite, and would be measured as black ones; try "
+                "--dtype=float32, and see whether the weights are finite"
+            )
         new = len(np.unique(numbers)) if i < len(parts) else 0
         yield numbers[:new], to_uint8(images[:new]), seconds
 

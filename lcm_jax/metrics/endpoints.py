@@ -24,9 +24,7 @@ COUNT = 64  # captions that the error is taken over, at most
 class Endpoints:
     """Endpoints of a teacher's guided ODE for the first captions of a table, solved once for each guidance scale."""
 
-    def __init__(
-        self, teacher: Generator, captions: Sequence[str], solver_steps: int, seed: int, shape: Sequence[int]
-    ):
+    def __init__(self, teacher: Generator, captions: Sequence[str], solver_steps: int, seed: int, shape: Sequence[int]):
         """Solves nothing yet.
 
         Args:

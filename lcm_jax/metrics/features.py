@@ -128,8 +128,14 @@ def make_extractor(network: Network, mesh: Mesh | None = None, batch_size: int =
     # Replicated, so that every process of a multi-host run can read all features.
     compiled = jax.jit(apply, out_shardings=mesh_lib.replicated(mesh))
     digest = weights_hash(network)
-    return Extractor(network.name, digest, network.dim, batch_size, network.prepare,
-                     lambda inputs: compiled(params, mesh_lib.spread(mesh, inputs)))
+    return Extractor(
+        network.name,
+        digest,
+        network.dim,
+        batch_size,
+        network.prepare,
+        lambda inputs: compiled(params, mesh_lib.spread(mesh, inputs)),
+    )
 
 
 def one_device() -> Mesh:

@@ -96,8 +96,10 @@ def frechet_distance(a: FeatureStatistics | np.ndarray, b: FeatureStatistics | n
     _check_dimensions(a.origin.size, b.origin.size, "compared")
     for s in (a, b):
         if s.count <= s.origin.size:
-            raise LcmError(f"{s.count} samples for {s.origin.size} feature dimensions are too few: "
-                           f"give at least {s.origin.size + 1}")
+            raise LcmError(
+                f"{s.count} samples for {s.origin.size} feature dimensions are too few: "
+                f"give at least {s.origin.size + 1}"
+            )
     return gaussian_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 

@@ -70,8 +70,10 @@ def of_source(source: Source, count: int, origin: str) -> Inputs:
         except BadRecord:
             bad += 1
     if len(captions) < count:
-        raise LcmError(f"{origin} has {len(captions)} records that can be read, --count={count} are asked for; give "
-                       f"--count={len(captions)} or less")
+        raise LcmError(
+            f"{origin} has {len(captions)} records that can be read, --count={count} are asked for; give "
+            f"--count={len(captions)} or less"
+        )
     return Inputs(tuple(captions), origin, source, bad)
 
 
@@ -114,16 +116,20 @@ def _decoded(source: Source, count: int) -> Iterator[np.ndarray]:
         found += 1
         yield picture
     if found < count:
-        raise LcmError(f"{found} pictures of the source can be decoded, {count} are needed as reference; give "
-                       f"--references={found} or less")
+        raise LcmError(
+            f"{found} pictures of the source can be decoded, {count} are needed as reference; give "
+            f"--references={found} or less"
+        )
 
 
 def picture_files(folder: Path) -> list[Path]:
     """The pictures in a folder and the folders in it, by name. Raises LcmError if there are none."""
     found = sorted(path for path in folder.rglob("*") if path.suffix[1:].lower() in parsing.IMAGE_SUFFIXES)
     if not found:
-        raise LcmError(f"--reference={folder} holds no pictures ({' '.join(parsing.IMAGE_SUFFIXES)}); give a folder "
-                       "with some, or a .npz of statistics")
+        raise LcmError(
+            f"--reference={folder} holds no pictures ({' '.join(parsing.IMAGE_SUFFIXES)}); give a folder "
+            "with some, or a .npz of statistics"
+        )
     return found
 
 
@@ -150,9 +156,16 @@ def _fitted(pictures: Iterator[np.ndarray], height: int, width: int) -> Iterator
         yield images.fit(picture, height, width)[0]
     if small:
         h, w = min(small, key=min)
-        logging.warning("%d of %d reference pictures are smaller than %d x %d (the smallest is %d x %d) and were "
-                        "enlarged: they are smoother than pictures of that size, and features see it",
-                        len(small), count, width, height, w, h)  # fmt: skip
+        logging.warning(
+            "%d of %d reference pictures are smaller than %d x %d (the smallest is %d x %d) and were "
+            "enlarged: they are smoother than pictures of that size, and features see it",
+            len(small),
+            count,
+            width,
+            height,
+            w,
+            h,
+        )
 
 
 def in_batches(pictures: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:

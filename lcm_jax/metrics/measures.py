@@ -141,8 +141,10 @@ def load(
         extractor = load_extractor(kind, spec.path, resize=spec.resize, mesh=mesh, batch_size=batch_size)
         measure = (_cmmd if spec.name == "cmmd" else _frechet)(spec.name, extractor, size, reference)
     if len(captions) < measure.needs:
-        raise LcmError(f"--metric={spec.name} needs at least {measure.needs} pictures per row, here are "
-                       f"{len(captions)}; give --count={measure.needs} or more")
+        raise LcmError(
+            f"--metric={spec.name} needs at least {measure.needs} pictures per row, here are "
+            f"{len(captions)}; give --count={measure.needs} or more"
+        )
     return measure
 
 
@@ -154,8 +156,10 @@ def check_used(reference: Reference, measures: Sequence[Measure]) -> None:
         origin = statistics_files.load(path).origin
         if origin.hash not in networks:
             wanted = ", ".join(f"{name} ({digest[:12]})" for digest, name in networks.items()) or "none"
-            raise LcmError(f"--reference={path} holds statistics of another network, {origin.name} "
-                           f"({origin.hash[:12]}); the metrics' are {wanted}: compute them with these weights")
+            raise LcmError(
+                f"--reference={path} holds statistics of another network, {origin.name} "
+                f"({origin.hash[:12]}); the metrics' are {wanted}: compute them with these weights"
+            )
         if origin.hash in before:
             raise LcmError(f"--reference={path} and {before[origin.hash]} are both of {origin.name}; give one of them")
         before[origin.hash] = path
@@ -164,20 +168,31 @@ def check_used(reference: Reference, measures: Sequence[Measure]) -> None:
 def _shapes(captions: Sequence[str], size: tuple[int, int], style: str, batch_size: int) -> Measure:
     side = shapes.RESOLUTION
     if size != (side, side):
-        raise LcmError(f"--metric=shapes: the scorer reads pictures of {side} x {side}, these are {size[1]} x "
-                       f"{size[0]}; leave it out, or give --height={side} --width={side}")
+        raise LcmError(
+            f"--metric=shapes: the scorer reads pictures of {side} x {side}, these are {size[1]} x "
+            f"{size[0]}; leave it out, or give --height={side} --width={side}"
+        )
     labels = shapes.label_arrays(captions)
     network = load_extractor("shapes")
-    about = {"network": network.name, "sha256": network.hash, "reference": {"from": "held-out renders",
-             "pictures": captions_lib.REFERENCES, "style": style}}  # fmt: skip
+    about = {
+        "network": network.name,
+        "sha256": network.hash,
+        "reference": {"from": "held-out renders", "pictures": captions_lib.REFERENCES, "style": style},
+    }
     reference = functools.partial(captions_lib.reference, style)
 
     def finish(read: list) -> dict[str, float]:
         accuracy, distance = captions_lib.judge(*captions_lib.joined(read), labels, reference())
         return {"caption_accuracy": accuracy, "shapes_frechet": distance}
 
-    return Measure("shapes", network.dim + 1, about, reference,
-                   lambda read, images, _: [*(read or []), shapes_scorer.score(images, batch_size=batch_size)], finish)
+    return Measure(
+        "shapes",
+        network.dim + 1,
+        about,
+        reference,
+        lambda read, images, _: [*(read or []), shapes_scorer.score(images, batch_size=batch_size)],
+        finish,
+    )
 
 
 def _clip_score(pair: clip_score.ClipPair) -> Measure:
@@ -185,8 +200,14 @@ def _clip_score(pair: clip_score.ClipPair) -> Measure:
         return [*(scores or []), clip_score.clip_scores(pair, images, captions)]
 
     about = {"network": pair.pictures.name, "sha256": pair.hash}
-    return Measure("clip_score", 1, about, lambda: None, fold,
-                   lambda scores: {"clip_score": float(np.concatenate(scores).mean(dtype=np.float64))})
+    return Measure(
+        "clip_score",
+        1,
+        about,
+        lambda: None,
+        fold,
+        lambda scores: {"clip_score": float(np.concatenate(scores).mean(dtype=np.float64))},
+    )
 
 
 def _frechet(name: str, extractor: Extractor, size: tuple[int, int], reference: Reference) -> Measure:
@@ -196,8 +217,9 @@ def _frechet(name: str, extractor: Extractor, size: tuple[int, int], reference: 
     def fold(gathered: Any, images: np.ndarray, _: Sequence[str]) -> statistics_files.Statistics:
         return statistics_files.gather(extractor, [images], gathered)
 
-    return Measure(name, needs, about, compute, fold,
-                   lambda drawn: {name: statistics_files.frechet_distance(drawn, compute())})
+    return Measure(
+        name, needs, about, compute, fold, lambda drawn: {name: statistics_files.frechet_distance(drawn, compute())}
+    )
 
 
 def _cmmd(name: str, extractor: Extractor, size: tuple[int, int], reference: Reference) -> Measure:
@@ -227,8 +249,10 @@ def _referred(
     if reference.pictures is None:
         given = ", ".join(f"{path} is of {origin.name} ({origin.hash[:12]})" for path, origin in origins.items())
         what = f"statistics of another network are given: {given}" if given else "none is given"
-        raise LcmError(f"--metric={name} compares with a reference of {extractor.name} ({extractor.hash[:12]}), and "
-                       f"{what}; give --reference=STATISTICS.npz or --reference=FOLDER of pictures, or --source")
+        raise LcmError(
+            f"--metric={name} compares with a reference of {extractor.name} ({extractor.hash[:12]}), and "
+            f"{what}; give --reference=STATISTICS.npz or --reference=FOLDER of pictures, or --source"
+        )
     about = dict(reference.about())
     _check_reference(name, about["from"], size, about["pictures"], size, needs)
     compute = _computed(name, extractor, size, reference, about["sha256"], as_set)
@@ -259,8 +283,12 @@ def _check_reference(
 ) -> None:
     if tuple(resolution) != tuple(size):
         (h, w), (height, width) = resolution, size
-        raise LcmError(f"--metric={name}: the reference {origin} is of pictures of {w} x {h}, those drawn are of "
-                       f"{width} x {height}; resolutions do not mix: compute it of pictures of that size")
+        raise LcmError(
+            f"--metric={name}: the reference {origin} is of pictures of {w} x {h}, those drawn are of "
+            f"{width} x {height}; resolutions do not mix: compute it of pictures of that size"
+        )
     if count < needs:
-        raise LcmError(f"--metric={name}: the reference {origin} is of {count} pictures, at least {needs} are needed; "
-                       "give more (--references, or a larger folder)")
+        raise LcmError(
+            f"--metric={name}: the reference {origin} is of {count} pictures, at least {needs} are needed; "
+            "give more (--references, or a larger folder)"
+        )

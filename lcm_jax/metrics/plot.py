@@ -21,8 +21,9 @@ def check() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise LcmError("the plot needs matplotlib: pip install 'lcm_jax[plot]', or leave the plot out with --no-plot"
-                       ) from None
+        raise LcmError(
+            "the plot needs matplotlib: pip install 'lcm_jax[plot]', or leave the plot out with --no-plot"
+        ) from None
 
 
 def series(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -135,8 +135,10 @@ def _size(value: int | Mapping[str, Any]) -> int | tuple[int, int]:
 def _centre(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     (height, width), (h, w) = images.shape[1:3], size
     if h > height or w > width:
-        raise LcmError(f"a centre of {h} x {w} in pictures of {height} x {width}: the preprocessor's crop is larger "
-                       "than its resize; correct its config")
+        raise LcmError(
+            f"a centre of {h} x {w} in pictures of {height} x {width}: the preprocessor's crop is larger "
+            "than its resize; correct its config"
+        )
     top, left = (height - h) // 2, (width - w) // 2
     return images[:, top : top + h, left : left + w]
 

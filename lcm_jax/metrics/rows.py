@@ -58,22 +58,32 @@ def comparison(
     if teacher is not None:
         metrics["shapes"] |= {"teacher": encoding.weights_hash(teacher.params["unet"])}
         metrics["shapes"] |= {"endpoint_steps": endpoint_steps}
-    return table.plain({
-        "seed": seed, "pictures": len(found.captions), "prompts": found.about(), "height": size[0], "width": size[1],
-        "metrics": metrics,
-    })  # fmt: skip
+    return table.plain(
+        {
+            "seed": seed,
+            "pictures": len(found.captions),
+            "prompts": found.about(),
+            "height": size[0],
+            "width": size[1],
+            "metrics": metrics,
+        }
+    )
 
 
 def model_about(subject: Subject) -> dict[str, str]:
     """The model by the SHA-256 of its weights, vocabularies, noise table and what else its files say of its parts."""
     pipeline = subject.pipeline
-    vocabularies = {f"{name}'s vocabulary": encoding.vocabulary_hash(tokenizer)
-                    for name, tokenizer in conditioning.tokenizers(pipeline).items()}  # fmt: skip
+    vocabularies = {
+        f"{name}'s vocabulary": encoding.vocabulary_hash(tokenizer)
+        for name, tokenizer in conditioning.tokenizers(pipeline).items()
+    }
     schedule = pipeline.schedule
     noise = hashlib.sha256(schedule.prediction_type.encode() + np.asarray(schedule.alphas_cumprod).tobytes())
     weights = {name: encoding.weights_hash(params) for name, params in pipeline.params.items()}
-    said = {part: {key: value for key, value in config.items() if not key.startswith("_") and key not in _OF_WRITERS}
-            for part, config in pipeline.configs.items()}  # fmt: skip
+    said = {
+        part: {key: value for key, value in config.items() if not key.startswith("_") and key not in _OF_WRITERS}
+        for part, config in pipeline.configs.items()
+    }
     configs = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     return weights | vocabularies | {"schedule": noise.hexdigest(), "configs": configs.hexdigest()}
 
@@ -121,9 +131,15 @@ def measured(
     states: list[Any] = [None] * len(taken)
     seconds = []
     for numbers, images, took in drawing.draw(
-        generator, captions, settings, guidance_scale,
-        seed=seed, shape=subject.shape, batch_size=subject.batch_size, repeat=timings + 1,
-    ):  # fmt: skip
+        generator,
+        captions,
+        settings,
+        guidance_scale,
+        seed=seed,
+        shape=subject.shape,
+        batch_size=subject.batch_size,
+        repeat=timings + 1,
+    ):
         seconds.append(took)
         if len(numbers):
             texts = [captions[n] for n in numbers]

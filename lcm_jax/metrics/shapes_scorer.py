@@ -71,12 +71,15 @@ def load_scorer(folder: str | pathlib.Path = ASSET) -> Scorer:
         config = json.loads((folder / CONFIG_NAME).read_text())
         tensors = safetensors.numpy.load_file(folder / WEIGHTS_NAME)
     except (OSError, ValueError, SafetensorError) as error:
-        raise LcmError(f"no readable scorer in {folder}: {error}; train one with "
-                       "experiments/shapes_teacher/train_scorer.py") from error
+        raise LcmError(
+            f"no readable scorer in {folder}: {error}; train one with experiments/shapes_teacher/train_scorer.py"
+        ) from error
     stored = {name: tuple(words) for name, words in config["attributes"].items()}
     if stored != shapes.ATTRIBUTES:
-        raise LcmError(f"the scorer in {folder} was trained for other attribute words than data/shapes.py has: "
-                       "train it again with experiments/shapes_teacher/train_scorer.py")
+        raise LcmError(
+            f"the scorer in {folder} was trained for other attribute words than data/shapes.py has: "
+            "train it again with experiments/shapes_teacher/train_scorer.py"
+        )
     module = ShapesScorer(tuple(config["channels"]), config["feature_dim"])
     params: dict = {}
     for name, value in tensors.items():
@@ -84,8 +87,9 @@ def load_scorer(folder: str | pathlib.Path = ASSET) -> Scorer:
         params.setdefault(layer, {})[leaf] = value.astype(np.float32)
     want = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, shapes.RESOLUTION, shapes.RESOLUTION, 3)))
     want_shapes = {f"{a}.{b}": v.shape for a, leaves in want["params"].items() for b, v in leaves.items()}
-    wrong = sorted(k for k in want_shapes.keys() | tensors.keys()
-                   if k not in tensors or want_shapes.get(k) != tensors[k].shape)
+    wrong = sorted(
+        k for k in want_shapes.keys() | tensors.keys() if k not in tensors or want_shapes.get(k) != tensors[k].shape
+    )
     if wrong:
         raise LcmError(f"the scorer in {folder} has missing, unexpected or mis-shaped tensors: {', '.join(wrong)}")
     return Scorer(module, params, config)
@@ -95,13 +99,22 @@ def save_scorer(folder: str | pathlib.Path, scorer: Scorer) -> None:
     """Writes weights (float16) and config, each under its final name only when complete."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{layer}.{leaf}": np.asarray(value, np.float16)
-               for layer, leaves in scorer.params.items() for leaf, value in leaves.items()}
-    config = {"_class_name": "ShapesScorer", "channels": list(scorer.module.channels),
-              "feature_dim": scorer.module.feature_dim,
-              "attributes": {name: list(words) for name, words in shapes.ATTRIBUTES.items()}, **scorer.config}
-    for name, content in ((WEIGHTS_NAME, safetensors.numpy.save(tensors, {"format": "np"})),
-                          (CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())):
+    tensors = {
+        f"{layer}.{leaf}": np.asarray(value, np.float16)
+        for layer, leaves in scorer.params.items()
+        for leaf, value in leaves.items()
+    }
+    config = {
+        "_class_name": "ShapesScorer",
+        "channels": list(scorer.module.channels),
+        "feature_dim": scorer.module.feature_dim,
+        "attributes": {name: list(words) for name, words in shapes.ATTRIBUTES.items()},
+        **scorer.config,
+    }
+    for name, content in (
+        (WEIGHTS_NAME, safetensors.numpy.save(tensors, {"format": "np"})),
+        (CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode()),
+    ):
         partial = folder / (name + ".partial")
         partial.write_bytes(content)
         partial.replace(folder / name)
@@ -117,12 +130,14 @@ def to_float(images: np.ndarray | jax.Array) -> jax.Array:
 @functools.cache
 def _compiled(module: ShapesScorer) -> Callable:
     """(params, pictures [b 64 64 3]) -> (logits {attribute: [b classes]}, features [b d]), jitted."""
-    return jax.jit(lambda params, images: module.apply({"params": params}, to_float(images)),
-                   compiler_options=compiler.inference())  # fmt: skip
+    return jax.jit(
+        lambda params, images: module.apply({"params": params}, to_float(images)), compiler_options=compiler.inference()
+    )
 
 
-def score(images: np.ndarray, scorer: Scorer | None = None,
-          batch_size: int = 64) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def score(
+    images: np.ndarray, scorer: Scorer | None = None, batch_size: int = 64
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Predicted class indices {attribute: int32 [n]} and features float32 [n d] of any number of pictures.
 
     Pictures [n 64 64 3], uint8 or float in [-1, 1]. The last batch is filled up, so one program serves all counts.

@@ -97,8 +97,10 @@ def check_same(a: Origin, b: Origin) -> None:
     if a.name != b.name:
         raise LcmError(f"features of {a.name} and of {b.name} do not mix; compute both with one extractor")
     if a.hash != b.hash:
-        raise LcmError(f"features of two different {a.name} (hash {a.hash[:12]} and {b.hash[:12]}: other weights or "
-                       "preprocessing) do not mix; compute both with one file of weights")
+        raise LcmError(
+            f"features of two different {a.name} (hash {a.hash[:12]} and {b.hash[:12]}: other weights or "
+            "preprocessing) do not mix; compute both with one file of weights"
+        )
     if a.resolution != b.resolution:
         (h, w), (h2, w2) = a.resolution, b.resolution
         raise LcmError(f"pictures of {h} x {w} and of {h2} x {w2} do not mix; bring all to one size first")
@@ -114,8 +116,10 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     for s in (a, b):
         dim = s.stats.origin.size
         if s.count <= dim:
-            raise LcmError(f"{s.count} pictures are too few for the Frechet distance of {s.origin.name}, whose "
-                           f"features have {dim} dimensions: give at least {dim + 1}")
+            raise LcmError(
+                f"{s.count} pictures are too few for the Frechet distance of {s.origin.name}, whose "
+                f"features have {dim} dimensions: give at least {dim + 1}"
+            )
     return frechet.frechet_distance(a.stats, b.stats)
 
 
@@ -181,8 +185,10 @@ def _read(path: str | Path, extractor: Extractor | None) -> tuple[Origin, dict[s
         raise LcmError(f"{path} cannot be read as .npz ({error}); compute the statistics again") from error
     missing = {"name", "hash", "resolution", "count"} - arrays.keys()
     if missing or not ("features" in arrays or {"mu", "sigma"} <= arrays.keys()):
-        raise LcmError(f"{path} does not say which network its statistics are of (it has {', '.join(arrays)}); they "
-                       "cannot be compared, compute them anew from the pictures")
+        raise LcmError(
+            f"{path} does not say which network its statistics are of (it has {', '.join(arrays)}); they "
+            "cannot be compared, compute them anew from the pictures"
+        )
     if wrong := _misshapen(arrays):
         raise LcmError(f"{path}: {wrong}; compute the statistics again")
     resolution = tuple(int(n) for n in arrays["resolution"])

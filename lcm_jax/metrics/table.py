@@ -22,8 +22,13 @@ from typing import Any
 from lcm_jax import files
 from lcm_jax.errors import LcmError
 
-FLAGS = {"seed": "--seed", "pictures": "--count", "prompts": "--prompts or --source", "height": "--height",
-         "width": "--width"}  # fmt: skip
+FLAGS = {
+    "seed": "--seed",
+    "pictures": "--count",
+    "prompts": "--prompts or --source",
+    "height": "--height",
+    "width": "--width",
+}
 FLAGS_OF_ROWS = ("dtype", "spacing", "negative_prompt", "tiled")  # which the notes name
 STATE = ("model", "program")  # of `Row.settings`: what rows of one model share in a table
 LATENCY = ("batch_size", "device", "fsdp", "timings")  # of a program: the time depends on it, the pictures do not
@@ -177,12 +182,16 @@ def check_comparable(folder: Path, rows: Sequence[Row], comparison: Mapping[str,
         for key, flag in FLAGS.items():
             before, now = row.comparison[key], comparison[key]
             if same_origin(before) != same_origin(now):
-                raise LcmError(f"--out={folder} holds a row ({name}) of {key} {_short(before)}, this command's is "
-                               f"{_short(now)}; rows of one table share it: give the same {flag}, or another --out")
+                raise LcmError(
+                    f"--out={folder} holds a row ({name}) of {key} {_short(before)}, this command's is "
+                    f"{_short(now)}; rows of one table share it: give the same {flag}, or another --out"
+                )
         for metric in row.comparison["metrics"].keys() & comparison["metrics"].keys():
             if same_origin(row.comparison["metrics"][metric]) != same_origin(comparison["metrics"][metric]):
-                raise LcmError(f"--out={folder} holds a row ({name}) whose {metric} was measured with another network, "
-                               "reference or --endpoint_steps; give the same ones, or another --out")
+                raise LcmError(
+                    f"--out={folder} holds a row ({name}) whose {metric} was measured with another network, "
+                    "reference or --endpoint_steps; give the same ones, or another --out"
+                )
 
 
 def same_origin(value: Any) -> Any:
@@ -223,8 +232,15 @@ def columns(rows: Sequence[Row]) -> list[str]:
 def markdown(rows: Sequence[Row], latency: bool = True) -> str:
     """The table as Markdown, and what its numbers are of; latency: with the times, and what they are of."""
     keys = columns(rows)
-    heads = ["model", "sampler", "steps", "guidance scale", "network evaluations",
-             *(COLUMNS[key].title for key in keys), *(("ms per image", "compile s") if latency else ())]  # fmt: skip
+    heads = [
+        "model",
+        "sampler",
+        "steps",
+        "guidance scale",
+        "network evaluations",
+        *(COLUMNS[key].title for key in keys),
+        *(("ms per image", "compile s") if latency else ()),
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         values = (row.values.get(key) for key in keys)

@@ -1,9 +1,9 @@
 """CLIP's text transformer, as Stable Diffusion uses it: CLIPTextModel and CLIPTextModelWithProjection.
 
-    x   = token embedding + position embedding
-    x  += MHA(LN1(x)), causal;  x += fc2(act(fc1(LN2(x))))        per layer
-    hidden_states = [embeddings, layer 1, ..., layer L]           before the final LayerNorm
-    pooled = final LN(x) at the end-of-text token [@ text_projection]
+x   = token embedding + position embedding
+x  += MHA(LN1(x)), causal;  x += fc2(act(fc1(LN2(x))))        per layer
+hidden_states = [embeddings, layer 1, ..., layer L]           before the final LayerNorm
+pooled = final LN(x) at the end-of-text token [@ text_projection]
 """
 
 import dataclasses
@@ -187,10 +187,22 @@ class CLIPTextModel(nn.Module):
 
 
 # Of CLIPTextConfig, without meaning for a forward pass.
-_IGNORED = frozenset({
-    "architectures", "dtype", "torch_dtype", "transformers_version", "initializer_factor", "initializer_range",
-    "tie_word_embeddings", "use_cache", "is_decoder", "return_dict", "output_attentions", "output_hidden_states",
-})  # fmt: skip
+_IGNORED = frozenset(
+    {
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "initializer_factor",
+        "initializer_range",
+        "tie_word_embeddings",
+        "use_cache",
+        "is_decoder",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+    }
+)
 
 
 def from_config(

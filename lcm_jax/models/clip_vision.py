@@ -1,10 +1,10 @@
 """CLIP's transformer for pictures: CLIPVisionModelWithProjection, the picture half of CLIPModel.
 
-    x   = [class token, patches of p x p projected] + position embedding
-    x   = pre_layrnorm(x)                                           (the field's spelling)
-    x  += MHA(LN1(x));  x += fc2(act(fc1(LN2(x))))                  per layer, not causal
-    pooled = post_layernorm(x at the class token)
-    image_embeds = pooled @ visual_projection                       not normalised
+x   = [class token, patches of p x p projected] + position embedding
+x   = pre_layrnorm(x)                                           (the field's spelling)
+x  += MHA(LN1(x));  x += fc2(act(fc1(LN2(x))))                  per layer, not causal
+pooled = post_layernorm(x at the class token)
+image_embeds = pooled @ visual_projection                       not normalised
 """
 
 import dataclasses
@@ -44,9 +44,14 @@ class CLIPVisionEmbeddings(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         patch = (self.patch_size, self.patch_size)
         project = nn.Conv(
-            self.hidden_size, patch, strides=patch, padding="VALID", use_bias=False, dtype=self.dtype,
+            self.hidden_size,
+            patch,
+            strides=patch,
+            padding="VALID",
+            use_bias=False,
+            dtype=self.dtype,
             name="patch_embedding",
-        )  # fmt: skip
+        )
         patches = project(images).reshape(images.shape[0], -1, self.hidden_size)
         token = self.param("class_embedding", nn.initializers.normal(0.02), (self.hidden_size,))
         token = jnp.broadcast_to(token.astype(self.dtype), (images.shape[0], 1, self.hidden_size))
@@ -92,9 +97,7 @@ class CLIPVisionModel(nn.Module):
             attention_fn=self.attention_fn,
             causal=False,
         )
-        embed = CLIPVisionEmbeddings(
-            self.hidden_size, self.image_size, self.patch_size, self.dtype, name="embeddings"
-        )
+        embed = CLIPVisionEmbeddings(self.hidden_size, self.image_size, self.patch_size, self.dtype, name="embeddings")
         x = LayerNorm(self.layer_norm_eps, self.dtype, name="pre_layrnorm")(embed(images.astype(self.dtype)))
         last = CLIPEncoder(self.num_hidden_layers, layer, name="encoder")(x)[-1]
         pooled = LayerNorm(self.layer_norm_eps, self.dtype, name="post_layernorm")(last[:, 0])

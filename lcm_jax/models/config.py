@@ -65,8 +65,6 @@ def module_fields(
 
 def to_config(module: nn.Module) -> dict[str, Any]:
     """The full `config.json` of a module, every key written out so that no default can drift."""
-    config = {
-        f.name: _plain(getattr(module, f.name)) for f in dataclasses.fields(module) if f.name not in RUN_FIELDS
-    }
+    config = {f.name: _plain(getattr(module, f.name)) for f in dataclasses.fields(module) if f.name not in RUN_FIELDS}
     config |= {key: _plain(values[0]) for key, values in module.FIXED.items()}
     return dict(sorted(config.items()))

@@ -54,8 +54,11 @@ def target_paths(params: Params, targets: Sequence[str] = DEFAULT_TARGETS) -> li
     Raises:
       LcmError: a target matches no layer.
     """
-    layers = [path[:-1] for path, leaf in traverse_util.flatten_dict(params).items()
-              if path[-1] == "kernel" and len(leaf.shape) in (2, 4)]  # fmt: skip
+    layers = [
+        path[:-1]
+        for path, leaf in traverse_util.flatten_dict(params).items()
+        if path[-1] == "kernel" and len(leaf.shape) in (2, 4)
+    ]
     found: set[Path] = set()
     for target in targets:
         end = tuple(re.sub(r"\.(\d+)(?=\.|$)", r"_\1", target).split("."))

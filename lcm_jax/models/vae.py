@@ -220,8 +220,9 @@ def from_config(
         return taesd.from_config(config, dtype)
     if kind != "AutoencoderKL":
         raise UnsupportedConfig("_class_name", kind, supported=("AutoencoderKL", "AutoencoderTiny"))
-    vae = AutoencoderKL(**module_fields(AutoencoderKL, config, AutoencoderKL.FIXED), dtype=dtype,
-                        attention_fn=attention_fn)  # fmt: skip
+    vae = AutoencoderKL(
+        **module_fields(AutoencoderKL, config, AutoencoderKL.FIXED), dtype=dtype, attention_fn=attention_fn
+    )
     for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         kinds = getattr(vae, key)
         if set(kinds) != {block} or len(kinds) != len(vae.block_out_channels):

@@ -59,8 +59,14 @@ def encode(pipeline: Pipeline, captions: Sequence[str], report: bool = True) -> 
     cut = truncated(pipeline, captions) if report else {}
     if cut:
         caption, (length, kept) = max(cut.items(), key=lambda item: item[1][0])
-        logging.warning("%d of %d captions are longer than %d tokens and were cut; the longest, of %d, begins %r",
-                        len(cut), len(captions), kept, length, caption[:60])  # fmt: skip
+        logging.warning(
+            "%d of %d captions are longer than %d tokens and were cut; the longest, of %d, begins %r",
+            len(cut),
+            len(captions),
+            kept,
+            length,
+            caption[:60],
+        )
     params = {name: tree for name, tree in pipeline.params.items() if name.startswith("text_encoder")}
     return _encode_tokens(pipeline, params, tokens(pipeline, captions))
 

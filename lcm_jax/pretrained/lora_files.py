@@ -283,8 +283,10 @@ def _alphas(
     trained = metadata.get("ss_network_alpha", "None")
     if trained != "None" and configs is None and len(in_file) < len(found):
         lacking = sorted(f"{layer.part}.{layer.name}" for layer in found.keys() - in_file.keys())
-        raise LcmError(f"{path} was trained with alpha {trained} (ss_network_alpha) but {len(lacking)} layers have no "
-                       f".alpha ({lora_keys.some(lacking)}); take the file as it was trained")  # fmt: skip
+        raise LcmError(
+            f"{path} was trained with alpha {trained} (ss_network_alpha) but {len(lacking)} layers have no "
+            f".alpha ({lora_keys.some(lacking)}); take the file as it was trained"
+        )
     if configs is None:
         return {layer: in_file.get(layer) for layer in found}
     alphas: dict[lora_keys.Layer, float | None] = {}
@@ -292,8 +294,10 @@ def _alphas(
         config = configs.get(layer.part, {})
         alphas[layer] = _config_alpha(path, layer, config, rank=weights.shapes[keys["lora_A"]][0])
         if in_file.get(layer, alphas[layer]) != alphas[layer]:
-            raise LcmError(f"{path}: alpha of {layer.part}.{layer.name} is {in_file[layer]} in its tensor and "
-                           f"{alphas[layer]} in the metadata; remove the wrong one")  # fmt: skip
+            raise LcmError(
+                f"{path}: alpha of {layer.part}.{layer.name} is {in_file[layer]} in its tensor and "
+                f"{alphas[layer]} in the metadata; remove the wrong one"
+            )
     return alphas
 
 
@@ -330,8 +334,10 @@ def _config_alpha(path: Path, layer: lora_keys.Layer, config: Mapping[str, Any],
     except re.error as error:
         raise LcmError(f"{path}: alpha_pattern {pattern!r} is no pattern ({error}); save it again") from None
     if not isinstance(alpha, int | float):
-        raise LcmError(f"{path}: its metadata gives no lora_alpha for {layer.part}, so the strength is unknown; "
-                       "save it again with the adapter's config of every part")  # fmt: skip
+        raise LcmError(
+            f"{path}: its metadata gives no lora_alpha for {layer.part}, so the strength is unknown; "
+            "save it again with the adapter's config of every part"
+        )
     return float(alpha) * (rank**0.5 if config.get("use_rslora") else 1.0)  # rank-stabilised: alpha / sqrt(rank)
 
 

@@ -161,8 +161,10 @@ def match(
     _check_unused(source, shapes, {key for keys in found.values() for key in keys.values()}, ignore_unused)
     halves = [key for keys in found.values() if not {"lora_A", "lora_B"} <= keys.keys() for key in keys.values()]
     if halves:
-        raise LcmError(f"{source}: {len(halves)} keys lack a factor of their layer ({some(sorted(halves))}); "
-                       "the file is incomplete, download or save it again")  # fmt: skip
+        raise LcmError(
+            f"{source}: {len(halves)} keys lack a factor of their layer ({some(sorted(halves))}); "
+            "the file is incomplete, download or save it again"
+        )
     _check_shapes(source, shapes, found)
     return found
 
@@ -222,8 +224,10 @@ def _check_shapes(source: str, shapes: Mapping[str, names.Shape], found: Matched
         elif "alpha" in keys and math.prod(shapes[keys["alpha"]]) != 1:
             wrong.append(f"{keys['alpha']} {list(shapes[keys['alpha']])} for []")
     if wrong:
-        raise LcmError(f"{source}: {len(wrong)} of {len(found)} layers have other shapes than this model's "
-                       f"({some(wrong)}); it is for another architecture")  # fmt: skip
+        raise LcmError(
+            f"{source}: {len(wrong)} of {len(found)} layers have other shapes than this model's "
+            f"({some(wrong)}); it is for another architecture"
+        )
 
 
 def _same(found: names.Shape, wanted: names.Shape) -> bool:

@@ -361,8 +361,9 @@ def check_noise(source: str | Path, noise: NoiseSchedule, model: str, weights: b
     folder = _folder(source, ["model_index.json", SCHEDULER, RECORD], weights)
     above = folder.absolute().parent
     for place in (folder, above) if (above / "model_index.json").is_file() else (folder,):
-        index, record = (files.read_json(place / name) if (place / name).is_file() else {}
-                         for name in ("model_index.json", RECORD))  # fmt: skip
+        index, record = (
+            files.read_json(place / name) if (place / name).is_file() else {} for name in ("model_index.json", RECORD)
+        )
         said = []
         if (place / SCHEDULER).is_file():
             theirs = schedule.from_config(scheduler_config(place, index))

@@ -49,31 +49,64 @@ _HUB_FILE = re.compile(
 _SD2_BASE_STEPS = 875000  # the only mark by which diffusers tells SD 2.0 base (epsilon) from SD 2.x 768 (v)
 
 _TEXT = {
-    "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "layer_norm_eps": 1e-5, "max_position_embeddings": 77,
-    "model_type": "clip_text_model", "vocab_size": 49408,
-}  # fmt: skip
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 77,
+    "model_type": "clip_text_model",
+    "vocab_size": 49408,
+}
 _VIT_L = _TEXT | {
-    "architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072,
-    "num_attention_heads": 12, "num_hidden_layers": 12, "projection_dim": 768,
-}  # fmt: skip
+    "architectures": ["CLIPTextModel"],
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "projection_dim": 768,
+}
 _VIT_H = _TEXT | {
-    "architectures": ["CLIPTextModel"], "hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096,
-    "num_attention_heads": 16, "num_hidden_layers": 23, "projection_dim": 512,
-}  # fmt: skip
+    "architectures": ["CLIPTextModel"],
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+    "projection_dim": 512,
+}
 _BIG_G = _TEXT | {
-    "architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu", "hidden_size": 1280,
-    "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32, "projection_dim": 1280,
-}  # fmt: skip
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}
 _VAE_CONFIG = {
-    "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3, "latent_channels": 4, "layers_per_block": 2,
-    "norm_num_groups": 32, "out_channels": 3, "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
 _SCHEDULER = {
-    "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
-    "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
     "trained_betas": None,
-}  # fmt: skip
+}
 _EULER = {"interpolation_type": "linear", "timestep_spacing": "leading", "use_karras_sigmas": False}
 
 
@@ -119,26 +152,48 @@ def _open_clip(prefix: str, config: Config) -> Encoder:
 FAMILIES = (
     Family(
         "sdxl",
-        {"text_encoder": _clip("conditioner.embedders.0.transformer."),
-         "text_encoder_2": _open_clip("conditioner.embedders.1.model.", _BIG_G)},
-        2048, "stabilityai/stable-diffusion-xl-base-1.0", 1024, 0.13025,
+        {
+            "text_encoder": _clip("conditioner.embedders.0.transformer."),
+            "text_encoder_2": _open_clip("conditioner.embedders.1.model.", _BIG_G),
+        },
+        2048,
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        1024,
+        0.13025,
         {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
     ),
     Family(
-        "sdxl-refiner", {"text_encoder_2": _open_clip("conditioner.embedders.0.model.", _BIG_G)},
-        1280, "stabilityai/stable-diffusion-xl-refiner-1.0", 1024, 0.13025,
-        {"_class_name": "StableDiffusionXLImg2ImgPipeline", "force_zeros_for_empty_prompt": False,
-         "requires_aesthetics_score": True},
+        "sdxl-refiner",
+        {"text_encoder_2": _open_clip("conditioner.embedders.0.model.", _BIG_G)},
+        1280,
+        "stabilityai/stable-diffusion-xl-refiner-1.0",
+        1024,
+        0.13025,
+        {
+            "_class_name": "StableDiffusionXLImg2ImgPipeline",
+            "force_zeros_for_empty_prompt": False,
+            "requires_aesthetics_score": True,
+        },
     ),
     Family(
-        "sd1", {"text_encoder": _clip("cond_stage_model.transformer.")},
-        768, "stable-diffusion-v1-5/stable-diffusion-v1-5", 512, 0.18215, {"_class_name": "StableDiffusionPipeline"},
+        "sd1",
+        {"text_encoder": _clip("cond_stage_model.transformer.")},
+        768,
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        512,
+        0.18215,
+        {"_class_name": "StableDiffusionPipeline"},
     ),
     Family(
-        "sd2", {"text_encoder": _open_clip("cond_stage_model.model.", _VIT_H)},
-        1024, "stabilityai/stable-diffusion-2-1", 768, 0.18215, {"_class_name": "StableDiffusionPipeline"},
+        "sd2",
+        {"text_encoder": _open_clip("cond_stage_model.model.", _VIT_H)},
+        1024,
+        "stabilityai/stable-diffusion-2-1",
+        768,
+        0.18215,
+        {"_class_name": "StableDiffusionPipeline"},
     ),
-)  # fmt: skip
+)
 
 
 def is_single_file(source: str | Path) -> bool:
@@ -389,9 +444,14 @@ def _scheduler(
     made = published_scheduler(family, kind) | fields | {"prediction_type": kind, "rescale_betas_zero_snr": zero}
     if given is not None:
         logging.warning(
-            "%s is marked %s, but %s of %s says %s: the marks are taken, %s", source, said, pipeline.SCHEDULER, folder,
-            schedule.from_config(given), schedule.from_config(made),
-        )  # fmt: skip
+            "%s is marked %s, but %s of %s says %s: the marks are taken, %s",
+            source,
+            said,
+            pipeline.SCHEDULER,
+            folder,
+            schedule.from_config(given),
+            schedule.from_config(made),
+        )
     return made
 
 
@@ -411,15 +471,20 @@ def _guess(family: Family, weights: weight_files.Weights) -> str:
     kind = "epsilon" if steps == _SD2_BASE_STEPS else "v_prediction"
     logging.warning(
         "%s: an SD 2.x file does not say what it predicts; taken for %s (global_step %s), as diffusers does. For the "
-        "other kind give config=, the diffusers folder of the model it comes from", weights.source, kind, steps,
-    )  # fmt: skip
+        "other kind give config=, the diffusers folder of the model it comes from",
+        weights.source,
+        kind,
+        steps,
+    )
     return kind
 
 
 _FROM_CONFIG: dict[str, Callable[..., nn.Module]] = {
-    "unet": unet.from_config, "vae": vae.from_config, "text_encoder": clip.from_config,
+    "unet": unet.from_config,
+    "vae": vae.from_config,
+    "text_encoder": clip.from_config,
     "text_encoder_2": clip.from_config,
-}  # fmt: skip
+}
 
 
 def layouts(family: Family, modules: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None) -> dict[str, tuple]:

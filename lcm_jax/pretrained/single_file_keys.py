@@ -32,20 +32,31 @@ _SD1_HEADS = 8  # at every width
 _HEAD_CHANNELS = 64  # of SD 2.x and SDXL, at every width
 
 _RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 _UNET_ENDS = {
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "time_embedding.cond_proj": "time_embed.cond_proj", "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2", "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "time_embedding.cond_proj": "time_embed.cond_proj",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
-}  # fmt: skip
+}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _RESBLOCK = {
-    "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
-}  # fmt: skip
+}
 _QKV = re.compile(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.[qkv]_proj\.(weight|bias)")
 
 
@@ -140,8 +151,9 @@ def open_clip_layout(module: CLIPTextModel) -> Layout:
     not written: ComfyUI and A1111 take files without (diffusers' own script writes none either).
     """
     modules = {
-        "text_model.embeddings.token_embedding": "token_embedding", "text_model.final_layer_norm": "ln_final",
-    }  # fmt: skip
+        "text_model.embeddings.token_embedding": "token_embedding",
+        "text_model.final_layer_norm": "ln_final",
+    }
     for i in range(module.num_hidden_layers):
         for old, new in _RESBLOCK.items():
             modules[f"text_model.encoder.layers.{i}.{old}"] = f"transformer.resblocks.{i}.{new}"
@@ -300,8 +312,11 @@ def unet_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         "use_linear_projection": linear,
         "attention_head_dim": [_heads(width) for width in widths] if linear else _SD1_HEADS,
     }
-    plain = [[depth] * len(entry) if any(entry) else [0] * len(entry)
-             for depth, entry in zip(depths[::-1], up_depths, strict=True) if not isinstance(depth, list)]  # fmt: skip
+    plain = [
+        [depth] * len(entry) if any(entry) else [0] * len(entry)
+        for depth, entry in zip(depths[::-1], up_depths, strict=True)
+        if not isinstance(depth, list)
+    ]
     if plain != up_depths:
         config["reverse_transformer_layers_per_block"] = [_level_depth(entry) for entry in up_depths]
     if "label_emb.0.0.weight" in shapes:

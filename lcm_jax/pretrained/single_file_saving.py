@@ -24,9 +24,12 @@ from lcm_jax.pretrained.single_file import FAMILIES, SUFFIX, Family, layouts, pu
 _SLACK = 1 << 20  # bytes for the header and the file system's own rounding
 # modelspec.architecture of the Stability AI model specification, by family (SD 2.x: and prediction type).
 _ARCHITECTURES = {
-    "sdxl": "stable-diffusion-xl-v1-base", "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
-    "sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512", "sd2 v_prediction": "stable-diffusion-v2-768-v",
-}  # fmt: skip
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2-512",
+    "sd2 v_prediction": "stable-diffusion-v2-768-v",
+}
 
 
 def fold_w(source: Pipeline, w: float) -> Pipeline:
@@ -143,13 +146,18 @@ def _warn(source: Pipeline, family: Family, out: Path) -> None:
     if factor != family.scaling_factor:
         logging.warning(
             "%s cannot say that its VAE's scaling_factor is %s: programs take %s for %s; read it with config=",
-            out, factor, family.scaling_factor, family.name,
-        )  # fmt: skip
+            out,
+            factor,
+            family.scaling_factor,
+            family.name,
+        )
     if not _is_published(source.schedule, family):
         logging.warning(
             "%s has another noise table than %s (%s): ComfyUI and diffusers do not look at it, read it with config=",
-            out, family.name, source.schedule,
-        )  # fmt: skip
+            out,
+            family.name,
+            source.schedule,
+        )
     kind = source.schedule.prediction_type
     if kind == "sample" or (kind == "v_prediction" and family.name == "sd1"):
         logging.warning("%s: ComfyUI takes every %s for epsilon; set %s by hand there", out, family.name, kind)

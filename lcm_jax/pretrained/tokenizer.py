@@ -34,8 +34,10 @@ def load_tokenizer(folder: Path, max_length: int) -> Any:
         missing = [name for name in FILES[:3] if not (folder / name).is_file()]
         raise LcmError(f"{folder} lacks {', '.join(missing)}; copy the tokenizer's files from the original model")
     if others := [key for key in _OTHER_FILES if read_json(folder / "tokenizer_config.json").get(key)]:
-        raise LcmError(f"{folder / 'tokenizer_config.json'} names other files as {others[0]!r} than those beside it; "
-                       "remove that entry")
+        raise LcmError(
+            f"{folder / 'tokenizer_config.json'} names other files as {others[0]!r} than those beside it; "
+            "remove that entry"
+        )
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no word about torch, which is not needed
     from transformers import CLIPTokenizer  # slow to import, and only whoever has text needs it
 

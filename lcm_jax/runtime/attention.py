@@ -77,8 +77,10 @@ def check(unet: UNet2DConditionModel, implementation: str, mesh: Mesh) -> None:
 
 def head_sizes(unet: UNet2DConditionModel) -> dict[str, int]:
     """Path of each transformer of a UNet -> the head size of its attention, from the input to the output."""
-    sizes = [width // heads for width, heads in zip(unet.block_out_channels, unet.per_level("attention_head_dim"),
-                                                    strict=True)]  # fmt: skip
+    sizes = [
+        width // heads
+        for width, heads in zip(unet.block_out_channels, unet.per_level("attention_head_dim"), strict=True)
+    ]
     found = {}
     for i, size in enumerate(sizes):
         found |= {f"down_blocks_{i}.attentions_{j}": size for j in range(len(unet.down_depths(i)))}

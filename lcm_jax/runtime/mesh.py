@@ -47,8 +47,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, slices: int = 1, devices: Sequence[
     shape = _mesh_shape(data, fsdp, slices, len(devices))
     own = {getattr(device, "slice_index", 0) for device in devices} if devices[0].platform == "tpu" else set()
     if own and len(own) != slices:
-        raise LcmError(f"mesh.slices = {slices}, but the {len(devices)} chips are of {len(own)} slices; set "
-                       f"mesh.slices = {len(own)}")
+        raise LcmError(
+            f"mesh.slices = {slices}, but the {len(devices)} chips are of {len(own)} slices; set "
+            f"mesh.slices = {len(own)}"
+        )
     split = {"allow_split_physical_axes": True}
     try:
         if slices > 1 and own:
@@ -56,8 +58,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, slices: int = 1, devices: Sequence[
         else:
             laid = mesh_utils.create_device_mesh(shape, devices, **split)
     except (ValueError, NotImplementedError, AssertionError) as error:  # mesh_utils' ways to say that none fits
-        raise LcmError(f"a mesh of {_sizes(*shape)} cannot be laid on these {len(devices)} {devices[0].device_kind} "
-                       f"({error}); choose other sizes") from error
+        raise LcmError(
+            f"a mesh of {_sizes(*shape)} cannot be laid on these {len(devices)} {devices[0].device_kind} "
+            f"({error}); choose other sizes"
+        ) from error
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -175,8 +179,10 @@ def check_batch(mesh: Mesh, batch_size: int, accumulation: int = 1) -> None:
     """Raises LcmError unless each of `accumulation` parts of a batch splits evenly over all devices."""
     if batch_size % (mesh.size * accumulation):
         parts = f" in {accumulation} parts (train.accumulation_steps)" if accumulation > 1 else ""
-        raise LcmError(f"data.batch_size = {batch_size}{parts} does not split over {mesh.size} devices; use a multiple "
-                       f"of {mesh.size * accumulation}")
+        raise LcmError(
+            f"data.batch_size = {batch_size}{parts} does not split over {mesh.size} devices; use a multiple "
+            f"of {mesh.size * accumulation}"
+        )
 
 
 def process_rows(mesh: Mesh, batch_size: int, process_index: int) -> tuple[int, ...]:
@@ -197,8 +203,10 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     processes = len({device.process_index for device in mesh.devices.flat})
     for name, rows in batch.items():
         if rows.shape[0] * processes % mesh.size:
-            raise LcmError(f"batch of {rows.shape[0] * processes} ({name}) does not split over {mesh.size} "
-                           "devices; set --config.data.batch_size to a multiple")
+            raise LcmError(
+                f"batch of {rows.shape[0] * processes} ({name}) does not split over {mesh.size} "
+                "devices; set --config.data.batch_size to a multiple"
+            )
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
@@ -222,11 +230,15 @@ def report_unsharded(mesh: Mesh, tree: Any) -> str:
     if mesh.shape["fsdp"] == 1:
         return ""
     whole = [
-        (math.prod(leaf.shape) * leaf.dtype.itemsize, math.prod(leaf.shape), jax.tree_util.keystr(path, simple=True,
-         separator="/"), leaf.shape)
+        (
+            math.prod(leaf.shape) * leaf.dtype.itemsize,
+            math.prod(leaf.shape),
+            jax.tree_util.keystr(path, simple=True, separator="/"),
+            leaf.shape,
+        )
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if param_sharding(mesh, leaf.shape).is_fully_replicated
-    ]  # fmt: skip
+    ]
     if not whole:
         return ""
     large = sorted((entry for entry in whole if entry[1] >= MIN_SHARD_ELEMENTS), reverse=True)

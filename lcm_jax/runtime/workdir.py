@@ -1,21 +1,21 @@
 """The folder of a run: one config, one run at a time, whole files only; and how a run is asked to stop.
 
-    workdir/
-      config.json          the resolved config; a command with another one is refused
-      metrics.jsonl        runtime/reporting/telemetry.py
-      metrics.cut.jsonl    lines of metrics.jsonl of steps that were trained again
-      data.json            sizes of the data: a run goes on with data of the same
-      events.jsonl         runtime/reporting/goodput.py
-      bad_records.jsonl    runtime/reporting/telemetry.py, where there are any
-      bad_batch.json       runtime/reporting/alarms.py, where a loss ended the run
-      wandb.json           runtime/reporting/boards.py, where it is asked
-      tensorboard/         runtime/reporting/boards.py
-      samples/             runtime/reporting/telemetry.py
-      profile/             runtime/reporting/profiling.py, where it is asked
-      aot_report.json      lcm_jax.train --aot_report
-      checkpoints/<step>/  runtime/checkpoints/checkpoint.py; <step>.damaged is kept for its owner
-      .lock                held (flock) by the processes of the run that trains here
-      .owner               runtime/processes/owner.py, in its place where the file system has no locks
+workdir/
+  config.json          the resolved config; a command with another one is refused
+  metrics.jsonl        runtime/reporting/telemetry.py
+  metrics.cut.jsonl    lines of metrics.jsonl of steps that were trained again
+  data.json            sizes of the data: a run goes on with data of the same
+  events.jsonl         runtime/reporting/goodput.py
+  bad_records.jsonl    runtime/reporting/telemetry.py, where there are any
+  bad_batch.json       runtime/reporting/alarms.py, where a loss ended the run
+  wandb.json           runtime/reporting/boards.py, where it is asked
+  tensorboard/         runtime/reporting/boards.py
+  samples/             runtime/reporting/telemetry.py
+  profile/             runtime/reporting/profiling.py, where it is asked
+  aot_report.json      lcm_jax.train --aot_report
+  checkpoints/<step>/  runtime/checkpoints/checkpoint.py; <step>.damaged is kept for its owner
+  .lock                held (flock) by the processes of the run that trains here
+  .owner               runtime/processes/owner.py, in its place where the file system has no locks
 """
 
 from __future__ import annotations
@@ -91,11 +91,13 @@ def _prepare(workdir: Path, config: ConfigDict) -> None:
         different = config_lib.differences(read_config(workdir), config)
         if different:
             listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in different.items())
-            raise LcmError(f"workdir {workdir} holds a run with another config ({listed}); "
-                           "use the same values or another workdir")
+            raise LcmError(
+                f"workdir {workdir} holds a run with another config ({listed}); use the same values or another workdir"
+            )
     elif begun:
-        raise LcmError(f"workdir {workdir} holds a run but no {CONFIG_FILE}; "
-                       "restore the file or choose another workdir")
+        raise LcmError(
+            f"workdir {workdir} holds a run but no {CONFIG_FILE}; restore the file or choose another workdir"
+        )
     if jax.process_index() == 0:
         text = config_lib.to_json(config)
         if not path.exists() or path.read_bytes() != text.encode():
@@ -119,8 +121,10 @@ def _same_as_before(workdir: Path, name: str, found: dict) -> None:
         return
     for key, before in json.loads(path.read_text()).items():
         if before != found.get(key):
-            raise LcmError(f"{path} says that {key} of this run were {before}, now they are {found.get(key)}: the data "
-                           "have changed; restore them, or choose another workdir")
+            raise LcmError(
+                f"{path} says that {key} of this run were {before}, now they are {found.get(key)}: the data "
+                "have changed; restore them, or choose another workdir"
+            )
 
 
 @contextlib.contextmanager
@@ -152,8 +156,12 @@ def _hold(file: IO[str], stack: contextlib.ExitStack) -> None:
     without = _lock(file)
     if without is not None:
         workdir = Path(file.name).parent
-        print(f"WARNING: the file system of {workdir} has no locks ({without.strerror}); the file {owner.FILE} there "
-              "keeps other runs out", file=sys.stderr, flush=True)
+        print(
+            f"WARNING: the file system of {workdir} has no locks ({without.strerror}); the file {owner.FILE} there "
+            "keeps other runs out",
+            file=sys.stderr,
+            flush=True,
+        )
         stack.enter_context(owner.held(workdir))
 
 
@@ -167,8 +175,9 @@ def _lock(file: IO[str], shared: int = 0) -> OSError | None:
         if not shared and jax.process_count() > 1:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise LcmError(f"{Path(file.name).parent} is in use by another process; wait for it or choose another folder"
-                       ) from None
+        raise LcmError(
+            f"{Path(file.name).parent} is in use by another process; wait for it or choose another folder"
+        ) from None
     except OSError as error:  # ENOSYS of Lustre, ENOLCK of NFS, and other words for it
         return error
     return None

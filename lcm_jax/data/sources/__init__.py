@@ -41,10 +41,17 @@ KEYWORDS = {
 }  # that each of them takes
 
 
-def open_source(name: str, path: str | os.PathLike | Sequence[str] | None, *, split: str = "train",
-                image_key: str | None = None, caption_key: str | None = None,
-                index_dir: str | os.PathLike | None = None, num_examples: int | None = None,
-                style: str = "plain") -> Source:
+def open_source(
+    name: str,
+    path: str | os.PathLike | Sequence[str] | None,
+    *,
+    split: str = "train",
+    image_key: str | None = None,
+    caption_key: str | None = None,
+    index_dir: str | os.PathLike | None = None,
+    num_examples: int | None = None,
+    style: str = "plain",
+) -> Source:
     """The records of a data set. Keywords are those of `--config.data`; at its default, one counts as not given.
 
     Args:
@@ -60,8 +67,14 @@ def open_source(name: str, path: str | os.PathLike | Sequence[str] | None, *, sp
     """
     if name not in SOURCES:
         raise LcmError(f"unknown data source {name!r}; --config.data.source is one of {', '.join(SOURCES)}")
-    values = {"split": (split, "train"), "image_key": (image_key, None), "caption_key": (caption_key, None),
-              "index_dir": (index_dir, None), "num_examples": (num_examples, None), "style": (style, "plain")}
+    values = {
+        "split": (split, "train"),
+        "image_key": (image_key, None),
+        "caption_key": (caption_key, None),
+        "index_dir": (index_dir, None),
+        "num_examples": (num_examples, None),
+        "style": (style, "plain"),
+    }
     used = KEYWORDS[name]
     given = {key: value for key, (value, default) in values.items() if value != default}
     if surplus := sorted({*given, *(["path"] if path else [])} - set(used)):

@@ -58,9 +58,11 @@ def open(path: str | os.PathLike, *, caption_key: str | None = None) -> FolderSo
             faults.append(Fault(str(root), name, str(error)))
     if not keys:
         seen = sorted({key for row in rows.values() for key in row})
-        raise LcmError(f"none of {len(pictures)} pictures in {path} is usable; the first: {faults[0]}. Captions are "
-                       f"taken from {_places(caption_key)}; columns of {METADATA}: {', '.join(seen) or 'none'}; "
-                       "see --config.data.caption_key")
+        raise LcmError(
+            f"none of {len(pictures)} pictures in {path} is usable; the first: {faults[0]}. Captions are "
+            f"taken from {_places(caption_key)}; columns of {METADATA}: {', '.join(seen) or 'none'}; "
+            "see --config.data.caption_key"
+        )
     numbers = [{name: x for name, x in parsing.numbers_of(rows.get(key, {})).items() if name != column} for key in keys]
     return FolderSource(root, keys, captions, parsing.columns(numbers), faults)
 
@@ -68,8 +70,14 @@ def open(path: str | os.PathLike, *, caption_key: str | None = None) -> FolderSo
 class FolderSource:
     """Random access to the pictures of a folder; they are read when they are asked for."""
 
-    def __init__(self, root: Path, keys: Sequence[str], captions: Sequence[tuple[str, ...] | None],
-                 fields: Mapping[str, np.ndarray], faults: Sequence[Fault]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        keys: Sequence[str],
+        captions: Sequence[tuple[str, ...] | None],
+        fields: Mapping[str, np.ndarray],
+        faults: Sequence[Fault],
+    ) -> None:
         """captions: of each key; None: in the .txt beside it. fields: name -> float64 [number of keys]."""
         self._root, self._keys, self._captions, self._fields = root, tuple(keys), tuple(captions), dict(fields)
         self.faults = tuple(faults)
@@ -127,8 +135,9 @@ def _places(caption_key: str | None) -> str:
     return {None: f"{column} or {texts}", "txt": texts}.get(caption_key, column)
 
 
-def _caption(name: str, sizes: Mapping[str, int], row: Mapping[str, Any], column: str,
-             text_counts: bool) -> tuple[str, ...] | None:
+def _caption(
+    name: str, sizes: Mapping[str, int], row: Mapping[str, Any], column: str, text_counts: bool
+) -> tuple[str, ...] | None:
     """The captions of a picture, None if they are to be read from its .txt. Raises BadRecord."""
     if sizes[name] <= 0:
         raise BadRecord("image of 0 bytes" if sizes[name] == 0 else "the link leads nowhere")

@@ -33,21 +33,33 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 class HuggingFace:
     """Random access to a map-style `datasets.Dataset`; see `open`."""
 
-    def __init__(self, table: Any, *, roots: tuple[Path, ...], parts: tuple[tuple[str, int], ...], split: str,
-                 image_key: str, caption_key: str):
+    def __init__(
+        self,
+        table: Any,
+        *,
+        roots: tuple[Path, ...],
+        parts: tuple[tuple[str, int], ...],
+        split: str,
+        image_key: str,
+        caption_key: str,
+    ):
         """`parts`: (file, rows) of the files that the rows of `table` stand in, in order; `roots`: of image paths."""
         self.roots, self.split = roots, split
         self._image, self._caption = image_key, caption_key
         self._parts = [file for file, _ in parts]
         self._ends = np.cumsum([rows for _, rows in parts])
         self._key = _key_column(table)
-        self._numbers = [column for column in table.column_names
-                         if column not in (self._key, image_key, caption_key) and _is_number(table, column)]
+        self._numbers = [
+            column
+            for column in table.column_names
+            if column not in (self._key, image_key, caption_key) and _is_number(table, column)
+        ]
         columns = [image_key, caption_key, *self._numbers, *([self._key] if self._key else [])]
         self._table = table.select_columns(list(dict.fromkeys(columns))).with_format("arrow")
         self._rows, repeated = _first_of_each(self._table, self._key)
-        self.faults = [Fault(*self._place(row), f"its key is that of an earlier record (column {self._key!r})")
-                       for row in repeated]
+        self.faults = [
+            Fault(*self._place(row), f"its key is that of an earlier record (column {self._key!r})") for row in repeated
+        ]
 
     def __len__(self) -> int:
         return len(self._table) if self._rows is None else len(self._rows)
@@ -61,8 +73,12 @@ class HuggingFace:
         except ValueError as error:
             raise BadRecord(f"a text is not UTF-8, or the row is damaged ({_one_line(error)})") from None
         numbers = {name: float(values[name]) for name in self._numbers if values[name] is not None}
-        return Record(self._place(row)[1], self._picture(values[self._image]), _captions(values[self._caption]),
-                      {name: value for name, value in numbers.items() if value == value})
+        return Record(
+            self._place(row)[1],
+            self._picture(values[self._image]),
+            _captions(values[self._caption]),
+            {name: value for name, value in numbers.items() if value == value},
+        )
 
     def field(self, name: str) -> np.ndarray | None:
         if name not in self._numbers:
@@ -105,8 +121,9 @@ class HuggingFace:
             raise BadRecord(f"no image in the row, nor where it says: {error}") from None
 
 
-def open(path: str, *, split: str = "train", image_key: str | None = None,
-         caption_key: str | None = None) -> HuggingFace:
+def open(
+    path: str, *, split: str = "train", image_key: str | None = None, caption_key: str | None = None
+) -> HuggingFace:
     """The split of a data set as a source.
 
     Args:
@@ -125,8 +142,9 @@ def open(path: str, *, split: str = "train", image_key: str | None = None,
     image_key, caption_key = image_key or "image", caption_key or "text"
     for key, flag in ((image_key, "image_key"), (caption_key, "caption_key")):
         if key not in table.column_names:
-            raise LcmError(f"{path} has no column {key!r}; name one of {', '.join(table.column_names)} by "
-                           f"--config.data.{flag}")
+            raise LcmError(
+                f"{path} has no column {key!r}; name one of {', '.join(table.column_names)} by --config.data.{flag}"
+            )
     if isinstance(table.features[image_key], datasets.Image):
         table = table.cast_column(image_key, datasets.Image(decode=False))
     _check_types(datasets, path, table.features, image_key, caption_key)
@@ -222,8 +240,10 @@ def _parquet(datasets: Any, place: Path, split: str) -> tuple[tuple[str, int], .
     try:
         return tuple((file, pyarrow.parquet.read_metadata(file).num_rows) for file in files)
     except (OSError, pyarrow.ArrowException) as error:
-        raise LcmError(f"{place}: not all files are parquet ({_one_line(error)}); copy or download them again, or name "
-                       "another --config.data.source") from None
+        raise LcmError(
+            f"{place}: not all files are parquet ({_one_line(error)}); copy or download them again, or name "
+            "another --config.data.source"
+        ) from None
 
 
 def _hub_folders(datasets: Any, name: str) -> tuple[Path, Path, Path]:
@@ -246,12 +266,16 @@ def _from_hub(datasets: Any, name: str, split: str) -> Any:
     try:
         return datasets.load_dataset(name, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise LcmError(f"{name} is neither a folder here nor a data set on the hub ({_one_line(error)}); correct "
-                       "--config.data.path") from None
+        raise LcmError(
+            f"{name} is neither a folder here nor a data set on the hub ({_one_line(error)}); correct "
+            "--config.data.path"
+        ) from None
     except OSError as error:
-        raise LcmError(f"{name} is no folder here, and the hub cannot be reached ({_one_line(error)}); download it "
-                       f"where there is network (hf download {name} --repo-type dataset --local-dir FOLDER) and set "
-                       "--config.data.path=FOLDER") from None
+        raise LcmError(
+            f"{name} is no folder here, and the hub cannot be reached ({_one_line(error)}); download it "
+            f"where there is network (hf download {name} --repo-type dataset --local-dir FOLDER) and set "
+            "--config.data.path=FOLDER"
+        ) from None
     except ValueError as error:  # an unknown split; the message lists those that there are
         raise LcmError(f"{name}: {_one_line(error)} (--config.data.split, --config.data.path)") from None
 
@@ -260,12 +284,16 @@ def _check_types(datasets: Any, path: str, features: Mapping[str, Any], image_ke
     image, caption = features[image_key], features[caption_key]
     content = image.get("bytes") if isinstance(image, Mapping) else image
     if not isinstance(image, datasets.Image) and _kind(content) not in ("binary", "large_binary", "null"):
-        raise LcmError(f"{path}: column {image_key!r} holds {_kind(image)}, not encoded images; name another by "
-                       f"--config.data.image_key: {', '.join(features)}")
+        raise LcmError(
+            f"{path}: column {image_key!r} holds {_kind(image)}, not encoded images; name another by "
+            f"--config.data.image_key: {', '.join(features)}"
+        )
     inner = getattr(caption, "feature", caption)  # of a list
     if _kind(inner) not in ("string", "large_string", "binary", "large_binary", "null"):
-        raise LcmError(f"{path}: column {caption_key!r} holds {_kind(inner)}, not text; name another by "
-                       f"--config.data.caption_key: {', '.join(features)}")
+        raise LcmError(
+            f"{path}: column {caption_key!r} holds {_kind(inner)}, not text; name another by "
+            f"--config.data.caption_key: {', '.join(features)}"
+        )
 
 
 def _kind(feature: Any) -> str:

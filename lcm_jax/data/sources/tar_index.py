@@ -89,8 +89,9 @@ def make(shard: Path, sidecar: Path, image_key: str | None, caption_key: str | N
         with files.new_file(sidecar) as partial:
             partial.write_bytes(_packed(index, image_key, caption_key))
     except OSError as error:
-        raise LcmError(f"the index {sidecar} cannot be written ({error.strerror}); "
-                       "name a folder for it as --config.data.index_dir") from None
+        raise LcmError(
+            f"the index {sidecar} cannot be written ({error.strerror}); name a folder for it as --config.data.index_dir"
+        ) from None
     return index
 
 
@@ -114,10 +115,15 @@ def read(shard: Path, sidecar: Path, image_key: str | None, caption_key: str | N
             if header["made_of"] != [VERSION, state.st_size, state.st_mtime_ns, image_key, caption_key]:
                 return None
             found = ShardIndex(
-                state.st_size, state.st_mtime_ns, arrays["keys"], arrays["hashes"], arrays["spans"], arrays["is_json"],
+                state.st_size,
+                state.st_mtime_ns,
+                arrays["keys"],
+                arrays["hashes"],
+                arrays["spans"],
+                arrays["is_json"],
                 dict(zip(header["fields"], arrays["fields"], strict=True)),
                 tuple((str(key), str(reason)) for key, reason in header["faults"]),
-            )  # fmt: skip
+            )
             return found if _fits(found) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):  # no sidecar, or another's file
         return None
@@ -125,8 +131,13 @@ def read(shard: Path, sidecar: Path, image_key: str | None, caption_key: str | N
 
 def _fits(index: ShardIndex) -> bool:
     count, columns = index.keys.size, list(index.fields.values())
-    wanted = [(index.keys, "S", (count,)), (index.hashes, "u8", (count,)), (index.spans, "i8", (count, 4)),
-              (index.is_json, "b1", (count,)), *((column, "f8", (count,)) for column in columns)]  # fmt: skip
+    wanted = [
+        (index.keys, "S", (count,)),
+        (index.hashes, "u8", (count,)),
+        (index.spans, "i8", (count, 4)),
+        (index.is_json, "b1", (count,)),
+        *((column, "f8", (count,)) for column in columns),
+    ]
     if any(array.dtype.str.lstrip("<|=")[: len(kind)] != kind or array.shape != shape for array, kind, shape in wanted):
         return False
     offsets, sizes = index.spans[:, ::2], index.spans[:, 1::2]
@@ -170,9 +181,16 @@ def scan(shard: Path, image_key: str | None = None, caption_key: str | None = No
     if samples and not keys and not losses:
         _check_reasons(shard, samples, {reason for _, reason in faults}, image_key, caption_key)
     hashes = [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") for key in keys]
-    return ShardIndex(state.st_size, state.st_mtime_ns, np.array(keys, np.bytes_), np.array(hashes, np.uint64),
-                      np.array(spans, np.int64).reshape(-1, 4), np.array(is_json, bool), parsing.columns(numbers),
-                      (*losses, *faults))
+    return ShardIndex(
+        state.st_size,
+        state.st_mtime_ns,
+        np.array(keys, np.bytes_),
+        np.array(hashes, np.uint64),
+        np.array(spans, np.int64).reshape(-1, 4),
+        np.array(is_json, bool),
+        parsing.columns(numbers),
+        (*losses, *faults),
+    )
 
 
 def caption_in(content: bytes, is_json: bool, caption_key: str | None) -> tuple[str, ...]:
@@ -187,8 +205,15 @@ def _packed(index: ShardIndex, image_key: str | None, caption_key: str | None) -
     header = json.dumps({"made_of": made_of, "fields": list(index.fields), "faults": index.faults})
     fields = np.array(list(index.fields.values()), np.float64).reshape(len(index.fields), len(index.keys))
     packed = io.BytesIO()  # NumPy writes no times into an npz, so equal arrays are equal bytes
-    np.savez(packed, header=np.frombuffer(header.encode(), np.uint8), keys=index.keys, hashes=index.hashes,
-             spans=index.spans, is_json=index.is_json, fields=fields)
+    np.savez(
+        packed,
+        header=np.frombuffer(header.encode(), np.uint8),
+        keys=index.keys,
+        hashes=index.hashes,
+        spans=index.spans,
+        is_json=index.is_json,
+        fields=fields,
+    )
     return packed.getvalue()
 
 
@@ -196,8 +221,9 @@ def _refuse_compressed(shard: Path, stream: BinaryIO) -> None:
     start = stream.read(8)
     for magic, kind in _COMPRESSED.items():
         if start.startswith(magic):
-            raise LcmError(f"tar shard {shard} is compressed ({kind}); records can be read from plain tars only, "
-                           "unpack it first")
+            raise LcmError(
+                f"tar shard {shard} is compressed ({kind}); records can be read from plain tars only, unpack it first"
+            )
 
 
 def _record(sample: _Sample, image_key: str | None, caption_key: str | None):
@@ -225,26 +251,33 @@ def _pictures(sample: _Sample, image_key: str | None) -> list[str]:
 
 
 def _other_pictures(sample: _Sample, image_key: str | None) -> list[tuple[str, str]]:
-    return [(sample.key, f"a second picture, .{suffix}; --config.data.image_key chooses one")
-            for suffix in _pictures(sample, image_key)[1:]]
+    return [
+        (sample.key, f"a second picture, .{suffix}; --config.data.image_key chooses one")
+        for suffix in _pictures(sample, image_key)[1:]
+    ]
 
 
 def _suffixes(samples: list[_Sample]) -> str:
     return " ".join(sorted({f".{suffix}" for sample in samples for suffix in sample.members}))
 
 
-def _check_reasons(shard: Path, samples: list[_Sample], reasons: set[str], image_key: str | None,
-                   caption_key: str | None) -> None:
+def _check_reasons(
+    shard: Path, samples: list[_Sample], reasons: set[str], image_key: str | None, caption_key: str | None
+) -> None:
     """A whole shard that lacks one kind of member is no accident of single records."""
     if not all(reason == _NO_CAPTION or reason.startswith(_NO_IMAGE) for reason in reasons):
         return
     if _NO_CAPTION in reasons:
         wanted = "a .txt, or a JSON field 'caption'," if caption_key is None else f"{caption_key!r}"
-        raise LcmError(f"tar without captions: {shard} holds {_suffixes(samples)}, and {wanted} nowhere; "
-                       "name a field of its JSON as --config.data.caption_key")
+        raise LcmError(
+            f"tar without captions: {shard} holds {_suffixes(samples)}, and {wanted} nowhere; "
+            "name a field of its JSON as --config.data.caption_key"
+        )
     wanted = parsing.IMAGE_SUFFIXES if image_key is None else (image_key,)
-    raise LcmError(f"tar without pictures: {shard} holds {_suffixes(samples)}, but none of {' '.join(wanted)}; "
-                   "name the pictures' suffix as --config.data.image_key")
+    raise LcmError(
+        f"tar without pictures: {shard} holds {_suffixes(samples)}, but none of {' '.join(wanted)}; "
+        "name the pictures' suffix as --config.data.image_key"
+    )
 
 
 def _split(name: str) -> tuple[str, str] | None:

@@ -33,8 +33,18 @@ CAPTION_FEATURES = ("captions", "caption", "text")
 class TFDS:
     """Random access to one split; see `open`."""
 
-    def __init__(self, data: Any, *, split: str, rows: np.ndarray, shards: tuple[tuple[str, int], ...],
-                 numbers: tuple[str, ...], image_key: str, caption_key: str, index: Path | None):
+    def __init__(
+        self,
+        data: Any,
+        *,
+        split: str,
+        rows: np.ndarray,
+        shards: tuple[tuple[str, int], ...],
+        numbers: tuple[str, ...],
+        image_key: str,
+        caption_key: str,
+        index: Path | None,
+    ):
         """Record i is row `rows[i]` of the split and item i of `data`; `shards`: (file, rows), in the split's order."""
         self.faults: tuple[Fault, ...] = ()
         self._data, self._split, self._rows = data, split, rows
@@ -118,23 +128,34 @@ def open(path: str, *, split: str = "train", image_key: str | None = None, capti
         import array_record.python.array_record_data_source  # noqa: F401  what TFDS reads through
         import tensorflow_datasets as tfds
     except ImportError:
-        raise LcmError("the source 'tfds' needs tensorflow-datasets and array_record: "
-                       "pip install 'lcm_jax[data]'") from None
+        raise LcmError(
+            "the source 'tfds' needs tensorflow-datasets and array_record: pip install 'lcm_jax[data]'"
+        ) from None
     builder = _from_folder(tfds, Path(path)) if Path(path).exists() else _by_name(tfds, str(path))
     _check_format(builder, str(path))
     features, info = builder.info.features, _split_info(builder, str(path), split)
     image_key = image_key or "image"
     caption_key = caption_key or next((name for name in CAPTION_FEATURES if name in features), CAPTION_FEATURES[0])
     _check_features(tfds, features, path, image_key, caption_key)
-    skip = {name: tfds.decode.SkipDecoding() for name, feature in features.items()
-            if isinstance(feature, tfds.features.Image)}
+    skip = {
+        name: tfds.decode.SkipDecoding()
+        for name, feature in features.items()
+        if isinstance(feature, tfds.features.Image)
+    }
     base = split.partition("[")[0]
     index = Path(builder.data_path) / INDEX_FILE.format(split=base)
     whole, numbers = builder.info.splits[base], _numbers(features, {image_key, caption_key})
     shards = _shards(whole, builder.data_path)
-    return TFDS(_data(builder, split, skip), split=base, rows=_rows(shards, info), shards=shards,
-                numbers=numbers, image_key=image_key, caption_key=caption_key,
-                index=_checked(index, whole, numbers) if index.is_file() else None)
+    return TFDS(
+        _data(builder, split, skip),
+        split=base,
+        rows=_rows(shards, info),
+        shards=shards,
+        numbers=numbers,
+        image_key=image_key,
+        caption_key=caption_key,
+        index=_checked(index, whole, numbers) if index.is_file() else None,
+    )
 
 
 def _from_folder(tfds: Any, folder: Path) -> Any:
@@ -152,23 +173,30 @@ def _by_name(tfds: Any, name: str) -> Any:
     try:
         builder = tfds.builder(name)
     except tfds.core.DatasetNotFoundError:
-        raise LcmError(f"{name} is neither a folder nor a data set that TFDS knows; correct --config.data.path") \
-            from None
+        raise LcmError(
+            f"{name} is neither a folder nor a data set that TFDS knows; correct --config.data.path"
+        ) from None
     except (ImportError, ValueError) as error:  # many of TFDS' own builders import TensorFlow
-        raise LcmError(f"TFDS cannot make the data set {name} ({_one_line(error)}); set --config.data.path to the "
-                       "folder it was prepared in (the one with dataset_info.json)") from None
+        raise LcmError(
+            f"TFDS cannot make the data set {name} ({_one_line(error)}); set --config.data.path to the "
+            "folder it was prepared in (the one with dataset_info.json)"
+        ) from None
     if not builder.is_prepared():
-        raise LcmError(f"{name} is not prepared in {builder.data_path}; where TensorFlow is, run tfds.builder({name!r})"
-                       ".download_and_prepare(file_format='array_record'), or set TFDS_DATA_DIR to where it was")
+        raise LcmError(
+            f"{name} is not prepared in {builder.data_path}; where TensorFlow is, run tfds.builder({name!r})"
+            ".download_and_prepare(file_format='array_record'), or set TFDS_DATA_DIR to where it was"
+        )
     return builder
 
 
 def _check_format(builder: Any, path: str) -> None:
     found = builder.info.file_format.value if builder.info.file_format else "no known format"
     if found != "array_record":
-        raise LcmError(f"{path} is stored as {found}, which cannot be read at random; where TensorFlow is, run "
-                       f"tfds.builder({builder.info.name!r}).download_and_prepare(file_format='array_record') into "
-                       "another data_dir")
+        raise LcmError(
+            f"{path} is stored as {found}, which cannot be read at random; where TensorFlow is, run "
+            f"tfds.builder({builder.info.name!r}).download_and_prepare(file_format='array_record') into "
+            "another data_dir"
+        )
 
 
 def _split_info(builder: Any, path: str, split: str) -> Any:
@@ -178,8 +206,10 @@ def _split_info(builder: Any, path: str, split: str) -> Any:
     try:
         return splits[split]
     except ValueError as error:
-        raise LcmError(f"{path}: {split!r} is no slice of a split ({_one_line(error)}); write it as "
-                       "--config.data.split='train[:10%]'") from None
+        raise LcmError(
+            f"{path}: {split!r} is no slice of a split ({_one_line(error)}); write it as "
+            "--config.data.split='train[:10%]'"
+        ) from None
 
 
 def _check_features(tfds: Any, features: Any, path: str, image_key: str, caption_key: str) -> None:
@@ -189,13 +219,17 @@ def _check_features(tfds: Any, features: Any, path: str, image_key: str, caption
             found = getattr(found, "feature", found)  # of a sequence
             found = found[name] if isinstance(found, tfds.features.FeaturesDict) and name in found else None
         if found is None:
-            raise LcmError(f"{path} has no feature {key!r}; name one of {', '.join(sorted(features))} by "
-                           f"--config.data.{flag}")
+            raise LcmError(
+                f"{path} has no feature {key!r}; name one of {', '.join(sorted(features))} by --config.data.{flag}"
+            )
 
 
 def _numbers(features: Any, without: set[str]) -> tuple[str, ...]:
-    return tuple(name for name, feature in sorted(features.items()) if name not in without and feature.shape == ()
-                 and np.issubdtype(feature.np_dtype, np.number))
+    return tuple(
+        name
+        for name, feature in sorted(features.items())
+        if name not in without and feature.shape == () and np.issubdtype(feature.np_dtype, np.number)
+    )
 
 
 def _data(builder: Any, split: str, decoders: dict[str, Any]) -> Any:
@@ -203,8 +237,9 @@ def _data(builder: Any, split: str, decoders: dict[str, Any]) -> Any:
     try:
         return builder.as_data_source(split=split, decoders=decoders)
     except (OSError, ValueError, RuntimeError) as error:
-        raise LcmError(f"{builder.data_path}: split {split!r} cannot be opened ({_one_line(error)}); "
-                       "prepare or copy it again") from None
+        raise LcmError(
+            f"{builder.data_path}: split {split!r} cannot be opened ({_one_line(error)}); prepare or copy it again"
+        ) from None
 
 
 def _shards(whole: Any, folder: Any) -> tuple[tuple[str, int], ...]:
@@ -232,8 +267,10 @@ def _checked(index: Path, whole: Any, numbers: tuple[str, ...]) -> Path:
         raise LcmError(f"{index} cannot be read ({_one_line(error)}); copy the folder again") from None
     kinds = {name: found.dtype[name].kind for name in found.dtype.names or ()}
     if found.shape != (whole.num_examples,) or kinds != {KEY: "S", **dict.fromkeys(numbers, "f")}:
-        raise LcmError(f"{index} has {found.size} records of {found.dtype.names}, the split {whole.num_examples} of "
-                       f"{(KEY, *numbers)}, or of another kind; copy the folder again")
+        raise LcmError(
+            f"{index} has {found.size} records of {found.dtype.names}, the split {whole.num_examples} of "
+            f"{(KEY, *numbers)}, or of another kind; copy the folder again"
+        )
     return index
 
 

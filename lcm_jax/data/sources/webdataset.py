@@ -33,8 +33,13 @@ _THREADS = 8  # that index shards; they wait for the disk, or for each other whe
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 
 
-def open(path: str | os.PathLike | Sequence[str | os.PathLike], *, image_key: str | None = None,
-         caption_key: str | None = None, index_dir: str | os.PathLike | None = None) -> TarSource:
+def open(
+    path: str | os.PathLike | Sequence[str | os.PathLike],
+    *,
+    image_key: str | None = None,
+    caption_key: str | None = None,
+    index_dir: str | os.PathLike | None = None,
+) -> TarSource:
     """The records of tar shards.
 
     Args:
@@ -72,8 +77,14 @@ class TarSource:
         self._spans = np.concatenate([index.spans for index in indices])[kept]
         self._is_json = np.concatenate([index.is_json for index in indices])[kept]
         self._fields = {name: column[kept] for name, column in _columns(indices).items()}
-        self.faults = (*(Fault(shard, key, reason) for shard, index in zip(self._shards, indices, strict=True)
-                         for key, reason in index.faults), *repeats)
+        self.faults = (
+            *(
+                Fault(shard, key, reason)
+                for shard, index in zip(self._shards, indices, strict=True)
+                for key, reason in index.faults
+            ),
+            *repeats,
+        )
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -171,11 +182,13 @@ def _first_of_each_key(shards: Sequence[str], indices: Sequence[ShardIndex]) -> 
     return kept, faults
 
 
-def _indices(shards: Sequence[Path], sidecars: Sequence[Path], image_key: str | None,
-             caption_key: str | None) -> list[ShardIndex]:
+def _indices(
+    shards: Sequence[Path], sidecars: Sequence[Path], image_key: str | None, caption_key: str | None
+) -> list[ShardIndex]:
     """The shards' indices; those that are missing or out of date are made."""
-    found = [tar_index.read(shard, sidecar, image_key, caption_key)
-             for shard, sidecar in zip(shards, sidecars, strict=True)]
+    found = [
+        tar_index.read(shard, sidecar, image_key, caption_key) for shard, sidecar in zip(shards, sidecars, strict=True)
+    ]
     missing = [number for number, index in enumerate(found) if index is None]
     if not missing:
         return found
@@ -218,12 +231,14 @@ def _files_of(pattern: str) -> list[str]:
     missing = [name for name in expanded if not os.path.exists(name) and not glob.has_magic(name)]
     if missing:
         count = f" ({len(missing)} of {len(expanded)} files of {pattern}; a glob takes those that are there)"
-        raise LcmError(f"no tar shard {missing[0]!r}{count if len(expanded) > 1 else ''}; "
-                       "see --config.data.path")
+        raise LcmError(f"no tar shard {missing[0]!r}{count if len(expanded) > 1 else ''}; see --config.data.path")
     found = []
     for name in expanded:
-        found += [name] if os.path.isfile(name) else sorted(
-            glob.glob(f"{glob.escape(name)}/*.tar" if os.path.isdir(name) else name, recursive=True))
+        found += (
+            [name]
+            if os.path.isfile(name)
+            else sorted(glob.glob(f"{glob.escape(name)}/*.tar" if os.path.isdir(name) else name, recursive=True))
+        )
     if not found:
         raise LcmError(f"no tar shard matches {pattern}; see --config.data.path")
     return found

@@ -52,8 +52,11 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
     if resize == "cmmd":
         processor = dataclasses.replace(processor, size=(side, side), crop=None, square_first=True)
     with weight_files.open_weights(folder, weight_files.TRANSFORMERS_NAME) as stored:
-        shapes = {key: shape for key, shape in stored.shapes.items()
-                  if key.startswith(_VISION) and not key.endswith(".position_ids")}
+        shapes = {
+            key: shape
+            for key, shape in stored.shapes.items()
+            if key.startswith(_VISION) and not key.endswith(".position_ids")
+        }
         params = weights.read_params(_vision_table(module), shapes, stored.read, str(stored.source))
 
     def apply(params, x):
@@ -77,8 +80,10 @@ def load_text(path: str | Path | None) -> TextTower:
     folder = weights.existing("clip", path)
     config = read_json(folder / "config.json")
     if config.get("model_type") != "clip":
-        raise LcmError(f"{folder} holds a {config.get('model_type')}, and a CLIP score needs texts, too: give the "
-                       "folder of a whole CLIPModel")
+        raise LcmError(
+            f"{folder} holds a {config.get('model_type')}, and a CLIP score needs texts, too: give the "
+            "folder of a whole CLIPModel"
+        )
     known = {f.name for f in dataclasses.fields(clip.CLIPTextModel)} - RUN_FIELDS | clip.CLIPTextModel.FIXED.keys()
     text = {key: value for key, value in clip_vision.tower(config, "text").items() if key in known}
     module = clip.from_config(text | {"architectures": ["CLIPTextModelWithProjection"]})

@@ -98,9 +98,15 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return multi_head_attention(
-            x, x, heads=self.heads, qkv_bias=self.qkv_bias, dtype=jnp.float32, attention_fn=dot_product_attention,
-            weights_fn=None, names=("q_proj", "k_proj", "v_proj", "o_proj"),
-        )  # fmt: skip
+            x,
+            x,
+            heads=self.heads,
+            qkv_bias=self.qkv_bias,
+            dtype=jnp.float32,
+            attention_fn=dot_product_attention,
+            weights_fn=None,
+            names=("q_proj", "k_proj", "v_proj", "o_proj"),
+        )
 
 
 class LayerScale(nn.Module):
@@ -174,8 +180,13 @@ class Dinov2Model(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         grid = self.image_size // self.patch_size
-        layer = dict(heads=self.num_attention_heads, hidden=int(self.hidden_size * self.mlp_ratio),
-                     epsilon=self.layer_norm_eps, qkv_bias=self.qkv_bias, swiglu=self.use_swiglu_ffn)
+        layer = dict(
+            heads=self.num_attention_heads,
+            hidden=int(self.hidden_size * self.mlp_ratio),
+            epsilon=self.layer_norm_eps,
+            qkv_bias=self.qkv_bias,
+            swiglu=self.use_swiglu_ffn,
+        )
         x = Embeddings(self.hidden_size, grid, self.patch_size, name="embeddings")(images)
         x = Encoder(self.num_hidden_layers, layer, name="encoder")(x)
         return LayerNorm(self.layer_norm_eps, name="layernorm")(x[:, 0])

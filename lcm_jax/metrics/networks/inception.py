@@ -101,46 +101,84 @@ class Mixed(nn.Module):
             outputs.append(nn.max_pool(x, (3, 3), (2, 2)))
         else:
             mean = self.pool == "mean"
-            y = nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False) if mean else nn.max_pool(
-                x, (3, 3), padding="SAME")
+            y = (
+                nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
+                if mean
+                else nn.max_pool(x, (3, 3), padding="SAME")
+            )
             outputs.append(_apply(_unit("branch_pool", self.pool_features), y))
         return jnp.concatenate(outputs, axis=-1)
 
 
 def _a(pool_features: int) -> dict:
-    return dict(branches=((_unit("branch1x1", 64),), _chain("branch5x5", (48,), (64, 5)),
-                          _chain("branch3x3dbl", (64,), (96, 3), (96, 3))), pool="mean", pool_features=pool_features)
+    return dict(
+        branches=(
+            (_unit("branch1x1", 64),),
+            _chain("branch5x5", (48,), (64, 5)),
+            _chain("branch3x3dbl", (64,), (96, 3), (96, 3)),
+        ),
+        pool="mean",
+        pool_features=pool_features,
+    )
 
 
 def _b() -> dict:
-    return dict(branches=((_unit("branch3x3", 384, 3, 2),), _chain("branch3x3dbl", (64,), (96, 3), (96, 3, 2))),
-                pool="shrink")
+    return dict(
+        branches=((_unit("branch3x3", 384, 3, 2),), _chain("branch3x3dbl", (64,), (96, 3), (96, 3, 2))), pool="shrink"
+    )
 
 
 def _c(c7: int) -> dict:
     row, column = (1, 7), (7, 1)
-    return dict(branches=((_unit("branch1x1", 192),), _chain("branch7x7", (c7,), (c7, row), (192, column)),
-                          _chain("branch7x7dbl", (c7,), (c7, column), (c7, row), (c7, column), (192, row))),
-                pool="mean", pool_features=192)
+    return dict(
+        branches=(
+            (_unit("branch1x1", 192),),
+            _chain("branch7x7", (c7,), (c7, row), (192, column)),
+            _chain("branch7x7dbl", (c7,), (c7, column), (c7, row), (c7, column), (192, row)),
+        ),
+        pool="mean",
+        pool_features=192,
+    )
 
 
 def _d() -> dict:
-    return dict(branches=(_chain("branch3x3", (192,), (320, 3, 2)),
-                          _chain("branch7x7x3", (192,), (192, (1, 7)), (192, (7, 1)), (192, 3, 2))), pool="shrink")
+    return dict(
+        branches=(
+            _chain("branch3x3", (192,), (320, 3, 2)),
+            _chain("branch7x7x3", (192,), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)),
+        ),
+        pool="shrink",
+    )
 
 
 def _e(pool: str) -> dict:
     def split(name: str) -> tuple[Unit, Unit]:
         return _unit(f"{name}a", 384, (1, 3)), _unit(f"{name}b", 384, (3, 1))
 
-    return dict(branches=((_unit("branch1x1", 320),), (*_chain("branch3x3", (384,)), split("branch3x3_2")),
-                          (*_chain("branch3x3dbl", (448,), (384, 3)), split("branch3x3dbl_3"))),
-                pool=pool, pool_features=192)
+    return dict(
+        branches=(
+            (_unit("branch1x1", 320),),
+            (*_chain("branch3x3", (384,)), split("branch3x3_2")),
+            (*_chain("branch3x3dbl", (448,), (384, 3)), split("branch3x3dbl_3")),
+        ),
+        pool=pool,
+        pool_features=192,
+    )
 
 
-_MIXED = {"Mixed_5b": _a(32), "Mixed_5c": _a(64), "Mixed_5d": _a(64), "Mixed_6a": _b(), "Mixed_6b": _c(128),
-          "Mixed_6c": _c(160), "Mixed_6d": _c(160), "Mixed_6e": _c(192), "Mixed_7a": _d(), "Mixed_7b": _e("mean"),
-          "Mixed_7c": _e("max")}
+_MIXED = {
+    "Mixed_5b": _a(32),
+    "Mixed_5c": _a(64),
+    "Mixed_5d": _a(64),
+    "Mixed_6a": _b(),
+    "Mixed_6b": _c(128),
+    "Mixed_6c": _c(160),
+    "Mixed_6d": _c(160),
+    "Mixed_6e": _c(192),
+    "Mixed_7a": _d(),
+    "Mixed_7b": _e("mean"),
+    "Mixed_7c": _e("max"),
+}
 
 
 class FIDInception(nn.Module):
@@ -212,5 +250,8 @@ def read(path: Path) -> dict:
 
 def _used(shapes: dict) -> dict:
     """Without the classifier over 1008 classes and the counters of training batches."""
-    return {key: tuple(shape) for key, shape in shapes.items()
-            if not key.startswith("fc.") and not key.endswith(".num_batches_tracked")}
+    return {
+        key: tuple(shape)
+        for key, shape in shapes.items()
+        if not key.startswith("fc.") and not key.endswith(".num_batches_tracked")
+    }

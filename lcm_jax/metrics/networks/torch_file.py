@@ -26,11 +26,30 @@ import numpy as np
 from lcm_jax.errors import LcmError
 
 _MAGIC = 0x1950A86A20F9469CFC6C
-_STORAGES = {"FloatStorage": "<f4", "HalfStorage": "<f2", "DoubleStorage": "<f8", "LongStorage": "<i8",
-             "IntStorage": "<i4", "ByteStorage": "|u1"}
+_STORAGES = {
+    "FloatStorage": "<f4",
+    "HalfStorage": "<f2",
+    "DoubleStorage": "<f8",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ByteStorage": "|u1",
+}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINUNICODE",
-             "BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"}
+_LITERALS = {
+    "INT",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG",
+    "LONG1",
+    "LONG4",
+    "BINFLOAT",
+    "SHORT_BINUNICODE",
+    "BINUNICODE",
+    "BINUNICODE8",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+}
 _MOST_DIMENSIONS = 64  # of NumPy and of torch
 
 
@@ -61,11 +80,21 @@ def read(path: Path) -> dict[str, np.ndarray]:
         content = path.read_bytes()
         state, raw = _zipped(content) if zipfile.is_zipfile(io.BytesIO(content)) else _before_zip(content)
         return {key: _array(tensor, raw(tensor.storage), len(content)) for key, tensor in state.items()}
-    except (zipfile.BadZipFile, EOFError, LookupError, ValueError, TypeError, RuntimeError, struct.error,
-            OverflowError) as error:
+    except (
+        zipfile.BadZipFile,
+        EOFError,
+        LookupError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        struct.error,
+        OverflowError,
+    ) as error:
         reason = " ".join(str(error).split())[:300]
-        raise LcmError(f"{path} ({path.stat().st_size} bytes) cannot be read as weights of torch.save: {reason}; fetch "
-                       "it again, or give the same tensors as .safetensors") from error
+        raise LcmError(
+            f"{path} ({path.stat().st_size} bytes) cannot be read as weights of torch.save: {reason}; fetch "
+            "it again, or give the same tensors as .safetensors"
+        ) from error
 
 
 def _zipped(content: bytes) -> tuple[dict[str, _Tensor], Callable[[_Storage], bytes]]:
@@ -230,8 +259,11 @@ def _storage(pid: Any) -> _Storage:
 
 
 _CALLED = (_ordered, _rebuild)
-_NAMES = {"collections OrderedDict": _ordered, "torch._utils _rebuild_tensor_v2": _rebuild,
-          **{f"torch {name}": np.dtype(code) for name, code in _STORAGES.items()}}
+_NAMES = {
+    "collections OrderedDict": _ordered,
+    "torch._utils _rebuild_tensor_v2": _rebuild,
+    **{f"torch {name}": np.dtype(code) for name, code in _STORAGES.items()},
+}
 
 
 def _named(name: str) -> Any:

@@ -70,15 +70,21 @@ def check_named_hash(kind: str, path: Path) -> None:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if not digest.startswith(told[1]):
         where, published = SOURCES[kind]
-        raise LcmError(f"{path} ({path.stat().st_size} bytes) has sha256 {digest}, its name says {told[1]}...: damaged "
-                       f"or truncated; fetch {where} (sha256 {published}) again")
+        raise LcmError(
+            f"{path} ({path.stat().st_size} bytes) has sha256 {digest}, its name says {told[1]}...: damaged "
+            f"or truncated; fetch {where} (sha256 {published}) again"
+        )
 
 
 def torch_key(path: tuple[str, ...]) -> str:
     """The key of a leaf: ("encoder", "layer_0", "norm1", "scale") -> "encoder.layer.0.norm1.weight"."""
     *modules, leaf = path
-    return ".".join([*(_IN_LIST.sub(r"\1.\2", name) if _IN_LIST.fullmatch(name) else name for name in modules),
-                     _LEAVES.get(leaf, leaf)])
+    return ".".join(
+        [
+            *(_IN_LIST.sub(r"\1.\2", name) if _IN_LIST.fullmatch(name) else name for name in modules),
+            _LEAVES.get(leaf, leaf),
+        ]
+    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -88,7 +88,8 @@ def load_subtree(folder: str | os.PathLike[str], step: int, name: str) -> dict[s
     try:
         tree = ocp.PyTreeCheckpointHandler().restore(
             folder / str(step) / "state",
-            args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True))
+            args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
+        )
     except Exception as error:
         raise on_disk.unreadable(folder / str(step), error) from error
     for part in name.split("/"):
@@ -121,8 +122,9 @@ class Checkpoints:
         found = agreement.decided_by_first(lambda: on_disk.tidy(self.folder, best))
         self._steps: dict[int, float | None] = {step: metric for step, metric in found}
         self.whole = max(self._steps, default=None)
-        self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(),
-                                            async_options=ocp.AsyncOptions(timeout_secs=agreement.TIMEOUT))
+        self._saver = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(), async_options=ocp.AsyncOptions(timeout_secs=agreement.TIMEOUT)
+        )
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
         # step, those that go after it, what is under way, key under which the processes tell of it
         self._pending: tuple[int, list[int], futures.Future, str] | None = None
@@ -146,8 +148,9 @@ class Checkpoints:
         """Newest of `steps()`, None if there is no checkpoint."""
         return max(self._steps, default=None)
 
-    def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None,
-             metrics: Mapping[str, Any] | None = None) -> bool:
+    def save(
+        self, step: int, state: Any, extra: Mapping[str, Any] | None = None, metrics: Mapping[str, Any] | None = None
+    ) -> bool:
         """Begins to save `state` (any pytree of arrays). False if that step or a later one is there already.
 
         Returns once the arrays are copied, so that the caller may donate them; writing and digests go on in the
@@ -163,8 +166,10 @@ class Checkpoints:
             LcmError: this or the save before failed; `metrics` without the metric that `best` names.
         """
         if metrics is not None and self._best and self._best not in metrics:
-            raise LcmError(f"config.checkpoint.best = {self._best!r} is no metric of this run; choose one of "
-                           f"{', '.join(sorted(metrics))}")
+            raise LcmError(
+                f"config.checkpoint.best = {self._best!r} is no metric of this run; choose one of "
+                f"{', '.join(sorted(metrics))}"
+            )
         self.wait()
         if step <= max(self._steps, default=step - 1):
             return False
@@ -174,8 +179,11 @@ class Checkpoints:
         with self._readable_errors(f"saving checkpoint {step}"):
             if jax.process_index() == 0:
                 on_disk.begun(self.folder, step).touch()  # now, while orbax makes its folder some time later
-            self._saver.save(partial, force=True, args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(tree), extra=ocp.args.JsonSave(dict(extra or {}))))
+            self._saver.save(
+                partial,
+                force=True,
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree), extra=ocp.args.JsonSave(dict(extra or {}))),
+            )
         self._steps[step] = values.get(self._best)
         doomed = sorted(self._steps.keys() - on_disk.kept(self._steps, self._keep, self._keep_every))
         key = agreement.barrier(f"checkpoint {step}")
@@ -220,15 +228,26 @@ class Checkpoints:
         path = self.folder / str(step)
         different = trees.difference(_state_metadata(self.folder, step), expected)
         if different:
-            raise LcmError(f"checkpoint {path} does not fit this run: {different}. Use the config it was made with, "
-                           "or another workdir")
+            raise LcmError(
+                f"checkpoint {path} does not fit this run: {different}. Use the config it was made with, "
+                "or another workdir"
+            )
         default = SingleDeviceSharding(jax.devices()[0])
-        target = trees.nest({name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
-                                                        sharding=getattr(leaf, "sharding", None) or default)
-                        for name, leaf in trees.named_leaves(expected).items()})
+        target = trees.nest(
+            {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
+                for name, leaf in trees.named_leaves(expected).items()
+            }
+        )
         try:
-            restored = self._saver.restore(path, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
-                target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))).state
+            restored = self._saver.restore(
+                path,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(
+                        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+                    )
+                ),
+            ).state
         except Exception as error:
             raise on_disk.unreadable(path, error) from error
         leaves = trees.named_leaves(restored)
@@ -257,9 +276,11 @@ class Checkpoints:
         (step, doomed, future, key), self._pending = self._pending, None
         with self._readable_errors(f"saving checkpoint {step}"):
             try:
-                waiting.wait(lambda _: futures.wait([future], _LOOK).done,
-                             lambda: f"checkpoint {step}, which is being written to {self.folder}",
-                             check=lambda: future.done() or self._check_others(key))  # its own error goes first
+                waiting.wait(
+                    lambda _: futures.wait([future], _LOOK).done,
+                    lambda: f"checkpoint {step}, which is being written to {self.folder}",
+                    check=lambda: future.done() or self._check_others(key),
+                )  # its own error goes first
                 future.result()
             except BaseException:
                 del self._steps[step]
@@ -316,5 +337,7 @@ class Checkpoints:
             raise self._readable(doing, error) from error
 
     def _readable(self, doing: str, error: BaseException) -> LcmError:
-        return LcmError(f"{doing} in {self.folder} failed ({on_disk.short(error)}); free disk space or choose another "
-                        "workdir, then give the same command again. Earlier checkpoints are whole")
+        return LcmError(
+            f"{doing} in {self.folder} failed ({on_disk.short(error)}); free disk space or choose another "
+            "workdir, then give the same command again. Earlier checkpoints are whole"
+        )

@@ -32,8 +32,10 @@ def short(error: BaseException) -> str:
 
 def unreadable(path: Path, error: BaseException) -> LcmError:
     """The checkpoint `path` may be whole, but reading it failed."""
-    return LcmError(f"checkpoint {path} cannot be read ({short(error)}); try again, or move that folder elsewhere "
-                    "to go on from the checkpoint before it")
+    return LcmError(
+        f"checkpoint {path} cannot be read ({short(error)}); try again, or move that folder elsewhere "
+        "to go on from the checkpoint before it"
+    )
 
 
 def list_steps(folder: str | os.PathLike[str]) -> list[int]:
@@ -143,8 +145,10 @@ def newest_whole(folder: Path) -> int:
         damage[step] = found
     else:
         listed = "; ".join(f"{step}: {found}" for step, found in damage.items())
-        raise LcmError(f"every checkpoint in {folder} is damaged ({listed}); bring back a copy, or choose "
-                       "another workdir to begin anew")
+        raise LcmError(
+            f"every checkpoint in {folder} is damaged ({listed}); bring back a copy, or choose "
+            "another workdir to begin anew"
+        )
     for bad, found in damage.items():
         path = folder / str(bad)
         names = (path.with_name(f"{bad}.damaged{n or ''}") for n in itertools.count())

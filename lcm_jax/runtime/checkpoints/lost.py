@@ -39,8 +39,9 @@ def check(workdir: Path, every: int) -> None:
     folder, metrics = workdir / "checkpoints", workdir / METRICS_FILE
     for link in (folder, metrics):
         if link.is_symlink() and not link.exists():
-            raise LcmError(f"{link} is a link to {os.readlink(link)}, which is not there; mount or restore it, or "
-                           "remove the link")
+            raise LcmError(
+                f"{link} is a link to {os.readlink(link)}, which is not there; mount or restore it, or remove the link"
+            )
     if not (metrics.exists() and (workdir / workdir_lib.CONFIG_FILE).exists()):
         return  # a new run, or one that `prepare_workdir` refuses
     every = _interval(workdir_lib.read_config(workdir), every)
@@ -52,14 +53,20 @@ def check(workdir: Path, every: int) -> None:
     # While a checkpoint is written the steps go on, at most to the next one, which waits for it.
     due = max([newest, *(step for step in writing if step - newest <= every)]) + every
     if steps and (known > due or max(saved, default=0) > newest) and jax.process_index() == 0:
-        print(f"WARNING: {METRICS_FILE} knows of step {known}, the newest checkpoint in {folder} is of step {newest}: "
-              f"steps {newest + 1} to {known} are trained again, their lines go to metrics.cut.jsonl. If newer ones "
-              "are elsewhere, stop this run and bring them back", file=sys.stderr, flush=True)
+        print(
+            f"WARNING: {METRICS_FILE} knows of step {known}, the newest checkpoint in {folder} is of step {newest}: "
+            f"steps {newest + 1} to {known} are trained again, their lines go to metrics.cut.jsonl. If newer ones "
+            "are elsewhere, stop this run and bring them back",
+            file=sys.stderr,
+            flush=True,
+        )
     saved |= {int(found[1] or found[2]) for found in map(_WHOLE_ONCE.match, names) if found}
     if not steps and (known > due or saved):
         there = f" (only {', '.join(names)})" if names else ""
-        raise LcmError(f"{metrics} knows of step {max([known, *saved])}, but {folder} holds no checkpoint{there}; "
-                       f"bring the checkpoints back, or delete {METRICS_FILE} to begin anew, or choose another workdir")
+        raise LcmError(
+            f"{metrics} knows of step {max([known, *saved])}, but {folder} holds no checkpoint{there}; "
+            f"bring the checkpoints back, or delete {METRICS_FILE} to begin anew, or choose another workdir"
+        )
 
 
 def known_steps(workdir: Path) -> tuple[int, set[int]]:

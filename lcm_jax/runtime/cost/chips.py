@@ -50,10 +50,18 @@ CHIPS = {
 
 # Words of jax's device_kind -> chip; the first that is found counts.
 _KINDS = {
-    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p", "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e", "H200": "H200", "H100": "H100",
-    "A100-SXM4-40GB": "A100-40GB", "A100": "A100",
-}  # fmt: skip
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5p": "v5p",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "H200": "H200",
+    "H100": "H100",
+    "A100-SXM4-40GB": "A100-40GB",
+    "A100": "A100",
+}
 
 NODE = 8  # GPUs that NVLink joins; numbered one after another
 
@@ -70,7 +78,7 @@ def lookup(device_kind: str) -> Chip | None:
 
 
 def of_topology(topology: str) -> tuple[Chip, int]:
-    """"v5e:4x4" -> (chip, 16): a slice by its chip and its shape in chips.
+    """ "v5e:4x4" -> (chip, 16): a slice by its chip and its shape in chips.
 
     Raises:
       LcmError: no such slice; lists those that there are.

@@ -43,8 +43,10 @@ def _of_equation(equation: core.JaxprEqn) -> float:
     if name == "scan":
         return params["length"] * inner
     if name == "while" and inner:
-        raise ValueError("a while loop with products in it: how often it turns is not known; use scan, or a fori_loop "
-                         "of fixed length under differentiation")
+        raise ValueError(
+            "a while loop with products in it: how often it turns is not known; use scan, or a fori_loop "
+            "of fixed length under differentiation"
+        )
     if name == "pallas_call":
         raise ValueError("a Pallas kernel: what it computes is not counted here; count the function with its XLA form")
     if name == "shard_map":  # the body sees one device's part
@@ -54,8 +56,13 @@ def _of_equation(equation: core.JaxprEqn) -> float:
 
 def _ways(equation: core.JaxprEqn) -> int:
     """Devices among which a shard_map's arguments are divided; each runs its body."""
-    names = [name for spec in equation.params["in_specs"] for entry in spec if entry is not None
-             for name in (entry if isinstance(entry, tuple) else (entry,))]  # fmt: skip
+    names = [
+        name
+        for spec in equation.params["in_specs"]
+        for entry in spec
+        if entry is not None
+        for name in (entry if isinstance(entry, tuple) else (entry,))
+    ]
     return math.prod(equation.params["mesh"].shape[name] for name in set(names))
 
 

@@ -93,6 +93,7 @@ def _convolution_taps(instruction: Instruction, left: tuple[int, ...], right: tu
     sizes = dict(zip(outputs, dimensions(instruction.shape)[0], strict=True))
     taps = float(sizes["b"] * sizes["f"] * right[kernel.index("i")])
     for axis in sorted(label for label in outputs if label.isdigit()):
+
         def setting(name: str, default: str, axis: int = int(axis)) -> str:
             return fields[name].split("x")[axis] if name in fields else default
 

@@ -131,9 +131,18 @@ def _kernels(program: hlo.Program) -> list[dict[str, Any]]:
             products = _FUSED_BACKWARD
         q, k = (*kernel.operands, (), ())[:2]
         flops = _attention_flops(kernel.name, q, k) * products if products else 0.0
-        entry = merged.setdefault((name, q, k), {
-            "name": name, "q": list(q), "k": list(k), "calls": 0, "flops": flops, "bytes": kernel.bytes,
-            "known": bool(products)})  # fmt: skip
+        entry = merged.setdefault(
+            (name, q, k),
+            {
+                "name": name,
+                "q": list(q),
+                "k": list(k),
+                "calls": 0,
+                "flops": flops,
+                "bytes": kernel.bytes,
+                "known": bool(products),
+            },
+        )
         entry["calls"] += kernel.times
     return list(merged.values())
 
@@ -186,14 +195,23 @@ def text(found: dict[str, Any]) -> str:
         ("images", f"{found['images_per_step']} a step, {found['images_per_device']:g} a device"),
         ("arguments", _gib(memory["arguments"])),
         ("temporaries", _gib(memory["temporaries"])),
-        ("peak HBM", _gib(memory["needed"])
-         + (f" of {_gib(chip['hbm_bytes'])} ({found['hbm_share']:.0%})" if chip else "")
-         + ", code, results and encoders included"),
-        ("FLOPs", f"{found['flops']['total']:.3e} (kernels {found['flops']['kernels']:.2e}, "
-                  f"repeated turns of loops {found['flops']['loops']:.2e}); the model's {found['model_flops']:.3e}"),
-        ("bytes", f"{found['bytes']['total']:.3e} (kernels {found['bytes']['kernels']:.2e}, "
-                  f"repeated turns of loops {found['bytes']['loops']:.2e})"),
-    ]  # fmt: skip
+        (
+            "peak HBM",
+            _gib(memory["needed"])
+            + (f" of {_gib(chip['hbm_bytes'])} ({found['hbm_share']:.0%})" if chip else "")
+            + ", code, results and encoders included",
+        ),
+        (
+            "FLOPs",
+            f"{found['flops']['total']:.3e} (kernels {found['flops']['kernels']:.2e}, "
+            f"repeated turns of loops {found['flops']['loops']:.2e}); the model's {found['model_flops']:.3e}",
+        ),
+        (
+            "bytes",
+            f"{found['bytes']['total']:.3e} (kernels {found['bytes']['kernels']:.2e}, "
+            f"repeated turns of loops {found['bytes']['loops']:.2e})",
+        ),
+    ]
     for kind, by_axis in found["collectives"].items():
         for axis, entry in by_axis.items():
             rows.append((kind, f"{_gib(entry['bytes'])} over {axis}, {entry['count']} times"))
@@ -209,16 +227,24 @@ def _time_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     chip, seconds = found["chip"], found["seconds"]
     parts = ", ".join(f"{name} {1e3 * seconds[name]:.1f}" for name in ("flops", "hbm", "links", "dcn"))
     return [
-        ("chip", f"{chip['name']}: {chip['peak_flops'] / 1e12:g} TFLOP/s, {chip['hbm_bandwidth'] / 1e9:g} GB/s of HBM, "
-                 f"{chip['link_bandwidth'] / 1e9:g} GB/s of links, {chip['dcn_bandwidth'] / 1e9:g} GB/s of DCN"),
+        (
+            "chip",
+            f"{chip['name']}: {chip['peak_flops'] / 1e12:g} TFLOP/s, {chip['hbm_bandwidth'] / 1e9:g} GB/s of HBM, "
+            f"{chip['link_bandwidth'] / 1e9:g} GB/s of links, {chip['dcn_bandwidth'] / 1e9:g} GB/s of DCN",
+        ),
         ("roofline", f"{1e3 * seconds['roofline']:.1f} ms, bound by {seconds['bound']} (ms: {parts})"),
-        ("one by one", f"{1e3 * seconds['serial']:.1f} ms, utilisation {found['serial_utilisation']:.1%}: each "
-                       "operation by its own FLOPs or bytes"),
+        (
+            "one by one",
+            f"{1e3 * seconds['serial']:.1f} ms, utilisation {found['serial_utilisation']:.1%}: each "
+            "operation by its own FLOPs or bytes",
+        ),
         ("images/s/chip", f"{found['images_per_second_per_device']:.2f}"),
-        ("utilisation", f"{found['utilisation']:.1%} of peak, modelled; collectives {found['collective_share']:.1%} "
-                        "of the time"),
+        (
+            "utilisation",
+            f"{found['utilisation']:.1%} of peak, modelled; collectives {found['collective_share']:.1%} of the time",
+        ),
         ("compile options", ", ".join(f"{k}={v}" for k, v in found["compile_options"].items()) or "none"),
-    ]  # fmt: skip
+    ]
 
 
 def _gib(size: float) -> str:

@@ -83,13 +83,17 @@ def find(
         said, kind = cluster.name, cluster.name
         count, index = (_ask(cluster, call) for call in (cluster.get_process_count, cluster.get_process_id))
     if index is not None and not 0 <= index < count:
-        raise LcmError(f"process {index} of {count}: processes are numbered from 0 to {count - 1}; "
-                       "correct --process_id or the environment")
+        raise LcmError(
+            f"process {index} of {count}: processes are numbered from 0 to {count - 1}; "
+            "correct --process_id or the environment"
+        )
     if count == 1:
         return None
     if index is None:
-        raise LcmError(f"{said}={count} says that there are several processes, but not which one this is; start them "
-                       f"with srun (SLURM) or give --coordinator, --num_processes and --process_id, {ALONE}")
+        raise LcmError(
+            f"{said}={count} says that there are several processes, but not which one this is; start them "
+            f"with srun (SLURM) or give --coordinator, --num_processes and --process_id, {ALONE}"
+        )
     address = coordinator or _coordinator()
     if cluster is None:
         cluster = next((known for known in cluster_types() if known.name == kind and known.is_env_present()), None)
@@ -97,8 +101,10 @@ def find(
         port = os.environ.get("JAX_COORDINATOR_PORT")
         address = _ask(cluster, lambda: cluster.get_coordinator_address(timeout, port))
     if address is None:
-        raise LcmError(f"{said}: this is one of {count} processes, but nothing says where process 0 is; start them "
-                       f"with srun (SLURM), or give --coordinator=HOST:PORT to all of them, {ALONE}")
+        raise LcmError(
+            f"{said}: this is one of {count} processes, but nothing says where process 0 is; start them "
+            f"with srun (SLURM), or give --coordinator=HOST:PORT to all of them, {ALONE}"
+        )
     run = os.environ.get("SLURM_JOB_ID", "") if num_processes is None else ""
     return Place(checked(address), count, index, local_devices(), run)
 
@@ -107,8 +113,10 @@ def checked(address: str) -> str:
     """The address. Raises LcmError unless it is HOST:PORT."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise LcmError(f"coordinator {address!r} is not HOST:PORT; give the host of process 0 and a free port there, "
-                       "as --coordinator=10.0.0.1:1234")
+        raise LcmError(
+            f"coordinator {address!r} is not HOST:PORT; give the host of process 0 and a free port there, "
+            "as --coordinator=10.0.0.1:1234"
+        )
     return address
 
 
@@ -161,8 +169,10 @@ def _coordinator() -> str | None:
 def _refuse_coordinator_alone(coordinator: str | None) -> None:
     name = "--coordinator" if coordinator else "JAX_COORDINATOR_ADDRESS"
     if coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        raise LcmError(f"{name} is given, but neither flags nor environment say how many processes there are and which "
-                       f"one this is; give --num_processes and --process_id, {ALONE}")
+        raise LcmError(
+            f"{name} is given, but neither flags nor environment say how many processes there are and which "
+            f"one this is; give --num_processes and --process_id, {ALONE}"
+        )
 
 
 def _detected() -> Any:
@@ -174,9 +184,10 @@ def _detected() -> Any:
         if _ask(known, known.is_env_present):
             return known
     if indexed:
-        raise LcmError(f"JOB_COMPLETION_INDEX={os.environ['JOB_COMPLETION_INDEX']}: an indexed Kubernetes job; set "
-                       "JAX_COORDINATOR_ADDRESS=HOST:PORT and JAX_NUM_PROCESSES in its environment (docs/clusters.md), "
-                       + ALONE)
+        raise LcmError(
+            f"JOB_COMPLETION_INDEX={os.environ['JOB_COMPLETION_INDEX']}: an indexed Kubernetes job; set "
+            "JAX_COORDINATOR_ADDRESS=HOST:PORT and JAX_NUM_PROCESSES in its environment (docs/clusters.md), " + ALONE
+        )
     return None
 
 
@@ -184,6 +195,8 @@ def _ask(cluster: Any, call: Any) -> Any:
     try:
         return call()
     except Exception as error:  # metadata servers, Kubernetes' API, names that do not resolve: all have their own
-        raise LcmError(f"jax found an environment of kind {cluster.name or cluster.__name__}, but not its processes "
-                       f"({type(error).__name__}: {' '.join(str(error).split())}); give --coordinator, --num_processes "
-                       f"and --process_id, {ALONE}") from error
+        raise LcmError(
+            f"jax found an environment of kind {cluster.name or cluster.__name__}, but not its processes "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); give --coordinator, --num_processes "
+            f"and --process_id, {ALONE}"
+        ) from error

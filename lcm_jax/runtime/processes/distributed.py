@@ -92,8 +92,10 @@ def initialize(
             coordinator_bind_address=bind,
         )
     except RuntimeError as error:
-        raise LcmError(f"process {place.index} of {place.count} cannot join at {place.coordinator} "
-                       f"({str(error).strip().splitlines()[0]}); see what process 0 says") from error
+        raise LcmError(
+            f"process {place.index} of {place.count} cannot join at {place.coordinator} "
+            f"({str(error).strip().splitlines()[0]}); see what process 0 says"
+        ) from error
     everywhere(lambda: _check_joined(place))
     same("the number of devices", jax.device_count())
 
@@ -173,8 +175,10 @@ def everywhere(call: Callable[[], T], timeout: float = _WAIT) -> T:
     try:
         client.wait_at_barrier(meeting, round(1000 * timeout))
     except jax.errors.JaxRuntimeError as error:
-        raise failure or LcmError(f"not all processes came to the same place within {timeout:g} s; see what the others "
-                                  f"say ({' '.join(str(error).split())})") from error
+        raise failure or LcmError(
+            f"not all processes came to the same place within {timeout:g} s; see what the others "
+            f"say ({' '.join(str(error).split())})"
+        ) from error
     failed = first_failure(meeting)
     if failure is not None:
         raise failure
@@ -222,8 +226,10 @@ def same(what: str, value: Any) -> None:
 
     def check() -> None:
         if str(value) != first:
-            raise LcmError(f"{what} differs between processes: {_difference(first, str(value))}; start all of them "
-                           "with the same command")
+            raise LcmError(
+                f"{what} differs between processes: {_difference(first, str(value))}; start all of them "
+                "with the same command"
+            )
 
     everywhere(check)
 
@@ -260,8 +266,10 @@ def _bind_address(coordinator: str) -> str | None:
 def _check_joined(place: cluster.Place) -> None:
     found = (jax.process_index(), jax.process_count())
     if found != (place.index, place.count):
-        raise LcmError(f"jax says that this is process {found[0]} of {found[1]}, it was started as process "
-                       f"{place.index} of {place.count}; check JAX_PLATFORMS, and that all have the same devices")
+        raise LcmError(
+            f"jax says that this is process {found[0]} of {found[1]}, it was started as process "
+            f"{place.index} of {place.count}; check JAX_PLATFORMS, and that all have the same devices"
+        )
 
 
 def _difference(first: str, here: str) -> str:

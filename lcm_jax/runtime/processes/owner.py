@@ -73,8 +73,10 @@ def _take(path: Path, me: dict[str, Any]) -> None:
 
 def _in_use(path: Path, other: dict[str, Any], touched: str) -> str:
     who = ", ".join(f"{key} {other[key]}" for key in ("host", "pid", "job", "since") if other.get(key)) or "unknown"
-    return (f"{path.parent} is in use by another run ({who}; last sign of life {touched}); wait for it or choose "
-            f"another folder. If that run is dead, delete {path}, or wait until it is {STALE} s old")
+    return (
+        f"{path.parent} is in use by another run ({who}; last sign of life {touched}); wait for it or choose "
+        f"another folder. If that run is dead, delete {path}, or wait until it is {STALE} s old"
+    )
 
 
 def _refresh(path: Path, me: dict[str, Any], over: threading.Event) -> None:
@@ -85,8 +87,11 @@ def _refresh(path: Path, me: dict[str, Any], over: threading.Event) -> None:
             with contextlib.suppress(OSError):  # a server that is away for a moment
                 os.utime(path)
         elif found is not None:
-            print(f"error: {path.parent} belongs to another run now, as this one gave no sign of life for {STALE} s",
-                  file=sys.stderr, flush=True)
+            print(
+                f"error: {path.parent} belongs to another run now, as this one gave no sign of life for {STALE} s",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(2)
 
 

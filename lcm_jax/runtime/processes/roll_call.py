@@ -73,9 +73,14 @@ def _admit(place: Place, connection: socket.socket, here: dict[int, socket.socke
         return ""
     index = hello["index"]
     if (hello["run"], hello["count"]) != (place.run, place.count):
-        _send(connection, {"error": f"process {index} of {hello['count']} came to {place.coordinator}, where a run of "
-                                    f"{place.count} processes begins that is not its own; choose another port with "
-                                    "--coordinator or JAX_COORDINATOR_PORT"})
+        _send(
+            connection,
+            {
+                "error": f"process {index} of {hello['count']} came to {place.coordinator}, where a run of "
+                f"{place.count} processes begins that is not its own; choose another port with "
+                "--coordinator or JAX_COORDINATOR_PORT"
+            },
+        )
         connection.close()
         return ""
     if index == 0 or index in _alive(here):
@@ -112,9 +117,11 @@ def _answer(place: Place, timeout: float) -> None:
         if reply.get("error"):
             raise LcmError(f"process {place.index} of {place.count}: {reply['error']}")
         return
-    raise LcmError(f"process {place.index} of {place.count} did not find process 0 at {place.coordinator} within "
-                   f"{timeout:g} s ({found}); start process 0 there, check the address and the firewall, or raise "
-                   "--init_timeout")
+    raise LcmError(
+        f"process {place.index} of {place.count} did not find process 0 at {place.coordinator} within "
+        f"{timeout:g} s ({found}); start process 0 there, check the address and the firewall, or raise "
+        "--init_timeout"
+    )
 
 
 def _listen(place: Place, bind: str | None) -> socket.socket:
@@ -125,9 +132,10 @@ def _listen(place: Place, bind: str | None) -> socket.socket:
     try:
         return socket.create_server((host, int(port)), family=family, backlog=place.count, dualstack_ipv6=both)
     except OSError as error:
-        raise LcmError(f"process 0 of {place.count} cannot listen at {bind or place.coordinator} ({_reason(error)}); "
-                       "another run may have this port: choose one with --coordinator or JAX_COORDINATOR_PORT"
-                       ) from error
+        raise LcmError(
+            f"process 0 of {place.count} cannot listen at {bind or place.coordinator} ({_reason(error)}); "
+            "another run may have this port: choose one with --coordinator or JAX_COORDINATOR_PORT"
+        ) from error
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
@@ -167,5 +175,7 @@ def _reason(error: OSError) -> str:
 def _missing(place: Place, indices: list[int], timeout: float) -> str:
     listed = ", ".join(map(str, indices[:16])) + (f" and {len(indices) - 16} more" if len(indices) > 16 else "")
     them = ("process", "it") if len(indices) == 1 else ("processes", "them")
-    return (f"{them[0]} {listed} of {place.count} did not appear at {place.coordinator} within {timeout:g} s; see what "
-            f"became of {them[1]}, or raise --init_timeout")
+    return (
+        f"{them[0]} {listed} of {place.count} did not appear at {place.coordinator} within {timeout:g} s; see what "
+        f"became of {them[1]}, or raise --init_timeout"
+    )

@@ -42,8 +42,10 @@ class Spikes:
     def check(self, step: int, loss: float) -> str | None:
         """What is wrong with this loss, else None, and it counts for the mean. Losses are finite."""
         if self.factor and self.count >= WARMUP and loss > self.factor * self.mean:
-            return (f"loss of step {step} is {loss:.6g}, {loss / self.mean:.1f} times its running mean {self.mean:.6g} "
-                    f"(log.spike = {self.factor:g})")
+            return (
+                f"loss of step {step} is {loss:.6g}, {loss / self.mean:.1f} times its running mean {self.mean:.6g} "
+                f"(log.spike = {self.factor:g})"
+            )
         self._add(loss)
         return None
 

@@ -180,8 +180,10 @@ def import_wandb() -> ModuleType:
     try:
         import wandb
     except ImportError:
-        raise LcmError("log.wandb needs the package wandb: pip install 'lcm_jax[wandb]'; or leave it out, TensorBoard "
-                       "has the same numbers") from None
+        raise LcmError(
+            "log.wandb needs the package wandb: pip install 'lcm_jax[wandb]'; or leave it out, TensorBoard "
+            "has the same numbers"
+        ) from None
     return wandb
 
 
@@ -198,8 +200,14 @@ class WeightsAndBiases:
         self._wandb, path = import_wandb(), workdir / WANDB_FILE
         saved = json.loads(path.read_text()) if path.exists() else {}
         known = saved.get("id") if saved.get("project") == project else None
-        self._run = self._wandb.init(project=project, id=known, resume="allow", dir=str(workdir), name=workdir.name,
-                                     config=None if config is None else dict(config))
+        self._run = self._wandb.init(
+            project=project,
+            id=known,
+            resume="allow",
+            dir=str(workdir),
+            name=workdir.name,
+            config=None if config is None else dict(config),
+        )
         self._run.define_metric("*", step_metric="step")  # its own count refuses steps that are done again
         if self._run.id != known:
             write_atomic(path, json.dumps({"project": project, "id": self._run.id}) + "\n")

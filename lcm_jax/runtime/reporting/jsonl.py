@@ -51,8 +51,9 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
                 raise ValueError
         except (ValueError, RecursionError):
             if number < len(lines) or data.endswith(b"\n"):
-                raise LcmError(f"{path} line {number} is not a JSON object with a step; repair or remove that line"
-                               ) from None
+                raise LcmError(
+                    f"{path} line {number} is not a JSON object with a step; repair or remove that line"
+                ) from None
             record = None
         found.append((line, record))
     return found

@@ -15,7 +15,7 @@ FOLDER = "profile"
 
 
 def parse_steps(spec: str) -> tuple[int, int]:
-    """"100:110" -> (100, 110): the first and the last step of a trace, counted as in metrics.jsonl.
+    """ "100:110" -> (100, 110): the first and the last step of a trace, counted as in metrics.jsonl.
 
     Raises:
       LcmError: anything else, or a range that is empty or begins before step 1.

@@ -43,8 +43,11 @@ class Progress:
             self._told = now
             rate = (self.done - self._begun[0]) / (now - self._begun[1])
             left = tqdm.format_interval((self.total - self.done) / rate)
-            print(f"{self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left} left",
-                  file=sys.stderr, flush=True)
+            print(
+                f"{self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left} left",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _clock(seconds: float) -> str:
@@ -60,8 +63,14 @@ class TrainingProgress:
         self.total, self.stream, self.bar = total, stream, None
         self.begin, self.begin_time = start, time.monotonic()
         if stream.isatty():
-            self.bar = tqdm(total=total, initial=start, file=stream, unit="step", dynamic_ncols=True,
-                            bar_format="{n_fmt}/{total_fmt} steps |{bar}| {desc}")
+            self.bar = tqdm(
+                total=total,
+                initial=start,
+                file=stream,
+                unit="step",
+                dynamic_ncols=True,
+                bar_format="{n_fmt}/{total_fmt} steps |{bar}| {desc}",
+            )
 
     def compiled(self, step: int) -> None:
         """The first step of this process is done: the time left is estimated from here, without compiling."""

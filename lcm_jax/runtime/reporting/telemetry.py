@@ -100,13 +100,29 @@ class Telemetry:
         LcmError: `wandb` without its package; a damaged line in a file of the workdir.
     """
 
-    def __init__(self, workdir: str | Path, total_steps: int, *, batch_size: int, start_step: int = 0,
-                 log_every: int = 10, stream: TextIO | None = None, flops_per_step: float | None = None,
-                 peak_flops: float | None = None, spike: float = 0.0,
-                 keys_of: Callable[[int], Sequence[tuple[str, str]]] | None = None, wandb: str = "",
-                 config: Mapping[str, Any] | None = None, began: float | None = None) -> None:
+    def __init__(
+        self,
+        workdir: str | Path,
+        total_steps: int,
+        *,
+        batch_size: int,
+        start_step: int = 0,
+        log_every: int = 10,
+        stream: TextIO | None = None,
+        flops_per_step: float | None = None,
+        peak_flops: float | None = None,
+        spike: float = 0.0,
+        keys_of: Callable[[int], Sequence[tuple[str, str]]] | None = None,
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
+        began: float | None = None,
+    ) -> None:
         self.workdir, self.total_steps, self.batch_size, self.log_every = (
-            Path(workdir), total_steps, batch_size, log_every)
+            Path(workdir),
+            total_steps,
+            batch_size,
+            log_every,
+        )
         self._writes, self._keys_of = jax.process_index() == 0, keys_of
         self._flops_rate = flops_per_step / peak_flops if flops_per_step and peak_flops else None
         self._pending: collections.deque[_Step] = collections.deque()
@@ -119,7 +135,7 @@ class Telemetry:
         self._bins = np.zeros((2, 1))
         records = keep_until(self.workdir, start_step) if self._writes else read_metrics(self.workdir)
         before = [record["loss"] for record in records if record["step"] <= start_step]
-        self._spikes = alarms.Spikes(spike, before[-alarms.HORIZON:])
+        self._spikes = alarms.Spikes(spike, before[-alarms.HORIZON :])
         self._file = None
         if self._writes:
             self._progress = TrainingProgress(total_steps, start_step, stream or sys.stderr)
@@ -175,8 +191,10 @@ class Telemetry:
         return {name: float(np.mean([values[name] for values in steps])) for name in (steps[0] if steps else ())}
 
     def _take(self, step: _Step) -> None:
-        waiting.wait(lambda seconds: futures.wait([step.result], seconds).done,
-                     lambda: f"step {step.number}, which the devices compute")
+        waiting.wait(
+            lambda seconds: futures.wait([step.result], seconds).done,
+            lambda: f"step {step.number}, which the devices compute",
+        )
         values, done = step.result.result()
         bins = values.pop("loss_bins", None)
         values = {name: float(value) for name, value in values.items()}
@@ -211,8 +229,12 @@ class Telemetry:
 
     def _add_steps(self, step: int) -> None:
         """The event of the steps since the mark."""
-        self._events.add("steps", self._done + self._wall_clock, step,
-                         **{"from": self._mark_step, "seconds": round(self._computing(), 4)})
+        self._events.add(
+            "steps",
+            self._done + self._wall_clock,
+            step,
+            **{"from": self._mark_step, "seconds": round(self._computing(), 4)},
+        )
 
     def _tell(self, step: int, values: Mapping[str, float], logged: bool) -> None:
         """Events, and a line if this step has one."""
@@ -226,20 +248,22 @@ class Telemetry:
         if not logged:
             return
         training = max(computing + self._spent["data"], 1e-9)
-        self._write({
-            "step": step,
-            **values,
-            **{f"loss_bin_{i}": float(total / count) for i, (total, count) in enumerate(self._bins.T) if count},
-            "images_per_second": round(steps * self.batch_size / training, 3),
-            "data_wait": round(self._spent["data"] / training, 4),
-            "time_step": round(computing, 4),
-            **{f"time_{kind}": round(seconds, 4) for kind, seconds in self._spent.items()},
-            **({"mfu": round(self._flops_rate * steps / training, 4)} if self._flops_rate else {}),
-            **device_memory(jax.local_devices()),
-            "goodput": round(self._events.goodput.share, 4),
-            "images": step * self.batch_size,
-            "seconds": round(self._done - self._start_time, 3),
-        })
+        self._write(
+            {
+                "step": step,
+                **values,
+                **{f"loss_bin_{i}": float(total / count) for i, (total, count) in enumerate(self._bins.T) if count},
+                "images_per_second": round(steps * self.batch_size / training, 3),
+                "data_wait": round(self._spent["data"] / training, 4),
+                "time_step": round(computing, 4),
+                **{f"time_{kind}": round(seconds, 4) for kind, seconds in self._spent.items()},
+                **({"mfu": round(self._flops_rate * steps / training, 4)} if self._flops_rate else {}),
+                **device_memory(jax.local_devices()),
+                "goodput": round(self._events.goodput.share, 4),
+                "images": step * self.batch_size,
+                "seconds": round(self._done - self._start_time, 3),
+            }
+        )
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
