@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from lcm_jax import config as config_lib
 from lcm_jax import export, pretrained
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.workdir import prepare_workdir
 from lcm_jax.train import train
 
 
@@ -48,7 +47,7 @@ def made(config: ConfigDict, workdir: Path, say: Callable[[str], None]) -> bool:
     """
     export_folder = workdir / "export"
     if export_folder.exists() and pretrained.read_record(export_folder).get("step") == config.train.steps:
-        prepare_workdir(workdir, config_lib.resolve(config))  # raises where the run is of another config
+        config_lib.prepare_workdir(workdir, config_lib.resolve(config))  # raises where the run is of another config
         return True
     return trained_and_exported(config, workdir, say)
 

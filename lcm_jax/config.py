@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from lcm_jax.diffusion import solvers
 from lcm_jax.errors import LcmError
 from lcm_jax.models import remat
 from lcm_jax.runtime import attention
+from lcm_jax.runtime import workdir as workdir_lib
 
 OBJECTIVES = ("lcd", "lcf")
 SOURCES = {
@@ -423,6 +425,11 @@ def differences(saved: Mapping[str, Any], config: ConfigDict | Mapping[str, Any]
     before, now = _flat(_as_json(saved)), _flat(_as_json(config))
     pairs = {key: (before.get(key, "<absent>"), now.get(key, "<absent>")) for key in sorted(before.keys() | now.keys())}
     return {key: (a, b) for key, (a, b) in pairs.items() if a != b and not _may_differ(key)}
+
+
+def prepare_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+    """`workdir.prepare_workdir` for a resolved config: a run that resumes must agree with it, see `differences`."""
+    workdir_lib.prepare_workdir(workdir, to_json(config), lambda saved: differences(saved, config))
 
 
 def _one_line(error: BaseException) -> str:

@@ -128,3 +128,9 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
+    """Writes a file so that its name holds the old or the new content, never a part."""
+    with new_file(Path(path)) as partial:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)

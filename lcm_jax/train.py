@@ -26,15 +26,17 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from lcm_jax import aot, encoding, training_data, training_step
+from lcm_jax import compile_report, encoding, training_data, training_step
 from lcm_jax import config as config_lib
 from lcm_jax import generate as generate_lib
 from lcm_jax import student as student_lib
 from lcm_jax.data import loader, waiting
+from lcm_jax.data.loader import BadRecords
 from lcm_jax.distill import objectives
 from lcm_jax.distill import state as state_lib
 from lcm_jax.distill import step as step_lib
 from lcm_jax.errors import LcmError
+from lcm_jax.files import write_atomic
 from lcm_jax.pretrained import Pipeline
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.checkpoints import lost
@@ -42,8 +44,8 @@ from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints
 from lcm_jax.runtime.cost import chips, roofline
 from lcm_jax.runtime.processes import distributed
 from lcm_jax.runtime.reporting import boards, profiling
-from lcm_jax.runtime.reporting.telemetry import BadRecords, Telemetry
-from lcm_jax.runtime.workdir import StopSignal, locked, prepare_workdir, same_as_before, write_atomic
+from lcm_jax.runtime.reporting.telemetry import Telemetry
+from lcm_jax.runtime.workdir import StopSignal, locked, same_as_before
 
 READ_HERE = 20.0  # seconds that one of several processes has for a batch, to stop with the others
 GRID_COLUMNS = 4  # pictures per prompt in a sample grid
@@ -62,7 +64,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> state_l
     config, mesh = distributed.everywhere(lambda: prepared(config, profile))
     with locked(workdir) as workdir:  # first of all: config.json is the running process's
         distributed.everywhere(lambda: lost.check(workdir, config.checkpoint.every))  # before config.json is new
-        prepare_workdir(workdir, config)
+        config_lib.prepare_workdir(workdir, config)
         parts = distributed.everywhere(lambda: training_data.open_parts(config))
         program = distributed.everywhere(lambda: training_step.make(config, *student_lib.shapes(config), mesh))
         return run(config, workdir, parts, program, mesh, profile, began)
@@ -74,7 +76,7 @@ def aot_report(config: ConfigDict, workdir: str | Path) -> None:
     Raises:
       LcmError: as `train`; the step does not fit.
     """
-    found = aot.report(*prepared(config), {})
+    found = compile_report.report(*prepared(config), {})
     say(roofline.text(found))
     if jax.process_index() == 0:
         Path(workdir).mkdir(parents=True, exist_ok=True)

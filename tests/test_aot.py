@@ -18,7 +18,7 @@ import pytest
 import tiny_configs
 from ml_collections import ConfigDict
 
-from lcm_jax import aot, training_step
+from lcm_jax import aot, compile_report, training_step
 from lcm_jax import student as student_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import attention, compiler
@@ -73,7 +73,7 @@ def test_the_program_is_that_of_arrays(name, tiny):
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), dict(teacher.params))
     teacher = dataclasses.replace(teacher, params=params)
     of_arrays = training_step.make(config, teacher, student_lib.load_student(config, teacher), mesh)
-    assert aot.build(config, mesh)[0].lower().as_text() == of_arrays.lower().as_text()
+    assert compile_report.build(config, mesh)[0].lower().as_text() == of_arrays.lower().as_text()
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_full_size_steps_lower_for_cuda(monkeypatch, name, layers, gpu):
     gpu_kit.pretend(monkeypatch, gpu)
     choose = attention.choose
     monkeypatch.setattr(attention, "choose", lambda implementation, dtype, mesh: choose(implementation, dtype, gpu))
-    step, _ = aot.build(config_of(name, **{"model.dtype": "bfloat16"}), one_device())
+    step, _ = compile_report.build(config_of(name, **{"model.dtype": "bfloat16"}), one_device())
     text = gpu_kit.lowered(step.step.trace(step.state, step.frozen, step.batch, step.key))
     others = 12 if gpu is gpu_kit.A100 and name.startswith("sd15") else 0
     assert text.count("@__cudnn$fmhaSoftmaxBackward(") == layers - others
@@ -106,15 +106,15 @@ def test_the_program_is_that_of_the_run(name):
     teacher = student_lib.load_teacher(config, mesh_lib.place(mesh))
     student = student_lib.load_student(config, teacher, mesh_lib.place(mesh))
     of_run = training_step.make(config, teacher, student, mesh)
-    assert aot.build(config, mesh)[0].lower().as_text() == of_run.lower().as_text()
+    assert compile_report.build(config, mesh)[0].lower().as_text() == of_run.lower().as_text()
 
 
 @pytest.fixture(scope="module")
 def compiled(tiny):
     """(config, its step, the step compiled)."""
     config = config_of("shapes_lcm", **{"model.teacher": tiny})
-    step, _ = aot.build(config, one_device())
-    return config, step, aot.compile_step(step, config, {})
+    step, _ = compile_report.build(config, one_device())
+    return config, step, compile_report.compile_step(step, config, {})
 
 
 def test_the_report_of_a_step_on_this_machine(compiled):
@@ -123,7 +123,7 @@ def test_the_report_of_a_step_on_this_machine(compiled):
     found = json.loads(json.dumps(roofline.report(compiled, mesh, 4, flops)))
     arguments = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((step.state, step.frozen, step.batch)))
     assert found["memory"]["arguments"] == pytest.approx(arguments, rel=0.01)
-    assert aot.argument_bytes(step) == arguments
+    assert compile_report.argument_bytes(step) == arguments
     # XLA leaves out products with padding, a tenth of the model's here.
     assert 0.9 < found["flops"]["total"] / found["model_flops"] < 1.1
     assert found["chip"] is None and "utilisation" not in found and found["collectives"] == {}
@@ -136,8 +136,8 @@ def test_the_report_of_a_step_on_this_machine(compiled):
 
 def test_what_a_run_holds_beside_the_step_must_fit_too(compiled, monkeypatch):
     (config, _, compiled), mesh = compiled, one_device()
-    monkeypatch.setattr(aot, "compile_step", lambda *args: compiled)
-    found = aot.report(config, mesh, {}, chips.CHIPS["v5e"])
+    monkeypatch.setattr(compile_report, "compile_step", lambda *args: compiled)
+    found = compile_report.report(config, mesh, {}, chips.CHIPS["v5e"])
     memory = found["memory"]
     teacher, _ = student_lib.shapes(config)
     held = sum(leaf.size * 4 for name in ("vae", "text_encoder") for leaf in jax.tree.leaves(teacher.params[name]))
@@ -145,20 +145,20 @@ def test_what_a_run_holds_beside_the_step_must_fit_too(compiled, monkeypatch):
     assert memory["needed"] == held + sum(memory[name] for name in ("arguments", "results", "temporaries", "code"))
     assert "encoders included" in roofline.text(found) and found["compile_seconds"] >= 0
     small = dataclasses.replace(chips.CHIPS["v5e"], hbm_bytes=memory["needed"] - 1)
-    with pytest.raises(aot.DoesNotFit, match="does not fit .* too much; .*--config.train.remat=block"):
-        aot.report(config, mesh, {}, small)
-    aot.report(config, mesh, {}, dataclasses.replace(small, hbm_bytes=memory["needed"]))
+    with pytest.raises(compile_report.DoesNotFit, match="does not fit .* too much; .*--config.train.remat=block"):
+        compile_report.report(config, mesh, {}, small)
+    compile_report.report(config, mesh, {}, dataclasses.replace(small, hbm_bytes=memory["needed"]))
 
 
 def test_what_a_run_would_refuse_is_refused(tiny):
     config = config_of("shapes_lcm", **{"model.teacher": tiny, "data.resolution": 66})
     with pytest.raises(LcmError, match="data.resolution = 66 .* factor 4"):
-        aot.build(config, one_device())
+        compile_report.build(config, one_device())
 
 
 def test_model_flops_know_neither_rematerialisation_nor_parts_of_a_batch(tiny):
     def counted(**changes):
-        step, _ = aot.build(config_of("shapes_lcm", **{"model.teacher": tiny} | changes), one_device())
+        step, _ = compile_report.build(config_of("shapes_lcm", **{"model.teacher": tiny} | changes), one_device())
         return step.model_flops()
 
     plain = counted()
@@ -183,7 +183,7 @@ def test_model_flops_know_neither_rematerialisation_nor_parts_of_a_batch(tiny):
     ],
 )
 def test_what_xla_says_about_memory(message, sizes):
-    assert aot.memory_asked(message) == pytest.approx(tuple(size * GIB for size in sizes))
+    assert compile_report.memory_asked(message) == pytest.approx(tuple(size * GIB for size in sizes))
 
 
 class _Exhausted:
@@ -214,8 +214,8 @@ class _Exhausted:
 )
 def test_a_config_that_does_not_fit_is_told_by_how_much_and_what_to_change(message, words):
     config, step = config_of("shapes_lcm", **{"train.remat": "none", "data.batch_size": 8}), _Exhausted(message)
-    with pytest.raises(aot.DoesNotFit, match=words) as caught:
-        aot.compile_step(step, config, {})
+    with pytest.raises(compile_report.DoesNotFit, match=words) as caught:
+        compile_report.compile_step(step, config, {})
     for way in ("mesh.fsdp", "train.remat=block", "data.batch_size (now 8)", "teacher_dtype=bfloat16"):
         assert way in str(caught.value)
 
@@ -228,7 +228,7 @@ def test_fit_finds_the_largest_batch_that_is_proved(base, each, want):
         tried.append(images)
         need = base + images * each
         if need > 15.75:
-            raise aot.DoesNotFit("too much", need * GIB, 15.75 * GIB)
+            raise compile_report.DoesNotFit("too much", need * GIB, 15.75 * GIB)
         return need * GIB, 15.75 * GIB, f"made {images}"
 
     assert aot.fit(attempt, lambda line: None) == (want, f"made {want}")
@@ -237,9 +237,9 @@ def test_fit_finds_the_largest_batch_that_is_proved(base, each, want):
 
 def test_fit_of_what_never_fits():
     def attempt(images):
-        raise aot.DoesNotFit("too much", 20 * GIB, 15.75 * GIB)
+        raise compile_report.DoesNotFit("too much", 20 * GIB, 15.75 * GIB)
 
-    with pytest.raises(aot.DoesNotFit):
+    with pytest.raises(compile_report.DoesNotFit):
         aot.fit(attempt, lambda line: None)
 
 
@@ -249,7 +249,7 @@ def test_fit_where_memory_bends():
     def attempt(images):
         need = 4 + images + 0.2 * images**2
         if need > 16:
-            raise aot.DoesNotFit("too much", need * GIB, 16 * GIB)
+            raise compile_report.DoesNotFit("too much", need * GIB, 16 * GIB)
         return need * GIB, 16 * GIB, None
 
     images, _ = aot.fit(attempt, lambda line: None)

@@ -9,7 +9,6 @@ from lcm_jax import config as config_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime.checkpoints import lost
 from lcm_jax.runtime.reporting import jsonl
-from lcm_jax.runtime.workdir import prepare_workdir
 
 EVERY = 10
 
@@ -18,7 +17,7 @@ EVERY = 10
 def workdir(tmp_path):
     config = config_lib.default_config()
     config.model.teacher, config.checkpoint.every = "a/teacher", EVERY
-    prepare_workdir(tmp_path, config)
+    config_lib.prepare_workdir(tmp_path, config)
     return tmp_path
 
 

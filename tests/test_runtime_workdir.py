@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lcm_jax import config as config_lib
+from lcm_jax import files
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import workdir as workdir_lib
 from lcm_jax.runtime.processes import owner
@@ -29,22 +30,22 @@ def config():
 
 def test_first_time_writes_config_then_the_same_goes_on(tmp_path, config):
     with workdir_lib.locked(tmp_path / "new" / "run") as folder:
-        workdir_lib.prepare_workdir(folder, config)
+        config_lib.prepare_workdir(folder, config)
     (folder / ".lock").unlink()
     before = (folder / "config.json").read_bytes()
     assert json.loads(before)["model"]["teacher"] == "a/teacher"
-    workdir_lib.prepare_workdir(folder, config)
+    config_lib.prepare_workdir(folder, config)
     assert (folder / "config.json").read_bytes() == before
     assert os.listdir(folder) == ["config.json"], "no temporary files stay"
 
 
 def test_other_config_is_refused_with_both_values(tmp_path, config):
-    workdir_lib.prepare_workdir(tmp_path, config)
+    config_lib.prepare_workdir(tmp_path, config)
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     before = (tmp_path / "config.json").read_bytes()
     config.train.learning_rate, config.distill.loss = 0.5, "l2"
     with pytest.raises(LcmError) as info:
-        workdir_lib.prepare_workdir(tmp_path, config)
+        config_lib.prepare_workdir(tmp_path, config)
     text = str(info.value)
     assert all(word in text for word in ("train.learning_rate", "8e-06", "0.5", "'huber'", "'l2'"))
     assert (tmp_path / "config.json").read_bytes() == before
@@ -52,16 +53,16 @@ def test_other_config_is_refused_with_both_values(tmp_path, config):
 
 def test_workdir_without_a_run_takes_another_config(tmp_path, config):
     """A first command that failed before training (a mistyped teacher, say) must not bar the corrected one."""
-    workdir_lib.prepare_workdir(tmp_path, config)
+    config_lib.prepare_workdir(tmp_path, config)
     config.train.learning_rate = 0.5
-    workdir_lib.prepare_workdir(tmp_path, config)
+    config_lib.prepare_workdir(tmp_path, config)
     assert workdir_lib.read_config(tmp_path)["train"]["learning_rate"] == 0.5
 
 
 def test_steps_and_intervals_may_differ_and_are_recorded(tmp_path, config):
-    workdir_lib.prepare_workdir(tmp_path, config)
+    config_lib.prepare_workdir(tmp_path, config)
     config.train.steps, config.sample.every = 12, 3
-    workdir_lib.prepare_workdir(tmp_path, config)
+    config_lib.prepare_workdir(tmp_path, config)
     saved = workdir_lib.read_config(tmp_path)
     assert (saved["train"]["steps"], saved["sample"]["every"]) == (12, 3)
 
@@ -71,7 +72,7 @@ def test_broken_config_json(tmp_path, config, content):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(LcmError, match="config.json"):
-        workdir_lib.prepare_workdir(tmp_path, config)
+        config_lib.prepare_workdir(tmp_path, config)
 
 
 def test_places_that_are_no_workdir(tmp_path, config):
@@ -81,21 +82,21 @@ def test_places_that_are_no_workdir(tmp_path, config):
             pass
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(LcmError, match="holds a run but no config.json"):
-        workdir_lib.prepare_workdir(tmp_path, config)
+        config_lib.prepare_workdir(tmp_path, config)
     with pytest.raises(LcmError, match="does not exist"):
         workdir_lib.read_config(tmp_path / "nowhere")
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    workdir_lib.write_atomic(path, "old")
+    files.write_atomic(path, "old")
 
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(workdir_lib.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        workdir_lib.write_atomic(path, "new")
+        files.write_atomic(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 

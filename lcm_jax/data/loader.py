@@ -10,17 +10,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import pickle
 import queue
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import grain
 import jax
@@ -486,3 +488,29 @@ def batches(
             raise
 
     return Prefetched(on_host(), put, depth, take=take, make=lambda number: source[number][0], workers=watched)
+
+
+class BadRecords:
+    """The list of records that could not be used: bad_records.jsonl, a line {"shard", "key", "reason"} each, once.
+
+    The first LOUD of a process are told on the terminal too. Processes other than 0 write bad_records.<process>.jsonl.
+    """
+
+    LOUD = 20
+
+    def __init__(self, workdir: str | Path, stream: TextIO | None = None) -> None:
+        index = jax.process_index()
+        self.path = Path(workdir) / (f"bad_records.{index}.jsonl" if index else "bad_records.jsonl")
+        self.stream, self.count = stream or sys.stderr, 0
+        self._listed = set(self.path.read_text().splitlines()) if self.path.exists() else set()
+
+    def __call__(self, fault: Fault) -> None:
+        self.count += 1
+        if self.count <= self.LOUD:
+            rest = f" (more are listed in {self.path} only)" if self.count == self.LOUD else ""
+            print(f"unusable record: {fault}{rest}", file=self.stream, flush=True)
+        line = json.dumps({"shard": fault.shard, "key": fault.key, "reason": fault.reason})
+        if line not in self._listed:
+            self._listed.add(line)
+            with open(self.path, "a") as file:
+                file.write(line + "\n")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +28,10 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from lcm_jax.errors import LcmError
+from lcm_jax.metrics.networks.network import Network
 from lcm_jax.runtime import mesh as mesh_lib
 
 KINDS = ("inception", "clip", "dinov2", "shapes")
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """What a kind of extractor consists of, before it is put onto devices.
-
-    Attributes:
-      name: network and resize variant, e.g. "inception-2015/tf1-bilinear-299".
-      dim: features per picture.
-      prepare: uint8 [b h w 3] -> what `apply` takes, float32 [b s s 3]; on the host.
-      apply: (params, prepared) -> features [b dim]; pure, will be jitted.
-      params: tree of float32 arrays.
-      preprocessing: all that `prepare` does, in words and numbers; enters the hash.
-    """
-
-    name: str
-    dim: int
-    prepare: Callable[[np.ndarray], np.ndarray]
-    apply: Callable[[Any, jax.Array], jax.Array]
-    params: Mapping[str, Any]
-    preprocessing: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -24,11 +24,12 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from lcm_jax import assets
 from lcm_jax.data import shapes
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import compiler
 
-ASSET = pathlib.Path(__file__).resolve().parent.parent / "assets" / "shapes_scorer"
+ASSET = pathlib.Path(assets.__file__).resolve().parent / "shapes_scorer"
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 

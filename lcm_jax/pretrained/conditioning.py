@@ -16,10 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from lcm_jax.pretrained.pipeline import Pipeline
+from lcm_jax.pretrained.model import TEXT_ENCODERS, Pipeline
 from lcm_jax.pretrained.tokenizer import tokenize, tokenize_counted
-
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # parts of a pipeline
 
 Tokens = Mapping[str, Any]  # text encoder's name in the pipeline -> ids [b l]
 

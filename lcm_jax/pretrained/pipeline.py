@@ -6,8 +6,7 @@ What a config leaves out has diffusers' defaults; what does not fit (tensors, wi
 checkers, feature extractors and Flax weights in the folder are not looked at.
 """
 
-import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,61 +20,20 @@ from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
 from lcm_jax.pretrained import hub, names, tokenizer, weight_files
+from lcm_jax.pretrained.model import PARTS, RECORD, SCHEDULER, Config, Pipeline, check_fit, parts_read
 
-Config = dict[str, Any]
 Dtype = Any
 
-TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "text_encoder": TEXT_ENCODERS,
-    "text_encoder_2": TEXT_ENCODERS,
+    "text_encoder": _TEXT_ENCODERS,
+    "text_encoder_2": _TEXT_ENCODERS,
 }
-SCHEDULER = "scheduler/scheduler_config.json"
-RECORD = "lcm_config.json"  # what an export of ours says about its training: w range, solver steps, scalings
-_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-ENCODERS = _PARTS[1:]  # what pictures and captions are encoded with
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Pipeline:
-    """The parts of one text-to-image model. `dataclasses.replace` exchanges one. Hashed by identity: static under jit.
-
-    Attributes:
-      unet, vae: Linen modules.
-      text_encoder, text_encoder_2: Linen modules or None. SD has the first, SDXL both, its refiner only the second.
-      params: part -> parameter tree (numpy on the host, or where `place` put it), for the parts that are not None.
-        A part whose weights were not asked for: a tree of ShapeDtypeStructs; none asked for: no tokenizers either.
-      tokenizer, tokenizer_2: transformers' CLIPTokenizer beside each text encoder, or None.
-      schedule: noise table and prediction type.
-      configs: part -> raw JSON; also "scheduler" and "model_index".
-      source: local folder; saving copies the tokenizers' files from there.
-    """
-
-    unet: unet.UNet2DConditionModel
-    vae: nn.Module
-    text_encoder: clip.CLIPTextModel | None
-    text_encoder_2: clip.CLIPTextModel | None
-    params: Mapping[str, names.Params]
-    tokenizer: Any
-    tokenizer_2: Any
-    schedule: NoiseSchedule
-    configs: Mapping[str, Config]
-    source: str
-
-    @property
-    def is_xl(self) -> bool:
-        """SDXL and its refiner: context from hidden_states[-2], pooled text and sizes beside it."""
-        return self.text_encoder_2 is not None
-
-    @property
-    def has_w_embedding(self) -> bool:
-        """The UNet takes the guidance scale as an input: a latent consistency model."""
-        return self.unet.time_cond_proj_dim is not None
-
-
-def load_pipeline(
+def load_folder(
     source: str | Path,
     variant: str | None = None,
     dtype: Dtype = jnp.float32,
@@ -83,37 +41,10 @@ def load_pipeline(
     *,
     unet: str | Path | None = None,
     vae: str | Path | None = None,
-    config: str | Path | None = None,
     place: names.Place | None = None,
     weights: bool | Collection[str] = True,
 ) -> Pipeline:
-    """Load a diffusers folder, or a single-file checkpoint, of the Stable Diffusion family.
-
-    Args:
-      source: folder or hub id; or NAME.safetensors with the original key names (see `load_single_file`).
-      variant: weights to take, e.g. "fp16"; None: those without a suffix.
-      dtype: compute dtype of the modules.
-      param_dtype: dtype of the parameters, whatever the files hold.
-      unet, vae: folders or hub ids whose UNet or VAE takes the place of the source's, which is then not even read.
-      config: for a single file: folder or hub id with what it lacks, tokenizers and configs.
-      place: takes each parameter as soon as it is read and converted, as `runtime.mesh.place` to its shards; None:
-        parameters stay on the host, numpy arrays.
-      weights: False: configs alone are read, parameters are ShapeDtypeStructs. No weight file has to exist, and the
-        configs of the published models come with the package (assets/architectures/hub.json). Names of parts
-        (`ENCODERS`): those alone are read, the parameters of the others are ShapeDtypeStructs.
-
-    Raises:
-      LcmError: folder missing, incomplete, damaged or of another kind; each names the file and the remedy.
-      UnsupportedConfig: a config asks for something outside the Stable Diffusion family.
-    """
-    from lcm_jax.pretrained import single_file  # here, because it makes Pipelines itself
-
-    if single_file.is_single_file(source):
-        return single_file.load_single_file(
-            source, variant, dtype, param_dtype, config=config, unet=unet, vae=vae, place=place, weights=weights
-        )
-    if config is not None:
-        raise LcmError(f"config {config} goes with a single .safetensors file; {source} has its own, leave config out")
+    """Load a diffusers folder; see `load.load_pipeline`."""
     read = parts_read(weights)
     wanted = {"text_encoder", "text_encoder_2"} | {p for p, other in (("unet", unet), ("vae", vae)) if other is None}
     folder = _folder(source, _pipeline_patterns(wanted, read, variant), bool(read))
@@ -124,7 +55,7 @@ def load_pipeline(
     for one in (folder, unet or folder):
         check_noise(one, noise, str(source), bool(read))
 
-    modules: dict[str, Any] = dict.fromkeys(_PARTS)
+    modules: dict[str, Any] = dict.fromkeys(PARTS)
     tokenizers: dict[str, Any] = dict.fromkeys(("tokenizer", "tokenizer_2"))
     sources: dict[str, tuple[Path, str, str | None]] = {}
     for part, other in (("unet", unet), ("vae", vae)):
@@ -154,53 +85,7 @@ def load_pipeline(
     )
 
 
-def load_unet(
-    source: str | Path,
-    variant: str | None = None,
-    dtype: Dtype = jnp.float32,
-    param_dtype: Dtype = jnp.float32,
-    *,
-    place: names.Place | None = None,
-    weights: bool = True,
-) -> tuple[unet.UNet2DConditionModel, names.Params]:
-    """(module, params) of a pipeline's `unet/`, or of a folder or hub repository that holds only a UNet, at its root.
-
-    place, weights: as `load_pipeline`'s.
-
-    Raises: as `load_pipeline`.
-    """
-    return _load_part("unet", source, variant, dtype, param_dtype, place, weights)
-
-
-def load_vae(
-    source: str | Path,
-    variant: str | None = None,
-    dtype: Dtype = jnp.float32,
-    param_dtype: Dtype = jnp.float32,
-    *,
-    place: names.Place | None = None,
-    weights: bool = True,
-) -> tuple[nn.Module, names.Params]:
-    """(module, params) of a pipeline's `vae/`, or of a folder or hub repository that holds only a VAE, at its root.
-
-    place, weights: as `load_pipeline`'s.
-
-    Raises: as `load_pipeline`.
-    """
-    return _load_part("vae", source, variant, dtype, param_dtype, place, weights)
-
-
-def read_record(source: str | Path) -> Config:
-    """What the `lcm_config.json` of a folder, hub repository or single file says of its distillation; else {}."""
-    from lcm_jax.pretrained import single_file  # here, because it imports this module
-
-    if single_file.is_single_file(source):
-        return single_file.read_record(source)
-    path = hub.local_folder(source, [RECORD]) / RECORD
-    return files.read_json(path) if path.is_file() else {}
-
-
-def _load_part(
+def load_part(
     part: str,
     source: str | Path,
     variant: str | None,
@@ -230,14 +115,6 @@ def _folder(source: str | Path, patterns: Sequence[str], weights: bool) -> Path:
 
 def _shapes(module: nn.Module, dtype: Dtype) -> names.Params:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), names.abstract_params(module))
-
-
-def parts_read(weights: bool | Collection[str]) -> set[str]:
-    """Parts that `load_pipeline`'s argument `weights` asks for. Raises LcmError for a name that no part has."""
-    read = set(_PARTS if weights is True else weights or ())
-    if read - set(_PARTS):
-        raise LcmError(f"weights of {', '.join(sorted(read - set(_PARTS)))}: parts are {', '.join(_PARTS)}")
-    return read
 
 
 def _part_folder(source: str | Path, part: str, variant: str | None, weights: bool = True) -> Path:
@@ -289,8 +166,8 @@ def _encoder_slots(folder: Path, index: Config) -> dict[str, tuple[Path, str | N
     for part in ("text_encoder", "text_encoder_2"):
         kind = _entry_class(index, part)
         if kind is not None:
-            if kind not in TEXT_ENCODERS:
-                raise UnsupportedConfig(f"{part} in model_index.json", kind, TEXT_ENCODERS)
+            if kind not in _TEXT_ENCODERS:
+                raise UnsupportedConfig(f"{part} in model_index.json", kind, _TEXT_ENCODERS)
             found[part] = folder / part, kind
     if not found:
         raise LcmError(f"{folder} has no text encoder (text_encoder, text_encoder_2 in model_index.json); add one")
@@ -375,16 +252,3 @@ def check_noise(source: str | Path, noise: NoiseSchedule, model: str, weights: b
                 f"{place}: {' and '.join(said)}, but {model} is used with {noise}; take the UNet and the rest from one "
                 "model, or correct what is wrong"
             )
-
-
-def check_fit(modules: Mapping[str, Any]) -> None:
-    """The parts' widths agree, so that a mixed-up folder fails here and not inside a compiled program."""
-    encoders = [modules[part] for part in ("text_encoder", "text_encoder_2") if modules[part] is not None]
-    text = sum(encoder.hidden_size for encoder in encoders)
-    for width in set(modules["unet"].per_level("cross_attention_dim")) - {text}:
-        raise LcmError(
-            f"the UNet attends to text of width {width}, the text encoders give {text}; take both from the same model"
-        )
-    latent, channels = modules["vae"].latent_channels, modules["unet"].in_channels
-    if channels not in (latent, 2 * latent + 1):  # plain, or inpainting: latents, masked image's latents, mask
-        raise LcmError(f"the UNet takes {channels} channels, the VAE's latents have {latent}; choose another VAE")

@@ -24,7 +24,7 @@ from lcm_jax.errors import LcmError
 from lcm_jax.models import clip
 from lcm_jax.models.config import DIFFUSERS_VERSION, to_config
 from lcm_jax.pretrained import names, tokenizer, weight_files
-from lcm_jax.pretrained.pipeline import Config, Pipeline
+from lcm_jax.pretrained.model import Config, Pipeline
 
 _SLACK = 1 << 20  # bytes for headers, configs and the file system's own rounding
 

@@ -35,6 +35,7 @@ from lcm_jax.models import clip, unet, vae
 from lcm_jax.models.config import to_config
 from lcm_jax.pretrained import hub, names, noise_marks, pipeline, tokenizer, weight_files
 from lcm_jax.pretrained import single_file_keys as keys
+from lcm_jax.pretrained.model import RECORD, SCHEDULER, Pipeline, check_fit, parts_read
 from lcm_jax.pretrained.names import Shape
 
 Config = dict[str, Any]
@@ -212,7 +213,7 @@ def load_single_file(
     vae: str | Path | None = None,
     place: names.Place | None = None,
     weights: bool | Collection[str] = True,
-) -> pipeline.Pipeline:
+) -> Pipeline:
     """Load a checkpoint of SD 1.x, SD 2.x, SDXL or its refiner, also pruned or with 9 channels (inpainting).
 
     Args:
@@ -233,7 +234,7 @@ def load_single_file(
         raise LcmError(f"{source} is a single file and has no variant {variant!r}; leave the variant out")
     path = local_file(source)
     with weight_files.open_weights(path.parent, path.stem) as stored:
-        read = pipeline.parts_read(weights)
+        read = parts_read(weights)
 
         def no_tensor(key: str) -> np.ndarray:
             return np.broadcast_to(np.float32(0), stored.shapes[key])
@@ -241,10 +242,9 @@ def load_single_file(
         family = _family(stored.shapes, path)
         folder = _config_folder(config, family, path)
         given = None if config is None else folder
-        others = {"unet": (pipeline.load_unet, unet), "vae": (pipeline.load_vae, vae)}
         replaced = {
-            part: load(other, variant, dtype, param_dtype, place=place, weights=part in read)
-            for part, (load, other) in others.items()
+            part: pipeline.load_part(part, other, variant, dtype, param_dtype, place, part in read)
+            for part, other in (("unet", unet), ("vae", vae))
             if other
         }
         configs = _configs(given, family, stored, _metadata(path), {part: m for part, (m, _) in replaced.items()})
@@ -259,7 +259,7 @@ def load_single_file(
             length = modules[part].max_position_embeddings
             slot = part.replace("text_encoder", "tokenizer")
             tokenizers[slot] = tokenizer.load_tokenizer(_slot(folder, slot), length)
-        pipeline.check_fit(modules)
+        check_fit(modules)
         params = {part: tree for part, (_, tree) in replaced.items()}
         for part, (layout, prefix) in layouts(family, modules, stored.shapes).items():
             if part not in params:
@@ -267,7 +267,7 @@ def load_single_file(
                 tensor, put = (stored.read, place) if part in read else (no_tensor, _shape)
                 source = prefix, stored.shapes, tensor
                 params[part] = keys.read_part(modules[part], layout, *source, param_dtype, what, put)
-    return pipeline.Pipeline(
+    return Pipeline(
         **modules, **tokenizers, params=params, schedule=noise, configs=configs, source=str(folder.resolve())
     )
 
@@ -280,11 +280,11 @@ def read_record(source: str | Path) -> Config:
     """What a file that `save_single_file` wrote says of its distillation (metadata `lcm_config.json`), else {}."""
     path = local_file(source)
     with weight_files.open_weights(path.parent, path.stem):  # says what is wrong with a file that cannot be read
-        text = _metadata(path).get(pipeline.RECORD, "{}")
+        text = _metadata(path).get(RECORD, "{}")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise LcmError(f"{path}: its metadata {pipeline.RECORD} is not valid JSON ({error}); write it again") from None
+        raise LcmError(f"{path}: its metadata {RECORD} is not valid JSON ({error}); write it again") from None
 
 
 def local_file(source: str | Path) -> Path:
@@ -380,7 +380,7 @@ def _configs(
 
     shapes = {key.removeprefix(UNET): shape for key, shape in weights.shapes.items() if key.startswith(UNET)}
     index = of("model_index.json", lambda: family.model_index)
-    given = folder is not None and (folder / pipeline.SCHEDULER).is_file()
+    given = folder is not None and (folder / SCHEDULER).is_file()
     given = pipeline.scheduler_config(folder, index) if given else None
     configs = {"model_index": index, "scheduler": _scheduler(family, weights, metadata, given, folder)}
     is_base = family.name == "sd2" and configs["scheduler"].get("prediction_type", "epsilon") == "epsilon"
@@ -417,7 +417,7 @@ def _scheduler(
     kind = marks.prediction_type or says
     if kind not in (says, "v_prediction"):
         raise LcmError(
-            f"{source} is marked {marks.said}, but {pipeline.SCHEDULER} of {folder} says {says}; correct the one that "
+            f"{source} is marked {marks.said}, but {SCHEDULER} of {folder} says {says}; correct the one that "
             "is wrong, or give config= a folder without a scheduler"
         )
     said, zero = marks.said, marks.zero_snr or rescale
@@ -436,7 +436,7 @@ def _scheduler(
     if zero and kind == "epsilon" and not rescale:
         raise LcmError(
             f"{source} is marked {said}, which goes with v prediction, but "
-            f"{'nothing says so' if given is None else f'{pipeline.SCHEDULER} of {folder} says epsilon'}; add an empty "
+            f"{'nothing says so' if given is None else f'{SCHEDULER} of {folder} says epsilon'}; add an empty "
             "tensor v_pred to the file if its model predicts v, else remove the mark"
         )
     if (kind, zero) == (says, rescale):
@@ -447,7 +447,7 @@ def _scheduler(
             "%s is marked %s, but %s of %s says %s: the marks are taken, %s",
             source,
             said,
-            pipeline.SCHEDULER,
+            SCHEDULER,
             folder,
             schedule.from_config(given),
             schedule.from_config(made),

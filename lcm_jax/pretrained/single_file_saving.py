@@ -16,8 +16,8 @@ from lcm_jax.models import clip
 from lcm_jax.models.config import to_config
 from lcm_jax.pretrained import single_file_keys as keys
 from lcm_jax.pretrained import weight_files
+from lcm_jax.pretrained.model import Config, Pipeline
 from lcm_jax.pretrained.names import Shape
-from lcm_jax.pretrained.pipeline import Config, Pipeline
 from lcm_jax.pretrained.saving import names_of_parts
 from lcm_jax.pretrained.single_file import FAMILIES, SUFFIX, Family, layouts, published_scheduler
 

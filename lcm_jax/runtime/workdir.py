@@ -26,26 +26,18 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 import jax
-from ml_collections import ConfigDict
 
-from lcm_jax import config as config_lib
 from lcm_jax import files
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime.processes import distributed, owner
 
 CONFIG_FILE = "config.json"
-
-
-def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Writes a file so that its name holds the old or the new content, never a part."""
-    with files.new_file(Path(path)) as partial:
-        partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def read_config(workdir: str | os.PathLike[str]) -> dict:
@@ -68,27 +60,30 @@ def _begun(workdir: Path) -> bool:
     return any((workdir / "checkpoints").glob("[0-9]*")) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
-def prepare_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
-    """Writes config.json into the workdir of a new run, or checks that this config may go on in an old one.
+Differences = Callable[[Mapping[str, Any]], Mapping[str, tuple[Any, Any]]]
+
+
+def prepare_workdir(workdir: str | os.PathLike[str], config: str, differences: Differences) -> None:
+    """Writes config.json into the workdir of a new run, or checks that this config may resume the run that is there.
 
     Args:
         workdir: existing folder.
-        config: resolved config (`config.resolve`). On going on, config.json takes over the values that may differ
-            (`config.differences`).
+        config: resolved config as JSON text. On resuming, config.json takes over the values that may differ.
+        differences: saved config -> {key: (saved value, present value)} of keys that may not differ, but do.
 
     Raises:
         LcmError: the workdir holds a run without a config, or a run with another config; the processes of the run have
-            different configs. On every process, whichever found it.
+            different configs. Raised on every process, whichever found it.
     """
-    distributed.same("the config", config_lib.to_json(config))
-    distributed.everywhere(lambda: _prepare(Path(workdir), config))
+    distributed.same("the config", config)
+    distributed.everywhere(lambda: _prepare(Path(workdir), config, differences))
 
 
-def _prepare(workdir: Path, config: ConfigDict) -> None:
+def _prepare(workdir: Path, config: str, differences: Differences) -> None:
     path = workdir / CONFIG_FILE
     begun = _begun(workdir)
     if path.exists() and begun:
-        different = config_lib.differences(read_config(workdir), config)
+        different = differences(read_config(workdir))
         if different:
             listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in different.items())
             raise LcmError(
@@ -98,10 +93,8 @@ def _prepare(workdir: Path, config: ConfigDict) -> None:
         raise LcmError(
             f"workdir {workdir} holds a run but no {CONFIG_FILE}; restore the file or choose another workdir"
         )
-    if jax.process_index() == 0:
-        text = config_lib.to_json(config)
-        if not path.exists() or path.read_bytes() != text.encode():
-            write_atomic(path, text)
+    if jax.process_index() == 0 and (not path.exists() or path.read_bytes() != config.encode()):
+        files.write_atomic(path, config)
 
 
 def same_as_before(workdir: Path, name: str, found: dict) -> None:
@@ -117,7 +110,7 @@ def _same_as_before(workdir: Path, name: str, found: dict) -> None:
     path = workdir / name
     if not (path.exists() and _begun(workdir)):
         if jax.process_index() == 0:
-            write_atomic(path, json.dumps(found, indent=2) + "\n")
+            files.write_atomic(path, json.dumps(found, indent=2) + "\n")
         return
     for key, before in json.loads(path.read_text()).items():
         if before != found.get(key):

@@ -13,8 +13,8 @@ from typing import Any
 from lcm_jax.errors import LcmError
 from lcm_jax.files import read_json
 from lcm_jax.metrics import resizing
-from lcm_jax.metrics.features import Network
 from lcm_jax.metrics.networks import weights
+from lcm_jax.metrics.networks.network import Network
 from lcm_jax.models import clip, clip_vision
 from lcm_jax.models.config import RUN_FIELDS
 from lcm_jax.pretrained import names, tokenizer, weight_files

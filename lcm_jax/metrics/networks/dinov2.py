@@ -26,8 +26,8 @@ from flax import linen as nn
 from lcm_jax.errors import LcmError
 from lcm_jax.files import read_json
 from lcm_jax.metrics import resizing
-from lcm_jax.metrics.features import Network
 from lcm_jax.metrics.networks import weights
+from lcm_jax.metrics.networks.network import Network
 from lcm_jax.models.attention import dot_product_attention, multi_head_attention
 from lcm_jax.models.config import RUN_FIELDS, module_fields
 from lcm_jax.models.layers import LayerNorm

@@ -24,8 +24,8 @@ from flax import linen as nn
 
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import resizing
-from lcm_jax.metrics.features import Network
 from lcm_jax.metrics.networks import torch_file, weights
+from lcm_jax.metrics.networks.network import Network
 from lcm_jax.pretrained import weight_files
 
 SIDE, DIM = 299, 2048

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.workdir import write_atomic
+from lcm_jax.files import write_atomic
 
 BAD_BATCH_FILE = "bad_batch.json"
 HORIZON = 100  # losses in the running mean

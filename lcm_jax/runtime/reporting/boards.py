@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.workdir import write_atomic
+from lcm_jax.files import write_atomic
 
 WANDB_FILE = "wandb.json"
 WAITING = {"scalars": 1000, "picture": 8}  # what may wait for a board; more is left out

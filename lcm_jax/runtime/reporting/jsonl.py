@@ -9,7 +9,7 @@ from typing import Any
 
 from lcm_jax import files
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.workdir import write_atomic
+from lcm_jax.files import write_atomic
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:

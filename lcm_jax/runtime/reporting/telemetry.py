@@ -44,11 +44,10 @@ import jax
 import numpy as np
 
 from lcm_jax.data import waiting
-from lcm_jax.data.records import Fault
+from lcm_jax.files import write_atomic
 from lcm_jax.runtime.reporting import alarms, boards, jsonl
 from lcm_jax.runtime.reporting.goodput import Events
 from lcm_jax.runtime.reporting.progress import TrainingProgress
-from lcm_jax.runtime.workdir import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 LAG = 2  # steps whose numbers may still be under way when the next one is handed in
@@ -345,29 +344,3 @@ def device_memory(devices: Sequence[jax.Device]) -> dict[str, int]:
     found = [stats for device in devices if (stats := device.memory_stats())]
     names = {"memory": "bytes_in_use", "memory_peak": "peak_bytes_in_use"}
     return {name: max(stats[key] for stats in found) for name, key in names.items() if found and key in found[0]}
-
-
-class BadRecords:
-    """The list of records that could not be used: bad_records.jsonl, a line {"shard", "key", "reason"} each, once.
-
-    The first LOUD of a process are told on the terminal too. Processes other than 0 write bad_records.<process>.jsonl.
-    """
-
-    LOUD = 20
-
-    def __init__(self, workdir: str | Path, stream: TextIO | None = None) -> None:
-        index = jax.process_index()
-        self.path = Path(workdir) / (f"bad_records.{index}.jsonl" if index else "bad_records.jsonl")
-        self.stream, self.count = stream or sys.stderr, 0
-        self._listed = set(self.path.read_text().splitlines()) if self.path.exists() else set()
-
-    def __call__(self, fault: Fault) -> None:
-        self.count += 1
-        if self.count <= self.LOUD:
-            rest = f" (more are listed in {self.path} only)" if self.count == self.LOUD else ""
-            print(f"unusable record: {fault}{rest}", file=self.stream, flush=True)
-        line = json.dumps({"shard": fault.shard, "key": fault.key, "reason": fault.reason})
-        if line not in self._listed:
-            self._listed.add(line)
-            with open(self.path, "a") as file:
-                file.write(line + "\n")
