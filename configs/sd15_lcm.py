@@ -18,7 +18,7 @@ Result    Not yet measured. 12,000 pictures are a demonstration: the LCM paper's
 Every other full-size config starts from this one.
 """
 
-from lcm_jax.config import default_config
+from lcm_jax.run.config import default_config
 
 
 def get_config():

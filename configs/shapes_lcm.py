@@ -11,7 +11,7 @@ Guidance      w uniform in [0.5, 7]: guidance scales 1.5 to 8, the teacher's bes
 Results: README.md and experiments/shapes_lcm/.
 """
 
-from lcm_jax.config import default_config
+from lcm_jax.run.config import default_config
 
 
 def get_config():

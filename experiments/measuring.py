@@ -8,9 +8,10 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from experiments.shapes_teacher import teacher_rows
-from lcm_jax import evaluate, sample, student
+from lcm_jax import evaluate, sample
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import measures, plot, table
+from lcm_jax.run import models as student
 
 STEPS = (1, 2, 4, 8)
 PAPER_SCALE = 9.0  # w = 8, of the paper's tables

@@ -8,9 +8,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lcm_jax import config as config_lib
 from lcm_jax import export, pretrained
 from lcm_jax.errors import LcmError
+from lcm_jax.run import config as config_lib
 from lcm_jax.train import train
 
 
@@ -87,7 +87,9 @@ def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
         try:
             config.update_from_flattened_dict({key: value})
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise LcmError(f"config.{key} = {value!r}: no such key, or no such value; see lcm_jax/config.py") from None
+            raise LcmError(
+                f"config.{key} = {value!r}: no such key, or no such value; see lcm_jax/run/config.py"
+            ) from None
     return config
 
 

@@ -23,12 +23,12 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from lcm_jax import config as config_lib
 from lcm_jax import files
-from lcm_jax.compile_report import DoesNotFit, report
+from lcm_jax.cost import chips, roofline
 from lcm_jax.errors import LcmError, exit_code
+from lcm_jax.run import config as config_lib
+from lcm_jax.run.report import DoesNotFit, report
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.cost import chips, roofline
 
 # Minutes instead of hours for a step of thousands of operations; XLA then also searches less for a tight schedule.
 QUICK = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}

@@ -28,21 +28,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lcm_jax import generate as generate_lib
 from lcm_jax import sample
 from lcm_jax.data.sources import SOURCES, open_source
 from lcm_jax.diffusion import samplers
 from lcm_jax.errors import LcmError, exit_code
-from lcm_jax.generate import Generator, Settings
 from lcm_jax.metrics import inputs, measures, plot, table
 from lcm_jax.metrics import rows as rows_lib
-from lcm_jax.metrics.endpoints import Endpoints
 from lcm_jax.metrics.measures import Measure, Reference, Spec
 from lcm_jax.metrics.rows import Subject
-from lcm_jax.pretrained import Pipeline, conditioning
+from lcm_jax.metrics.shapes import Endpoints
+from lcm_jax.pretrained import Pipeline
+from lcm_jax.pretrained import text as conditioning
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.reporting.progress import Progress
+from lcm_jax.runtime.telemetry import Progress
 from lcm_jax.runtime.workdir import locked
+from lcm_jax.sampling import generator as generate_lib
+from lcm_jax.sampling.generator import Generator, Settings
 
 SOURCE_COUNT = 2000  # pictures per row where captions come from a data source
 SOURCE_FLAGS = ("path", "split", "image_key", "caption_key", "style")

@@ -23,25 +23,20 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import lcm_jax
-from lcm_jax import config as config_lib
-from lcm_jax import files, pretrained, sample, verify
-from lcm_jax import student as student_lib
+from lcm_jax import files, pretrained, sample
 from lcm_jax.diffusion.consistency import SIGMA_DATA
 from lcm_jax.errors import LcmError, exit_code
-from lcm_jax.generate import default_guidance_scale
-from lcm_jax.model_card import model_card
-from lcm_jax.pretrained import (
-    Pipeline,
-    lora_files,
-    save_pipeline,
-    save_single_file,
-    save_unet,
-    saving,
-)
+from lcm_jax.pretrained import Pipeline, lora_files, save_pipeline, save_single_file, save_unet
+from lcm_jax.pretrained import diffusers_folder as saving
 from lcm_jax.pretrained.single_file_saving import check_file, fold_w
-from lcm_jax.runtime import trees
-from lcm_jax.runtime.checkpoints import checkpoint
+from lcm_jax.run import config as config_lib
+from lcm_jax.run import models as student_lib
+from lcm_jax.run.model_card import model_card
+from lcm_jax.runtime import checkpoints as checkpoint
+from lcm_jax.runtime import checkpoints as trees
 from lcm_jax.runtime.workdir import read_config
+from lcm_jax.sampling import verify
+from lcm_jax.sampling.generator import default_guidance_scale
 
 WEIGHTS = {"ema": "ema_params", "online": "params"}  # what a user calls them -> in the training state
 FOLDERS = ("pipeline", "unet", "merged")  # of whole weights, in diffusers' layout

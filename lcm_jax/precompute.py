@@ -31,19 +31,22 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 import lcm_jax
-from lcm_jax import config as config_lib
-from lcm_jax import encoding, files, training_data
-from lcm_jax import student as student_lib
-from lcm_jax.data import cache, cache_writing, loader, tfds_builder, waiting
-from lcm_jax.data.cache_writing import Shard
+from lcm_jax import files
+from lcm_jax.data import cache, encoding, loader, tfds_builder
+from lcm_jax.data import cache as cache_writing
+from lcm_jax.data.cache import Shard
 from lcm_jax.data.loader import BadRecords
 from lcm_jax.data.order import draws_at
 from lcm_jax.data.records import Fault, Record, Source
 from lcm_jax.errors import LcmError
-from lcm_jax.pretrained import ENCODERS, Pipeline, conditioning
+from lcm_jax.pretrained import ENCODERS, Pipeline
+from lcm_jax.pretrained import text as conditioning
+from lcm_jax.run import config as config_lib
+from lcm_jax.run import data as training_data
+from lcm_jax.run import models as student_lib
+from lcm_jax.runtime import distributed, waiting
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.processes import distributed
-from lcm_jax.runtime.reporting.progress import Progress
+from lcm_jax.runtime.telemetry import Progress
 from lcm_jax.runtime.workdir import StopSignal, locked
 
 WAIT = 30 * 24 * 3600  # seconds for the slowest process after the first is done: its heartbeats say whether it lives

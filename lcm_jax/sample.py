@@ -23,14 +23,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lcm_jax import assets
-from lcm_jax import generate as generate_lib
-from lcm_jax.config import MAX_TWO_PASS_SCALE
 from lcm_jax.diffusion import samplers
 from lcm_jax.errors import LcmError, exit_code
-from lcm_jax.generate import Settings
-from lcm_jax.pretrained import Pipeline, conditioning, is_single_file, load_pipeline, lora_files, read_record
+from lcm_jax.pretrained import Pipeline, is_single_file, load_pipeline, lora_files, read_record
+from lcm_jax.pretrained import text as conditioning
 from lcm_jax.pretrained.names import Place
+from lcm_jax.run.config import MAX_TWO_PASS_SCALE
 from lcm_jax.runtime import mesh as mesh_lib
+from lcm_jax.sampling import generator as generate_lib
+from lcm_jax.sampling.generator import Settings
 
 SAMPLERS = tuple(samplers.SAMPLERS)
 MAX_STEPS = 50

@@ -26,26 +26,26 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from lcm_jax import compile_report, encoding, training_data, training_step
-from lcm_jax import config as config_lib
-from lcm_jax import generate as generate_lib
-from lcm_jax import student as student_lib
-from lcm_jax.data import loader, waiting
+from lcm_jax.cost import chips, roofline
+from lcm_jax.data import encoding, loader
 from lcm_jax.data.loader import BadRecords
-from lcm_jax.distill import objectives
+from lcm_jax.distill import objective as objectives
 from lcm_jax.distill import state as state_lib
 from lcm_jax.distill import step as step_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.files import write_atomic
 from lcm_jax.pretrained import Pipeline
+from lcm_jax.run import config as config_lib
+from lcm_jax.run import data as training_data
+from lcm_jax.run import models as student_lib
+from lcm_jax.run import report as compile_report
+from lcm_jax.run import step as training_step
+from lcm_jax.runtime import boards, distributed, lost, profiling, waiting
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.checkpoints import lost
-from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints
-from lcm_jax.runtime.cost import chips, roofline
-from lcm_jax.runtime.processes import distributed
-from lcm_jax.runtime.reporting import boards, profiling
-from lcm_jax.runtime.reporting.telemetry import Telemetry
+from lcm_jax.runtime.checkpoints import Checkpoints
+from lcm_jax.runtime.telemetry import Telemetry
 from lcm_jax.runtime.workdir import StopSignal, locked, same_as_before
+from lcm_jax.sampling import generator as generate_lib
 
 READ_HERE = 20.0  # seconds that one of several processes has for a batch, to stop with the others
 GRID_COLUMNS = 4  # pictures per prompt in a sample grid

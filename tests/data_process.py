@@ -20,11 +20,12 @@ def main() -> None:
 
     import numpy as np
 
-    from lcm_jax import config as config_lib
-    from lcm_jax import training_data
     from lcm_jax.data import loader
     from lcm_jax.data.order import Order
-    from lcm_jax.pretrained import conditioning, load_pipeline
+    from lcm_jax.pretrained import load_pipeline
+    from lcm_jax.pretrained import text as conditioning
+    from lcm_jax.run import config as config_lib
+    from lcm_jax.run import data as training_data
     from lcm_jax.runtime import mesh as mesh_lib
 
     with open(config) as file:

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from lcm_jax import config as config_lib
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.processes import distributed
+from lcm_jax.run import config as config_lib
+from lcm_jax.runtime import distributed
 from lcm_jax.runtime.workdir import StopSignal, locked
 
 distributed.define_flags()

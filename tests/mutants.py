@@ -50,7 +50,7 @@ BOUNDARY = (
     "test_diffusion_guidance.py::test_boundary_scalings_equal_diffusers",
 )
 W = ("test_diffusion_guidance.py::test_w_embedding_equals_the_diffusers_pipeline",)
-LCD = ("test_distill_objectives.py::test_loss_and_gradient_match_torch[sd1-epsilon-l2]",)
+LCD = ("test_distill_objective.py::test_loss_and_gradient_match_torch[sd1-epsilon-l2]",)
 STEP = ("test_distill_step.py::test_three_steps_match_torch_adamw[0.0]",)
 LAYERS = ("test_models_layers.py",)
 NORMS = ("test_models_norms.py",)
@@ -212,14 +212,14 @@ NUMBERS = [
     # The loss and the step.
     Mutant(
         "target: the network's timestep is one off",
-        "distill/objectives.py",
+        "distill/objective.py",
         "f(target_params, z_end, p.grid.prev_timesteps)",
         "f(target_params, z_end, p.grid.prev_timesteps + 1)",
         LCD,
     ),
     Mutant(
         "target: theta in place of theta^-",
-        "distill/objectives.py",
+        "distill/objective.py",
         "stop_gradient(f(target_params, z_end,",
         "stop_gradient(f(params, z_end,",
         LCD,
@@ -231,16 +231,16 @@ NUMBERS = [
         "classifier_free(output[:, 1], output[:, 0], w)",
         LCD,
     ),
-    Mutant("latents not scaled", "distill/objectives.py", "z = problem.scaling_factor * (", "z = (", LCD),
+    Mutant("latents not scaled", "distill/objective.py", "z = problem.scaling_factor * (", "z = (", LCD),
     Mutant(
         "posterior's variance for its deviation",
-        "distill/objectives.py",
+        "distill/objective.py",
         "jnp.exp(0.5 * batch[",
         "jnp.exp(1.0 * batch[",
         LCD,
     ),
-    Mutant("Huber c twice", "distill/losses.py", "c: float = 1e-3", "c: float = 2e-3", ("test_distill_losses.py",)),
-    Mutant("Huber without - c", "distill/losses.py", "+ c**2) - c)", "+ c**2))", ("test_distill_losses.py",)),
+    Mutant("Huber c twice", "distill/objective.py", "c: float = 1e-3", "c: float = 2e-3", ("test_distill_losses.py",)),
+    Mutant("Huber without - c", "distill/objective.py", "+ c**2) - c)", "+ c**2))", ("test_distill_losses.py",)),
     Mutant(
         "EMA decay swapped",
         "distill/state.py",
@@ -290,14 +290,14 @@ NUMBERS = [
         "models/attention.py",
         "k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)",
         "k32, v32 = k, v",
-        ("test_runtime_attention.py::test_blocks_sum_the_gradients_of_keys_in_float32",),
+        ("test_runtime_kernels.py::test_blocks_sum_the_gradients_of_keys_in_float32",),
     ),
     Mutant(
         "splash attention scaled by d^-0.499",
-        "runtime/attention.py",
+        "runtime/kernels.py",
         "(q * q.shape[-1] ** -0.5, k, v)",
         "(q * q.shape[-1] ** -0.499, k, v)",
-        ("test_runtime_attention.py::test_splash_is_xlas[40]",),
+        ("test_runtime_kernels.py::test_splash_is_xlas[40]",),
     ),
     Mutant(
         "attention covers later tokens",
@@ -363,8 +363,8 @@ NUMBERS = [
     Mutant(
         "epsilon 1e-5 in CLIP whatever the config says",
         "models/clip.py",
-        "LayerNorm(self.layer_norm_eps, self.dtype",
-        "LayerNorm(1e-5, self.dtype",
+        'LayerNorm(self.layer_norm_eps, self.dtype, self.weights_fn, name="final_layer_norm")',
+        'LayerNorm(1e-5, self.dtype, self.weights_fn, name="final_layer_norm")',
         NORMS,
         False,
     ),
@@ -482,7 +482,7 @@ NUMBERS = [
 CONTRACTS = [
     Mutant(
         "SDXL's sizes with the width first",
-        "pretrained/conditioning.py",
+        "pretrained/text.py",
         "[height, width, 0, 0, height, width]",
         "[width, height, 0, 0, width, height]",
         ("test_pretrained_conditioning.py",),
@@ -490,7 +490,7 @@ CONTRACTS = [
     ),
     Mutant(
         "latents multiplied by the VAE's factor before decoding",
-        "generate.py",
+        "sampling/generator.py",
         "z = z / vae.scaling_factor",
         "z = z * vae.scaling_factor",
         TEACHER,
@@ -498,7 +498,7 @@ CONTRACTS = [
     ),
     Mutant(
         "the user's guidance scale taken as w",
-        "generate.py",
+        "sampling/generator.py",
         "jnp.asarray(guidance_scale, jnp.float32) - 1.0",
         "jnp.asarray(guidance_scale, jnp.float32)",
         TEACHER,
@@ -539,15 +539,15 @@ CONTRACTS = [
     ),
     Mutant(
         "the teacher held twice by adapters on it",
-        "training_step.py",
+        "run/step.py",
         "base=None if base is weights else base",
         "base=base",
-        ("test_student.py",),
+        ("test_run_models.py",),
         False,
     ),
     Mutant(
         "a damaged checkpoint passes",
-        "runtime/checkpoints/digests.py",
+        "runtime/checkpoints.py",
         'if actual != entry["sha256"]:',
         "if False:",
         ("test_runtime_checkpoint_damage.py",),
@@ -563,7 +563,7 @@ CONTRACTS = [
     ),
     Mutant(
         "an export without its tokenizers",
-        "pretrained/saving.py",
+        "pretrained/diffusers_folder.py",
         "texts |= _tokenizer_texts(pipeline)",
         "pass",
         ("test_pretrained_saving.py",),
@@ -579,18 +579,18 @@ CONTRACTS = [
     ),
     Mutant(
         "a causal attention goes to a kernel that has no mask",
-        "runtime/attention.py",
+        "runtime/kernels.py",
         '"xla" if causal else self.kind',
         "self.kind",
-        ("test_runtime_attention.py",),
+        ("test_runtime_kernels.py",),
         False,
     ),
     Mutant(
         "text attention of 77 keys as it is",
-        "runtime/attention.py",
+        "runtime/kernels.py",
         "if k.shape[1] % 2:",
         "if False:",
-        ("test_runtime_attention.py::test_gradient_of_auto_lowers_for_cuda",),
+        ("test_runtime_kernels.py::test_gradient_of_auto_lowers_for_cuda",),
         False,
     ),
 ]

@@ -9,9 +9,9 @@ from PIL import Image
 
 from experiments import stage
 from experiments.ablations import figure, run, studies
-from lcm_jax import config as config_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import table
+from lcm_jax.run import config as config_lib
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,12 +18,15 @@ import pytest
 import tiny_configs
 from ml_collections import ConfigDict
 
-from lcm_jax import aot, compile_report, training_step
-from lcm_jax import student as student_lib
+from lcm_jax import aot
+from lcm_jax.cost import chips, roofline
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import attention, compiler
+from lcm_jax.run import models as student_lib
+from lcm_jax.run import report as compile_report
+from lcm_jax.run import step as training_step
+from lcm_jax.runtime import kernels as attention
+from lcm_jax.runtime import kernels as compiler
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.cost import chips, roofline
 
 ROOT = Path(__file__).parents[1]
 GIB = roofline.GIB

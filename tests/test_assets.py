@@ -10,9 +10,9 @@ import torch
 from experiments.shapes_lcm import table
 from experiments.shapes_teacher import teacher_rows
 from lcm_jax import assets
-from lcm_jax import generate as generate_lib
 from lcm_jax.data import shapes
-from lcm_jax.metrics import shapes_scorer
+from lcm_jax.metrics.networks import shapes as shapes_scorer
+from lcm_jax.sampling import generator as generate_lib
 
 LARGEST_BYTES = 16 * 2**20
 CAPTIONS = [shapes.caption(shapes.spec(i, "heldout")) for i in range(4)]

@@ -14,13 +14,14 @@ import tiny_family
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from lcm_jax import config as config_lib
-from lcm_jax import student as student_lib
-from lcm_jax import train, training_step
+from lcm_jax import train
 from lcm_jax.errors import LcmError
+from lcm_jax.run import config as config_lib
+from lcm_jax.run import models as student_lib
+from lcm_jax.run import step as training_step
+from lcm_jax.runtime import checkpoints as checkpoint
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.checkpoints import checkpoint
-from lcm_jax.runtime.reporting import telemetry
+from lcm_jax.runtime import telemetry
 
 FILES = {file.stem: file for file in sorted((Path(__file__).parents[1] / "configs").glob("*.py"))}
 FAMILIES = {

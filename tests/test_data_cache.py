@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lcm_jax.data import cache, cache_writing
+from lcm_jax.data import cache
+from lcm_jax.data import cache as cache_writing
 from lcm_jax.data.records import BadRecord, Fault
 from lcm_jax.errors import LcmError
 

@@ -15,12 +15,12 @@ import numpy as np
 import psutil
 import pytest
 
-from lcm_jax import encoding
-from lcm_jax.data import loader, waiting
-from lcm_jax.data.examples import Arrays, CaptionDropout
+from lcm_jax.data import encoding, loader
 from lcm_jax.data.order import Order, batch_indices
 from lcm_jax.data.records import BadRecord, Fault
+from lcm_jax.data.rows import Arrays, CaptionDropout
 from lcm_jax.errors import LcmError
+from lcm_jax.runtime import waiting
 
 LATENTS = np.random.default_rng(0).normal(size=(37, 2, 2, 4)).astype(np.float32)
 ARRAYS = Arrays(({"latents": LATENTS, "label": np.arange(37, dtype=np.int32)},))
@@ -278,7 +278,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from lcm_jax.data import loader
-from lcm_jax.data.examples import Arrays
+from lcm_jax.data.rows import Arrays
 from lcm_jax.data.order import Order
 if __name__ == "__main__":
     rows = Arrays(({"label": np.arange(8)},))

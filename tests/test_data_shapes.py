@@ -9,7 +9,8 @@ import pytest
 
 from lcm_jax.data import shapes
 from lcm_jax.errors import LcmError
-from lcm_jax.metrics import frechet, shapes_scorer
+from lcm_jax.metrics import distances as frechet
+from lcm_jax.metrics.networks import shapes as shapes_scorer
 
 COUNT = 400
 

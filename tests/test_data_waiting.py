@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from lcm_jax.data import waiting
+from lcm_jax.runtime import waiting
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """LCD on SD 2.1 and SDXL with the text encoders' own outputs, against torch.
 
-Beside `test_distill_objectives`, whose Algorithm 1 is used here, captions go through both programs' text encoders:
+Beside `test_distill_objective`, whose Algorithm 1 is used here, captions go through both programs' text encoders:
 `conditioning` on our side, the `encode_prompt` of diffusers' pipelines on torch's, which also decides what the null
 text is: "" encoded for SD, zeros or "" for SDXL, as the model says.
 """
@@ -14,14 +14,15 @@ import jax
 import numpy as np
 import parity
 import pytest
-import test_distill_objectives as lcd
+import test_distill_objective as lcd
 import tiny
 import torch
 from flax.traverse_util import flatten_dict
 
 from lcm_jax.diffusion import guidance
-from lcm_jax.distill import objectives
-from lcm_jax.pretrained import conditioning, load_pipeline, names
+from lcm_jax.distill import objective as objectives
+from lcm_jax.pretrained import load_pipeline, names
+from lcm_jax.pretrained import text as conditioning
 
 CAPTIONS = ["a red circle", "hello", "small blue square on the left", ""]
 # Original height and width, crop top and left, target height and width: none could be swapped unseen.

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
-import test_distill_objectives as lcd
+import test_distill_objective as lcd
 from test_distill_lora import Recorder
 
 from lcm_jax.diffusion import guidance
-from lcm_jax.distill import objectives, state
+from lcm_jax.distill import objective as objectives
+from lcm_jax.distill import state
 from lcm_jax.distill import step as step_lib
 
 S = lcd.SPREAD
@@ -39,7 +40,7 @@ def per_element(prediction, target):
 
 
 def lcf_case(index=None) -> tuple:
-    """`test_distill_objectives.gaussian_case` for LCF, without teacher; its loss is left as squares per element."""
+    """`test_distill_objective.gaussian_case` for LCF, without teacher; its loss is left as squares per element."""
     p, params, frozen, batch, draws = lcd.gaussian_case(50, index)
     p = dataclasses.replace(p, objective="lcf", distance=per_element, teacher=None)
     return p, params, objectives.Frozen(), batch, draws

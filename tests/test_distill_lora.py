@@ -1,6 +1,6 @@
 """LCM-LoRA in the method: LCD of adapters against torch and peft, what a step costs and holds, what it is fed.
 
-The torch side is `test_distill_objectives.algorithm_1` on models whose adapters are peft's.
+The torch side is `test_distill_objective.algorithm_1` on models whose adapters are peft's.
 """
 
 import dataclasses
@@ -15,14 +15,16 @@ import numpy as np
 import optax
 import parity
 import pytest
-import test_distill_objectives as lcd
+import test_distill_objective as lcd
 import test_models_lora as peft
 import tiny
 from diffusers import UNet2DConditionModel
 from flax.traverse_util import flatten_dict
 
 from lcm_jax.diffusion import schedule, solvers
-from lcm_jax.distill import losses, objectives, state
+from lcm_jax.distill import objective as losses
+from lcm_jax.distill import objective as objectives
+from lcm_jax.distill import state
 from lcm_jax.distill import step as step_lib
 from lcm_jax.models import lora
 from lcm_jax.models import unet as unet_lib
@@ -71,7 +73,7 @@ def test_loss_and_gradient_match_torch_with_peft(kind, prediction_type):
 
 
 def inputs(kind: str) -> tuple[dict, dict, dict]:
-    """`test_distill_objectives.inputs`; sd2 is told as sd1, in text of the same width."""
+    """`test_distill_objective.inputs`; sd2 is told as sd1, in text of the same width."""
     return lcd.inputs("sd1" if kind == "sd2" else kind)
 
 

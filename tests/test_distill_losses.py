@@ -7,7 +7,7 @@ import parity
 import pytest
 import torch
 
-from lcm_jax.distill import losses
+from lcm_jax.distill import objective as losses
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.diffusion import schedule, solvers
-from lcm_jax.distill import losses, objectives, state
+from lcm_jax.distill import objective as losses
+from lcm_jax.distill import objective as objectives
+from lcm_jax.distill import state
 from lcm_jax.distill import step as step_lib
 from lcm_jax.runtime import mesh as mesh_lib
 

@@ -13,7 +13,9 @@ import torch
 from flax import linen as nn
 
 from lcm_jax.diffusion import schedule, solvers
-from lcm_jax.distill import losses, objectives, state
+from lcm_jax.distill import objective as losses
+from lcm_jax.distill import objective as objectives
+from lcm_jax.distill import state
 from lcm_jax.distill import step as step_lib
 from lcm_jax.models import unet as unet_lib
 from lcm_jax.pretrained import names

@@ -14,23 +14,17 @@ import pytest
 import tiny
 from PIL import Image
 
-from lcm_jax import evaluate, generate, pretrained, sample
+from lcm_jax import evaluate, pretrained, sample
 from lcm_jax.data import shapes
 from lcm_jax.errors import LcmError
-from lcm_jax.metrics import captions as captions_lib
-from lcm_jax.metrics import (
-    clip_score,
-    cmmd,
-    drawing,
-    features,
-    frechet,
-    inputs,
-    measures,
-    plot,
-    statistics_files,
-    table,
-)
+from lcm_jax.metrics import clip_score, features, inputs, measures, plot, table
+from lcm_jax.metrics import distances as cmmd
+from lcm_jax.metrics import distances as frechet
+from lcm_jax.metrics import rows as drawing
 from lcm_jax.metrics import rows as rows_lib
+from lcm_jax.metrics import shapes as captions_lib
+from lcm_jax.metrics import statistics as statistics_files
+from lcm_jax.sampling import generator as generate
 
 RECORD = {"w_min": 2.0, "w_max": 8.0, "solver_steps": 20, "timestep_scaling": 10.0, "sigma_data": 0.5}
 PROMPTS = ("a small red circle", "a blue square", "hello")

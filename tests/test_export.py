@@ -16,12 +16,16 @@ from diffusers.schedulers import scheduling_lcm
 from PIL import Image
 
 import lcm_jax
-from lcm_jax import config as config_lib
-from lcm_jax import export, generate, pretrained, sample, student, verify
-from lcm_jax import generate as generate_lib
+from lcm_jax import export, pretrained, sample
 from lcm_jax.distill import state as state_lib
-from lcm_jax.pretrained import load_unet, weight_files
-from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints
+from lcm_jax.pretrained import load_unet
+from lcm_jax.pretrained import safetensors_io as weight_files
+from lcm_jax.run import config as config_lib
+from lcm_jax.run import models as student
+from lcm_jax.runtime.checkpoints import Checkpoints
+from lcm_jax.sampling import generator as generate
+from lcm_jax.sampling import generator as generate_lib
+from lcm_jax.sampling import verify
 
 STEPS_SAVED = (3, 7)
 PROMPTS = ("a red circle", "hello")

@@ -16,9 +16,9 @@ from test_export import diffusers_pictures, make_run
 from test_sample import arrays, draw
 
 from lcm_jax import export, pretrained
-from lcm_jax import generate as generate_lib
 from lcm_jax.models import lora
 from lcm_jax.pretrained import lora_files, lora_keys
+from lcm_jax.sampling import generator as generate_lib
 
 PROMPT = "a small red circle"
 SEED, STEPS = 3, 4

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from test_export import diffusers_pictures
 
-from lcm_jax import config as config_lib
-from lcm_jax import export, generate, sample, train
+from lcm_jax import export, sample, train
 from lcm_jax.diffusion import denoiser, guidance
 from lcm_jax.pretrained import names
-from lcm_jax.student import load_student, load_teacher
+from lcm_jax.run import config as config_lib
+from lcm_jax.run.models import load_student, load_teacher
+from lcm_jax.sampling import generator as generate
 
 PROMPTS = ("a red circle", "hello")
 W = np.array([3.0, 11.5], np.float32)

@@ -11,7 +11,8 @@ import parity
 import pytest
 import tiny
 
-from lcm_jax import encoding, sample
+from lcm_jax import sample
+from lcm_jax.data import encoding
 from lcm_jax.pretrained import RECORD, load_pipeline
 
 
@@ -43,8 +44,11 @@ import re, sys
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
-from lcm_jax import encoding, generate, sample
-from lcm_jax.pretrained import conditioning, load_pipeline
+from lcm_jax.data import encoding
+from lcm_jax.sampling import generator as generate
+from lcm_jax import sample
+from lcm_jax.pretrained import text as conditioning
+from lcm_jax.pretrained import load_pipeline
 from lcm_jax.runtime import mesh as m
 m.param_sharding.__defaults__ = (64,)  # tiny models have no large weights
 source = sys.argv[1]

@@ -13,7 +13,8 @@ from transformers import CLIPTokenizer, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lcm_jax.errors import LcmError
-from lcm_jax.metrics import clip_score, cmmd, features
+from lcm_jax.metrics import clip_score, features
+from lcm_jax.metrics import distances as cmmd
 
 CAPTIONS = ["a red circle", "blue square on the left", "", "small circle on the large square " * 20, "hello"]
 

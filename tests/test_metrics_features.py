@@ -13,7 +13,10 @@ import pytest
 
 from lcm_jax.data import shapes
 from lcm_jax.errors import LcmError
-from lcm_jax.metrics import features, frechet, shapes_scorer, statistics_files
+from lcm_jax.metrics import distances as frechet
+from lcm_jax.metrics import features
+from lcm_jax.metrics import statistics as statistics_files
+from lcm_jax.metrics.networks import shapes as shapes_scorer
 
 SIDE = shapes.RESOLUTION
 
@@ -217,7 +220,8 @@ import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, "tests")
 from lcm_jax.data import shapes
-from lcm_jax.metrics import features, statistics_files
+from lcm_jax.metrics import statistics as statistics_files
+from lcm_jax.metrics import features
 from lcm_jax.runtime import mesh as mesh_lib
 
 images = shapes.render_batch([shapes.spec(i, "heldout") for i in range(90)])

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import features
 from lcm_jax.metrics.networks import clip, dinov2, inception, torch_file, weights
-from lcm_jax.models import clip_vision
+from lcm_jax.models import clip as clip_vision
 
 ATOL = 1e-4
 
@@ -395,7 +395,7 @@ def test_published_networks_have_their_size():
         "patch_size": 14,
     }
     config = {"model_type": "clip", "projection_dim": 768, "vision_config": vision}
-    table = clip._vision_table(clip_vision.from_config(config))
+    table = clip._vision_table(clip_vision.vision_from_config(config))
     texts = 123_060_480 + 768 * 768  # text tower and its projection; the last number is the logit scale
     assert sum(np.prod(p.shape) for p in table.values()) + texts + 1 == 427_616_513
 

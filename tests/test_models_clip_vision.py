@@ -9,7 +9,7 @@ import transformers
 from lcm_jax.errors import UnsupportedConfig
 from lcm_jax.metrics.networks import clip as clip_folders
 from lcm_jax.metrics.networks import weights
-from lcm_jax.models import clip_vision
+from lcm_jax.models import clip as clip_vision
 
 VISION = {
     "hidden_act": "quick_gelu",
@@ -38,7 +38,7 @@ def torch_vision(**changes):
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
 def test_matches_transformers(act):
-    model, module = torch_vision(hidden_act=act), clip_vision.from_config(VISION | {"hidden_act": act})
+    model, module = torch_vision(hidden_act=act), clip_vision.vision_from_config(VISION | {"hidden_act": act})
     state = {key: value.numpy() for key, value in model.state_dict().items()}
     table = clip_folders._vision_table(module)
     params = weights.read_params(table, {k: v.shape for k, v in state.items()}, state.__getitem__, "state dict")
@@ -54,14 +54,14 @@ def test_matches_transformers(act):
 
 
 def test_both_layouts_of_a_config():
-    alone = clip_vision.from_config(VISION)
+    alone = clip_vision.vision_from_config(VISION)
     both = {"model_type": "clip", "projection_dim": 24, "text_config": {}, "vision_config": VISION | {"top_k": 50}}
-    assert clip_vision.from_config(both) == alone
+    assert clip_vision.vision_from_config(both) == alone
     early = {"model_type": "clip", "projection_dim": 24, "vision_config": {}, "vision_config_dict": VISION}
-    assert clip_vision.from_config(early) == alone
+    assert clip_vision.vision_from_config(early) == alone
     # A CLIPModel's common projection counts, and the towers' own default of 512 does not.
     wide = both | {"vision_config": VISION | {"projection_dim": 512}}
-    assert clip_vision.from_config(wide).projection_dim == 24
+    assert clip_vision.vision_from_config(wide).projection_dim == 24
 
 
 @pytest.mark.parametrize(
@@ -69,11 +69,11 @@ def test_both_layouts_of_a_config():
 )
 def test_refuses_by_name_and_value(field, value):
     with pytest.raises(UnsupportedConfig) as caught:
-        clip_vision.from_config(VISION | {field: value})
+        clip_vision.vision_from_config(VISION | {field: value})
     assert caught.value.field == field and repr(value) in str(caught.value)
 
 
 def test_another_size_is_an_error():
-    module = clip_vision.from_config(VISION)
+    module = clip_vision.vision_from_config(VISION)
     with pytest.raises(ValueError, match=r"pictures of \(21, 28, 3\); this network takes \(28, 28, 3\)"):
         module.init(np.zeros(2, np.uint32), np.zeros((1, 21, 28, 3), np.float32))

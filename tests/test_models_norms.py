@@ -12,18 +12,18 @@ from flax import linen as nn
 from test_models_clip_vision import VISION
 from tiny_configs import CLIPS, UNETS, VAES
 
-from lcm_jax.models import clip, clip_vision, unet, vae
+from lcm_jax.models import clip, unet, vae
 from lcm_jax.models.layers import GroupNorm, LayerNorm
 from lcm_jax.pretrained import names
 
 # Where a config says the epsilon it is one that no layer has by itself.
 BIGG = {key: value for key, value in CLIPS["bigg"].items() if key != "torch_dtype"} | {"layer_norm_eps": 3e-4}
 CASES = {
-    "sd15": (unet, diffusers.UNet2DConditionModel, UNETS["sd15"] | {"norm_eps": 3e-4}),
-    "sdxl": (unet, diffusers.UNet2DConditionModel, UNETS["sdxl-w"] | {"norm_eps": 3e-4}),
-    "vae": (vae, diffusers.AutoencoderKL, VAES["sd"]),
-    "text": (clip, transformers.CLIPTextModelWithProjection, BIGG),
-    "vision": (clip_vision, transformers.CLIPVisionModelWithProjection, VISION | {"layer_norm_eps": 3e-4}),
+    "sd15": (unet.from_config, diffusers.UNet2DConditionModel, UNETS["sd15"] | {"norm_eps": 3e-4}),
+    "sdxl": (unet.from_config, diffusers.UNet2DConditionModel, UNETS["sdxl-w"] | {"norm_eps": 3e-4}),
+    "vae": (vae.from_config, diffusers.AutoencoderKL, VAES["sd"]),
+    "text": (clip.from_config, transformers.CLIPTextModelWithProjection, BIGG),
+    "vision": (clip.vision_from_config, transformers.CLIPVisionModelWithProjection, VISION | {"layer_norm_eps": 3e-4}),
 }
 
 
@@ -44,8 +44,8 @@ def torch_norms(cls, config) -> dict:
 
 @pytest.mark.parametrize("name", CASES)
 def test_epsilon_and_groups_are_torchs(name):
-    library, torch_class, config = CASES[name]
-    module, found = library.from_config(config), {}
+    from_config, torch_class, config = CASES[name]
+    module, found = from_config(config), {}
 
     def note(call, args, kwargs, context):
         layer = context.module

@@ -11,7 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from tiny_configs import CLIPS, TINY_VAES, VAES
 
-from lcm_jax.models import attention, clip, layers, lora, remat
+from lcm_jax.models import attention, clip, layers, lora
+from lcm_jax.models import layers as remat
 from lcm_jax.models import unet as unet_lib
 from lcm_jax.models import vae as vae_lib
 

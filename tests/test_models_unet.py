@@ -85,7 +85,7 @@ def test_matches_diffusers(name, shape):
     parity.close(got, want, rtol=0, of_max=parity.NETWORK)
 
 
-@SLOW  # test_distill_objectives.py has the gradient of a whole loss, of every weight
+@SLOW  # test_distill_objective.py has the gradient of a whole loss, of every weight
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_match_torch(name):
     model, args = torch_unet(name), inputs(name, "odd")

@@ -20,16 +20,16 @@ import tiny
 from PIL import Image
 
 from configs import shapes_lcm
-from lcm_jax import encoding, files, precompute, train, training_data
-from lcm_jax import student as student_lib
-from lcm_jax.data import cache, loader, shapes, waiting
+from lcm_jax import files, precompute, train
+from lcm_jax.data import cache, encoding, loader, shapes
 from lcm_jax.data.order import draws_at
 from lcm_jax.distill import step as step_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.precompute import Options
-from lcm_jax.pretrained import conditioning
-from lcm_jax.runtime.processes import distributed
-from lcm_jax.runtime.reporting import telemetry
+from lcm_jax.pretrained import text as conditioning
+from lcm_jax.run import data as training_data
+from lcm_jax.run import models as student_lib
+from lcm_jax.runtime import distributed, telemetry, waiting
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3
@@ -326,7 +326,8 @@ def test_one_of_several_that_fails_says_so_at_once_and_stops_the_others(monkeypa
 SLOW = """
 import sys, time
 from absl import app, flags
-from lcm_jax import config as config_lib, precompute
+from lcm_jax.run import config as config_lib
+from lcm_jax import precompute
 move = precompute.Progress.move
 def slowly(self, count):
     move(self, count)

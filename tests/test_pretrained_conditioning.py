@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lcm_jax.pretrained import conditioning
+from lcm_jax.pretrained import text as conditioning
 
 
 def test_time_ids_have_the_height_first():

@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lcm_jax.diffusion import samplers
 from lcm_jax.models import clip, unet, vae
 from lcm_jax.pretrained import load_pipeline, names, save_pipeline
-from lcm_jax.pretrained.tokenizer import tokenize
+from lcm_jax.pretrained.text import tokenize
 
 pytestmark = pytest.mark.slow
 

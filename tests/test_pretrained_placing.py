@@ -13,7 +13,8 @@ import pytest
 import tiny
 
 from lcm_jax.models import unet
-from lcm_jax.pretrained import load_pipeline, load_unet, load_vae, names, save_single_file, weight_files
+from lcm_jax.pretrained import load_pipeline, load_unet, load_vae, names, save_single_file
+from lcm_jax.pretrained import safetensors_io as weight_files
 from lcm_jax.runtime import mesh as mesh_lib
 
 MOST = 1.3  # times the size of a model: anonymous memory that loading it may take

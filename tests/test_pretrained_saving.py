@@ -23,7 +23,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from lcm_jax.diffusion import schedule
 from lcm_jax.errors import LcmError
 from lcm_jax.models.config import to_config
-from lcm_jax.pretrained import load_pipeline, load_unet, load_vae, save_pipeline, save_unet, saving, weight_files
+from lcm_jax.pretrained import diffusers_folder as saving
+from lcm_jax.pretrained import load_pipeline, load_unet, load_vae, save_pipeline, save_unet
+from lcm_jax.pretrained import safetensors_io as weight_files
 
 FILES = {
     "model_index.json",
@@ -300,7 +302,7 @@ def test_an_interrupted_save_leaves_nothing(saved, tmp_path, monkeypatch, error)
 def test_a_killed_save_leaves_nothing_under_the_final_name(tmp_path):
     script = (
         "import os, signal, sys\n"
-        "from lcm_jax.pretrained import weight_files, load_unet, save_unet\n"
+        "from lcm_jax.pretrained import safetensors_io as weight_files, load_unet, save_unet\n"
         "kill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
         "weight_files.sync = lambda stream: kill() if 'model' in str(stream.name) else None\n"
         "save_unet(*load_unet(sys.argv[1]), sys.argv[2])\n"

@@ -23,7 +23,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lcm_jax.diffusion import guidance, schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
-from lcm_jax.pretrained import load_pipeline, read_record, save_single_file, single_file, weight_files
+from lcm_jax.pretrained import load_pipeline, read_record, save_single_file, single_file
+from lcm_jax.pretrained import safetensors_io as weight_files
 from lcm_jax.pretrained import single_file_keys as keys
 from lcm_jax.pretrained.single_file_saving import check_file, fold_w
 

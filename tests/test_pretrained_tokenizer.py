@@ -9,7 +9,7 @@ import tiny
 from transformers import CLIPTokenizer
 
 from lcm_jax.errors import LcmError
-from lcm_jax.pretrained.tokenizer import FILES, load_tokenizer, tokenize, tokenize_counted, tokenizer_files
+from lcm_jax.pretrained.text import FILES, load_tokenizer, tokenize, tokenize_counted, tokenizer_files
 
 VOCAB = tiny.vocabulary()[0]
 START, END = VOCAB[tiny.START], VOCAB[tiny.END]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lcm_jax.runtime.reporting import alarms
+from lcm_jax.runtime import telemetry as alarms
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

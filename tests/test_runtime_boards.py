@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.reporting import boards
-from lcm_jax.runtime.reporting.telemetry import Telemetry, read_metrics
+from lcm_jax.runtime import boards
+from lcm_jax.runtime.telemetry import Telemetry, read_metrics
 
 
 class Run:

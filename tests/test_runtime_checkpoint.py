@@ -16,11 +16,12 @@ import optax
 import pytest
 
 from lcm_jax.errors import LcmError
+from lcm_jax.runtime import checkpoints as checkpoint_folder
+from lcm_jax.runtime import checkpoints as checkpoint_lib
+from lcm_jax.runtime import checkpoints as digests
+from lcm_jax.runtime import distributed as agreement
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.checkpoints import checkpoint as checkpoint_lib
-from lcm_jax.runtime.checkpoints import checkpoint_folder, digests
-from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints
-from lcm_jax.runtime.processes import agreement
+from lcm_jax.runtime.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 
@@ -280,7 +281,7 @@ def run_python(code, *arguments):
 FULL = """
 import resource, signal, sys, jax.numpy as jnp, numpy as np
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints
+from lcm_jax.runtime.checkpoints import Checkpoints
 noise = np.random.default_rng(0).normal(size=2_000_000).astype(np.float32)
 try:
     with Checkpoints(sys.argv[1]) as checkpoints:

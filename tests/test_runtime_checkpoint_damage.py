@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.checkpoints import digests
-from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints, load_subtree
+from lcm_jax.runtime import checkpoints as digests
+from lcm_jax.runtime.checkpoints import Checkpoints, load_subtree
 
 
 def make_state(step):
@@ -94,7 +94,7 @@ def test_flipped_bits_of_the_digests_themselves(folder):
     for at in np.random.default_rng(0).random(60):
         path.write_bytes(whole)
         flip(path, at)
-        damage = digests.find_damage(folder / "15")
+        damage = digests.damage_in(folder / "15")
         try:
             same = json.loads(path.read_bytes()) == json.loads(whole)
         except ValueError:

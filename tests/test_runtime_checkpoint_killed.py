@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 KILLS = """
 import json, os, random, signal, sys, time
 import jax, jax.numpy as jnp, numpy as np
-from lcm_jax.runtime.checkpoints import checkpoint, checkpoint_folder
+from lcm_jax.runtime import checkpoints as checkpoint
+from lcm_jax.runtime import checkpoints as checkpoint_folder
 
 folder, kills, keep, seed = sys.argv[1], *map(int, sys.argv[2:])
 

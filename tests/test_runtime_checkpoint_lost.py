@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from lcm_jax import config as config_lib
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.checkpoints import lost
-from lcm_jax.runtime.reporting import jsonl
+from lcm_jax.run import config as config_lib
+from lcm_jax.runtime import lost
+from lcm_jax.runtime import telemetry as jsonl
 
 EVERY = 10
 

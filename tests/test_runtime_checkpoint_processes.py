@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints, list_steps
+from lcm_jax.runtime.checkpoints import Checkpoints, list_steps
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +21,7 @@ import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 from jax.sharding import NamedSharding, PartitionSpec as P
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints
+from lcm_jax.runtime.checkpoints import Checkpoints
 
 def host(step):
     rng = np.random.default_rng(step)
@@ -166,8 +166,8 @@ def test_one_process_to_two_to_one(tmp_path):
 FAILS = """
 import time
 from jax.experimental import multihost_utils
-from lcm_jax.runtime.checkpoints import digests
-from lcm_jax.runtime.processes import distributed
+from lcm_jax.runtime import checkpoints as digests
+from lcm_jax.runtime import distributed
 from lcm_jax.runtime.workdir import StopSignal
 from orbax.checkpoint._src.checkpointers import async_checkpointer
 index, who = int(sys.argv[3]), int(sys.argv[5])

@@ -10,8 +10,8 @@ import pytest
 from test_runtime_distributed import LAUNCHER, free_port
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.processes import cluster
-from lcm_jax.runtime.processes.roll_call import roll_call
+from lcm_jax.runtime import distributed as cluster
+from lcm_jax.runtime.distributed import roll_call
 
 SLURM = {
     "SLURM_JOB_ID": "4097",

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lcm_jax.runtime import compiler
+from lcm_jax.runtime import kernels as compiler
 
 YNN = "__ynn_fusion"  # in the compiled text
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.reporting.goodput import EVENTS_FILE, Events, goodput
+from lcm_jax.runtime.telemetry import EVENTS_FILE, Events, goodput
 
 WHOLE = [
     {"event": "start", "time": 100.0, "step": 0},

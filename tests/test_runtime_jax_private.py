@@ -7,8 +7,7 @@ import jax
 import pytest
 from test_runtime_distributed import free_port
 
-from lcm_jax.runtime import jax_private
-from lcm_jax.runtime.processes import distributed
+from lcm_jax.runtime import distributed, jax_private
 
 ROOT = Path(__file__).parents[1]
 PRIVATE = re.compile(r"\b_src\b|^\s*(import|from) jaxlib\b", re.MULTILINE)

@@ -101,7 +101,7 @@ import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.checkpoints import checkpoint
+from lcm_jax.runtime import checkpoints as checkpoint
 from lcm_jax.runtime import mesh as m
 import sys
 mesh = m.make_mesh(fsdp=4)

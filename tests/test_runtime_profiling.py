@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.reporting import profiling
+from lcm_jax.runtime import profiling
 
 
 @pytest.mark.parametrize("spec", ["5", "0:3", "7:6", "a:b", "-1:3", "1:2:3", ":4", "4:"])

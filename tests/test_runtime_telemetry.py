@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.reporting import telemetry as telemetry_lib
-from lcm_jax.runtime.reporting.goodput import goodput
-from lcm_jax.runtime.reporting.telemetry import Telemetry, device_memory, keep_until, read_metrics
+from lcm_jax.runtime import telemetry as telemetry_lib
+from lcm_jax.runtime.telemetry import Telemetry, device_memory, goodput, keep_until, read_metrics
 
 
 def train(workdir, first, last, total=20, log_every=5, bad=None, stream=None):

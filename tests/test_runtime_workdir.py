@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from lcm_jax import config as config_lib
 from lcm_jax import files
 from lcm_jax.errors import LcmError
+from lcm_jax.run import config as config_lib
+from lcm_jax.runtime import workdir as owner
 from lcm_jax.runtime import workdir as workdir_lib
-from lcm_jax.runtime.processes import owner
 
 
 @pytest.fixture

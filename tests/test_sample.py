@@ -12,8 +12,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from lcm_jax import generate as generate_lib
 from lcm_jax import pretrained, sample
+from lcm_jax.sampling import generator as generate_lib
 
 RECORD = {"w_min": 2.0, "w_max": 8.0, "solver_steps": 20, "timestep_scaling": 10.0, "sigma_data": 0.5}
 PROMPT = "a small red circle"

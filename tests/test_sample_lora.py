@@ -16,10 +16,12 @@ import torch
 from test_export import diffusers_pictures
 from test_sample import PROMPT, arrays, draw
 
-from lcm_jax import generate, sample
-from lcm_jax import generate as generate_lib
+from lcm_jax import sample
 from lcm_jax.errors import LcmError
-from lcm_jax.pretrained import RECORD, conditioning, load_pipeline, save_single_file
+from lcm_jax.pretrained import RECORD, load_pipeline, save_single_file
+from lcm_jax.pretrained import text as conditioning
+from lcm_jax.sampling import generator as generate
+from lcm_jax.sampling import generator as generate_lib
 
 SEED, STEPS = 5, 3
 OPTIONS = (f"--seed={SEED}", f"--steps={STEPS}", "--num_images=2", "--batch_size=2")

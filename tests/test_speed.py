@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.speed import jax_side, measure, report, run, side, torch_side, trace, worker, workloads
 from experiments.speed.workloads import Workload
-from lcm_jax import student, training_step
 from lcm_jax.errors import LcmError
+from lcm_jax.run import models as student
+from lcm_jax.run import step as training_step
 from lcm_jax.runtime import mesh as mesh_lib
 
 SMALL = {kind: Workload(kind, "shapes", 64, 2, "float32") for kind in ("unet", "sample", "lcd", "lora")}

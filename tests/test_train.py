@@ -21,17 +21,18 @@ import pytest
 import tiny
 from absl import flags
 from PIL import Image
-from test_student import make_lcm
+from test_run_models import make_lcm
 
-from lcm_jax import config as config_lib
-from lcm_jax import student as student_lib
-from lcm_jax import train, training_data
+from lcm_jax import train
 from lcm_jax.data.order import batch_indices
 from lcm_jax.distill import step as step_lib
 from lcm_jax.models import lora
 from lcm_jax.pretrained import load_pipeline
-from lcm_jax.runtime.checkpoints import checkpoint
-from lcm_jax.runtime.reporting import telemetry
+from lcm_jax.run import config as config_lib
+from lcm_jax.run import data as training_data
+from lcm_jax.run import models as student_lib
+from lcm_jax.runtime import checkpoints as checkpoint
+from lcm_jax.runtime import telemetry
 
 ROOT = Path(__file__).parents[1]
 STEPS, STOP_FROM = 120, 15  # of the interrupted run: its length, and the step from which it is asked to stop

@@ -16,12 +16,12 @@ from jax.sharding import SingleDeviceSharding
 
 from lcm_jax import train
 from lcm_jax.data import loader
-from lcm_jax.data.examples import Arrays
 from lcm_jax.data.order import Order
+from lcm_jax.data.rows import Arrays
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime.checkpoints import checkpoint
-from lcm_jax.runtime.reporting import jsonl
-from lcm_jax.runtime.reporting.telemetry import read_metrics
+from lcm_jax.runtime import checkpoints as checkpoint
+from lcm_jax.runtime import telemetry as jsonl
+from lcm_jax.runtime.telemetry import read_metrics
 
 ROWS = Arrays(({"label": np.arange(64, dtype=np.int32)},))
 ORDER = Order(0, 4, (ROWS.groups,))
@@ -62,14 +62,14 @@ def run(tmp_path, monkeypatch):
     for name, value in {
         "train.models": lambda *_: (None, None),
         "train.encoders": lambda _: None,
-        "student.shapes": lambda _: (0, 0),
-        "student.theta": lambda _: None,
-        "training_data.open_parts": lambda _: [],
-        "training_data.check_caches": lambda *_: None,
-        "training_data.open_examples": lambda *_: ((ROWS,), ORDER),
-        "training_step.make": lambda *_: Program(),
-        "training_step.as_batch": lambda batch: batch,
-        "encoding.make_encode": lambda *_: jax.jit(lambda rows: rows["label"].sum()),
+        "run.models.shapes": lambda _: (0, 0),
+        "run.models.theta": lambda _: None,
+        "run.data.open_parts": lambda _: [],
+        "run.data.check_caches": lambda *_: None,
+        "run.data.open_examples": lambda *_: ((ROWS,), ORDER),
+        "run.step.make": lambda *_: Program(),
+        "run.step.as_batch": lambda batch: batch,
+        "data.encoding.make_encode": lambda *_: jax.jit(lambda rows: rows["label"].sum()),
         "runtime.mesh.report_unsharded": lambda *_: "",
         "data.loader.CLOSE": 0.1,
     }.items():

@@ -6,7 +6,7 @@ tensors) to 1.2e-4 (worst) away from float64. So single tensors of two orders of
 the bound on the worst is three times float32's own error; the median is bound by what one would ask of all. Adam's
 first updates are nearly the sign of the gradient, of rounding where there is nothing else. An epsilon of its own keeps
 them out of this comparison; one test says what they make of it. That the programs compute the same is
-shown in float64, in test_training_step.py.
+shown in float64, in test_run_step.py.
 """
 
 import runpy

@@ -17,11 +17,14 @@ from scipy import stats
 
 from experiments import stage
 from experiments.vs_diffusers import compare, draws, run, torch_lcd, torch_run
-from lcm_jax import assets, encoding, pretrained, training_step
-from lcm_jax import config as config_lib
-from lcm_jax import student as student_lib
+from lcm_jax import assets, pretrained
+from lcm_jax.data import encoding
 from lcm_jax.distill import step as step_lib
 from lcm_jax.errors import LcmError
+from lcm_jax.pretrained import text
+from lcm_jax.run import config as config_lib
+from lcm_jax.run import models as student_lib
+from lcm_jax.run import step as training_step
 from lcm_jax.runtime import mesh as mesh_lib
 
 STEPS = 3
@@ -84,7 +87,7 @@ def test_encoders_agree():
     config = small("configs/shapes_lcm.py")
     _, torch_encode = torch_run.prepared(config, source)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-    rows = {"pixels": pixels, **pretrained.conditioning.tokens(pipeline, ["a small red star", ""])}
+    rows = {"pixels": pixels, **text.tokens(pipeline, ["a small red star", ""])}
     theirs, ours = torch_encode(rows), jax.device_get(encoding.make_encode(pipeline)(rows))
     assert theirs.keys() == ours.keys()
     for name in ("mean", "logvar"):

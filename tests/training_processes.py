@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from test_runtime_distributed import LAUNCHER, LIMIT, explicit, free_port
 
-from lcm_jax.runtime.checkpoints import checkpoint
-from lcm_jax.runtime.reporting import telemetry
+from lcm_jax.runtime import checkpoints as checkpoint
+from lcm_jax.runtime import telemetry
 
 ROOT = Path(__file__).parents[1]
 

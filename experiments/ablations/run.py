@@ -27,10 +27,10 @@ from experiments import measuring, stage
 from experiments.ablations import figure, studies
 from experiments.ablations.studies import STUDIES, Study
 from experiments.terminal import teller
-from lcm_jax import config as config_lib
 from lcm_jax import evaluate, files
 from lcm_jax.errors import LcmError, exit_code
 from lcm_jax.metrics import table
+from lcm_jax.run import config as config_lib
 
 RESULTS = {"study.md": "md", "table.json": "json", "figure.png": "png"}
 

@@ -17,12 +17,11 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from lcm_jax import aot
+from lcm_jax.cost import chips, flops, roofline
 from lcm_jax.models.attention import AttentionFn, Transformer2DModel, dot_product_attention
-from lcm_jax.models.layers import ResnetBlock2D
-from lcm_jax.models.remat import remat
-from lcm_jax.runtime import attention
+from lcm_jax.models.layers import ResnetBlock2D, remat
+from lcm_jax.runtime import kernels as attention
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.cost import chips, flops, roofline
 
 _MODEL = flags.DEFINE_enum("model", "sd15", ["sd15", "sdxl"], "widths")
 _BLOCK = flags.DEFINE_list("block", ["resnet", "transformer", "low"], "blocks to compile")

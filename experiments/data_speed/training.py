@@ -31,7 +31,7 @@ from lcm_jax import precompute
 from lcm_jax.data import cache, loader
 from lcm_jax.data.order import draws_at
 from lcm_jax.files import write_text
-from lcm_jax.runtime.reporting.telemetry import read_metrics
+from lcm_jax.runtime.telemetry import read_metrics
 from lcm_jax.train import train
 
 CONFIG = "configs/shapes_lcm.py"

@@ -31,14 +31,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lcm_jax import config as config_lib
-from lcm_jax import encoding, precompute, training_data, training_step
-from lcm_jax import student as student_lib
-from lcm_jax.data import loader
+from lcm_jax import precompute
+from lcm_jax.data import encoding, loader
 from lcm_jax.distill import step as step_lib
 from lcm_jax.files import write_text
+from lcm_jax.run import config as config_lib
+from lcm_jax.run import data as training_data
+from lcm_jax.run import models as student_lib
+from lcm_jax.run import step as training_step
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.reporting.telemetry import LAG, Telemetry
+from lcm_jax.runtime.telemetry import LAG, Telemetry
 from lcm_jax.train import to_device
 
 CONFIG = "configs/shapes_lcm.py"

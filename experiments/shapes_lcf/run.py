@@ -22,8 +22,8 @@ from experiments.stage import trained_and_exported
 from experiments.terminal import teller
 from lcm_jax import pretrained, sample
 from lcm_jax.errors import LcmError
-from lcm_jax.generate import Generator, Settings, draw_noise, settings_for
 from lcm_jax.pretrained import load_pipeline
+from lcm_jax.sampling.generator import Generator, Settings, draw_noise, settings_for
 
 CONFIG = Path("configs/shapes_lcf.py")
 LCD_WEIGHT = 0.5

@@ -18,11 +18,11 @@ from experiments.shapes_lcm import table
 from experiments.shapes_teacher import teacher_rows
 from experiments.stage import trained_and_exported
 from experiments.terminal import teller
-from lcm_jax import generate as generate_lib
 from lcm_jax import pretrained, sample
 from lcm_jax.errors import LcmError
-from lcm_jax.generate import Generator
 from lcm_jax.pretrained import load_pipeline
+from lcm_jax.sampling import generator as generate_lib
+from lcm_jax.sampling.generator import Generator
 
 STEPS = (1, 2, 4, 8)
 GRID_PROMPTS = 8

@@ -17,10 +17,12 @@ import numpy as np
 
 from lcm_jax.data import shapes
 from lcm_jax.errors import LcmError
-from lcm_jax.generate import Generator, Settings, to_uint8
-from lcm_jax.metrics import captions, drawing, shapes_scorer
-from lcm_jax.metrics import endpoints as endpoints_lib
-from lcm_jax.runtime import compiler
+from lcm_jax.metrics import rows as drawing
+from lcm_jax.metrics import shapes as captions
+from lcm_jax.metrics import shapes as endpoints_lib
+from lcm_jax.metrics.networks import shapes as shapes_scorer
+from lcm_jax.runtime import kernels as compiler
+from lcm_jax.sampling.generator import Generator, Settings, to_uint8
 
 BATCH = 64
 REFERENCES = captions.REFERENCES

@@ -26,8 +26,8 @@ from experiments.stage import trained_and_exported
 from experiments.terminal import teller
 from lcm_jax import assets, sample
 from lcm_jax.errors import LcmError
-from lcm_jax.generate import Generator, settings_for
 from lcm_jax.pretrained import load_pipeline
+from lcm_jax.sampling.generator import Generator, settings_for
 
 CONFIG = Path("configs/shapes_lcm_lora.py")
 STYLE_STEPS, STYLE_RATE = 800, 2e-3

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments.shapes_lcm import table
-from lcm_jax.generate import Generator, Settings, grid
-from lcm_jax.metrics import frechet, shapes_scorer
+from lcm_jax.metrics import distances as frechet
+from lcm_jax.metrics.networks import shapes as shapes_scorer
+from lcm_jax.sampling.generator import Generator, Settings, grid
 
 GRID_PROMPTS = 8
 

@@ -25,7 +25,8 @@ from lcm_jax.diffusion import schedule
 from lcm_jax.diffusion.denoiser import call
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
-from lcm_jax.pretrained import Pipeline, conditioning, load_pipeline, lora_files
+from lcm_jax.pretrained import Pipeline, load_pipeline, lora_files
+from lcm_jax.pretrained import text as conditioning
 
 STYLE = "card"
 RANK = 16  # alpha is the rank, so that weight 1.0 is what was trained

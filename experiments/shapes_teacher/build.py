@@ -14,7 +14,7 @@ from experiments.shapes_teacher.train_unet import SCHEDULER, TEXT, UNET
 from lcm_jax.diffusion import schedule
 from lcm_jax.models import clip, unet
 from lcm_jax.pretrained import Pipeline, save_pipeline
-from lcm_jax.runtime.checkpoints.checkpoint import list_steps, load_subtree
+from lcm_jax.runtime.checkpoints import list_steps, load_subtree
 
 ASSET = Path(__file__).parents[2] / "lcm_jax" / "assets" / "shapes_teacher"
 

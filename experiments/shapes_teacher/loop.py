@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from lcm_jax.runtime.checkpoints.checkpoint import Checkpoints
+from lcm_jax.runtime.checkpoints import Checkpoints
 
 
 class State(struct.PyTreeNode):

@@ -16,8 +16,8 @@ from pathlib import Path
 from experiments.shapes_lcm import table
 from lcm_jax import assets
 from lcm_jax.errors import LcmError
-from lcm_jax.generate import Generator, Settings, settings_for
 from lcm_jax.pretrained import load_pipeline
+from lcm_jax.sampling.generator import Generator, Settings, settings_for
 
 FILE = Path(__file__).with_name("teacher_rows.json")
 SAMPLERS = ("ddim", "dpm_solver_pp_2m")

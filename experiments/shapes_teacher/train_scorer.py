@@ -1,4 +1,4 @@
-"""Trains the reader of shapes pictures (lcm_jax/metrics/shapes_scorer.py) on renders of the train split.
+"""Trains the reader of shapes pictures (lcm_jax/metrics/networks/shapes.py) on renders of the train split.
 
     python experiments/shapes_teacher/train_scorer.py --out=lcm_jax/assets/shapes_scorer
 
@@ -22,7 +22,8 @@ import optax
 
 from lcm_jax.data import shapes
 from lcm_jax.errors import LcmError
-from lcm_jax.metrics import frechet, shapes_scorer
+from lcm_jax.metrics import distances as frechet
+from lcm_jax.metrics.networks import shapes as shapes_scorer
 
 BLUR_MAX = 1.6  # pixels, standard deviation
 

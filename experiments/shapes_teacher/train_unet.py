@@ -23,7 +23,7 @@ from lcm_jax.data import shapes
 from lcm_jax.data.order import batch_indices
 from lcm_jax.diffusion import schedule
 from lcm_jax.models import clip, unet, vae
-from lcm_jax.runtime.checkpoints.checkpoint import list_steps, load_subtree
+from lcm_jax.runtime.checkpoints import list_steps, load_subtree
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",

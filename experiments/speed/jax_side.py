@@ -18,14 +18,18 @@ from jax.sharding import Mesh
 from experiments.speed import side, trace
 from experiments.speed.side import Prepared
 from experiments.speed.workloads import TRAINING, Workload
-from lcm_jax import assets, generate, student, training_step
+from lcm_jax import assets
+from lcm_jax.cost import flops, roofline
 from lcm_jax.distill import state, step
-from lcm_jax.networks import on_mesh
-from lcm_jax.pretrained import Pipeline, conditioning, load_pipeline
-from lcm_jax.pretrained.tokenizer import load_tokenizer
-from lcm_jax.runtime import compiler
+from lcm_jax.pretrained import Pipeline, load_pipeline
+from lcm_jax.pretrained import text as conditioning
+from lcm_jax.pretrained.text import load_tokenizer
+from lcm_jax.run import models as student
+from lcm_jax.run import step as training_step
+from lcm_jax.runtime import kernels as compiler
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.cost import flops, roofline
+from lcm_jax.runtime.kernels import on_mesh
+from lcm_jax.sampling import generator as generate
 
 WAY = "lcm_jax"
 SETTINGS = generate.Settings(steps=side.STEPS)

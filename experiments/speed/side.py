@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from experiments.speed.workloads import MODELS, Workload
 from lcm_jax import assets
-from lcm_jax import config as config_lib
 from lcm_jax.errors import LcmError
+from lcm_jax.run import config as config_lib
 
 STEPS, GUIDANCE_SCALE = 4, 8.0
 W_EMBEDDING = 256

@@ -24,7 +24,7 @@ class Workload:
       size: side of the pictures in pixels; of "matmul" the side of the matrices.
       batch: pictures.
       dtype: that the networks compute in.
-      remat: of training, a choice of `lcm_jax.models.remat`: activations are made anew for gradients; in torch by
+      remat: of training, a choice of `lcm_jax.models.layers`: activations are made anew for gradients; in torch by
         gradient checkpointing, if it is not "none".
       alone: the sides do not fit on a card together, so one ends before the other begins.
     """

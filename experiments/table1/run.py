@@ -25,10 +25,10 @@ from experiments import measuring, stage
 from experiments.shapes_teacher import teacher_rows
 from experiments.table1 import paper
 from experiments.terminal import teller
-from lcm_jax import config as config_lib
 from lcm_jax import evaluate, files
 from lcm_jax.errors import exit_code
 from lcm_jax.metrics import table
+from lcm_jax.run import config as config_lib
 
 BASELINES = {"ddim": "DDIM", "dpm_solver_2m": "DPM-Solver", "dpm_solver_pp_2m": "DPM-Solver++"}
 METHODS = {**BASELINES, "lcm": "LCM"}

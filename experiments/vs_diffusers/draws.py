@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from ml_collections import ConfigDict
 
-from lcm_jax import student as student_lib
-from lcm_jax import training_data, training_step
 from lcm_jax.data import loader
-from lcm_jax.distill import objectives
+from lcm_jax.distill import objective as objectives
 from lcm_jax.distill import step as step_lib
 from lcm_jax.pretrained import Pipeline
+from lcm_jax.run import data as training_data
+from lcm_jax.run import models as student_lib
+from lcm_jax.run import step as training_step
 
 Rows = Mapping[str, Any]
 

@@ -27,12 +27,12 @@ from experiments.shapes_lcm import table
 from experiments.shapes_teacher import teacher_rows
 from experiments.terminal import teller
 from experiments.vs_diffusers import compare
-from lcm_jax import config as config_lib
 from lcm_jax import files, pretrained
 from lcm_jax.errors import LcmError
-from lcm_jax.generate import Generator, settings_for
 from lcm_jax.metrics import plot
 from lcm_jax.pretrained import load_pipeline
+from lcm_jax.run import config as config_lib
+from lcm_jax.sampling.generator import Generator, settings_for
 
 CONFIG = "configs/shapes_lcm.py"
 TORCH = ("torch", "diffusers", "peft")  # packages that torch_lcd.py imports

@@ -12,8 +12,9 @@ from transformers import CLIPTextModel
 from experiments import stage
 from experiments.vs_diffusers import draws, torch_lcd
 from lcm_jax import assets, files
-from lcm_jax import config as config_lib
-from lcm_jax.pretrained import conditioning, load_pipeline
+from lcm_jax.pretrained import load_pipeline
+from lcm_jax.pretrained import text as conditioning
+from lcm_jax.run import config as config_lib
 
 CHECKPOINT = "state.pt"
 CURVE = "metrics.jsonl"

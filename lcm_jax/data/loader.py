@@ -29,10 +29,10 @@ import jax
 import numpy as np
 from absl import flags
 
-from lcm_jax.data import waiting
 from lcm_jax.data.order import Order, Place, draws_at
 from lcm_jax.data.records import BadRecord, Fault
 from lcm_jax.errors import LcmError
+from lcm_jax.runtime import waiting
 
 THREADS = min(8, os.cpu_count() or 1)  # batches in the making at a time, where no processes make them
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -16,6 +16,8 @@ One tenth of all (shape, colour, size, position, background) combinations is kep
 
 Every picture can be drawn in another style (`STYLES`), which its caption does not name: that is what a style LoRA or a
 fine-tuning learns. "card" makes objects taller, narrower and bolder, and marks two corners in the object's colour.
+
+The shapes set (`data/shapes.py`) as a source of records: pictures rendered when they are asked for.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from lcm_jax.data.records import Fault, Record
 from lcm_jax.errors import LcmError
 
 RESOLUTION = 64
@@ -344,3 +347,38 @@ def examples(
     """Pictures (uint8 [count 64 64 3]) and captions number `start` .. `start + count - 1` of a split."""
     specs = [spec(i, split, num_objects) for i in range(start, start + count)]
     return render_batch(specs, style), [caption(s) for s in specs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """The first `num_examples` pictures of a split, in one style."""
+
+    num_examples: int
+    style: str
+    split: str
+    faults: tuple[Fault, ...] = ()
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def __getitem__(self, number: int) -> Record:
+        picture, caption = example(number, self.split, style=self.style)
+        side = float(RESOLUTION)
+        return Record(self.where(number)[1], picture, (caption,), {"width": side, "height": side})
+
+    def field(self, name: str) -> np.ndarray | None:
+        return np.full(len(self), float(RESOLUTION)) if name in ("width", "height") else None
+
+    def where(self, number: int) -> tuple[str, str]:
+        return f"shapes/{self.split}/{self.style}", str(number)
+
+
+def open(*, num_examples: int = 4096, style: str = "plain", split: str = "train") -> Rendered:
+    """The source. Raises LcmError: unknown split or style, no pictures."""
+    if split not in SPLITS:
+        raise LcmError(f"config.data.split = {split!r}: the shapes set has {', '.join(SPLITS)}")
+    if style not in STYLES:
+        raise LcmError(f"config.data.style = {style!r}: must be one of {', '.join(STYLES)}")
+    if num_examples < 1:
+        raise LcmError(f"config.data.num_examples = {num_examples}: must be at least 1")
+    return Rendered(num_examples, style, split)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lcm_jax.distill import objectives
+from lcm_jax.distill import objective as objectives
 from lcm_jax.distill.state import TrainState, update_ema
 
 METRICS = ("loss", "grad_norm", "update_norm", "param_norm", "ema_distance")  # scalars that a step tells

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import features
 from lcm_jax.metrics.networks import clip
-from lcm_jax.pretrained import tokenizer
+from lcm_jax.pretrained import text as tokenizer
 from lcm_jax.runtime import mesh as mesh_lib
 
 

@@ -179,7 +179,7 @@ def _dinov2(path: str | Path | None, resize: str | None) -> Network:
 
 def _shapes(path: str | Path | None, resize: str | None) -> Network:
     from lcm_jax.data.shapes import RESOLUTION
-    from lcm_jax.metrics import shapes_scorer
+    from lcm_jax.metrics.networks import shapes as shapes_scorer
 
     if resize not in (None, "none"):
         raise LcmError(f"the shapes scorer reads pictures as they are; resize={resize!r} must be left out")

@@ -25,9 +25,11 @@ from jax.sharding import Mesh
 
 from lcm_jax.data import shapes
 from lcm_jax.errors import LcmError
-from lcm_jax.metrics import captions as captions_lib
-from lcm_jax.metrics import clip_score, inputs, shapes_scorer, statistics_files
+from lcm_jax.metrics import clip_score, inputs
+from lcm_jax.metrics import shapes as captions_lib
+from lcm_jax.metrics import statistics as statistics_files
 from lcm_jax.metrics.features import Extractor, load_extractor
+from lcm_jax.metrics.networks import shapes as shapes_scorer
 from lcm_jax.metrics.networks import weights
 
 KINDS = {"fid": "inception", "clip_score": "clip", "cmmd": "clip", "fd_dinov2": "dinov2", "shapes": "shapes"}

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lcm_jax.models.layers import GroupNorm, LayerNorm, WeightsFn, begin_with, conv1x1, dense
-from lcm_jax.models.remat import remat, tag_attention
+from lcm_jax.models.layers import GroupNorm, LayerNorm, WeightsFn, begin_with, conv1x1, dense, remat, tag_attention
 
 AttentionFn = Callable[..., jax.Array]
 Dtype = Any

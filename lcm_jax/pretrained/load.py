@@ -10,7 +10,8 @@ from flax import linen as nn
 from lcm_jax import files
 from lcm_jax.errors import LcmError
 from lcm_jax.models import unet
-from lcm_jax.pretrained import hub, names, pipeline, single_file
+from lcm_jax.pretrained import diffusers_folder as pipeline
+from lcm_jax.pretrained import hub, names, single_file
 from lcm_jax.pretrained.model import RECORD, Config, Pipeline
 
 Dtype = Any

@@ -27,9 +27,10 @@ from lcm_jax import files
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.models.unet import UNet2DConditionModel
-from lcm_jax.pretrained import hub, lora_keys, names, noise_marks, weight_files
+from lcm_jax.pretrained import hub, lora_keys, names, noise_marks
+from lcm_jax.pretrained import safetensors_io as weight_files
+from lcm_jax.pretrained.diffusers_folder import check_target
 from lcm_jax.pretrained.model import Pipeline
-from lcm_jax.pretrained.saving import check_target
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 FORMATS = ("kohya", "peft")

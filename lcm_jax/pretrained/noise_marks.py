@@ -24,7 +24,7 @@ from absl import logging
 from lcm_jax.diffusion import schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.pretrained.model import RECORD
-from lcm_jax.pretrained.weight_files import Weights
+from lcm_jax.pretrained.safetensors_io import Weights
 
 KEYS = ("v_pred", "ztsnr")
 

@@ -33,8 +33,11 @@ from lcm_jax.diffusion import schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
 from lcm_jax.models.config import to_config
-from lcm_jax.pretrained import hub, names, noise_marks, pipeline, tokenizer, weight_files
+from lcm_jax.pretrained import diffusers_folder as pipeline
+from lcm_jax.pretrained import hub, names, noise_marks
+from lcm_jax.pretrained import safetensors_io as weight_files
 from lcm_jax.pretrained import single_file_keys as keys
+from lcm_jax.pretrained import text as tokenizer
 from lcm_jax.pretrained.model import RECORD, SCHEDULER, Pipeline, check_fit, parts_read
 from lcm_jax.pretrained.names import Shape
 

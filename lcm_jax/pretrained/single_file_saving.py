@@ -14,11 +14,11 @@ from lcm_jax.diffusion import guidance, schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip
 from lcm_jax.models.config import to_config
+from lcm_jax.pretrained import safetensors_io as weight_files
 from lcm_jax.pretrained import single_file_keys as keys
-from lcm_jax.pretrained import weight_files
+from lcm_jax.pretrained.diffusers_folder import names_of_parts
 from lcm_jax.pretrained.model import Config, Pipeline
 from lcm_jax.pretrained.names import Shape
-from lcm_jax.pretrained.saving import names_of_parts
 from lcm_jax.pretrained.single_file import FAMILIES, SUFFIX, Family, layouts, published_scheduler
 
 _SLACK = 1 << 20  # bytes for the header and the file system's own rounding

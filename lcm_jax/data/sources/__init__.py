@@ -22,15 +22,15 @@ from lcm_jax.errors import LcmError
 
 
 def _open(module: str, *arguments: Any, **keywords: Any) -> Source:
-    return importlib.import_module(f"{__name__}.{module}").open(*arguments, **keywords)
+    return importlib.import_module(f"lcm_jax.data.{module}").open(*arguments, **keywords)
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
-    "webdataset": functools.partial(_open, "webdataset"),
-    "folder": functools.partial(_open, "folder"),
-    "huggingface": functools.partial(_open, "huggingface"),
-    "tfds": functools.partial(_open, "tfds"),
-    "shapes": functools.partial(_open, "rendered"),
+    "webdataset": functools.partial(_open, "sources.webdataset"),
+    "folder": functools.partial(_open, "sources.folder"),
+    "huggingface": functools.partial(_open, "sources.huggingface"),
+    "tfds": functools.partial(_open, "sources.tfds"),
+    "shapes": functools.partial(_open, "shapes"),
 }
 KEYWORDS = {
     "webdataset": ("path", "image_key", "caption_key", "index_dir"),

@@ -15,9 +15,12 @@ from lcm_jax.files import read_json
 from lcm_jax.metrics import resizing
 from lcm_jax.metrics.networks import weights
 from lcm_jax.metrics.networks.network import Network
-from lcm_jax.models import clip, clip_vision
+from lcm_jax.models import clip
+from lcm_jax.models import clip as clip_vision
 from lcm_jax.models.config import RUN_FIELDS
-from lcm_jax.pretrained import names, tokenizer, weight_files
+from lcm_jax.pretrained import names
+from lcm_jax.pretrained import safetensors_io as weight_files
+from lcm_jax.pretrained import text as tokenizer
 
 RESIZES = ("processor", "cmmd")
 _TEXT = ("text_model.", "text_projection.")
@@ -46,7 +49,7 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
     if resize not in RESIZES:
         raise LcmError(f"resize={resize!r} of clip features is unknown; choose one of {', '.join(RESIZES)}")
     folder = weights.existing("clip", path)
-    module = clip_vision.from_config(read_json(folder / "config.json"))
+    module = clip_vision.vision_from_config(read_json(folder / "config.json"))
     side = module.image_size
     processor = resizing.read_processor(folder)
     if resize == "cmmd":

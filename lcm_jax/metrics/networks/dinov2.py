@@ -31,7 +31,7 @@ from lcm_jax.metrics.networks.network import Network
 from lcm_jax.models.attention import dot_product_attention, multi_head_attention
 from lcm_jax.models.config import RUN_FIELDS, module_fields
 from lcm_jax.models.layers import LayerNorm
-from lcm_jax.pretrained import weight_files
+from lcm_jax.pretrained import safetensors_io as weight_files
 
 SIDE = 224
 RESIZES = ("square", "processor")

@@ -26,7 +26,7 @@ from lcm_jax.errors import LcmError
 from lcm_jax.metrics import resizing
 from lcm_jax.metrics.networks import torch_file, weights
 from lcm_jax.metrics.networks.network import Network
-from lcm_jax.pretrained import weight_files
+from lcm_jax.pretrained import safetensors_io as weight_files
 
 SIDE, DIM = 299, 2048
 NORM_EPS = 1e-3

@@ -1,1 +1,0 @@
-"""What a compiled step costs: FLOPs, bytes, traffic, and the time that a chip would need for them."""

@@ -1,1 +1,0 @@
-"""One run in many processes: how they find each other, agree, and end together."""

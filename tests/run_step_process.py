@@ -1,0 +1,153 @@
+"""The training step in float64 on eight fake devices against one: how far their states lie apart, and what it moves.
+
+    python tests/run_step_process.py TEACHER CASES STEPS SMALL
+
+`jnp.float32` is float64 here before the package is read, so that all that the step computes is, casts inside the
+networks, too; what two programs differ in is then no rounding. CASES is JSON, {case: [[data, fsdp, slices], options]},
+null for one device; SMALL is the number of elements from which weights are split, of which a tiny model has no large
+ones. Prints one JSON object, for each case
+
+    distances      the largest relative L2 distance among the arrays of the first gradient and of the last state; losses
+    moved          [[kind, axes of the mesh, dimensions], ...] of all collectives in the compiled step
+    weights        dimensions of the weights, and of their shards
+    same_text      whether the step that is lowered from shapes alone is the one of the weights
+"""
+
+import dataclasses
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+jax.config.update("jax_enable_x64", True)
+jnp.float32 = jnp.float64
+
+from lcm_jax import train  # noqa: E402
+from lcm_jax.cost import hlo  # noqa: E402
+from lcm_jax.run import config as config_lib  # noqa: E402
+from lcm_jax.run import models as student_lib  # noqa: E402
+from lcm_jax.run import step as training_step  # noqa: E402
+from lcm_jax.runtime import kernels as attention  # noqa: E402
+from lcm_jax.runtime import mesh as mesh_lib  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+BATCH = 32  # two rows for each device in each of two parts: no activation has the shape of a weight
+LOGITS = 2**12  # bytes of a block of chunked attention: several blocks
+
+
+def make_config(teacher, options):
+    config = runpy.run_path(str(ROOT / "configs" / "shapes_lcm.py"))["get_config"]()
+    config.model.teacher = teacher
+    config.data.batch_size = BATCH
+    config = config_lib.resolve(config).unlock()
+    config.model.dtype = config.model.teacher_dtype = config.train.mu_dtype = "float64"
+    for name, value in options.items():
+        section, key = name.split(".")
+        config[section][key] = value
+    return config
+
+
+def double(pipeline):
+    """The pipeline with arrays, or shapes, in float64."""
+
+    def one(x):
+        shape = jax.ShapeDtypeStruct(x.shape, jnp.float64)
+        return shape if isinstance(x, jax.ShapeDtypeStruct) else x.astype(jnp.float64)
+
+    return dataclasses.replace(pipeline, params=jax.tree.map(one, dict(pipeline.params)))
+
+
+def moved(student):
+    """The student's weights, not the teacher's any more: what it is told of w counts, too."""
+    rng = np.random.default_rng(1)
+    weights = jax.tree.map(lambda x: x * (1 + 0.05 * rng.normal(size=x.shape)), student.params["unet"])
+    projection = weights["time_embedding"]["cond_proj"]["kernel"]
+    weights["time_embedding"]["cond_proj"]["kernel"] = projection + 0.05 * rng.normal(size=projection.shape)
+    return student_lib.with_theta(student, weights)
+
+
+def make_batch(program, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jax.device_put(rng.normal(size=x.shape), x.sharding), program.batch)
+
+
+def named(parts):
+    """{part: {array's name: its value on the host}}"""
+    assert {x.dtype for x in jax.tree.leaves(parts)} == {np.dtype("float64")}
+    return {
+        name: {jax.tree_util.keystr(path): np.array(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for name, tree in parts.items()
+    }
+
+
+def run(teacher, steps, sizes=None, options=None):
+    """(gradient, losses and parts of the last state by name, what the compiled step is)."""
+    config = make_config(teacher, options or {})
+    mesh = mesh_lib.make_mesh(*sizes) if sizes else mesh_lib.make_mesh(devices=jax.devices()[:1])
+    teacher, student = map(double, train.models(config, mesh))
+    program = training_step.make(config, teacher, student, mesh)
+    of_shapes = training_step.make(config, *map(double, student_lib.shapes(config)), mesh)
+    lowered = program.lower()
+    step = lowered.compile()
+    state, frozen = program.begin(student_lib.theta(moved(student))), program.place_frozen(teacher, student)
+    shards = {dimensions(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves((state, frozen))}
+    key, parts = jax.device_put(jax.random.key(3), program.key.sharding), {}
+    for n in range(steps):
+        state, metrics = step(state, frozen, make_batch(program, n), key)
+        parts |= named({f"loss {n + 1}": metrics["loss"]})
+        if n == 0:  # the first moment is the gradient, but for a factor
+            parts |= named({"gradient": state.opt_state[1][0].mu})
+    parts |= named({"params": state.params, "ema_params": state.ema_params, "moments": state.opt_state[1][0][1:]})
+    whole = {dimensions(x.shape) for x in jax.tree.leaves((state, frozen))}
+    return parts, {
+        "moved": moves(step.as_text(), mesh),
+        "weights": [sorted(whole), sorted(shards)],
+        "same_text": of_shapes.lower().as_text() == lowered.as_text(),
+    }
+
+
+def dimensions(shape):
+    """Without ones, in any order: XLA may turn an array round."""
+    return tuple(sorted(size for size in shape if size > 1))
+
+
+def moves(text, mesh):
+    program = hlo.read(text)
+    found = set()
+    for instruction, *_ in program.instructions():
+        kind = instruction.opcode.removesuffix("-start")
+        if kind.startswith(("all-", "reduce-scatter", "collective", "ragged", "send", "recv")):
+            one = dataclasses.replace(program, computations={"": [instruction]}, times={"": 1})
+            axes = {collective.axes(mesh.shape) for collective in hlo.collectives(one)}
+            found |= {(kind, *axes, dimensions(shape)) for shape in hlo.dimensions(instruction.shape)}
+    return sorted(found)
+
+
+def distances(one, other):
+    return {
+        name: max(float(np.linalg.norm(other[name][leaf] - x) / np.linalg.norm(x)) for leaf, x in part.items())
+        for name, part in one.items()
+    }
+
+
+def main(teacher, cases, steps, small):
+    for function in (mesh_lib.param_sharding, mesh_lib.state_shardings, mesh_lib.abstract_state):
+        function.__defaults__ = (int(small),)
+    attention.CHUNK_LOGITS = LOGITS
+    one, _ = run(teacher, int(steps))
+    told = {}
+    for case, (sizes, options) in json.loads(cases).items():
+        other, about = run(teacher, int(steps), sizes, options)
+        told[case] = {"distances": distances(one, other), **about}
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,230 @@
+"""Collectives, loops and kernels in program text: compiled for eight CPU devices, and in a TPU's spellings."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lcm_jax.cost import hlo
+from lcm_jax.cost import hlo as operations
+
+# Prints {case: [[kind, link bytes, times, axes], ...]} of programs on a mesh of data 2 x fsdp 4.
+EIGHT = """
+import json
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec as P
+from lcm_jax.cost import hlo
+from lcm_jax.cost import hlo as operations
+
+mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
+
+def in_loop(x):
+    return lax.scan(lambda c, _: (lax.psum(c, "fsdp") / 4 + 1, None), x, None, length=5)[0]
+
+CASES = {
+    "psum": (lambda x: lax.psum(x, "fsdp"), P("data")),
+    "psum_all": (lambda x: lax.psum(x, ("data", "fsdp")), P()),
+    "all_gather": (lambda x: lax.all_gather(x, "fsdp", tiled=True), P("data")),
+    "all_gather_data": (lambda x: lax.all_gather(x, "data", tiled=True), P("fsdp")),
+    "psum_scatter": (lambda x: lax.psum_scatter(x, "fsdp", tiled=True), P(("data", "fsdp"))),
+    "all_to_all": (lambda x: lax.all_to_all(x, "fsdp", 1, 0, tiled=True), P(("data", "fsdp"))),
+    "ppermute": (lambda x: lax.ppermute(x, "data", [(0, 1), (1, 0)]), P(("data", "fsdp"))),
+    "in_loop": (in_loop, P("data")),
+}
+x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+found = {}
+for name, (f, out) in CASES.items():
+    part = jax.shard_map(f, mesh=mesh, in_specs=P(("data", "fsdp")), out_specs=out, check_vma=False)
+    program = hlo.read(jax.jit(part).lower(x).compile().as_text())
+    assert program.devices == 8 and not program.unknown
+    found[name] = [[c.kind, c.link_bytes, c.times, c.axes(dict(mesh.shape))] for c in hlo.collectives(program)]
+
+# A loop of products: all turns but the first, of one device's part.
+def loop(x, w):
+    return lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=5)[0]
+w = jax.ShapeDtypeStruct((128, 128), jnp.float32, sharding=NamedSharding(mesh, P()))
+found["repeated"] = operations.repeated(operations.operations(hlo.read(jax.jit(loop).lower(x, w).compile().as_text())))
+print(json.dumps(found))
+"""
+PART = 8 * 128 * 4  # bytes of a device's part of x
+
+
+@pytest.fixture(scope="module")
+def eight():
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", EIGHT], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("case", "want"),
+    [
+        ("psum", ["all-reduce", 2 * PART * 3 / 4, 1, ["fsdp"]]),
+        ("psum_all", ["all-reduce", 2 * PART * 7 / 8, 1, ["data", "fsdp"]]),
+        ("all_gather", ["all-gather", 3 * PART, 1, ["fsdp"]]),
+        ("all_gather_data", ["all-gather", PART, 1, ["data"]]),
+        ("psum_scatter", ["reduce-scatter", 3 * PART / 4, 1, ["fsdp"]]),
+        ("all_to_all", ["all-to-all", PART * 3 / 4, 1, ["fsdp"]]),
+        ("ppermute", ["collective-permute", PART, 1, ["data"]]),
+        ("in_loop", ["all-reduce", 2 * PART * 3 / 4, 5, ["fsdp"]]),
+    ],
+)
+def test_collectives_of_known_size(eight, case, want):
+    assert eight[case] == [want]
+
+
+def test_all_turns_but_the_first_of_a_loop(eight):
+    flops, memory = eight["repeated"]
+    assert flops == 4 * 2 * 8 * 128 * 128
+    assert 4 * (128 * 128 * 4) < memory < 4 * (128 * 128 * 4 + 20 * PART)
+
+
+TPU = """\
+HloModule jit_step, is_scheduled=true, num_partitions=16
+
+%fused (p.1: bf16[64,320], p.2: bf16[320,640]) -> bf16[64,640] {
+  %p.1 = bf16[64,320]{1,0:T(8,128)(2,1)} parameter(0)
+  %p.2 = bf16[320,640]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  ROOT %convolution.1 = bf16[64,640]{1,0:T(8,128)(2,1)} convolution(%p.1, %p.2), dim_labels=bf_io->bf
+}
+
+%condition (c.1: (u32[], bf16[64,320])) -> pred[] {
+  %constant.1 = u32[]{:T(128)} constant(8)
+  %c.1 = (u32[]{:T(128)}, bf16[64,320]{1,0:T(8,128)(2,1)}) parameter(0)
+  %get-tuple-element.1 = u32[]{:T(128)} get-tuple-element(%c.1), index=0
+  ROOT %compare.1 = pred[]{:T(512)} compare(%get-tuple-element.1, %constant.1), direction=LT
+}
+
+%body (b.1: (u32[], bf16[64,320])) -> (u32[], bf16[64,320]) {
+  %b.1 = (u32[]{:T(128)}, bf16[64,320]{1,0:T(8,128)(2,1)}) parameter(0)
+  %get-tuple-element.2 = bf16[64,320]{1,0:T(8,128)(2,1)} get-tuple-element(%b.1), index=1
+  %weights = bf16[320,640]{1,0:T(8,128)(2,1)S(1)} constant({...})
+  %fusion.1 = bf16[64,640]{1,0:T(8,128)(2,1)} fusion(%get-tuple-element.2, %weights), kind=kOutput, calls=%fused, \
+metadata={op_name="jit(step)/block_3/dot"}
+  %collective-permute-start.1 = (bf16[64,320]{1,0}, bf16[64,320]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%get-tuple-element.2), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %collective-permute-done.1 = bf16[64,320]{1,0} collective-permute-done(%collective-permute-start.1)
+  ROOT %tuple.1 = (u32[]{:T(128)}, bf16[64,320]{1,0:T(8,128)(2,1)}) tuple(%n, %collective-permute-done.1)
+}
+
+ENTRY %main (x.1: bf16[64,320], y.1: f32[20,256]) -> f32[320,256] {
+  %x.1 = bf16[64,320]{1,0:T(8,128)(2,1)} parameter(0)
+  %y.1 = f32[20,256]{1,0:T(8,128)} parameter(1)
+  %while.1 = (u32[]{:T(128)}, bf16[64,320]{1,0:T(8,128)(2,1)}) while(%tuple.0), condition=%condition, body=%body
+  %splash_mha_fwd.3 = bf16[2,8,4096,40]{3,2,1,0} custom-call(%mask, %q, %k), custom_call_target="tpu_custom_call"
+  %mask = s8[1,4,4]{2,1,0} constant({...})
+  %q = bf16[2,8,4096,40]{3,2,1,0} copy(%x.1)
+  %k = bf16[2,8,1024,40]{3,2,1,0} copy(%x.1)
+  %all-gather-start.1 = (f32[20,256]{1,0}, f32[80,256]{1,0}) all-gather-start(%y.1), \
+replica_groups=[4,4]<=[4,4]T(1,0), dimensions={0}, use_global_device_ids=true
+  %all-gather-done.1 = f32[80,256]{1,0} all-gather-done(%all-gather-start.1)
+  %all-reduce.1 = (f32[20,256]{1,0}, /*index=1*/bf16[10]{0}) all-reduce(%y.1, %x.1), \
+replica_groups={{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}}, to_apply=%add
+  ROOT %all-gather.2 = f32[320,256]{1,0:T(8,128)} all-gather(%y.1), replica_groups=mesh['a'=1,'b'=16] {'b'}, \
+dimensions={0}, frontend_attributes={async_collective_name="all-gather-start.9"}
+}
+"""
+
+
+def test_a_tpu_program():
+    program = hlo.read(TPU)
+    assert program.devices == 16 and program.times["body"] == 8 and program.fused == {"fused"} and not program.unknown
+    mesh = {"data": 4, "fsdp": 4}
+    found = {(c.kind, c.axes(mesh)): (c.link_bytes, c.times) for c in hlo.collectives(program)}
+    assert found == {
+        ("collective-permute", ("fsdp",)): (64 * 320 * 2, 8),
+        ("all-gather", ("data",)): (3 * 20 * 256 * 4, 1),
+        ("all-reduce", ("fsdp",)): (2 * (20 * 256 * 4 + 10 * 2) * 3 / 4, 1),
+        ("all-gather", ("data", "fsdp")): (15 * 20 * 256 * 4, 1),
+    }
+
+
+def test_turns_and_traffic_of_a_tpu_program():
+    program = hlo.read(TPU)
+    flops, memory = operations.repeated(operations.operations(program))
+    assert flops == 7 * 2 * 64 * 640 * 320
+    read_and_written = 64 * 320 * 2 + 64 * 640 * 2  # the weights lie in the chip's own memory
+    permuted = 3 * 64 * 320 * 2  # operand, and both halves of the type
+    assert memory == 7 * (read_and_written + permuted + (4 + 4 + 1))  # and the condition's comparison
+    heaviest = operations.heaviest(operations.operations(program))
+    assert ("fusion jit(step)/block_*/dot", 8, 8 * read_and_written) in heaviest
+
+
+def test_kernels_of_a_tpu_program():
+    (kernel,) = hlo.kernels(hlo.read(TPU))
+    assert kernel.operands == ((2, 8, 4096, 40), (2, 8, 1024, 40)) and kernel.times == 1
+    assert kernel.bytes == 16 + 2 * 2 * 8 * 4096 * 40 * 2 + 2 * 8 * 1024 * 40 * 2
+
+
+def test_a_loop_of_unknown_length_is_told_of_and_counts_once():
+    program = hlo.read(TPU.replace("direction=LT", "direction=NE"))
+    assert program.unknown == ("while.1",) and program.times["body"] == 1
+    assert operations.repeated(operations.operations(program)) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("f32[2,3]{1,0}", 24),
+        ("(bf16[4]{0}, /*index=1*/s8[3]{0})", 11),
+        ("pred[]", 1),
+        ("bf16[4]{0:T(8,128)S(1)}", 0),
+        ("f8e4m3fn[10]{0}", 10),
+        ("u32[]{:S(2)}", 0),
+        ("token[]", 0),
+        ("s4[6]{0}", 6),
+    ],
+)
+def test_sizes(shape, size):
+    assert hlo.size_bytes(shape) == size
+
+
+CONVOLUTION = """\
+HloModule jit_step, num_partitions=1
+
+ENTRY %main (x: f32[2,8,8,4]) -> f32[2,8,8,16] {{
+  %x = f32{left}{{3,2,1,0}} parameter(0)
+  %k = f32{right}{{3,2,1,0}} parameter(1)
+  ROOT %convolution.1 = f32{out}{{3,2,1,0}} convolution(%x, %k), {rest}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "out", "rest", "products"),
+    [
+        ("[2,8,8,4]", "[3,3,4,16]", "[2,6,6,16]", "window={size=3x3}, dim_labels=b01f_01io->b01f", 2 * 36 * 16 * 9 * 4),
+        (
+            "[2,8,8,4]",
+            "[3,3,4,16]",
+            "[2,8,8,16]",
+            "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f",
+            2 * 16 * 4 * 22**2,
+        ),
+        (
+            "[2,8,8,4]",
+            "[3,3,4,16]",
+            "[2,4,4,16]",
+            "window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_01io->b01f",
+            2 * 16 * 4 * 11**2,
+        ),
+        # A product of 5 batches, [5 6 7] by [5 7 8], as a convolution over the batches: mostly padding and holes.
+        (
+            "[5,6,7,1]",
+            "[5,7,8,1]",
+            "[5,6,8,1]",
+            "window={size=5x1 stride=4x1 lhs_dilate=5x1}, dim_labels=0bf1_0io1->0bf1",
+            5 * 6 * 7 * 8,
+        ),
+    ],
+)
+def test_multiplications_of_a_convolution(left, right, out, rest, products):
+    program = hlo.read(CONVOLUTION.format(left=left, right=right, out=out, rest=rest))
+    (one,) = operations.operations(program)
+    assert one.flops == 2 * products

@@ -1,0 +1,403 @@
+"""`python -m lcm_jax.inspect`: its numbers against numpy's, its pictures against the loader's, its errors."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import parity
+import pytest
+from absl import flags
+from PIL import Image, ImageFont
+
+from lcm_jax import inspect
+from lcm_jax import inspect as contact_sheet
+from lcm_jax import inspect as excerpt
+from lcm_jax import inspect as report
+from lcm_jax.data import cache, loader
+from lcm_jax.data import cache as cache_writing
+from lcm_jax.data.order import Order
+from lcm_jax.data.records import Fault
+from lcm_jax.errors import LcmError
+from lcm_jax.run import config as config_lib
+from lcm_jax.run import data as training_data
+
+ROOT = Path(__file__).parents[1]
+SIZES = [(40, 60), (90, 60), (64, 64), (130, 65), (50, 200), (64, 96), (70, 70), (33, 32), (128, 80), (300, 310)]
+BROKEN, EMPTY = 4, 7  # the pictures that are cut, and that have no bytes
+GOOD = [number for number in range(len(SIZES)) if number not in (BROKEN, EMPTY)]
+CAPTIONS = [["x" * (7 * number + 1), "日本 \ud800\x1b[31m"][: 1 + number % 2] for number in range(len(SIZES))]
+CAPTIONS[0] = ["a caption\nof two lines"]
+
+
+def picture(number: int) -> bytes:
+    stream, (height, width) = io.BytesIO(), SIZES[number]
+    pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def write_folder(path: Path, fields: bool = False) -> Path:
+    path.mkdir()
+    rows = []
+    for number, (height, width) in enumerate(SIZES):
+        content = picture(number)
+        content = {BROKEN: content[: len(content) // 2], EMPTY: b""}.get(number, content)
+        (path / f"{number}.jpg").write_bytes(content)
+        known = {"width": 10 * width, "height": 10 * height} if fields else {}
+        rows.append({"file_name": f"{number}.jpg", "text": CAPTIONS[number], "score": number, **known})
+    (path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("inspect") / "set")
+
+
+def make_config(**data):
+    config = config_lib.default_config()
+    config.model.teacher = "shapes"
+    config.data.update({"resolution": 64, "batch_size": 4, **data})
+    return config
+
+
+def inspected(config, **options) -> str:
+    lines: list[str] = []
+    inspect.inspect(config, inspect.Options(**{"seconds": 0.1, **options}), lines.append)
+    return "\n".join(lines)
+
+
+def bars(text: str, title: str) -> dict[str, int]:
+    """label -> count of the bars below the line that begins with `title`."""
+    below = text.splitlines()
+    below = below[next(i for i, line in enumerate(below) if line.startswith(title)) + 1 :]
+    rows = [re.fullmatch(r"  +(.*?)  +([\d,]+)(  #+)?", line) for line in below]
+    return {row[1]: int(row[2].replace(",", "")) for row in itertools.takewhile(bool, rows)}
+
+
+def test_folder(folder):
+    text = inspected(make_config(source="folder", path=str(folder)))
+    height, width = np.array([SIZES[number] for number in GOOD]).T
+    assert "records                      9\n" in text
+    assert f"unusable, found by indexing: 1\n  1 x image of 0 bytes\n    {folder}: {EMPTY}.jpg" in text
+    assert f"unusable: 1 of 9 ({100 / 9:.1f} %)\n  1 x undecodable image: " in text
+    assert f"\n    {folder}: {BROKEN}.jpg" in text
+    assert "sizes of 8 pictures of the sample" in text and "unknown" not in text
+    sides, ratios = np.minimum(height, width), width / height
+    assert bars(text, "shorter side") == {
+        "0 to 63": (sides < 64).sum(),
+        "64 to 127": ((sides >= 64) & (sides < 128)).sum(),
+        "128 to 255": 0,
+        "256 to 383": (sides >= 256).sum(),
+    }
+    found = bars(text, "width / height")
+    assert sum(found.values()) == 8 and found["0.95 to 1.05"] == (abs(ratios - 1) < 0.05).sum() == 3
+    assert f"so enlarged: {(sides < 64).sum()} of 8 ({100 * (sides < 64).mean():.1f} %)" in text
+    captions = [caption for number in GOOD for caption in CAPTIONS[number]]
+    several = sum(len(CAPTIONS[number]) > 1 for number in GOOD)
+    assert f"captions: {len(captions)} of 8 records; {several} records have several, 0 captions are empty" in text
+    for name, lengths in {"characters": list(map(len, captions)), "words": [len(c.split()) for c in captions]}.items():
+        told = re.search(rf"{name} +min (\S+) +median (\S+) +95 % (\S+) +max (\S+)", text)
+        expected = min(lengths), np.median(lengths), np.percentile(lengths, 95), max(lengths)
+        parity.close(np.array(told.groups(), float), expected, rtol=1e-5)
+    assert f"one epoch of it: {9 / 4:,.1f} steps of 4" in text
+    assert text.replace("\n", "").isprintable() and max(map(len, text.splitlines())) <= report.WIDTH
+    assert text.endswith("contact sheet: none; --out=contact.png writes one")
+
+
+def test_first_captions_are_the_runs(folder):
+    config = make_config(source="folder", path=str(folder))
+    (part,) = training_data.open_parts(config)
+    places = Order(config.seed, 4, ((9,),)).places(0) + Order(config.seed, 4, ((9,),)).places(1)
+    records = [part.source[place.rank] for place in places if part.source.where(place.rank)[1] != f"{BROKEN}.jpg"]
+    expected = [" ".join(record.captions[0].split()).join('""') for record in records[:3]]
+    below = inspected(config).split("  words ")[1].splitlines()[1:4]
+    assert [line.strip() for line in below] == [report.one_line(line, 98) for line in expected]
+
+
+def test_fields_filters_and_the_run_that_would_stop(tmp_path):
+    path = write_folder(tmp_path / "set", fields=True)
+    config = make_config(source="folder", path=str(path), filters=("score >= 2", "side < 2000"), max_bad_fraction=0.0)
+    text = inspected(config)
+    left = np.array([SIZES[number] for number in range(2, 9) if number != EMPTY])
+    assert "score >= 2                   -2\n" in text and "side < 2000                  -1\n" in text
+    assert "sizes of all 6 records, by the fields 'height' and 'width'" in text
+    assert bars(text, "shorter side") == {
+        "384 to 511": (10 * left.min(1) < 512).sum(),
+        "512 to 767": ((10 * left.min(1) - 512) // 256 == 0).sum(),
+        "768 to 1023": (10 * left.min(1) >= 768).sum(),
+    }
+    assert "so enlarged: 0 of 6" in text
+    seen = np.delete(left, 2, axis=0)
+    assert f"pictures of the sample themselves that are enlarged: {(seen.min(1) < 64).sum()} of 5 (" in text
+    assert "would stop: about 2 of 10 records cannot be used, more than --config.data.max_bad_fraction=0.0" in text
+    config.data.max_bad_fraction = 0.3
+    assert "A run would stop" not in inspected(config)
+
+
+def test_buckets(folder):
+    config = make_config(source="folder", path=str(folder), aspect_buckets=True, bucket_step=16, batch_size=3)
+    text = inspected(config)
+    buckets = np.array(training_data.picture_sizes(config))
+    sizes = np.array([size for number, size in enumerate(SIZES) if number != EMPTY])
+    away = abs(np.log(sizes[:, :1] / sizes[:, 1:]) - np.log(buckets[:, 0] / buckets[:, 1]))
+    counts = np.bincount(away.argmin(1), minlength=len(buckets))
+    batches = -(-counts // 3)
+    expected = {f"{h} x {w}, {b} batches": c for (h, w), b, c in zip(buckets, batches, counts, strict=True)}
+    assert len(buckets) > 2 and bars(text, "aspect buckets") == expected
+    assert f"one epoch of it: {batches.sum():.1f} steps of 3; {batches.sum() * 3 - 9} rows come again in it" in text
+
+
+def test_mixture(folder):
+    config = make_config(source="mixture", mixture=(f"3 folder {folder}", "1 shapes"), num_examples=20)
+    text = inspected(config, sample=6)
+    assert f"folder {folder}, 75 % of the mixture\n===" in text
+    assert "\nshapes, 25 % of the mixture\n" in text and f"one epoch of it: {9 / 4 / 0.75:.1f} steps of 4" in text
+    assert f"one epoch of it: {20 / 4 / 0.25:.1f} steps of 4" in text and text.count("sample: 6 records") == 2
+
+
+@pytest.mark.parametrize("encode", ["step", "start"])
+@pytest.mark.parametrize("buckets", [False, True])
+def test_sheet_shows_what_the_loader_gives(tmp_path, encode, buckets):
+    """Also across batches, with random crops, flips, dropped captions, and pictures of several sizes."""
+    path = write_folder(tmp_path / "set")
+    for number in (BROKEN, EMPTY):
+        (path / f"{number}.jpg").unlink()
+    config = make_config(
+        source="folder",
+        path=str(path),
+        flip=0.5,
+        caption_dropout=0.3,
+        encode=encode,
+        aspect_buckets=buckets,
+        bucket_step=8,
+        bucket_max_aspect=3.0,
+        batch_size=3,
+    )
+    out = tmp_path / "new" / "sheet.png"
+    text = inspected(config, out=out, count=11)
+    assert f"contact sheet: {out}, the first 11 pictures of a run, row by row" in text
+    rows = list(itertools.islice(trained_on(config), 11))
+    examples = inspect.rows_of(config, training_data.open_parts(config)[0])
+    assert pickle.loads(pickle.dumps(examples)).groups == examples.groups  # as worker processes need
+    assert not buckets or 0 in examples.groups[:-1]  # a bucket without pictures
+    sheet = np.asarray(Image.open(out))
+    places, size = contact_sheet.corners([row["pixels"].shape[:2] for row in rows])
+    assert sheet.shape == (*size, 3) and len(set(places)) == 11
+    for row, (top, left) in zip(rows, places, strict=True):
+        height, width, _ = row["pixels"].shape
+        np.testing.assert_array_equal(sheet[top : top + height, left : left + width], row["pixels"])
+        below = sheet[top + height : top + height + contact_sheet.LINES * contact_sheet.LINE_HEIGHT, left : left + 160]
+        assert below.min() < 128  # there is text
+    shapes = {row["pixels"].shape for row in rows}
+    assert len(shapes) > 1 if buckets else len(shapes) == 1
+    (part,) = training_data.open_parts(config)
+    told = [row[excerpt.CAPTION] for row in first_rows(config, [part], 11)]
+    assert [len(str(caption)) for caption in told] == [int(row["length"]) for row in rows]
+    assert 0 < sum(caption == "" for caption in told) < 11
+
+
+def first_rows(config, parts, count):
+    examples, order = inspect.as_training(config, parts, [inspect.rows_of(config, part) for part in parts])
+    return excerpt.first_rows(examples, order, count)[0]
+
+
+def trained_on(config):
+    """Rows of a run one by one, made by training's own functions; {"pixels", "length" of the caption}."""
+    (part,) = training_data.open_parts(config)
+    rows = dataclasses.replace(inspect.rows_of(config, part), tokenize=lengths)
+    if config.data.encode == "start":
+        faults = loader.Faults(0.0, lambda fault: None)
+        rows = training_data.encode_at_start(rows, dict, config.seed, training_data.Watch(faults, print))
+    rows = training_data.CaptionDropout(rows, {"length": np.int32(0)}, config.data.caption_dropout)
+    order = Order(config.seed, config.data.batch_size, (tuple(rows.groups),))
+    with contextlib.closing(loader.batches([rows], order, put=lambda batch: batch)) as batches:
+        for batch in batches:
+            yield from ({name: value[i] for name, value in batch.items()} for i in range(order.batch_size))
+
+
+def lengths(captions):
+    return {"length": np.array([[len(caption)] for caption in captions], np.int32)[:, 0]}
+
+
+def test_replaced_pictures_are_told(folder, tmp_path):
+    config = make_config(source="folder", path=str(folder), batch_size=9)
+    text = inspected(config, out=tmp_path / "a.png", count=9)
+    sheet = text.split("contact sheet: ")[1]
+    assert "replaced on it: 1\n" in sheet and sheet.endswith(f"{BROKEN}.jpg")
+
+
+def test_shapes():
+    text = inspected(make_config(source="shapes", num_examples=2000, workers=0, encode="start"), sample=50)
+    assert "records  2000\nkept     2000\n" in text and "sample: 50 records" in text
+    assert bars(text, "shorter side") == {"64 to 127": 2000} and "enlarged: 0 of 2,000 (0.0 %)" in text
+    rate, count, seconds, steps = map(
+        float,
+        re.search(
+            r"^([\d,.]+) rows/s \(([\d,]+) in (\S+) s\): feeds ([\d,.]+) steps/s of 4$", text.replace(",", ""), re.M
+        ).groups(),
+    )
+    assert count % 4 == 0 and count / (seconds + 0.051) <= rate <= count / (seconds - 0.051)
+    assert steps == pytest.approx(rate / 4, abs=0.02)
+    assert 'data.encode = "start": it is done once, before training, 2,000 rows' in text
+
+
+def test_measured_rate_is_the_readers(monkeypatch):
+    """By a clock that moves 20 ms with each batch, but for those that were read ahead in the meantime."""
+    clock = [7.0]
+
+    def read_ahead(batches, workers):
+        for number in itertools.count():
+            clock[0] += 0.02 if number > 5 else 0.0
+            yield number
+
+    monkeypatch.setattr(excerpt.loader, "read_ahead", read_ahead)
+    monkeypatch.setattr(excerpt.time, "monotonic", lambda: clock[0])
+    count, seconds = excerpt.measure(loader.Batches((), Order(0, 8, ((100,),)), 0, range(4)), 0, 0.5)
+    assert 0.5 <= seconds < 0.53 and count / seconds == pytest.approx(4 / 0.02)
+
+
+def write_cache(out: Path) -> None:
+    """6 records, each twice, and one that could not be used."""
+    arrays = [
+        {"name": "mean", "dtype": "float32", "shapes": [[2, 2, 4]]},
+        {"name": "text_encoder", "dtype": "int32", "shapes": [[8]]},
+    ]
+    hashes = {"vae": "ab" * 32, "tokenizers": {"text_encoder": "cd" * 32}, "text_encoders": {"text_encoder": "ef" * 32}}
+    fingerprint = {"resolution": 64, "sizes": [[64, 64]], "time_ids": False, "scaling_factor": 0.5, **hashes}
+    plan = {
+        "made_by": "lcm_jax 1",
+        "fingerprint": fingerprint,
+        "text": "ids",
+        "variants": 2,
+        "dtype": "float32",
+        "shard_size": 7,
+        "seed": 3,
+        "data": {"source": "folder", "path": None, "crop": "random"},
+        "examples": [6],
+        "arrays": arrays,
+    }
+    out.mkdir()
+    assert cache_writing.begin(out, plan)
+    shards = cache_writing.shards_of([12], 7)
+    row = {"mean": np.zeros((2, 2, 4)), "text_encoder": np.zeros(8)}
+    for shard in shards:
+        abouts = [{"key": str(rank), "shard": "a", "caption": "y" * (rank + 1)} for rank in shard.ranks]
+        count = cache_writing.write_shard(
+            out / shard.name, (cache_writing.pack(row, arrays, about) for about in abouts)
+        )
+        cache_writing.note(out, shard, count, [Fault("a", "12", "no image")] if shard.number else [])
+    cache_writing.finish(out, plan, shards, [])
+
+
+def test_latents(tmp_path):
+    write_cache(tmp_path / "cache")
+    config = make_config(source="latents", path=str(tmp_path / "cache"), caption_dropout=0.5)
+    text = inspected(config, out=tmp_path / "sheet.png")
+    size = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.array_record"))
+    assert "6 records x 2 variants: 12 rows, 1 unusable records" in text
+    assert f"2 shards, {size / 2**20:,.1f} MiB" in text
+    assert "unusable, when the cache was made: 1\n  1 x no image\n    a: 12\n" in text
+    assert "seed 3, text as ids, moments as float32" in text and "VAE " + "ab" * 6 + "\n" in text
+    assert "array mean: float32 [2, 2, 4]" in text and "data.crop = 'random'" in text and "data.path" not in text
+    assert "characters  min 1      median 6.5    95 % 11.45  max 12" in text and "shorter side" not in text
+    assert f"one epoch of it: {12 / 4:.1f} steps of 4" in text and "\nread; threads: " in text
+    assert text.endswith("contact sheet: none, a latent cache holds no pictures")
+    assert not (tmp_path / "sheet.png").exists() and isinstance(cache.open(tmp_path / "cache"), cache.Cached)
+
+
+def test_errors_come_before_long_work(tmp_path, folder):
+    good = make_config(source="folder", path=str(folder))
+    with pytest.raises(LcmError, match=r"--out=a.jpg: the contact sheet is a PNG"):
+        inspected(good, out=Path("a.jpg"))
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(LcmError, match="is a folder"):
+        inspected(good, out=tmp_path / "a.png")
+    with pytest.raises(LcmError, match="resize_filter='sinc' does not go with"):
+        inspected(make_config(source="folder", path=str(folder), resize_filter="sinc"))
+    with pytest.raises(LcmError, match="no aspect buckets"):
+        inspected(make_config(source="shapes", aspect_buckets=True, bucket_step=48))
+    with pytest.raises(LcmError, match="is no folder"):
+        inspected(make_config(source="folder", path=str(tmp_path / "none")))
+
+
+def test_program_refuses_in_one_line(folder, monkeypatch, capsys):
+    class Given(dict):
+        config, out, sample, seconds, count = make_config(source="folder", path=str(folder)), "sheet.jpg", 1, 0.1, 1
+
+    monkeypatch.setattr(flags, "FLAGS", Given(verbosity=flags.FLAGS["verbosity"]))
+    assert inspect.main([]) == 2
+    stdout, stderr = capsys.readouterr()
+    assert not stdout and re.fullmatch(r"error: --out=sheet.jpg: .*\n", stderr)
+
+
+def test_program(folder, tmp_path):
+    """On a terminal of few characters, with captions of many. It starts no model and no device."""
+    code = """import runpy, sys
+try:
+    runpy.run_module("lcm_jax.inspect", run_name="__main__", alter_sys=True)
+finally:
+    from jax._src import xla_bridge
+    assert not xla_bridge.backends_are_initialized()
+    assert not {"torch", "transformers", "tensorflow"} & sys.modules.keys()
+"""
+    out = tmp_path / "sheet.png"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "--config=configs/shapes_lcm.py",
+            "--config.data.source=folder",
+            f"--config.data.path={folder}",
+            "--seconds=0.1",
+            "--count=4",
+            f"--out={out}",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "reading a sample" in done.stderr and "throughput" in done.stdout and done.stdout.isascii()
+    assert Image.open(out).size[0] > 2 * contact_sheet.MIN_WIDTH
+
+
+def test_caption_lines_fit():
+    font = ImageFont.load_default(contact_sheet.FONT_SIZE)
+    texts = [
+        "one two",
+        "w" * 300,
+        "many words " * 60,
+        "日本語のキャプション" * 20,
+        "",
+        "a " + "b" * 90,
+        "العربية \ud800 x",
+    ]
+    for text in texts:
+        lines = contact_sheet.wrapped(text, font, 160)
+        assert len(lines) <= contact_sheet.LINES and all(0 < font.getlength(line) <= 160 for line in lines)
+        joined, whole = "".join(lines).replace(" ", ""), report.one_line(text, 10_000).replace(" ", "")
+        assert joined == whole or (joined.endswith("…") and whole.startswith(joined[:-1]))
+    assert contact_sheet.wrapped("one two", font, 160) == ["one two"]
+
+
+def test_reasons_are_counted_without_their_numbers():
+    found = [Fault("s", str(i), f"cut after {i} bytes") for i in range(5)] + [Fault("s", "x", "no caption")] * 6
+    first, second = ["6 x no caption", *["  s: x"] * 3], ["5 x cut after N bytes", "  s: 0", "  s: 1", "  s: 2"]
+    assert report.faults(found) == first + second
+    (_, named) = report.faults([Fault("/a" * 90, "key 7", "no caption")])
+    assert len(named) <= report.WIDTH - 4 and named.startswith("  …") and named.endswith("/a: key 7")
+    many = report.faults([Fault("s", "k", letter) for letter in "abcdefghijk"])
+    assert many[-1] == "3 x 3 other reasons" and len(many) == 2 * report.KINDS + 1

@@ -1,0 +1,209 @@
+"""Weight files: what torch writes is read in every spelling, what is damaged is named, nothing is unpickled."""
+
+import json
+import re
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import tiny
+import torch
+
+from lcm_jax.errors import LcmError
+from lcm_jax.pretrained import load_unet, names
+from lcm_jax.pretrained import safetensors_io as weight_files
+
+NAME = weight_files.DIFFUSERS_NAME
+
+
+def read_all(folder, variant=None, name=NAME):
+    with weight_files.open_weights(folder, name, variant) as weights:
+        return {key: weights.read(key) for key in weights.shapes}
+
+
+def same(read, state_dict, dtype=torch.float32):
+    return read.keys() == state_dict.keys() and all(
+        np.array_equal(read[key], value.to(dtype).float().numpy()) for key, value in state_dict.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """unet/ as torch writes it in shards, plain and as variant fp16."""
+    folder = tmp_path_factory.mktemp("sharded")
+    model = tiny.torch_unet("sd1")
+    model.save_pretrained(folder, max_shard_size="1MB")
+    half = type(model).from_config(model.config)
+    half.load_state_dict(model.state_dict())
+    half.half().save_pretrained(folder, variant="fp16", max_shard_size="1MB")
+    return folder
+
+
+def test_single_file():
+    assert same(read_all(tiny.folder("sd1") / "unet"), tiny.torch_unet("sd1").state_dict())
+
+
+def test_shards_written_by_torch(sharded):
+    assert len(list(sharded.glob("*.safetensors"))) >= 6
+    assert same(read_all(sharded), tiny.torch_unet("sd1").state_dict())
+    assert same(read_all(sharded, "fp16"), tiny.torch_unet("sd1").state_dict(), torch.float16)
+
+
+def test_old_spelling_of_shards_and_index(sharded, tmp_path):
+    index = json.loads((sharded / f"{NAME}.safetensors.index.fp16.json").read_text())
+    renamed = {}
+    for file in set(index["weight_map"].values()):
+        renamed[file] = re.sub(r"\.fp16(-\d+-of-\d+)\.safetensors", r"\1.fp16.safetensors", file)
+        assert renamed[file] != file
+        shutil.copy(sharded / file, tmp_path / renamed[file])
+    index["weight_map"] = {key: renamed[file] for key, file in index["weight_map"].items()}
+    (tmp_path / f"{NAME}.safetensors.fp16.index.json").write_text(json.dumps(index))
+    assert same(read_all(tmp_path, "fp16"), tiny.torch_unet("sd1").state_dict(), torch.float16)
+
+
+def test_order_single_file_before_index(sharded, tmp_path):
+    target = shutil.copytree(sharded, tmp_path / "both")
+    marked = {"only": torch.ones(2)}
+    safetensors.torch.save_file(marked, target / f"{NAME}.safetensors")
+    assert read_all(target).keys() == {"only"}
+    assert "only" not in read_all(target, "fp16")
+
+
+def test_variants_are_never_mixed_up(tmp_path):
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / f"{NAME}.safetensors")
+    with pytest.raises(LcmError, match=r"no variant 'fp16' .*\.fp16\.safetensors.*holds diffusion_pytorch_model.safet"):
+        read_all(tmp_path, "fp16")
+    (tmp_path / f"{NAME}.safetensors").rename(tmp_path / f"{NAME}.fp16.safetensors")
+    with pytest.raises(LcmError, match=r"has no diffusion_pytorch_model.safetensors; .*name the variant"):
+        read_all(tmp_path)
+    assert read_all(tmp_path, "fp16").keys() == {"a"}
+
+
+def test_bin_only_folder_is_refused_and_the_way_out_works(tmp_path, monkeypatch):
+    tiny.torch_unet("sd1").save_pretrained(tmp_path / "unet", safe_serialization=False)
+    with pytest.raises(LcmError) as caught:
+        load_unet(tmp_path / "unet")
+    message = str(caught.value)
+    assert "only pickled weights (diffusion_pytorch_model.bin)" in message and "\n" not in message
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r'python -c "(.*)"', message)[1], {})
+    module, params = load_unet(tmp_path / "unet-safetensors")
+    assert same(names.to_torch(module, params), tiny.torch_unet("sd1").state_dict())
+
+
+def test_bin_only_part_of_a_pipeline_names_the_whole_pipeline(tmp_path):
+    folder = tiny.copy("sd1", tmp_path / "model")
+    (folder / "unet" / f"{NAME}.safetensors").rename(folder / "unet" / f"{NAME}.bin")
+    with pytest.raises(LcmError) as caught:
+        load_unet(folder)
+    assert f"DiffusionPipeline as M; M.from_pretrained('{folder}', use_safetensors=False)" in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, 0.5, -1])
+def test_truncated_file_is_named(tmp_path, kept):
+    content = (tiny.folder("sd1") / "unet" / f"{NAME}.safetensors").read_bytes()
+    path = tmp_path / f"{NAME}.safetensors"
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    with pytest.raises(LcmError, match="truncated or corrupt") as caught:
+        read_all(tmp_path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_garbage_and_git_lfs_pointers_are_named(tmp_path):
+    path = tmp_path / f"{NAME}.safetensors"
+    path.write_bytes(np.random.default_rng(0).bytes(1000))
+    with pytest.raises(LcmError, match="truncated or corrupt"):
+        read_all(tmp_path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3438167536\n")
+    with pytest.raises(LcmError, match="git lfs pull"):
+        read_all(tmp_path)
+
+
+def test_damaged_shard_sets(sharded, tmp_path):
+    target = shutil.copytree(sharded, tmp_path / "copy")
+    index = target / f"{NAME}.safetensors.index.json"
+    first = sorted(target.glob(f"{NAME}-*.safetensors"))[0]
+    first.rename(tmp_path / "aside")
+    with pytest.raises(LcmError, match=f"lacks 1 of .* shards .{first.name}"):
+        read_all(target)
+    (tmp_path / "aside").rename(first)
+
+    original = json.loads(index.read_text())
+    index.write_text(json.dumps({"weight_map": original["weight_map"] | {"x": "../../x.safetensors"}}))
+    with pytest.raises(LcmError, match="not beside it"):
+        read_all(target)
+    index.write_text(json.dumps({}))
+    with pytest.raises(LcmError, match="no weight_map"):
+        read_all(target)
+    index.write_text("{")
+    with pytest.raises(LcmError, match="not valid JSON"):
+        read_all(target)
+
+    index.write_text(json.dumps(original))
+    other = sorted(target.glob(f"{NAME}-*.safetensors"))[1]
+    shutil.copy(first, other)
+    with pytest.raises(LcmError, match=f"both in {first.name} and in"):
+        read_all(target)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_written_files_are_torchs(tmp_path, dtype):
+    rng = np.random.default_rng(0)
+    values = {"a.weight": rng.standard_normal((3, 4, 1, 2)), "b": rng.standard_normal(5), "scalar": np.array(2.5)}
+    values = {key: value.astype(jnp.dtype(dtype)) for key, value in values.items()}
+    path = tmp_path / "x.safetensors"
+    shapes = {key: value.shape for key, value in values.items()}
+    weight_files.write_weights(path, shapes, values.__getitem__, jnp.dtype(dtype))
+    loaded = safetensors.torch.load_file(path)
+    assert loaded.keys() == values.keys()
+    for key, value in values.items():
+        assert loaded[key].dtype == getattr(torch, dtype) and tuple(loaded[key].shape) == value.shape
+        assert np.array_equal(loaded[key].float().numpy(), value.astype(np.float32))
+    with safetensors.safe_open(path, framework="pt") as handle:
+        assert handle.metadata() == {"format": "pt"}
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    assert header % 8 == 0 and path.stat().st_size == 8 + header + weight_files.weights_size(shapes, jnp.dtype(dtype))
+
+
+def test_the_writer_checks_every_tensor(tmp_path):
+    square = np.arange(4, dtype=np.float32).reshape(2, 2)
+    for i, (bad, what) in enumerate(
+        [
+            (square.T, "contiguous"),  # strides that a writer of raw bytes would ignore
+            (square.astype(np.float64), "float64"),
+            (square[:1], "instead of"),
+            (square + np.nan, "not finite"),
+        ]
+    ):
+        with pytest.raises(LcmError, match=what):
+            weight_files.write_weights(tmp_path / str(i), {"w": (2, 2)}, lambda key, bad=bad: bad, np.float32)
+    with pytest.raises(LcmError, match="int8"):
+        weight_files.write_weights(tmp_path / "int", {"w": (2, 2)}, lambda key: square, np.int8)
+
+
+def test_download_patterns_take_one_variant_only():
+    import fnmatch
+
+    present = [
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+        "unet/diffusion_flax_model.msgpack",
+        "unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+        "unet/diffusion_pytorch_model.safetensors.fp16.index.json",
+    ]
+
+    def taken(variant):
+        patterns = ["unet/" + pattern for pattern in weight_files.download_patterns(NAME, variant)]
+        return {file for file in present if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)}
+
+    assert taken(None) == {present[0], present[2], present[8]}
+    assert taken("fp16") == {present[1], present[4], present[6], present[9], present[10]}

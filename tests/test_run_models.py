@@ -1,0 +1,213 @@
+"""What a run's config makes of its models: pipelines, students, adapters; and what is refused before training."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from diffusers import UNet2DConditionModel
+
+from lcm_jax.errors import LcmError
+from lcm_jax.models import lora
+from lcm_jax.pretrained import RECORD, load_pipeline, save_single_file
+from lcm_jax.pretrained import text as conditioning
+from lcm_jax.run import config as config_lib
+from lcm_jax.run import models as student_lib
+from lcm_jax.run import step as training_step
+
+DIM = 16
+
+
+def make_lcm(teacher: Path, target: Path, dim: int | None = DIM, **record) -> Path:
+    """A pipeline as `teacher`, its UNet an LCM's with random weights; `record`: its lcm_config.json."""
+    shutil.copytree(teacher, target)
+    shutil.rmtree(target / "unet")
+    config = UNet2DConditionModel.load_config(teacher / "unet") | {"time_cond_proj_dim": dim}
+    tiny.randomise(UNet2DConditionModel.from_config(config), 31).save_pretrained(target / "unet")
+    if record:
+        tiny.write_json(target / RECORD, record)
+    return target
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return tiny.build("deep teacher", tmp_path_factory.mktemp("student") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def lcm(teacher, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("student") / "lcm"
+    return make_lcm(teacher, folder, solver_steps=50, w_min=2.0, w_max=14.0, prediction_type="epsilon")
+
+
+def make_config(teacher, **changes):
+    config = config_lib.default_config()
+    config.data.source, config.data.resolution, config.data.batch_size = "shapes", 64, 4
+    config.model.teacher = teacher and str(teacher)
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    config_lib.validate(config)
+    return config_lib.resolve(config)
+
+
+def load(config) -> tuple:
+    """(teacher, student), checked as `train` checks them."""
+    student_lib.shapes(config)
+    teacher = student_lib.load_teacher(config)
+    return teacher, student_lib.load_student(config, teacher)
+
+
+def same(a, b) -> bool:
+    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def frozen_of(config, teacher, student):
+    problem = training_step.make_problem(config, teacher, student)
+    null = conditioning.null(teacher) if problem.teacher is not None else None
+    return problem, training_step.make_frozen(problem, teacher, student, null)
+
+
+LORA = {"lora__rank": 4, "lora__alpha": 2.0, "distill__w_embedding_dim": 0, "sample__guidance_scale": 1.0}
+
+
+def test_lora_on_the_teacher_shares_its_weights(teacher):
+    config = make_config(teacher, **LORA)
+    whole, student = load(config)
+    assert student.unet == lora.Adapted(whole.unet, 0.5) and not student.has_w_embedding
+    assert student.params["unet"]["base"] is whole.params["unet"]
+    problem, frozen = frozen_of(config, whole, student)
+    assert frozen.base is None and frozen.teacher is whole.params["unet"] and problem.student is student.unet
+    theta = student_lib.theta(student)
+    assert theta is student.params["unet"]["lora"] and lora.target_paths(whole.params["unet"]) == list(
+        sorted(lora.by_layer(theta))
+    )
+    again = student_lib.theta(student_lib.load_student(config, whole))
+    assert same(theta, again), "the first adapters follow from the seed"
+    other = make_config(teacher, **LORA, seed=1)
+    assert not same(theta, student_lib.theta(student_lib.load_student(other, whole)))
+
+
+def test_merged_is_the_adapted_model_as_an_ordinary_pipeline(teacher):
+    whole, student = load(make_config(teacher, **LORA, lora__targets=("to_k", "conv1")))
+    rng = np.random.default_rng(0)
+    theta = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), student_lib.theta(student))
+    student = student_lib.with_theta(student, theta)
+    assert student_lib.theta(student) is theta and student.params["unet"]["base"] is whole.params["unet"]
+    merged = student_lib.merged(student)
+    assert merged.unet is whole.unet
+    assert same(merged.params["unet"], lora.merge(whole.params["unet"], [(theta, 0.5)]))
+    assert not same(merged.params["unet"], whole.params["unet"]) and merged.params["vae"] is whole.params["vae"]
+    assert student_lib.merged(whole) is whole and student_lib.theta(whole) is whole.params["unet"]
+
+
+def test_lora_on_another_student_brings_its_base(teacher, lcm):
+    config = make_config(teacher, **LORA | {"distill__w_embedding_dim": DIM}, model__student=str(lcm))
+    whole, student = load(config)
+    assert student.has_w_embedding and not whole.has_w_embedding
+    _, frozen = frozen_of(config, whole, student)
+    assert frozen.base is student.params["unet"]["base"] and "cond_proj" in frozen.base["time_embedding"]
+
+
+def test_a_student_without_w_is_the_teacher(teacher):
+    whole, student = load(make_config(teacher, distill__w_embedding_dim=0, sample__guidance_scale=1.0))
+    assert student.unet is whole.unet and student.params["unet"] is whole.params["unet"]
+
+
+def test_lcf_has_no_teacher_unless_it_is_mixed_with_lcd(teacher, lcm):
+    lcf = {"objective": "lcf", "model__student": str(lcm), "distill__w_embedding_dim": DIM}
+    for of in (None, teacher):
+        config = make_config(of, **lcf)
+        whole, student = load(config)
+        problem, frozen = frozen_of(config, whole, student)
+        assert student.has_w_embedding and student.params["unet"] is whole.params["unet"]
+        assert problem.teacher is None and problem.objective == "lcf" and jax.tree.leaves(frozen) == []
+    config = make_config(teacher, **lcf, distill__lcd_weight=0.5)
+    whole, student = load(config)
+    problem, frozen = frozen_of(config, whole, student)
+    assert problem.teacher is whole.unet and problem.lcd_weight == 0.5 and not whole.has_w_embedding
+    assert frozen.teacher is whole.params["unet"] and frozen.null is not None and frozen.base is None
+    config = make_config(None, **lcf, lora__rank=2)
+    whole, student = load(config)
+    problem, frozen = frozen_of(config, whole, student)
+    assert isinstance(problem.student, lora.Adapted) and frozen.base is whole.params["unet"] and not frozen.teacher
+
+
+def test_what_tells_an_lcm(teacher, lcm, tmp_path):
+    """time_cond_proj_dim, a record, or LCMScheduler; the latter two tell one without w embedding."""
+    lcf = {"objective": "lcf", "distill__w_embedding_dim": 0, "sample__guidance_scale": 1.0}
+    with pytest.raises(LcmError, match="is no Latent Consistency Model") as error:
+        load(make_config(None, **lcf, model__student=str(teacher)))
+    assert all(sign in str(error.value) for sign in ("time_cond_proj_dim", RECORD, "LCMScheduler", "scheduler_config"))
+    recorded = make_lcm(teacher, tmp_path / "recorded", None, solver_steps=50)
+    assert not load(make_config(None, **lcf, model__student=str(recorded)))[1].has_w_embedding
+    scheduled = make_lcm(teacher, tmp_path / "scheduled", None)
+    path = scheduled / "scheduler" / "scheduler_config.json"
+    told = {"_class_name": "LCMScheduler", "original_inference_steps": 40}
+    tiny.write_json(path, json.loads(path.read_text()) | told)
+    assert load(make_config(None, **lcf, model__student=str(scheduled), distill__solver_steps=40))[1]
+    with pytest.raises(LcmError, match=r"solver_steps = 50, but .* distilled with 40"):
+        load(make_config(None, **lcf, model__student=str(scheduled)))
+    with pytest.raises(LcmError, match=r"w_embedding_dim = 256: .* without w embedding; set 0"):
+        load(make_config(None, objective="lcf", model__student=str(scheduled), distill__solver_steps=40))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"distill__solver_steps": 25}, r"solver_steps = 25, but .* was distilled with 50"),
+        ({"distill__timestep_scaling": 5.0}, r"timestep_scaling = 5.0, but .* 10.0"),
+        ({"distill__sigma_data": 1.0}, r"sigma_data = 1.0, but .* 0.5"),
+        ({"distill__w_max": 20.0}, r"w_max = 20: .* on w in \[2, 14\]"),
+        ({"distill__w_embedding_dim": 256}, r"dimension 16.*w_embedding_dim is 256"),
+        ({"model__prediction_type": "v_prediction"}, r"'v_prediction', but .* 'epsilon'"),
+    ],
+)
+def test_lcf_goes_on_as_the_lcm_was_distilled(lcm, changes, words):
+    lcf = {"objective": "lcf", "model__student": str(lcm), "distill__w_embedding_dim": DIM}
+    with pytest.raises(LcmError, match=words) as error:
+        load(make_config(None, **lcf | changes))
+    assert "\n" not in str(error.value)
+
+
+def test_models_that_do_not_go_together(teacher, lcm, tmp_path):
+    with pytest.raises(LcmError, match=r"holds a single model, no pipeline"):
+        load(make_config(None, objective="lcf", model__student=str(lcm / "unet"), distill__w_embedding_dim=DIM))
+    of_v = make_lcm(teacher, tmp_path / "v", prediction_type="v_prediction", solver_steps=50)
+    with pytest.raises(LcmError, match=r"lcm_config.json says v_prediction, but .* used with epsilon"):
+        load(make_config(teacher, objective="lcf", model__student=str(of_v), distill__w_embedding_dim=DIM))
+    plain = tmp_path / "plain"
+    shutil.copytree(teacher, plain)
+    with pytest.raises(LcmError, match="w_embedding_dim = 256: w-embedding student asked of a LoRA run.*set 0"):
+        load(make_config(teacher, lora__rank=4, model__student=str(plain)))
+    with pytest.raises(LcmError, match="is a Latent Consistency Model itself"):
+        load(make_config(lcm, **LORA | {"distill__w_embedding_dim": DIM}, model__student=str(plain)))
+    with pytest.raises(LcmError, match=r"'epsilon', but the model's scheduler_config.json says 'v_prediction'"):
+        load(make_config(tiny.folder("sd2"), model__prediction_type="epsilon"))
+
+
+def test_another_vae_and_its_precision(teacher, tmp_path):
+    vae = Path(shutil.copytree(teacher / "vae", tmp_path / "vae"))
+    path = vae / "config.json"
+    tiny.write_json(path, json.loads(path.read_text()) | {"force_upcast": True, "scaling_factor": 0.5})
+    config = make_config(teacher, model__vae=str(vae), model__dtype="bfloat16")
+    whole, student = load(config)
+    assert whole.unet.dtype == student.unet.dtype == jnp.bfloat16 and whole.vae.dtype == jnp.float32
+    assert training_step.make_problem(config, whole, student).scaling_factor == 0.5
+    tiny.write_json(path, json.loads(path.read_text()) | {"force_upcast": False})
+    assert student_lib.load_teacher(config).vae.dtype == jnp.bfloat16
+    assert load_pipeline(teacher).vae.scaling_factor != 0.5
+
+
+def test_a_single_file_teacher_is_the_folder_it_was_made_from(teacher, tmp_path):
+    file = save_single_file(load_pipeline(teacher), tmp_path / "teacher.safetensors", dtype=np.float32)
+    with pytest.raises(LcmError, match=r"config\.model\.config = '.*': goes with a single \.safetensors file"):
+        make_config(teacher, model__config=str(teacher))
+    config = make_config(file, model__config=str(teacher))
+    _, student = load(config)
+    _, expected = load(make_config(teacher))
+    assert student.unet == expected.unet and same(student.params["unet"], expected.params["unet"])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), student.params)
+    assert [pipeline.params for pipeline in student_lib.shapes(config)][1] == shapes
