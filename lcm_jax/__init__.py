@@ -1,3 +1,24 @@
-"""lcm_jax: Latent Consistency Models from Stable Diffusion checkpoints, in JAX and Flax."""
+"""Latent Consistency Models from Stable Diffusion checkpoints.
+
+model = lcm_jax.load("runs/shapes_lcm/export")
+images = model("a large red star at the left on a white background", steps=4, guidance_scale=8, seed=0)
+images[0].save("star.png")
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lcm_jax.sampling.load import load
+    from lcm_jax.sampling.request import Settings
 
 __version__ = "0.1.0"
+__all__ = ["Settings", "__version__", "load"]
+
+_HOMES = {"load": "lcm_jax.sampling.load", "Settings": "lcm_jax.sampling.request"}
+
+
+def __getattr__(name: str) -> Any:  # importing lcm_jax alone imports no jax
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lcm_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -12,11 +12,27 @@ class LcmError(ValueError):
     """Bad input: a wrong value, file, folder or configuration. The message is one line."""
 
 
+class BadArgument(LcmError):
+    """A bad value of one argument. A library function names its argument, a program its flag (`at`)."""
+
+    def __init__(self, name: str, value: Any, problem: str, prefix: str = ""):
+        super().__init__(f"{prefix}{name}={value}: {problem}")
+        self.name, self.value, self.problem = name, value, problem
+
+    def at(self, prefix: str) -> LcmError:
+        """The same error of the flag or key `prefix` + name."""
+        return BadArgument(self.name, self.value, self.problem, prefix)
+
+    def __reduce__(self):
+        return type(self), (self.name, self.value, self.problem)
+
+
 def exit_code(program: Callable[[], int | None]) -> int:
     """Runs a program's work: its exit code (None is 0); bad input is one line on stderr and 2."""
     try:
         return program() or 0
     except (LcmError, OSError) as error:
+        error = error.at("--") if isinstance(error, BadArgument) else error
         print(f"error: {error}", file=sys.stderr)
         return 2
 

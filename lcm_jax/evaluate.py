@@ -24,33 +24,31 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from lcm_jax import sample
 from lcm_jax.data.sources import SOURCES, open_source
-from lcm_jax.diffusion import samplers
-from lcm_jax.errors import LcmError, exit_code
+from lcm_jax.diffusion.timesteps import SPACINGS
+from lcm_jax.errors import BadArgument, LcmError, exit_code
 from lcm_jax.metrics import inputs, measures, plot, table
 from lcm_jax.metrics import rows as rows_lib
 from lcm_jax.metrics.measures import Measure, Reference, Spec
-from lcm_jax.metrics.rows import Subject
+from lcm_jax.metrics.rows import EvaluatedModel
 from lcm_jax.metrics.shapes import Endpoints
 from lcm_jax.pretrained import Pipeline
-from lcm_jax.pretrained import text as conditioning
-from lcm_jax.runtime import mesh as mesh_lib
+from lcm_jax.pretrained.text import truncated
 from lcm_jax.runtime.telemetry import Progress
 from lcm_jax.runtime.workdir import locked
-from lcm_jax.sampling import generator as generate_lib
-from lcm_jax.sampling.generator import Generator, Settings
+from lcm_jax.sampling import flags
+from lcm_jax.sampling.generator import Generator
+from lcm_jax.sampling.load import load
+from lcm_jax.sampling.request import MAX_STEPS, SAMPLERS, Request, make_request, warnings
 
 SOURCE_COUNT = 2000  # pictures per row where captions come from a data source
 SOURCE_FLAGS = ("path", "split", "image_key", "caption_key", "style")
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class RowRequest:
     """A row as the command line asks for it; without a guidance scale the model's own default is taken."""
 
     sampler: str
@@ -63,8 +61,9 @@ class Asked:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = sample.Parser(prog="python -m lcm_jax.evaluate", description=__doc__.splitlines()[0])
-    sample.add_model_arguments(p)
+    p = flags.Parser(prog="python -m lcm_jax.evaluate", description=__doc__.splitlines()[0])
+    flags.add_model_flags(p)
+    flags.add_image_flags(p)
     p.add_argument("--name", help="of the model in the table; default: what --model, --unet and --lora say")
     p.add_argument(
         "--row",
@@ -99,18 +98,17 @@ def parser() -> argparse.ArgumentParser:
         help="statistics, or pictures, to compare with; several times; default: the source's",
     )
     p.add_argument("--references", type=int, help="pictures of the source to compare with; default: --count")
-    p.add_argument("--spacing", choices=samplers.SPACINGS, default="trailing", help="timesteps of the baselines")
+    p.add_argument("--spacing", choices=SPACINGS, default="trailing", help="timesteps of the baselines")
     p.add_argument("--endpoint_steps", type=int, default=50, help="of the teacher's ODE: --metric=shapes, one step")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch_size", type=int, default=16, help="pictures drawn at once")
     p.add_argument("--timings", type=int, default=10, help="batches, at least, that a latency is the median of")
-    sample.add_drawing_arguments(p)
     p.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True, help="plot.png, with matplotlib")
     p.add_argument("--out", type=Path, required=True, help="folder for the table; one that was begun goes on")
     return p
 
 
-def parse_rows(texts: Sequence[str]) -> list[Asked]:
+def parse_rows(texts: Sequence[str]) -> list[RowRequest]:
     """ "lcm:1,2:8" -> lcm with 1 and with 2 steps at guidance scale 8; each row once.
 
     Raises:
@@ -127,12 +125,12 @@ def parse_rows(texts: Sequence[str]) -> list[Asked]:
         except ValueError:
             raise LcmError(f"--row={text}: write SAMPLER:STEPS or SAMPLER:STEPS:SCALE, as lcm:1,2,4:8") from None
         for sampler in words[0].split(","):
-            if sampler not in sample.SAMPLERS:
-                raise LcmError(f"--row={text}: sampler {sampler!r} is unknown; choose of {', '.join(sample.SAMPLERS)}")
-            rows += [Asked(sampler, n, scale) for scale in scales for n in steps]
+            if sampler not in SAMPLERS:
+                raise LcmError(f"--row={text}: sampler {sampler!r} is unknown; choose of {', '.join(SAMPLERS)}")
+            rows += [RowRequest(sampler, n, scale) for scale in scales for n in steps]
     for row in rows:
-        if not 1 <= row.steps <= sample.MAX_STEPS:
-            raise LcmError(f"{row}: {row.steps} steps are out of range; choose 1 to {sample.MAX_STEPS}")
+        if not 1 <= row.steps <= MAX_STEPS:
+            raise LcmError(f"{row}: {row.steps} steps are out of range; choose 1 to {MAX_STEPS}")
         if row.guidance_scale is not None and not 1.0 <= row.guidance_scale < math.inf:
             raise LcmError(f"{row}: guidance scale 1 is no guidance; use 1 or more")
     return list(dict.fromkeys(rows))
@@ -140,11 +138,8 @@ def parse_rows(texts: Sequence[str]) -> list[Asked]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises LcmError for what is wrong with a command line whatever the model."""
-    for flag in ("count", "references", "batch_size", "timings", "endpoint_steps"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise LcmError(f"--{flag}={getattr(args, flag)} must be at least 1")
-    if not 0 <= args.seed < 2**32:
-        raise LcmError(f"--seed={args.seed} is out of range; choose 0 to {2**32 - 1}")
+    flags.check_counts(args, "count", "references", "batch_size", "timings", "endpoint_steps")
+    flags.check_seed(args.seed)
     if (args.prompts is None) == (args.source is None):
         raise LcmError("captions come from --prompts=FILE or from --source=NAME; give one of them")
     for flag in (*SOURCE_FLAGS, "references"):
@@ -168,8 +163,8 @@ def check_flags(args: argparse.Namespace) -> None:
 def read_inputs(args: argparse.Namespace) -> inputs.Inputs:
     """The captions of the command line. Raises LcmError: none, fewer than --count, or a source that cannot be read."""
     if args.prompts is not None:
-        lines = (line.strip() for line in sample.read_text("prompts", args.prompts).splitlines())
-        return inputs.of_prompts([line for line in lines if line], args.count, f"--prompts={args.prompts}")
+        lines = flags.read_lines("prompts", args.prompts)
+        return inputs.of_prompts(lines, args.count, f"--prompts={args.prompts}")
     count = args.count or SOURCE_COUNT
     given = {key: getattr(args, key) for key in SOURCE_FLAGS if getattr(args, key) is not None}
     if args.source == "shapes":
@@ -210,62 +205,54 @@ def read_reference(args: argparse.Namespace, found: inputs.Inputs, specs: Sequen
     return Reference(statistics, lambda h, w: inputs.source_pictures(source, count, h, w), about, cache)
 
 
-def load_subject(args: argparse.Namespace, mesh: Mesh) -> Subject:
-    """The model of the command line, its weights on the mesh."""
-    loras = [sample.parse_lora(text) for text in args.lora]
-    if args.model_config is not None and not sample.is_single_file(args.model):
-        raise LcmError(f"--model_config={args.model_config} is for a single .safetensors, not for --model={args.model}")
-    dtype = jnp.dtype(args.dtype)
-    pipeline, record = sample.load(
-        args.model, args.unet, args.vae, args.variant, dtype, args.model_config, mesh_lib.place(mesh)
-    )
-    if loras:
-        pipeline, record = sample.add_loras(pipeline, record, loras, args.ignore_unused)
-    height, width = sample.size_of(args, pipeline)
-    factor = pipeline.vae.factor
-    shape = (height // factor, width // factor, pipeline.unet.in_channels)
+def load_model(args: argparse.Namespace) -> EvaluatedModel:
+    """The model of the command line."""
+    generator = flags.load_model(args)
     name = args.name or " + ".join([args.model, *filter(None, (args.unet, args.vae)), *args.lora])
-    batch_size = math.ceil(args.batch_size / mesh.size) * mesh.size  # no device draws for nothing
-    return Subject(name, pipeline, record, (height, width), shape, batch_size)
+    return EvaluatedModel(name, generator, generator.whole_batch(args.batch_size))
 
 
-def settle(asked: Sequence[Asked], subject: Subject, args: argparse.Namespace) -> list[tuple[Settings, float]]:
-    """Settings and guidance scale of every row, each once; warnings to stderr. Raises LcmError: not for this model."""
-    pipeline, record, found, rows = subject.pipeline, subject.record, {}, {}
+def make_requests(asked: Sequence[RowRequest], pipeline: Pipeline, args: argparse.Namespace) -> list[Request]:
+    """The request of every row, each once; warnings to stderr. Raises LcmError: not for this model."""
+    found, requests = {}, {}
     for row in asked:
-        settings = generate_lib.settings_for(pipeline, record, row.sampler, row.steps, args.spacing)
         try:
-            sample.check_request(pipeline, settings, *subject.size, args.negative_prompt)
-        except LcmError as error:
-            raise LcmError(f"{row}: {error}") from None
-        default = generate_lib.default_guidance_scale(pipeline.has_w_embedding, record, row.sampler)
-        scale = default if row.guidance_scale is None else row.guidance_scale
-        may_be_lcm = bool(args.lora or args.unet)
-        found |= dict.fromkeys(sample.warnings(pipeline, record, settings, scale, args.negative_prompt, may_be_lcm))
-        rows[settings, scale] = None
+            request = make_request(
+                pipeline,
+                **dataclasses.asdict(row),
+                spacing=args.spacing,
+                height=args.height,
+                width=args.width,
+                negative_prompt=args.negative_prompt,
+            )
+        except BadArgument as error:
+            raise LcmError(f"{row}: {error.at('--')}") from None
+        found |= dict.fromkeys(warnings(pipeline, request))
+        requests[request] = None
     for warning in found:
         say(f"warning: {warning}")
-    return list(rows)
+    return list(requests)
 
 
-def load_teacher(specs: Sequence[Spec], subject: Subject, mesh: Mesh, endpoint_steps: int) -> Pipeline | None:
-    """Whose guided ODE one step is compared with, where the shapes are measured. Raises LcmError: it does not fit."""
+def load_teacher(specs: Sequence[Spec], model: Generator, endpoint_steps: int) -> Generator | None:
+    """Whose guided ODE one step is compared with, if the shapes are measured. Raises LcmError: it does not fit."""
     path = next((spec.path or "shapes" for spec in specs if spec.name == "shapes"), None)
     if path is None:
         return None
-    teacher, _ = sample.load(path, place=mesh_lib.place(mesh))
+    generator = load(path, mesh=model.mesh)
+    teacher, student = generator.pipeline, model.pipeline
     if teacher.has_w_embedding:
         raise LcmError(f"--metric=shapes:{path} is distilled itself (it has a w embedding); give its teacher")
-    latents = (teacher.unet.in_channels, teacher.vae.factor)
-    if latents != (subject.shape[2], subject.pipeline.vae.factor):
+    latents, its = ((one.unet.in_channels, one.vae.factor) for one in (teacher, student))
+    if latents != its:
         raise LcmError(
             f"--metric=shapes:{path} has latents of {latents[0]} channels at 1/{latents[1]} size, the "
-            f"model's are {subject.shape[2]} at 1/{subject.pipeline.vae.factor}; give the model's teacher"
+            f"model's are {its[0]} at 1/{its[1]}; give the model's teacher"
         )
-    timesteps = len(teacher.schedule.alphas_cumprod)
+    timesteps = teacher.schedule.num_train_timesteps
     if endpoint_steps > timesteps:
         raise LcmError(f"--endpoint_steps={endpoint_steps}: the teacher has {timesteps} timesteps; give no more")
-    return teacher
+    return generator
 
 
 def run(args: argparse.Namespace) -> list[Path]:
@@ -275,64 +262,62 @@ def run(args: argparse.Namespace) -> list[Path]:
     asked, specs = parse_rows(args.row), measures.parse(args.metric)
     found = read_inputs(args)
     reference = read_reference(args, found, specs)
-    mesh = sample.make_mesh(args.fsdp)
-    subject = load_subject(args, mesh)
-    rows = settle(asked, subject, args)
-    tell_lengths(subject.pipeline, found)
+    model = load_model(args)
+    generator, mesh = model.generator, model.generator.mesh
+    requests = make_requests(asked, generator.pipeline, args)
+    size = requests[0].height, requests[0].width
+    report_lengths(generator.pipeline, found)
     style = args.style or "plain"
-    taken = [measures.load(s, found.captions, subject.size, reference, mesh, subject.batch_size, style) for s in specs]
-    measures.check_used(reference, taken)
-    teacher = load_teacher(specs, subject, mesh, args.endpoint_steps)
+    measured = [measures.load(s, found.captions, size, reference, mesh, model.batch_size, style) for s in specs]
+    measures.check_used(reference, measured)
+    teacher = load_teacher(specs, generator, args.endpoint_steps)
     program = {key: getattr(args, key) for key in ("dtype", "negative_prompt", "tiled", "fsdp", "timings")}
-    program |= {"batch_size": subject.batch_size, "device": f"{mesh.size} x {jax.devices()[0].device_kind}"}
-    shared = rows_lib.comparison(found, args.seed, subject.size, taken, teacher, args.endpoint_steps)
-    about = {"model": rows_lib.model_about(subject), "program": program}
+    program |= {"batch_size": model.batch_size, "device": f"{mesh.size} x {jax.devices()[0].device_kind}"}
+    shared = rows_lib.comparison(found, args.seed, size, measured, teacher, args.endpoint_steps)
+    about = {"model": rows_lib.model_about(generator), "program": program}
     with locked(args.out) as out:
         before = table.kept(out)
         table.check_comparable(out, before, shared)
-        todo = [row for row in rows if not rows_lib.is_there(before, subject, row, shared, about)]
+        todo = [request for request in requests if not rows_lib.is_there(before, model, request, shared, about)]
         if todo:
-            measure(out, todo, subject, found, taken, teacher, shared, about, args, mesh)
-        return write(out, subject, table.plain(about), args.plot)
+            measure(out, todo, model, found, measured, teacher, shared, about, args)
+        return write(out, model, table.plain(about), args.plot)
 
 
 def measure(
     out: Path,
-    rows: Sequence[tuple[Settings, float]],
-    subject: Subject,
+    requests: Sequence[Request],
+    model: EvaluatedModel,
     found: inputs.Inputs,
-    taken: Sequence[Measure],
-    teacher: Pipeline | None,
+    measured: Sequence[Measure],
+    teacher: Generator | None,
     shared: Mapping[str, Any],
     about: Mapping[str, Any],
     args: argparse.Namespace,
-    mesh: Mesh,
 ) -> None:
-    """Draws and measures rows, and keeps each."""
-    for one in taken:
+    """Measures rows, and keeps each."""
+    for one in measured:
         say(f"{one.name}: {one.about['network']}")
         one.prepare()
-    generator = Generator(subject.pipeline, args.tiled, args.negative_prompt, mesh)
     ends = None
-    if teacher is not None and any(settings.steps == 1 for settings, _ in rows):
-        guide = Generator(teacher, mesh=mesh)
-        ends = Endpoints(guide, found.captions, args.endpoint_steps, args.seed, subject.shape)
-    generator.decode(np.zeros((subject.batch_size, *subject.shape), np.float32))  # compiled before any clock runs
-    with Progress(len(rows) * len(found.captions), 0, "pictures") as progress:
-        for number, (settings, scale) in enumerate(rows, 1):
+    if teacher is not None and any(request.settings.steps == 1 for request in requests):
+        ends = Endpoints(teacher, found.captions, args.endpoint_steps, args.seed, requests[0])
+    numbers = [0] * model.batch_size
+    nothing = np.zeros_like(model.generator.noise(0, numbers, 1, requests[0].height, requests[0].width)[0])
+    model.generator.decode(nothing)  # compiled before any clock runs
+    with Progress(len(requests) * len(found.captions), 0, "images") as progress:
+        for number, request in enumerate(requests, 1):
             row = rows_lib.measured(
-                subject,
-                generator,
+                model,
                 found.captions,
-                settings,
-                scale,
-                taken,
+                request,
+                measured,
                 ends,
                 seed=args.seed,
                 timings=args.timings,
                 shared=shared,
                 about=about,
-                move=progress.move,
+                advance=progress.move,
             )
             aside = table.keep(out, row)
             values = ", ".join(
@@ -340,18 +325,16 @@ def measure(
                 for key, value in row.values.items()
                 if value is not None
             )
-            say(
-                f"row {number} of {len(rows)}: {row.sampler}, {row.steps} steps, scale {scale:g}: "
-                + ", ".join(filter(None, (values, f"{row.milliseconds:.1f} ms per image")))
-            )
+            of = f"row {number} of {len(requests)}: {row.sampler}, {row.steps} steps, scale {row.guidance_scale:g}: "
+            say(of + ", ".join(filter(None, (values, f"{row.milliseconds:.1f} ms per image"))))
             if aside:
-                say(f"the row before it was of other pictures and had more metrics: {aside}")
+                say(f"the previous row was of other images and had more metrics; it was moved to {aside}")
 
 
-def write(out: Path, subject: Subject, about: Mapping[str, Any], with_plot: bool) -> list[Path]:
+def write(out: Path, model: EvaluatedModel, about: Mapping[str, Any], with_plot: bool) -> list[Path]:
     """table.json, table.md and plot.png of all rows in the folder that belong together."""
     kept = table.kept(out)
-    current = table.states(table.read(out)) | {subject.name: about}
+    current = table.states(table.read(out)) | {model.name: about}
     rows = [row for row in kept if table.belongs(row, current)]
     for name, number in Counter(row.model for row in kept if not table.belongs(row, current)).items():
         say(
@@ -364,11 +347,11 @@ def write(out: Path, subject: Subject, about: Mapping[str, Any], with_plot: bool
     return [out / name for name in ("table.md", "table.json", "plot.png")[: 2 + with_plot]]
 
 
-def tell_lengths(pipeline: Pipeline, found: inputs.Inputs) -> None:
-    """Says on stderr which captions are cut, and which records could not be read."""
+def report_lengths(pipeline: Pipeline, found: inputs.Inputs) -> None:
+    """Warns on stderr of captions that are cut, and of records that could not be read."""
     if found.left_out:
         say(f"warning: {found.left_out} records of {found.origin} cannot be read; others stand in for them")
-    cut = conditioning.truncated(pipeline, found.captions)
+    cut = truncated(pipeline, found.captions)
     if cut:
         caption, (length, kept) = max(cut.items(), key=lambda item: item[1][0])
         say(

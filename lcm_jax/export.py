@@ -12,6 +12,7 @@ student is built from the workdir's config.json, its weights come from one check
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,11 +24,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import lcm_jax
-from lcm_jax import files, pretrained, sample
+from lcm_jax import files, pretrained
 from lcm_jax.diffusion.consistency import SIGMA_DATA
+from lcm_jax.distill.student import merged, trainable, with_trainable
 from lcm_jax.errors import LcmError, exit_code
 from lcm_jax.pretrained import Pipeline, lora_files, save_pipeline, save_single_file, save_unet
 from lcm_jax.pretrained import diffusers_folder as saving
+from lcm_jax.pretrained.model import PipelineParams
 from lcm_jax.pretrained.single_file_saving import check_file, fold_w
 from lcm_jax.run import config as config_lib
 from lcm_jax.run import models as student_lib
@@ -35,8 +38,7 @@ from lcm_jax.run.model_card import model_card
 from lcm_jax.runtime import checkpoints as checkpoint
 from lcm_jax.runtime import checkpoints as trees
 from lcm_jax.runtime.workdir import read_config
-from lcm_jax.sampling import verify
-from lcm_jax.sampling.generator import default_guidance_scale
+from lcm_jax.sampling import flags, verify
 
 WEIGHTS = {"ema": "ema_params", "online": "params"}  # what a user calls them -> in the training state
 FOLDERS = ("pipeline", "unet", "merged")  # of whole weights, in diffusers' layout
@@ -48,7 +50,7 @@ PROMPTS = ("a photo of a cat", "a red car on a street", "a mountain lake in the 
 
 
 def parser() -> argparse.ArgumentParser:
-    p = sample.Parser(prog="python -m lcm_jax.export", description=__doc__.splitlines()[0])
+    p = flags.Parser(prog="python -m lcm_jax.export", description=__doc__.splitlines()[0])
     p.add_argument("--workdir", type=Path, required=True, help="of the run: config.json and checkpoints/")
     p.add_argument("--out", type=Path, required=True, help="folder to write; single-file: NAME.safetensors; new")
     p.add_argument("--step", type=int, help="checkpoint to take; default: the newest")
@@ -95,23 +97,9 @@ def read_weights(workdir: Path, step: int, weights: str, expected: Any) -> dict[
 
 
 def make_record(config: ConfigDict, student: Pipeline, step: int, weights: str) -> dict[str, Any]:
-    """What `lcm_config.json` says: the constants that inference must match, and where the weights come from.
-
-    w_embedding_dim 0 is a student that is not told w; w_min and w_max are then what it averages over, if it does.
-    """
-    distill = config.distill
-    told_w = student.unet.time_cond_proj_dim or 0
-    uses_w = told_w or config_lib.asks_teacher(config)
-    lora = {key: config.lora[key] for key in ("rank", "alpha")} | {"targets": list(config.lora.targets)}
+    """Content of `lcm_config.json`: what inference must match, and where the weights come from."""
     return {
-        "objective": config.objective,
-        "w_embedding_dim": told_w,
-        **({"w_min": distill.w_min, "w_max": distill.w_max} if uses_w else {}),
-        "solver_steps": distill.solver_steps,
-        "timestep_scaling": distill.timestep_scaling,
-        "sigma_data": distill.sigma_data,
-        "prediction_type": student.schedule.prediction_type,
-        **({"lora": lora} if config.lora.rank else {}),
+        **student.record,
         "teacher": config.model.teacher,
         "student": config.model.student,
         "step": step,
@@ -154,13 +142,12 @@ def check_out(out: Path, form: str, needed: int = 0) -> None:
         raise LcmError(f"{card_of(out)}, the model card's place, already exists; choose another name or remove it")
 
 
-def bytes_needed(student: Pipeline, form: str, dtype: Any) -> int:
+def bytes_needed(student: Pipeline, params: PipelineParams, form: str, dtype: Any) -> int:
     """Bytes of the weights that `form` consists of, in `dtype`."""
-    params = student.params
     if form in ("pipeline", "merged", "single-file"):
         tree = {part: params[part] for part in saving.names_of_parts(student)}
     else:
-        tree = student_lib.theta(student)
+        tree = trainable(student.unet, params["unet"])
     return sum(leaf.size for leaf in jax.tree.leaves(tree)) * jnp.dtype(dtype).itemsize
 
 
@@ -194,23 +181,25 @@ def run(args: argparse.Namespace) -> int:
     form = choose_format(config, args.format)
     dtype = jnp.dtype(args.dtype or ("float32" if form in FOLDERS else "float16"))
     step = choose_step(args.workdir, args.step)
-    table = None if args.table is None else sample.read_text("table", args.table)
+    table = None if args.table is None else flags.read_text("table", args.table)
     check_out(args.out, form)
     check_options(args, config, form)
 
-    student = student_lib.load_student(config, student_lib.load_teacher(config))
-    theta = jax.eval_shape(lambda params: params, student_lib.theta(student))
-    student = student_lib.with_theta(student, theta)  # frees the weights that training began with
-    check_out(args.out, form, bytes_needed(student, form, dtype))
+    student, params = student_lib.load_student(config, *student_lib.load_teacher(config))
+    expected = jax.eval_shape(lambda trained: trained, trainable(student.unet, params["unet"]))
+    params["unet"] = with_trainable(student.unet, params["unet"], expected)  # frees what training began with
+    check_out(args.out, form, bytes_needed(student, params, form, dtype))
     if args.verify:
         check_text_to_image(student)
-    student = student_lib.with_theta(student, read_weights(args.workdir, step, args.weights, theta))
+    trained = read_weights(args.workdir, step, args.weights, expected)
+    params["unet"] = with_trainable(student.unet, params["unet"], trained)
     if form in ("merged", "single-file"):
-        student = student_lib.merged(student)
+        unet, params["unet"] = merged(student.unet, params["unet"])
+        student = dataclasses.replace(student, unet=unet)
 
     record = make_record(config, student, step, args.weights)
     if args.guidance_scale is not None:
-        student, record = fold_guidance(student, record, args.guidance_scale)
+        student, params, record = fold_guidance(student, params, record, args.guidance_scale)
     if record["sigma_data"] != SIGMA_DATA:
         print(
             f"warning: sigma_data is {record['sigma_data']:g}, diffusers' LCMScheduler always takes {SIGMA_DATA:g}; "
@@ -218,51 +207,67 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     card = model_card(config.to_dict(), record, student, args.out.name, form, table)
-    write(args.out, form, dtype, student, record, card)
+    write(args.out, form, dtype, student, params, record, card)
     print(f"step {step}, {args.weights} weights, {form}, {dtype}: {args.out}")
-    return report_difference(args.out, record, tuple(config.sample.prompts)) if args.verify else 0
+    return report_difference(args.out, student, record, tuple(config.sample.prompts)) if args.verify else 0
 
 
-def fold_guidance(student: Pipeline, record: Mapping[str, Any], scale: float) -> tuple[Pipeline, dict[str, Any]]:
-    """The student at one guidance scale, without w embedding, and its record."""
+def fold_guidance(
+    student: Pipeline, params: PipelineParams, record: Mapping[str, Any], scale: float
+) -> tuple[Pipeline, PipelineParams, dict[str, Any]]:
+    """The student at one guidance scale, without w embedding, its weights and its record."""
     if not student.has_w_embedding:
         raise LcmError(f"--guidance_scale={scale:g}: this student has no w embedding to fold; leave it out")
     low, high = record["w_min"] + 1.0, record["w_max"] + 1.0
     if not low <= scale <= high:
         raise LcmError(f"--guidance_scale={scale:g} was not trained; choose {low:g} to {high:g}")
-    return fold_w(student, scale - 1.0), {**record, "w_embedding_dim": 0, "guidance_scale": scale}
+    return *fold_w(student, params, scale - 1.0), {**record, "w_embedding_dim": 0, "guidance_scale": scale}
 
 
-def write(out: Path, form: str, dtype: Any, student: Pipeline, record: Mapping[str, Any], card: str) -> None:
+def write(
+    out: Path,
+    form: str,
+    dtype: Any,
+    student: Pipeline,
+    params: PipelineParams,
+    record: Mapping[str, Any],
+    card: str,
+) -> None:
     """What `form` asks for under `out`, all of it or nothing."""
     text = json.dumps(record, indent=2) + "\n"
     extra = {pretrained.RECORD: text, "README.md": card}
     if form in LORA_FORMATS:
-        write_lora(out, LORA_FORMATS[form], dtype, student, record, extra)
+        write_lora(out, LORA_FORMATS[form], dtype, student, params, record, extra)
     elif form == "single-file":
-        save_single_file(student, out, dtype=dtype, metadata={pretrained.RECORD: text})
+        save_single_file(student, params, out, dtype=dtype, metadata={pretrained.RECORD: text})
         card_of(out).write_text(card, encoding="utf-8")
     elif form == "unet":
-        save_unet(student.unet, student.params["unet"], out, dtype=dtype, extra_files=extra)
+        save_unet(student.unet, params["unet"], out, dtype=dtype, extra_files=extra)
     else:
         scheduler = saving.lcm_scheduler_config(
             student.configs["scheduler"],
             original_inference_steps=record["solver_steps"],
             timestep_scaling=record["timestep_scaling"],
         )
-        save_pipeline(student, out, scheduler_config=scheduler, dtype=dtype, extra_files=extra)
+        save_pipeline(student, params, out, scheduler_config=scheduler, dtype=dtype, extra_files=extra)
 
 
 def write_lora(
-    out: Path, form: str, dtype: Any, student: Pipeline, record: Mapping[str, Any], extra: Mapping[str, str]
+    out: Path,
+    form: str,
+    dtype: Any,
+    student: Pipeline,
+    params: PipelineParams,
+    record: Mapping[str, Any],
+    extra: Mapping[str, str],
 ) -> None:
     """A folder of one LoRA file, which carries the record too, and the texts `extra`."""
-    with saving.all_or_nothing(out, bytes_needed(student, form, dtype)) as folder:
+    with saving.all_or_nothing(out, bytes_needed(student, params, form, dtype)) as folder:
         for name, text in extra.items():
             files.write_text(folder / name, text)
         lora_files.write_lora(
             folder / lora_files.FILE_NAME,
-            student_lib.theta(student),
+            trainable(student.unet, params["unet"]),
             student.unet.module,
             alpha=record["lora"]["alpha"],
             rank=record["lora"]["rank"],
@@ -272,12 +277,11 @@ def write_lora(
         )
 
 
-def report_difference(folder: Path, record: Mapping[str, Any], given: Sequence[str] = ()) -> int:
+def report_difference(folder: Path, student: Pipeline, record: Mapping[str, Any], given: Sequence[str] = ()) -> int:
     """Prints how far diffusers' pictures are from ours; exit code 1 where they are not the same, else 0."""
-    scale = default_guidance_scale(bool(record["w_embedding_dim"]), record)
     given = tuple(given) or PROMPTS
     prompts = [given[i % len(given)] for i in range(len(PROMPTS))]
-    steps = min(verify.STEPS, record["solver_steps"])
+    steps, scale = min(verify.STEPS, record["solver_steps"]), student.default_guidance_scale()
     difference = verify.compare(folder, prompts, scale, steps)
     print(
         f"verify: diffusers and lcm_jax, {len(prompts)} pictures, {steps} steps, guidance scale {scale:g}, float32: "

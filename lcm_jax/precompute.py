@@ -41,6 +41,7 @@ from lcm_jax.data.records import Fault, Record, Source
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import ENCODERS, Pipeline
 from lcm_jax.pretrained import text as conditioning
+from lcm_jax.pretrained.model import TEXT_ENCODERS, PipelineParams
 from lcm_jax.run import config as config_lib
 from lcm_jax.run import data as training_data
 from lcm_jax.run import models as student_lib
@@ -173,10 +174,10 @@ def prepared(config: ConfigDict, out: Path, options: Options) -> Job:
     """All that writing the cache takes."""
     (part,) = training_data.open_parts(config)
     say(f"{part.name}: {part.report.line()}")
-    training_data.check_sizes(config, student_lib.load_teacher(config, weights=False))  # before minutes of reading
+    training_data.check_sizes(config, student_lib.load_teacher(config, weights=False)[0])  # before minutes of reading
     mesh = mesh_of_this_host(config)
-    pipeline = student_lib.load_teacher(config, mesh_lib.place(mesh), weights=ENCODERS)
-    tokenize = Captioned(training_data.Tokenize(conditioning.tokenizers(pipeline)))
+    pipeline, params = student_lib.load_teacher(config, mesh_lib.place(mesh), weights=ENCODERS)
+    tokenize = Captioned(training_data.Tokenize(pipeline.tokenizers))
     pictures = training_data.pictures(config, part.source, tokenize, time_ids=pipeline.is_xl)
     watch = training_data.Watch(loader.Faults(config.data.max_bad_fraction, BadRecords(out)), say)
     watch.faults.indexed(part.source.faults, part.report.total, part.report.kept)
@@ -184,11 +185,11 @@ def prepared(config: ConfigDict, out: Path, options: Options) -> Job:
     batch = encoding.batch_size(config.data.resolution)
     return Job(
         out=out,
-        plan=make_plan(config, options, pipeline, pictures),
+        plan=make_plan(config, options, pipeline, params, pictures),
         shards=cache_writing.shards_of(examples.groups, options.shard_size),
         examples=examples,
         batch=batch,
-        encode=of_a_batch(encoding.make_encode(pipeline, mesh, config.data.encode_chunk), options.text, batch),
+        encode=of_a_batch(encoding.make_encode(pipeline, params, mesh, config.data.encode_chunk), options.text, batch),
         watch=watch,
         left_out=tuple(part.source.faults),
     )
@@ -207,24 +208,30 @@ def check_config(config: ConfigDict) -> ConfigDict:
     return config_lib.resolve(config)
 
 
-def make_plan(config: ConfigDict, options: Options, pipeline: Pipeline, examples: loader.Examples) -> dict[str, Any]:
+def make_plan(
+    config: ConfigDict, options: Options, pipeline: Pipeline, params: PipelineParams, examples: loader.Examples
+) -> dict[str, Any]:
     """All that decides what the cache will hold: the manifest but for what comes of it. As it comes back from JSON."""
     plan = {
         "made_by": f"lcm_jax {lcm_jax.__version__}",
-        "fingerprint": encoding.fingerprint(pipeline, config.data.resolution, training_data.picture_sizes(config)),
+        "fingerprint": encoding.fingerprint(
+            pipeline, params, config.data.resolution, training_data.picture_sizes(config)
+        ),
         **dataclasses.asdict(options),
         "seed": config.seed,
         "compute_dtype": config.model.dtype,
         "data": {key: config.data[key] for key in DATA_KEYS},
         "examples": examples.groups,
-        "arrays": layout(pipeline, training_data.picture_sizes(config), options),
+        "arrays": layout(pipeline, params, training_data.picture_sizes(config), options),
     }
     return json.loads(json.dumps(plan))
 
 
-def layout(pipeline: Pipeline, sizes: Sequence[tuple[int, int]], options: Options) -> list[dict[str, Any]]:
+def layout(
+    pipeline: Pipeline, params: PipelineParams, sizes: Sequence[tuple[int, int]], options: Options
+) -> list[dict[str, Any]]:
     """Name, dtype and shapes (for each group) of the arrays of a row; nothing is computed."""
-    encode, struct = encoding.make_encode(pipeline), jax.ShapeDtypeStruct
+    encode, struct = encoding.make_encode(pipeline, params), jax.ShapeDtypeStruct
     ids = {name: struct(value.shape, value.dtype) for name, value in conditioning.tokens(pipeline, [""]).items()}
     more = {"time_ids": struct((1, 6), np.float32)} if pipeline.is_xl else {}
     more |= ids if options.text == "embeddings" else {}
@@ -250,7 +257,7 @@ def mesh_of_this_host(config: ConfigDict) -> Mesh:
 
 def of_a_batch(encode: Callable, text: str, batch: int) -> Callable[[encoding.Rows], encoding.Rows]:
     """At most `batch` rows -> their arrays; token ids stay where that is the `text` of the cache."""
-    as_they_are = conditioning.TEXT_ENCODERS if text == "ids" else ()
+    as_they_are = TEXT_ENCODERS if text == "ids" else ()
 
     def call(rows: encoding.Rows) -> encoding.Rows:
         ids = {name: value for name, value in rows.items() if name in as_they_are}

@@ -11,7 +11,6 @@ command on one device, on many (config.mesh) and in many processes (docs/cluster
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import sys
@@ -34,7 +33,7 @@ from lcm_jax.distill import state as state_lib
 from lcm_jax.distill import step as step_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.files import write_atomic
-from lcm_jax.pretrained import Pipeline
+from lcm_jax.pretrained.model import Pipeline, PipelineParams
 from lcm_jax.run import config as config_lib
 from lcm_jax.run import data as training_data
 from lcm_jax.run import models as student_lib
@@ -45,7 +44,9 @@ from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.checkpoints import Checkpoints
 from lcm_jax.runtime.telemetry import Telemetry
 from lcm_jax.runtime.workdir import StopSignal, locked, same_as_before
-from lcm_jax.sampling import generator as generate_lib
+from lcm_jax.sampling.generator import Generator
+from lcm_jax.sampling.png import grid, to_uint8
+from lcm_jax.sampling.request import Settings
 
 READ_HERE = 20.0  # seconds that one of several processes has for a batch, to stop with the others
 GRID_COLUMNS = 4  # pictures per prompt in a sample grid
@@ -66,7 +67,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> state_l
         distributed.everywhere(lambda: lost.check(workdir, config.checkpoint.every))  # before config.json is new
         config_lib.prepare_workdir(workdir, config)
         parts = distributed.everywhere(lambda: training_data.open_parts(config))
-        program = distributed.everywhere(lambda: training_step.make(config, *student_lib.shapes(config), mesh))
+        program = distributed.everywhere(lambda: training_step.make(config, student_lib.shapes(config), mesh))
         return run(config, workdir, parts, program, mesh, profile, began)
 
 
@@ -97,13 +98,6 @@ def prepared(config: ConfigDict, profile: str = "") -> tuple[ConfigDict, Mesh]:
     return config, mesh
 
 
-def models(config: ConfigDict, mesh: Mesh) -> tuple[Pipeline, Pipeline]:
-    """Teacher and student, read into the shards that each device holds of them."""
-    place = mesh_lib.place(mesh)
-    teacher = student_lib.load_teacher(config, place)
-    return teacher, student_lib.load_student(config, teacher, place)
-
-
 def run(
     config: ConfigDict,
     workdir: Path,
@@ -123,14 +117,17 @@ def run(
         if state is not None and int(state.step) >= config.train.steps:
             say(f"{workdir} is trained to step {int(state.step)} already; raise --config.train.steps to go on")
             return state
-        teacher, student = distributed.everywhere(lambda: models(config, mesh))
-        training_data.check_caches(config, parts, teacher)
-        state = program.begin(student_lib.theta(student)) if state is None else state
+        models = distributed.everywhere(lambda: student_lib.load(config, mesh_lib.place(mesh)))
+        training_data.check_caches(config, parts, models.teacher, models.teacher_params)
+        state = program.begin(models.trainable) if state is None else state
         step = int(state.step)
-        frozen = program.place_frozen(teacher, student)
-        teacher, student = encoders(teacher), encoders(student)
-        draw_grid = make_grid_drawer(config, program, student, frozen, mesh)
-        encode = encoding.make_encode(teacher, mesh, config.data.encode_chunk)
+        frozen = program.place_frozen(models)
+        teacher, student = models.teacher, models.student
+        # The UNets' weights are in the state and the frozen arrays now.
+        params = {part: tree for part, tree in models.teacher_params.items() if part != "unet"}
+        del models
+        draw_grid = make_grid_drawer(config, program, student, params, frozen, mesh)
+        encode = encoding.make_encode(teacher, params, mesh, config.data.encode_chunk)
         watch = training_data.Watch(loader.Faults(config.data.max_bad_fraction, BadRecords(workdir)), say)
         examples, order = training_data.open_examples(config, parts, teacher, encode, watch)
         same_as_before(workdir, "data.json", training_data.describe(order))
@@ -247,11 +244,6 @@ def raise_if(error: Exception | None) -> None:
         raise error
 
 
-def encoders(pipeline: Pipeline) -> Pipeline:
-    """The pipeline without its UNet's weights, which the state and the frozen arrays hold."""
-    return dataclasses.replace(pipeline, params={k: tree for k, tree in pipeline.params.items() if k != "unet"})
-
-
 def contents(config: ConfigDict, step: int) -> dict[str, Any]:
     """What a checkpoint says beside its arrays: the position in the data, which is the step, and the config."""
     return {"step": step, "images": step * config.data.batch_size, "config": json.loads(config_lib.to_json(config))}
@@ -272,33 +264,27 @@ def make_grid_drawer(
     config: ConfigDict,
     program: training_step.TrainingStep,
     student: Pipeline,
+    params: PipelineParams,
     frozen: objectives.Frozen,
     mesh: Mesh,
 ) -> Callable[[Any], np.ndarray] | None:
-    """theta -> picture [h w 3] uint8 with a row per prompt of `config.sample`, from noise that never changes.
+    """trained weights -> image [h w 3] uint8 with a row per prompt of `config.sample`, always from the same noise.
 
-    None where the config asks for no pictures.
+    params: of the parts beside the UNet. None instead of a function if the config asks for no images.
     """
     if not config.sample.every or not config.sample.prompts:
         return None
-    generate = generate_lib.Generator(student, mesh=mesh)
-    side = config.data.resolution // student.vae.factor
+    generator = Generator(student, params, mesh)
     captions = [prompt for prompt in config.sample.prompts for _ in range(GRID_COLUMNS)]
-    cond = generate.encode(captions)
-    noise = generate_lib.draw_noise(
-        config.seed, range(len(captions)), config.sample.steps, (side, side, student.unet.in_channels)
-    )
-    settings = generate_lib.Settings(
-        steps=config.sample.steps,
-        original_steps=config.distill.solver_steps,
-        timestep_scaling=config.distill.timestep_scaling,
-        sigma_data=config.distill.sigma_data,
-    )
+    side = config.data.resolution
+    noise = generator.noise(config.seed, range(len(captions)), config.sample.steps, side, side)
+    cond = generator.encode(captions)
+    settings, scale = Settings(steps=config.sample.steps), config.sample.guidance_scale
 
-    def draw(params: Any) -> np.ndarray:
-        weights = objectives.student_weights(program.problem, frozen, params)
-        images = generate(cond, noise, config.sample.guidance_scale, settings, unet_params=weights)
-        return generate_lib.grid(generate_lib.to_uint8(images), GRID_COLUMNS)
+    def draw(trained: Any) -> np.ndarray:
+        weights = objectives.student_weights(program.problem, frozen, trained)
+        images = generator.decode(generator.latents(cond, noise, scale, settings, unet_params=weights))
+        return grid(to_uint8(images), GRID_COLUMNS)
 
     return draw
 

@@ -11,7 +11,6 @@ import collections
 import concurrent.futures
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,8 +25,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lcm_jax.data import loader
 from lcm_jax.data.order import draws_at
 from lcm_jax.data.records import BadRecord, Fault
-from lcm_jax.pretrained import Pipeline
 from lcm_jax.pretrained import text as conditioning
+from lcm_jax.pretrained.model import TEXT_ENCODERS, Pipeline, PipelineParams
 from lcm_jax.runtime import kernels as compiler
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime import waiting
@@ -47,7 +46,7 @@ def batch_size(resolution: int) -> int:
 
 
 def make_encode(
-    pipeline: Pipeline, mesh: Mesh | None = None, chunk: int = 0
+    pipeline: Pipeline, params: PipelineParams, mesh: Mesh | None = None, chunk: int = 0
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """rows -> {"mean", "logvar", and the conditioning}, float32, jitted; what is encoded already passes through.
 
@@ -55,38 +54,17 @@ def make_encode(
     cache gives, so that the step is one program.
 
     Args:
-      pipeline: its weights, where there is a mesh, lie on it by the rule of `runtime.mesh`.
+      params: of the VAE and the text encoders; on a mesh they lie by the rule of `runtime.mesh`.
       mesh: the rows, in its batch sharding, are encoded each on its device and stay there. Rows that are numpy arrays
         (the same on every process) are split over it, and come back whole.
       chunk: pictures that the VAE encodes at a time on each device, at most; 0: all of a batch.
     """
-    params = {name: tree for name, tree in pipeline.params.items() if name != "unet"}
-    if mesh is not None:
-        pipeline = on_mesh(pipeline, mesh)
-
-    def encode_pixels(params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return pipeline.vae.apply({"params": params}, jnp.asarray(LEVELS)[pixels], method="encode")
-
-    def encode(params: Any, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        encoded = dict(rows)
-        if "pixels" in rows:
-            one = functools.partial(encode_pixels, params["vae"])
-            encoded["mean"], encoded["logvar"] = in_chunks(one, encoded.pop("pixels"), chunk, mesh)
-        ids = {name: encoded.pop(name) for name in conditioning.TEXT_ENCODERS if name in rows}
-        if ids:
-            text = conditioning.encode_tokens(pipeline, params, ids)
-            encoded |= {name: value.astype(np.float32) for name, value in text.items()}
-        return encoded
-
-    def encode_first(params: Any, rows: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
-        return {name: value[:count] for name, value in encode(params, rows).items()}
-
-    jit = functools.partial(jax.jit, compiler_options=compiler.inference())
-    split = jit(encode, out_shardings=mesh and mesh_lib.batch_sharding(mesh))
-    whole = jit(encode_first, static_argnums=2, out_shardings=mesh and mesh_lib.replicated(mesh))
+    params = {name: tree for name, tree in params.items() if name != "unet"}
+    placed = pipeline if mesh is None else on_mesh(pipeline, mesh)
+    encode, split, whole = _programs(placed.vae, placed.text_encoders, mesh, chunk)
 
     def call(rows: Mapping[str, Any]) -> dict[str, Any]:
-        if not {"pixels", *conditioning.TEXT_ENCODERS} & rows.keys():
+        if not {"pixels", *TEXT_ENCODERS} & rows.keys():
             return dict(rows)
         if any(isinstance(value, jax.core.Tracer) for value in rows.values()):  # compiler options are of whole programs
             return encode(params, dict(rows))
@@ -96,6 +74,36 @@ def make_encode(
         return whole(params, {name: mesh_lib.spread(mesh, value) for name, value in rows.items()}, count)
 
     return call
+
+
+@functools.lru_cache
+def _programs(vae: Any, text_encoders: tuple[Any, Any], mesh: Mesh | None, chunk: int) -> tuple[Callable, ...]:
+    """(encode, encode of rows that are split over the mesh, encode of rows that are whole on every process).
+
+    They are the same for equal modules, so that a second model of an architecture compiles nothing.
+    """
+
+    def encode_pixels(params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return vae.apply({"params": params}, jnp.asarray(LEVELS)[pixels], method="encode")
+
+    def encode(params: Any, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        encoded = dict(rows)
+        if "pixels" in rows:
+            one = functools.partial(encode_pixels, params["vae"])
+            encoded["mean"], encoded["logvar"] = in_chunks(one, encoded.pop("pixels"), chunk, mesh)
+        ids = {name: encoded.pop(name) for name in TEXT_ENCODERS if name in rows}
+        if ids:
+            text = conditioning.encode_tokens(text_encoders, params, ids)
+            encoded |= {name: value.astype(np.float32) for name, value in text.items()}
+        return encoded
+
+    def encode_first(params: Any, rows: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
+        return {name: value[:count] for name, value in encode(params, rows).items()}
+
+    jit = functools.partial(jax.jit, compiler_options=compiler.inference())
+    split = jit(encode, out_shardings=mesh and mesh_lib.batch_sharding(mesh))
+    whole = jit(encode_first, static_argnums=2, out_shardings=mesh and mesh_lib.replicated(mesh))
+    return encode, split, whole
 
 
 def in_chunks(fn: Callable[[jax.Array], Any], x: jax.Array, chunk: int, mesh: Mesh | None = None) -> Any:
@@ -168,7 +176,9 @@ def in_order(
         pool.shutdown(wait=False, cancel_futures=True)  # a read may hang
 
 
-def fingerprint(pipeline: Pipeline, resolution: int, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def fingerprint(
+    pipeline: Pipeline, params: PipelineParams, resolution: int, sizes: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
     """What decides how pictures and captions are encoded: a latent cache must agree in it with the run that reads it.
 
     {"resolution", "sizes" (h, w of each group), "time_ids", "scaling_factor", "vae", "tokenizers", "text_encoders"},
@@ -179,9 +189,9 @@ def fingerprint(pipeline: Pipeline, resolution: int, sizes: Sequence[tuple[int, 
         "sizes": [list(size) for size in sizes],
         "time_ids": pipeline.is_xl,
         "scaling_factor": pipeline.vae.scaling_factor,
-        "vae": weights_hash(pipeline.params["vae"]),
-        "tokenizers": {name: vocabulary_hash(t) for name, t in conditioning.tokenizers(pipeline).items()},
-        "text_encoders": {name: weights_hash(pipeline.params[name]) for name in conditioning.tokenizers(pipeline)},
+        "vae": weights_hash(params["vae"]),
+        "tokenizers": {name: t.vocabulary_hash() for name, t in pipeline.tokenizers.items()},
+        "text_encoders": {name: weights_hash(params[name]) for name in pipeline.tokenizers},
     }
 
 
@@ -195,12 +205,6 @@ def weights_hash(params: Any) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def vocabulary_hash(tokenizer: Any) -> str:
-    """SHA-256 of a tokenizer's vocabulary, length and padding."""
-    words = [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token_id]
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
 
 def null_text(pipeline: Pipeline, encode: Callable, encoded: bool) -> Rows:

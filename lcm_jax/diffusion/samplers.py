@@ -1,12 +1,26 @@
 """Samplers: from noise to a latent in a fixed number of network calls, each loop one `lax.scan`.
 
+    sampler(model, x, noise, schedule, timesteps, hook=None) -> latent, float32 [b h w c]
+
+    model      (x [b h w c], t scalar int32) -> network output, already guided
+    x          standard normal noise [b h w c]
+    noise      fresh standard normal noise between steps, [steps - 1 b h w c] (more entries are not used); only `lcm`
+               reads it
+    schedule   noise table and prediction type
+    timesteps  int32 [steps] on the host, falling, from `diffusion.timesteps`
+    hook       (x0, x, t, i) -> x after step i = 0, 1, ... (int32 scalar) at t, traced into the loop; x0 is the model's
+               prediction of the clean latent
+
+What only one sampler has is a keyword argument, to be bound before the call. `loop=stepwise` runs the same step
+function one step at a time.
+
 `lcm` is multistep consistency sampling (Luo et al. 2023, algorithm 3), over timesteps t_1 > t_2 > ... :
 
     x0 = f(x, t_i)            x = alpha_{t_{i+1}} x0 + sigma_{t_{i+1}} noise_i, or x0 after the last step
 
 `ddim` (Song et al. 2021, equation 12, eta = 0), `dpm_solver_2m` (Lu et al. 2022, "DPM-Solver", as a multistep method)
-and `dpm_solver_pp_2m` (Lu et al. 2022, "DPM-Solver++", algorithm 2) are what the teacher is measured by. With lambda =
-ln(alpha / sigma), h_i = lambda_{i+1} - lambda_i, r_i = h_{i-1} / h_i, and p = eps or, for DPM-Solver++, p = x0:
+and `dpm_solver_pp_2m` (Lu et al. 2022, "DPM-Solver++", algorithm 2) are what the teacher is measured with. With p =
+eps or, for DPM-Solver++, p = x0, lambda = ln(alpha / sigma), h_i = lambda_{i+1} - lambda_i and r_i = h_{i-1} / h_i:
 
     D_i     = p_i + (p_i - p_{i-1}) / (2 r_i)               (D_i = p_i at the first step, see each for the last)
     x_{i+1} = alpha_{i+1} / alpha_i x_i - sigma_{i+1} (e^{h_i} - 1) D_i                                DPM-Solver
@@ -14,16 +28,15 @@ ln(alpha / sigma), h_i = lambda_{i+1} - lambda_i, r_i = h_{i-1} / h_i, and p = e
 
 Each equals diffusers' scheduler of its name, step by step: LCMScheduler, DDIMScheduler, and
 DPMSolverMultistepScheduler with its defaults; for DPM-Solver with algorithm_type "dpmsolver", which diffusers only
-takes with final_sigmas_type "sigma_min". That includes what is odd in them: DDIM goes from t to t - T // n even
-where the spacing puts the next timestep elsewhere (linspace, and n that does not divide T), one DDIM step with
-linspace spacing starts at t = 0, and from 15 steps on DPM-Solver's last step is of order 2, before that of order 1.
+takes with final_sigmas_type "sigma_min". That includes their oddities: DDIM goes from t to t - T // n even if the
+spacing puts the next timestep elsewhere (linspace, and n that does not divide T), one DDIM step with linspace spacing
+starts at t = 0, and from 15 steps on DPM-Solver's last step is of order 2, before that of order 1.
 
-A model is `(x [b h w c], t scalar int32) -> network output`, guided already if it is to be; x starts as standard normal
-noise. Timesteps and coefficients are tables made on the host, so the compiled loop only reads them. All arithmetic is
-float32.
+Coefficients are tables made on the host, which the compiled loop only reads. All arithmetic is float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,246 +47,148 @@ from lcm_jax.diffusion.schedule import NoiseSchedule, eps_from_output, x0_from_o
 from lcm_jax.diffusion.solvers import scales
 from lcm_jax.errors import LcmError
 
-SPACINGS = ("leading", "trailing", "linspace")
+Model = Callable[[jax.Array, jax.Array], jax.Array]
+Hook = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+Carry = tuple[jax.Array, Any]  # x, and what the sampler remembers
+# (carry, (i, t, ...)) -> (carry, x0)
+Step = Callable[[Carry, Any], tuple[Carry, jax.Array]]
 
 _LOWER_ORDER_FINAL = 15  # with fewer steps DPM-Solver's last is of order 1, for stability (diffusers' number)
 
-Sampled = jax.Array | tuple[jax.Array, jax.Array]
+
+def scan(step: Step, carry: Carry, rows: Any) -> jax.Array:
+    """All steps as one compiled loop -> the latent."""
+    return jax.lax.scan(lambda carry, row: (step(carry, row)[0], None), carry, rows)[0][0]
 
 
-def lcm_timesteps(num_steps: int, num_train_timesteps: int = 1000, original_steps: int = 50) -> np.ndarray:
-    """Timesteps of `lcm`, int32 [num_steps], falling: evenly spaced indices into the solver grid of training.
-
-    Args:
-      num_steps: 1 .. original_steps.
-      num_train_timesteps: T.
-      original_steps: N of the solver grid that the model was distilled on, 1 .. T.
-
-    Raises:
-      LcmError: a number of steps out of its range.
-    """
-    if not 1 <= original_steps <= num_train_timesteps:
-        raise LcmError(f"original_steps={original_steps} is out of range; choose 1 to {num_train_timesteps}")
-    _check_steps(num_steps, original_steps, "the solver steps the model was distilled with")
-    grid = np.arange(original_steps, 0, -1) * (num_train_timesteps // original_steps) - 1
-    return grid[np.floor(np.linspace(0, original_steps, num_steps, endpoint=False)).astype(int)].astype(np.int32)
-
-
-def ddim_timesteps(
-    num_steps: int, num_train_timesteps: int = 1000, spacing: str = "trailing", steps_offset: int = 0
-) -> np.ndarray:
-    """Timesteps of `ddim`, int32 [num_steps], falling.
-
-    Args:
-      num_steps: 1 .. T.
-      num_train_timesteps: T.
-      spacing: "trailing" starts at T - 1; "leading" at (n - 1) (T // n) + steps_offset; "linspace" spans 0 .. T - 1.
-      steps_offset: added to leading timesteps (1 for Stable Diffusion); the others ignore it.
-
-    Raises:
-      LcmError: steps out of range, unknown spacing, an offset that leads past T - 1.
-    """
-    last = num_train_timesteps
-    _check_steps(num_steps, last, "the training timesteps")
-    if spacing == "leading":
-        t = np.arange(num_steps - 1, -1, -1) * (last // num_steps) + steps_offset
-    elif spacing == "trailing":
-        t = _trailing(num_steps, last)
-    elif spacing == "linspace":
-        t = np.linspace(0, last - 1, num_steps).round()[::-1]
-    else:
-        raise LcmError(_unknown_spacing(spacing))
-    return _checked(t, last, steps_offset)
-
-
-def dpm_solver_timesteps(
-    num_steps: int, num_train_timesteps: int = 1000, spacing: str = "trailing", steps_offset: int = 0
-) -> np.ndarray:
-    """Timesteps of `dpm_solver_2m` and `dpm_solver_pp_2m`, int32 [num_steps], falling; see `ddim_timesteps`.
-
-    "leading" and "linspace" lay num_steps + 1 points and leave the last, t = 0, out: the step to abar_0, or to
-    sigma = 0, takes its place. They allow 1 .. T - 1 steps.
-    """
-    last = num_train_timesteps
-    _check_steps(num_steps, last if spacing == "trailing" else last - 1, "the training timesteps")
-    if spacing == "leading":
-        t = np.arange(num_steps, 0, -1) * (last // (num_steps + 1)) + steps_offset
-    elif spacing == "trailing":
-        t = _trailing(num_steps, last)
-    elif spacing == "linspace":
-        t = np.linspace(0, last - 1, num_steps + 1).round()[:0:-1]
-    else:
-        raise LcmError(_unknown_spacing(spacing))
-    return _checked(t, last, steps_offset)
-
-
-def timesteps(kind: str, num_steps: int, **options) -> np.ndarray:
-    """Timesteps of a sampler by name, one of `SAMPLERS`, int32 [num_steps]; options as theirs."""
-    if kind not in SAMPLERS:
-        raise LcmError(f"unknown sampler {kind!r}; choose one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[kind][1](num_steps, **options)
+def stepwise(step: Step, carry: Carry, rows: Any) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """One compiled step at a time: yields (x0, x) after each, for previews."""
+    step = jax.jit(step)
+    for i in range(len(rows[0])):
+        carry, x0 = step(carry, jax.tree.map(lambda column: column[i], rows))  # noqa: B023 (used at once)
+        yield x0, carry[0]
 
 
 def lcm(
-    model: Callable,
+    model: Model,
     x,
     noise,
     schedule: NoiseSchedule,
-    num_steps: int,
-    original_steps: int = 50,
+    timesteps: np.ndarray,
+    hook: Hook | None = None,
+    *,
     timestep_scaling: float = TIMESTEP_SCALING,
     sigma_data: float = SIGMA_DATA,
-    return_trajectory: bool = False,
-) -> Sampled:
-    """Multistep consistency sampling.
+    loop: Callable = scan,
+):
+    """Multistep consistency sampling; the module's docstring has the arguments.
 
-    Args:
-      model: (x [b h w c], t scalar int32) -> network output.
-      x: standard normal noise [b h w c].
-      noise: fresh standard normal noise between steps, [num_steps - 1 b h w c] (more entries are left unused); None
-        does for one step.
-      schedule: noise table and prediction type.
-      num_steps, original_steps: see `lcm_timesteps`.
-      timestep_scaling, sigma_data: of the boundary scalings; must be those of training.
-      return_trajectory: also return x after every step, [num_steps b h w c].
-
-    Returns:
-      The latent, float32 [b h w c], or (latent, trajectory).
+    timestep_scaling, sigma_data: of the boundary scalings; must be those of training.
 
     Raises:
-      LcmError: steps out of range, or noise of the wrong shape.
+      LcmError: noise of the wrong shape.
     """
-    x = jnp.asarray(x, jnp.float32)
-    t = lcm_timesteps(num_steps, schedule.num_train_timesteps, original_steps)
-    noise = jnp.zeros((0, *x.shape), jnp.float32) if noise is None else jnp.asarray(noise, jnp.float32)[: num_steps - 1]
-    if noise.shape != (num_steps - 1, *x.shape):
-        raise LcmError(f"noise of shape {noise.shape} for {num_steps} steps; it must be {(num_steps - 1, *x.shape)}")
-    noise = jnp.concatenate([noise, jnp.zeros((1, *x.shape), jnp.float32)])
+    x, t = jnp.asarray(x, jnp.float32), np.asarray(timesteps)
+    between = len(t) - 1
+    noise = jnp.zeros((0, *x.shape), jnp.float32) if noise is None else jnp.asarray(noise, jnp.float32)[:between]
+    if noise.shape != (between, *x.shape):
+        raise LcmError(f"noise of shape {noise.shape} for {len(t)} steps; it must be {(between, *x.shape)}")
     rows = (
         t,
         schedule.alphas[t],
         schedule.sigmas[t],
         np.append(schedule.alphas[t[1:]], np.float32(1)),
         np.append(schedule.sigmas[t[1:]], np.float32(0)),
-        noise,
+        jnp.concatenate([noise, jnp.zeros((1, *x.shape), jnp.float32)]),
     )
 
-    def step(x, row):
+    def step(x, _, row):
         t, alpha, sigma, next_alpha, next_sigma, xi = row
         c_skip, c_out = boundary_scalings(t, sigma_data, timestep_scaling)
-        x0 = x0_from_output(schedule.prediction_type, model(x, t), x, alpha, sigma)
-        x = next_alpha * (c_skip * x + c_out * x0) + next_sigma * xi
-        return x, x if return_trajectory else None
+        x0 = c_skip * x + c_out * x0_from_output(schedule.prediction_type, model(x, t), x, alpha, sigma)
+        return next_alpha * x0 + next_sigma * xi, (), x0
 
-    return _result(jax.lax.scan(step, x, rows), return_trajectory)
+    return _run(step, x, (), rows, hook, loop)
 
 
 def ddim(
-    model: Callable,
+    model: Model,
     x,
+    noise,
     schedule: NoiseSchedule,
-    num_steps: int,
-    spacing: str = "trailing",
-    steps_offset: int = 0,
+    timesteps: np.ndarray,
+    hook: Hook | None = None,
+    *,
+    stride: int | None = None,
     set_alpha_to_one: bool = True,
-    return_trajectory: bool = False,
-) -> Sampled:
-    """Deterministic DDIM (eta = 0), without clipping.
+    loop: Callable = scan,
+):
+    """Deterministic DDIM (eta = 0), without clipping; the module's docstring has the arguments.
 
-    Args:
-      model: (x [b h w c], t scalar int32) -> network output, guided already.
-      x: standard normal noise [b h w c].
-      schedule: noise table and prediction type.
-      num_steps, spacing, steps_offset: see `ddim_timesteps`.
-      set_alpha_to_one: the last step ends at abar = 1; otherwise at abar_0 (as Stable Diffusion's configs have it).
-      return_trajectory: also return x after every step, [num_steps b h w c].
-
-    Returns:
-      The latent, float32 [b h w c], or (latent, trajectory).
+    stride: training timesteps of a step; None: T // steps, of timesteps that go all the way.
+    set_alpha_to_one: whether the last step ends at abar = 1, or at abar_0 (as Stable Diffusion's configs have it).
     """
-    t = ddim_timesteps(num_steps, schedule.num_train_timesteps, spacing, steps_offset)
-    prev = t - schedule.num_train_timesteps // num_steps
+    t = np.asarray(timesteps)
+    prev = t - (schedule.num_train_timesteps // len(t) if stride is None else stride)
     final = np.float32(1) if set_alpha_to_one else schedule.alphas_cumprod[0]
     abar_prev = np.where(prev >= 0, schedule.alphas_cumprod[np.maximum(prev, 0)], final)
     rows = (t, schedule.alphas[t], schedule.sigmas[t], np.sqrt(abar_prev), np.sqrt(np.float32(1) - abar_prev))
 
-    def step(x, row):
+    def step(x, _, row):
         t, alpha, sigma, prev_alpha, prev_sigma = row
         output = model(x, t)
         x0 = x0_from_output(schedule.prediction_type, output, x, alpha, sigma)
         eps = eps_from_output(schedule.prediction_type, output, x, alpha, sigma)
-        x = prev_alpha * x0 + prev_sigma * eps
-        return x, x if return_trajectory else None
+        return prev_alpha * x0 + prev_sigma * eps, (), x0  # equation 12
 
-    return _result(jax.lax.scan(step, jnp.asarray(x, jnp.float32), rows), return_trajectory)
+    return _run(step, x, (), rows, hook, loop)
 
 
 def dpm_solver_2m(
-    model: Callable,
-    x,
-    schedule: NoiseSchedule,
-    num_steps: int,
-    spacing: str = "trailing",
-    steps_offset: int = 0,
-    return_trajectory: bool = False,
-) -> Sampled:
-    """DPM-Solver(2M): order 2, midpoint, ending at abar_0, as eps says nothing of the way to sigma = 0.
+    model: Model, x, noise, schedule: NoiseSchedule, timesteps: np.ndarray, hook: Hook | None = None, *, loop=scan
+):
+    """DPM-Solver(2M): order 2, midpoint, ending at abar_0, because eps says nothing of the way to sigma = 0.
 
-    Of fewer than 15 steps the last is of order 1. Arguments and result as `dpm_solver_pp_2m`'s.
+    With fewer than 15 steps the last is of order 1.
     """
-    return _dpm_solver(eps_from_output, model, x, schedule, num_steps, spacing, steps_offset, return_trajectory)
+    weights = _dpm_solver_coefficients(schedule, np.asarray(timesteps))
+    return _dpm_solver(eps_from_output, weights, model, x, schedule, timesteps, hook, loop)
 
 
 def dpm_solver_pp_2m(
-    model: Callable,
-    x,
-    schedule: NoiseSchedule,
-    num_steps: int,
-    spacing: str = "trailing",
-    steps_offset: int = 0,
-    return_trajectory: bool = False,
-) -> Sampled:
-    """DPM-Solver++(2M): order 2, midpoint, ending at sigma = 0 by a step of order 1.
-
-    Args:
-      model: (x [b h w c], t scalar int32) -> network output, guided already.
-      x: standard normal noise [b h w c].
-      schedule: noise table and prediction type.
-      num_steps, spacing, steps_offset: see `dpm_solver_timesteps`.
-      return_trajectory: also return x after every step, [num_steps b h w c].
-
-    Returns:
-      The latent, float32 [b h w c], or (latent, trajectory).
-    """
-    return _dpm_solver(x0_from_output, model, x, schedule, num_steps, spacing, steps_offset, return_trajectory)
+    model: Model, x, noise, schedule: NoiseSchedule, timesteps: np.ndarray, hook: Hook | None = None, *, loop=scan
+):
+    """DPM-Solver++(2M): order 2, midpoint, ending at sigma = 0 by a step of order 1."""
+    weights = _dpm_solver_pp_coefficients(schedule, np.asarray(timesteps))
+    return _dpm_solver(x0_from_output, weights, model, x, schedule, timesteps, hook, loop)
 
 
-def _dpm_solver(
-    predict: Callable,
-    model: Callable,
-    x,
-    schedule: NoiseSchedule,
-    num_steps: int,
-    spacing: str,
-    steps_offset: int,
-    return_trajectory: bool,
-) -> Sampled:
-    """Both solvers' loop; predict: `eps_from_output` or `x0_from_output`."""
-    t = dpm_solver_timesteps(num_steps, schedule.num_train_timesteps, spacing, steps_offset)
-    coefficients = _dpm_solver_coefficients if predict is eps_from_output else _dpm_solver_pp_coefficients
+def _dpm_solver(predict: Callable, weights, model: Model, x, schedule, timesteps, hook: Hook | None, loop: Callable):
+    """Both solvers' loop; predict: `eps_from_output` or `x0_from_output`; weights: their coefficients."""
+    t = np.asarray(timesteps)
     alpha, sigma, _ = scales(schedule.alphas_cumprod[t])
-    rows = (t, *(column.astype(np.float32) for column in (alpha, sigma, *coefficients(schedule, t))))
+    rows = (t, *(column.astype(np.float32) for column in (alpha, sigma, *weights)))
 
-    def step(carry, row):
-        x, last = carry
+    def step(x, last, row):
         t, alpha, sigma, x_weight, weight, difference_weight = row
-        prediction = predict(schedule.prediction_type, model(x, t), x, alpha, sigma)
-        x = x_weight * x + weight * prediction + difference_weight * (prediction - last)
-        return (x, prediction), x if return_trajectory else None
+        output = model(x, t)
+        x0 = x0_from_output(schedule.prediction_type, output, x, alpha, sigma)  # only a hook or `stepwise` reads it
+        prediction = predict(schedule.prediction_type, output, x, alpha, sigma)
+        return x_weight * x + weight * prediction + difference_weight * (prediction - last), prediction, x0
 
     x = jnp.asarray(x, jnp.float32)
-    (x, _), trajectory = jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)
-    return _result((x, trajectory), return_trajectory)
+    return _run(step, x, jnp.zeros_like(x), rows, hook, loop)
+
+
+def _run(step: Callable, x, last: Any, rows: tuple, hook: Hook | None, loop: Callable):
+    """`loop` over step(x, last, row) -> (x, last, x0), with the hook after each; rows begin with t."""
+
+    def hooked(carry: Carry, row: Any) -> tuple[Carry, jax.Array]:
+        i, *row = row
+        x, last, x0 = step(*carry, row)
+        return (x if hook is None else hook(x0, x, row[0], i), last), x0
+
+    return loop(hooked, (jnp.asarray(x, jnp.float32), last), (np.arange(len(rows[0]), dtype=np.int32), *rows))
 
 
 def _dpm_solver_coefficients(schedule: NoiseSchedule, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -302,37 +217,4 @@ def _dpm_solver_pp_coefficients(schedule: NoiseSchedule, t: np.ndarray) -> tuple
     return x_weight, x0_weight, difference_weight
 
 
-# The samplers by name, each with its table of timesteps.
-SAMPLERS = {
-    "lcm": (lcm, lcm_timesteps),
-    "ddim": (ddim, ddim_timesteps),
-    "dpm_solver_2m": (dpm_solver_2m, dpm_solver_timesteps),
-    "dpm_solver_pp_2m": (dpm_solver_pp_2m, dpm_solver_timesteps),
-}
-
-
-def _trailing(num_steps: int, last: int) -> np.ndarray:
-    # diffusers steps down by a rounded last / n and so may get one value too many, which is cut off here.
-    return np.arange(last, 0, -last / num_steps)[:num_steps].round() - 1
-
-
-def _check_steps(num_steps: int, largest: int, which: str) -> None:
-    if not 1 <= num_steps <= largest:
-        raise LcmError(f"{num_steps} sampling steps are out of range; choose 1 to {largest} ({which})")
-
-
-def _checked(t: np.ndarray, last: int, steps_offset: int) -> np.ndarray:
-    t = t.astype(np.int32)
-    if t[0] >= last or t[-1] < 0:
-        reached = f"timesteps {t[0]} to {t[-1]}, outside {last - 1} to 0"
-        raise LcmError(f"steps_offset={steps_offset} gives {reached}; use an offset that stays inside")
-    return t
-
-
-def _unknown_spacing(spacing: str) -> str:
-    return f"unknown timestep spacing {spacing!r}; choose one of {', '.join(SPACINGS)}"
-
-
-def _result(scanned, return_trajectory: bool) -> Sampled:
-    x, trajectory = scanned
-    return (x, trajectory) if return_trajectory else x
+SAMPLERS = {"lcm": lcm, "ddim": ddim, "dpm_solver_2m": dpm_solver_2m, "dpm_solver_pp_2m": dpm_solver_pp_2m}

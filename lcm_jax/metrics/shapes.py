@@ -15,7 +15,7 @@ This is what one step of a perfect consistency model would give (Luo et al. 2023
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -25,8 +25,9 @@ from lcm_jax.diffusion import solvers
 from lcm_jax.diffusion.denoiser import guided_output
 from lcm_jax.metrics import distances as frechet
 from lcm_jax.metrics.networks import shapes as shapes_scorer
-from lcm_jax.runtime import kernels as compiler
-from lcm_jax.sampling.generator import Generator, Settings, draw_noise
+from lcm_jax.runtime import kernels
+from lcm_jax.sampling.generator import Generator
+from lcm_jax.sampling.request import Request
 
 REFERENCES = 2048  # held-out renders behind every Frechet distance
 REFERENCE_START = 100_000  # their first index: apart from the pictures that captions are taken from
@@ -73,42 +74,48 @@ COUNT = 64  # captions that the error is taken over, at most
 class Endpoints:
     """Endpoints of a teacher's guided ODE for the first captions of a table, solved once for each guidance scale."""
 
-    def __init__(self, teacher: Generator, captions: Sequence[str], solver_steps: int, seed: int, shape: Sequence[int]):
+    def __init__(self, teacher: Generator, captions: Sequence[str], solver_steps: int, seed: int, request: Request):
         """Solves nothing yet.
 
         Args:
           teacher: a model that is guided by two passes.
-          captions: picture i's caption stands at i; the first COUNT are taken.
+          captions: of image i at i; the first COUNT are taken.
           solver_steps: N of the solver grid.
           seed: of the noise, the table's.
-          shape: of a latent, [h w c].
+          request: for the size of the images.
         """
         self.captions = list(captions[:COUNT])
-        self.noise = draw_noise(seed, range(len(self.captions)), 1, shape)
+        self.noise = teacher.noise(seed, range(len(self.captions)), 1, request.height, request.width)
+        self._teacher, self._solver_steps = teacher, solver_steps
         self._ends: dict[float, np.ndarray] = {}
-        self._teacher, self._cond = teacher, teacher.encode(self.captions)
-        unet, schedule = teacher.pipeline.unet, teacher.pipeline.schedule
-
-        @functools.partial(jax.jit, compiler_options=compiler.inference())
-        def solve(params, cond, null, noise, scale):
-            def model(x, t):
-                return guided_output(unet, params, x, t, cond, null, scale - 1.0)
-
-            return solvers.ode_endpoint(model, noise, schedule, solver_steps)
-
-        self._solve = solve
 
     def at(self, guidance_scale: float) -> np.ndarray:
         """Latents [b h w c] where the ODE ends at a guidance scale."""
         if guidance_scale not in self._ends:
             teacher = self._teacher
-            args = (teacher.params["unet"], self._cond, teacher.null, self.noise[0], guidance_scale)
-            self._ends[guidance_scale] = np.asarray(self._solve(*args))
+            static = (teacher.pipeline.unet, teacher.pipeline.schedule, self._solver_steps)
+            cond, null = teacher.encode(self.captions), teacher.null()
+            end = _endpoint()(*static, teacher.params["unet"], cond, null, self.noise[0], guidance_scale)
+            self._ends[guidance_scale] = np.asarray(end)
         return self._ends[guidance_scale]
 
-    def error(self, generator: Generator, settings: Settings, guidance_scale: float) -> float:
+    def error(self, generator: Generator, request: Request) -> float:
         """RMSE of one step of a sampler to the endpoint, in standard deviations of the endpoints."""
-        cond = generator.encode(self.captions)
-        z = np.asarray(generator.latents(cond, self.noise, guidance_scale, settings))
-        end = self.at(guidance_scale)
+        cond, scale = generator.encode(self.captions), request.guidance_scale
+        z = np.asarray(generator.latents(cond, self.noise, scale, request.settings, request.negative_prompt))
+        end = self.at(scale)
         return float(np.sqrt(np.mean(np.square(z - end))) / np.std(end))
+
+
+@functools.cache
+def _endpoint() -> Callable:
+    """The jitted endpoint; not made when this module is imported, because the compiler's options need a device."""
+
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=kernels.inference())
+    def endpoint(unet, schedule, solver_steps, params, cond, null, noise, scale):
+        def model(x, t):
+            return guided_output(unet, params, x, t, cond, null, scale - 1.0)
+
+        return solvers.ode_endpoint(model, noise, schedule, solver_steps)
+
+    return endpoint

@@ -1,12 +1,12 @@
 """Model folders of diffusers and transformers <-> parameter trees, without torch.
 
-    pipeline = load_pipeline("stabilityai/sdxl-turbo", variant="fp16")
-    save_pipeline(pipeline, "out/my-model")
+    pipeline, params = load_pipeline("stabilityai/sdxl-turbo", variant="fp16")
+    save_pipeline(pipeline, params, "out/my-model")
 
 and single-file checkpoints:
 
-    pipeline = load_pipeline("dreamshaper_8.safetensors", config="a/diffusers/folder/of/SD-1.5")
-    save_single_file(pipeline, "out/my-model.safetensors")
+    pipeline, params = load_pipeline("dreamshaper_8.safetensors", config="a/diffusers/folder/of/SD-1.5")
+    save_single_file(pipeline, params, "out/my-model.safetensors")
 """
 
 from lcm_jax.pretrained.diffusers_folder import save_pipeline, save_unet

@@ -32,10 +32,9 @@ from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
 from lcm_jax.models.config import DIFFUSERS_VERSION, to_config
-from lcm_jax.pretrained import hub, names
+from lcm_jax.pretrained import hub, names, tokenizer
 from lcm_jax.pretrained import safetensors_io as weight_files
-from lcm_jax.pretrained import text as tokenizer
-from lcm_jax.pretrained.model import PARTS, RECORD, SCHEDULER, Config, Pipeline, check_fit, parts_read
+from lcm_jax.pretrained.model import PARTS, RECORD, SCHEDULER, Config, Pipeline, PipelineParams, check_fit, parts_read
 
 Dtype = Any
 
@@ -58,9 +57,9 @@ def load_folder(
     vae: str | Path | None = None,
     place: names.Place | None = None,
     weights: bool | Collection[str] = True,
-) -> Pipeline:
-    """Load a diffusers folder; see `load.load_pipeline`."""
-    read = parts_read(weights)
+) -> tuple[Pipeline, PipelineParams]:
+    """(pipeline, params) of a diffusers folder; see `load.load_pipeline`."""
+    read, dtype = parts_read(weights), jnp.dtype(dtype)  # modules with the same dtype must be equal
     wanted = {"text_encoder", "text_encoder_2"} | {p for p, other in (("unet", unet), ("vae", vae)) if other is None}
     folder = _folder(source, _pipeline_patterns(wanted, read, variant), bool(read))
     index = _model_index(folder, str(source))
@@ -95,9 +94,8 @@ def load_folder(
         else _shapes(modules[part], param_dtype)
         for part in sources
     }
-    return Pipeline(
-        **modules, **tokenizers, params=params, schedule=noise, configs=configs, source=str(folder.resolve())
-    )
+    record = folder_record(unet, bool(read)) if unet else _record(folder)
+    return Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record), params
 
 
 def load_part(
@@ -108,9 +106,10 @@ def load_part(
     param_dtype: Dtype,
     place: names.Place | None,
     weights: bool,
-):
+) -> tuple[nn.Module, names.Params]:
+    """(module, params) of one part; see `load.load_unet`."""
     folder = _part_folder(source, part, variant, weights)
-    module = _module(part, _config(folder, part), dtype)
+    module = _module(part, _config(folder, part), jnp.dtype(dtype))
     if not weights:
         return module, _shapes(module, param_dtype)
     return module, _params(module, folder, weight_files.DIFFUSERS_NAME, variant, param_dtype, place)
@@ -126,6 +125,18 @@ def _folder(source: str | Path, patterns: Sequence[str], weights: bool) -> Path:
         if embedded is None:
             raise
         return embedded
+
+
+def folder_record(source: str | Path, weights: bool = True) -> Config:
+    """Content of the `lcm_config.json` of a folder or hub repository; {} if it has none.
+
+    weights: False: if the hub cannot be asked, the package's own configs count.
+    """
+    return _record(_folder(source, [RECORD], weights))
+
+
+def _record(folder: Path) -> Config:
+    return files.read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
 
 
 def _shapes(module: nn.Module, dtype: Dtype) -> names.Params:
@@ -310,6 +321,7 @@ def lcm_scheduler_config(source: Config, **overrides: Any) -> Config:
 
 def save_pipeline(
     pipeline: Pipeline,
+    params: PipelineParams,
     out: str | Path,
     *,
     scheduler_config: Config | None = None,
@@ -348,9 +360,13 @@ def save_pipeline(
     texts["scheduler/scheduler_config.json"] = _json(scheduler_config)
     index = _written_index(pipeline, scheduler_config["_class_name"]) | dict(model_index_extra or {})
     texts["model_index.json"] = _json(index)
-    texts |= _tokenizer_texts(pipeline)
+    for part, tokens in pipeline.tokenizers.items():
+        slot = part.replace("text_encoder", "tokenizer")
+        if tokens is None:
+            raise LcmError(f"the pipeline was loaded without its {slot}; load it with weights to save it")
+        texts |= {f"{slot}/{name}": content for name, content in tokens.files.items()}
     trees = {
-        f"{part}/{weight_files.single_file(_weights_name(module), variant)}": (module, pipeline.params[part])
+        f"{part}/{weight_files.single_file(_weights_name(module), variant)}": (module, params[part])
         for part, module in parts.items()
     }
     return _write(Path(out), trees, texts, extra_files or {}, dtype)
@@ -456,17 +472,6 @@ def _pipeline_class(pipeline: Pipeline) -> str:
     if inpainting:
         return "StableDiffusionInpaintPipeline"
     return "LatentConsistencyModelPipeline" if pipeline.has_w_embedding else "StableDiffusionPipeline"
-
-
-def _tokenizer_texts(pipeline: Pipeline) -> dict[str, bytes]:
-    texts = {}
-    for part in names_of_parts(pipeline)[2:]:
-        slot = part.replace("text_encoder", "tokenizer")
-        place = Path(pipeline.source) / slot
-        if not place.is_dir():  # a refiner whose only encoder stands under the first name
-            place = place.with_name("tokenizer")
-        texts |= {f"{slot}/{name}": content for name, content in tokenizer.tokenizer_files(place).items()}
-    return texts
 
 
 def _write(

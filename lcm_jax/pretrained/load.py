@@ -10,9 +10,8 @@ from flax import linen as nn
 from lcm_jax import files
 from lcm_jax.errors import LcmError
 from lcm_jax.models import unet
-from lcm_jax.pretrained import diffusers_folder as pipeline
-from lcm_jax.pretrained import hub, names, single_file
-from lcm_jax.pretrained.model import RECORD, Config, Pipeline
+from lcm_jax.pretrained import diffusers_folder, hub, names, single_file
+from lcm_jax.pretrained.model import RECORD, Config, Pipeline, PipelineParams
 
 Dtype = Any
 
@@ -28,8 +27,10 @@ def load_pipeline(
     config: str | Path | None = None,
     place: names.Place | None = None,
     weights: bool | Collection[str] = True,
-) -> Pipeline:
-    """Load a diffusers folder, or a single-file checkpoint, of the Stable Diffusion family.
+) -> tuple[Pipeline, PipelineParams]:
+    """(pipeline, params) of a diffusers folder, or a single-file checkpoint, of the Stable Diffusion family.
+
+    params: part -> parameter tree (numpy on the host, or whatever `place` returned), for the parts that there are.
 
     Args:
       source: folder or hub id; or NAME.safetensors with the original key names (see `load_single_file`).
@@ -39,7 +40,7 @@ def load_pipeline(
       unet, vae: folders or hub ids whose UNet or VAE takes the place of the source's, which is then not even read.
       config: for a single file: folder or hub id with what it lacks, tokenizers and configs.
       place: takes each parameter as soon as it is read and converted, as `runtime.mesh.place` to its shards; None:
-        parameters stay on the host, numpy arrays.
+        parameters stay on the host as numpy arrays.
       weights: False: configs alone are read, parameters are ShapeDtypeStructs. No weight file has to exist, and the
         configs of the published models come with the package (assets/architectures/hub.json). Names of parts
         (`ENCODERS`): those alone are read, the parameters of the others are ShapeDtypeStructs.
@@ -54,7 +55,9 @@ def load_pipeline(
         )
     if config is not None:
         raise LcmError(f"config {config} goes with a single .safetensors file; {source} has its own, leave config out")
-    return pipeline.load_folder(source, variant, dtype, param_dtype, unet=unet, vae=vae, place=place, weights=weights)
+    return diffusers_folder.load_folder(
+        source, variant, dtype, param_dtype, unet=unet, vae=vae, place=place, weights=weights
+    )
 
 
 def load_unet(
@@ -72,7 +75,7 @@ def load_unet(
 
     Raises: as `load_pipeline`.
     """
-    return pipeline.load_part("unet", source, variant, dtype, param_dtype, place, weights)
+    return diffusers_folder.load_part("unet", source, variant, dtype, param_dtype, place, weights)
 
 
 def load_vae(
@@ -90,7 +93,7 @@ def load_vae(
 
     Raises: as `load_pipeline`.
     """
-    return pipeline.load_part("vae", source, variant, dtype, param_dtype, place, weights)
+    return diffusers_folder.load_part("vae", source, variant, dtype, param_dtype, place, weights)
 
 
 def read_record(source: str | Path) -> Config:

@@ -1,7 +1,9 @@
 """LoRA files: read in every format that circulates for the Stable Diffusion family, written as kohya's or peft's.
 
     lora = read_lora("pytorch_lora_weights.safetensors", modules_of(pipeline))
-    merged = merge_into(pipeline, [(lora, 0.8), (lcm_lora, 1.0)])      W + sum_i weight_i * (alpha/rank)_i * B_i A_i
+    merged = merge_into(pipeline, params, [(lora, 0.8), (lcm_lora, 1.0)])
+
+merged: W + sum_i weight_i * (alpha/rank)_i * B_i A_i
 
 How files name layers is in `lora_keys`. Torch's factors are A [r i], B [o r] of a linear layer and A [r i kh kw],
 B [o r 1 1] of a convolution; here they are in the layout of `models.lora`. A layer's alpha is its `.alpha` tensor, or
@@ -30,7 +32,7 @@ from lcm_jax.models.unet import UNet2DConditionModel
 from lcm_jax.pretrained import hub, lora_keys, names, noise_marks
 from lcm_jax.pretrained import safetensors_io as weight_files
 from lcm_jax.pretrained.diffusers_folder import check_target
-from lcm_jax.pretrained.model import Pipeline
+from lcm_jax.pretrained.model import Pipeline, PipelineParams
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 FORMATS = ("kohya", "peft")
@@ -119,15 +121,15 @@ def read_lora(source: str | Path, modules: Mapping[str, nn.Module], ignore_unuse
     return LoraFile(parts, marks)
 
 
-def merge_into(pipeline: Pipeline, loras: Sequence[tuple[LoraFile, float]]) -> Pipeline:
-    """A new pipeline with W + sum_i weight_i * scale_i * B_i A_i in every adapted layer; the given one stays as it is.
+def merge_into(pipeline: Pipeline, params: PipelineParams, loras: Sequence[tuple[LoraFile, float]]) -> PipelineParams:
+    """W + sum_i weight_i * scale_i * B_i A_i in every adapted layer; `params` stay as they are.
 
     A LoRA that is marked for other noise than the pipeline's is merged with a warning.
 
     Raises:
       LcmError: a weight that is not finite, or a LoRA for a part that the pipeline has not.
     """
-    params, noise = dict(pipeline.params), pipeline.schedule
+    params, noise = dict(params), pipeline.schedule
     for one, weight in loras:
         if not math.isfinite(weight):
             raise LcmError(f"LoRA weight {weight} is not finite; 1 is the LoRA as it was trained")
@@ -139,7 +141,7 @@ def merge_into(pipeline: Pipeline, loras: Sequence[tuple[LoraFile, float]]) -> P
             raise LcmError(f"the LoRA is for a {part}, which this model has not; take the model that it was made for")
         adapters = [(one.tree(part), one.scales(part, weight)) for one, weight in loras if part in one.parts]
         params[part] = lora.merge(params[part], adapters)
-    return dataclasses.replace(pipeline, params=params)
+    return params
 
 
 def write_lora(

@@ -1,50 +1,116 @@
-"""A whole model as one small record: modules, parameters, tokenizers, noise schedule."""
+"""A text-to-image model as a static description, equal by content; its weights are a tree beside it.
+
+    pipeline, params = load_pipeline("runs/shapes_lcm/export")
+
+`pipeline` holds modules, tokenizers, the noise schedule and the constants that sampling must match: it can be a static
+argument of `jax.jit`, so models of one architecture share every compiled program. `params` is always an argument, so
+the weights of a model are freed when nobody holds them any more.
+"""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 from flax import linen as nn
 
+from lcm_jax.diffusion.consistency import SIGMA_DATA, TIMESTEP_SCALING
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError
 from lcm_jax.models import clip, unet
-from lcm_jax.pretrained import names
+from lcm_jax.pretrained.names import Params
+from lcm_jax.pretrained.tokenizer import Tokenizer
 
 Config = dict[str, Any]
+PipelineParams = Mapping[str, Params]  # part -> parameter tree
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 PARTS = ("unet", "vae", *TEXT_ENCODERS)
-ENCODERS = PARTS[1:]  # what pictures and captions are encoded with
+ENCODERS = PARTS[1:]  # what images and captions are encoded with
 SCHEDULER = "scheduler/scheduler_config.json"
-RECORD = "lcm_config.json"  # what an export of ours says about its training: w range, solver steps, scalings
+RECORD = "lcm_config.json"  # what an export of ours records of its distillation: w range, solver steps, scalings
+
+GUIDANCE_SCALE = 8.0  # the default of a model that does not record another range
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """What sampling must match of the training of a model.
+
+    Attributes:
+      solver_steps: N of the solver's grid, from which `lcm` takes its timesteps.
+      timestep_scaling, sigma_data: of the boundary scalings (`diffusion.consistency`).
+      w_min, w_max: the range of guidance weights of the distillation; the user's guidance scale is w + 1.
+      set_alpha_to_one: whether DDIM ends at abar = 1, or at abar_0.
+      zero_null: whether the null text of SDXL is zeros instead of the encoded "".
+    """
+
+    solver_steps: int = 50
+    timestep_scaling: float = TIMESTEP_SCALING
+    sigma_data: float = SIGMA_DATA
+    w_min: float = 0.0
+    w_max: float = math.inf
+    set_alpha_to_one: bool = True
+    zero_null: bool = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
-    """The parts of one text-to-image model. `dataclasses.replace` exchanges one. Hashed by identity: static under jit.
+    """The parts of a text-to-image model, without weights. `dataclasses.replace` exchanges one.
+
+    Two pipelines are equal if modules, tokenizers, noise schedule and constants are.
 
     Attributes:
       unet, vae: Linen modules.
       text_encoder, text_encoder_2: Linen modules or None. SD has the first, SDXL both, its refiner only the second.
-      params: part -> parameter tree (numpy on the host, or where `place` put it), for the parts that are not None.
-        A part whose weights were not asked for: a tree of ShapeDtypeStructs; none asked for: no tokenizers either.
-      tokenizer, tokenizer_2: transformers' CLIPTokenizer beside each text encoder, or None.
+      tokenizer, tokenizer_2: beside each text encoder, or None; None as well if no weights were read.
       schedule: noise table and prediction type.
       configs: part -> raw JSON; also "scheduler" and "model_index".
-      source: local folder; saving copies the tokenizers' files from there.
+      record: content of `lcm_config.json`, or of what stands for it in a file's header; {} if there is none.
+      may_be_lcm: a LoRA or another UNet was put in, which may be distilled without saying so.
     """
 
     unet: unet.UNet2DConditionModel
     vae: nn.Module
     text_encoder: clip.CLIPTextModel | None
     text_encoder_2: clip.CLIPTextModel | None
-    params: Mapping[str, names.Params]
-    tokenizer: Any
-    tokenizer_2: Any
+    tokenizer: Tokenizer | None
+    tokenizer_2: Tokenizer | None
     schedule: NoiseSchedule
     configs: Mapping[str, Config]
-    source: str
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    may_be_lcm: bool = False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pipeline) and self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+    @functools.cached_property
+    def _content(self) -> tuple[Any, ...]:
+        return *(getattr(self, name) for name in (*PARTS, "tokenizer", "tokenizer_2", "schedule")), self.constants
+
+    @functools.cached_property
+    def constants(self) -> Constants:
+        """What the record gives, else the scheduler's config, else the defaults."""
+        scheduler = self.configs["scheduler"]
+        known = {
+            "solver_steps": scheduler.get("original_inference_steps"),
+            "timestep_scaling": scheduler.get("timestep_scaling"),
+            "set_alpha_to_one": scheduler.get("set_alpha_to_one"),
+            "zero_null": self.configs["model_index"].get("force_zeros_for_empty_prompt"),
+        } | {key: self.record.get(key) for key in ("sigma_data", "w_min", "w_max")}
+        known |= {key: self.record[key] for key in ("solver_steps", "timestep_scaling") if key in self.record}
+        return Constants(**{key: value for key, value in known.items() if value is not None})
+
+    @property
+    def is_lcm(self) -> bool:
+        """Whether anything says that the model was distilled: w embedding, record or scheduler."""
+        is_lcm_scheduler = self.configs["scheduler"].get("_class_name") == "LCMScheduler"
+        return self.has_w_embedding or bool(self.record) or is_lcm_scheduler
 
     @property
     def is_xl(self) -> bool:
@@ -53,12 +119,47 @@ class Pipeline:
 
     @property
     def has_w_embedding(self) -> bool:
-        """The UNet takes the guidance scale as an input: a latent consistency model."""
+        """The UNet is conditioned on the guidance weight w: a latent consistency model."""
         return self.unet.time_cond_proj_dim is not None
+
+    @property
+    def text_encoders(self) -> tuple[clip.CLIPTextModel | None, clip.CLIPTextModel | None]:
+        return self.text_encoder, self.text_encoder_2
+
+    @property
+    def tokenizers(self) -> dict[str, Tokenizer]:
+        """Text encoder's name -> its tokenizer."""
+        pairs = {"text_encoder": self.tokenizer, "text_encoder_2": self.tokenizer_2}
+        return {name: tokenizer for name, tokenizer in pairs.items() if getattr(self, name) is not None}
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the model was made for."""
+        size = self.unet.sample_size or 64
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.vae.factor, width * self.vae.factor
+
+    def default_guidance_scale(self, sampler: str = "lcm") -> float:
+        """The guidance scale to take if the user gives none.
+
+        1 for an LCM without w embedding: its guidance is distilled in. Else 8, or the middle of the recorded range if
+        8 was not trained.
+        """
+        if not self.has_w_embedding:
+            return 1.0 if sampler == "lcm" else GUIDANCE_SCALE
+        low, high = self.constants.w_min + 1.0, self.constants.w_max + 1.0
+        return GUIDANCE_SCALE if low <= GUIDANCE_SCALE <= high else (low + high) / 2.0
+
+
+def in_half_precision(pipeline: Pipeline, half: bool = True) -> Pipeline:
+    """The pipeline whose networks compute in 16 bits, if `half`: a VAE that overflows in them (SDXL's) in float32."""
+    if not (half and getattr(pipeline.vae, "force_upcast", False)):
+        return pipeline
+    return dataclasses.replace(pipeline, vae=pipeline.vae.clone(dtype=np.dtype("float32")))
 
 
 def parts_read(weights: bool | Collection[str]) -> set[str]:
-    """Parts that `load_pipeline`'s argument `weights` asks for. Raises LcmError for a name that no part has."""
+    """Parts that `load_pipeline`'s argument `weights` asks for. Raises LcmError for an unknown part."""
     read = set(PARTS if weights is True else weights or ())
     if read - set(PARTS):
         raise LcmError(f"weights of {', '.join(sorted(read - set(PARTS)))}: parts are {', '.join(PARTS)}")
@@ -67,7 +168,7 @@ def parts_read(weights: bool | Collection[str]) -> set[str]:
 
 def check_fit(modules: Mapping[str, Any]) -> None:
     """The parts' widths agree, so that a mixed-up folder fails here and not inside a compiled program."""
-    encoders = [modules[part] for part in ("text_encoder", "text_encoder_2") if modules[part] is not None]
+    encoders = [modules[part] for part in TEXT_ENCODERS if modules[part] is not None]
     text = sum(encoder.hidden_size for encoder in encoders)
     for width in set(modules["unet"].per_level("cross_attention_dim")) - {text}:
         raise LcmError(

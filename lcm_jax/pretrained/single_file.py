@@ -33,12 +33,10 @@ from lcm_jax.diffusion import schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
 from lcm_jax.models.config import to_config
-from lcm_jax.pretrained import diffusers_folder as pipeline
-from lcm_jax.pretrained import hub, names, noise_marks
+from lcm_jax.pretrained import diffusers_folder, hub, names, noise_marks, tokenizer
 from lcm_jax.pretrained import safetensors_io as weight_files
 from lcm_jax.pretrained import single_file_keys as keys
-from lcm_jax.pretrained import text as tokenizer
-from lcm_jax.pretrained.model import RECORD, SCHEDULER, Pipeline, check_fit, parts_read
+from lcm_jax.pretrained.model import RECORD, SCHEDULER, Pipeline, PipelineParams, check_fit, parts_read
 from lcm_jax.pretrained.names import Shape
 
 Config = dict[str, Any]
@@ -216,7 +214,7 @@ def load_single_file(
     vae: str | Path | None = None,
     place: names.Place | None = None,
     weights: bool | Collection[str] = True,
-) -> Pipeline:
+) -> tuple[Pipeline, PipelineParams]:
     """Load a checkpoint of SD 1.x, SD 2.x, SDXL or its refiner, also pruned or with 9 channels (inpainting).
 
     Args:
@@ -237,7 +235,7 @@ def load_single_file(
         raise LcmError(f"{source} is a single file and has no variant {variant!r}; leave the variant out")
     path = local_file(source)
     with weight_files.open_weights(path.parent, path.stem) as stored:
-        read = parts_read(weights)
+        read, dtype = parts_read(weights), jnp.dtype(dtype)  # modules with the same dtype must be equal
 
         def no_tensor(key: str) -> np.ndarray:
             return np.broadcast_to(np.float32(0), stored.shapes[key])
@@ -246,14 +244,14 @@ def load_single_file(
         folder = _config_folder(config, family, path)
         given = None if config is None else folder
         replaced = {
-            part: pipeline.load_part(part, other, variant, dtype, param_dtype, place, part in read)
+            part: diffusers_folder.load_part(part, other, variant, dtype, param_dtype, place, part in read)
             for part, other in (("unet", unet), ("vae", vae))
             if other
         }
         configs = _configs(given, family, stored, _metadata(path), {part: m for part, (m, _) in replaced.items()})
         noise = schedule.from_config(configs["scheduler"])
         if unet:
-            pipeline.check_noise(unet, noise, str(path), "unet" in read)
+            diffusers_folder.check_noise(unet, noise, str(path), "unet" in read)
         modules = dict.fromkeys(("text_encoder", "text_encoder_2"))
         modules |= {part: _FROM_CONFIG[part](configs[part], dtype=dtype) for part in ("unet", "vae", *family.encoders)}
         modules |= {part: module for part, (module, _) in replaced.items()}
@@ -270,9 +268,8 @@ def load_single_file(
                 tensor, put = (stored.read, place) if part in read else (no_tensor, _shape)
                 source = prefix, stored.shapes, tensor
                 params[part] = keys.read_part(modules[part], layout, *source, param_dtype, what, put)
-    return Pipeline(
-        **modules, **tokenizers, params=params, schedule=noise, configs=configs, source=str(folder.resolve())
-    )
+    record = diffusers_folder.folder_record(unet, "unet" in read) if unet else read_record(path)
+    return Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record), params
 
 
 def _shape(value: np.ndarray) -> jax.ShapeDtypeStruct:
@@ -384,7 +381,7 @@ def _configs(
     shapes = {key.removeprefix(UNET): shape for key, shape in weights.shapes.items() if key.startswith(UNET)}
     index = of("model_index.json", lambda: family.model_index)
     given = folder is not None and (folder / SCHEDULER).is_file()
-    given = pipeline.scheduler_config(folder, index) if given else None
+    given = diffusers_folder.scheduler_config(folder, index) if given else None
     configs = {"model_index": index, "scheduler": _scheduler(family, weights, metadata, given, folder)}
     is_base = family.name == "sd2" and configs["scheduler"].get("prediction_type", "epsilon") == "epsilon"
     pixels = 512 if is_base else family.pixels

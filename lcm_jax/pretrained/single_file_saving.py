@@ -17,7 +17,7 @@ from lcm_jax.models.config import to_config
 from lcm_jax.pretrained import safetensors_io as weight_files
 from lcm_jax.pretrained import single_file_keys as keys
 from lcm_jax.pretrained.diffusers_folder import names_of_parts
-from lcm_jax.pretrained.model import Config, Pipeline
+from lcm_jax.pretrained.model import Config, Pipeline, PipelineParams
 from lcm_jax.pretrained.names import Shape
 from lcm_jax.pretrained.single_file import FAMILIES, SUFFIX, Family, layouts, published_scheduler
 
@@ -32,33 +32,30 @@ _ARCHITECTURES = {
 }
 
 
-def fold_w(source: Pipeline, w: float) -> Pipeline:
-    """The same model at one guidance weight w, without w embedding: for programs that know none.
+def fold_w(pipeline: Pipeline, params: PipelineParams, w: float) -> tuple[Pipeline, PipelineParams]:
+    """The same model at one guidance weight w, without w embedding: for programs that do not know one.
 
     linear_1(x + P e(w)) = W x + (b + W P e(w)): what the embedding adds becomes part of `linear_1`'s bias. Pure.
 
     w: guidance_scale - 1, within the range that the model was distilled on.
     """
-    if not source.has_w_embedding:
+    if not pipeline.has_w_embedding:
         raise LcmError("the UNet has no w embedding to fold (time_cond_proj_dim is null); leave w out")
-    tree = source.params["unet"]
+    tree = params["unet"]
     time = {name: dict(leaves) for name, leaves in tree["time_embedding"].items()}
-    embedding = np.asarray(guidance.w_embedding(jnp.array([w]), source.unet.time_cond_proj_dim), np.float64)[0]
+    embedding = np.asarray(guidance.w_embedding(jnp.array([w]), pipeline.unet.time_cond_proj_dim), np.float64)[0]
     added = embedding @ np.asarray(time.pop("cond_proj")["kernel"], np.float64)
     bias = np.asarray(time["linear_1"]["bias"])
     added = added @ np.asarray(time["linear_1"]["kernel"], np.float64)
     time["linear_1"]["bias"] = (bias.astype(np.float64) + added).astype(bias.dtype)
-    module = source.unet.clone(time_cond_proj_dim=None)
-    return dataclasses.replace(
-        source,
-        unet=module,
-        params={**source.params, "unet": {**tree, "time_embedding": time}},
-        configs={**source.configs, "unet": to_config(module)},
-    )
+    module = pipeline.unet.clone(time_cond_proj_dim=None)
+    folded = dataclasses.replace(pipeline, unet=module, configs={**pipeline.configs, "unet": to_config(module)})
+    return folded, {**params, "unet": {**tree, "time_embedding": time}}
 
 
 def save_single_file(
-    source: Pipeline,
+    pipeline: Pipeline,
+    params: PipelineParams,
     out: str | Path,
     *,
     dtype: Any = jnp.float16,
@@ -85,22 +82,23 @@ def save_single_file(
       UnsupportedConfig: a part that these files have no place for.
     """
     out = Path(out)
-    source = source if w is None else fold_w(source, w)
-    family = family_of(source)
-    modules = {part: getattr(source, part) for part in ("unet", "vae", *family.encoders)}
-    _warn(source, family, out)
+    if w is not None:
+        pipeline, params = fold_w(pipeline, params, w)
+    family = family_of(pipeline)
+    modules = {part: getattr(pipeline, part) for part in ("unet", "vae", *family.encoders)}
+    _warn(pipeline, family, out)
     tensors, shapes = {}, {}
     for part, (layout, prefix) in layouts(family, modules).items():
-        of_part = keys.write_part(modules[part], layout, source.params[part], jnp.dtype(dtype))
+        of_part = keys.write_part(modules[part], layout, params[part], jnp.dtype(dtype))
         shapes |= {prefix + key: stored.shape for key, stored in layout.tensors.items()}
         tensors |= {prefix + key: (of_part, key) for key in layout.tensors}
-    kind = source.schedule.prediction_type
+    kind = pipeline.schedule.prediction_type
     marks = ["v_pred"] if kind == "v_prediction" else []
-    marks += ["ztsnr"] if source.schedule.alphas_cumprod[-1] == 0 else []
+    marks += ["ztsnr"] if pipeline.schedule.alphas_cumprod[-1] == 0 else []
     for mark in marks:  # what ComfyUI goes by for SDXL: presence, not content
         shapes[mark], tensors[mark] = (0,), (lambda key: np.zeros(0, jnp.dtype(dtype)), mark)
-    if not _is_published(source.schedule, family):  # what A1111 goes by
-        table = source.schedule.alphas_cumprod.astype(dtype)
+    if not _is_published(pipeline.schedule, family):  # what A1111 goes by
+        table = pipeline.schedule.alphas_cumprod.astype(dtype)
         shapes["alphas_cumprod"], tensors["alphas_cumprod"] = table.shape, (lambda key: table, "alphas_cumprod")
     header = {
         "modelspec.sai_model_spec": "1.0.0",
@@ -115,13 +113,13 @@ def save_single_file(
     return _write(out, shapes, tensor, jnp.dtype(dtype), {"format": "pt"} | header | dict(metadata or {}))
 
 
-def family_of(source: Pipeline) -> Family:
+def family_of(pipeline: Pipeline) -> Family:
     """The family as which a pipeline is written; CLIP and OpenCLIP are told apart by their activations.
 
     Raises:
       UnsupportedConfig: text encoders that no family has.
     """
-    found = {part: _kind(clip.to_config(getattr(source, part))) for part in names_of_parts(source)[2:]}
+    found = {part: _kind(clip.to_config(getattr(pipeline, part))) for part in names_of_parts(pipeline)[2:]}
     for family in FAMILIES:
         if found == {part: _kind(encoder.config) for part, encoder in family.encoders.items()}:
             return family
@@ -140,9 +138,9 @@ def _kind(config: Config) -> tuple[str, str]:
     return config["hidden_act"], config["architectures"][0]
 
 
-def _warn(source: Pipeline, family: Family, out: Path) -> None:
+def _warn(pipeline: Pipeline, family: Family, out: Path) -> None:
     """What a reader of the file cannot know without `config`."""
-    factor = getattr(source.vae, "scaling_factor", family.scaling_factor)
+    factor = getattr(pipeline.vae, "scaling_factor", family.scaling_factor)
     if factor != family.scaling_factor:
         logging.warning(
             "%s cannot say that its VAE's scaling_factor is %s: programs take %s for %s; read it with config=",
@@ -151,17 +149,17 @@ def _warn(source: Pipeline, family: Family, out: Path) -> None:
             family.scaling_factor,
             family.name,
         )
-    if not _is_published(source.schedule, family):
+    if not _is_published(pipeline.schedule, family):
         logging.warning(
             "%s has another noise table than %s (%s): ComfyUI and diffusers do not look at it, read it with config=",
             out,
             family.name,
-            source.schedule,
+            pipeline.schedule,
         )
-    kind = source.schedule.prediction_type
+    kind = pipeline.schedule.prediction_type
     if kind == "sample" or (kind == "v_prediction" and family.name == "sd1"):
         logging.warning("%s: ComfyUI takes every %s for epsilon; set %s by hand there", out, family.name, kind)
-    if source.has_w_embedding:
+    if pipeline.has_w_embedding:
         logging.warning("%s has a w embedding, which A1111, ComfyUI and diffusers do not use; fold one w for them", out)
 
 

@@ -27,8 +27,8 @@ from lcm_jax.data.rows import Arrays, CaptionDropout, Look, Pictures
 from lcm_jax.data.sources import KEYWORDS, open_source
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import Pipeline
-from lcm_jax.pretrained import text as conditioning
-from lcm_jax.pretrained.text import tokenize_counted
+from lcm_jax.pretrained.model import PipelineParams
+from lcm_jax.pretrained.tokenizer import tokenize_counted
 from lcm_jax.run import config as config_lib
 
 DRAWN_KEYS = ("filters", "caption_key", "crop", "flip", "resize_filter", "decoder")  # of config.data: what rows show
@@ -263,7 +263,7 @@ def open_examples(
         if is_cached(part):
             rows = part.source
         else:
-            tokenize = Tokenize(conditioning.tokenizers(pipeline))
+            tokenize = Tokenize(pipeline.tokenizers)
             rows = pictures(config, part.source, tokenize, time_ids=pipeline.is_xl)
         if data.encode == "start":
             rows = encode_at_start(rows, encode, config.seed, watch, encoding.batch_size(data.resolution))
@@ -292,7 +292,7 @@ def describe(order: Order) -> dict[str, Any]:
     return {"records": [list(groups) for groups in order.streams]}
 
 
-def check_caches(config: ConfigDict, parts: Sequence[Part], pipeline: Pipeline) -> None:
+def check_caches(config: ConfigDict, parts: Sequence[Part], pipeline: Pipeline, params: PipelineParams) -> None:
     """Raises LcmError where a latent cache is of other models or picture sizes than the run's, or otherwise drawn.
 
     Parts of a mixture may be drawn each in its own way: their configs say how.
@@ -300,7 +300,7 @@ def check_caches(config: ConfigDict, parts: Sequence[Part], pipeline: Pipeline) 
     cached = [part.source for part in parts if is_cached(part)]
     if not cached:
         return
-    mine = encoding.fingerprint(pipeline, config.data.resolution, picture_sizes(config))
+    mine = encoding.fingerprint(pipeline, params, config.data.resolution, picture_sizes(config))
     for source in cached:
         cache.check_fit(source.manifest, mine, source.path)
     if config.data.source == "latents":

@@ -7,7 +7,6 @@ from typing import Any
 
 import lcm_jax
 from lcm_jax.pretrained import Pipeline, lora_files
-from lcm_jax.sampling.generator import default_guidance_scale
 
 VAE_FOR_HALF = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's own overflows in float16
 
@@ -34,7 +33,7 @@ def model_card(
       table: measurements in Markdown, or None.
     """
     told_w, is_lora = bool(record["w_embedding_dim"]), kind.startswith("lora-")
-    scale = default_guidance_scale(told_w, record)
+    scale = student.default_guidance_scale()
     lines = [*_front_matter(record, is_lora), f"# {name}", "", _what_it_is(record, kind), ""]
     lines += [*_rows(("", ""), _facts(config, record).items()), ""]
     if table is not None:

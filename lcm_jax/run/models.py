@@ -1,11 +1,11 @@
-"""The models of a run: the pipeline that it takes its parts from, and the student that training starts from.
+"""The models of a run: the teacher's pipeline, and the student that training starts from.
 
-                  pipeline (VAE, text encoders, noise table, teacher's UNet)    student's UNet
-    LCD           model.teacher                                                 model.student, else the teacher's
-    LCF           model.teacher, else model.student                             model.student, an LCM
+                  teacher (VAE, text encoders, noise table, UNet)    student's UNet
+    LCD           model.teacher                                      model.student, else the teacher's
+    LCF           model.teacher, else model.student                  model.student, an LCM
 
-The student is that pipeline with its own UNet: with a w embedding if it is told w, `Adapted` in a LoRA run. The
-programs that need it, `train` and `export`, build it from the run's config alone.
+The student is the teacher's pipeline with a UNet of its own, which has a w embedding if it is conditioned on w and is
+`Adapted` in a LoRA run, and with the constants of the run. `train`, `export` and `aot` build it from the config alone.
 """
 
 import dataclasses
@@ -20,53 +20,94 @@ from lcm_jax import assets, files
 from lcm_jax.diffusion.consistency import SIGMA_DATA, TIMESTEP_SCALING
 from lcm_jax.distill import state
 from lcm_jax.distill.step import named_key
+from lcm_jax.distill.student import trainable
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.pretrained import Pipeline, hub, load_pipeline, load_unet, read_record
 from lcm_jax.pretrained.diffusers_folder import check_noise
+from lcm_jax.pretrained.model import SCHEDULER, PipelineParams, in_half_precision
 from lcm_jax.pretrained.names import Place
 from lcm_jax.run import config as config_lib
 from lcm_jax.run import data as training_data
 
-_SCHEDULER = "scheduler/scheduler_config.json"
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Models:
+    """Teacher and student of a run, with weights or shapes beside them.
+
+    Parts other than the UNet are the same in both, and so are their weights.
+    """
+
+    teacher: Pipeline
+    teacher_params: PipelineParams
+    student: Pipeline
+    student_params: PipelineParams
+
+    @property
+    def trainable(self) -> Any:
+        """What training changes: all of the student's UNet, or its adapters."""
+        return trainable(self.student.unet, self.student_params["unet"])
 
 
-def load_teacher(config: ConfigDict, place: Place | None = None, weights: bool | Collection[str] = True) -> Pipeline:
-    """The pipeline of the run. Where no loss asks the teacher (plain LCF) its UNet is the student's, read once.
-
-    place: takes each parameter as soon as it is read; weights: False for shapes alone, or names of parts; see
-    `load_pipeline`.
+def load(config: ConfigDict, place: Place | None = None) -> Models:
+    """Teacher and student with their weights; place: see `load_pipeline`.
 
     Raises:
-      LcmError: a model cannot be loaded.
+      LcmError: a model cannot be loaded, or is not of the kind that the config needs.
+    """
+    teacher = load_teacher(config, place)
+    return Models(*teacher, *load_student(config, *teacher, place))
+
+
+def shapes(config: ConfigDict) -> Models:
+    """Teacher and student without weights: models that do not fit are found before minutes go into reading them.
+
+    Raises:
+      LcmError: a model cannot be loaded, is not of the kind that the config needs, or does not fit the other.
+    """
+    teacher = load_teacher(config, weights=False)
+    _check_teacher(config, teacher[0])
+    models = Models(*teacher, *load_student(config, *teacher))
+    _check_student(config, models.teacher, models.student)
+    return models
+
+
+def load_teacher(
+    config: ConfigDict, place: Place | None = None, weights: bool | Collection[str] = True
+) -> tuple[Pipeline, PipelineParams]:
+    """The teacher of the run. If no loss needs the teacher (plain LCF) its UNet is the student's, read once.
+
+    place, weights: see `load_pipeline`.
     """
     model = config.model
     source = assets.resolve(model.teacher or model.student)
     unet = None if config_lib.asks_teacher(config) or model.teacher is None else assets.resolve(model.student)
     dtype = jnp.dtype("float32" if model.dtype == "auto" else model.dtype)
     vae, configs = (name and assets.resolve(name) for name in (model.vae, model.config))
-    pipeline = load_pipeline(source, dtype=dtype, unet=unet, vae=vae, config=configs, place=place, weights=weights)
-    if dtype.itemsize < 4 and getattr(pipeline.vae, "force_upcast", False):  # SDXL's overflows in half precision
-        pipeline = dataclasses.replace(pipeline, vae=pipeline.vae.clone(dtype=jnp.float32))
-    return pipeline
+    pipeline, params = load_pipeline(
+        source, dtype=dtype, unet=unet, vae=vae, config=configs, place=place, weights=weights
+    )
+    return in_half_precision(pipeline, dtype.itemsize < 4), params
 
 
-def load_student(config: ConfigDict, teacher: Pipeline, place: Place | None = None) -> Pipeline:
-    """The pipeline with the UNet that training starts from.
+def load_student(
+    config: ConfigDict, teacher: Pipeline, teacher_params: PipelineParams, place: Place | None = None
+) -> tuple[Pipeline, PipelineParams]:
+    """The teacher's pipeline with the UNet that training starts from, and the constants of the run.
 
-    In a LoRA run its UNet is an `Adapted` one with `params["unet"]` = {"base", "lora"}, "base" being the teacher's own
-    tree where training starts from the teacher; see `theta`, `with_theta` and `merged`.
+    In a LoRA run its UNet is an `Adapted` one with params["unet"] = {"base", "lora"}, "base" being the teacher's own
+    tree if training starts from the teacher; see `distill.student`.
 
     Args:
       config: of the run.
-      teacher: from `load_teacher`.
-      place: takes each parameter that the teacher has not, see `load_pipeline`.
+      teacher, teacher_params: from `load_teacher`.
+      place: takes each parameter that is not the teacher's, see `load_pipeline`.
 
     Raises:
-      LcmError: `config.model.student` cannot be loaded, is no LCM though LCF needs one, was distilled with other
+      LcmError: `config.model.student` cannot be loaded, is not an LCM though LCF needs one, was distilled with other
         constants than the config's, or has another w embedding than the config asks for.
     """
-    unet, params = teacher.unet, teacher.params["unet"]
+    unet, params = teacher.unet, teacher_params["unet"]
     if config_lib.asks_teacher(config) and config.model.student not in (None, config.model.teacher):
         weights = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
         source = assets.resolve(config.model.student)
@@ -82,42 +123,28 @@ def load_student(config: ConfigDict, teacher: Pipeline, place: Place | None = No
         targets = tuple(config.lora.targets) or lora.DEFAULT_TARGETS
         key = named_key(config.seed, "lora")
         unet, params = state.adapt(unet, params, key, config.lora.rank, config.lora.alpha, targets, place)
-    return dataclasses.replace(teacher, unet=unet, params={**teacher.params, "unet": params})
+    student = dataclasses.replace(teacher, unet=unet)
+    return dataclasses.replace(student, record=record(config, student)), {**teacher_params, "unet": params}
 
 
-def shapes(config: ConfigDict) -> tuple[Pipeline, Pipeline]:
-    """Teacher and student without weights: what does not go together is found before minutes go into reading them.
+def record(config: ConfigDict, student: Pipeline) -> dict[str, Any]:
+    """What inference must match of the run: the first part of `lcm_config.json`.
 
-    Raises:
-      LcmError: a model cannot be loaded, is not of the kind that the config needs, or does not fit the other.
+    w_embedding_dim 0 is a student without w embedding; w_min and w_max are then what it averages over, if it does.
     """
-    teacher = load_teacher(config, weights=False)
-    _check_teacher(config, teacher)
-    student = load_student(config, teacher)
-    _check_student(config, teacher, student)
-    return teacher, student
-
-
-def theta(student: Pipeline) -> Any:
-    """What training changes and checkpoints hold: the UNet's weights, or in a LoRA run its adapters."""
-    params = student.params["unet"]
-    return params["lora"] if isinstance(student.unet, lora.Adapted) else params
-
-
-def with_theta(student: Pipeline, params: Any) -> Pipeline:
-    """The student with other values of `theta`."""
-    if isinstance(student.unet, lora.Adapted):
-        params = {"base": student.params["unet"]["base"], "lora": params}
-    return dataclasses.replace(student, params={**student.params, "unet": params})
-
-
-def merged(student: Pipeline) -> Pipeline:
-    """The student as an ordinary pipeline: adapters, where it has any, merged into their base."""
-    if not isinstance(student.unet, lora.Adapted):
-        return student
-    params = student.params["unet"]
-    unet = lora.merge(params["base"], [(params["lora"], student.unet.scale)])
-    return dataclasses.replace(student, unet=student.unet.module, params={**student.params, "unet": unet})
+    distill, dim = config.distill, student.unet.time_cond_proj_dim or 0
+    uses_w = dim or config_lib.asks_teacher(config)
+    lora = {key: config.lora[key] for key in ("rank", "alpha")} | {"targets": list(config.lora.targets)}
+    return {
+        "objective": config.objective,
+        "w_embedding_dim": dim,
+        **({"w_min": distill.w_min, "w_max": distill.w_max} if uses_w else {}),
+        "solver_steps": distill.solver_steps,
+        "timestep_scaling": distill.timestep_scaling,
+        "sigma_data": distill.sigma_data,
+        "prediction_type": student.schedule.prediction_type,
+        **({"lora": lora} if config.lora.rank else {}),
+    }
 
 
 def _check_teacher(config: ConfigDict, teacher: Pipeline) -> None:
@@ -162,7 +189,7 @@ def _check_lcm(config: ConfigDict, unet: Any) -> None:
         raise LcmError(
             f"config.model.student = {name!r} is no Latent Consistency Model, which LCF fine-tunes: that has "
             "time_cond_proj_dim in unet/config.json, or an lcm_config.json, or LCMScheduler in "
-            f'{_SCHEDULER}; distil one first (config.objective = "lcd")'
+            f'{SCHEDULER}; distil one first (config.objective = "lcd")'
         )
     if has is None and config.distill.w_embedding_dim:
         raise LcmError(
@@ -196,6 +223,6 @@ def _check_constants(config: ConfigDict, record: Mapping[str, Any], scheduler: M
 
 def _lcm_scheduler(source: str) -> Mapping[str, Any]:
     """The scheduler config of a pipeline that samples with LCMScheduler; {} where there is no such."""
-    path = hub.local_folder(source, [_SCHEDULER]) / _SCHEDULER
+    path = hub.local_folder(source, [SCHEDULER]) / SCHEDULER
     config = files.read_json(path) if path.is_file() else {}
     return config if config.get("_class_name") == "LCMScheduler" else {}

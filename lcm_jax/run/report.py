@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from lcm_jax.cost import chips, roofline
 from lcm_jax.errors import LcmError
-from lcm_jax.pretrained import Pipeline
+from lcm_jax.pretrained.model import PipelineParams
 from lcm_jax.run import models as student_lib
 from lcm_jax.run import step as training_step
 from lcm_jax.runtime import kernels as compiler
@@ -31,8 +31,8 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[training_step.Tr
     Raises:
       LcmError: models that `train` would refuse.
     """
-    teacher, student = student_lib.shapes(config)
-    return training_step.make(config, teacher, student, mesh), encoder_bytes(teacher, mesh)
+    models = student_lib.shapes(config)
+    return training_step.make(config, models, mesh), encoder_bytes(models.teacher_params, mesh)
 
 
 def report(
@@ -59,9 +59,9 @@ def report(
     return found | {"compile_seconds": seconds}
 
 
-def encoder_bytes(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> int:
+def encoder_bytes(params: PipelineParams, mesh: jax.sharding.Mesh) -> int:
     """Bytes that one device holds of the VAE and the text encoders."""
-    leaves = jax.tree.leaves({name: tree for name, tree in pipeline.params.items() if name != "unet"})
+    leaves = jax.tree.leaves({name: tree for name, tree in params.items() if name != "unet"})
     return sum(
         math.prod(mesh_lib.param_sharding(mesh, leaf.shape).shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in leaves

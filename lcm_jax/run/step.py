@@ -29,7 +29,7 @@ from lcm_jax.models.lora import Adapted
 from lcm_jax.pretrained import Pipeline
 from lcm_jax.pretrained import text as conditioning
 from lcm_jax.run import config as config_lib
-from lcm_jax.run import models as student_lib
+from lcm_jax.run.models import Models
 from lcm_jax.runtime import kernels as compiler
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.kernels import on_mesh
@@ -61,10 +61,10 @@ class TrainingStep:
         create = functools.partial(state_lib.create, optimizer=self.optimizer)
         return jax.jit(create, out_shardings=_shardings(self.state))(theta)
 
-    def place_frozen(self, teacher: Pipeline, student: Pipeline) -> objectives.Frozen:
-        """The frozen arrays, each once, where and in the dtype in which they shall lie."""
-        null = conditioning.null(teacher) if self.frozen.null is not None else None
-        return jax.tree.map(_placed, make_frozen(self.problem, teacher, student, null), self.frozen)
+    def place_frozen(self, models: Models) -> objectives.Frozen:
+        """The frozen arrays, each once, in their final sharding and dtype."""
+        null = conditioning.null(models.teacher, models.teacher_params) if self.frozen.null is not None else None
+        return jax.tree.map(_placed, make_frozen(self.problem, models, null), self.frozen)
 
     def lower(self) -> jax.stages.Lowered:
         """The step, lowered from shapes alone."""
@@ -83,11 +83,11 @@ class TrainingStep:
         return flops.count(jax.value_and_grad(loss), *args)
 
 
-def make(config: ConfigDict, teacher: Pipeline, student: Pipeline, mesh: Mesh) -> TrainingStep:
+def make(config: ConfigDict, models: Models, mesh: Mesh) -> TrainingStep:
     """The training step of a resolved config.
 
     Args:
-      teacher, student: as `student.load_teacher` and `student.load_student` give them, of arrays or of shapes.
+      models: with weights, or with their shapes alone.
       mesh: over the devices that the step is compiled for.
 
     Raises:
@@ -101,7 +101,8 @@ def make(config: ConfigDict, teacher: Pipeline, student: Pipeline, mesh: Mesh) -
         )
     mesh_lib.check_batch(mesh, config.data.batch_size, config.train.accumulation_steps)
     attention, remat = config.model.attention, config.train.remat
-    problem = make_problem(config, *(on_mesh(pipeline, mesh, attention, remat) for pipeline in (teacher, student)))
+    teacher, student = (on_mesh(pipeline, mesh, attention, remat) for pipeline in (models.teacher, models.student))
+    problem = make_problem(config, teacher, student)
     rate = step_lib.learning_rate_schedule(
         config.train.learning_rate,
         config.train.lr_warmup_steps,
@@ -117,13 +118,13 @@ def make(config: ConfigDict, teacher: Pipeline, student: Pipeline, mesh: Mesh) -
         max_grad_norm=config.train.max_grad_norm,
         mu_dtype=config.train.mu_dtype,
     )
-    theta = _shapes(student_lib.theta(student))
+    theta = _shapes(models.trainable)
     state = mesh_lib.abstract_state(mesh, jax.eval_shape(lambda p: state_lib.create(p, optimizer), theta))
-    cond = text_shapes(teacher, 1) if problem.teacher is not None else None
-    frozen = _shapes(make_frozen(problem, teacher, student, None), jnp.dtype(config.model.teacher_dtype))
+    cond = text_shapes(models, 1) if problem.teacher is not None else None
+    frozen = _shapes(make_frozen(problem, models, None), jnp.dtype(config.model.teacher_dtype))
     frozen = mesh_lib.abstract_state(mesh, frozen.replace(null=cond))
     rows, everywhere = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_shapes(config, teacher))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_shapes(config, models))
     step = jax.jit(
         step_lib.make_step(problem, optimizer, config.train.ema_decay, config.train.accumulation_steps, rate),
         donate_argnums=0,
@@ -172,33 +173,34 @@ def as_batch(arrays: dict[str, Any]) -> dict[str, Any]:
     return {**moments, "cond": arrays}
 
 
-def batch_shapes(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
-    """ShapeDtypeStructs of a batch of square pictures, as `encoding.make_encode` makes it."""
+def batch_shapes(config: ConfigDict, models: Models) -> dict[str, Any]:
+    """ShapeDtypeStructs of a batch of square images, as `encoding.make_encode` makes it."""
+    pipeline = models.teacher
     b, side = config.data.batch_size, config.data.resolution // pipeline.vae.factor
     moments = jax.ShapeDtypeStruct((b, side, side, pipeline.vae.latent_channels), jnp.float32)
-    cond = text_shapes(pipeline, b)
+    cond = text_shapes(models, b)
     if pipeline.is_xl:
         cond["time_ids"] = jax.ShapeDtypeStruct((b, 6), jnp.float32)
     return {"mean": moments, "logvar": moments, "cond": cond}
 
 
-def text_shapes(pipeline: Pipeline, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+def text_shapes(models: Models, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
     """ShapeDtypeStructs of the conditioning of `batch` captions, float32, without SDXL's time_ids."""
-    encoders = {name: getattr(pipeline, name) for name in conditioning.TEXT_ENCODERS}
-    encoders = {name: module for name, module in encoders.items() if module is not None}
+    pipeline = models.teacher
     ids = {
-        name: jax.ShapeDtypeStruct((batch, module.max_position_embeddings), jnp.int32)
-        for name, module in encoders.items()
+        name: jax.ShapeDtypeStruct((batch, getattr(pipeline, name).max_position_embeddings), jnp.int32)
+        for name in pipeline.tokenizers
     }
-    params = _shapes({name: pipeline.params[name] for name in encoders})
-    cond = jax.eval_shape(functools.partial(conditioning.encode_tokens, pipeline), params, ids)
+    params = _shapes({name: models.teacher_params[name] for name in ids})
+    encode = functools.partial(conditioning.encode_tokens, pipeline.text_encoders)
+    cond = jax.eval_shape(encode, params, ids)
     return {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in cond.items()}
 
 
-def make_frozen(problem: objectives.Problem, teacher: Pipeline, student: Pipeline, null: Any) -> objectives.Frozen:
-    """The frozen weights of the problem, each once: adapters on the teacher's own weights bring none beside them."""
-    weights = teacher.params["unet"] if problem.teacher is not None else None
-    base = student.params["unet"]["base"] if isinstance(student.unet, Adapted) else None
+def make_frozen(problem: objectives.Problem, models: Models, null: Any) -> objectives.Frozen:
+    """Frozen weights without duplicates: adapters on the teacher's own weights share them."""
+    weights = models.teacher_params["unet"] if problem.teacher is not None else None
+    base = models.student_params["unet"]["base"] if isinstance(models.student.unet, Adapted) else None
     return objectives.Frozen(teacher=weights, null=null, base=None if base is weights else base)
 
 

@@ -1,4 +1,4 @@
-"""The same pictures by torch diffusers and by lcm_jax: what `lcm_jax.export --verify` measures.
+"""The same images by torch diffusers and by lcm_jax: what `lcm_jax.export --verify` measures.
 
 Both programs read the written folder, start from the same latents and add the same noise between the steps, in float32.
 This is the only module that imports torch, and only when it is called.
@@ -13,18 +13,19 @@ from unittest import mock
 import jax
 import numpy as np
 
-from lcm_jax import sample
 from lcm_jax.errors import LcmError
-from lcm_jax.sampling import generator as generate_lib
+from lcm_jax.sampling.load import load
+from lcm_jax.sampling.png import to_uint8
+from lcm_jax.sampling.request import make_request
 
 NEEDS = ("torch", "diffusers")
 STEPS = 4
-LARGEST_PIXEL = 2  # of 255: two roundings may fall apart; anything beyond is another picture
+LARGEST_PIXEL = 2  # of 255: two roundings may differ; anything beyond is another image
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The largest over all pictures. pixel: of uint8 values; value: of the floats in [0, 1] before rounding."""
+    """The largest over all images. pixel: of uint8 values; value: of the floats in [0, 1] before rounding."""
 
     pixel: int
     value: float
@@ -35,31 +36,29 @@ class Difference:
 
 
 def check_installed() -> None:
-    """Raises LcmError, which says how to install it, where torch or diffusers is missing."""
+    """Raises LcmError, which says how to install them, if torch or diffusers is missing."""
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise LcmError(f"--verify needs {' and '.join(missing)}; pip install lcm_jax[torch], or leave --verify out")
 
 
 def compare(folder: str | Path, prompts: Sequence[str], scale: float, steps: int = STEPS, seed: int = 0) -> Difference:
-    """Draws one picture per prompt with either program from the folder of an LCM, and compares them."""
-    pipeline, record = sample.load(str(folder))
-    height, width = generate_lib.default_size(pipeline)
-    shape = (height // pipeline.vae.factor, width // pipeline.vae.factor, pipeline.unet.in_channels)
-    settings = generate_lib.settings_for(pipeline, record, "lcm", steps, "trailing")
-    noise = generate_lib.draw_noise(seed, range(len(prompts)), steps, shape)
+    """Generates one image per prompt with either program from the folder of an LCM, and compares them."""
+    model = load(folder)
+    request = make_request(model.pipeline, steps=steps, guidance_scale=scale)
+    size, numbers = (request.height, request.width), range(len(prompts))
+    noise = model.noise(seed, numbers, steps, *size)
     with jax.default_matmul_precision("highest"):
-        generate = generate_lib.Generator(pipeline)
-        ours = generate(generate.encode(prompts), noise, scale, settings)
-    theirs = diffusers_pictures(folder, prompts, noise, scale, (height, width))
-    pixels = np.abs(generate_lib.to_uint8(ours).astype(int) - generate_lib.to_uint8(theirs).astype(int))
+        ours = model.generate(request, prompts, numbers, seed)
+    theirs = diffusers_images(folder, prompts, noise, scale, size)
+    pixels = np.abs(to_uint8(ours).astype(int) - to_uint8(theirs).astype(int))
     return Difference(int(pixels.max()), float(np.abs(ours - theirs).max()))
 
 
-def diffusers_pictures(
+def diffusers_images(
     folder: str | Path, prompts: Sequence[str], noise: np.ndarray, scale: float, size: tuple[int, int]
 ) -> np.ndarray:
-    """Pictures in [0, 1], [b h w 3], of the pipeline that the folder's model_index.json names.
+    """Images in [0, 1], [b h w 3], of the pipeline that the folder's model_index.json names.
 
     noise [steps b h w c]: entry 0 are the initial latents, the others what LCMScheduler would have drawn.
     """

@@ -1,0 +1,124 @@
+"""CLIP's tokenizer: the files of a `tokenizer/` folder, read by transformers (which needs no torch for it).
+
+Every file counts. SD 2.x pads with "!" (id 0) only because special_tokens_map.json says so, and padding is attended,
+so a lost file changes every image; tokenizer_config.json carries the length of 77.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lcm_jax.errors import LcmError
+from lcm_jax.files import read_json
+
+FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+OPTIONAL_FILES = ("tokenizer.json", "added_tokens.json")
+# With these keys, tokenizer_config.json makes transformers (not every version, nor all of them) read files of other
+# names, from anywhere.
+_OTHER_FILES = ("vocab_file", "merges_file", "tokenizer_file", "fast_tokenizer_files", "vocab", "merges", "init_inputs")
+_NO_LIMIT = 1_000_000  # transformers' 1e30 if tokenizer_config.json gives no length
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Captions -> token ids. Equal to another tokenizer if their files and lengths are.
+
+    Attributes:
+      digest: SHA-256 (hex) of the files.
+      length: tokens of a caption, 77 for CLIP; longer ones are cut, shorter ones padded.
+      files: name -> content of the files that a saved tokenizer consists of.
+      clip: transformers' CLIPTokenizer.
+    """
+
+    digest: str
+    length: int
+    files: Mapping[str, bytes] = dataclasses.field(compare=False, repr=False)
+    clip: Any = dataclasses.field(compare=False, repr=False)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id."""
+        return self.clip.get_vocab()
+
+    def vocabulary_hash(self) -> str:
+        """SHA-256 (hex) of vocabulary, length and padding: what latent caches and tables record of a tokenizer."""
+        words = [sorted(self.vocabulary().items()), self.length, self.clip.pad_token_id]
+        return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+
+def load_tokenizer(folder: Path, length: int) -> Tokenizer:
+    """The tokenizer of a folder; `length` is its length if its config gives none.
+
+    Raises:
+      LcmError: files missing or unreadable; the config names other files.
+    """
+    pair = [(folder / name).is_file() for name in ("vocab.json", "merges.txt")]
+    if not (all(pair) or (folder / "tokenizer.json").is_file()) or not (folder / "tokenizer_config.json").is_file():
+        missing = [name for name in FILES[:3] if not (folder / name).is_file()]
+        raise LcmError(f"{folder} lacks {', '.join(missing)}; copy the tokenizer's files from the original model")
+    if others := [key for key in _OTHER_FILES if read_json(folder / "tokenizer_config.json").get(key)]:
+        raise LcmError(
+            f"{folder / 'tokenizer_config.json'} names other files as {others[0]!r} than those beside it; "
+            "remove that entry"
+        )
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about torch, which is not needed
+    from transformers import CLIPTokenizer  # here, because it is slow to import
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever the parsers of five files raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise LcmError(f"{folder} is no CLIP tokenizer ({reason}); copy its files from the original model") from error
+    files = _saved_files(folder)
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name} {len(files[name])}\n".encode() + files[name])
+    limit = tokenizer.model_max_length
+    return Tokenizer(digest.hexdigest(), length if limit > _NO_LIMIT else limit, files, tokenizer)
+
+
+def tokenize(tokenizer: Tokenizer, captions: Sequence[str]) -> np.ndarray:
+    """Captions -> ids, int32 [b l]: start, words, end, padded or cut to the tokenizer's length (77)."""
+    return tokenize_counted(tokenizer, captions)[0]
+
+
+def tokenize_counted(tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(`tokenize`, number of tokens of each caption that were cut off: int32 [b])."""
+    if isinstance(captions, str):
+        raise TypeError(f"tokenize takes a sequence of captions, not one string: {captions!r}")
+    # Cut and padded here, because transformers keeps how it does that as a state of the tokenizer, which threads would
+    # change under each other.
+    ids = np.full((len(captions), tokenizer.length), tokenizer.clip.pad_token_id, np.int32)
+    lost = np.zeros(len(captions), np.int32)
+    encode = tokenizer.clip
+    whole = encode(list(captions), truncation=False, padding=False, verbose=False).input_ids if len(captions) else []
+    for row, found in enumerate(whole):  # transformers takes no empty batch
+        lost[row] = max(0, len(found) - tokenizer.length)
+        kept = [*found[: tokenizer.length - 1], found[-1]] if lost[row] else found
+        ids[row, : len(kept)] = kept
+    return ids, lost
+
+
+def _saved_files(folder: Path) -> dict[str, bytes]:
+    """Name -> content of the files that a saved tokenizer consists of, as the source has them.
+
+    If the source holds only tokenizer.json and tokenizer_config.json (transformers 5 writes no more), the files that
+    transformers 4 reads are derived from them.
+    """
+    names = [name for name in FILES + OPTIONAL_FILES if (folder / name).is_file()]
+    files = {name: (folder / name).read_bytes() for name in names}
+    if "vocab.json" not in files or "merges.txt" not in files:
+        model = read_json(folder / "tokenizer.json")["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        files["vocab.json"] = json.dumps(model["vocab"], ensure_ascii=False).encode()
+        files["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""]).encode()
+    if "special_tokens_map.json" not in files:
+        config = read_json(folder / "tokenizer_config.json")
+        special = {key: config[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if key in config}
+        files["special_tokens_map.json"] = json.dumps(special, indent=2).encode()
+    return files

@@ -1,0 +1,131 @@
+"""A model to sample from: a pipeline from anywhere, with LoRAs merged and other parts put in."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lcm_jax import assets
+from lcm_jax.errors import BadArgument, LcmError
+from lcm_jax.pretrained import is_single_file, load_pipeline, lora_files, read_record
+from lcm_jax.pretrained.model import Pipeline, PipelineParams, in_half_precision
+from lcm_jax.runtime import mesh as mesh_lib
+from lcm_jax.sampling.generator import Generator
+
+CONSTANTS = ("solver_steps", "timestep_scaling", "sigma_data", "prediction_type")  # in which records must agree
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/.+)?")
+
+Lora = tuple[str, float]  # file, folder or hub id; weight
+
+
+def load(
+    source: str | Path,
+    *,
+    loras: Sequence[str | Lora] = (),
+    unet: str | None = None,
+    vae: str | None = None,
+    variant: str | None = None,
+    model_config: str | None = None,
+    dtype: Any = "float32",
+    mesh: Mesh | None = None,
+    tiled: bool = False,
+    ignore_unused: bool = False,
+) -> Generator:
+    """The model of a folder, file or hub id, on its devices, to be called for images.
+
+    Args:
+      source: a diffusers folder, a hub id, a single .safetensors file, or "shapes", the embedded teacher.
+      loras: merged in: "FILE", "FILE:WEIGHT" or (file, weight); files, folders or hub ids.
+      unet, vae: folders or hub ids of a UNet or a VAE to use instead.
+      variant: weight files to read, such as "fp16".
+      model_config: for a single file: folder or hub id with its tokenizers and configs.
+      dtype: compute dtype of the networks: "float32", "bfloat16" or "float16".
+      mesh: of the devices that share the work (`runtime.mesh.make_mesh`); None: the default device.
+      tiled: decode large images in tiles: less memory, faint seams.
+      ignore_unused: ignore keys of a LoRA that match no layer of the model, instead of refusing it.
+
+    Raises:
+      LcmError: the model cannot be loaded, or a LoRA does not fit it.
+    """
+    pairs = [parse_lora(lora) if isinstance(lora, str) else lora for lora in loras]
+    put = jax.device_put if mesh is None else mesh_lib.place(mesh)
+    pipeline, params = load_with_loras(str(source), pairs, unet, vae, variant, model_config, dtype, put, ignore_unused)
+    return Generator(pipeline, params, mesh, tiled)
+
+
+def load_with_loras(
+    source: str,
+    loras: Sequence[Lora] = (),
+    unet: str | None = None,
+    vae: str | None = None,
+    variant: str | None = None,
+    model_config: str | None = None,
+    dtype: Any = "float32",
+    put: Any = None,
+    ignore_unused: bool = False,
+) -> tuple[Pipeline, PipelineParams]:
+    """(pipeline, params) for `load`; put: takes each parameter as soon as it is read, see `load_pipeline`."""
+    if model_config is not None and not is_single_file(source):
+        raise BadArgument(
+            "model_config", model_config, f"is for a single .safetensors file, which {source} is not; remove it"
+        )
+    config, dtype = model_config and assets.resolve(model_config), jnp.dtype(dtype)
+    pipeline, params = load_pipeline(
+        assets.resolve(source), variant, dtype, unet=unet, vae=vae, config=config, place=put
+    )
+    pipeline = in_half_precision(pipeline, dtype == jnp.float16)
+    if unet is not None:
+        pipeline = dataclasses.replace(pipeline, may_be_lcm=True)
+    return add_loras(pipeline, params, loras, ignore_unused) if loras else (pipeline, params)
+
+
+def add_loras(
+    pipeline: Pipeline, params: PipelineParams, loras: Sequence[Lora], ignore_unused: bool = False
+) -> tuple[Pipeline, PipelineParams]:
+    """The model with LoRAs merged; its record is what the records of model and LoRAs say together.
+
+    A LoRA without a record leaves the model's as it is: 50 solver steps and timestep scaling 10, those of the published
+    LCM-LoRAs, unless the model says otherwise.
+
+    Raises:
+      LcmError: a file that cannot be used (`lora_files.read_lora`), or records that contradict each other.
+    """
+    modules = lora_files.modules_of(pipeline)
+    read = [(lora_files.read_lora(source, modules, ignore_unused), weight) for source, weight in loras]
+    own = {**pipeline.record, "prediction_type": pipeline.schedule.prediction_type}
+    records = {"the model": own, **{source: read_record(source) for source, _ in loras}}
+    for key in CONSTANTS:
+        said = {name: one[key] for name, one in records.items() if key in one}
+        if len(set(said.values())) > 1:
+            values = ", ".join(f"{value} for {name}" for name, value in said.items())
+            raise LcmError(f"--lora: {key} is {values}; they cannot go together, use LoRAs made for this model")
+    records["the model"] = dict(pipeline.record)
+    together = {key: value for one in records.values() for key, value in one.items()}
+    merged = lora_files.merge_into(pipeline, params, read)
+    return dataclasses.replace(pipeline, record=together, may_be_lcm=True), merged
+
+
+def parse_lora(text: str) -> Lora:
+    """`FILE[:weight]`: what follows the last colon is a weight if it is a number, else part of the name; default 1.0.
+
+    Raises:
+      BadArgument: no file by that name and no hub id, or a weight that is not finite.
+    """
+    source, colon, last = text.rpartition(":")
+    try:
+        weight = float(last) if colon else 1.0
+    except ValueError:
+        colon, weight = "", 1.0
+    source = source if colon else text
+    if not math.isfinite(weight):
+        raise BadArgument("lora", text, f"weight {weight} is not finite; 1 is the LoRA as it was trained")
+    if not Path(source).expanduser().exists() and not _HUB_NAME.fullmatch(source):
+        raise BadArgument("lora", text, f"{source} does not exist; give a .safetensors file, a folder, or owner/name")
+    return source, weight

@@ -1,0 +1,36 @@
+"""Images as arrays -> pixels, grids and PNG files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[0, 1] -> 0..255, rounded as diffusers rounds; NaN becomes black, see `not_finite`."""
+    return (np.nan_to_num(images) * 255.0).round().astype(np.uint8)
+
+
+def not_finite(images: np.ndarray) -> list[int]:
+    """Which of images [b H W 3] hold values that are not finite: they would look black."""
+    return np.flatnonzero(~np.isfinite(images).all((1, 2, 3))).tolist()
+
+
+def grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images [n H W 3] as one, row by row: [ceil(n / columns) * H, columns * W, 3]; empty cells are white."""
+    n, height, width, channels = images.shape
+    rows = -(-n // columns)
+    cells = np.full((rows * columns, height, width, channels), 255, images.dtype)
+    cells[:n] = images
+    cells = cells.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
+    return cells.reshape(rows * height, columns * width, channels)
+
+
+def write_png(path: Path, image: np.ndarray, words: Mapping[str, Any]) -> None:
+    """A PNG of uint8 [H W 3] that carries `words` in its text chunks."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in words.items():
+        info.add_itxt(key, str(value))
+    Image.fromarray(image).save(path, pnginfo=info)

@@ -1,0 +1,175 @@
+"""What is asked of a model: defaults filled in from its constants, refused before anything is compiled if it cannot be.
+
+request = make_request(pipeline, steps=4, guidance_scale=8)
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from lcm_jax.diffusion import samplers, timesteps
+from lcm_jax.diffusion.schedule import NoiseSchedule
+from lcm_jax.errors import BadArgument
+from lcm_jax.pretrained.model import Pipeline
+
+SAMPLERS = tuple(samplers.SAMPLERS)
+MAX_STEPS = 50
+MAX_TWO_PASS_SCALE = 2.0  # guidance of an LCM without w embedding: images above it are oversaturated
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to sample. Everything else, such as the grid of an LCM or its scalings, is the model's (`Constants`).
+
+    spacing: of the timesteps of samplers other than "lcm", one of `timesteps.SPACINGS`.
+    """
+
+    sampler: str = "lcm"
+    steps: int = 4
+    spacing: str = "trailing"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A sampler bound to its timesteps and options: equal by content, so that it can be static under jit."""
+
+    sampler: str
+    timesteps: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(
+        self,
+        model: samplers.Model,
+        noise: jax.Array,
+        schedule: NoiseSchedule,
+        hook: samplers.Hook | None = None,
+        loop: Callable = samplers.scan,
+    ) -> Any:
+        """The latent [b h w c] from noise [steps b h w c]: entry 0 is the start, the others come between steps."""
+        sampler, t = samplers.SAMPLERS[self.sampler], np.array(self.timesteps, np.int32)
+        return sampler(model, noise[0], noise[1:], schedule, t, hook, **dict(self.options), loop=loop)
+
+
+def make_plan(pipeline: Pipeline, settings: Settings) -> Plan:
+    """The sampler that `settings` name, with the timesteps and the options that the model needs.
+
+    Raises:
+      LcmError: steps out of range.
+    """
+    constants, total = pipeline.constants, pipeline.schedule.num_train_timesteps
+    steps, options = settings.steps, {}
+    if settings.sampler == "lcm":
+        t = timesteps.lcm(steps, total, constants.solver_steps)
+        options = {"timestep_scaling": constants.timestep_scaling, "sigma_data": constants.sigma_data}
+    elif settings.sampler == "ddim":
+        # Stable Diffusion's schedulers shift leading timesteps by one; the other spacings ignore the offset.
+        t = timesteps.ddim(steps, total, settings.spacing, 1)
+        options = {"set_alpha_to_one": constants.set_alpha_to_one}
+    else:
+        t = timesteps.dpm_solver(steps, total, settings.spacing, 1)
+    return Plan(settings.sampler, tuple(t.tolist()), tuple(options.items()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of a model, complete and checked.
+
+    Attributes:
+      settings: sampler and steps.
+      guidance_scale: the user's, w + 1.
+      height, width: of the images, in pixels.
+      negative_prompt: what guidance leads away from; None: the model's own null text.
+    """
+
+    settings: Settings
+    guidance_scale: float
+    height: int
+    width: int
+    negative_prompt: str | None = None
+
+
+def make_request(
+    pipeline: Pipeline,
+    *,
+    sampler: str = "lcm",
+    steps: int = 4,
+    spacing: str = "trailing",
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    negative_prompt: str | None = None,
+) -> Request:
+    """A request with the model's own guidance scale and size if none are given.
+
+    Raises:
+      BadArgument: the model cannot do it.
+    """
+    if sampler not in SAMPLERS:
+        raise BadArgument("sampler", sampler, f"choose one of {', '.join(SAMPLERS)}")
+    if spacing not in timesteps.SPACINGS:
+        raise BadArgument("spacing", spacing, f"choose one of {', '.join(timesteps.SPACINGS)}")
+    check_steps(steps, min(MAX_STEPS, pipeline.constants.solver_steps) if sampler == "lcm" else MAX_STEPS)
+    check_guidance_scale(guidance_scale)
+    scale = pipeline.default_guidance_scale(sampler) if guidance_scale is None else guidance_scale
+    own_height, own_width = pipeline.default_size
+    height, width = own_height if height is None else height, own_width if width is None else width
+    factor = pipeline.vae.factor
+    for name, side in (("height", height), ("width", width)):
+        if side < factor or side % factor:
+            raise BadArgument(name, side, f"not a multiple of the VAE's factor {factor}; use one")
+    if negative_prompt is not None and pipeline.has_w_embedding:
+        raise BadArgument(
+            "negative_prompt",
+            negative_prompt,
+            "this UNet has a w embedding: guidance against the null text was distilled in, so there is no second pass "
+            "for another text; leave it out, or use an LCM-LoRA on the base model",
+        )
+    return Request(Settings(sampler, steps, spacing), float(scale), height, width, negative_prompt)
+
+
+def check_steps(steps: int, most: int = MAX_STEPS) -> None:
+    """Raises BadArgument unless it is in 1 .. most."""
+    if not 1 <= steps <= most:
+        raise BadArgument("steps", steps, f"out of range; choose 1 to {most}")
+
+
+def check_guidance_scale(scale: float | None) -> None:
+    """Raises BadArgument unless it is None, or finite and at least 1."""
+    if scale is not None and not 1.0 <= scale < float("inf"):
+        raise BadArgument("guidance_scale", f"{scale:g}", "1 is no guidance; use 1 or more")
+
+
+def warnings(pipeline: Pipeline, request: Request) -> list[str]:
+    """What will probably disappoint, one line each."""
+    scale, sampler, constants = request.guidance_scale, request.settings.sampler, pipeline.constants
+    low, high = constants.w_min + 1.0, constants.w_max + 1.0
+    found = []
+    if pipeline.has_w_embedding and not low <= scale <= high:
+        found.append(f"guidance scale {scale:g} is outside {low:g} to {high:g}, the range this model was distilled on")
+    if not pipeline.has_w_embedding and sampler == "lcm" and scale > MAX_TWO_PASS_SCALE:
+        found.append(
+            f"guidance scale {scale:g} on an LCM without w embedding: guidance is distilled in already, and above "
+            f"{MAX_TWO_PASS_SCALE:g} images come out oversaturated, with burnt contrast and broken shapes; use 1 (one "
+            f"pass) to {MAX_TWO_PASS_SCALE:g}"
+        )
+    if request.negative_prompt is not None and scale == 1.0:
+        found.append("a negative prompt has no effect at guidance scale 1, which is one pass; use a scale above 1")
+    if sampler == "lcm" and not (pipeline.is_lcm or pipeline.may_be_lcm):
+        found.append(
+            "nothing says that this is a Latent Consistency Model (no w embedding, lcm_config.json, LCMScheduler or "
+            "LoRA): if it is not, few steps give blurred images; use the sampler ddim, or add an LCM-LoRA"
+        )
+    return found
+
+
+def evaluations(pipeline: Pipeline, request: Request) -> int:
+    """Passes of the UNet for one image: two a step if guidance takes a second one."""
+    return request.settings.steps * (2 if is_guided(pipeline, request.guidance_scale) else 1)
+
+
+def is_guided(pipeline: Pipeline, guidance_scale: float) -> bool:
+    """Whether a step takes a second pass, with the null text or the negative prompt."""
+    return guidance_scale != 1.0 and not pipeline.has_w_embedding
