@@ -92,6 +92,7 @@ test-tpu-aot: $(TESTS)
 lint: $(TESTS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build dist lcm_jax.egg-info

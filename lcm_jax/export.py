@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> int:
     card = model_card(config.to_dict(), record, student, args.out.name, form, table)
     write(args.out, form, dtype, student, params, record, card)
     print(f"step {step}, {args.weights} weights, {form}, {dtype}: {args.out}")
-    return report_difference(args.out, student, record, tuple(config.sample.prompts)) if args.verify else 0
+    return report_difference(args.out, record, tuple(config.sample.prompts)) if args.verify else 0
 
 
 def fold_guidance(
@@ -277,14 +277,14 @@ def write_lora(
         )
 
 
-def report_difference(folder: Path, student: Pipeline, record: Mapping[str, Any], given: Sequence[str] = ()) -> int:
+def report_difference(folder: Path, record: Mapping[str, Any], given: Sequence[str] = ()) -> int:
     """Prints how far diffusers' pictures are from ours; exit code 1 where they are not the same, else 0."""
     given = tuple(given) or PROMPTS
     prompts = [given[i % len(given)] for i in range(len(PROMPTS))]
-    steps, scale = min(verify.STEPS, record["solver_steps"]), student.default_guidance_scale()
-    difference = verify.compare(folder, prompts, scale, steps)
+    steps = min(verify.STEPS, record["solver_steps"])
+    difference = verify.compare(folder, prompts, steps)
     print(
-        f"verify: diffusers and lcm_jax, {len(prompts)} pictures, {steps} steps, guidance scale {scale:g}, float32: "
+        f"verify: diffusers and lcm_jax, {len(prompts)} pictures, {steps} steps, guidance scale {difference.guidance_scale:g}, float32: "
         f"largest pixel difference {difference.pixel}/255, largest float difference {difference.value:.2e}"
     )
     if difference.is_small:

@@ -23,16 +23,15 @@ def main() -> None:
     from lcm_jax.data import loader
     from lcm_jax.data.order import Order
     from lcm_jax.pretrained import load_pipeline
-    from lcm_jax.pretrained import text as conditioning
     from lcm_jax.run import config as config_lib
     from lcm_jax.run import data as training_data
     from lcm_jax.runtime import mesh as mesh_lib
 
     with open(config) as file:
         config = config_lib.ConfigDict(json.load(file))
-    pipeline = load_pipeline(config.model.teacher)
+    pipeline, _ = load_pipeline(config.model.teacher)
     (part,) = training_data.open_parts(config)
-    tokenize = training_data.Tokenize(conditioning.tokenizers(pipeline))
+    tokenize = training_data.Tokenize(pipeline.tokenizers)
     examples = training_data.pictures(config, part.source, tokenize)
     order = Order(config.seed, config.data.batch_size, (examples.groups,))
     mesh = mesh_lib.make_mesh()

@@ -29,7 +29,6 @@ import numpy as np
 jax.config.update("jax_enable_x64", True)
 jnp.float32 = jnp.float64
 
-from lcm_jax import train  # noqa: E402
 from lcm_jax.cost import hlo  # noqa: E402
 from lcm_jax.run import config as config_lib  # noqa: E402
 from lcm_jax.run import models as student_lib  # noqa: E402
@@ -54,23 +53,24 @@ def make_config(teacher, options):
     return config
 
 
-def double(pipeline):
-    """The pipeline with arrays, or shapes, in float64."""
+def double(models):
+    """The models with arrays, or shapes, in float64."""
 
     def one(x):
         shape = jax.ShapeDtypeStruct(x.shape, jnp.float64)
         return shape if isinstance(x, jax.ShapeDtypeStruct) else x.astype(jnp.float64)
 
-    return dataclasses.replace(pipeline, params=jax.tree.map(one, dict(pipeline.params)))
+    trees = jax.tree.map(one, {"teacher_params": models.teacher_params, "student_params": models.student_params})
+    return dataclasses.replace(models, **trees)
 
 
-def moved(student):
-    """The student's weights, not the teacher's any more: what it is told of w counts, too."""
+def moved(models):
+    """The student's weights, moved from the teacher's: conditioning on w counts, too."""
     rng = np.random.default_rng(1)
-    weights = jax.tree.map(lambda x: x * (1 + 0.05 * rng.normal(size=x.shape)), student.params["unet"])
+    weights = jax.tree.map(lambda x: x * (1 + 0.05 * rng.normal(size=x.shape)), models.student_params["unet"])
     projection = weights["time_embedding"]["cond_proj"]["kernel"]
     weights["time_embedding"]["cond_proj"]["kernel"] = projection + 0.05 * rng.normal(size=projection.shape)
-    return student_lib.with_theta(student, weights)
+    return weights
 
 
 def make_batch(program, seed):
@@ -91,12 +91,12 @@ def run(teacher, steps, sizes=None, options=None):
     """(gradient, losses and parts of the last state by name, what the compiled step is)."""
     config = make_config(teacher, options or {})
     mesh = mesh_lib.make_mesh(*sizes) if sizes else mesh_lib.make_mesh(devices=jax.devices()[:1])
-    teacher, student = map(double, train.models(config, mesh))
-    program = training_step.make(config, teacher, student, mesh)
-    of_shapes = training_step.make(config, *map(double, student_lib.shapes(config)), mesh)
+    models = double(student_lib.load(config, mesh_lib.place(mesh)))
+    program = training_step.make(config, models, mesh)
+    of_shapes = training_step.make(config, double(student_lib.shapes(config)), mesh)
     lowered = program.lower()
     step = lowered.compile()
-    state, frozen = program.begin(student_lib.theta(moved(student))), program.place_frozen(teacher, student)
+    state, frozen = program.begin(moved(models)), program.place_frozen(models)
     shards = {dimensions(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves((state, frozen))}
     key, parts = jax.device_put(jax.random.key(3), program.key.sharding), {}
     for n in range(steps):

@@ -72,10 +72,10 @@ def one_device() -> jax.sharding.Mesh:
 @pytest.mark.parametrize("name", ["shapes_lcm", "shapes_lcm_lora"])
 def test_the_program_is_that_of_arrays(name, tiny):
     config, mesh = config_of(name, **{"model.teacher": tiny, "lora.targets": ("to_q",)}), one_device()
-    teacher = student_lib.load_teacher(config, weights=False)
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), dict(teacher.params))
-    teacher = dataclasses.replace(teacher, params=params)
-    of_arrays = training_step.make(config, teacher, student_lib.load_student(config, teacher), mesh)
+    teacher, params = student_lib.load_teacher(config, weights=False)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), dict(params))
+    models = student_lib.Models(teacher, params, *student_lib.load_student(config, teacher, params))
+    of_arrays = training_step.make(config, models, mesh)
     assert compile_report.build(config, mesh)[0].lower().as_text() == of_arrays.lower().as_text()
 
 
@@ -106,9 +106,7 @@ def test_full_size_steps_lower_for_cuda(monkeypatch, name, layers, gpu):
 def test_the_program_is_that_of_the_run(name):
     """From configs alone and from weights in files: the same text, arguments' shapes and dtypes among it."""
     config, mesh = config_of(name), one_device()
-    teacher = student_lib.load_teacher(config, mesh_lib.place(mesh))
-    student = student_lib.load_student(config, teacher, mesh_lib.place(mesh))
-    of_run = training_step.make(config, teacher, student, mesh)
+    of_run = training_step.make(config, student_lib.load(config, mesh_lib.place(mesh)), mesh)
     assert compile_report.build(config, mesh)[0].lower().as_text() == of_run.lower().as_text()
 
 
@@ -142,8 +140,8 @@ def test_what_a_run_holds_beside_the_step_must_fit_too(compiled, monkeypatch):
     monkeypatch.setattr(compile_report, "compile_step", lambda *args: compiled)
     found = compile_report.report(config, mesh, {}, chips.CHIPS["v5e"])
     memory = found["memory"]
-    teacher, _ = student_lib.shapes(config)
-    held = sum(leaf.size * 4 for name in ("vae", "text_encoder") for leaf in jax.tree.leaves(teacher.params[name]))
+    params = student_lib.shapes(config).teacher_params
+    held = sum(leaf.size * 4 for name in ("vae", "text_encoder") for leaf in jax.tree.leaves(params[name]))
     assert memory["encoders"] == held > 0
     assert memory["needed"] == held + sum(memory[name] for name in ("arguments", "results", "temporaries", "code"))
     assert "encoders included" in roofline.text(found) and found["compile_seconds"] >= 0

@@ -186,7 +186,7 @@ def test_the_step_traces(name):
     """From shapes alone, as `train` builds it: the state keeps its shapes, the loss is one number."""
     config = config_lib.resolve(reduced(name))
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-    program = training_step.make(config, *student_lib.shapes(config), mesh)
+    program = training_step.make(config, student_lib.shapes(config), mesh)
     state, metrics = jax.eval_shape(program.step, program.state, program.frozen, program.batch, program.key)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, program.state)
     assert all(jax.tree.leaves(same)) and metrics["loss"].shape == ()

@@ -8,7 +8,7 @@ import numpy as np
 import parity
 import pytest
 
-from lcm_jax.diffusion import samplers, schedule
+from lcm_jax.diffusion import consistency, samplers, schedule, timesteps
 from lcm_jax.errors import LcmError
 
 torch = pytest.importorskip("torch")
@@ -66,12 +66,22 @@ def torch_trajectory(scheduler, noise_schedule, x, num_steps, **step_options):
 TOLERANCE = 8 * 14.6 * parity.EPS
 
 
-def compare(sampler, scheduler, noise_schedule, num_steps, tolerance=TOLERANCE):
-    x, _ = start_and_noise(num_steps)
-    want = torch_trajectory(scheduler, noise_schedule, x, num_steps)
-    last, got = jax.jit(functools.partial(sampler, return_trajectory=True))(x)
+def trajectory(step, carry, rows):
+    """A `loop` that gives x after every step."""
+
+    def with_x(carry, row):
+        carry, _ = step(carry, row)
+        return carry, carry[0]
+
+    return jax.lax.scan(with_x, carry, rows)[1]
+
+
+def compare(name, scheduler, noise_schedule, table, tolerance=TOLERANCE, **options):
+    x, _ = start_and_noise(len(table))
+    want = torch_trajectory(scheduler, noise_schedule, x, len(table))
+    sampler = functools.partial(samplers.SAMPLERS[name], fake_model(jnp, noise_schedule), **options)
+    got = jax.jit(lambda x: sampler(x, None, noise_schedule, table, loop=trajectory))(x)
     parity.close(got, want, atol=tolerance, rtol=tolerance)
-    np.testing.assert_array_equal(last, got[-1])
     assert got.dtype == jnp.float32
 
 
@@ -81,18 +91,9 @@ def ddim_case(num_steps, config, spacing="trailing", **options):
     scheduler = diffusers.DDIMScheduler(**config)
     offset, to_one = options.get("steps_offset", 0), options.get("set_alpha_to_one", True)
     scheduler.set_timesteps(num_steps)
-    table = samplers.ddim_timesteps(num_steps, 1000, spacing, offset)
+    table = timesteps.ddim(num_steps, 1000, spacing, offset)
     np.testing.assert_array_equal(table, scheduler.timesteps)
-    sampler = functools.partial(
-        samplers.ddim,
-        fake_model(jnp, noise_schedule),
-        schedule=noise_schedule,
-        num_steps=num_steps,
-        spacing=spacing,
-        steps_offset=offset,
-        set_alpha_to_one=to_one,
-    )
-    compare(sampler, scheduler, noise_schedule, num_steps)
+    compare("ddim", scheduler, noise_schedule, table, set_alpha_to_one=to_one)
 
 
 DPM = {"dpm_solver_pp_2m": {}, "dpm_solver_2m": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}}
@@ -104,17 +105,9 @@ def dpm_case(num_steps, config, spacing="trailing", name="dpm_solver_pp_2m", tol
     scheduler = diffusers.DPMSolverMultistepScheduler(**config, **DPM[name])
     offset = options.get("steps_offset", 0)
     scheduler.set_timesteps(num_steps)
-    table = samplers.timesteps(name, num_steps, spacing=spacing, steps_offset=offset)
+    table = timesteps.dpm_solver(num_steps, spacing=spacing, steps_offset=offset)
     np.testing.assert_array_equal(table, scheduler.timesteps)
-    sampler = functools.partial(
-        getattr(samplers, name),
-        fake_model(jnp, noise_schedule),
-        schedule=noise_schedule,
-        num_steps=num_steps,
-        spacing=spacing,
-        steps_offset=offset,
-    )
-    compare(sampler, scheduler, noise_schedule, num_steps, tolerance)
+    compare(name, scheduler, noise_schedule, table, tolerance)
 
 
 def lcm_case(num_steps, config, original_steps=50, timestep_scaling=10.0):
@@ -130,27 +123,16 @@ def lcm_case(num_steps, config, original_steps=50, timestep_scaling=10.0):
         noise = np.stack([torch.randn(SHAPE, generator=generator).numpy() for _ in range(num_steps - 1)])
     generator = torch.Generator().manual_seed(7)
     want = torch_trajectory(scheduler, noise_schedule, x, num_steps, generator=generator)
-    run = jax.jit(
-        lambda x, noise: samplers.lcm(
-            fake_model(jnp, noise_schedule),
-            x,
-            noise,
-            noise_schedule,
-            num_steps,
-            original_steps,
-            timestep_scaling,
-            return_trajectory=True,
-        )
-    )
-    last, got = run(x, noise)
+    table, model = timesteps.lcm(num_steps, 1000, original_steps), fake_model(jnp, noise_schedule)
+    options = {"timestep_scaling": timestep_scaling, "loop": trajectory}
+    got = jax.jit(lambda x, noise: samplers.lcm(model, x, noise, noise_schedule, table, **options))(x, noise)
     parity.close(got, want, atol=TOLERANCE, rtol=TOLERANCE)
-    np.testing.assert_array_equal(last, got[-1])
 
 
 def cases(steps):
     """Every number of steps at every spacing for epsilon; what a network predicts is converted whatever these are."""
     others = set(schedule.PREDICTION_TYPES) - {"epsilon"}
-    return [(n, spacing, "epsilon") for n in steps for spacing in samplers.SPACINGS] + [
+    return [(n, spacing, "epsilon") for n in steps for spacing in timesteps.SPACINGS] + [
         (4, "trailing", prediction_type) for prediction_type in sorted(others)
     ]
 
@@ -221,7 +203,7 @@ def test_lcm_other_solver_grids_and_scalings(original_steps, scaling):
     ),
 )
 def test_lcm_timestep_tables(num_steps, original_steps, want):
-    got = samplers.timesteps("lcm", num_steps, original_steps=original_steps)
+    got = timesteps.lcm(num_steps, original_steps=original_steps)
     assert got.tolist() == want and got.dtype == np.int32
 
 
@@ -229,11 +211,11 @@ def test_lcm_timesteps_equal_diffusers_for_every_number_of_steps():
     scheduler = diffusers.LCMScheduler()
     for num_steps in range(1, 51):
         scheduler.set_timesteps(num_steps)
-        np.testing.assert_array_equal(samplers.lcm_timesteps(num_steps), scheduler.timesteps)
-    assert [samplers.lcm_timesteps(n)[-1] for n in (25, 26, 50)] == [39, 39, 19]
+        np.testing.assert_array_equal(timesteps.lcm(num_steps), scheduler.timesteps)
+    assert [timesteps.lcm(n)[-1] for n in (25, 26, 50)] == [39, 39, 19]
 
 
-@pytest.mark.parametrize("spacing", samplers.SPACINGS)
+@pytest.mark.parametrize("spacing", timesteps.SPACINGS)
 @pytest.mark.parametrize("kind", ("ddim", *DPM))
 def test_baseline_timesteps_equal_diffusers_for_every_number_of_steps(kind, spacing):
     scheduler_class = diffusers.DDIMScheduler if kind == "ddim" else diffusers.DPMSolverMultistepScheduler
@@ -243,7 +225,7 @@ def test_baseline_timesteps_equal_diffusers_for_every_number_of_steps(kind, spac
         want = scheduler.timesteps.numpy()
         if len(want) > num_steps:  # rounding of 1000 / n in diffusers gives a value too many: -1
             want = want[:num_steps]
-        got = samplers.timesteps(kind, num_steps, spacing=spacing)
+        got = (timesteps.ddim if kind == "ddim" else timesteps.dpm_solver)(num_steps, spacing=spacing)
         np.testing.assert_array_equal(got, want, err_msg=f"{num_steps} steps")
         assert np.all(np.diff(got) < 0) and got[-1] >= 0
 
@@ -256,9 +238,13 @@ def test_lcm_goldens_of_diffusers_unit_tests(num_steps, total, mean):
     if num_steps > 1:
         noise = np.stack([torch.randn(sample.shape).numpy() for _ in range(num_steps - 1)])
     config = {"_class_name": "LCMScheduler"}
-    x = samplers.lcm(lambda x, t: x * t / (t + 1), sample, noise, schedule.from_config(config), num_steps)
+    table = timesteps.lcm(num_steps)
+    x = samplers.lcm(lambda x, t: x * t / (t + 1), sample, noise, schedule.from_config(config), table)
     assert abs(float(jnp.abs(x).sum()) - total) < 1e-2
     assert abs(float(jnp.abs(x).mean()) - mean) < 1e-3
+
+
+FALLING = np.array([999, 749, 499, 249], np.int32)
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
@@ -270,9 +256,8 @@ def test_one_scan_and_one_network_in_the_program(name):
         calls.append((x.shape, t.shape, t.dtype))
         return jnp.sin(x)
 
-    x, noise = start_and_noise(8)
-    arguments = (x, noise) if name == "lcm" else (x,)
-    program = str(jax.make_jaxpr(lambda *a: getattr(samplers, name)(model, *a, noise_schedule, 8))(*arguments))
+    sampler = functools.partial(samplers.SAMPLERS[name], model)
+    program = str(jax.make_jaxpr(lambda x, noise: sampler(x, noise, noise_schedule, FALLING))(*start_and_noise(4)))
     assert program.count("scan[") == 1 and program.count("sin ") == 1
     assert set(calls) == {(SHAPE, (), jnp.dtype("int32"))}
 
@@ -281,15 +266,57 @@ def test_one_scan_and_one_network_in_the_program(name):
 def test_half_precision_networks_are_sampled_in_float32(name):
     noise_schedule = schedule.from_config(LATENT)
     x, noise = start_and_noise(4)
-    arguments = (x.astype(jnp.bfloat16), noise) if name == "lcm" else (x.astype(jnp.bfloat16),)
     seen = []
 
     def model(x, t):
         seen.append(x.dtype)
         return (0.3 * x).astype(jnp.bfloat16)
 
-    out = getattr(samplers, name)(model, *arguments, noise_schedule, 4)
+    out = samplers.SAMPLERS[name](model, x.astype(jnp.bfloat16), noise, noise_schedule, FALLING)
     assert out.dtype == jnp.float32 and set(seen) == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_a_hook_is_called_after_every_step_and_its_x_goes_on(name):
+    """Traced, with the model's x0, the timestep and the step's number; a hook that returns x changes nothing."""
+    noise_schedule = schedule.from_config(LATENT)
+    model = fake_model(jnp, noise_schedule)
+    seen = []
+
+    def watch(x0, x, t, i):
+        jax.debug.callback(lambda *values: seen.append(values), x0, x, t, i, ordered=True)
+        return x
+
+    def paste(x0, x, t, i):  # half of the latent is written after each step, as inpainting does
+        return x.at[..., :2, :].set(i.astype(jnp.float32))
+
+    run = functools.partial(samplers.SAMPLERS[name], model, *start_and_noise(4), noise_schedule, FALLING)
+    plain = run()
+    parity.close(run(hook=watch), plain, atol=TOLERANCE, rtol=TOLERANCE)
+    jax.effects_barrier()
+    assert [(int(t), int(i)) for _, _, t, i in seen] == [(999, 0), (749, 1), (499, 2), (249, 3)]
+    parity.close(seen[-1][1], plain, atol=TOLERANCE, rtol=TOLERANCE)
+    first = seen[0][0]
+    x, t = start_and_noise(4)[0], jnp.int32(999)
+    want = schedule.to_x0(noise_schedule, model(x, t), x, t)
+    if name == "lcm":
+        want = consistency.consistency_function(noise_schedule, model(x, t), x, t)
+    parity.close(first, want, atol=TOLERANCE, rtol=TOLERANCE)
+    pasted = run(hook=paste)
+    np.testing.assert_array_equal(pasted[..., :2, :], 3.0)
+    # This network mixes no positions.
+    parity.close(pasted[..., 2:, :], plain[..., 2:, :], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_stepwise_runs_the_same_steps(name):
+    noise_schedule = schedule.from_config(LATENT)
+    sampler = functools.partial(samplers.SAMPLERS[name], fake_model(jnp, noise_schedule), *start_and_noise(4))
+    seen = []
+    steps = list(sampler(noise_schedule, FALLING, loop=samplers.stepwise))
+    sampler(noise_schedule, FALLING, hook=lambda x0, x, t, i: seen.append(i) or x)
+    assert len(steps) == 4 and len(seen) == 1  # a scan traces its body once
+    parity.close(steps[-1][1], sampler(noise_schedule, FALLING), atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("num_steps", (1, 2, 50))
@@ -298,7 +325,7 @@ def test_dpm_solver_ends_at_the_network_x0_without_nan(num_steps):
     noise_schedule = schedule.from_config({**LATENT, "prediction_type": "sample"})
     target = np.full(SHAPE, 0.7, np.float32)
     x, _ = start_and_noise(1)
-    out = samplers.dpm_solver_pp_2m(lambda x, t: target, x, noise_schedule, num_steps)
+    out = samplers.dpm_solver_pp_2m(lambda x, t: target, x, None, noise_schedule, timesteps.dpm_solver(num_steps))
     np.testing.assert_array_equal(out, target)
 
 
@@ -307,7 +334,7 @@ def test_one_dpm_solver_step_is_ddims_that_ends_at_abar_0():
     noise_schedule = schedule.from_config(LATENT)
     x, _ = start_and_noise(1)
     got, want = (
-        sampler(fake_model(jnp, noise_schedule), x, noise_schedule, 1)
+        sampler(fake_model(jnp, noise_schedule), x, None, noise_schedule, np.array([999]))
         for sampler in (samplers.dpm_solver_2m, functools.partial(samplers.ddim, set_alpha_to_one=False))
     )
     parity.close(got, want, atol=TOLERANCE)
@@ -317,27 +344,26 @@ def test_lcm_takes_none_or_spare_noise():
     noise_schedule = schedule.from_config(LATENT)
     model = fake_model(jnp, noise_schedule)
     x, noise = start_and_noise(4)
-    one = samplers.lcm(model, x, None, noise_schedule, 1)
-    np.testing.assert_array_equal(one, samplers.lcm(model, x, noise, noise_schedule, 1))
+    one = samplers.lcm(model, x, None, noise_schedule, FALLING[:1])
+    np.testing.assert_array_equal(one, samplers.lcm(model, x, noise, noise_schedule, FALLING[:1]))
     spare = np.concatenate([noise, np.full((1, *SHAPE), np.nan, np.float32)])
-    exact, more = (samplers.lcm(model, x, n, noise_schedule, 4) for n in (noise, spare))
+    exact, more = (samplers.lcm(model, x, n, noise_schedule, FALLING) for n in (noise, spare))
     np.testing.assert_array_equal(exact, more)
 
 
 @pytest.mark.parametrize(
     "call,words",
     (
-        (lambda: samplers.lcm_timesteps(0), "0 sampling steps are out of range; choose 1 to 50"),
-        (lambda: samplers.lcm_timesteps(51), "51 sampling steps"),
-        (lambda: samplers.lcm_timesteps(1, original_steps=0), "original_steps=0"),
-        (lambda: samplers.lcm_timesteps(1, original_steps=1001), "original_steps=1001"),
-        (lambda: samplers.ddim_timesteps(0), "0 sampling steps"),
-        (lambda: samplers.ddim_timesteps(1001), "choose 1 to 1000"),
-        (lambda: samplers.ddim_timesteps(4, spacing="even"), "unknown timestep spacing 'even'"),
-        (lambda: samplers.ddim_timesteps(1000, spacing="leading", steps_offset=1), "steps_offset=1"),
-        (lambda: samplers.dpm_solver_timesteps(1000, spacing="leading"), "choose 1 to 999"),
-        (lambda: samplers.dpm_solver_timesteps(4, spacing="even"), "leading, trailing, linspace"),
-        (lambda: samplers.timesteps("euler", 4), "unknown sampler 'euler'"),
+        (lambda: timesteps.lcm(0), "0 sampling steps are out of range; choose 1 to 50"),
+        (lambda: timesteps.lcm(51), "51 sampling steps"),
+        (lambda: timesteps.lcm(1, original_steps=0), "original_steps=0"),
+        (lambda: timesteps.lcm(1, original_steps=1001), "original_steps=1001"),
+        (lambda: timesteps.ddim(0), "0 sampling steps"),
+        (lambda: timesteps.ddim(1001), "choose 1 to 1000"),
+        (lambda: timesteps.ddim(4, spacing="even"), "unknown timestep spacing 'even'"),
+        (lambda: timesteps.ddim(1000, spacing="leading", steps_offset=1), "steps_offset=1"),
+        (lambda: timesteps.dpm_solver(1000, spacing="leading"), "choose 1 to 999"),
+        (lambda: timesteps.dpm_solver(4, spacing="even"), "leading, trailing, linspace"),
     ),
 )
 def test_bad_arguments_are_named(call, words):
@@ -350,4 +376,4 @@ def test_lcm_noise_of_wrong_shape_is_refused():
     x, noise = start_and_noise(3)
     for bad in (noise[:1], noise[..., :2], None):
         with pytest.raises(LcmError, match="for 3 steps; it must be"):
-            samplers.lcm(lambda x, t: x, x, bad, schedule.from_config(LATENT), 3)
+            samplers.lcm(lambda x, t: x, x, bad, schedule.from_config(LATENT), FALLING[:3])

@@ -14,17 +14,19 @@ import pytest
 import tiny
 from PIL import Image
 
+import lcm_jax
 from lcm_jax import evaluate, pretrained, sample
 from lcm_jax.data import shapes
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import clip_score, features, inputs, measures, plot, table
 from lcm_jax.metrics import distances as cmmd
 from lcm_jax.metrics import distances as frechet
-from lcm_jax.metrics import rows as drawing
 from lcm_jax.metrics import rows as rows_lib
 from lcm_jax.metrics import shapes as captions_lib
 from lcm_jax.metrics import statistics as statistics_files
-from lcm_jax.sampling import generator as generate
+from lcm_jax.sampling import flags
+from lcm_jax.sampling.png import not_finite, to_uint8
+from lcm_jax.sampling.request import Request, Settings
 
 RECORD = {"w_min": 2.0, "w_max": 8.0, "solver_steps": 20, "timestep_scaling": 10.0, "sigma_data": 0.5}
 PROMPTS = ("a small red circle", "a blue square", "hello")
@@ -44,9 +46,7 @@ def prompts(tmp_path_factory) -> Path:
     return path
 
 
-@functools.cache
-def loaded(model: str, load=sample.load) -> tuple:
-    return load(model)
+loaded = functools.cache(lambda model: lcm_jax.load(model, mesh=flags.mesh_of(1)))
 
 
 @functools.cache
@@ -139,7 +139,7 @@ def test_rows_that_are_there_are_not_measured_again(first, lcm, prompts, tmp_pat
     monkeypatch.setattr(evaluate, "measure", lambda out, rows, *rest: asked.extend(rows))
     monkeypatch.setattr(evaluate, "write", lambda *args: [])
     evaluated(lcm, prompts, out, "--count=5", "--row=lcm:2:4,8", "--row=lcm:1:8", "--name=tiny")
-    assert [(settings.steps, scale) for settings, scale in asked] == [(1, 8.0)]
+    assert [(request.settings.steps, request.guidance_scale) for request in asked] == [(1, 8.0)]
     for option in ("--dtype=bfloat16", "--batch_size=2"):
         asked.clear()
         evaluated(lcm, prompts, out, "--count=5", "--row=lcm:2:4,8", "--name=tiny", option)
@@ -150,11 +150,11 @@ def test_a_stopped_command_keeps_what_it_has(lcm, prompts, tmp_path, monkeypatch
     """The second row fails; the first is kept, and the command goes on with the second alone."""
     drawn, measured = [], rows_lib.measured
 
-    def breaks(subject, generator, captions, settings, scale, *rest, **more):
-        drawn.append(settings.steps)
-        if settings.steps == 2 and drawn.count(2) == 1:
+    def breaks(model, captions, request, *rest, **more):
+        drawn.append(request.settings.steps)
+        if drawn[-1] == 2 and drawn.count(2) == 1:
             raise LcmError("stopped")
-        return measured(subject, generator, captions, settings, scale, *rest, **more)
+        return measured(model, captions, request, *rest, **more)
 
     monkeypatch.setattr(rows_lib, "measured", breaks)
     words = (lcm, prompts, tmp_path / "out", "--row=lcm:1,2:8")
@@ -194,8 +194,7 @@ def test_a_models_configs_are_part_of_what_it_is(lcm, tmp_path):
     """Another scaling of the latents: the same weights, other pictures. Who wrote a file makes no difference."""
 
     def identity(folder):
-        pipeline, record = sample.load(str(folder))
-        return rows_lib.model_about(rows_lib.Subject("a", pipeline, record, (16, 16), (8, 8, 4), 4))
+        return rows_lib.model_about(lcm_jax.load(folder))
 
     def rewritten(name, **changes):
         folder = tiny.copy("micro lcm", tmp_path / name)
@@ -281,18 +280,18 @@ def test_metrics_of_the_field_are_taken_by_name(lcm, prompts, tmp_path, monkeypa
     """CLIP score, CMMD and FD-DINOv2 of the pictures that were drawn, by networks of folders."""
     clip = metrics_kit.write_clip(tmp_path / "clip")
     dino = metrics_kit.write_dinov2(tmp_path / "dino", metrics_kit.torch_dinov2())
-    folder, drawn, draw = tmp_path / "pictures", [], drawing.draw
+    folder, drawn, generate = tmp_path / "pictures", [], rows_lib.generate
     folder.mkdir()
     references = metrics_kit.pictures(40, 16, 16)
     for i, picture in enumerate(references):
         Image.fromarray(picture).save(folder / f"{i:02d}.png")
 
     def listen(*args, **more):
-        for numbers, images, seconds in draw(*args, **more):
+        for numbers, images, seconds in generate(*args, **more):
             drawn.append(images)
             yield numbers, images, seconds
 
-    monkeypatch.setattr(drawing, "draw", listen)
+    monkeypatch.setattr(rows_lib, "generate", listen)
     metrics = [f"--metric=clip_score:{clip}", f"--metric=cmmd:{clip}", f"--metric=fd_dinov2:{dino}"]
     (row,) = evaluated(
         lcm,
@@ -333,19 +332,19 @@ def _listening(gather, heard):
     ("options", "message"),
     [
         (["--row=lcm:0:8"], r"--row=lcm:0:8: 0 steps are out of range; choose 1 to 50"),
-        (["--row=lcm:21:8"], r"--row=lcm:21:8: --steps=21 is out of range; choose 1 to 20"),
+        (["--row=lcm:21:8"], r"--row=lcm:21:8: --steps=21: out of range; choose 1 to 20"),
         (["--row=lcm:2:0.5"], r"--row=lcm:2:0.5: guidance scale 1 is no guidance"),
         (["--row=lcm:2:nan"], r"guidance scale 1 is no guidance"),
         (["--row=lcm:two"], r"--row=lcm:two: write SAMPLER:STEPS or SAMPLER:STEPS:SCALE"),
         (["--row=lcm"], r"--row=lcm: write SAMPLER:STEPS"),
         (["--row=euler:2"], r"--row=euler:2: sampler 'euler' is unknown; choose of lcm"),
-        (["--count=0"], r"--count=0 must be at least 1"),
-        (["--endpoint_steps=0"], r"--endpoint_steps=0 must be at least 1"),
-        (["--timings=0"], r"--timings=0 must be at least 1"),
-        (["--seed=-1"], r"--seed=-1 is out of range"),
-        (["--height=17"], r"--row=lcm:1:8: --height=17 is not a multiple of the VAE's factor 2"),
+        (["--count=0"], r"--count=0: must be at least 1"),
+        (["--endpoint_steps=0"], r"--endpoint_steps=0: must be at least 1"),
+        (["--timings=0"], r"--timings=0: must be at least 1"),
+        (["--seed=-1"], r"--seed=-1: out of range"),
+        (["--height=17"], r"--row=lcm:1:8: --height=17: not a multiple of the VAE's factor 2"),
         (["--prompts=EMPTY"], r"--prompts=\S+empty.txt holds no prompt; write one per line"),
-        (["--prompts=/no/such"], r"--prompts=/no/such cannot be read"),
+        (["--prompts=/no/such"], r"--prompts=/no/such: cannot be read"),
         (["--source=shapes"], r"captions come from --prompts=FILE or from --source=NAME; give one of them"),
         (["--split=train"], r"--split is of a data source; give --source"),
         (["--metric=psnr"], r"--metric=psnr: choose NAME or NAME:WEIGHTS of fid, clip_score"),
@@ -378,7 +377,7 @@ def test_bad_input_is_one_line_before_long_work(
     lcm, prompts, places, tmp_path, capsys, monkeypatch, means, options, message
 ):
     monkeypatch.setattr(rows_lib, "measured", lambda *args, **more: pytest.fail("long work began"))
-    monkeypatch.setattr(sample, "load", lambda model, *_: loaded(model))  # once for all
+    monkeypatch.setattr(flags, "load", lambda model, **_: loaded(model))  # once for all
     for place in places.iterdir():
         options = [
             re.sub(f"[=:]{place.stem.upper()}$", lambda found, to=place: f"{found[0][0]}{to}", option)
@@ -524,8 +523,13 @@ def test_reference_pictures_that_had_to_grow_are_told(monkeypatch):
 
 def test_rows_of_lists_are_all_combinations():
     assert evaluate.parse_rows(["lcm,ddim:1,2:3,8", "ddim:1:3", "ddim:4"]) == [
-        *(evaluate.Asked(sampler, n, scale) for sampler in ("lcm", "ddim") for scale in (3.0, 8.0) for n in (1, 2)),
-        evaluate.Asked("ddim", 4),
+        *(
+            evaluate.RowRequest(sampler, n, scale)
+            for sampler in ("lcm", "ddim")
+            for scale in (3.0, 8.0)
+            for n in (1, 2)
+        ),
+        evaluate.RowRequest("ddim", 4),
     ]
 
 
@@ -648,28 +652,34 @@ def test_rows_drawn_otherwise_are_told_apart(tmp_path):
 
 def test_pictures_that_are_not_finite_are_refused():
     class Broken:
-        def encode(self, captions, report):
+        def encode(self, captions):
             return np.zeros(len(captions))
 
-        def __call__(self, cond, noise, guidance_scale, settings):
-            images = np.full((len(cond), 4, 4, 3), 0.5, np.float32)
+        def noise(self, seed, numbers, *_):
+            return np.zeros(len(numbers))
+
+        def latents(self, cond, *_):
+            return cond
+
+        def decode(self, z):
+            images = np.full((len(z), 4, 4, 3), 0.5, np.float32)
             images[1] = np.nan
             return images
 
-    settings = generate.Settings("ddim", 2)
-    with pytest.raises(LcmError, match="pictures 1 of ddim with 2 steps are not finite.*--dtype=float32"):
-        next(drawing.draw(Broken(), PROMPTS, settings, 3.0, seed=0, shape=(2, 2, 4), batch_size=4))
+    model, request = rows_lib.EvaluatedModel("a", Broken(), 4), Request(Settings("ddim", 2), 3.0, 4, 4)
+    with pytest.raises(LcmError, match="images 1 of ddim with 2 steps are not finite.*--dtype=float32"):
+        next(rows_lib.generate(model, PROMPTS, request, seed=0))
 
 
 def test_what_is_not_finite_stays_so(lcm):
     """Clipped to [0, 1], infinity would be a white picture."""
-    generator = generate.Generator(loaded(str(lcm))[0])
+    generator = lcm_jax.load(lcm)
     decoded = np.array([np.inf, -np.inf, np.nan, 3.0, -3.0, 0.5], np.float32).reshape(2, 1, 1, 3)
-    generator._decode = lambda params, z: decoded
+    generator._decode = lambda vae, params, z: decoded
     images = generator.decode(np.zeros((2, 1, 1, 4), np.float32))
     np.testing.assert_array_equal(images.ravel(), np.array([np.nan, np.nan, np.nan, 1, 0, 0.75], np.float32))
-    assert generate.not_finite(images) == [0]
-    np.testing.assert_array_equal(generate.to_uint8(images).ravel(), [0, 0, 0, 255, 0, 191])
+    assert not_finite(images) == [0]
+    np.testing.assert_array_equal(to_uint8(images).ravel(), [0, 0, 0, 255, 0, 191])
 
 
 def test_without_matplotlib_the_program_says_so_at_once(lcm, prompts, tmp_path, capsys, monkeypatch):

@@ -24,8 +24,8 @@ from lcm_jax.run import config as config_lib
 from lcm_jax.run import models as student
 from lcm_jax.runtime.checkpoints import Checkpoints
 from lcm_jax.sampling import generator as generate
-from lcm_jax.sampling import generator as generate_lib
 from lcm_jax.sampling import verify
+from lcm_jax.sampling.generator import draw_noise
 
 STEPS_SAVED = (3, 7)
 PROMPTS = ("a red circle", "hello")
@@ -51,7 +51,7 @@ def make_run(
     config = make_config(teacher, **changes)
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(config_lib.to_json(config))
-    begun = student.theta(student.load_student(config, student.load_teacher(config)))
+    begun = student.load(config).trainable
     states = {}
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         for step in steps:
@@ -114,7 +114,7 @@ def test_diffusers_draws_what_our_sampler_draws(exported, tmp_path, monkeypatch)
 
     pipe = diffusers.LatentConsistencyModelPipeline.from_pretrained(exported)
     assert type(pipe.scheduler) is diffusers.LCMScheduler
-    noise = generate_lib.draw_noise(3, [0, 1, 0, 1], 4, (8, 8, 4))
+    noise = draw_noise(3, [0, 1, 0, 1], 4, (8, 8, 4))
     prompts = [prompt for prompt in PROMPTS for _ in range(2)]
     theirs = diffusers_pictures(pipe, monkeypatch, prompts, noise, 16, guidance_scale=8.0)
     assert ((theirs > 0) & (theirs < 255)).mean() > 0.5  # pictures, not saturation
@@ -264,7 +264,7 @@ def error_of(capsys, *words) -> str:
         (["--step=x"], r"argument --step: invalid int value: 'x'"),
         (["--weights=both"], r"argument --weights: invalid choice: 'both'"),
         (["--out=FULL"], r"full already exists and is not empty; choose another folder"),
-        (["--table=NOWHERE"], r"--table=NOWHERE cannot be read \(No such file or directory\)"),
+        (["--table=NOWHERE"], r"--table=NOWHERE: cannot be read \(No such file or directory\)"),
         (["--verify", "--format=unet"], r"--verify draws pictures and --format=unet is no pipeline; use .*=pipeline"),
         (["--format=lora-peft"], r"--format=lora-peft: this run trained every weight .*use --format=pipeline or unet"),
         (["--format=merged"], r"--format=merged: this run trained every weight"),
@@ -360,8 +360,8 @@ def test_weights_that_do_not_fit_the_dtype_are_refused(tmp_path, capsys):
 
 
 def test_the_scale_that_is_verified_and_the_default():
-    assert generate.default_guidance_scale(True, {"w_min": 2.0, "w_max": 14.0}) == 8.0
-    assert generate.default_guidance_scale(True, {"w_min": 0.0, "w_max": 4.0}) == 3.0
-    assert generate.default_guidance_scale(True, {}) == 8.0
-    assert generate.default_guidance_scale(False, {"w_min": 2.0, "w_max": 14.0}) == 1.0
-    assert generate.default_guidance_scale(False, {}, "ddim") == 8.0
+    lcm, teacher = (load_pipeline(tiny.folder(name), weights=False)[0] for name in ("lcm", "sd1"))
+    for record, scale in (({"w_min": 2.0, "w_max": 14.0}, 8.0), ({"w_min": 0.0, "w_max": 4.0}, 3.0), ({}, 8.0)):
+        assert dataclasses.replace(lcm, record=record).default_guidance_scale() == scale
+    assert dataclasses.replace(teacher, record={"w_min": 2.0, "w_max": 14.0}).default_guidance_scale() == 1.0
+    assert teacher.default_guidance_scale("ddim") == 8.0

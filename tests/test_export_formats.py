@@ -18,7 +18,7 @@ from test_sample import arrays, draw
 from lcm_jax import export, pretrained
 from lcm_jax.models import lora
 from lcm_jax.pretrained import lora_files, lora_keys
-from lcm_jax.sampling import generator as generate_lib
+from lcm_jax.sampling.generator import draw_noise
 
 PROMPT = "a small red circle"
 SEED, STEPS = 3, 4
@@ -68,7 +68,7 @@ def ours(teacher, exports, tmp_path_factory) -> dict[str, np.ndarray]:
 
 def theirs(pipe, monkeypatch, size=64) -> np.ndarray:
     """What diffusers draws of the four pictures, size pixels from latents of 8x8."""
-    noise = generate_lib.draw_noise(SEED, range(4), STEPS, (8, 8, 4))
+    noise = draw_noise(SEED, range(4), STEPS, (8, 8, 4))
     return diffusers_pictures(pipe, monkeypatch, [PROMPT] * 4, noise, size, guidance_scale=1.0)
 
 

@@ -31,10 +31,10 @@ def test_chunks_are_the_largest_that_divide_the_rows(chunk, pieces):
 
 
 def test_encoding_in_chunks_gives_the_same_numbers():
-    pipeline = load_pipeline(tiny.folder("sd1"))
+    loaded = load_pipeline(tiny.folder("sd1"))
     pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
-    want = encoding.make_encode(pipeline)({"pixels": pixels})
-    got = encoding.make_encode(pipeline, chunk=2)({"pixels": pixels})
+    want = encoding.make_encode(*loaded)({"pixels": pixels})
+    got = encoding.make_encode(*loaded, chunk=2)({"pixels": pixels})
     for name in want:
         parity.near(got[name], want[name], 1e-6, name)
 
@@ -45,8 +45,10 @@ import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 from lcm_jax.data import encoding
-from lcm_jax.sampling import generator as generate
 from lcm_jax import sample
+from lcm_jax.sampling.generator import Generator, draw_noise
+from lcm_jax.sampling.png import to_uint8
+from lcm_jax.sampling.request import Settings
 from lcm_jax.pretrained import text as conditioning
 from lcm_jax.pretrained import load_pipeline
 from lcm_jax.runtime import mesh as m
@@ -60,22 +62,22 @@ def close(got, want, most=1e-5):
 ENCODE = (
     START
     + """
-host = load_pipeline(source)
+host, params = load_pipeline(source)
 rng = np.random.default_rng(0)
 rows = {"pixels": rng.integers(0, 256, (32, 16, 16, 3), np.uint8),
         "text_encoder": np.tile(conditioning.tokens(host, ["a red circle", "blue"])["text_encoder"], (16, 1))}
-want = encoding.make_encode(host)(rows)
+want = encoding.make_encode(host, params)(rows)
 
 def dimensions(shape):  # XLA may turn a weight round
     return tuple(sorted(int(size) for size in shape if int(size) > 1))
 
-weights = {dimensions(leaf.shape) for leaf in jax.tree.leaves(dict(host.params))}
+weights = {dimensions(leaf.shape) for leaf in jax.tree.leaves(dict(params))}
 for data, fsdp, chunk in ((2, 4, 3), (8, 1, 0)):
     mesh = m.make_mesh(data, fsdp)
-    pipeline = load_pipeline(source, place=m.place(mesh))
-    kernel = pipeline.params["vae"]["encoder"]["conv_in"]["kernel"]
+    pipeline, placed = load_pipeline(source, place=m.place(mesh))
+    kernel = placed["vae"]["encoder"]["conv_in"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (3, 3, 3, 16 // fsdp)
-    encode = encoding.make_encode(pipeline, mesh, chunk)
+    encode = encoding.make_encode(pipeline, placed, mesh, chunk)
     got = encode(m.put_batch(mesh, rows))
     assert all(value.sharding.is_equivalent_to(m.batch_sharding(mesh), value.ndim) for value in got.values())
     close(got, want)
@@ -87,7 +89,7 @@ for data, fsdp, chunk in ((2, 4, 3), (8, 1, 0)):
         found.setdefault(kind, set()).update(re.findall(r"\\[([\\d,]*)\\]", shapes))
     assert found.keys() == ({"all-gather"} if fsdp > 1 else set()), found
     assert {dimensions(shape.split(",")) for shapes in found.values() for shape in shapes} <= weights, found
-assert encoding.weights_hash(pipeline.params["vae"]) == encoding.weights_hash(host.params["vae"])
+assert encoding.weights_hash(placed["vae"]) == encoding.weights_hash(params["vae"])
 print("fine")
 """
 )
@@ -96,27 +98,30 @@ DRAW = (
     START
     + """
 host = load_pipeline(source)
+
+def images_of(model, noise):
+    return model.decode(model.latents(model.encode(prompts), noise, 3.0, Settings(steps=2)))
+
 prompts = ["a red circle", "a blue square", "hello"]
-settings = generate.Settings(steps=2)
-noise = generate.draw_noise(3, range(3), 2, (8, 8, 4))
-one = generate.Generator(host)
-want = one(one.encode(prompts), noise, 3.0, settings)
+noise = draw_noise(3, range(3), 2, (8, 8, 4))
+one = Generator(*host)
+want = images_of(one, noise)
 mesh = m.make_mesh(2, 4)
-several = generate.Generator(load_pipeline(source, place=m.place(mesh)), mesh=mesh)
+several = Generator(*load_pipeline(source, place=m.place(mesh)), mesh)
 weights = several.params["unet"]["conv_in"]["kernel"]
 assert weights.sharding.shard_shape(weights.shape) == (3, 3, 4, 8)
-images = several(several.encode(prompts), noise, 3.0, settings)
+images = images_of(several, noise)
 assert images.shape == (3, 16, 16, 3)
 close(images, want, 1e-4)
-tiled = generate.Generator(host, tiled=True, mesh=mesh)
-wide = generate.draw_noise(3, range(3), 1, (8, 16, 4))[0]
-close(tiled.decode(wide), generate.Generator(host, tiled=True).decode(wide), 1e-4)
+tiled = Generator(*host, mesh, tiled=True)
+wide = draw_noise(3, range(3), 1, (8, 16, 4))[0]
+close(tiled.decode(wide), Generator(*host, tiled=True).decode(wide), 1e-4)
 words = [f"--model={source}", f"--out={sys.argv[2]}", "--num_images=1", "--steps=2"]
 words += [f"--prompt={prompt}" for prompt in prompts]
 assert sample.main([*words, "--fsdp=4", "--guidance_scale=3", "--seed=3"]) == 0
 from PIL import Image
-noise = generate.draw_noise(3, [0, 0, 0], 2, (8, 8, 4))
-want = generate.to_uint8(one(one.encode(prompts), noise, 3.0, settings)).astype(int)
+noise = draw_noise(3, [0, 0, 0], 2, (8, 8, 4))
+want = to_uint8(images_of(one, noise)).astype(int)
 for i, picture in enumerate(want):
     drawn = np.asarray(Image.open(f"{sys.argv[2]}/{i:04d}_0000.png")).astype(int)
     assert abs(drawn - picture).max() <= 1
@@ -128,7 +133,7 @@ print("fine")
 def test_fsdp_of_sample_divides_the_devices(capsys, tmp_path):
     words = [f"--model={tiny.folder('sd1')}", "--prompt=hello", f"--out={tmp_path / 'out'}", "--fsdp=3"]
     assert sample.main(words) != 0
-    assert "--fsdp=3 does not divide the 1 devices; choose a divisor, or -1 for all" in capsys.readouterr().err
+    assert "--fsdp=3: does not divide the 1 devices; choose a divisor, or -1 for all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

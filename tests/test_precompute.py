@@ -26,7 +26,6 @@ from lcm_jax.data.order import draws_at
 from lcm_jax.distill import step as step_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.precompute import Options
-from lcm_jax.pretrained import text as conditioning
 from lcm_jax.run import data as training_data
 from lcm_jax.run import models as student_lib
 from lcm_jax.runtime import distributed, telemetry, waiting
@@ -78,12 +77,12 @@ def centred(teacher, tmp_path_factory) -> dict[str, Path]:
 
 def expected_rows(config):
     """What the run itself makes before training begins."""
-    pipeline = student_lib.load_teacher(config)
+    pipeline, params = student_lib.load_teacher(config)
     (part,) = training_data.open_parts(config)
     watch = training_data.Watch(loader.Faults(0.01, lambda fault: None), lambda line: None)
-    tokenize = training_data.Tokenize(conditioning.tokenizers(pipeline))
+    tokenize = training_data.Tokenize(pipeline.tokenizers)
     pictures = training_data.pictures(config, part.source, tokenize, time_ids=pipeline.is_xl)
-    encode = encoding.make_encode(pipeline)
+    encode = encoding.make_encode(pipeline, params)
     return training_data.encode_at_start(pictures, encode, config.seed, watch), pictures, encode
 
 
@@ -196,8 +195,9 @@ def test_the_same_crops_and_flips_are_trained_on(teacher, drawn, tmp_path):
 def test_a_cache_can_be_held_in_memory(teacher, centred):
     """Its captions are encoded once then, at the start."""
     config = make_config(teacher, source="latents", path=str(centred["ids"]), encode="start")
-    pipeline, watch = student_lib.load_teacher(config), training_data.Watch(loader.Faults(0, print), print)
-    encode = encoding.make_encode(pipeline)
+    watch = training_data.Watch(loader.Faults(0, print), print)
+    pipeline, params = student_lib.load_teacher(config)
+    encode = encoding.make_encode(pipeline, params)
     (rows,), order = training_data.open_examples(config, training_data.open_parts(config), pipeline, encode, watch)
     assert order.streams == ((EXAMPLES,),)
     for rank in range(0, EXAMPLES, 20):
@@ -237,7 +237,7 @@ def test_a_run_of_other_models_or_sizes_refuses_the_cache(teacher, centred, tmp_
     refused(other(resolution=128), "resolution 64", "128", "--config.data.resolution")
     refused(other(aspect_buckets=True, bucket_step=16), "sizes [[64, 64]]", "aspect_buckets")
     model = changed("vae", scale_vae)
-    mine = encoding.fingerprint(student_lib.load_teacher(make_config(model)), 64, ((64, 64),))
+    mine = encoding.fingerprint(*student_lib.load_teacher(make_config(model)), 64, ((64, 64),))
     refused(other(model=model), f"vae {made['vae'][:12]}", mine["vae"][:12], "precompute again")
     model = changed("tokenizer", pad_otherwise)
     refused(other(model=model), f"tokenizers {{text_encoder: {made['tokenizers']['text_encoder'][:12]}")

@@ -1,7 +1,6 @@
 """From files to the step's batches: four formats, real processes, damaged records, mixtures, buckets, encoding."""
 
 import contextlib
-import dataclasses
 import functools
 import io
 import itertools
@@ -36,8 +35,13 @@ COUNT = 44
 
 
 @pytest.fixture(scope="module")
-def pipeline():
+def loaded():
     return load_pipeline(tiny.folder("sd1"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(loaded):
+    return loaded[0]
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +289,7 @@ def test_each_part_of_a_mixture_takes_the_keys_that_are_its_own(paths, tmp_path)
 def test_buckets_keep_aspect_ratios_and_lose_nothing(paths, pipeline):
     config = config_of("huggingface", paths["huggingface"], aspect_buckets=True, bucket_step=16, batch_size=4, flip=0.0)
     (part,) = training_data.open_parts(config)
-    rows = training_data.pictures(config, part.source, training_data.Tokenize(conditioning.tokenizers(pipeline)))
+    rows = training_data.pictures(config, part.source, training_data.Tokenize(pipeline.tokenizers))
     per_epoch = sum(-(-size // 4) for size in rows.groups)
     batches = taken(config, pipeline, per_epoch)
     shapes = Counter(batch["pixels"].shape[1:3] for batch in batches)
@@ -298,7 +302,7 @@ def test_buckets_keep_aspect_ratios_and_lose_nothing(paths, pipeline):
 
 
 def test_sdxl_rows_carry_their_conditions(paths):
-    pipeline = load_pipeline(tiny.folder("sdxl"))
+    pipeline, _ = load_pipeline(tiny.folder("sdxl"))
     config = config_of("folder", paths["folder"], crop="center", flip=0.0, width_key="pwatermark")
     (batch,) = taken(config, pipeline, 1)
     assert set(batch) == {"pixels", "text_encoder", "text_encoder_2", "time_ids"}
@@ -311,9 +315,9 @@ def test_sdxl_rows_carry_their_conditions(paths):
         parity.close((top, left), middle, atol=1)  # whole pixels
 
 
-def test_encoded_at_the_start_equals_encoded_when_asked_for(paths, pipeline):
+def test_encoded_at_the_start_equals_encoded_when_asked_for(paths, loaded, pipeline):
     options = {"crop": "center", "flip": 0.0, "batch_size": 4}
-    encode = encoding.make_encode(pipeline)
+    encode = encoding.make_encode(*loaded)
     at_start = taken(config_of("folder", paths["folder"], encode="start", **options), pipeline, 12, encode=encode)
     by_step = taken(config_of("folder", paths["folder"], **options), pipeline, 12)
     for early, late in zip(at_start, by_step, strict=True):
@@ -324,14 +328,14 @@ def test_encoded_at_the_start_equals_encoded_when_asked_for(paths, pipeline):
 
 
 @pytest.mark.parametrize("encode_at", ["step", "start"])
-def test_dropped_captions_are_those_of_nothing(paths, pipeline, encode_at):
-    encode = encoding.make_encode(pipeline)
+def test_dropped_captions_are_those_of_nothing(paths, loaded, pipeline, encode_at):
+    encode = encoding.make_encode(*loaded)
     options = {"encode": encode_at, "caption_dropout": 0.5, "batch_size": 44}
     (batch,) = taken(config_of("folder", paths["folder"], **options), pipeline, 1, encode=encode)
     if encode_at == "step":
         text, null = batch["text_encoder"], conditioning.tokens(pipeline, [""])["text_encoder"]
     else:
-        text, null = batch["encoder_hidden_states"], jax.device_get(conditioning.encode(pipeline, [""]))
+        text, null = batch["encoder_hidden_states"], jax.device_get(conditioning.encode(*loaded, [""]))
         null = null["encoder_hidden_states"]
     dropped = np.array([np.allclose(row, null[0], atol=1e-5) for row in text])
     assert 10 < dropped.sum() < 34
@@ -347,13 +351,14 @@ def test_captions_that_are_cut_are_told(tmp_path, pipeline):
     assert any("3 of 8 captions were longer" in line and "tokens were cut off" in line for line in lines), lines
 
 
-def test_a_model_s_fingerprint_tells_models_and_sizes_apart(pipeline):
+def test_a_model_s_fingerprint_tells_models_and_sizes_apart(loaded):
     print_of = functools.partial(encoding.fingerprint, resolution=64, sizes=((64, 64),))
-    one = print_of(pipeline)
-    assert one == print_of(load_pipeline(tiny.folder("sd1"))) == json.loads(json.dumps(one))
-    other = print_of(load_pipeline(tiny.folder("sdxl")))
+    pipeline, params = loaded
+    one = print_of(pipeline, params)
+    assert one == print_of(*load_pipeline(tiny.folder("sd1"))) == json.loads(json.dumps(one))
+    other = print_of(*load_pipeline(tiny.folder("sdxl")))
     assert {key for key in one if one[key] != other[key]} >= {"tokenizers", "text_encoders", "time_ids"}
-    kernel = pipeline.params["vae"]["quant_conv"]["kernel"]
-    vae = {**pipeline.params["vae"], "quant_conv": {**pipeline.params["vae"]["quant_conv"], "kernel": kernel + 1e-6}}
-    other = print_of(dataclasses.replace(pipeline, params={**pipeline.params, "vae": vae}))
+    kernel = params["vae"]["quant_conv"]["kernel"]
+    vae = {**params["vae"], "quant_conv": {**params["vae"]["quant_conv"], "kernel": kernel + 1e-6}}
+    other = print_of(pipeline, {**params, "vae": vae})
     assert {key for key in one if one[key] != other[key]} == {"vae"}

@@ -1,19 +1,30 @@
 """`python -m lcm_jax.sample`: files, what a picture depends on, errors, and the baselines against torch diffusers."""
 
+import contextlib
+import dataclasses
+import gc
 import json
 import re
 import shutil
+import weakref
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
+import lcm_jax
 from lcm_jax import pretrained, sample
-from lcm_jax.sampling import generator as generate_lib
+from lcm_jax.errors import BadArgument, LcmError
+from lcm_jax.sampling.generator import Generator, draw_noise
+from lcm_jax.sampling.load import load_with_loras
+from lcm_jax.sampling.png import grid
+from lcm_jax.sampling.request import make_plan, make_request, warnings
 
 RECORD = {"w_min": 2.0, "w_max": 8.0, "solver_steps": 20, "timestep_scaling": 10.0, "sigma_data": 0.5}
 PROMPT = "a small red circle"
@@ -73,10 +84,10 @@ def test_a_picture_depends_on_its_number_alone(three, lcm, tmp_path):
 
 
 def test_the_first_noise_is_the_same_for_every_number_of_steps():
-    few, many = (generate_lib.draw_noise(3, [4, 9], steps, (2, 3, 4)) for steps in (1, 4))
+    few, many = (draw_noise(3, [4, 9], steps, (2, 3, 4)) for steps in (1, 4))
     np.testing.assert_array_equal(few, many[:1])
-    np.testing.assert_array_equal(generate_lib.draw_noise(3, [9], 4, (2, 3, 4))[:, 0], many[:, 1])
-    assert abs(generate_lib.draw_noise(0, range(8), 4, (16, 16, 4)).std() - 1) < 0.02
+    np.testing.assert_array_equal(draw_noise(3, [9], 4, (2, 3, 4))[:, 0], many[:, 1])
+    assert abs(draw_noise(0, range(8), 4, (16, 16, 4)).std() - 1) < 0.02
 
 
 def test_prompts_from_a_file_come_after_those_of_the_command_line(three, lcm, tmp_path):
@@ -102,20 +113,21 @@ def test_unet_and_vae_are_exchanged(three, lcm, tmp_path, capsys):
     other = tiny.randomise(type(tiny.torch_vae())(**tiny.VAE), 99)
     other.save_pretrained(vae)
     pictures = draw(lcm, tmp_path / "other", f"--vae={vae}", *options)
-    pipeline, record = sample.load(str(lcm), vae=str(vae))
-    assert record == RECORD
+    pipeline, params = load_with_loras(str(lcm), vae=str(vae))
+    assert pipeline.record == RECORD
     want = other.decoder.conv_out.bias.numpy()
-    np.testing.assert_array_equal(pipeline.params["vae"]["decoder"]["conv_out"]["bias"], want)
+    np.testing.assert_array_equal(params["vae"]["decoder"]["conv_out"]["bias"], want)
     assert np.abs(arrays(pictures)[0] - arrays(three)[0]).max() > 8
 
 
 @pytest.mark.parametrize(("guidance_scale", "warned"), [(3, False), (9, False), (2.9, True), (9.5, True)])
 def test_guidance_outside_the_record_is_warned_of(lcm, guidance_scale, warned):
-    pipeline, record = sample.load(str(lcm))
-    warning = sample.guidance_warning(pipeline, record, generate_lib.Settings(), guidance_scale)
-    assert (warning is not None) == warned
-    assert not warned or "3 to 9" in warning and f"{guidance_scale:g}" in warning
-    assert sample.guidance_warning(pipeline, {}, generate_lib.Settings(), guidance_scale) is None
+    pipeline, _ = load_with_loras(str(lcm))
+    found = warnings(pipeline, make_request(pipeline, guidance_scale=guidance_scale))
+    assert len(found) == warned
+    assert not warned or "3 to 9" in found[0] and f"{guidance_scale:g}" in found[0]
+    unrecorded = dataclasses.replace(pipeline, record={})
+    assert warnings(unrecorded, make_request(unrecorded, guidance_scale=guidance_scale)) == []
 
 
 def test_the_warning_is_one_line_and_the_picture_comes_all_the_same(lcm, tmp_path, capsys):
@@ -129,30 +141,30 @@ def test_the_warning_is_one_line_and_the_picture_comes_all_the_same(lcm, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompt=a", "--steps=0"], r"--steps=0 is out of range; choose 1 to 50"),
-        (["--prompt=a", "--steps=51"], r"--steps=51 is out of range; choose 1 to 50"),
-        (["--prompt=a", "--steps=21"], r"--steps=21 is out of range; choose 1 to 20"),  # the record's solver steps
+        (["--prompt=a", "--steps=0"], r"--steps=0: out of range; choose 1 to 50"),
+        (["--prompt=a", "--steps=51"], r"--steps=51: out of range; choose 1 to 50"),
+        (["--prompt=a", "--steps=21"], r"--steps=21: out of range; choose 1 to 20"),  # the record's solver steps
         (["--prompt=a", "--steps=two"], r"argument --steps: invalid int value: 'two'"),
         (["--prompt=a", "--stepz=4"], r"unrecognized arguments: --stepz=4"),
         (["--prompt=a", "--sampler=euler"], r"argument --sampler: invalid choice: 'euler'"),
-        (["--prompt=a", "--height=17"], r"--height=17 is not a multiple of the VAE's factor 2"),
-        (["--prompt=a", "--width=0"], r"--width=0 is not a multiple of the VAE's factor 2"),
+        (["--prompt=a", "--height=17"], r"--height=17: not a multiple of the VAE's factor 2"),
+        (["--prompt=a", "--width=0"], r"--width=0: not a multiple of the VAE's factor 2"),
         (["--prompt=a", "--guidance_scale=0.5"], r"--guidance_scale=0.5: .*use 1 or more"),
         (["--prompt=a", "--guidance_scale=nan"], r"--guidance_scale=nan: .*use 1 or more"),
-        (["--prompt=a", "--seed=-1"], r"--seed=-1 is out of range"),
-        (["--prompt=a", "--num_images=0"], r"--num_images=0 must be at least 1"),
+        (["--prompt=a", "--seed=-1"], r"--seed=-1: out of range"),
+        (["--prompt=a", "--num_images=0"], r"--num_images=0: must be at least 1"),
         ([], r"no prompt; give --prompt"),
-        (["--prompts=NOWHERE"], r"--prompts=NOWHERE cannot be read \(No such file or directory\)"),
+        (["--prompts=NOWHERE"], r"--prompts=NOWHERE: cannot be read \(No such file or directory\)"),
         (["--prompt=a", "--model=/no/such/folder"], r"/no/such/folder does not exist; give a folder"),
-        (["--prompt=a", "--negative_prompt=b"], r"--negative_prompt='b': this UNet has a w embedding.*LCM-LoRA"),
-        (["--prompt=a", "--model_config=SD1"], r"--model_config=\S+ is for a single .safetensors, not for --model="),
+        (["--prompt=a", "--negative_prompt=b"], r"--negative_prompt=b: this UNet has a w embedding.*LCM-LoRA"),
+        (["--prompt=a", "--model_config=SD1"], r"--model_config=\S+ is for a single .safetensors file, which "),
         (["--prompt=a", "--lora=/no/such.safetensors"], r"--lora=\S+: /no/such.safetensors does not exist; give a"),
         (["--prompt=a", "--lora=TEXT:inf"], r"weight inf is not finite"),
         (["--prompt=a", "--lora=TEXT"], r"prompts.txt is not a .safetensors file"),
         (["--prompt=a", "--vae=TEXT"], r"prompts.txt is a file; a folder in diffusers format is needed"),
-        (["--prompt=a", "--out=TEXT"], r"prompts.txt is a file; give a folder"),
+        (["--prompt=a", "--out=TEXT"], r"--out=.*prompts.txt: is a file; give a folder"),
         (["--prompt=a", "--model=BROKEN"], r"diffusion_pytorch_model.safetensors .*cannot be read"),
-        (["--prompts=LATIN1"], r"--prompts=.*cannot be read \(not UTF-8\)"),
+        (["--prompts=LATIN1"], r"--prompts=.*: cannot be read \(not UTF-8\)"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(lcm, tmp_path, capsys, options, message):
@@ -197,20 +209,22 @@ def test_a_model_of_other_noise_is_one_line_and_exit_code_2(lcm, tmp_path, capsy
 
 
 def test_pictures_that_are_not_finite_are_refused(lcm, tmp_path, capsys, monkeypatch):
-    def broken(self, cond, noise, *rest):
-        images = np.full((noise.shape[1], 4, 4, 3), np.nan, np.float32)
+    def broken(self, request, prompts, numbers, seed):
+        images = np.full((len(prompts), 4, 4, 3), np.nan, np.float32)
         images[1] = 0.5
         return images
 
-    monkeypatch.setattr(generate_lib.Generator, "__call__", broken)
+    monkeypatch.setattr(Generator, "generate", broken)
     assert sample.main([f"--model={lcm}", f"--out={tmp_path}", f"--prompt={PROMPT}", "--num_images=3"]) == 2
     assert "0000_0000.png, 0000_0002.png: not finite, and would be black; try --dtype" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["0000_0001.png"]  # what is good is not lost
+    with pytest.raises(LcmError, match="image 0 is not finite, and would be black; try dtype float32"):
+        lcm_jax.load(lcm)(PROMPT, num_images=3)
 
 
 def test_grid_lays_pictures_row_by_row():
     pictures = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1) * np.ones((3, 2, 2, 3), np.uint8)
-    laid = generate_lib.grid(pictures, 2)
+    laid = grid(pictures, 2)
     assert laid.shape == (4, 4, 3)
     assert (laid[:2, :2] == 0).all() and (laid[:2, 2:] == 1).all()
     assert (laid[2:, :2] == 2).all() and (laid[2:, 2:] == 255).all()
@@ -233,7 +247,7 @@ def test_the_teacher_draws_what_diffusers_draws(tmp_path, sampler, scheduler, gu
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     pipe.set_progress_bar_config(disable=True)
-    noise = generate_lib.draw_noise(seed, [0, 1], 1, (8, 8, 4))[0]
+    noise = draw_noise(seed, [0, 1], 1, (8, 8, 4))[0]
     theirs = pipe(
         [PROMPT] * 2,
         height=16,
@@ -254,3 +268,64 @@ def test_another_size_and_a_half_precision(lcm, tmp_path):
     options = ("--height=10", "--width=14", "--num_images=1", "--batch_size=1", "--steps=1", "--dtype=bfloat16")
     picture = draw(lcm, tmp_path, *options)["0000_0000.png"]
     assert picture.size == (14, 10) and json.loads(picture.text["steps"]) == 1
+
+
+def test_three_lines_give_the_programs_images(three, lcm):
+    model = lcm_jax.load(lcm)
+    images = model(PROMPT, steps=3, guidance_scale=8, seed=5, num_images=3, batch_size=2)
+    np.testing.assert_array_equal(arrays(dict(enumerate(images))), arrays(three))
+    assert len(model([PROMPT, "a blue square"], steps=3, height=10, width=14)) == 2
+    with pytest.raises(BadArgument, match="^steps=21: out of range; choose 1 to 20$"):  # the record's solver steps
+        model(PROMPT, steps=21)
+    with pytest.raises(BadArgument, match="^seed=-1: out of range"):
+        model(PROMPT, seed=-1)
+
+
+def test_the_record_decides_how_an_lcm_is_sampled(lcm):
+    """No call can sample with other constants than those of the distillation: nothing but the model tells them."""
+    pipeline, _ = load_with_loras(str(lcm))
+    others = {"solver_steps": 100, "timestep_scaling": 5.0, "sigma_data": 1.0}
+    other = dataclasses.replace(pipeline, record=RECORD | others)
+    settings = lcm_jax.Settings(steps=4)
+    assert make_plan(pipeline, settings).timesteps == (999, 749, 499, 249)
+    assert make_plan(other, settings).timesteps == (999, 749, 499, 249)
+    assert make_plan(dataclasses.replace(pipeline, record={}), settings).timesteps == (999, 759, 499, 259)
+    assert dict(make_plan(other, settings).options) == {"timestep_scaling": 5.0, "sigma_data": 1.0}
+    assert pipeline != other and pipeline == dataclasses.replace(pipeline, record=RECORD | {"step": 3})
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list that receives an entry for every program that is compiled."""
+    seen: list[str] = []
+
+    def listen(event: str, _: float, **about) -> None:
+        if event.endswith("backend_compile_duration"):
+            seen.append(str(about))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_second_model_compiles_nothing_and_a_dropped_one_is_freed(lcm, tmp_path):
+    """Two fine-tunes of one architecture share every program; nothing keeps the weights of one that is gone."""
+
+    other = tiny.copy("micro lcm", tmp_path / "other")
+    tiny.write_json(other / pretrained.RECORD, RECORD | {"step": 7})
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = {name: 1.5 * value for name, value in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
+
+    first = lcm_jax.load(lcm)
+    one = first(PROMPT, steps=2)[0]
+    with compilations() as compiled:
+        second = lcm_jax.load(other)
+        assert np.abs(np.subtract(one, second(PROMPT, steps=2)[0], dtype=int)).max() > 1
+    assert compiled == []
+    leaves = [weakref.ref(leaf) for leaf in jax.tree.leaves(first.params)]
+    del first
+    gc.collect()
+    assert len(leaves) > 50 and not any(leaf() for leaf in leaves)

@@ -3,6 +3,7 @@
 The oracle is a torch diffusers pipeline with LCMScheduler, from the same latents and noise.
 """
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -19,9 +20,10 @@ from test_sample import PROMPT, arrays, draw
 from lcm_jax import sample
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import RECORD, load_pipeline, save_single_file
-from lcm_jax.pretrained import text as conditioning
-from lcm_jax.sampling import generator as generate
-from lcm_jax.sampling import generator as generate_lib
+from lcm_jax.pretrained import text as text_lib
+from lcm_jax.sampling.generator import draw_noise
+from lcm_jax.sampling.load import add_loras, load_with_loras, parse_lora
+from lcm_jax.sampling.request import make_request, warnings
 
 SEED, STEPS = 5, 3
 OPTIONS = (f"--seed={SEED}", f"--steps={STEPS}", "--num_images=2", "--batch_size=2")
@@ -35,7 +37,7 @@ def theirs(name, monkeypatch, prepare=lambda pipe: None, folder=None, prompt=PRO
     prepare(pipe)
     if "negative_prompt" in options:
         options["negative_prompt"] = [options["negative_prompt"]] * 2
-    noise = generate_lib.draw_noise(SEED, [0, 1], STEPS, (8, 8, 4))
+    noise = draw_noise(SEED, [0, 1], STEPS, (8, 8, 4))
     pictures = diffusers_pictures(pipe, monkeypatch, [prompt] * 2, noise, 16, **options)
     assert ((pictures > 0) & (pictures < 255)).mean() > 0.5  # pictures, not saturation
     return pictures
@@ -97,15 +99,16 @@ def test_guidance_between_1_and_2_is_diffusers_two_passes(name, negative, tmp_pa
 
 def test_what_null_texts_are():
     for name in ("sd1", "sdxl"):
-        pipeline = load_pipeline(tiny.folder(name))
-        unset, empty, other = (conditioning.null(pipeline, text) for text in (None, "", "blue"))
-        encoded = conditioning.encode(pipeline, [""])
+        pipeline, params = load_pipeline(tiny.folder(name))
+        unset, empty, other = (text_lib.null(pipeline, params, text) for text in (None, "", "blue"))
+        encoded = text_lib.encode(pipeline, params, [""])
         for key, value in encoded.items():
             np.testing.assert_array_equal(empty[key], value)
             np.testing.assert_array_equal(unset[key], np.zeros_like(value) if name == "sdxl" else value)
             assert np.abs(other[key] - value).max() > 0.01
-    pipeline.configs["model_index"]["force_zeros_for_empty_prompt"] = False
-    np.testing.assert_array_equal(conditioning.null(pipeline)["text_embeds"], encoded["text_embeds"])
+    index = pipeline.configs["model_index"] | {"force_zeros_for_empty_prompt": False}
+    pipeline = dataclasses.replace(pipeline, configs={**pipeline.configs, "model_index": index})
+    np.testing.assert_array_equal(text_lib.null(pipeline, params)["text_embeds"], encoded["text_embeds"])
 
 
 @pytest.mark.slow
@@ -114,7 +117,7 @@ def test_the_negative_prompt_is_the_teachers_too(tmp_path):
     ours = draw(tiny.folder("sd1"), tmp_path, "--negative_prompt=a blue square", *options)
     pipe = diffusers.DiffusionPipeline.from_pretrained(tiny.folder("sd1"))
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    noise = generate_lib.draw_noise(SEED, [0, 1], 1, (8, 8, 4))[0]
+    noise = draw_noise(SEED, [0, 1], 1, (8, 8, 4))[0]
     pictures = pipe(
         [PROMPT] * 2,
         negative_prompt=["a blue square"] * 2,
@@ -130,7 +133,7 @@ def test_the_negative_prompt_is_the_teachers_too(tmp_path):
 @pytest.mark.slow
 def test_a_single_file_is_a_model(tmp_path):
     folder = tiny.folder("sd1")
-    path = save_single_file(load_pipeline(folder), tmp_path / "model.safetensors", dtype=np.float32)
+    path = save_single_file(*load_pipeline(folder), tmp_path / "model.safetensors", dtype=np.float32)
     ours = draw(path, tmp_path / "a", f"--model_config={folder}", *OPTIONS)
     np.testing.assert_array_equal(arrays(ours), arrays(draw(folder, tmp_path / "b", *OPTIONS)))
 
@@ -155,7 +158,7 @@ def test_what_follows_the_last_colon_is_a_weight_if_it_is_a_number(tmp_path, tex
     def real(text):
         return text.replace("FILE", str(tmp_path / "file")).replace("ODD", str(tmp_path / "odd"))
 
-    assert sample.parse_lora(real(text)) == (real(expected[0]), expected[1])
+    assert parse_lora(real(text)) == (real(expected[0]), expected[1])
 
 
 @pytest.mark.parametrize(
@@ -170,7 +173,7 @@ def test_what_follows_the_last_colon_is_a_weight_if_it_is_a_number(tmp_path, tex
 def test_bad_lora_options(tmp_path, text, message):
     (tmp_path / "file").touch()
     with pytest.raises(LcmError, match=message):
-        sample.parse_lora(text.replace("FILE", str(tmp_path / "file")))
+        parse_lora(text.replace("FILE", str(tmp_path / "file")))
 
 
 def lora_with_record(folder: Path, record: dict, **tensors) -> Path:
@@ -184,13 +187,12 @@ def lora_with_record(folder: Path, record: dict, **tensors) -> Path:
 
 def test_the_constants_are_the_loras(lora_files, tmp_path):
     """Without a record 50 steps and 10, the published LCM-LoRAs'; else the record's, in file or folder."""
-    pipeline, record = sample.load(str(tiny.folder("sd1")))
-    assert record == {} and not generate.is_lcm(pipeline, record)
+    pipeline, params = load_with_loras(str(tiny.folder("sd1")))
+    assert pipeline.record == {} and not pipeline.is_lcm
 
     def constants(*sources):
-        merged, found = sample.add_loras(pipeline, record, [(str(source), 1.0) for source in sources])
-        settings = generate_lib.settings_for(merged, found, "lcm", 4, "trailing")
-        return settings.original_steps, settings.timestep_scaling
+        merged, _ = add_loras(pipeline, params, [(str(source), 1.0) for source in sources])
+        return merged.constants.solver_steps, merged.constants.timestep_scaling
 
     assert constants(lora_files[0]) == (50, 10.0)
     folder = lora_with_record(tmp_path / "a", {"solver_steps": 20, "timestep_scaling": 5.0})
@@ -224,26 +226,25 @@ def test_a_lora_of_another_architecture_is_refused(tmp_path, capsys):
     assert error.startswith("error: ") and error.count("\n") == 1 and "architecture" in error
 
 
-def warned(pipeline, record=(), **options) -> str:
-    options = {"guidance_scale": 1.0, "negative_prompt": None} | options
-    settings = generate_lib.Settings(sampler=options.pop("sampler", "lcm"))
-    return "\n".join(sample.warnings(pipeline, dict(record), settings, **options))
+def warned(pipeline, guidance_scale=1.0, **options) -> str:
+    return "\n".join(warnings(pipeline, make_request(pipeline, guidance_scale=guidance_scale, **options)))
 
 
 def test_warnings():
-    plain, lcm = (load_pipeline(tiny.folder(name)) for name in ("sd1", "lcm"))
-    record = {"solver_steps": 50}
+    teacher, lcm = (load_pipeline(tiny.folder(name))[0] for name in ("sd1", "lcm"))
+    plain = dataclasses.replace(teacher, record={"solver_steps": 50})
     for scale in (1.0, 1.5, 2.0):
-        assert warned(plain, record, guidance_scale=scale) == ""
-    burnt = warned(plain, record, guidance_scale=2.5)
+        assert warned(plain, scale) == ""
+    burnt = warned(plain, 2.5)
     assert re.search("guidance scale 2.5 .* oversaturated, with burnt contrast", burnt) and "\n" not in burnt
-    assert warned(plain, sampler="ddim", guidance_scale=7.5) == warned(lcm, guidance_scale=8.0) == ""
-    assert "has no effect at guidance scale 1" in warned(plain, record, negative_prompt="b")
-    assert warned(plain, record, negative_prompt="b", guidance_scale=1.5) == ""
-    assert "nothing says that this is a Latent Consistency Model" in warned(plain)
-    assert warned(plain, may_be_lcm=True) == ""
-    plain.configs["scheduler"]["_class_name"] = "LCMScheduler"
-    assert generate.is_lcm(plain, {}) and warned(plain) == ""
+    assert warned(teacher, 7.5, sampler="ddim") == warned(lcm, 8.0) == ""
+    assert "has no effect at guidance scale 1" in warned(plain, negative_prompt="b")
+    assert warned(plain, 1.5, negative_prompt="b") == ""
+    assert "nothing says that this is a Latent Consistency Model" in warned(teacher)
+    assert warned(dataclasses.replace(teacher, may_be_lcm=True)) == ""
+    scheduler = teacher.configs["scheduler"] | {"_class_name": "LCMScheduler"}
+    by_scheduler = dataclasses.replace(teacher, configs={**teacher.configs, "scheduler": scheduler})
+    assert by_scheduler.is_lcm and warned(by_scheduler) == ""
 
 
 def test_warnings_and_cut_prompts_are_on_stderr_and_pictures_come(lora_files, tmp_path, capsys):
@@ -257,10 +258,10 @@ def test_warnings_and_cut_prompts_are_on_stderr_and_pictures_come(lora_files, tm
 
 
 def test_captions_are_counted_where_no_program_does(caplog):
-    pipeline = load_pipeline(tiny.folder("sdxl"))
+    pipeline, params = load_pipeline(tiny.folder("sdxl"))
     exact = "hello " * 75
-    assert conditioning.truncated(pipeline, [exact, LONG, LONG, "a"]) == {LONG: (82, 77)}
-    conditioning.encode(pipeline, [exact, "a"])
+    assert text_lib.truncated(pipeline, [exact, LONG, LONG, "a"]) == {LONG: (82, 77)}
+    text_lib.encode(pipeline, params, [exact, "a"])
     assert not caplog.text
-    conditioning.encode(pipeline, ["a", LONG])
+    text_lib.encode(pipeline, params, ["a", LONG])
     assert "1 of 2 captions are longer than 77 tokens and were cut; the longest, of 82" in caplog.text

@@ -307,7 +307,7 @@ def test_an_lcf_run_takes_the_lcm_alone_or_beside_a_pipeline(teacher, tmp_path):
     assert a.keys() == b.keys()
     for name, value in a.items():
         np.testing.assert_array_equal(value, b[name], err_msg=name)
-    begun = load_pipeline(lcm).params["unet"]["conv_in"]["kernel"]
+    begun = load_pipeline(lcm)[1]["unet"]["conv_in"]["kernel"]
     assert (a["params/conv_in/kernel"] != begun).any() and (a["ema_params/conv_in/kernel"] != begun).any()
     assert np.abs(a["params/conv_in/kernel"] - begun).max() < 0.1
     assert snapshot(tmp_path / "halves" / "samples") == snapshot(tmp_path / "whole" / "samples") != {}

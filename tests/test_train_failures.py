@@ -6,6 +6,7 @@ import pickle
 import runpy
 import signal
 import threading
+import types
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from lcm_jax.data import loader
 from lcm_jax.data.order import Order
 from lcm_jax.data.rows import Arrays
 from lcm_jax.errors import LcmError
+from lcm_jax.run.models import Models
 from lcm_jax.runtime import checkpoints as checkpoint
 from lcm_jax.runtime import telemetry as jsonl
 from lcm_jax.runtime.telemetry import read_metrics
@@ -35,6 +37,9 @@ class State:
     ema_params: dict
 
 
+MODELS = Models(None, {}, types.SimpleNamespace(unet=None), {"unet": None})
+
+
 class Program:
     problem = frozen = None
 
@@ -43,10 +48,10 @@ class Program:
         self.key, self.state = scalar, State(scalar, {"labels": scalar})
         self._add = jax.jit(lambda state, batch: State(state.step + 1, {"labels": state.ema_params["labels"] + batch}))
 
-    def begin(self, theta):
+    def begin(self, trained):
         return State(jnp.int32(0), {"labels": jnp.int32(0)})
 
-    def place_frozen(self, teacher, student):
+    def place_frozen(self, models):
         return None
 
     def step(self, state, frozen, batch, key):
@@ -60,10 +65,8 @@ class Program:
 def run(tmp_path, monkeypatch):
     """options -> the run in tmp_path / "run", whose state adds up its data's labels."""
     for name, value in {
-        "train.models": lambda *_: (None, None),
-        "train.encoders": lambda _: None,
-        "run.models.shapes": lambda _: (0, 0),
-        "run.models.theta": lambda _: None,
+        "run.models.shapes": lambda _: None,
+        "run.models.load": lambda *_: MODELS,
         "run.data.open_parts": lambda _: [],
         "run.data.check_caches": lambda *_: None,
         "run.data.open_examples": lambda *_: ((ROWS,), ORDER),

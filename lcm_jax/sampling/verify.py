@@ -25,10 +25,14 @@ LARGEST_PIXEL = 2  # of 255: two roundings may differ; anything beyond is anothe
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The largest over all images. pixel: of uint8 values; value: of the floats in [0, 1] before rounding."""
+    """The largest over all images. pixel: of uint8 values; value: of the floats in [0, 1] before rounding.
+
+    guidance_scale: that was used, the model's default.
+    """
 
     pixel: int
     value: float
+    guidance_scale: float
 
     @property
     def is_small(self) -> bool:
@@ -42,17 +46,18 @@ def check_installed() -> None:
         raise LcmError(f"--verify needs {' and '.join(missing)}; pip install lcm_jax[torch], or leave --verify out")
 
 
-def compare(folder: str | Path, prompts: Sequence[str], scale: float, steps: int = STEPS, seed: int = 0) -> Difference:
+def compare(folder: str | Path, prompts: Sequence[str], steps: int = STEPS, seed: int = 0) -> Difference:
     """Generates one image per prompt with either program from the folder of an LCM, and compares them."""
     model = load(folder)
-    request = make_request(model.pipeline, steps=steps, guidance_scale=scale)
+    request = make_request(model.pipeline, steps=steps)
     size, numbers = (request.height, request.width), range(len(prompts))
     noise = model.noise(seed, numbers, steps, *size)
     with jax.default_matmul_precision("highest"):
         ours = model.generate(request, prompts, numbers, seed)
+    scale = request.guidance_scale
     theirs = diffusers_images(folder, prompts, noise, scale, size)
     pixels = np.abs(to_uint8(ours).astype(int) - to_uint8(theirs).astype(int))
-    return Difference(int(pixels.max()), float(np.abs(ours - theirs).max()))
+    return Difference(int(pixels.max()), float(np.abs(ours - theirs).max()), scale)
 
 
 def diffusers_images(
