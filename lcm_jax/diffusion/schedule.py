@@ -82,7 +82,7 @@ _OPTIONS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """A variance-preserving noise table and the meaning of the network's output.
+    """A variance-preserving noise table and the meaning of the network's output; equal by content.
 
     Attributes:
       alphas_cumprod: float32 [T], abar_t, strictly falling, within [0, 1).
@@ -123,10 +123,15 @@ class NoiseSchedule:
         first, last = self.alphas_cumprod[[0, -1]]
         return f"{self.prediction_type}, abar {first:.4g} to {last:.3g} in {self.num_train_timesteps} steps"
 
-    def same_as(self, other: "NoiseSchedule") -> bool:
-        """The same table, value for value, and the same meaning of the output."""
-        table = np.array_equal(self.alphas_cumprod, other.alphas_cumprod)
-        return table and self.prediction_type == other.prediction_type
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NoiseSchedule) and self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+    @functools.cached_property
+    def _content(self) -> tuple[bytes, str]:
+        return self.alphas_cumprod.tobytes(), self.prediction_type
 
     @functools.cached_property
     def alphas(self) -> np.ndarray:

@@ -245,7 +245,7 @@ def scheduler_config(folder: Path, index: Config) -> Config:
         raise UnsupportedConfig(error.field, error.value, f"{error.supported} (scheduler of {folder})") from None
     except LcmError as error:
         raise LcmError(f"{folder / SCHEDULER}: {error}") from None
-    if not theirs.same_as(noise):
+    if theirs != noise:
         raise LcmError(
             f"{folder / SCHEDULER} names {config['_class_name']} and leaves betas out, but model_index.json names "
             f"{kind}, which has others; write the betas that the model was trained with into it"
@@ -270,7 +270,7 @@ def check_noise(source: str | Path, noise: NoiseSchedule, model: str, weights: b
         said = []
         if (place / SCHEDULER).is_file():
             theirs = schedule.from_config(scheduler_config(place, index))
-            said = [] if theirs.same_as(noise) else [f"{SCHEDULER} says {theirs}"]
+            said = [] if theirs == noise else [f"{SCHEDULER} says {theirs}"]
         if record.get("prediction_type", noise.prediction_type) != noise.prediction_type:
             said.append(f"{RECORD} says {record['prediction_type']}")
         if said:
@@ -429,7 +429,7 @@ def _checked_scheduler(pipeline: Pipeline, config: Config | None) -> Config:
         raise LcmError("the scheduler config has no _class_name; diffusers needs it, e.g. LCMScheduler")
     made = schedule.from_config(config)
     mine = pipeline.schedule
-    if not made.same_as(mine):
+    if made != mine:
         raise LcmError(
             f"the scheduler config ({config['_class_name']}, {made.prediction_type}, {made.num_train_timesteps} steps) "
             f"has another noise table or prediction type than the model ({mine.prediction_type}, "
