@@ -14,8 +14,13 @@ TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 @functools.cache
-def pipeline(name):
+def loaded(name):
+    """(pipeline, params)."""
     return load_pipeline(tiny.folder(name))
+
+
+def pipeline(name):
+    return loaded(name)[0]
 
 
 def layer_names(module, targets=lora.DEFAULT_TARGETS):

@@ -564,7 +564,7 @@ CONTRACTS = [
     Mutant(
         "an export without its tokenizers",
         "pretrained/diffusers_folder.py",
-        "texts |= _tokenizer_texts(pipeline)",
+        'texts |= {f"{slot}/{name}": content for name, content in tokens.files.items()}',
         "pass",
         ("test_pretrained_saving.py",),
         False,

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+import lcm_jax
 from experiments.shapes_lcm import table
 from experiments.shapes_teacher import teacher_rows
 from lcm_jax import assets
 from lcm_jax.data import shapes
 from lcm_jax.metrics.networks import shapes as shapes_scorer
-from lcm_jax.sampling import generator as generate_lib
+from lcm_jax.sampling.generator import draw_noise
+from lcm_jax.sampling.png import to_uint8
 
 LARGEST_BYTES = 16 * 2**20
 CAPTIONS = [shapes.caption(shapes.spec(i, "heldout")) for i in range(4)]
@@ -29,13 +31,13 @@ def test_diffusers_draws_the_same():
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(assets.path("shapes")))
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     pipe.set_progress_bar_config(disable=True)
-    noise = generate_lib.draw_noise(0, range(4), 4, (8, 8, 4))
+    noise = draw_noise(0, range(4), 4, (8, 8, 4))
     latents = torch.from_numpy(np.ascontiguousarray(noise[0].transpose(0, 3, 1, 2)))
     theirs = pipe(CAPTIONS, num_inference_steps=4, guidance_scale=3.0, latents=latents, output_type="np").images
-    generator = teacher_rows.teacher()
-    ours = generator(generator.encode(CAPTIONS), noise, 3.0, teacher_rows.settings("ddim", 4))
-    assert np.abs(generate_lib.to_uint8(ours).astype(int) - generate_lib.to_uint8(theirs).astype(int)).max() <= 2
-    predicted, _ = shapes_scorer.score(generate_lib.to_uint8(ours))
+    model = lcm_jax.load("shapes")
+    ours = model.decode(model.latents(model.encode(CAPTIONS), noise, 3.0, lcm_jax.Settings("ddim", 4)))
+    assert np.abs(to_uint8(ours).astype(int) - to_uint8(theirs).astype(int)).max() <= 2
+    predicted, _ = shapes_scorer.score(to_uint8(ours))
     right = shapes_scorer.attribute_accuracies(predicted, shapes.label_arrays(CAPTIONS))
     assert right["background"] == 1.0 and right["position"] >= 0.75  # pictures of the captions, not just equal noise
 

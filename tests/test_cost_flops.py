@@ -107,14 +107,14 @@ TORCH = {
 )
 def test_as_torch_counts_the_published_unets(hub):
     side, tera = TORCH[hub]
-    pipeline = load_pipeline(hub, weights=False)
+    pipeline, params = load_pipeline(hub, weights=False)
     width = pipeline.unet.per_level("cross_attention_dim")[0]
     cond = {"encoder_hidden_states": f32(1, 77, width)}
     if pipeline.is_xl:
         cond |= {"text_embeds": f32(1, 1280), "time_ids": f32(1, 6)}
     counted = flops.count(
         lambda params, z, t, c: denoiser.call(pipeline.unet, params, z, t, c),
-        pipeline.params["unet"],
+        params["unet"],
         f32(1, side, side, 4),
         f32(1),
         cond,

@@ -62,11 +62,11 @@ def encoded_by_torch(folder: Path) -> tuple[dict, dict]:
 
 
 def encoded_by_us(folder: Path) -> tuple[dict, dict]:
-    pipeline = load_pipeline(folder)
-    cond = dict(conditioning.encode(pipeline, CAPTIONS))
+    pipeline, params = load_pipeline(folder)
+    cond = dict(conditioning.encode(pipeline, params, CAPTIONS))
     if pipeline.is_xl:
         cond["time_ids"] = np.array(SIZES, np.float32)
-    return cond, conditioning.null(pipeline)
+    return cond, conditioning.null(pipeline, params)
 
 
 CASES = {

@@ -22,7 +22,7 @@ from lcm_jax.diffusion import denoiser, guidance
 from lcm_jax.pretrained import names
 from lcm_jax.run import config as config_lib
 from lcm_jax.run.models import load_student, load_teacher
-from lcm_jax.sampling import generator as generate
+from lcm_jax.sampling.generator import draw_noise
 
 PROMPTS = ("a red circle", "hello")
 W = np.array([3.0, 11.5], np.float32)
@@ -81,7 +81,7 @@ def test_trained_and_exported_it_is_the_same_model_in_diffusers(name, tmp_path):
     loaded, info = diffusers.UNet2DConditionModel.from_pretrained(out / "unet", output_loading_info=True)
     assert not any(info.values()), info
     assert loaded.config.time_cond_proj_dim == tiny_family.W_DIM
-    student = load_student(config, load_teacher(config)).unet
+    student = load_student(config, *load_teacher(config))[0].unet
     begun = diffusers.UNet2DConditionModel.from_pretrained(tiny_family.folder(name) / "unet")
     assert len(loaded.state_dict()) == len(begun.state_dict()) + 1 == len(names.torch_table(student))
 
@@ -110,7 +110,7 @@ def our_pictures(out: Path, *options: str) -> np.ndarray:
 
 
 def check_pictures(pipe, ours: np.ndarray, monkeypatch, guidance_scale: float) -> None:
-    noise = generate.draw_noise(3, [0, 0], 2, (8, 8, 4))
+    noise = draw_noise(3, [0, 0], 2, (8, 8, 4))
     theirs = diffusers_pictures(pipe, monkeypatch, PROMPTS, noise, 64, guidance_scale=guidance_scale)
     difference = np.abs(ours - theirs).max()
     print(f"largest difference {difference}/255")

@@ -12,10 +12,10 @@ import tiny
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lcm_jax.diffusion import samplers
+from lcm_jax.diffusion import samplers, timesteps
 from lcm_jax.models import clip, unet, vae
 from lcm_jax.pretrained import load_pipeline, names, save_pipeline
-from lcm_jax.pretrained.text import tokenize
+from lcm_jax.pretrained.tokenizer import tokenize
 
 pytestmark = pytest.mark.slow
 
@@ -72,8 +72,8 @@ def torch_models():
     }
 
 
-def draw(pipeline):
-    """One DDIM step at 64x64 latents, decoded: [1 512 512 3]. Parameters are arguments of what is compiled."""
+def generate(pipeline, weights):
+    """One DDIM step at 64x64 latents, decoded: [1 512 512 3]."""
 
     def encode(params, ids):
         return pipeline.text_encoder.apply({"params": params}, ids).last_hidden_state
@@ -82,16 +82,16 @@ def draw(pipeline):
         def model(x, t):
             return pipeline.unet.apply({"params": params}, x, t, context)
 
-        return samplers.ddim(model, x, pipeline.schedule, 1)
+        return samplers.ddim(model, x, None, pipeline.schedule, timesteps.ddim(1, 1000))
 
     def decode(params, z):
         return pipeline.vae.apply({"params": params}, z / pipeline.vae.scaling_factor, method="decode")
 
     ids = tokenize(pipeline.tokenizer, ["a red circle"])
-    context = jax.jit(encode)(pipeline.params["text_encoder"], ids)
+    context = jax.jit(encode)(weights["text_encoder"], ids)
     noise = jax.random.normal(jax.random.key(0), (1, 64, 64, 4))
-    z = jax.jit(sample)(pipeline.params["unet"], noise, context)
-    return np.asarray(jax.jit(decode)(pipeline.params["vae"], z))
+    z = jax.jit(sample)(weights["unet"], noise, context)
+    return np.asarray(jax.jit(decode)(weights["vae"], z))
 
 
 def test_a_whole_sd15_folder_there_and_back(tmp_path):
@@ -114,13 +114,12 @@ def test_a_whole_sd15_folder_there_and_back(tmp_path):
         },
     )
 
-    pipeline = load_pipeline(source)
-    image = draw(pipeline)
+    pipeline, params = load_pipeline(source)
+    image = generate(pipeline, params)
     assert image.shape == (1, 512, 512, 3) and np.isfinite(image).all() and image.std() > 0
 
-    out = save_pipeline(pipeline, tmp_path / "out")
-    del pipeline
-    jax.clear_caches()
+    out = save_pipeline(pipeline, params, tmp_path / "out")
+    del params
     gc.collect()
     assert json.loads((out / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
     loaded = diffusers.StableDiffusionPipeline.from_pretrained(out)

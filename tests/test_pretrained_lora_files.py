@@ -17,7 +17,7 @@ import safetensors.numpy
 import tiny
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
-from lora_kit import ATTENTION, TEXT, factors, file_keys, pipeline, same_lora, save, tensors_of
+from lora_kit import ATTENTION, TEXT, factors, file_keys, loaded, pipeline, same_lora, save, tensors_of
 
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
@@ -82,9 +82,9 @@ def theirs(name, unet):
 
 def agree(name, mine, other):
     """UNet outputs equal but for rounding, and far from the base's."""
-    got, wanted = ours(name, mine.params["unet"]), theirs(name, other)
+    got, wanted = ours(name, mine["unet"]), theirs(name, other)
     parity.close(got, wanted, rtol=0, of_max=4 * parity.NETWORK)  # adapters at twice their rank's strength amplify
-    assert np.abs(got - ours(name, pipeline(name).params["unet"])).max() > 0.05
+    assert np.abs(got - ours(name, loaded(name)[1]["unet"])).max() > 0.05
 
 
 SGM_OUTSIDE = (
@@ -126,7 +126,7 @@ def test_a_lora_for_other_noise_is_merged_with_a_warning(tmp_path, monkeypatch, 
     marks = {key: np.zeros(0, np.float32) for key in keys}
     path = save(tmp_path / "marked.safetensors", tensors | marks, **header)
     read = read_lora(path, modules_of(base))
-    merge_into(base, [(read, 1.0)])
+    merge_into(*loaded("sd1"), [(read, 1.0)])
     same_lora(read, read_lora(save(tmp_path / "plain.safetensors", tensors), modules_of(base)))
     assert len(said) == warned and all(str(path) in text for text in said)
 
@@ -148,7 +148,7 @@ def test_one_file_gives_the_model_that_diffusers_gives(name, form, alpha, tmp_pa
     path = everything(form, name, tmp_path / "x.safetensors", alpha=alpha)
     pipe = oracle(name)
     pipe.load_lora_weights(str(tmp_path), weight_name=path.name)
-    merged = merge_into(pipeline(name), [(read_lora(path, modules_of(pipeline(name))), 1.0)])
+    merged = merge_into(*loaded(name), [(read_lora(path, modules_of(pipeline(name))), 1.0)])
     agree(name, merged, pipe.unet)
 
 
@@ -165,7 +165,7 @@ def test_adapters_add_up_as_in_diffusers(name, tmp_path, oracle):
         adapters.append(f"a{i}")
         if i:
             pipe.set_adapters(adapters, weights[: i + 1])
-            agree(name, merge_into(base, list(zip(loras, weights, strict=False))), pipe.unet)
+            agree(name, merge_into(*loaded(name), list(zip(loras, weights, strict=False))), pipe.unet)
 
 
 def test_what_diffusers_saves_is_read_exactly(tmp_path):
@@ -204,7 +204,7 @@ def test_what_diffusers_saves_is_read_exactly(tmp_path):
             assert found.scale == pytest.approx(layer.scaling["default"], rel=1e-12)
     scales = {f.scale for f in got.parts["unet"].values()}
     assert scales == {6 / 4, 6 / 2, 3 / 2, 6 / 5}
-    merged = merge_into(base, [(got, 1.0)])
+    merged = merge_into(*loaded("sd1"), [(got, 1.0)])
     agree("sd1", merged, parts["unet"])
     texts_agree("sd1", merged, parts["text_encoder"], "text_encoder")
 
@@ -217,9 +217,9 @@ def text_compiled(name, part):
 
 def texts_agree(name, merged, other, part):
     ids = np.array([[0, 5, 6, 9, len(tiny.vocabulary()[0]) - 1]])
-    got = text_compiled(name, part)(merged.params[part], ids)
+    got = text_compiled(name, part)(merged[part], ids)
     wanted = tiny.in_float64(other, torch.from_numpy(ids), output_hidden_states=True)
-    base = text_compiled(name, part)(pipeline(name).params[part], ids)
+    base = text_compiled(name, part)(loaded(name)[1][part], ids)
     parity.close(got.last_hidden_state, wanted.last_hidden_state, rtol=0, of_max=parity.NETWORK)
     parity.close(got.hidden_states[-2], wanted.hidden_states[-2], rtol=0, of_max=parity.NETWORK)
     if hasattr(wanted, "text_embeds"):
@@ -238,7 +238,7 @@ def texts_agree(name, merged, other, part):
 def test_text_encoders(name, form, tmp_path, oracle):
     """UNet and text encoders in one file. "flat": without `text_model.`, as newer transformers names the layers."""
     base, pipe, form = pipeline(name), oracle(name), form.split(",")
-    tensors, loaded = {}, {}
+    tensors, spelled_out = {}, {}
     for part, module in modules_of(base).items():
         found = factors(module, ATTENTION if part == "unet" else TEXT, seed=len(part))
         renamed = {(n.removeprefix("text_model.") if form[1:] else n): f for n, f in found.items()}
@@ -247,11 +247,11 @@ def test_text_encoders(name, form, tmp_path, oracle):
         alpha = 2.0 if form[0] == "kohya" else None
         tensors |= tensors_of(form[0], renamed, alpha, spelled)
         # diffusers wants `text_model.` in kohya's names
-        loaded |= tensors_of(form[0], found, alpha, spelled)
+        spelled_out |= tensors_of(form[0], found, alpha, spelled)
     got = read_lora(save(tmp_path / "x.safetensors", tensors), modules_of(base))
-    same_lora(got, read_lora(save(tmp_path / "loaded.safetensors", loaded), modules_of(base)))
+    same_lora(got, read_lora(save(tmp_path / "loaded.safetensors", spelled_out), modules_of(base)))
     pipe.load_lora_weights(str(tmp_path), weight_name="loaded.safetensors")
-    merged = merge_into(base, [(got, 0.7)])
+    merged = merge_into(*loaded(name), [(got, 0.7)])
     pipe.set_adapters(pipe.get_list_adapters()["unet"], 0.7)
     agree(name, merged, pipe.unet)
     for part in modules_of(base).keys() - {"unet"}:
@@ -261,7 +261,7 @@ def test_text_encoders(name, form, tmp_path, oracle):
 def random_adapters(name, rank=4):
     """(UNet, random adapters of the default layers)."""
     unet, generator = pipeline(name).unet, np.random.default_rng(3)
-    shapes = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, rank), pipeline(name).params["unet"])
+    shapes = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, rank), loaded(name)[1]["unet"])
     return unet, jax.tree.map(lambda x: (0.1 * generator.normal(size=x.shape)).astype(np.float32), shapes)
 
 
@@ -291,10 +291,10 @@ def test_what_is_written_loads_in_diffusers(name, form, tmp_path, oracle):
         assert handle.metadata()["modelspec.title"] == "x" and handle.metadata()["format"] == "pt"
     pipe = oracle(name)
     pipe.load_lora_weights(str(tmp_path), weight_name=path.name)
-    params = lora.merge(pipeline(name).params["unet"], [(tree, 2.5 / 4)])
+    params = lora.merge(loaded(name)[1]["unet"], [(tree, 2.5 / 4)])
     parity.close(ours(name, params), theirs(name, pipe.unet), rtol=0, of_max=parity.NETWORK)
-    read = merge_into(pipeline(name), [(read_lora(path, {"unet": unet}), 1.0)])
-    jax.tree.map(np.testing.assert_array_equal, read.params["unet"], params)
+    read = merge_into(*loaded(name), [(read_lora(path, {"unet": unet}), 1.0)])
+    jax.tree.map(np.testing.assert_array_equal, read["unet"], params)
 
 
 def abstract_adapters(name, rank=64):
@@ -352,20 +352,21 @@ def test_a_single_model_saved_by_diffusers(tmp_path):
     unet.save_lora_adapter(tmp_path)
     got = read_lora(tmp_path, modules_of(pipeline("sd1")))
     assert set(got.scales("unet").values()) == {1.5}
-    agree("sd1", merge_into(pipeline("sd1"), [(got, 1.0)]), unet)
+    agree("sd1", merge_into(*loaded("sd1"), [(got, 1.0)]), unet)
 
 
 def test_mixed_ranks_and_alphas_and_the_missing_ones(tmp_path):
     """W + weight * alpha / rank * B A in every layer by itself, in float64 as the oracle; without alpha the rank."""
-    base = pipeline("sd1")
+    base, params = loaded("sd1")
     found = factors(base.unet, rank_of=lambda name: 2 + len(name) % 4)
     tensors, alphas = tensors_of("kohya", found), {}
     for i, name in enumerate(found):
         if i % 3:
             alphas[name] = 0.5 * (i % 7 + 1)
             tensors[file_keys("kohya", name)[2]] = np.full([1] * (i % 2), alphas[name], np.float16)
-    merged = merge_into(base, [(read_lora(save(tmp_path / "x.safetensors", tensors), modules_of(base)), 0.8)])
-    got, before = (names.to_torch(base.unet, p.params["unet"]) for p in (merged, base))
+    got = read_lora(save(tmp_path / "x.safetensors", tensors), modules_of(base))
+    merged = merge_into(base, params, [(got, 0.8)])
+    got, before = (names.to_torch(base.unet, p["unet"]) for p in (merged, params))
     for key, value in before.items():
         name = key.removesuffix(".weight")
         if name not in found or key.endswith(".bias"):
@@ -393,17 +394,17 @@ def test_1x1_layers_in_either_rank(tmp_path):
 
 
 def test_merging_is_pure_and_keeps_the_dtype(tmp_path):
-    base = load_pipeline(tiny.folder("sd1"), param_dtype=jnp.bfloat16)
-    before = jax.tree.map(np.copy, base.params)
+    base, params = load_pipeline(tiny.folder("sd1"), param_dtype=jnp.bfloat16)
+    before = jax.tree.map(np.copy, params)
     path = everything("kohya", "sd1", tmp_path / "x.safetensors", alpha=1.0)
     got = read_lora(path, modules_of(base))
-    merged = merge_into(base, [(got, 0.5), (got, 0.5)])
-    jax.tree.map(np.testing.assert_array_equal, base.params, before)
-    assert merged.params["text_encoder"] is base.params["text_encoder"] and merged.params["vae"] is base.params["vae"]
-    changed = jax.tree.map(lambda x, y: bool((x != y).any()), merged.params["unet"], base.params["unet"])
+    merged = merge_into(base, params, [(got, 0.5), (got, 0.5)])
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+    assert merged["text_encoder"] is params["text_encoder"] and merged["vae"] is params["vae"]
+    changed = jax.tree.map(lambda x, y: bool((x != y).any()), merged["unet"], params["unet"])
     assert sum(jax.tree.leaves(changed)) == len(got.parts["unet"])
-    assert {leaf.dtype for leaf in jax.tree.leaves(merged.params["unet"])} == {np.dtype(jnp.bfloat16)}
-    assert merge_into(base, []).params["unet"] is base.params["unet"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged["unet"])} == {np.dtype(jnp.bfloat16)}
+    assert merge_into(base, params, [])["unet"] is params["unet"]
 
 
 LINEAR = {"lora_A": np.full((32, 4), 1e6, np.float32), "lora_B": np.zeros((4, 128), np.float32)}
@@ -463,6 +464,6 @@ def test_merging_refuses(tmp_path):
     path = save(tmp_path / "x.safetensors", tensors_of("peft", found, part="text_encoder_2"))
     got = read_lora(path, modules_of(base))
     with pytest.raises(LcmError, match="the LoRA is for a text_encoder_2, which this model has not"):
-        merge_into(pipeline("sd1"), [(got, 1.0)])
+        merge_into(*loaded("sd1"), [(got, 1.0)])
     with pytest.raises(LcmError, match="LoRA weight nan is not finite"):
-        merge_into(base, [(got, float("nan"))])
+        merge_into(*loaded("sdxl"), [(got, float("nan"))])

@@ -45,13 +45,13 @@ def slot_files(slot: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """name -> (pipeline, its saved folder), each made once."""
+    """name -> ((pipeline, params), its saved folder), each made once."""
     made = {}
 
     def get(name):
         if name not in made:
-            pipeline = load_pipeline(tiny.folder(name))
-            made[name] = pipeline, save_pipeline(pipeline, tmp_path_factory.mktemp("saved") / name)
+            model = load_pipeline(tiny.folder(name))
+            made[name] = model, save_pipeline(*model, tmp_path_factory.mktemp("saved") / name)
         return made[name]
 
     return get
@@ -111,7 +111,7 @@ def test_text_encoders_are_prefixed_and_files_marked_as_torchs(saved, name):
 
 def test_a_second_round_changes_nothing(saved, tmp_path):
     out = saved("sdxl")[1]
-    again = save_pipeline(load_pipeline(out), tmp_path / "again")
+    again = save_pipeline(*load_pipeline(out), tmp_path / "again")
     for path in out.rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (again / path.relative_to(out)).read_bytes(), path
@@ -154,13 +154,12 @@ def test_a_float16_config_of_the_source_is_not_passed_on(tmp_path):
     config = read(folder / "text_encoder" / "config.json") | {"torch_dtype": "float16", "_name_or_path": "somewhere"}
     config.pop("dtype", None)
     tiny.write_json(folder / "text_encoder" / "config.json", config)
-    out = save_pipeline(load_pipeline(folder), tmp_path / "out")
+    out = save_pipeline(*load_pipeline(folder), tmp_path / "out")
     assert next(CLIPTextModel.from_pretrained(out / "text_encoder").parameters()).dtype == torch.float32
 
 
 def test_half_precision_variant(saved, tmp_path):
-    pipeline = saved("lcm")[0]
-    out = save_pipeline(pipeline, tmp_path / "half", dtype=jnp.float16, variant="fp16")
+    out = save_pipeline(*saved("lcm")[0], tmp_path / "half", dtype=jnp.float16, variant="fp16")
     assert (out / "text_encoder" / "model.fp16.safetensors").is_file()
     pipe = diffusers.LatentConsistencyModelPipeline.from_pretrained(out, variant="fp16", dtype=torch.float16)
     for key, value in tiny.torch_unet("lcm").state_dict().items():
@@ -170,16 +169,15 @@ def test_half_precision_variant(saved, tmp_path):
 
 
 def test_bfloat16_is_written_and_read_back(saved, tmp_path):
-    pipeline = saved("sd1")[0]
-    out = save_unet(pipeline.unet, pipeline.params["unet"], tmp_path / "unet", dtype=jnp.bfloat16)
-    params = load_unet(out)[1]
-    original = pipeline.params["unet"]["conv_in"]["kernel"]
-    np.testing.assert_array_equal(params["conv_in"]["kernel"], original.astype(jnp.bfloat16).astype(np.float32))
+    pipeline, params = saved("sd1")[0]
+    out = save_unet(pipeline.unet, params["unet"], tmp_path / "unet", dtype=jnp.bfloat16)
+    original, found = params["unet"]["conv_in"]["kernel"], load_unet(out)[1]["conv_in"]["kernel"]
+    np.testing.assert_array_equal(found, original.astype(jnp.bfloat16).astype(np.float32))
 
 
 def test_unet_alone_has_its_files_at_the_root(saved, tmp_path):
-    pipeline = saved("lcm")[0]
-    out = save_unet(pipeline.unet, pipeline.params["unet"], tmp_path / "u", extra_files={"README.md": "card"})
+    pipeline, params = saved("lcm")[0]
+    out = save_unet(pipeline.unet, params["unet"], tmp_path / "u", extra_files={"README.md": "card"})
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]
     same_tensors(diffusers.UNet2DConditionModel.from_pretrained(out), tiny.torch_unet("lcm"))
     assert read(out / "config.json") == to_config(pipeline.unet)
@@ -187,13 +185,13 @@ def test_unet_alone_has_its_files_at_the_root(saved, tmp_path):
 
 def test_a_tiny_autoencoder_takes_the_vaes_place(saved, tmp_path):
     tiny.torch_tiny_vae().save_pretrained(tmp_path / "taesd")
-    module, params = load_vae(tmp_path / "taesd")
-    pipeline = dataclasses.replace(saved("sd1")[0], vae=module, params={**saved("sd1")[0].params, "vae": params})
-    out = save_pipeline(pipeline, tmp_path / "out")
+    module, weights = load_vae(tmp_path / "taesd")
+    pipeline, params = saved("sd1")[0]
+    out = save_pipeline(dataclasses.replace(pipeline, vae=module), {**params, "vae": weights}, tmp_path / "out")
     pipe = diffusers.DiffusionPipeline.from_pretrained(out)
     assert type(pipe.vae).__name__ == "AutoencoderTiny"
     same_tensors(pipe.vae, tiny.torch_tiny_vae())
-    assert load_pipeline(out).vae == module
+    assert load_pipeline(out)[0].vae == module
 
 
 @pytest.mark.parametrize(
@@ -201,7 +199,7 @@ def test_a_tiny_autoencoder_takes_the_vaes_place(saved, tmp_path):
     [("sd1", 9, "StableDiffusionInpaintPipeline"), ("sdxl", 9, "StableDiffusionXLInpaintPipeline")],
 )
 def test_class_of_inpainting_models(saved, name, channels, expected):
-    pipeline = saved(name)[0]
+    pipeline = saved(name)[0][0]
     other = dataclasses.replace(pipeline, unet=pipeline.unet.clone(in_channels=channels))
     assert saving._pipeline_class(other) == expected
     assert hasattr(diffusers, expected)
@@ -226,19 +224,19 @@ def test_scheduler_configs(saved):
 
 
 def test_a_scheduler_with_another_noise_table_is_refused(saved, tmp_path):
-    pipeline = saved("sd1")[0]
     for wrong in ({"beta_end": 0.02}, {"prediction_type": "v_prediction"}, {"_class_name": ...}):
         config = {k: v for k, v in (tiny.scheduler_config("epsilon") | wrong).items() if v is not ...}
         with pytest.raises(LcmError, match="scheduler config"):
-            save_pipeline(pipeline, tmp_path / "out", scheduler_config=config)
+            save_pipeline(*saved("sd1")[0], tmp_path / "out", scheduler_config=config)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_given_scheduler_index_keys_and_files(saved, tmp_path):
-    pipeline = saved("sd1")[0]
+    pipeline, params = saved("sd1")[0]
     config = saving.lcm_scheduler_config(pipeline.configs["scheduler"])
     out = save_pipeline(
         pipeline,
+        params,
         tmp_path / "deep" / "out",
         scheduler_config=config,
         model_index_extra={"_note": "x"},
@@ -250,7 +248,7 @@ def test_a_given_scheduler_index_keys_and_files(saved, tmp_path):
     assert (out / "samples" / "grid.png").read_bytes() == b"\x89PNG"
     for bad in ("unet/config.json", "../up.txt", "/etc/x"):
         with pytest.raises(LcmError, match="extra file"):
-            save_pipeline(pipeline, tmp_path / "bad", extra_files={bad: ""})
+            save_pipeline(pipeline, params, tmp_path / "bad", extra_files={bad: ""})
 
 
 def left_in(folder: Path) -> list[str]:
@@ -258,23 +256,23 @@ def left_in(folder: Path) -> list[str]:
 
 
 def test_targets_in_use_are_refused_and_untouched(saved, tmp_path):
-    pipeline = saved("sd1")[0]
+    model = saved("sd1")[0]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("1")
     (tmp_path / "file").write_text("2")
     for name in ("full", "file"):
         with pytest.raises(LcmError, match=f"{name} already exists and is not empty; choose another"):
-            save_pipeline(pipeline, tmp_path / name)
+            save_pipeline(*model, tmp_path / name)
     assert (tmp_path / "full" / "mine").read_text() == "1" and left_in(tmp_path) == ["file", "full"]
     (tmp_path / "empty").mkdir()
-    assert (save_pipeline(pipeline, tmp_path / "empty") / "model_index.json").is_file()
+    assert (save_pipeline(*model, tmp_path / "empty") / "model_index.json").is_file()
 
 
 def test_too_little_space_is_told_before_anything_is_written(saved, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 12345, 12345))
     with pytest.raises(LcmError, match=r"needs (\d+) bytes, 12345 are free") as caught:
-        save_pipeline(saved("sd1")[0], tmp_path / "out")
+        save_pipeline(*saved("sd1")[0], tmp_path / "out")
     needed = int(str(caught.value).split(" needs ")[1].split()[0])
     actual = sum(p.stat().st_size for p in saved("sd1")[1].rglob("*") if p.is_file())
     assert actual <= needed < actual + 2**21
@@ -294,7 +292,7 @@ def test_an_interrupted_save_leaves_nothing(saved, tmp_path, monkeypatch, error)
 
     monkeypatch.setattr(weight_files, "write_weights", failing)
     with pytest.raises(type(error)):
-        save_pipeline(saved("sd1")[0], tmp_path / "out")
+        save_pipeline(*saved("sd1")[0], tmp_path / "out")
     assert len(calls) == 2 and calls[0].parents[1].parent == tmp_path
     assert left_in(tmp_path) == []
 
@@ -315,8 +313,8 @@ def test_a_killed_save_leaves_nothing_under_the_final_name(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_not_written(saved, tmp_path):
-    pipeline = saved("sd1")[0]
-    params = {**pipeline.params["unet"], "conv_out": dict(pipeline.params["unet"]["conv_out"])}
+    pipeline, params = saved("sd1")[0]
+    params = {**params["unet"], "conv_out": dict(params["unet"]["conv_out"])}
     params["conv_out"]["bias"] = params["conv_out"]["bias"] + np.float32(1e5)
     with pytest.raises(LcmError, match="conv_out.bias has values that are not finite in float16"):
         save_unet(pipeline.unet, params, tmp_path / "out", dtype=jnp.float16)
@@ -329,15 +327,15 @@ def test_weights_that_are_not_finite_are_not_written(saved, tmp_path):
 def test_device_arrays_are_saved_like_host_arrays(saved, tmp_path):
     import jax
 
-    pipeline = saved("sd1")[0]
-    out = save_unet(pipeline.unet, jax.device_put(pipeline.params["unet"]), tmp_path / "u")
+    pipeline, params = saved("sd1")[0]
+    out = save_unet(pipeline.unet, jax.device_put(params["unet"]), tmp_path / "u")
     name = "diffusion_pytorch_model.safetensors"
     assert (out / name).read_bytes() == (saved("sd1")[1] / "unet" / name).read_bytes()
 
 
 def test_parameters_of_another_module_are_refused(saved, tmp_path):
     with pytest.raises(LcmError, match="1 missing .time_embedding/cond_proj/kernel"):
-        save_unet(saved("lcm")[0].unet, saved("sd1")[0].params["unet"], tmp_path / "out")
+        save_unet(saved("lcm")[0][0].unet, saved("sd1")[0][1]["unet"], tmp_path / "out")
 
 
 def test_a_refiners_encoder_moves_to_the_name_that_diffusers_gives_it(saved):

@@ -37,12 +37,12 @@ def count(tree):
 )
 def test_the_published_models(hub):
     (unet, *texts), prediction = PUBLISHED[hub]
-    pipeline = load_pipeline(hub, weights=False, param_dtype=jnp.bfloat16)
-    found = {part: count(tree) for part, tree in pipeline.params.items()}
+    pipeline, params = load_pipeline(hub, weights=False, param_dtype=jnp.bfloat16)
+    found = {part: count(tree) for part, tree in params.items()}
     assert found.pop("unet") == family.UNET_SIZES[unet][0]
     assert found.pop("vae") == family.VAE_SIZES["sd15"][0]
     assert list(found.values()) == [family.TEXT_SIZES[text][0] for text in texts]
-    assert {leaf.dtype for leaf in jax.tree.leaves(dict(pipeline.params))} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(dict(params))} == {jnp.dtype("bfloat16")}
     assert pipeline.schedule.prediction_type == prediction and pipeline.is_xl == (len(texts) == 2)
     assert pipeline.vae.scaling_factor == (0.13025 if pipeline.is_xl else 0.18215)
 
@@ -65,7 +65,7 @@ def test_configs_are_those_of_the_family():
 
 
 def test_a_vae_in_the_place_of_the_models_own():
-    pipeline = load_pipeline(
+    pipeline, _ = load_pipeline(
         "stable-diffusion-v1-5/stable-diffusion-v1-5", weights=False, vae="madebyollin/sdxl-vae-fp16-fix"
     )
     assert pipeline.vae.scaling_factor == 0.13025 and pipeline.vae.force_upcast is False
@@ -78,23 +78,26 @@ def test_a_folder_needs_no_weights_and_gives_the_shapes_that_its_weights_have(tm
             target = tmp_path / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
-    bare, whole = load_pipeline(tmp_path, weights=False), load_pipeline(source)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(whole.params))
-    assert bare.params == shapes and bare.unet == whole.unet and bare.tokenizer is None
-    module, params = load_unet(tmp_path, weights=False)
-    assert module == whole.unet and params == shapes["unet"]
+    bare, found = load_pipeline(tmp_path, weights=False)
+    whole, params = load_pipeline(source)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(params))
+    assert found == shapes and bare.unet == whole.unet and bare.tokenizer is None
+    assert load_unet(tmp_path, weights=False) == (whole.unet, shapes["unet"])
 
 
 def test_the_weights_of_the_encoders_alone(tmp_path):
-    whole = load_pipeline(tiny.folder("sd1"))
-    file = save_single_file(whole, tmp_path / "model.safetensors", dtype=np.float32)
+    whole, params = load_pipeline(tiny.folder("sd1"))
+    file = save_single_file(whole, params, tmp_path / "model.safetensors", dtype=np.float32)
     source = tiny.copy("sd1", tmp_path / "model")
     (source / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), whole.params["unet"])
-    for found in (load_pipeline(source, weights=ENCODERS), load_pipeline(file, config=source, weights=ENCODERS)):
-        assert found.params["unet"] == shapes and found.unet == whole.unet and found.tokenizer is not None
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params["unet"])
+    for pipeline, found in (
+        load_pipeline(source, weights=ENCODERS),
+        load_pipeline(file, config=source, weights=ENCODERS),
+    ):
+        assert found["unet"] == shapes and pipeline == whole
         for part in ("vae", "text_encoder"):
-            jax.tree.map(np.testing.assert_array_equal, found.params[part], whole.params[part])
+            jax.tree.map(np.testing.assert_array_equal, found[part], params[part])
     with pytest.raises(LcmError, match="weights of u_net: parts are unet, vae"):
         load_pipeline(source, weights=["u_net"])
 

@@ -9,7 +9,7 @@ import tiny
 from transformers import CLIPTokenizer
 
 from lcm_jax.errors import LcmError
-from lcm_jax.pretrained.text import FILES, load_tokenizer, tokenize, tokenize_counted, tokenizer_files
+from lcm_jax.pretrained.tokenizer import FILES, load_tokenizer, tokenize, tokenize_counted
 
 VOCAB = tiny.vocabulary()[0]
 START, END = VOCAB[tiny.START], VOCAB[tiny.END]
@@ -100,10 +100,7 @@ def test_broken_files_are_named(tmp_path, name):
 
 def test_files_are_copied_as_they_are(tmp_path):
     folder = tiny.write_tokenizer(tmp_path / "t")
-    assert tokenizer_files(folder) == {name: (folder / name).read_bytes() for name in FILES}
-    (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(LcmError, match="no tokenizer to copy"):
-        tokenizer_files(folder)
+    assert load_tokenizer(folder, 77).files == {name: (folder / name).read_bytes() for name in FILES}
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
@@ -112,8 +109,8 @@ def test_files_of_transformers_5_gain_those_that_transformers_4_reads(tmp_path, 
     modern = tmp_path / "modern"
     CLIPTokenizer.from_pretrained(str(original)).save_pretrained(str(modern))
     assert not (modern / "vocab.json").exists()
-    ids = tokenize(load_tokenizer(modern, 77), ["a red circle!"])
-    found = tokenizer_files(modern)
+    tokenizer = load_tokenizer(modern, 77)
+    ids, found = tokenize(tokenizer, ["a red circle!"]), tokenizer.files
     assert set(found) == {*FILES, "tokenizer.json"}
     assert json.loads(found["vocab.json"]) == VOCAB
     assert found["merges.txt"] == (original / "merges.txt").read_bytes()

@@ -11,13 +11,14 @@ import pytest
 import tiny
 from diffusers import UNet2DConditionModel
 
+from lcm_jax.distill import student as student_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
-from lcm_jax.pretrained import RECORD, load_pipeline, save_single_file
-from lcm_jax.pretrained import text as conditioning
+from lcm_jax.pretrained import RECORD, load_pipeline, save_single_file, text
 from lcm_jax.run import config as config_lib
-from lcm_jax.run import models as student_lib
+from lcm_jax.run import models as run_models
 from lcm_jax.run import step as training_step
+from lcm_jax.run.models import Models
 
 DIM = 16
 
@@ -53,21 +54,20 @@ def make_config(teacher, **changes):
     return config_lib.resolve(config)
 
 
-def load(config) -> tuple:
-    """(teacher, student), checked as `train` checks them."""
-    student_lib.shapes(config)
-    teacher = student_lib.load_teacher(config)
-    return teacher, student_lib.load_student(config, teacher)
+def load(config) -> Models:
+    """Teacher and student, checked as `train` checks them."""
+    run_models.shapes(config)
+    return run_models.load(config)
 
 
 def same(a, b) -> bool:
     return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
-def frozen_of(config, teacher, student):
-    problem = training_step.make_problem(config, teacher, student)
-    null = conditioning.null(teacher) if problem.teacher is not None else None
-    return problem, training_step.make_frozen(problem, teacher, student, null)
+def frozen_of(config, models):
+    problem = training_step.make_problem(config, models.teacher, models.student)
+    null = text.null(models.teacher, models.teacher_params) if problem.teacher is not None else None
+    return problem, training_step.make_frozen(problem, models, null)
 
 
 LORA = {"lora__rank": 4, "lora__alpha": 2.0, "distill__w_embedding_dim": 0, "sample__guidance_scale": 1.0}
@@ -75,64 +75,66 @@ LORA = {"lora__rank": 4, "lora__alpha": 2.0, "distill__w_embedding_dim": 0, "sam
 
 def test_lora_on_the_teacher_shares_its_weights(teacher):
     config = make_config(teacher, **LORA)
-    whole, student = load(config)
-    assert student.unet == lora.Adapted(whole.unet, 0.5) and not student.has_w_embedding
-    assert student.params["unet"]["base"] is whole.params["unet"]
-    problem, frozen = frozen_of(config, whole, student)
-    assert frozen.base is None and frozen.teacher is whole.params["unet"] and problem.student is student.unet
-    theta = student_lib.theta(student)
-    assert theta is student.params["unet"]["lora"] and lora.target_paths(whole.params["unet"]) == list(
-        sorted(lora.by_layer(theta))
-    )
-    again = student_lib.theta(student_lib.load_student(config, whole))
-    assert same(theta, again), "the first adapters follow from the seed"
-    other = make_config(teacher, **LORA, seed=1)
-    assert not same(theta, student_lib.theta(student_lib.load_student(other, whole)))
+    models = load(config)
+    base = models.teacher_params["unet"]
+    assert models.student.unet == lora.Adapted(models.teacher.unet, 0.5) and not models.student.has_w_embedding
+    assert models.student_params["unet"]["base"] is base
+    problem, frozen = frozen_of(config, models)
+    assert frozen.base is None and frozen.teacher is base and problem.student is models.student.unet
+    assert models.trainable is models.student_params["unet"]["lora"]
+    assert lora.target_paths(base) == sorted(lora.by_layer(models.trainable))
+    again = run_models.load_student(config, models.teacher, models.teacher_params)[1]
+    assert same(models.trainable, again["unet"]["lora"]), "the first adapters follow from the seed"
+    other = run_models.load_student(make_config(teacher, **LORA, seed=1), models.teacher, models.teacher_params)[1]
+    assert not same(models.trainable, other["unet"]["lora"])
 
 
-def test_merged_is_the_adapted_model_as_an_ordinary_pipeline(teacher):
-    whole, student = load(make_config(teacher, **LORA, lora__targets=("to_k", "conv1")))
+def test_merged_is_the_adapted_model_as_an_ordinary_one(teacher):
+    models = load(make_config(teacher, **LORA, lora__targets=("to_k", "conv1")))
+    unet, params = models.student.unet, models.student_params["unet"]
     rng = np.random.default_rng(0)
-    theta = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), student_lib.theta(student))
-    student = student_lib.with_theta(student, theta)
-    assert student_lib.theta(student) is theta and student.params["unet"]["base"] is whole.params["unet"]
-    merged = student_lib.merged(student)
-    assert merged.unet is whole.unet
-    assert same(merged.params["unet"], lora.merge(whole.params["unet"], [(theta, 0.5)]))
-    assert not same(merged.params["unet"], whole.params["unet"]) and merged.params["vae"] is whole.params["vae"]
-    assert student_lib.merged(whole) is whole and student_lib.theta(whole) is whole.params["unet"]
+    trained = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), models.trainable)
+    params = student_lib.with_trainable(unet, params, trained)
+    base = models.teacher_params["unet"]
+    assert student_lib.trainable(unet, params) is trained and params["base"] is base
+    module, merged = student_lib.merged(unet, params)
+    assert module is models.teacher.unet
+    assert same(merged, lora.merge(base, [(trained, 0.5)])) and not same(merged, base)
+    assert student_lib.merged(module, base) == (module, base) and student_lib.trainable(module, base) is base
 
 
 def test_lora_on_another_student_brings_its_base(teacher, lcm):
     config = make_config(teacher, **LORA | {"distill__w_embedding_dim": DIM}, model__student=str(lcm))
-    whole, student = load(config)
-    assert student.has_w_embedding and not whole.has_w_embedding
-    _, frozen = frozen_of(config, whole, student)
-    assert frozen.base is student.params["unet"]["base"] and "cond_proj" in frozen.base["time_embedding"]
+    models = load(config)
+    assert models.student.has_w_embedding and not models.teacher.has_w_embedding
+    _, frozen = frozen_of(config, models)
+    assert frozen.base is models.student_params["unet"]["base"] and "cond_proj" in frozen.base["time_embedding"]
 
 
 def test_a_student_without_w_is_the_teacher(teacher):
-    whole, student = load(make_config(teacher, distill__w_embedding_dim=0, sample__guidance_scale=1.0))
-    assert student.unet is whole.unet and student.params["unet"] is whole.params["unet"]
+    models = load(make_config(teacher, distill__w_embedding_dim=0, sample__guidance_scale=1.0))
+    assert models.student.unet is models.teacher.unet
+    assert models.student_params["unet"] is models.teacher_params["unet"]
 
 
 def test_lcf_has_no_teacher_unless_it_is_mixed_with_lcd(teacher, lcm):
     lcf = {"objective": "lcf", "model__student": str(lcm), "distill__w_embedding_dim": DIM}
     for of in (None, teacher):
         config = make_config(of, **lcf)
-        whole, student = load(config)
-        problem, frozen = frozen_of(config, whole, student)
-        assert student.has_w_embedding and student.params["unet"] is whole.params["unet"]
+        models = load(config)
+        problem, frozen = frozen_of(config, models)
+        assert models.student.has_w_embedding and models.student_params["unet"] is models.teacher_params["unet"]
         assert problem.teacher is None and problem.objective == "lcf" and jax.tree.leaves(frozen) == []
     config = make_config(teacher, **lcf, distill__lcd_weight=0.5)
-    whole, student = load(config)
-    problem, frozen = frozen_of(config, whole, student)
-    assert problem.teacher is whole.unet and problem.lcd_weight == 0.5 and not whole.has_w_embedding
-    assert frozen.teacher is whole.params["unet"] and frozen.null is not None and frozen.base is None
+    models = load(config)
+    problem, frozen = frozen_of(config, models)
+    assert problem.teacher is models.teacher.unet and problem.lcd_weight == 0.5 and not models.teacher.has_w_embedding
+    assert frozen.teacher is models.teacher_params["unet"] and frozen.null is not None and frozen.base is None
     config = make_config(None, **lcf, lora__rank=2)
-    whole, student = load(config)
-    problem, frozen = frozen_of(config, whole, student)
-    assert isinstance(problem.student, lora.Adapted) and frozen.base is whole.params["unet"] and not frozen.teacher
+    models = load(config)
+    problem, frozen = frozen_of(config, models)
+    assert isinstance(problem.student, lora.Adapted) and not frozen.teacher
+    assert frozen.base is models.teacher_params["unet"]
 
 
 def test_what_tells_an_lcm(teacher, lcm, tmp_path):
@@ -142,12 +144,12 @@ def test_what_tells_an_lcm(teacher, lcm, tmp_path):
         load(make_config(None, **lcf, model__student=str(teacher)))
     assert all(sign in str(error.value) for sign in ("time_cond_proj_dim", RECORD, "LCMScheduler", "scheduler_config"))
     recorded = make_lcm(teacher, tmp_path / "recorded", None, solver_steps=50)
-    assert not load(make_config(None, **lcf, model__student=str(recorded)))[1].has_w_embedding
+    assert not load(make_config(None, **lcf, model__student=str(recorded))).student.has_w_embedding
     scheduled = make_lcm(teacher, tmp_path / "scheduled", None)
     path = scheduled / "scheduler" / "scheduler_config.json"
     told = {"_class_name": "LCMScheduler", "original_inference_steps": 40}
     tiny.write_json(path, json.loads(path.read_text()) | told)
-    assert load(make_config(None, **lcf, model__student=str(scheduled), distill__solver_steps=40))[1]
+    assert load(make_config(None, **lcf, model__student=str(scheduled), distill__solver_steps=40))
     with pytest.raises(LcmError, match=r"solver_steps = 50, but .* distilled with 40"):
         load(make_config(None, **lcf, model__student=str(scheduled)))
     with pytest.raises(LcmError, match=r"w_embedding_dim = 256: .* without w embedding; set 0"):
@@ -193,21 +195,21 @@ def test_another_vae_and_its_precision(teacher, tmp_path):
     path = vae / "config.json"
     tiny.write_json(path, json.loads(path.read_text()) | {"force_upcast": True, "scaling_factor": 0.5})
     config = make_config(teacher, model__vae=str(vae), model__dtype="bfloat16")
-    whole, student = load(config)
-    assert whole.unet.dtype == student.unet.dtype == jnp.bfloat16 and whole.vae.dtype == jnp.float32
-    assert training_step.make_problem(config, whole, student).scaling_factor == 0.5
+    models = load(config)
+    unet, vae = models.student.unet, models.teacher.vae
+    assert unet.dtype == models.teacher.unet.dtype == jnp.bfloat16 and vae.dtype == jnp.float32
+    assert training_step.make_problem(config, models.teacher, models.student).scaling_factor == 0.5
     tiny.write_json(path, json.loads(path.read_text()) | {"force_upcast": False})
-    assert student_lib.load_teacher(config).vae.dtype == jnp.bfloat16
-    assert load_pipeline(teacher).vae.scaling_factor != 0.5
+    assert run_models.load_teacher(config)[0].vae.dtype == jnp.bfloat16
+    assert load_pipeline(teacher)[0].vae.scaling_factor != 0.5
 
 
 def test_a_single_file_teacher_is_the_folder_it_was_made_from(teacher, tmp_path):
-    file = save_single_file(load_pipeline(teacher), tmp_path / "teacher.safetensors", dtype=np.float32)
+    file = save_single_file(*load_pipeline(teacher), tmp_path / "teacher.safetensors", dtype=np.float32)
     with pytest.raises(LcmError, match=r"config\.model\.config = '.*': goes with a single \.safetensors file"):
         make_config(teacher, model__config=str(teacher))
     config = make_config(file, model__config=str(teacher))
-    _, student = load(config)
-    _, expected = load(make_config(teacher))
-    assert student.unet == expected.unet and same(student.params["unet"], expected.params["unet"])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), student.params)
-    assert [pipeline.params for pipeline in student_lib.shapes(config)][1] == shapes
+    models, expected = load(config), load(make_config(teacher))
+    assert models.student == expected.student and same(models.student_params["unet"], expected.student_params["unet"])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), models.student_params)
+    assert run_models.shapes(config).student_params == shapes
