@@ -1,5 +1,6 @@
 """`python -m lcm_jax.export`: what is written, that diffusers draws the same from it, and what is refused."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -18,12 +19,11 @@ from PIL import Image
 import lcm_jax
 from lcm_jax import export, pretrained, sample
 from lcm_jax.distill import state as state_lib
-from lcm_jax.pretrained import load_unet
+from lcm_jax.pretrained import load_pipeline, load_unet
 from lcm_jax.pretrained import safetensors_io as weight_files
 from lcm_jax.run import config as config_lib
 from lcm_jax.run import models as student
 from lcm_jax.runtime.checkpoints import Checkpoints
-from lcm_jax.sampling import generator as generate
 from lcm_jax.sampling import verify
 from lcm_jax.sampling.generator import draw_noise
 
