@@ -264,7 +264,7 @@ def program(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_an_unknown_topology_is_one_line_and_exit_code_2():
     done = program("--config=configs/sdxl_lcm.py", "--topology=v5e:3x3")
-    assert done.returncode == 2 and done.stderr.startswith("error: topology 'v5e:3x3' is not known; choose one of v4:")
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown topology 'v5e:3x3'; choose one of v4:")
 
 
 def test_without_libtpu(monkeypatch):

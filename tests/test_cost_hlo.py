@@ -1,4 +1,4 @@
-"""Collectives, loops and kernels in program text: compiled for eight CPU devices, and in a TPU's spellings."""
+"""Collectives, loops and kernels in program text: programs compiled for eight CPU devices, and text of a TPU."""
 
 import json
 import os
@@ -8,9 +8,8 @@ import sys
 import pytest
 
 from lcm_jax.cost import hlo
-from lcm_jax.cost import hlo as operations
 
-# Prints {case: [[kind, link bytes, times, axes], ...]} of programs on a mesh of data 2 x fsdp 4.
+# Prints {case: [[kind, link bytes, executions, axes], ...]} for programs on a mesh of data 2 x fsdp 4.
 EIGHT = """
 import json
 import jax
@@ -19,7 +18,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from lcm_jax.cost import hlo
-from lcm_jax.cost import hlo as operations
 
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
 
@@ -44,14 +42,14 @@ for name, (f, out) in CASES.items():
     assert program.devices == 8 and not program.unknown
     found[name] = [[c.kind, c.link_bytes, c.times, c.axes(dict(mesh.shape))] for c in hlo.collectives(program)]
 
-# A loop of products: all turns but the first, of one device's part.
+# A loop of products: (FLOPs, bytes) of the iterations after the first, on one device.
 def loop(x, w):
     return lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=5)[0]
 w = jax.ShapeDtypeStruct((128, 128), jnp.float32, sharding=NamedSharding(mesh, P()))
-found["repeated"] = operations.repeated(operations.operations(hlo.read(jax.jit(loop).lower(x, w).compile().as_text())))
+found["repeated"] = hlo.repeated(hlo.operations(hlo.read(jax.jit(loop).lower(x, w).compile().as_text())))
 print(json.dumps(found))
 """
-PART = 8 * 128 * 4  # bytes of a device's part of x
+PART = 8 * 128 * 4  # bytes of one device's shard of x
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +77,7 @@ def test_collectives_of_known_size(eight, case, want):
     assert eight[case] == [want]
 
 
-def test_all_turns_but_the_first_of_a_loop(eight):
+def test_repeated_iterations_of_a_loop(eight):
     flops, memory = eight["repeated"]
     assert flops == 4 * 2 * 8 * 128 * 128
     assert 4 * (128 * 128 * 4) < memory < 4 * (128 * 128 * 4 + 20 * PART)
@@ -132,7 +130,7 @@ dimensions={0}, frontend_attributes={async_collective_name="all-gather-start.9"}
 """
 
 
-def test_a_tpu_program():
+def test_collectives_of_a_tpu_program():
     program = hlo.read(TPU)
     assert program.devices == 16 and program.times["body"] == 8 and program.fused == {"fused"} and not program.unknown
     mesh = {"data": 4, "fsdp": 4}
@@ -145,15 +143,14 @@ def test_a_tpu_program():
     }
 
 
-def test_turns_and_traffic_of_a_tpu_program():
-    program = hlo.read(TPU)
-    flops, memory = operations.repeated(operations.operations(program))
+def test_operations_of_a_tpu_program():
+    operations = list(hlo.operations(hlo.read(TPU)))
+    flops, memory = hlo.repeated(operations)
     assert flops == 7 * 2 * 64 * 640 * 320
-    read_and_written = 64 * 320 * 2 + 64 * 640 * 2  # the weights lie in the chip's own memory
-    permuted = 3 * 64 * 320 * 2  # operand, and both halves of the type
+    read_and_written = 64 * 320 * 2 + 64 * 640 * 2  # the weights are in the chip's own memory
+    permuted = 3 * 64 * 320 * 2  # operand, and both halves of the result type
     assert memory == 7 * (read_and_written + permuted + (4 + 4 + 1))  # and the condition's comparison
-    heaviest = operations.heaviest(operations.operations(program))
-    assert ("fusion jit(step)/block_*/dot", 8, 8 * read_and_written) in heaviest
+    assert ("fusion jit(step)/block_*/dot", 8, 8 * read_and_written) in hlo.heaviest(operations)
 
 
 def test_kernels_of_a_tpu_program():
@@ -162,27 +159,29 @@ def test_kernels_of_a_tpu_program():
     assert kernel.bytes == 16 + 2 * 2 * 8 * 4096 * 40 * 2 + 2 * 8 * 1024 * 40 * 2
 
 
-def test_a_loop_of_unknown_length_is_told_of_and_counts_once():
+def test_loop_of_unknown_length_is_listed_and_counts_once():
     program = hlo.read(TPU.replace("direction=LT", "direction=NE"))
     assert program.unknown == ("while.1",) and program.times["body"] == 1
-    assert operations.repeated(operations.operations(program)) == (0, 0)
+    assert hlo.repeated(hlo.operations(program)) == (0, 0)
 
 
-@pytest.mark.parametrize(
-    ("shape", "size"),
-    [
-        ("f32[2,3]{1,0}", 24),
-        ("(bf16[4]{0}, /*index=1*/s8[3]{0})", 11),
-        ("pred[]", 1),
-        ("bf16[4]{0:T(8,128)S(1)}", 0),
-        ("f8e4m3fn[10]{0}", 10),
-        ("u32[]{:S(2)}", 0),
-        ("token[]", 0),
-        ("s4[6]{0}", 6),
-    ],
-)
-def test_sizes(shape, size):
-    assert hlo.size_bytes(shape) == size
+def test_unknown_notation_of_replica_groups():
+    with pytest.raises(ValueError, match="unknown notation of replica groups: , replica_groups=tree"):
+        hlo.collectives(hlo.read(TPU.replace("replica_groups=[4,4]", "replica_groups=tree[4,4]")))
+
+
+def test_size_bytes():
+    sizes = {
+        "f32[2,3]{1,0}": 24,
+        "(bf16[4]{0}, /*index=1*/s8[3]{0})": 11,
+        "pred[]": 1,
+        "bf16[4]{0:T(8,128)S(1)}": 0,
+        "f8e4m3fn[10]{0}": 10,
+        "u32[]{:S(2)}": 0,
+        "token[]": 0,
+        "s4[6]{0}": 6,
+    }
+    assert {shape: hlo.size_bytes(shape) for shape in sizes} == sizes
 
 
 CONVOLUTION = """\
@@ -197,34 +196,18 @@ ENTRY %main (x: f32[2,8,8,4]) -> f32[2,8,8,16] {{
 
 
 @pytest.mark.parametrize(
-    ("left", "right", "out", "rest", "products"),
+    ("left", "right", "out", "window", "labels", "products"),
     [
-        ("[2,8,8,4]", "[3,3,4,16]", "[2,6,6,16]", "window={size=3x3}, dim_labels=b01f_01io->b01f", 2 * 36 * 16 * 9 * 4),
-        (
-            "[2,8,8,4]",
-            "[3,3,4,16]",
-            "[2,8,8,16]",
-            "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f",
-            2 * 16 * 4 * 22**2,
-        ),
-        (
-            "[2,8,8,4]",
-            "[3,3,4,16]",
-            "[2,4,4,16]",
-            "window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_01io->b01f",
-            2 * 16 * 4 * 11**2,
-        ),
-        # A product of 5 batches, [5 6 7] by [5 7 8], as a convolution over the batches: mostly padding and holes.
-        (
-            "[5,6,7,1]",
-            "[5,7,8,1]",
-            "[5,6,8,1]",
-            "window={size=5x1 stride=4x1 lhs_dilate=5x1}, dim_labels=0bf1_0io1->0bf1",
-            5 * 6 * 7 * 8,
-        ),
+        ("[2,8,8,4]", "[3,3,4,16]", "[2,6,6,16]", "3x3", "b01f_01io->b01f", 2 * 36 * 16 * 9 * 4),
+        ("[2,8,8,4]", "[3,3,4,16]", "[2,8,8,16]", "3x3 pad=1_1x1_1", "b01f_01io->b01f", 2 * 16 * 4 * 22**2),
+        ("[2,8,8,4]", "[3,3,4,16]", "[2,4,4,16]", "3x3 stride=2x2 pad=1_1x1_1", "b01f_01io->b01f", 2 * 16 * 4 * 11**2),
+        # 5 products of [6 7] by [7 8] as a convolution over the batch axis: mostly padding and zeros.
+        ("[5,6,7,1]", "[5,7,8,1]", "[5,6,8,1]", "5x1 stride=4x1 lhs_dilate=5x1", "0bf1_0io1->0bf1", 5 * 6 * 7 * 8),
     ],
+    ids=["valid", "padded", "strided", "batched product"],
 )
-def test_multiplications_of_a_convolution(left, right, out, rest, products):
+def test_flops_of_a_convolution(left, right, out, window, labels, products):
+    rest = f"window={{size={window}}}, dim_labels={labels}"
     program = hlo.read(CONVOLUTION.format(left=left, right=right, out=out, rest=rest))
-    (one,) = operations.operations(program)
-    assert one.flops == 2 * products
+    (convolution,) = hlo.operations(program)
+    assert convolution.flops == 2 * products

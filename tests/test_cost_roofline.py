@@ -1,4 +1,4 @@
-"""What collectives move inside an island of fast links, and what between islands."""
+"""Bytes of a collective inside and between islands of fast links; FLOPs of attention kernels."""
 
 import types
 
@@ -7,32 +7,40 @@ import pytest
 
 from lcm_jax.cost import hlo, roofline
 
-
-def moved(monkeypatch, platform, shape, groups, size=1.0):
-    device = types.SimpleNamespace(platform=platform)
-    mesh = types.SimpleNamespace(shape=shape, devices=np.array([device]))
-    one = hlo.Collective("all-gather", size, 1, groups, "")
-    monkeypatch.setattr(hlo, "collectives", lambda program: [one])
-    return roofline._collectives(None, mesh)[1:]
+GPUS = {"slice": 1, "data": 4, "fsdp": 8}  # four nodes of eight
+ALL = (tuple(range(32)),)
+NODES = tuple(tuple(range(8 * i, 8 * i + 8)) for i in range(4))
+ACROSS = tuple(tuple(range(i, 32, 8)) for i in range(8))  # one GPU of each node
 
 
-def test_gpus_beyond_a_node_pay_for_the_network(monkeypatch):
-    """32 GPUs are 4 nodes of 8: of a ring's 31/32 payloads, 7/8 go inside, and an eighth of 3/4 between them."""
-    shape = {"slice": 1, "data": 1, "fsdp": 32}
-    link, dcn = moved(monkeypatch, "gpu", shape, (tuple(range(32)),), 31.0)
-    assert (link, dcn) == pytest.approx((32 * 7 / 8, 32 * 3 / 4 / 8))
-    link, dcn = moved(monkeypatch, "tpu", shape, (tuple(range(32)),), 31.0)
-    assert (link, dcn) == (31.0, 0.0)
+@pytest.mark.parametrize(
+    ("platform", "shape", "groups", "received", "want"),
+    [
+        # Of a ring's 31/32 payloads, 7/8 stay inside the nodes, and an eighth of 3/4 goes between them.
+        ("gpu", GPUS, ALL, 31.0, (32 * 7 / 8, 32 * 3 / 4 / 8)),
+        ("gpu", GPUS, NODES, 7.0, (7.0, 0.0)),
+        ("gpu", GPUS, ACROSS, 3.0, (0.0, 3.0)),
+        ("tpu", GPUS, ALL, 31.0, (31.0, 0.0)),
+        ("tpu", {"slice": 2, "data": 1, "fsdp": 4}, (tuple(range(8)),), 7.0, (8 * 3 / 4, 8 / 2 / 4)),
+    ],
+    ids=["nodes", "inside nodes", "across nodes", "one slice", "two slices"],
+)
+def test_link_and_network_bytes(monkeypatch, platform, shape, groups, received, want):
+    mesh = types.SimpleNamespace(shape=shape, devices=np.array([types.SimpleNamespace(platform=platform)]))
+    collective = hlo.Collective("all-gather", received, 1, groups)
+    monkeypatch.setattr(hlo, "collectives", lambda program: [collective])
+    assert roofline._collectives(None, mesh)[1:] == pytest.approx(want)
 
 
-def test_gpus_of_one_node_do_not(monkeypatch):
-    shape = {"slice": 1, "data": 4, "fsdp": 8}
-    groups = tuple(tuple(range(8 * i, 8 * i + 8)) for i in range(4))
-    assert moved(monkeypatch, "gpu", shape, groups, 7.0) == (7.0, 0.0)
-    across = tuple(tuple(range(i, 32, 8)) for i in range(8))  # one of each node
-    assert moved(monkeypatch, "gpu", shape, across, 3.0) == pytest.approx((0.0, 3.0))
-
-
-def test_slices_pay_for_the_network(monkeypatch):
-    shape = {"slice": 2, "data": 1, "fsdp": 4}
-    assert moved(monkeypatch, "tpu", shape, (tuple(range(8)),), 7.0) == pytest.approx((8 * 3 / 4, 8 / 2 / 4))
+@pytest.mark.parametrize("separate_dq", [False, True])
+def test_flops_of_attention_kernels(monkeypatch, separate_dq):
+    """A product of all queries with all keys has 2 b n l l' d FLOPs; dkv computes dq, too, if no other kernel does."""
+    q, k, cudnn = (2, 8, 4096, 40), (2, 8, 1024, 40), (2, 4096, 8, 40)
+    operands = {"splash_mha_fwd.3": (q, k), "splash_mha_dkv.1": (q, k), "__cudnn$fmhaSoftmax": (cudnn, cudnn)}
+    operands |= {"splash_mha_dq": (q, k)} if separate_dq else {}
+    kernels = [hlo.Kernel(name, shapes, 1.0, 3) for name, shapes in ({"mine": ()} | operands).items()]
+    monkeypatch.setattr(hlo, "kernels", lambda program: kernels)
+    found = {kernel["name"]: kernel["flops"] for kernel in roofline._kernels(None)}
+    one, cudnn_one = (2 * 2 * 8 * 4096 * keys * 40 for keys in (1024, 4096))
+    want = {"mine": 0, "splash_mha_fwd": 2 * one, "splash_mha_dkv": (4 if separate_dq else 5) * one}
+    assert found == want | {"__cudnn$fmhaSoftmax": 2 * cudnn_one} | ({"splash_mha_dq": 3 * one} if separate_dq else {})

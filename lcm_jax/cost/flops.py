@@ -1,11 +1,11 @@
-"""Model FLOPs of a function: what its matrix products and convolutions ask for, from its jaxpr, nothing executed.
+"""Model FLOPs of a function: those of its matrix products and convolutions, counted in its jaxpr without running it.
 
     dot_general  2 x batch x rows x columns x contracted
-    convolution  2 x output elements x kernel positions x input channels per group; positions over padding count, as
-                 they do in torch's counter; zeros that a transposed convolution puts between inputs do not
+    convolution  2 x output elements x kernel positions x input channels per group; kernel positions over padding count,
+                 as in torch's counter; the zeros that a transposed convolution puts between inputs do not
 
-Everything else counts nothing. Sizes are those of the whole, unsharded function. What a rematerialised function
-computes twice would count twice, and a kernel's inside is not seen: count the function without either.
+Everything else counts as 0. Sizes are those of the whole, unsharded function. Rematerialised work would count twice and
+a kernel hides its work, so count a version of the function without either.
 """
 
 import math
@@ -20,15 +20,15 @@ def count(function: Callable, *args: Any) -> float:
     """FLOPs of `function(*args)`; args are arrays or ShapeDtypeStructs.
 
     Raises:
-      ValueError: a loop whose length the jaxpr does not say, or a hand-written kernel.
+      ValueError: a while loop that contains products, or a Pallas kernel.
     """
-    traced = function if hasattr(function, "trace") else jax.jit(function)  # jitted already or not
-    return of_jaxpr(traced.trace(*args).jaxpr.jaxpr)
+    jitted = function if hasattr(function, "trace") else jax.jit(function)  # keeps the static arguments of a jitted one
+    return of_jaxpr(jitted.trace(*args).jaxpr.jaxpr)
 
 
 def of_jaxpr(jaxpr: core.Jaxpr) -> float:
-    """FLOPs of all equations; a loop's body counts at every turn, of a branch the dearest side."""
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+    """FLOPs of all equations: every iteration of a scan, the most expensive branch of a cond."""
+    return sum(map(_of_equation, jaxpr.eqns))
 
 
 def _of_equation(equation: core.JaxprEqn) -> float:
@@ -39,31 +39,26 @@ def _of_equation(equation: core.JaxprEqn) -> float:
         return _convolution(equation)
     if name == "cond":
         return max(of_jaxpr(branch.jaxpr) for branch in params["branches"])
-    inner = sum(of_jaxpr(jaxpr) for jaxpr in core.jaxprs_in_params(params))
+    inner = sum(map(of_jaxpr, core.jaxprs_in_params(params)))
     if name == "scan":
         return params["length"] * inner
     if name == "while" and inner:
         raise ValueError(
-            "a while loop with products in it: how often it turns is not known; use scan, or a fori_loop "
-            "of fixed length under differentiation"
+            "cannot count the products in a while loop, whose number of iterations is unknown; use scan or a "
+            "fori_loop of fixed length instead"
         )
     if name == "pallas_call":
-        raise ValueError("a Pallas kernel: what it computes is not counted here; count the function with its XLA form")
+        raise ValueError("cannot count the FLOPs of a Pallas kernel; count the function with XLA operations instead")
     if name == "shard_map":  # the body sees one device's part
-        return inner * _ways(equation)
+        return inner * _shards(equation)
     return inner
 
 
-def _ways(equation: core.JaxprEqn) -> int:
-    """Devices among which a shard_map's arguments are divided; each runs its body."""
-    names = [
-        name
-        for spec in equation.params["in_specs"]
-        for entry in spec
-        if entry is not None
-        for name in (entry if isinstance(entry, tuple) else (entry,))
-    ]
-    return math.prod(equation.params["mesh"].shape[name] for name in set(names))
+def _shards(equation: core.JaxprEqn) -> int:
+    """Number of devices that a shard_map divides its arguments among; each of them runs the body."""
+    entries = [entry for spec in equation.params["in_specs"] for entry in spec if entry is not None]
+    names = {name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))}
+    return math.prod(equation.params["mesh"].shape[name] for name in names)
 
 
 def _dot_general(equation: core.JaxprEqn) -> float:
