@@ -160,7 +160,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "the run's config file, as configs/sdxl_lcm.py")
+    config_flags.DEFINE_config_file("config", None, config_lib.flag_help("configs/sdxl_lcm.py"))
     flags.DEFINE_string("topology", None, "chips, as v5e:4x4 (16 of them)")
     flags.DEFINE_integer("slices", None, "so many of them in one pod; default: mesh.slices")
     flags.DEFINE_bool("fit", False, "look for the largest batch that fits")

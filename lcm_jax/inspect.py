@@ -609,7 +609,7 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "the run's config file, as configs/shapes_lcm.py")
+    config_flags.DEFINE_config_file("config", None, config_lib.flag_help("configs/shapes_lcm.py"))
     flags.DEFINE_string("out", None, "PNG file of the contact sheet; without it there is none")
     flags.DEFINE_integer("count", Options.count, "pictures on the contact sheet", lower_bound=1)
     flags.DEFINE_integer("sample", Options.sample, "records of each part that are read", lower_bound=1)

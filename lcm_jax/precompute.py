@@ -424,7 +424,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "the run's config file, as configs/shapes_lcm.py")
+    config_flags.DEFINE_config_file("config", None, config_lib.flag_help("configs/shapes_lcm.py"))
     flags.DEFINE_string("out", None, "new folder, or one in which the same command was stopped")
     flags.DEFINE_enum("what", "latents", ("latents", "records"), "encoded rows, or records as they are")
     flags.DEFINE_string("text", Options.text, f"captions as {' or '.join(cache.TEXTS)}")

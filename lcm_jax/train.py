@@ -295,7 +295,7 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "the run's config file, as configs/shapes_lcm.py")
+_CONFIG = config_flags.DEFINE_config_file("config", None, config_lib.flag_help("configs/shapes_lcm.py"))
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: metrics, samples, checkpoints")
 _REPORT = flags.DEFINE_bool("aot_report", False, "compile the step, say what it takes and how fast it may be")
 _PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST, steps to write a trace of, to WORKDIR/profile")

@@ -212,14 +212,14 @@ NUMBERS = [
     # The loss and the step.
     Mutant(
         "target: the network's timestep is one off",
-        "distill/objective.py",
+        "distill/lcm.py",
         "f(target_params, z_end, p.grid.prev_timesteps)",
         "f(target_params, z_end, p.grid.prev_timesteps + 1)",
         LCD,
     ),
     Mutant(
         "target: theta in place of theta^-",
-        "distill/objective.py",
+        "distill/lcm.py",
         "stop_gradient(f(target_params, z_end,",
         "stop_gradient(f(params, z_end,",
         LCD,
@@ -441,7 +441,7 @@ NUMBERS = [
     ),
     Mutant(
         "LoRA in training: alpha not over rank",
-        "distill/state.py",
+        "distill/student.py",
         "alpha / rank)",
         "alpha)",
         ("test_distill_state.py::test_what_a_student_adds_is_as_its_parameters_are",),

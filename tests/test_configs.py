@@ -3,11 +3,14 @@
 The models are reduced, and so is the batch; everything else is the file's own.
 """
 
+import contextlib
+import functools
 import re
 import runpy
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_family
@@ -15,13 +18,17 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from lcm_jax import train
+from lcm_jax.diffusion.denoiser import student_output
+from lcm_jax.distill import OBJECTIVES
+from lcm_jax.distill.objective import Objective, draw, l2, noised, student_weights
 from lcm_jax.errors import LcmError
+from lcm_jax.models import attention
 from lcm_jax.run import config as config_lib
 from lcm_jax.run import models as student_lib
 from lcm_jax.run import step as training_step
 from lcm_jax.runtime import checkpoints as checkpoint
+from lcm_jax.runtime import kernels, telemetry
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime import telemetry
 
 FILES = {file.stem: file for file in sorted((Path(__file__).parents[1] / "configs").glob("*.py"))}
 FAMILIES = {
@@ -195,6 +202,54 @@ def test_the_step_traces(name):
         assert all("/lora_" in key for key in weights)
     else:
         assert ("time_embedding/cond_proj/kernel" in weights) == (config.distill.w_embedding_dim > 0)
+
+
+def tangent_loss(problem, params, target_params, frozen, batch, draws):
+    """Of the student's derivative along the noise, in forward mode."""
+    z, weights = noised(problem, batch, draws, problem.grid.timesteps), student_weights(problem, frozen, params)
+    t = problem.grid.timesteps[0]
+    student = lambda z: student_output(problem.student, weights, z, t, batch["cond"], draws.w)  # noqa: E731
+    return l2(*jax.jvp(student, (z,), (draws.noise,)))
+
+
+def test_a_forward_mode_objective_needs_an_attention_that_has_it(monkeypatch):
+    """What an objective declares is what the run reads: no teacher is loaded, and kernels without `jvp` are refused."""
+    monkeypatch.setitem(OBJECTIVES, "tangent", Objective(tangent_loss, "", "", forward_mode=True))
+    config = load("shapes_lcm")
+    config.objective = "tangent"
+    config_lib.validate(config)
+    config = config_lib.resolve(config)
+    mesh, models = mesh_lib.make_mesh(devices=jax.devices()[:1]), student_lib.shapes(config)
+    for config.model.attention in ("auto", "cudnn", "splash"):
+        words = f"attention = '{config.model.attention}': .*'tangent' .* forward mode.*xla, chunked"
+        with pytest.raises(LcmError, match=words):
+            training_step.make(config, *models, mesh)
+    config.model.attention = "xla"
+    program = training_step.make(config, *models, mesh)
+    assert program.problem.teacher is None and program.frozen.teacher is None
+
+    def loss(params, batch, key):
+        draws = draw(program.problem, key, batch["mean"].shape)
+        return tangent_loss(program.problem, params, params, program.frozen, batch, draws)
+
+    jax.jit(loss).lower(program.state.params, program.batch, program.key)
+
+
+KERNELS = {
+    "xla": attention.dot_product_attention,
+    "chunked": functools.partial(attention.chunked_attention, rows=64),
+    "splash": functools.partial(kernels.splash_attention, interpret=True),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_which_attention_has_a_forward_mode(name):
+    def tangent(q):
+        return jax.jvp(lambda x: KERNELS[name](x, x, x), (q,), (q,))
+
+    refused = contextlib.nullcontext() if name in kernels.FORWARD_MODE else pytest.raises(TypeError, match="jvp")
+    with refused:
+        jax.jit(tangent).lower(jnp.ones((1, 128, 1, 64)))
 
 
 @pytest.mark.slow

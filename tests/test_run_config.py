@@ -1,4 +1,4 @@
-"""Keys, values and the command line of the config; what may differ when a run goes on."""
+"""The table of keys: values, docs and the command line; what a resumed run may change."""
 
 import json
 import runpy
@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict, config_flags
 
 from lcm_jax import assets
 from lcm_jax.errors import LcmError
@@ -20,30 +23,32 @@ def shapes():
     return runpy.run_path(str(ROOT / "configs" / "shapes_lcm.py"))["get_config"]()
 
 
-def test_promised_keys_exist():
-    flat = config_lib._flat(config_lib.default_config().to_dict())
-    promised = """seed objective model.teacher model.student data.source data.path data.batch_size data.resolution
-        train.steps train.learning_rate train.ema_decay distill.solver_steps distill.w_min distill.w_max distill.loss
-        checkpoint.every log.every sample.every""".split()
-    assert set(promised) <= set(flat)
-
-
 BAD = {
     "seed": -1,
     "objective": "lcf2",
+    "mesh.slices": 0,
+    "mesh.data": 0,
+    "mesh.fsdp": -2,
     "model.teacher": None,
     "model.student": "",
+    "model.vae": "",
+    "model.config": "x",
+    "model.prediction_type": "eps",
     "model.dtype": "float16",
+    "model.teacher_dtype": "auto",
+    "model.attention": "flash",
     "data.source": "imagenet",
     "data.path": "/x",
     "data.batch_size": 0,
     "data.resolution": 0,
     "data.num_examples": 0,
     "data.style": "oil",
+    "data.aspect_buckets": 1,
     "data.crop": "left",
     "data.flip": 1.5,
     "data.decoder": "gd",
     "data.encode": "never",
+    "data.encode_chunk": -1,
     "data.caption_dropout": -0.1,
     "data.max_bad_fraction": 2.0,
     "data.workers": -1,
@@ -53,6 +58,7 @@ BAD = {
     "train.steps": 0,
     "train.learning_rate": 0.0,
     "train.lr_warmup_steps": -1,
+    "train.lr_decay_start": -1,
     "train.lr_decay_steps": -5,
     "train.ema_decay": 1.0,
     "train.weight_decay": -0.1,
@@ -60,26 +66,28 @@ BAD = {
     "train.adam_b2": -0.1,
     "train.adam_eps": 0.0,
     "train.max_grad_norm": -1.0,
+    "train.mu_dtype": "auto",
+    "train.remat": "all",
     "train.accumulation_steps": 0,
+    "distill.solver": "euler",
     "distill.solver_steps": 1001,
     "distill.w_min": -0.5,
     "distill.w_max": float("nan"),
     "distill.loss": "l1",
     "distill.huber_c": 0.0,
-    "distill.solver": "euler",
     "distill.w_embedding_dim": 255,
+    "distill.timestep_scaling": 0.0,
+    "distill.sigma_data": float("inf"),
     "distill.lcd_weight": -1.0,
     "lora.rank": -1,
     "lora.alpha": 0.0,
     "lora.targets": (1,),
-    "model.vae": "",
-    "model.config": "x",
-    "model.prediction_type": "eps",
-    "distill.timestep_scaling": 0.0,
-    "distill.sigma_data": float("inf"),
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
+    "checkpoint.keep_every": -1,
+    "checkpoint.best": "accuracy",
     "log.every": 0,
+    "log.spike": -1.0,
     "sample.every": -1,
     "sample.steps": 51,
     "sample.guidance_scale": 0.5,
@@ -87,29 +95,25 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("key", BAD)
-def test_bad_value_names_key_and_value(shapes, key):
-    with shapes.unlocked():
-        shapes.update_from_flattened_dict({key: BAD[key]})
-    with pytest.raises(LcmError) as info:
-        config_lib.validate(shapes)
-    text = str(info.value)
-    assert f"config.{key} = {BAD[key]!r}" in text and "\n" not in text
-
-
-def test_values_that_contradict_each_other(shapes):
-    shapes.distill.w_min, shapes.distill.w_max = 9.0, 8.0
-    with pytest.raises(LcmError, match=r"distill.w_max = 8.0.*distill.w_min = 9.0"):
-        config_lib.validate(shapes)
-    shapes.distill.w_min, shapes.train.lr_decay_start, shapes.train.lr_warmup_steps = 0.0, 400, 500
-    with pytest.raises(LcmError, match=r"train.lr_decay_start = 400.*500"):
-        config_lib.validate(shapes)
+def test_validate_names_key_and_value(shapes):
+    assert {key.name for key in config_lib.KEYS if key.check is not None} <= set(BAD)
+    good = flatten_dict(shapes.to_dict(), sep=".")
+    for key, value in BAD.items():
+        with pytest.raises(LcmError) as info:
+            config_lib.validate(ConfigDict(unflatten_dict(good | {key: value}, sep=".")))
+        text = str(info.value)
+        assert text.startswith(f"config.{key} = {value!r}: ") and "\n" not in text, text
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"lora.rank": 64}, r"w_embedding_dim = 256: w-embedding student asked of a LoRA run.*set 0"),
+        ({"distill.w_min": 9.0, "distill.w_max": 8.0}, r"distill.w_max = 8.0.*distill.w_min = 9.0"),
+        ({"train.lr_decay_start": 400, "train.lr_warmup_steps": 500}, r"train.lr_decay_start = 400.*500"),
+        ({"data.batch_size": 9, "train.accumulation_steps": 2}, r"accumulation_steps = 2: must divide .* = 9"),
+        ({"mesh.fsdp": -1}, r"mesh.data = -1: mesh.fsdp is -1 as well"),
+        ({"data.source": None}, r"data.source = None: no training data; set --config.data.source"),
+        ({"lora.rank": 64}, r"w_embedding_dim = 256: a LoRA run cannot train .*set 0"),
         ({"objective": "lcf"}, r"model.student = None: LCF fine-tunes"),
         (
             {"objective": "lcf", "model.student": "/lcm", "model.teacher": None, "distill.lcd_weight": 0.5},
@@ -118,28 +122,30 @@ def test_values_that_contradict_each_other(shapes):
         ({"distill.lcd_weight": 0.5}, r"lcd_weight = 0.5: only objective \"lcf\""),
         (
             {"objective": "lcf", "model.student": "/lcm", "distill.solver": "dpm_solver"},
-            r"no teacher jumps in plain LCF",
+            r"the loss evaluates no teacher; .* set distill.lcd_weight",
         ),
         ({"distill.w_embedding_dim": 0}, r"guidance_scale = 3.0: .*set 1 "),
     ],
 )
-def test_objectives_and_what_they_train(shapes, changes, words):
+def test_values_that_contradict_each_other(shapes, changes, words):
     shapes.update_from_flattened_dict(changes)
     with pytest.raises(LcmError, match=words) as error:
         config_lib.validate(shapes)
     assert "\n" not in str(error.value)
 
 
-def test_lora_and_lcf_configs(shapes):
+def test_resolve(shapes):
+    """What follows from other values is filled in, in a copy; resolving again changes nothing."""
     shapes.lora.rank, shapes.distill.w_embedding_dim, shapes.sample.guidance_scale = 64, 0, 1.0
     config_lib.validate(shapes)
     resolved = config_lib.resolve(shapes)
     assert len(resolved.lora.targets) == 14 and "to_out.0" in resolved.lora.targets and shapes.lora.targets == ()
-    assert config_lib.resolve(resolved).to_dict() == resolved.to_dict() and config_lib.asks_teacher(shapes)
+    assert resolved.model.student == "shapes" and resolved.model.dtype in ("float32", "bfloat16")
+    assert shapes.model.student is None and config_lib.needs_teacher(shapes)
+    assert config_lib.resolve(resolved).to_dict() == resolved.to_dict()
     shapes.objective, shapes.model.student, shapes.model.teacher = "lcf", "/lcm", None
-    config_lib.validate(shapes)
     config_lib.validate(config_lib.resolve(shapes))
-    assert not config_lib.asks_teacher(shapes)
+    assert not config_lib.needs_teacher(shapes)
 
 
 def test_unknown_and_missing_keys(shapes):
@@ -153,14 +159,6 @@ def test_unknown_and_missing_keys(shapes):
         del shapes.train["stepz"], shapes.train["steps"]
     with pytest.raises(LcmError, match=r"config.train.steps is missing"):
         config_lib.validate(shapes)
-
-
-def test_resolve_fills_in_what_follows(shapes):
-    resolved = config_lib.resolve(shapes)
-    assert resolved.model.student == "shapes" and resolved.model.dtype in ("float32", "bfloat16")
-    assert shapes.model.student is None, "the argument stays as it was"
-    config_lib.validate(resolved)
-    assert config_lib.resolve(resolved).to_dict() == resolved.to_dict()
 
 
 def test_differences(shapes):
@@ -179,29 +177,42 @@ def test_differences(shapes):
     assert config_lib.differences(saved, shapes)["distill.huber_c"] == ("<absent>", 0.001)
 
 
-APP = """
-from absl import app, flags
-from ml_collections import config_flags
-from lcm_jax.run import config as config_lib
-CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-flags.DEFINE_string("workdir", None, "where to")
-def main(_):
-    print(config_lib.to_json(CONFIG.value))
-app.run(main, flags_parser=config_lib.parse_flags)
-"""
+def test_docs_are_the_table():
+    assert (ROOT / "docs" / "config.md").read_text() == config_lib.markdown()
+
+
+def test_help_lists_every_key():
+    done = subprocess.run([sys.executable, "-m", "lcm_jax.train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stderr  # absl's
+    text = "".join(done.stdout.split())
+    for key in config_lib.KEYS:
+        assert "".join(f"--config.{key.name}={key.default}  {key.meaning}".split()) in text, key.name
+
+
 CONFIG = "--config=configs/shapes_lcm.py"
 
 
-def run_app(*arguments):
-    return subprocess.run([sys.executable, "-c", APP, *arguments], cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def parse(monkeypatch):
+    """Command line -> its config, as a program with the flags --config and --workdir has it."""
+
+    def run(*arguments):
+        values, argv = flags.FlagValues(), ["train", *arguments]
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        flags.DEFINE_string("workdir", None, "", flag_values=values)
+        monkeypatch.setattr(flags, "FLAGS", values)
+        monkeypatch.setattr(sys, "argv", argv)  # config_flags looks for overrides there
+        monkeypatch.chdir(ROOT)
+        config_lib.parse_flags(argv)
+        return values.config
+
+    return run
 
 
-def test_command_line_overrides():
-    done = run_app(CONFIG, "--config.train.steps=7", "--config.train.learning_rate=1", "--config.model.student=/a")
-    assert done.returncode == 0, done.stderr
-    config = json.loads(done.stdout)
-    assert config["train"]["steps"] == 7 and config["train"]["learning_rate"] == 1.0
-    assert config["model"]["student"] == "/a"
+def test_command_line_overrides(parse):
+    config = parse(CONFIG, "--config.train.steps=7", "--config.train.learning_rate=1", "--config.model.student=/a")
+    assert config.train.steps == 7 and type(config.train.learning_rate) is float and config.train.learning_rate == 1
+    assert config.model.student == "/a"
 
 
 @pytest.mark.parametrize(
@@ -216,10 +227,12 @@ def test_command_line_overrides():
         ((CONFIG, "--workdirr=x"), ["workdirr", "workdir"]),
     ],
 )
-def test_command_line_errors_are_one_line_and_exit_2(arguments, words):
-    done = run_app(*arguments)
-    assert done.returncode == 2 and not done.stdout
-    (line,) = done.stderr.strip().splitlines()
+def test_command_line_errors_are_one_line_and_exit_2(parse, capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        parse(*arguments)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out
+    (line,) = err.strip().splitlines()
     assert line.startswith("error: ") and all(word in line for word in words), line
 
 

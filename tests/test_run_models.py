@@ -182,7 +182,7 @@ def test_models_that_do_not_go_together(teacher, lcm, tmp_path):
         load(make_config(teacher, objective="lcf", model__student=str(of_v), distill__w_embedding_dim=DIM))
     plain = tmp_path / "plain"
     shutil.copytree(teacher, plain)
-    with pytest.raises(LcmError, match="w_embedding_dim = 256: w-embedding student asked of a LoRA run.*set 0"):
+    with pytest.raises(LcmError, match="w_embedding_dim = 256: a LoRA run cannot train .*set 0"):
         load(make_config(teacher, lora__rank=4, model__student=str(plain)))
     with pytest.raises(LcmError, match="is a Latent Consistency Model itself"):
         load(make_config(lcm, **LORA | {"distill__w_embedding_dim": DIM}, model__student=str(plain)))

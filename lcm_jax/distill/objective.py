@@ -1,29 +1,25 @@
-"""Latent Consistency Distillation and Fine-tuning, the algorithms of the LCM paper (arXiv 2310.04378), line by line.
+"""What objectives share: the problem, its random draws, the points of a student's step, and the distances.
 
-With solver grid (t_start, t_end)_i, target weights theta^- and guidance weight w (0 = no guidance):
+An objective trains the student f_theta on pairs of points of one path, the first at t_start, the second at t_end nearer
+to the data, (t_start, t_end)_i being the solver grid:
 
-    z_start = alpha z + sigma eps                                                   forward noising
-    loss    = d( f_theta(z_start, w, c, t_start), stop_gradient f_theta^-(z_end, w, c, t_end) )
-
-LCD (Algorithm 1) lets the teacher say where z_end is, LCF (an LCM on new data, no teacher) the data themselves:
-
-    LCD     o     = o_c + w (o_c - o_0)      teacher at (z_start, t_start), text c and null text 0, one batch of 2b
-            z_end = DDIM jump of (x0(o), eps(o)) from t_start to t_end, or one of second order, with o at s between, too
-    LCF     z_end = alpha z + sigma eps      at t_end, with the noise of z_start
+    z_start = alpha z + sigma eps at t_start          `noised`, z drawn from the VAE's posterior
+    z_end   = alpha z + sigma eps at t_end            `noised`, or
+              the guided teacher's jump from z_start  `teacher_jump`
 
 What is trained, theta, is a UNet's weights, or LoRA adapters on frozen ones. Everything outside the networks is
-float32. What is random comes in as `Draws`, so that a test, or another framework, can feed the same numbers.
+float32. Randomness comes in as `Draws`, so that a test, or another framework, can feed the same numbers.
 
 Distances d(prediction, target) of each example: means over its elements, in float32.
 
     l2           (p - q)^2
     pseudo-Huber sqrt((p - q)^2 + c^2) - c, element-wise; at c = 1e-3 practically |p - q|
 
-Examples of a batch have one size, so the mean of their distances is the mean over every element.
+All examples of a batch have the same size, so the mean of their distances is the mean over all elements.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,8 +28,31 @@ from flax import linen as nn
 from flax import struct
 
 from lcm_jax.diffusion import consistency, guidance, schedule, solvers
-from lcm_jax.diffusion.denoiser import Conditioning, Params, guided_output, student_output
+from lcm_jax.diffusion.denoiser import Conditioning, Params, guided_output
 from lcm_jax.models.lora import Adapted
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss and what it needs. Checks, records, model cards and ahead-of-time compilation read it here.
+
+    Attributes:
+      loss: (problem, params, target_params, frozen, batch, draws) -> float32 [b]; see `lcm.lcd_loss`.
+      title: the method's name and source in Markdown, for model cards.
+      step_end: what decides where the student's step ends, for model cards.
+      needs_teacher: the loss always evaluates the teacher.
+      needs_lcm: training continues a Latent Consistency Model rather than starting from a diffusion model.
+      takes_lcd_weight: adds `Problem.lcd_weight` times the LCD loss; a weight above 0 needs the teacher as well.
+      forward_mode: the loss differentiates the student in forward mode (`jax.jvp`), so its attention must allow that.
+    """
+
+    loss: Callable[..., jax.Array]
+    title: str
+    step_end: str
+    needs_teacher: bool = False
+    needs_lcm: bool = False
+    takes_lcd_weight: bool = False
+    forward_mode: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,15 +60,16 @@ class Problem:
     """What is distilled and how; static, so a step is compiled for it.
 
     Attributes:
-      student: UNet, or `Adapted` UNet. One with `time_cond_proj_dim` is told w; one without averages over it.
-      teacher: UNet; None where nothing asks it (LCF with `lcd_weight` 0).
+      student: UNet, or `Adapted` UNet. With `time_cond_proj_dim` it is conditioned on w; without, it learns the average
+        over w.
+      teacher: UNet; None if the loss does not need one.
       schedule, grid: the teacher's noise table, and the solver with its grid on it.
       distance: d(prediction, target) of each example, [b ...] -> [b].
-      w_min, w_max: range of w, the paper's convention (guidance scale - 1).
+      w_min, w_max: range of w in the paper's convention (guidance scale - 1).
       scaling_factor: the VAE's, from posterior to diffusion latents.
       sigma_data, timestep_scaling: of the boundary scalings.
-      objective: "lcd" or "lcf", a key of `LOSSES`.
-      lcd_weight: of the LCD loss that LCF adds to its own, so that the teacher's guidance stays.
+      objective: a key of `lcm_jax.distill.OBJECTIVES`.
+      lcd_weight: of the LCD loss that LCF adds to its own, so that the student keeps the teacher's guidance.
     """
 
     student: nn.Module | Adapted
@@ -76,10 +96,10 @@ class Draws(struct.PyTreeNode):
 
 
 class Frozen(struct.PyTreeNode):
-    """Arrays that a step reads and never changes; None: this run has none.
+    """Arrays that a step reads and never changes; None: this run does not need them.
 
     teacher: the teacher's weights; null: the null text as [1 ...] conditioning; base: the weights under a LoRA's
-    adapters where they are not the teacher's, which else serve both, held once.
+    adapters, if they differ from the teacher's. If not, the teacher's serve both, held once.
     """
 
     teacher: Params | None = None
@@ -105,79 +125,20 @@ def student_weights(problem: Problem, frozen: Frozen, theta: Params) -> Params:
     return {"base": frozen.teacher if frozen.base is None else frozen.base, "lora": theta}
 
 
-def lcd_loss(
-    problem: Problem, params: Params, target_params: Params, frozen: Frozen, batch: Mapping[str, Any], draws: Draws
-) -> jax.Array:
-    """The LCD loss of each example, float32 [b]; what is minimised is their mean.
-
-    Args:
-      problem: what is distilled.
-      params, target_params: theta and theta^-, of the student or its adapters; only theta gets a gradient.
-      frozen: teacher's weights and null text.
-      batch: "mean", "logvar" [b h w c], the VAE's posterior, unscaled; "cond", the captions' conditioning.
-      draws: see `Draws`.
-    """
-    z_start = noised(problem, batch, draws, problem.grid.timesteps)
-    z_end = teacher_jump(problem, frozen, z_start, batch["cond"], draws)
-    return _distances(problem, params, target_params, frozen, z_start, [z_end], batch["cond"], draws)[0]
-
-
-def lcf_loss(
-    problem: Problem, params: Params, target_params: Params, frozen: Frozen, batch: Mapping[str, Any], draws: Draws
-) -> jax.Array:
-    """The LCF loss of each example, plus `problem.lcd_weight` times the LCD loss of the same draws, float32 [b].
-
-    Arguments as `lcd_loss`'s. The prediction is the same for both, so that the mixture costs the teacher's passes and
-    one of the target more.
-    """
-    z_start = noised(problem, batch, draws, problem.grid.timesteps)
-    ends = [noised(problem, batch, draws, problem.grid.prev_timesteps)]
-    if problem.lcd_weight:
-        ends.append(teacher_jump(problem, frozen, z_start, batch["cond"], draws))
-    lcf, *lcd = _distances(problem, params, target_params, frozen, z_start, ends, batch["cond"], draws)
-    return lcf + problem.lcd_weight * lcd[0] if lcd else lcf
-
-
-LOSSES = {"lcd": lcd_loss, "lcf": lcf_loss}
-
-
 def noised(problem: Problem, batch: Mapping[str, Any], draws: Draws, timesteps: Any) -> jax.Array:
-    """alpha z + sigma eps [b h w c] at `timesteps` [N] of the grid, z drawn from the posterior."""
+    """alpha z + sigma eps [b h w c] at `timesteps` [N] of the grid, with z drawn from the posterior."""
     z = problem.scaling_factor * (batch["mean"] + jnp.exp(0.5 * batch["logvar"]) * draws.posterior)
     return schedule.add_noise(problem.schedule, z, draws.noise, jnp.asarray(timesteps)[draws.index])
 
 
 def teacher_jump(problem: Problem, frozen: Frozen, z_start: jax.Array, cond: Conditioning, draws: Draws) -> jax.Array:
-    """Where the guided teacher's jump from t_start ends, [b h w c], by the grid's solver; no gradient passes."""
+    """End of the guided teacher's jump from t_start, [b h w c], by the grid's solver; no gradient passes."""
     p = problem
 
     def guided(z: jax.Array, t: jax.Array) -> jax.Array:
         return guided_output(p.teacher, frozen.teacher, z, t, cond, frozen.null, draws.w)
 
     return jax.lax.stop_gradient(solvers.jump(guided, z_start, p.schedule, p.grid, draws.index))
-
-
-def _distances(
-    problem: Problem,
-    params: Params,
-    target_params: Params,
-    frozen: Frozen,
-    z_start: jax.Array,
-    ends: Sequence[jax.Array],
-    cond: Conditioning,
-    draws: Draws,
-) -> list[jax.Array]:
-    """d(f_theta(z_start), stop_gradient f_theta^-(z_end)), [b], for every z_end."""
-    p = problem
-
-    def f(theta: Params, z_t: jax.Array, timesteps: Any) -> jax.Array:
-        t = jnp.asarray(timesteps)[draws.index]
-        output = student_output(p.student, student_weights(p, frozen, theta), z_t, t, cond, draws.w)
-        return consistency.consistency_function(p.schedule, output, z_t, t, p.sigma_data, p.timestep_scaling)
-
-    targets = [jax.lax.stop_gradient(f(target_params, z_end, p.grid.prev_timesteps)) for z_end in ends]
-    prediction = f(params, z_start, p.grid.timesteps)
-    return [p.distance(prediction, target) for target in targets]
 
 
 def l2(prediction: jax.Array, target: jax.Array) -> jax.Array:
@@ -188,7 +149,7 @@ def l2(prediction: jax.Array, target: jax.Array) -> jax.Array:
 def pseudo_huber(prediction: jax.Array, target: jax.Array, c: float = 1e-3) -> jax.Array:
     """Mean element-wise pseudo-Huber distance of each example: [b ...] and [b ...] -> float32 [b].
 
-    Not the per-sample norm of improved CM.
+    Not the per-sample norm of improved consistency training (Song and Dhariwal 2023).
     """
     return _per_example(jnp.sqrt(_squared(prediction, target) + c**2) - c)
 

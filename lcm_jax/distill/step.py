@@ -1,8 +1,8 @@
-"""One training step: loss -> gradient -> AdamW -> EMA, a pure function to be jitted with its state donated.
+"""One training step: loss -> gradient -> AdamW -> EMA, a pure function, to be jitted with its state donated.
 
     step(state, frozen, batch, key) -> (state, metrics)
 
-Randomness has no state: the draws of step n come from fold_in(key, n).
+Randomness has no state: the random draws of step n come from fold_in(key, n).
 """
 
 import zlib
@@ -13,20 +13,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lcm_jax.distill import objective as objectives
+from lcm_jax.distill import OBJECTIVES
+from lcm_jax.distill.objective import Frozen, Problem, draw
 from lcm_jax.distill.state import TrainState, update_ema
 
-METRICS = ("loss", "grad_norm", "update_norm", "param_norm", "ema_distance")  # scalars that a step tells
-TIMESTEP_BINS = 5  # equal parts of the solver grid that the loss is told of, the first nearest to the data
+METRICS = ("loss", "grad_norm", "update_norm", "param_norm", "ema_distance")  # scalars that a step reports
+TIMESTEP_BINS = 5  # equal parts of the solver grid whose losses are reported one by one, the first nearest to the data
 
 
 def named_key(seed: int, name: str) -> jax.Array:
-    """The root key of one named stream of random numbers; step n of it is fold_in(key, n)."""
+    """The root key of one named stream of random numbers; its key for step n is fold_in(key, n)."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def learning_rate_schedule(rate: float, warmup_steps: int = 0, decay_start: int = 0, decay_steps: int = 0):
-    """Linear from rate / (warmup + 1) over the warm-up, constant, linear to 0 over `decay_steps` from `decay_start`."""
+    """step -> rate: linear from rate / (warmup + 1), constant, then linear to 0 in `decay_steps` from `decay_start`."""
 
     def schedule(step):
         factor = jnp.minimum(1.0, (step + 1) / (warmup_steps + 1))
@@ -47,41 +48,41 @@ def make_optimizer(
     max_grad_norm: float = 1.0,
     mu_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """AdamW on every parameter behind clipping to a global gradient norm (0: no clipping).
+    """AdamW on every parameter, after clipping to a global gradient norm (0: no clipping).
 
-    `mu_dtype` is what the first moment is held in; the second stays in float32.
+    The first moment is held in `mu_dtype`, the second always in float32.
     """
     adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype)
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw) if max_grad_norm else adamw
 
 
 def make_step(
-    problem: objectives.Problem,
+    problem: Problem,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     accumulation_steps: int = 1,
     learning_rate: Callable[[jax.Array], jax.Array] | None = None,
-) -> Callable[[TrainState, objectives.Frozen, Any, jax.Array], tuple[TrainState, dict[str, Any]]]:
+) -> Callable[[TrainState, Frozen, Any, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """The training step, not yet jitted (`jax.jit(step, donate_argnums=0)`).
 
     Args:
       problem: what is distilled.
       optimizer: see `make_optimizer`.
       ema_decay: of the target; 0: the target is the student itself, without gradient.
-      accumulation_steps: the batch goes through the networks in so many parts, which must divide it; the update is
-        the same but for rounding.
-      learning_rate: the optimizer's schedule, to be told among the metrics.
+      accumulation_steps: number of equal parts in which the batch goes through the networks; the update is the same
+        but for rounding.
+      learning_rate: the optimizer's schedule, to report its value among the metrics.
 
     Returns:
-      step(state, frozen, batch, key) -> (state, metrics); batch as in `objectives.lcd_loss`, metrics of `measure`.
+      step(state, frozen, batch, key) -> (state, metrics); batch as in `lcm.lcd_loss`; metrics: METRICS, `binned`.
     """
 
     def loss_fn(params, target_params, frozen, batch, draws):
-        each = objectives.LOSSES[problem.objective](problem, params, target_params, frozen, batch, draws)
+        each = OBJECTIVES[problem.objective].loss(problem, params, target_params, frozen, batch, draws)
         return jnp.mean(each), each
 
-    def step(state: TrainState, frozen: objectives.Frozen, batch: Any, key: jax.Array):
-        draws = objectives.draw(problem, jax.random.fold_in(key, state.step), batch["mean"].shape)
+    def step(state: TrainState, frozen: Frozen, batch: Any, key: jax.Array):
+        draws = draw(problem, jax.random.fold_in(key, state.step), batch["mean"].shape)
 
         def value_and_grad(batch, draws):
             of_params = jax.value_and_grad(loss_fn, has_aux=True)
@@ -105,20 +106,20 @@ def make_step(
 
 
 def parts_of(tree: Any, count: int) -> Any:
-    """[b ...] -> [count b/count ...], part n of the rows n, n + count, ...
+    """[b ...] -> [count b/count ...]; part n holds rows n, n + count, ...
 
-    Where b is split over devices in blocks, each keeps its rows: a part has as many of every device.
+    If b is split over devices in blocks, no row changes device: a part has equally many rows of every device.
     """
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
 def accumulated(value_and_grad: Callable, parts: Any, params: Any) -> Any:
-    """((loss, gradient), bins) of the whole batch from those of its parts, one after another.
+    """((loss, gradient), bins) of the whole batch, computed part by part.
 
     Args:
-      value_and_grad: batch, draws -> ((mean loss, its gradient), sums over the examples).
+      value_and_grad: (batch, draws) -> ((mean loss, its gradient), sums over the examples).
       parts: (batch, draws), each [count b/count ...].
-      params: of the gradient's shapes.
+      params: a tree with the gradient's shapes.
     """
     count = jax.tree.leaves(parts)[0].shape[0]
 
@@ -132,13 +133,13 @@ def accumulated(value_and_grad: Callable, parts: Any, params: Any) -> Any:
 
 
 def binned(losses: jax.Array, index: jax.Array, num_steps: int) -> dict[str, jax.Array]:
-    """Sums of `losses` [b] and counts of examples, float32 [TIMESTEP_BINS], by their place `index` [b] on the grid."""
+    """Sums of `losses` [b] and counts of examples, float32 [TIMESTEP_BINS], by the examples' grid `index` [b]."""
     member = jax.nn.one_hot(index * TIMESTEP_BINS // num_steps, TIMESTEP_BINS)
     return {"sum": (losses[:, None] * member).sum(0), "count": member.sum(0)}
 
 
 def measure(params: Any, grads: Any, updates: Any, ema_params: Any) -> dict[str, jax.Array]:
-    """L2 norms over all parameters: of the gradient before clipping, the update, theta, and theta - theta^- over it."""
+    """L2 norms of the gradient before clipping, the update and theta, and |theta - theta^-| / |theta|."""
     param_norm = _norm(params)
     return {
         "grad_norm": optax.tree.norm(grads),  # which clipping has computed already
@@ -149,7 +150,7 @@ def measure(params: Any, grads: Any, updates: Any, ema_params: Any) -> dict[str,
 
 
 def _norm(tree: Any) -> jax.Array:
-    """`optax.tree.norm` as products: on a CPU XLA writes every square down before it sums them, 2 % of a step."""
+    """`optax.tree.norm` as products: on a CPU, XLA stores every square before it sums them, 2 % of a step."""
 
     def squared(x: jax.Array) -> jax.Array:
         axes = tuple(range(x.ndim))

@@ -1,33 +1,40 @@
-"""The configuration of a run: every key, its meaning and its default, and the check of its values.
+"""The configuration of a run, from one table of keys.
+
+KEYS declares each key with its default, its check and its meaning. Default config, validation, what a resumed run may
+change, the programs' `--help` and docs/config.md come from it; `python -m lcm_jax.run.config` writes the last.
 
 A config file (`configs/*.py`) starts from `default_config()` and changes what it needs; the command line changes the
-rest (`--config.train.steps=2000`). Keys are fixed: a key that is not below is an error wherever it is typed. Only the
-programs read the config; library functions take plain arguments.
+rest (`--config.train.steps=2000`). The set of keys is fixed: an unknown key is an error wherever it is typed. Only
+programs and `lcm_jax.run` read the config; library functions take plain arguments.
 
 Inside, w is the paper's guidance weight (0 = no guidance); `sample.guidance_scale` is the user's w + 1.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import jax
+from absl import flags
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from lcm_jax.data import images, shapes
 from lcm_jax.diffusion import solvers
+from lcm_jax.distill import OBJECTIVES
+from lcm_jax.distill.step import METRICS
 from lcm_jax.errors import LcmError
-from lcm_jax.models import layers as remat
-from lcm_jax.runtime import kernels as attention
-from lcm_jax.runtime import workdir as workdir_lib
+from lcm_jax.models import layers, lora
+from lcm_jax.runtime import kernels, workdir
 
-OBJECTIVES = ("lcd", "lcf")
 SOURCES = {
-    "shapes": "pictures rendered by code, with captions",
+    "shapes": "images rendered by code, with captions",
     "webdataset": "tar shards as img2dataset writes them",
     "huggingface": "a data set in parquet or save_to_disk form, or its hub id",
     "tfds": "a TensorFlow Datasets builder in array_record form",
@@ -35,142 +42,253 @@ SOURCES = {
     "latents": "what lcm_jax.precompute wrote",
     "mixture": "several of them, in data.mixture",
 }
-LOSSES = ("huber", "l2")
 DTYPES = ("float32", "bfloat16")
-PREDICTION_TYPES = (None, "epsilon", "v_prediction", "sample")
 W_EMBEDDING_OF_A_LORA = (
-    "w-embedding student asked of a LoRA run: adapters cannot add inputs to a model that has no w embedding; set 0 "
-    "(--config.distill.w_embedding_dim=0), or lora.rank = 0 to train the whole model"
+    "a LoRA run cannot train a student with a w embedding, because adapters cannot add an input to the base model; set "
+    "0 (--config.distill.w_embedding_dim=0), or lora.rank = 0 to train the whole model"
 )
 MAX_SOLVER_STEPS = 1000  # the solver grid is a subset of the 1000 training timesteps
-MAX_TWO_PASS_SCALE = 2.0  # guidance of a student without w embedding: above it pictures burn out
+MAX_TWO_PASS_SCALE = 2.0  # guidance of a student without w embedding: above it images are oversaturated
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A predicate on a key's value, and what the value "must be": the rest of the error, and the docs."""
+
+    accepts: Callable[[Any], bool]
+    must_be: str
+
+
+def one_of(choices: Collection[str | None]) -> Check:
+    return Check(lambda value: value in choices, f"one of {', '.join(str(c) or repr(c) for c in choices)}")
+
+
+def at_least(low: float, note: str = "") -> Check:
+    return Check(lambda value: value >= low, f"at least {low}{note}")
+
+
+POSITIVE = Check(lambda value: value > 0, "greater than 0")
+SHARE = Check(lambda value: 0 <= value <= 1, "in [0, 1]")
+DECAY = Check(lambda value: 0 <= value < 1, "in [0, 1)")
+MESH_AXIS = Check(lambda value: value >= 1 or value == -1, "at least 1, or -1 for the rest of the devices")
+MODEL = Check(lambda value: value != "", "a folder, a hub id, or None")
+
+# What the type of a key's default says of its values.
+TYPES = {
+    type(None): Check(lambda value: value is None or isinstance(value, str), "a string or None"),
+    bool: Check(lambda value: type(value) is bool, "True or False"),
+    int: Check(lambda value: type(value) is int, "an integer"),
+    float: Check(lambda value: type(value) in (int, float) and math.isfinite(value), "a finite number"),
+    str: Check(lambda value: type(value) is str, "a string"),
+    tuple: Check(  # JSON makes a list of it
+        lambda value: isinstance(value, tuple | list) and all(isinstance(part, str) for part in value),
+        'a tuple of strings, as ("a", "b")',
+    ),
+}
+MAY_CHANGE = True  # when a run resumes: such a key changes nothing that is trained, but for rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key of the config.
+
+    Attributes:
+      name: dotted, as "train.steps".
+      default: its type is the type of the key's values, see TYPES.
+      check: what a value must be beyond that type; None: nothing more.
+      meaning: one line.
+      may_change: a resumed run may have another value than the run began with.
+    """
+
+    name: str
+    default: Any
+    check: Check | None
+    meaning: str
+    may_change: bool = False
+
+    def validate(self, value: Any) -> None:
+        """Raises LcmError unless `value` has the key's type and passes its check."""
+        for check in (TYPES[type(self.default)], self.check):
+            if check is not None and not check.accepts(value):
+                raise _refusal(self.name, value, f"must be {check.must_be}")
+
+    def values(self) -> str:
+        """What a value must be, in words."""
+        kind = TYPES[type(self.default)].must_be
+        if self.check is None:
+            return kind
+        return self.check.must_be if isinstance(self.default, str | None) else f"{kind}, {self.check.must_be}"
+
+
+# The defaults are those of the published full fine-tune of a Stable Diffusion teacher.
+KEYS = (
+    Key(
+        "seed",
+        0,
+        Check(lambda value: 0 <= value < 2**32, "in [0, 2^32)"),
+        "root of all random numbers: data order, noise, timesteps, w, initial weights",
+    ),
+    Key("objective", "lcd", one_of(OBJECTIVES), "lcd: distil a teacher; lcf: fine-tune an LCM, without a teacher"),
+    Key("compilation_cache", "", None, "folder for compiled programs; '': $JAX_COMPILATION_CACHE_DIR", MAY_CHANGE),
+    Key(
+        "mesh.slices",
+        1,
+        at_least(1),
+        "slices of a multi-slice TPU pod, each of data * fsdp devices; only gradients cross between them",
+        MAY_CHANGE,
+    ),
+    Key("mesh.data", -1, MESH_AXIS, "copies of the model in a slice", MAY_CHANGE),
+    Key("mesh.fsdp", 1, MESH_AXIS, "devices that share one copy of weights, optimiser, EMA and teacher", MAY_CHANGE),
+    Key("model.teacher", None, MODEL, "diffusers folder, hub id, FILE.safetensors, or 'shapes' (the embedded one)"),
+    Key("model.config", None, MODEL, "for FILE.safetensors: folder or hub id with its tokenizers and configs"),
+    Key("model.student", None, MODEL, "what training starts from; None: the teacher; lcf needs it: the LCM"),
+    Key("model.vae", None, MODEL, "VAE instead of the teacher's, as SDXL's for half precision"),
+    Key(
+        "model.prediction_type",
+        None,
+        one_of((None, "epsilon", "v_prediction", "sample")),
+        "what the model's files must say that it predicts; None: anything",
+    ),
+    Key("model.dtype", "auto", one_of(("auto", *DTYPES)), "compute dtype; auto: float32 on CPU, bfloat16 elsewhere"),
+    Key("model.teacher_dtype", "float32", one_of(DTYPES), "dtype of the frozen weights; bfloat16: half the memory"),
+    Key(
+        "model.attention",
+        "auto",
+        one_of(kernels.CHOICES),
+        "chunked: little memory; cudnn: GPUs; splash: TPUs; auto: by device and shape",
+        MAY_CHANGE,
+    ),
+    Key("data.source", None, one_of((None, *SOURCES)), "kind of the training data; a run must name one"),
+    Key("data.path", None, None, "where the source's files are: folder, pattern, name or hub id"),
+    Key("data.split", "train", None, "of huggingface, tfds and shapes"),
+    Key("data.image_key", None, None, "column of the images; None: as the format calls it"),
+    Key("data.caption_key", None, None, "column of the captions; None: as the format calls it"),
+    Key(
+        "data.width_key",
+        "width",
+        None,
+        "field with a record's original width in pixels, as LAION's original_width, for filters, aspect buckets and "
+        "SDXL; a record without it: the image's own",
+    ),
+    Key("data.height_key", "height", None, "field with a record's original height in pixels, likewise"),
+    Key("data.index_dir", None, None, "of webdataset: folder for indices of shards; None: beside them", MAY_CHANGE),
+    Key("data.style", "plain", one_of(shapes.STYLES), "of shapes: how the objects are rendered"),
+    Key("data.num_examples", 4096, at_least(1), "of shapes: distinct images, an epoch"),
+    Key("data.mixture", (), None, 'of mixture: parts "WEIGHT SOURCE PATH", as "3 webdataset /a/{00..99}.tar"'),
+    Key("data.filters", (), None, 'records to use, as "side >= 512", "aspect <= 2", "pwatermark <= 0.5 or missing"'),
+    Key("data.max_bad_fraction", 0.01, SHARE, "share of unusable records above which a run stops", MAY_CHANGE),
+    Key("data.batch_size", 32, at_least(1), "images per step over all devices and hosts"),
+    Key(
+        "data.resolution", 512, at_least(1), "side in pixels of the square images, or of a square of the buckets' area"
+    ),
+    Key("data.aspect_buckets", False, None, "keep aspect ratios: all images of a batch have one size of that area"),
+    Key("data.bucket_step", 64, at_least(1), "the sides of buckets are multiples of this, in pixels"),
+    Key("data.bucket_max_aspect", 2.0, at_least(1), "a bucket's longest to shortest side"),
+    Key("data.crop", "random", one_of(("random", "center")), "of an image whose shorter side was resized"),
+    Key("data.flip", 0.0, SHARE, "probability that an image is mirrored"),
+    Key("data.resize_filter", "lanczos", None, "lanczos, bicubic, bilinear, box: Pillow's; area: OpenCV's"),
+    Key("data.decoder", "pillow", one_of(images.FILTERS), "pillow: the reference; opencv: faster, needs OpenCV"),
+    Key("data.caption_dropout", 0.0, SHARE, "probability that a caption is replaced by ''"),
+    Key("data.encode_chunk", 0, at_least(0), "images that a device encodes at a time; 0: all of its batch", MAY_CHANGE),
+    Key(
+        "data.encode", "step", one_of(("step", "start")), "encode images and captions in each step, or once, in memory"
+    ),
+    Key("data.workers", 0, at_least(0), "processes that read and decode; 0: threads of the training's", MAY_CHANGE),
+    Key("train.steps", 10_000, at_least(1), "length of the run; may be raised later on the same workdir", MAY_CHANGE),
+    Key("train.learning_rate", 8e-6, POSITIVE, "peak rate, after the warm-up and before the decay"),
+    Key("train.lr_warmup_steps", 0, at_least(0), "linear from 0 over the first steps"),
+    Key("train.lr_decay_start", 0, at_least(0), "first step of the decay, if lr_decay_steps > 0"),
+    Key(
+        "train.lr_decay_steps",
+        0,
+        at_least(0),
+        "linear to 0 in this many steps; 0: no decay; independent of train.steps",
+    ),
+    Key("train.ema_decay", 0.95, DECAY, "target = decay * target + (1 - decay) * student; 0: the student itself"),
+    Key("train.weight_decay", 0.0, at_least(0), "AdamW's decoupled decay, on every parameter"),
+    Key("train.adam_b1", 0.9, DECAY, "AdamW's decay of the first moment"),
+    Key("train.adam_b2", 0.999, DECAY, "AdamW's decay of the second moment"),
+    Key("train.adam_eps", 1e-8, POSITIVE, "AdamW's epsilon"),
+    Key("train.max_grad_norm", 1.0, at_least(0), "global norm to which gradients are clipped; 0: no clipping"),
+    Key("train.mu_dtype", "float32", one_of(DTYPES), "dtype of AdamW's first moment; bfloat16: half its memory"),
+    Key(
+        "train.remat",
+        "none",
+        one_of(layers.CHOICES),
+        "activations recomputed for gradients; block: all; attention: all but attention's outputs",
+        MAY_CHANGE,
+    ),
+    Key(
+        "train.accumulation_steps",
+        1,
+        at_least(1),
+        "parts in which a batch goes through the networks; a step is still one update",
+        MAY_CHANGE,
+    ),
+    Key(
+        "distill.solver",
+        "ddim",
+        one_of(solvers.SOLVERS),
+        "of the teacher's jump; dpm_solver, dpm_solver_pp: second order, which evaluates the teacher twice",
+    ),
+    Key(
+        "distill.solver_steps",
+        50,
+        Check(lambda value: 1 <= value <= MAX_SOLVER_STEPS, f"in 1..{MAX_SOLVER_STEPS}"),
+        "points of the solver's grid; the skip k is 1000 // solver_steps",
+    ),
+    Key("distill.w_min", 2.0, at_least(0), "w is uniform in [w_min, w_max]"),
+    Key("distill.w_max", 14.0, None, "w is uniform in [w_min, w_max]"),
+    Key("distill.loss", "huber", one_of(("huber", "l2")), "distance of prediction and target; huber: pseudo-Huber"),
+    Key("distill.huber_c", 0.001, POSITIVE, "pseudo-Huber's c: sqrt(d^2 + c^2) - c"),
+    Key(
+        "distill.w_embedding_dim",
+        256,
+        Check(lambda value: value == 0 or (value >= 4 and value % 2 == 0), "0, or even and at least 4"),
+        "width of the embedding of w, the UNet's time_cond_proj_dim; 0: student without w",
+    ),
+    Key("distill.timestep_scaling", 10.0, POSITIVE, "s of the boundary scalings: c_skip and c_out depend on s * t"),
+    Key("distill.sigma_data", 0.5, POSITIVE, "of the boundary scalings"),
+    Key("distill.lcd_weight", 0.0, at_least(0), "of lcf: weight of an added LCD loss; keeps guidance, needs a teacher"),
+    Key("lora.rank", 0, at_least(0), "of the adapters, which alone are trained then (LCM-LoRA: 64); 0: all weights"),
+    Key("lora.alpha", 64.0, POSITIVE, "adapters are scaled by alpha / rank"),
+    Key("lora.targets", (), None, "ends of the adapted layers' torch names, as \"to_q\"; (): the LCM-LoRA report's 14"),
+    Key(
+        "checkpoint.every",
+        1000,
+        at_least(1),
+        "steps between checkpoints; the last step, and a stop by signal, save one as well",
+        MAY_CHANGE,
+    ),
+    Key("checkpoint.keep", 3, at_least(1), "newest checkpoints that stay on disk", MAY_CHANGE),
+    Key(
+        "checkpoint.keep_every", 0, at_least(0), "checkpoints of steps that this divides also stay; 0: none", MAY_CHANGE
+    ),
+    Key("checkpoint.best", "", one_of(("", *METRICS)), "metric whose lowest value's checkpoint also stays", MAY_CHANGE),
+    Key("log.every", 10, at_least(1), "steps between lines in metrics.jsonl and TensorBoard", MAY_CHANGE),
+    Key("log.wandb", "", None, "project on Weights & Biases that gets the same numbers; '': none", MAY_CHANGE),
+    Key("log.spike", 0.0, at_least(0), "stop if the loss is this many times its running mean; 0: never", MAY_CHANGE),
+    Key("sample.every", 1000, at_least(0), "steps between sample grids; 0: none", MAY_CHANGE),
+    Key("sample.steps", 4, at_least(1), "sampling steps of the grids"),
+    Key("sample.guidance_scale", 8.0, at_least(1, " (1 = no guidance, w = 0)"), "w + 1 of the grids"),
+    Key("sample.prompts", (), None, "captions of the grids, whose noise stays the same through the run"),
+)
 
 
 def default_config() -> ConfigDict:
-    """All keys with their defaults: the published full fine-tune of a Stable Diffusion teacher, on embedded data."""
-    config = ConfigDict()
-    config.seed = 0  # root of every random draw: data order, noise, timesteps, w, initial weights
-    config.objective = "lcd"  # "lcd": latent consistency distillation; "lcf": fine-tuning of an LCM, no teacher needed
-
-    config.compilation_cache = ""  # folder that keeps compiled programs for later runs; "": JAX_COMPILATION_CACHE_DIR
-
-    config.mesh = mesh = ConfigDict()  # slices * data * fsdp devices; one of data and fsdp may be -1: the rest
-    mesh.slices = 1  # of a multi-slice TPU pod, joined by the data-centre network; only gradients cross it
-    mesh.data = -1  # copies of the model in a slice
-    mesh.fsdp = 1  # devices that hold one copy together: weights, optimiser, EMA and teacher are split over them
-
-    config.model = model = ConfigDict()
-    model.teacher = config_dict.placeholder(str)  # diffusers folder, hub id, FILE.safetensors, or "shapes" (our own)
-    model.config = config_dict.placeholder(str)  # for FILE.safetensors: folder or hub id with tokenizers and configs
-    model.student = config_dict.placeholder(str)  # what training starts from; None: the teacher. LCF: the LCM, needed
-    model.vae = config_dict.placeholder(str)  # VAE in place of the teacher's (SDXL's for half precision): folder or id
-    model.prediction_type = config_dict.placeholder(str)  # what the model must be found to predict; None: whatever
-    model.dtype = "auto"  # compute dtype of the networks; "auto": bfloat16 on accelerators, float32 on CPU
-    model.teacher_dtype = "float32"  # that the frozen weights are held in; "bfloat16": half the memory
-    model.attention = "auto"  # "xla", "chunked" (little memory), "cudnn", "splash" (TPU); "auto": by device and shape
-
-    config.data = data = ConfigDict()
-    data.source = config_dict.placeholder(str)  # a key of SOURCES below
-    data.path = config_dict.placeholder(str)  # where the source's files are: folder, pattern, name or hub id
-    data.split = "train"  # of "huggingface", "tfds" and "shapes"
-    data.image_key = config_dict.placeholder(str)  # column of the pictures; None: what the format calls it
-    data.caption_key = config_dict.placeholder(str)  # column of the captions; None: what the format calls it
-    data.width_key = "width"  # fields with a record's original size in pixels, as LAION's "original_width",
-    data.height_key = "height"  # for filters, aspect buckets and SDXL; where they are missing: the picture's own
-    data.index_dir = config_dict.placeholder(str)  # of "webdataset": where indices of shards go; None: beside them
-    data.style = "plain"  # of "shapes": how the objects are drawn, a key of data.shapes.STYLES
-    data.num_examples = 4096  # of "shapes": distinct pictures, an epoch
-    data.mixture = ()  # of "mixture": parts "WEIGHT SOURCE PATH", as ("3 webdataset /a/{00..99}.tar", "1 folder /b")
-    data.filters = ()  # records to use, as ("side >= 512", "aspect <= 2", "pwatermark <= 0.5 or missing")
-    data.max_bad_fraction = 0.01  # share of unusable records above which a run stops
-    data.batch_size = 32  # images per step over all devices and hosts
-    data.resolution = 512  # side of the square training images in pixels, or of a square of the buckets' area
-    data.aspect_buckets = False  # keep aspect ratios: a batch's pictures have one size of about resolution^2 pixels
-    data.bucket_step = 64  # sides of buckets are multiples of this, in pixels
-    data.bucket_max_aspect = 2.0  # longest to shortest side of a bucket
-    data.crop = "random"  # "random" or "center", after the shorter side was resized
-    data.flip = 0.0  # probability of a mirrored picture
-    data.resize_filter = "lanczos"  # "lanczos", "bicubic", "bilinear", "box" (Pillow's); "area" (OpenCV's)
-    data.decoder = "pillow"  # "pillow" (the reference) or "opencv" (faster, needs OpenCV)
-    data.caption_dropout = 0.0  # probability that a caption is replaced by ""
-    data.encode_chunk = 0  # pictures that a device encodes at a time, to save memory; 0: all of its batch
-    data.encode = "step"  # pictures and captions are encoded each "step", or once at "start" and held in memory
-    data.workers = 0  # processes that read and decode at every step; 0: threads of the training process
-
-    config.train = train = ConfigDict()
-    train.steps = 10_000  # length of the run; may be raised later on the same workdir
-    train.learning_rate = 8e-6  # peak rate, after the warm-up and before the decay
-    train.lr_warmup_steps = 0  # linear from 0 over the first steps
-    train.lr_decay_start = 0  # first step of the decay (only with lr_decay_steps > 0)
-    train.lr_decay_steps = 0  # linear to 0 over this many steps; 0: no decay; does not follow train.steps
-    train.ema_decay = 0.95  # of the target: target = decay * target + (1 - decay) * student; 0: the student itself
-    train.weight_decay = 0.0  # AdamW's decoupled decay, on every parameter
-    train.adam_b1 = 0.9
-    train.adam_b2 = 0.999
-    train.adam_eps = 1e-8
-    train.max_grad_norm = 1.0  # global norm to which gradients are clipped; 0: no clipping
-    train.mu_dtype = "float32"  # of Adam's first moment; "bfloat16": half its memory
-    train.remat = "none"  # activations made anew for gradients: "block" all, "attention" all but attention's outputs
-    train.accumulation_steps = 1  # parts in which a batch goes through the networks; a step is one update all the same
-
-    config.distill = distill = ConfigDict()
-    distill.solver = "ddim"  # of the teacher's jump; "dpm_solver", "dpm_solver_pp": second order, asks it once more
-    distill.solver_steps = 50  # points of the solver's grid; the skip k is 1000 // solver_steps
-    distill.w_min = 2.0  # w is uniform in [w_min, w_max]
-    distill.w_max = 14.0
-    distill.loss = "huber"  # "huber" (pseudo-Huber) or "l2"
-    distill.huber_c = 0.001  # pseudo-Huber's c: sqrt(d^2 + c^2) - c
-    distill.w_embedding_dim = 256  # width of the embedding of w, the UNet's time_cond_proj_dim; 0: student without w
-    distill.timestep_scaling = 10.0  # s in the boundary scalings, c_skip and c_out are functions of s * t
-    distill.sigma_data = 0.5  # of the boundary scalings
-    distill.lcd_weight = 0.0  # "lcf" only: weight of the LCD loss beside LCF's, which keeps guidance; needs a teacher
-
-    config.lora = lora = ConfigDict()
-    lora.rank = 0  # of the adapters, which alone are trained then (LCM-LoRA: 64); 0: train every weight
-    lora.alpha = 64.0  # adapters are scaled by alpha / rank
-    lora.targets = ()  # ends of the adapted layers' torch names, as ("to_q",); (): the LCM-LoRA report's 14
-
-    config.checkpoint = checkpoint = ConfigDict()
-    checkpoint.every = 1000  # steps between checkpoints; the last step and a stop by signal save as well
-    checkpoint.keep = 3  # newest checkpoints that stay on disk
-    checkpoint.keep_every = 0  # checkpoints of steps that this divides stay, too; 0: none
-    checkpoint.best = ""  # metric whose lowest value's checkpoint stays, too, as "loss"
-
-    config.log = log = ConfigDict()
-    log.every = 10  # steps between lines in metrics.jsonl and TensorBoard
-    log.wandb = ""  # project on Weights & Biases that gets the same numbers; "": none
-    log.spike = 0.0  # stop where the loss is so many times its running mean; 0: never
-
-    config.sample = sample = ConfigDict()
-    sample.every = 1000  # steps between sample grids; 0: none
-    sample.steps = 4  # sampling steps of the grids
-    sample.guidance_scale = 8.0  # w + 1 of the grids
-    sample.prompts = ()  # captions of the grids, from noise that stays the same through the run
-    return config.lock()
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"steps": 1}} -> {"train.steps": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _as_json(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """Nested plain dict as it comes back from JSON (tuples are lists)."""
-    tree = config.to_dict() if isinstance(config, ConfigDict) else config
-    return json.loads(json.dumps(tree))
+    """All keys with their defaults."""
+    values = {key.name: config_dict.placeholder(str) if key.default is None else key.default for key in KEYS}
+    return ConfigDict(unflatten_dict(values, sep=".")).lock()
 
 
 def to_json(config: ConfigDict) -> str:
     """The config as indented JSON, keys sorted, the same text for the same values."""
-    return json.dumps(_as_json(config), indent=2, sort_keys=True) + "\n"
+    return config.to_json(indent=2, sort_keys=True) + "\n"
 
 
-def asks_teacher(config: ConfigDict) -> bool:
-    """The loss has a guided teacher in it: always in LCD, in LCF only where it is mixed with LCD."""
-    return config.objective == "lcd" or config.distill.lcd_weight > 0
+def needs_teacher(config: ConfigDict) -> bool:
+    """The run's loss evaluates the teacher, as its objective declares."""
+    return OBJECTIVES[config.objective].needs_teacher or config.distill.lcd_weight > 0
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -179,261 +297,172 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if config.model.student is None:
         config.model.student = config.model.teacher
     if config.model.dtype == "auto":
-        import jax  # late: reading a config must not start a device
-
         config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if config.lora.rank and not config.lora.targets:
-        from lcm_jax.models import lora
-
         config.lora.targets = lora.DEFAULT_TARGETS
     return config.lock()
-
-
-def _check(key: str, value: Any, ok: bool, remedy: str) -> None:
-    if not ok:
-        raise LcmError(f"config.{key} = {value!r}: {remedy}")
-
-
-def _check_keys_and_types(flat: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    unknown, missing = sorted(set(flat) - set(defaults)), sorted(set(defaults) - set(flat))
-    if unknown:
-        raise LcmError(
-            f"config.{unknown[0]} = {flat[unknown[0]]!r}: unknown key; the keys are in lcm_jax/run/config.py"
-        )
-    if missing:
-        raise LcmError(
-            f"config.{missing[0]} is missing; begin the config file with lcm_jax.run.config.default_config()"
-        )
-    for key, value in flat.items():
-        default = defaults[key]
-        if default is None:  # placeholder(str)
-            _check(key, value, value is None or isinstance(value, str), "must be a string or None")
-        elif isinstance(default, tuple):
-            _check(
-                key,
-                value,
-                isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value),
-                'must be a tuple of strings, as ("a red circle",)',
-            )
-        elif isinstance(default, float):
-            _check(
-                key,
-                value,
-                isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
-                "must be a finite number",
-            )
-        else:
-            _check(key, value, type(value) is type(default), f"must be {type(default).__name__}")
 
 
 def validate(config: ConfigDict, models: bool = True) -> None:
     """Checks keys, types and values. Raises LcmError that names the key, its value and what to do.
 
-    models: that the objective has the models it needs is checked too.
+    models: also check that the objective has the models it needs.
     """
-    flat, defaults = _flat(config.to_dict()), _flat(default_config().to_dict())
-    _check_keys_and_types(flat, defaults)
-
-    def check(key: str, ok: bool, remedy: str) -> None:
-        _check(key, flat[key], ok, remedy)
-
-    check(
-        "data.source",
-        flat["data.source"] is not None,
-        f"no training data; set --config.data.source, to one of {', '.join(SOURCES)}, and --config.data.path",
-    )
-    for key, choices in {
-        "objective": OBJECTIVES,
-        "data.source": SOURCES,
-        "distill.loss": LOSSES,
-        "model.dtype": ("auto", *DTYPES),
-        "model.teacher_dtype": DTYPES,
-        "train.mu_dtype": DTYPES,
-        "model.attention": attention.CHOICES,
-        "train.remat": remat.CHOICES,
-        "distill.solver": solvers.SOLVERS,
-        "model.prediction_type": PREDICTION_TYPES,
-    }.items():
-        check(key, flat[key] in choices, f"must be one of {', '.join(map(str, choices))}")
-    for key in (
-        "data.batch_size",
-        "data.resolution",
-        "data.num_examples",
-        "train.steps",
-        "train.accumulation_steps",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "log.every",
-        "mesh.slices",
-    ):
-        check(key, flat[key] >= 1, "must be at least 1")
-    for key in (
-        "train.lr_warmup_steps",
-        "train.lr_decay_start",
-        "train.lr_decay_steps",
-        "train.weight_decay",
-        "train.max_grad_norm",
-        "distill.w_min",
-        "distill.lcd_weight",
-        "sample.every",
-        "lora.rank",
-        "data.encode_chunk",
-        "checkpoint.keep_every",
-        "log.spike",
-    ):
-        check(key, flat[key] >= 0, "must not be negative")
-    for key in (
-        "train.learning_rate",
-        "train.adam_eps",
-        "distill.huber_c",
-        "distill.timestep_scaling",
-        "distill.sigma_data",
-        "lora.alpha",
-    ):
-        check(key, flat[key] > 0, "must be greater than 0")
-    for key in ("train.ema_decay", "train.adam_b1", "train.adam_b2"):
-        check(key, 0 <= flat[key] < 1, "must be in [0, 1)")
-
-    for key in ("mesh.data", "mesh.fsdp"):
-        check(key, flat[key] >= 1 or flat[key] == -1, "must be at least 1, or -1 for the rest of the devices")
-    check("mesh.data", (flat["mesh.data"], flat["mesh.fsdp"]) != (-1, -1), "mesh.fsdp is -1 as well; give one of them")
-    check("seed", 0 <= flat["seed"] < 2**32, "must be in [0, 2^32)")
+    values, known = flatten_dict(config.to_dict(), sep="."), {key.name for key in KEYS}
+    for name in sorted(values.keys() - known):
+        raise _refusal(name, values[name], "unknown key; --help and docs/config.md list the keys")
+    for name in sorted(known - values.keys()):
+        raise LcmError(f"config.{name} is missing; begin the config file with lcm_jax.config.default_config()")
+    for key in KEYS:
+        key.validate(values[key.name])
+    _check_data(config.data)
     if models:
-        _check_models(config, check)
-    _check_data(config.data, check)
-    check(
-        "train.lr_decay_start",
-        flat["train.lr_decay_steps"] == 0 or flat["train.lr_decay_start"] >= flat["train.lr_warmup_steps"],
-        f"the decay would begin inside the warm-up of {flat['train.lr_warmup_steps']} steps (train.lr_warmup_steps)",
-    )
-    check(
-        "train.accumulation_steps",
-        flat["data.batch_size"] % flat["train.accumulation_steps"] == 0,
-        f"must divide data.batch_size = {flat['data.batch_size']}",
-    )
-    check(
-        "distill.solver_steps",
-        1 <= flat["distill.solver_steps"] <= MAX_SOLVER_STEPS,
-        f"must be in 1..{MAX_SOLVER_STEPS}",
-    )
-    check(
-        "distill.w_max",
-        flat["distill.w_max"] >= flat["distill.w_min"],
-        f"must not be below distill.w_min = {flat['distill.w_min']!r}",
-    )
-    dim = flat["distill.w_embedding_dim"]
-    check("distill.w_embedding_dim", dim == 0 or (dim >= 4 and dim % 2 == 0), "must be 0, or even and at least 4")
-    check(
-        "sample.steps",
-        1 <= flat["sample.steps"] <= flat["distill.solver_steps"],
-        f"must be in 1..distill.solver_steps = {flat['distill.solver_steps']}",
-    )
-    check("sample.guidance_scale", flat["sample.guidance_scale"] >= 1, "must be at least 1 (1 = no guidance, w = 0)")
-    check(
-        "sample.guidance_scale",
-        dim > 0 or flat["sample.guidance_scale"] <= MAX_TWO_PASS_SCALE,
-        "a student without w embedding (distill.w_embedding_dim = 0) is guided already; set 1 (one pass a step), or "
-        f"up to {MAX_TWO_PASS_SCALE:g} (two passes)",
-    )
+        _check_models(config)
+    _check_training(config)
+    _check_guidance(config)
 
 
-def _check_data(data: ConfigDict, check: Callable[[str, bool, str], None]) -> None:
-    """Which keys the source needs, and the choices of how pictures are made."""
-    for key, choices in {"crop": ("random", "center"), "encode": ("step", "start"), "decoder": images.FILTERS}.items():
-        check(f"data.{key}", data[key] in choices, f"must be one of {', '.join(choices)}")
+def _refusal(name: str, value: Any, remedy: str) -> LcmError:
+    return LcmError(f"config.{name} = {value!r}: {remedy}")
+
+
+def _check_data(data: ConfigDict) -> None:
+    """The source has what it needs, and no more; the decoder is installed and has the filter."""
+    if data.source is None:
+        names = ", ".join(SOURCES)
+        raise _refusal(
+            "data.source",
+            None,
+            f"no training data; set --config.data.source, to one of {names}, and --config.data.path",
+        )
     images.check_choice(data.decoder, data.resize_filter)
-    for key in ("flip", "caption_dropout", "max_bad_fraction"):
-        check(f"data.{key}", 0 <= data[key] <= 1, "must be in [0, 1]")
-    check("data.workers", data.workers >= 0, "must not be negative")
-    check("data.bucket_step", data.bucket_step >= 1, "must be at least 1")
-    check("data.bucket_max_aspect", data.bucket_max_aspect >= 1, "must be at least 1")
-    check("data.style", data.style in shapes.STYLES, f"must be one of {', '.join(shapes.STYLES)}")
-    if data.source in ("shapes", "mixture"):
-        check("data.path", data.path is None, f"data.source {data.source!r} has no files of its own; leave it None")
-    else:
-        check("data.path", bool(data.path), f"data.source {data.source!r} ({SOURCES[data.source]}) needs it")
-    check(
-        "data.mixture",
-        bool(data.mixture) == (data.source == "mixture"),
-        'goes with data.source "mixture", and only with it',
-    )
+    if data.source not in ("shapes", "mixture") and not data.path:
+        raise _refusal("data.path", data.path, f"data.source {data.source!r} ({SOURCES[data.source]}) needs it")
+    if data.source in ("shapes", "mixture") and data.path is not None:
+        raise _refusal("data.path", data.path, f"data.source {data.source!r} has no files of its own; leave it None")
+    if bool(data.mixture) != (data.source == "mixture"):
+        raise _refusal("data.mixture", data.mixture, 'goes with data.source "mixture", and only with it')
 
 
-def _check_models(config: ConfigDict, check: Callable[[str, bool, str], None]) -> None:
-    """Which models the objective needs, and what of them can be trained."""
-    model, distill = config.model, config.distill
-    check(
-        "distill.lcd_weight",
-        config.objective == "lcf" or not distill.lcd_weight,
-        'only objective "lcf" mixes two losses; set 0, or config.objective = "lcf"',
-    )
-    check(
-        "distill.solver",
-        distill.solver == "ddim" or asks_teacher(config),
-        'no teacher jumps in plain LCF; leave it "ddim", or set distill.lcd_weight',
-    )
-    if asks_teacher(config):
-        check(
+def _check_models(config: ConfigDict) -> None:
+    """The models that the objective needs are given, and the student can be trained."""
+    model, distill, objective = config.model, config.distill, OBJECTIVES[config.objective]
+    if distill.lcd_weight and not objective.takes_lcd_weight:
+        mixing = " or ".join(f'"{name}"' for name, other in OBJECTIVES.items() if other.takes_lcd_weight)
+        raise _refusal(
+            "distill.lcd_weight",
+            distill.lcd_weight,
+            f"only objective {mixing} mixes two losses; set 0, or config.objective = {mixing}",
+        )
+    if distill.solver != "ddim" and not needs_teacher(config):
+        weight = ", or set distill.lcd_weight" if objective.takes_lcd_weight else ""
+        raise _refusal("distill.solver", distill.solver, f'the loss evaluates no teacher; leave it "ddim"{weight}')
+    if model.teacher is None and needs_teacher(config):
+        why = "" if objective.needs_teacher else " (distill.lcd_weight > 0 needs one)"
+        raise _refusal(
             "model.teacher",
-            bool(model.teacher),
-            'no teacher; set --config.model.teacher to a model folder in diffusers format, a hub id, or "shapes"'
-            + (" (distill.lcd_weight > 0 asks it)" if config.objective == "lcf" else ""),
+            None,
+            f'no teacher; set --config.model.teacher to a model folder in diffusers format, a hub id, or "shapes"{why}',
         )
-    for key in ("teacher", "student", "vae", "config"):
-        check(f"model.{key}", model[key] != "", "must be a folder, a hub id, or None")
-    check(
-        "model.config",
-        model.config is None or str(model.teacher).endswith(".safetensors"),
-        f"goes with a single .safetensors file; model.teacher = {model.teacher!r} has its own, leave it None",
-    )
-    if config.objective == "lcf":
-        check(
+    if model.config is not None and not str(model.teacher).endswith(".safetensors"):
+        raise _refusal(
+            "model.config",
+            model.config,
+            f"goes with a single .safetensors file; model.teacher = {model.teacher!r} has its own, leave it None",
+        )
+    if objective.needs_lcm and model.student is None:
+        name = config.objective.upper()
+        raise _refusal(
             "model.student",
-            model.student is not None,
-            "LCF fine-tunes a Latent Consistency Model; set it to that model's folder or hub id",
+            None,
+            f"{name} fine-tunes a Latent Consistency Model; set it to that model's folder or hub id",
         )
-    elif config.lora.rank and distill.w_embedding_dim and model.student in (None, model.teacher):
-        check("distill.w_embedding_dim", False, W_EMBEDDING_OF_A_LORA)
+    starts_from_teacher = not objective.needs_lcm and model.student in (None, model.teacher)
+    if config.lora.rank and distill.w_embedding_dim and starts_from_teacher:
+        raise _refusal("distill.w_embedding_dim", distill.w_embedding_dim, W_EMBEDDING_OF_A_LORA)
 
 
-# Change nothing that is trained, but for rounding.
-MAY_DIFFER = (
-    "compilation_cache",
-    "train.steps",
-    "train.remat",
-    "train.accumulation_steps",
-    "model.attention",
-    "data.workers",
-    "data.index_dir",
-    "data.max_bad_fraction",
-    "data.encode_chunk",
-)
-MAY_DIFFER_UNDER = ("mesh.", "checkpoint.", "log.")
+def _check_training(config: ConfigDict) -> None:
+    """Mesh, learning rate and batch."""
+    mesh, train, batch_size = config.mesh, config.train, config.data.batch_size
+    if (mesh.data, mesh.fsdp) == (-1, -1):
+        raise _refusal("mesh.data", -1, "mesh.fsdp is -1 as well; give one of them")
+    if train.lr_decay_steps and train.lr_decay_start < train.lr_warmup_steps:
+        raise _refusal(
+            "train.lr_decay_start",
+            train.lr_decay_start,
+            f"the decay would begin inside the warm-up of {train.lr_warmup_steps} steps (train.lr_warmup_steps)",
+        )
+    if batch_size % train.accumulation_steps:
+        raise _refusal(
+            "train.accumulation_steps", train.accumulation_steps, f"must divide data.batch_size = {batch_size}"
+        )
 
 
-def _may_differ(key: str) -> bool:
-    return key in MAY_DIFFER or key.endswith(".every") or key.startswith(MAY_DIFFER_UNDER)
+def _check_guidance(config: ConfigDict) -> None:
+    """The range of w, and whether the student can make the sample grids."""
+    distill, sample = config.distill, config.sample
+    if distill.w_max < distill.w_min:
+        raise _refusal("distill.w_max", distill.w_max, f"must not be below distill.w_min = {distill.w_min!r}")
+    if sample.steps > distill.solver_steps:
+        raise _refusal("sample.steps", sample.steps, f"must be in 1..distill.solver_steps = {distill.solver_steps}")
+    if not distill.w_embedding_dim and sample.guidance_scale > MAX_TWO_PASS_SCALE:
+        raise _refusal(
+            "sample.guidance_scale",
+            sample.guidance_scale,
+            "a student without w embedding (distill.w_embedding_dim = 0) is guided already; set 1 (one pass a step), "
+            f"or up to {MAX_TWO_PASS_SCALE:g} (two passes)",
+        )
 
 
-def differences(saved: Mapping[str, Any], config: ConfigDict | Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys in which a run that goes on must not differ from its beginning, but does.
+def differences(saved: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """Keys in which a resumed run must not differ from its beginning, but does.
 
     Args:
         saved: nested dict read from the workdir's config.json.
-        config: the resolved config of the command at hand.
+        config: the resolved config of this command.
 
     Returns:
-        {dotted key: (saved value, present value)}; a key that one side lacks has "<absent>" there. MAY_DIFFER, keys
-        MAY_DIFFER_UNDER and the `*.every` keys are left out.
+        {dotted key: (saved value, present value)}; "<absent>" stands for a key that one side lacks. Keys that a resumed
+        run may change are left out.
     """
-    before, now = _flat(_as_json(saved)), _flat(_as_json(config))
-    pairs = {key: (before.get(key, "<absent>"), now.get(key, "<absent>")) for key in sorted(before.keys() | now.keys())}
-    return {key: (a, b) for key, (a, b) in pairs.items() if a != b and not _may_differ(key)}
+    before, now = (flatten_dict(tree, sep=".") for tree in (saved, json.loads(to_json(config))))
+    names = sorted((before.keys() | now.keys()) - {key.name for key in KEYS if key.may_change})
+    pairs = {name: (before.get(name, "<absent>"), now.get(name, "<absent>")) for name in names}
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
 
-def prepare_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+def prepare_workdir(folder: str | os.PathLike[str], config: ConfigDict) -> None:
     """`workdir.prepare_workdir` for a resolved config: a run that resumes must agree with it, see `differences`."""
-    workdir_lib.prepare_workdir(workdir, to_json(config), lambda saved: differences(saved, config))
+    workdir.prepare_workdir(folder, to_json(config), lambda saved: differences(saved, config))
+
+
+def flag_help(example: str) -> str:
+    """Help of a program's --config flag, with all keys. example: a config file."""
+    keys = [f"--config.{key.name}={key.default}  {key.meaning} ({key.values()})" for key in KEYS]
+    return "\n".join((f"the run's config file, as {example}. Its keys, with their defaults:", *keys))
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """`flags_parser` for `absl.app.run`: any error on the command line is one line on stderr and exit code 2.
+
+    Covers an unknown flag, an unknown config key, a value of the wrong type, a config file that is missing or broken,
+    and stray words (usually a blank after `=`).
+    """
+    try:
+        rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
+            _ = flags.FLAGS["config"].value.seed  # config_flags reports a missing file at the first access
+        if rest[1:]:
+            raise LcmError(f"unexpected argument {rest[1]!r}; write options as --name=value without blanks")
+        return rest
+    except (flags.Error, LcmError, OSError, ImportError, SyntaxError) as error:
+        message = _one_line(error) if not isinstance(error, OSError) else " ".join(str(error).split())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        given = [word for word in argv[1:] if word.startswith(("--config.", "-config."))]
+        message = f"config: {_one_line(error)} (given: {' '.join(given) or 'no overrides'}); --help lists the keys"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _one_line(error: BaseException) -> str:
@@ -443,30 +472,30 @@ def _one_line(error: BaseException) -> str:
     return " ".join(text.strip("\"'").split())
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """`flags_parser` for `absl.app.run`: any error on the command line is one line on stderr and exit code 2.
+def markdown() -> str:
+    """docs/config.md."""
+    lines = [
+        "# Keys of the config",
+        "",
+        "Written by `python -m lcm_jax.run.config > docs/config.md` from the table in `lcm_jax/run/config.py`.",
+        "",
+        "A config file (`configs/*.py`) starts from `default_config()`; the command line overrides it, as",
+        "`--config.train.steps=2000`. Resuming a run with another value is refused, except for keys marked *.",
+    ]
+    for section in dict.fromkeys(_section(key) for key in KEYS):
+        lines += ["", f"## {section or 'The run'}", "", "| key | default | values | meaning |", "|---|---|---|---|"]
+        lines += [
+            f"| `{key.name}`{' *' * key.may_change} | `{key.default!r}` | {key.values()} | {key.meaning} |"
+            for key in KEYS
+            if _section(key) == section
+        ]
+    sources = [f"| `{name}` | {meaning} |" for name, meaning in SOURCES.items()]
+    return "\n".join([*lines, "", "## Data sources", "", "| `data.source` | data |", "|---|---|", *sources]) + "\n"
 
-    Covers an unknown flag, an unknown config key, a value of the wrong type, a config file that is missing or broken,
-    and stray words (usually a blank after `=`).
-    """
-    from absl import flags
 
-    try:
-        rest = flags.FLAGS(argv)
-        for name in flags.FLAGS:
-            value = flags.FLAGS[name].value
-            if type(value).__name__ == "_ErrorConfig":  # config_flags postpones a missing file to the first access
-                _ = value.seed
-        if rest[1:]:
-            raise LcmError(f"unexpected argument {rest[1]!r}; write options as --name=value without blanks")
-        return rest
-    except (flags.Error, LcmError, OSError, ImportError, SyntaxError) as error:
-        message = _one_line(error) if not isinstance(error, OSError) else " ".join(str(error).split())
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        given = [word for word in argv[1:] if word.startswith(("--config.", "-config."))]
-        message = (
-            f"config: {_one_line(error)} (given: {' '.join(given) or 'no overrides'}); "
-            "the keys are in lcm_jax/run/config.py"
-        )
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def _section(key: Key) -> str:
+    return key.name.rpartition(".")[0]
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -6,15 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lcm_jax
+from lcm_jax.distill import OBJECTIVES
 from lcm_jax.pretrained import Pipeline, lora_files
 
 VAE_FOR_HALF = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's own overflows in float16
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_METHODS = {
-    "lcd": "latent consistency distillation (LCD, [Luo et al. 2023](https://arxiv.org/abs/2310.04378))",
-    "lcf": "latent consistency fine-tuning (LCF, [Luo et al. 2023](https://arxiv.org/abs/2310.04378))",
-}
 _SOLVERS = {"ddim": "DDIM", "dpm_solver": "DPM-Solver", "dpm_solver_pp": "DPM-Solver++"}
 _LORA_REPORT = "[Luo et al. 2023](https://arxiv.org/abs/2311.05556)"
 
@@ -32,14 +29,14 @@ def model_card(
       kind: the format of the export.
       table: measurements in Markdown, or None.
     """
-    told_w, is_lora = bool(record["w_embedding_dim"]), kind.startswith("lora-")
+    has_w_embedding, is_lora = bool(record["w_embedding_dim"]), kind.startswith("lora-")
     scale = student.default_guidance_scale()
     lines = [*_front_matter(record, is_lora), f"# {name}", "", _what_it_is(record, kind), ""]
     lines += [*_rows(("", ""), _facts(config, record).items()), ""]
     if table is not None:
         lines += ["## Measurements", "", table.strip(), ""]
     lines += ["## Use", "", _how_to_guide(record), ""]
-    if kind != "single-file" or not told_w:
+    if kind != "single-file" or not has_w_embedding:
         example = _diffusers_example(record, name, kind, student.is_xl, scale)
         lines += ["With diffusers:", "", "```python", *example, "```", ""]
     lines += ["With lcm_jax:", "", "```bash", _command(record, name, kind, student.is_xl, scale), "```", ""]
@@ -50,8 +47,8 @@ def model_card(
 
 
 def _what_it_is(record: Mapping[str, Any], kind: str) -> str:
-    is_lcd = record["objective"] == "lcd"
-    made = f"distilled from `{record['teacher']}`" if is_lcd else f"fine-tuned from `{record['student']}`"
+    fine_tuned = OBJECTIVES[record["objective"]].needs_lcm
+    made = f"fine-tuned from `{record['student']}`" if fine_tuned else f"distilled from `{record['teacher']}`"
     if kind.startswith("lora-"):
         return (
             f"An LCM-LoRA for `{_base(record)}`, {made}: with it that model, and others fine-tuned from the same one, "
@@ -67,12 +64,15 @@ def _what_it_is(record: Mapping[str, Any], kind: str) -> str:
 
 def _facts(config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, str]:
     weights = {"ema": "the EMA target network", "online": "the online student network"}[record["weights"]]
-    method = _METHODS[record["objective"]]
-    if config["distill"]["lcd_weight"]:
-        method += f", with {config['distill']['lcd_weight']:g} times the LCD loss"
-    models = {"Teacher": record["teacher"]} if record["objective"] == "lcd" else {"Fine-tuned": record["student"]}
-    facts = {key: f"`{model}` ({record['prediction_type']} prediction)" for key, model in models.items()}
-    facts["Method"] = method
+    objective = OBJECTIVES[record["objective"]]
+    role, model = ("Fine-tuned", record["student"]) if objective.needs_lcm else ("Teacher", record["teacher"])
+    weight = config["distill"]["lcd_weight"]
+    mixed = f", with {weight:g} times the LCD loss" if weight else ""
+    facts = {
+        role: f"`{model}` ({record['prediction_type']} prediction)",
+        "Method": objective.title + mixed,
+        "End of a step": objective.step_end,
+    }
     if "lora" in record:
         lora = record["lora"]
         facts["Adapters"] = f"LoRA of rank {lora['rank']}, alpha {lora['alpha']:g} ({_LORA_REPORT})"

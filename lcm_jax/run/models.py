@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 
 from lcm_jax import assets, files
 from lcm_jax.diffusion.consistency import SIGMA_DATA, TIMESTEP_SCALING
-from lcm_jax.distill import state
+from lcm_jax.distill import OBJECTIVES
 from lcm_jax.distill.step import named_key
-from lcm_jax.distill.student import trainable
+from lcm_jax.distill.student import adapt, student_of, trainable
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.pretrained import Pipeline, hub, load_pipeline, load_unet, read_record
@@ -81,7 +81,7 @@ def load_teacher(
     """
     model = config.model
     source = assets.resolve(model.teacher or model.student)
-    unet = None if config_lib.asks_teacher(config) or model.teacher is None else assets.resolve(model.student)
+    unet = None if config_lib.needs_teacher(config) or model.teacher is None else assets.resolve(model.student)
     dtype = jnp.dtype("float32" if model.dtype == "auto" else model.dtype)
     vae, configs = (name and assets.resolve(name) for name in (model.vae, model.config))
     pipeline, params = load_pipeline(
@@ -108,21 +108,21 @@ def load_student(
         constants than the config's, or has another w embedding than the config asks for.
     """
     unet, params = teacher.unet, teacher_params["unet"]
-    if config_lib.asks_teacher(config) and config.model.student not in (None, config.model.teacher):
+    if config_lib.needs_teacher(config) and config.model.student not in (None, config.model.teacher):
         weights = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
         source = assets.resolve(config.model.student)
         check_noise(source, teacher.schedule, config.model.teacher, weights)
         unet, params = load_unet(source, dtype=unet.dtype, place=place, weights=weights)
     dim = config.distill.w_embedding_dim
-    if config.objective == "lcf":
+    if OBJECTIVES[config.objective].needs_lcm:
         _check_lcm(config, unet)
     if config.lora.rank and dim and unet.time_cond_proj_dim is None:
         raise LcmError(f"config.distill.w_embedding_dim = {dim}: {config_lib.W_EMBEDDING_OF_A_LORA}")
-    unet, params = state.student_of(unet, params, dim, place)
+    unet, params = student_of(unet, params, dim, place)
     if config.lora.rank:
         targets = tuple(config.lora.targets) or lora.DEFAULT_TARGETS
         key = named_key(config.seed, "lora")
-        unet, params = state.adapt(unet, params, key, config.lora.rank, config.lora.alpha, targets, place)
+        unet, params = adapt(unet, params, key, config.lora.rank, config.lora.alpha, targets, place)
     student = dataclasses.replace(teacher, unet=unet)
     return dataclasses.replace(student, record=record(config, student)), {**teacher_params, "unet": params}
 
@@ -133,7 +133,7 @@ def record(config: ConfigDict, student: Pipeline) -> dict[str, Any]:
     w_embedding_dim 0 is a student without w embedding; w_min and w_max are then what it averages over, if it does.
     """
     distill, dim = config.distill, student.unet.time_cond_proj_dim or 0
-    uses_w = dim or config_lib.asks_teacher(config)
+    uses_w = dim or config_lib.needs_teacher(config)
     lora = {key: config.lora[key] for key in ("rank", "alpha")} | {"targets": list(config.lora.targets)}
     return {
         "objective": config.objective,
@@ -156,7 +156,7 @@ def _check_teacher(config: ConfigDict, teacher: Pipeline) -> None:
             f"config.model.prediction_type = {asked!r}, but the model's scheduler_config.json says {found!r}, and its "
             "UNet was trained so; leave it None, or correct that file if it is wrong"
         )
-    if config_lib.asks_teacher(config) and teacher.has_w_embedding:
+    if config_lib.needs_teacher(config) and teacher.has_w_embedding:
         raise LcmError(
             f"config.model.teacher = {config.model.teacher!r} is a Latent Consistency Model itself "
             "(it has a w embedding); give the diffusion model that it was made from"

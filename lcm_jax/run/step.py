@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from lcm_jax.cost import flops
 from lcm_jax.diffusion import solvers
+from lcm_jax.distill import OBJECTIVES
 from lcm_jax.distill import objective as losses
 from lcm_jax.distill import objective as objectives
 from lcm_jax.distill import state as state_lib
@@ -77,7 +78,7 @@ class TrainingStep:
 
         def loss(params: Any, target: Any, frozen: objectives.Frozen, batch: Any, key: jax.Array) -> jax.Array:
             draws = objectives.draw(problem, key, batch["mean"].shape)
-            return objectives.LOSSES[problem.objective](problem, params, target, frozen, batch, draws).mean()
+            return OBJECTIVES[problem.objective].loss(problem, params, target, frozen, batch, draws).mean()
 
         args = (self.state.params, self.state.ema_params, self.frozen, self.batch, self.key)
         return flops.count(jax.value_and_grad(loss), *args)
@@ -91,8 +92,8 @@ def make(config: ConfigDict, models: Models, mesh: Mesh) -> TrainingStep:
       mesh: over the devices that the step is compiled for.
 
     Raises:
-      LcmError: the batch does not split over the mesh; the attention asked for cannot run there; there is no metric
-        `checkpoint.best`.
+      LcmError: the batch does not split over the mesh; the attention asked for cannot run there, or lacks the
+        forward-mode derivative that the objective takes; there is no metric `checkpoint.best`.
     """
     if config.checkpoint.best not in ("", *step_lib.METRICS):
         raise LcmError(
@@ -101,6 +102,11 @@ def make(config: ConfigDict, models: Models, mesh: Mesh) -> TrainingStep:
         )
     mesh_lib.check_batch(mesh, config.data.batch_size, config.train.accumulation_steps)
     attention, remat = config.model.attention, config.train.remat
+    if OBJECTIVES[config.objective].forward_mode and attention not in compiler.FORWARD_MODE:
+        raise LcmError(
+            f"config.model.attention = {attention!r}: objective {config.objective!r} differentiates the student in "
+            f"forward mode, which not every attention can; set one of {', '.join(compiler.FORWARD_MODE)}"
+        )
     teacher, student = (on_mesh(pipeline, mesh, attention, remat) for pipeline in (models.teacher, models.student))
     problem = make_problem(config, teacher, student)
     rate = step_lib.learning_rate_schedule(
@@ -152,7 +158,7 @@ def make_problem(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> ob
     }[config.distill.loss]
     return objectives.Problem(
         student=student.unet,
-        teacher=teacher.unet if config_lib.asks_teacher(config) else None,
+        teacher=teacher.unet if config_lib.needs_teacher(config) else None,
         schedule=teacher.schedule,
         grid=solvers.solver_grid(teacher.schedule, config.distill.solver_steps, config.distill.solver),
         distance=distance,

@@ -41,6 +41,7 @@ from lcm_jax.pretrained import Pipeline
 from lcm_jax.runtime import mesh as mesh_lib
 
 CHOICES = ("auto", "xla", "chunked", "cudnn", "splash")
+FORWARD_MODE = ("xla", "chunked")  # those that `jax.jvp` can differentiate; "auto" may choose another
 
 LOGITS_LIMIT = 2**28  # bytes of float32 logits on one device above which "auto" works in blocks of queries
 CHUNK_LOGITS = 2**26  # bytes that the logits of one such block take
