@@ -2,13 +2,13 @@
 
 Command   python -m lcm_jax.train --config=configs/collage_lcm_lora.py --workdir=runs/collage_lcm_lora
               --config.model.teacher=FOLDER_OR_HUB_ID --config.data.path=FOLDER
-Data      Captioned pictures in the model's style: what it was fine-tuned on, or a few thousand of its own:
-          images with a .txt beside each, or with metadata.jsonl
-Hardware  One card of 24 GB: 5.6 GB before activations with VAE and text encoder, four pictures at a time; not yet
+Data      Captioned images in the model's style: those it was fine-tuned on, or a few thousand that it generated; a
+          .txt beside each, or metadata.jsonl
+Hardware  One card of 24 GB: 5.6 GB before activations, with VAE and text encoder, four images at a time; not yet
           measured. If it does not fit: --config.train.accumulation_steps=6, or 12
 Time      Not yet measured
-Source    LCM-LoRA report and README of diffusers' scripts: all of `sd15_lcm_lora`, which this config starts from; the
-          batch of 12 in three parts is ours, the update is the same
+Source    LCM-LoRA report and README of diffusers' scripts: all as in `sd15_lcm_lora`, from which this config starts;
+          taking the batch of 12 in three parts is our choice and gives the same update
 Result    Not yet measured
 """
 

@@ -2,17 +2,16 @@
 
 Command   python -m lcm_jax.train --config=configs/dreamshaper_v7_lcm.py --workdir=runs/dreamshaper_v7_lcm
               --config.data.path='SHARDS/{00000..00999}.tar'
-Data      As `sd21_lcm`: LAION-5B, aesthetic score above 6.5
-Hardware  20.6 GB before activations, as `sd15_lcm`; the paper had eight A100; how many pictures of 768 pixels
-          fit beside that is not yet measured
+Data      As in `sd21_lcm`: LAION-5B, aesthetic score above 6.5
+Hardware  20.6 GB before activations, as in `sd15_lcm`; the paper used eight A100; how many images of 768 pixels fit
+          besides is not yet measured
 Time      Paper: 32 A100 hours (4 hours on eight, says the project page). Ours: not yet measured
-Source    Paper: 768 pixels, 4,000 steps, its batch of 16 at 768, w in [2, 14], k = 20, lr 8e-6; what else it does not
-          state is of `sd21_base_lcm`, which this config starts from. Target EMA 0.95: README of diffusers'
+Source    Paper: 768 pixels, 4,000 steps, its batch of 16 at 768, w in [2, 14], k = 20, lr 8e-6; what it does not
+          state is as in `sd21_base_lcm`, from which this config starts. Target EMA 0.95: README of diffusers'
           scripts
-Deviates  Not the paper's EMA 0.999943: after 4,000 steps such a target is its first value to 80 %, that is mostly the
-          teacher
-Result    Not yet measured. The exported folder draws 512 pixels unless told, as its teacher: use --height=768
-          --width=768
+Deviates  Not the paper's EMA 0.999943: after 4,000 steps 80 % of such a target is still its initial value, the teacher
+Result    Not yet measured. The exported folder generates images of 512 pixels by default, like its teacher: use
+          --height=768 --width=768
 """
 
 import runpy

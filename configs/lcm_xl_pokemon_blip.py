@@ -1,4 +1,4 @@
-"""SDXL distilled on 833 captioned pictures into a student without w embedding: diffengine's `lcm_xl_pokemon_blip`.
+"""SDXL distilled on 833 captioned images into a student without w embedding: diffengine's `lcm_xl_pokemon_blip`.
 
 Command   python -m lcm_jax.train --config=configs/lcm_xl_pokemon_blip.py --workdir=runs/lcm_xl_pokemon_blip
               --config.data.path=FOLDER_OR_HUB_ID
@@ -6,16 +6,16 @@ Command   python -m lcm_jax.train --config=configs/lcm_xl_pokemon_blip.py --work
           python -m lcm_jax.sample --model=stabilityai/stable-diffusion-xl-base-1.0 --unet=unet
               --vae=madebyollin/sdxl-vae-fp16-fix --steps=4 --guidance_scale=1 --prompt="..." --out=pictures
 Data      lambdalabs/pokemon-blip-captions, flipped with probability 1/2. The hub no longer has
-          it: a copy, or another such set, as lambdalabs/naruto-blip-captions
-Hardware  As `sdxl_lcm`: one 141 GB card; not yet measured
+          it: use a copy, or a similar set, such as lambdalabs/naruto-blip-captions
+Hardware  As in `sdxl_lcm`: one 141 GB card; not yet measured
 Time      Not yet measured
 Source    diffengine, schedules and models of lcm_xl: lr 1e-6, weight decay 0, gradients clipped at norm 1, batch 2 in 2
-          parts, 50 epochs (10,413 updates of 4 pictures), w in [3, 15], 50 solver steps, target EMA 0.95, Huber loss,
-          fp16-fix VAE; the rest as `sdxl_lcm`, which this config starts from
-Deviates  Pseudo-Huber of c = 1 for Huber of delta = 1: the same d^2 / 2 where d is small, slope 1 where it is large.
-          The EMA moves once an update; diffengine's moves at every part of it too, and starts with a copy of the
-          student. The skip k is an integer everywhere. AdamW in float32 instead of 8 bits
-Result    Not yet measured. Without the embedding the student learns the mean over w, and draws at guidance scale 1
+          parts, 50 epochs (10,413 updates of 4 images), w in [3, 15], 50 solver steps, target EMA 0.95, Huber loss,
+          fp16-fix VAE; the rest as in `sdxl_lcm`, from which this config starts
+Deviates  Pseudo-Huber with c = 1 instead of Huber with delta = 1: both are d^2 / 2 for small d and have slope 1 for
+          large d. The EMA moves once per update; diffengine's also moves after every part of it, and starts as a
+          copy of the student. The skip k is always an integer. AdamW in float32 instead of 8 bits
+Result    Not yet measured. Without the embedding the student learns the mean over w, and samples at guidance scale 1
 """
 
 import runpy

@@ -2,16 +2,16 @@
 
 Command   python -m lcm_jax.train --config=configs/pokemon_lcf.py --workdir=runs/pokemon_lcf
               --config.data.path=FOLDER_OR_HUB_ID
-Data      lambdalabs/pokemon-blip-captions, some held back to judge by. The hub no longer has
-          it: a copy, or another such set, as lambdalabs/naruto-blip-captions
-Hardware  17.2 GB before activations: no teacher; one 80 GB card, with
-          --config.train.accumulation_steps=N for a batch in parts; not yet measured
+Data      lambdalabs/pokemon-blip-captions, some held out for evaluation. The hub no longer has
+          it: use a copy, or a similar set, such as lambdalabs/naruto-blip-captions
+Hardware  17.2 GB before activations, without a teacher; one 80 GB card, with
+          --config.train.accumulation_steps=N to take the batch in parts; not yet measured
 Time      Not yet measured
-Source    Paper, LCF: 30,000 steps, target EMA. What else it does not state for LCF is what it distils with: lr 8e-6,
-          EMA 0.999943, w in [2, 14] and k = 20, which must be those the LCM was made with (`sd21_base_lcm`); resolution
-          and batch as `dreamshaper_v7_lcm`, which this config starts from
-Result    Not yet measured. LCF pulls every w towards the unguided model: long runs wear guidance away. Against that:
-          fewer steps, or --config.model.teacher=Lykon/dreamshaper-7 --config.distill.lcd_weight=1
+Source    Paper, LCF: 30,000 steps, target EMA. What it does not state for LCF is as in its distillation: lr 8e-6, EMA
+          0.999943, w in [2, 14] and k = 20, which must be those the LCM was distilled with (`sd21_base_lcm`);
+          resolution and batch as in `dreamshaper_v7_lcm`, from which this config starts
+Result    Not yet measured. LCF pulls every w towards the unguided model, so long runs wear guidance away. To avoid
+          that: fewer steps, or --config.model.teacher=Lykon/dreamshaper-7 --config.distill.lcd_weight=1
 """
 
 import runpy

@@ -2,23 +2,23 @@
 
 Command   python -m lcm_jax.train --config=configs/sd15_lcm.py --workdir=runs/sd15_lcm
               --config.data.path='SHARDS/{00000..00999}.tar'
-Data      Captioned pictures of at least 512 pixels; the README takes CC12M, as img2dataset writes it (anything
-          else: --config.data.source). A dry run on rendered pictures has --config.data.source=shapes, and no path
+Data      Captioned images of at least 512 pixels; the README uses CC12M, as img2dataset writes it (for other formats
+          set --config.data.source). For a dry run on rendered images set --config.data.source=shapes, and no path
 Hardware  Student, gradient, AdamW's moments, target and teacher in float32 take 20.6 GB before activations: one 80 GB
           card; not yet measured
 Time      Not yet measured
 Source    README of the script: lr 1e-6, weight decay 0, pseudo-Huber c = 1e-3, target EMA 0.95, batch 12, 1,000
-          steps, checkpoints and pictures every 200. Its defaults: w in [5, 15], 50 solver steps (k = 20), w embedding
+          steps, checkpoints and samples every 200. Its defaults: w in [5, 15], 50 solver steps (k = 20), w embedding
           of 256, timestep scaling 10, gradients clipped at norm 1, random crops, bilinear
 Deviates  AdamW in float32 instead of 8 bits; bfloat16 instead of float16, and only inside the networks; the w
           projection starts at zero (LCM paper), not at random
-Result    Not yet measured. 12,000 pictures are a demonstration: the LCM paper's run takes 7.2 million
+Result    Not yet measured. 12,000 images are a demonstration: the LCM paper's run takes 7.2 million
           (`sd21_base_lcm`)
 
 Every other full-size config starts from this one.
 """
 
-from lcm_jax.run.config import default_config
+from lcm_jax.config import default_config
 
 
 def get_config():

@@ -2,17 +2,18 @@
 
 Command   python -m lcm_jax.train --config=configs/sd15_lcm_lora.py --workdir=runs/sd15_lcm_lora
               --config.data.path='SHARDS/{00000..00999}.tar'
-Data      As `sd15_lcm`
+Data      As in `sd15_lcm`
 Hardware  4.8 GB before activations: the base once (3.4 GB), 20 bytes for each of 67.5 million adapter weights; one
-          40 GB card, or 24 GB with the batch in parts (`collage_lcm_lora`); not yet measured
+          40 GB card, or one of 24 GB with the batch in parts (`collage_lcm_lora`); not yet measured
 Time      Not yet measured
 Source    LCM-LoRA report: 67.5 million weights in the 14 kinds of layers, guidance fixed at scale 7.5, that is w = 6.5;
-          no EMA. README of diffusers' scripts: rank 64, lr 1e-4; defaults of its script: alpha 64; all else as
-          `sd15_lcm`, which this config starts from
-Deviates  The script draws w from [5, 15] although adapters cannot be told it; here it is the report's one value
+          no EMA. README of diffusers' scripts: rank 64, lr 1e-4; defaults of its script: alpha 64; all else
+          as in `sd15_lcm`, from which this config starts
+Deviates  The script draws w from [5, 15], although adapters cannot be conditioned on it; here w is the report's
+          single value
 Result    Not yet measured
 
-`with_adapters` makes the LCM-LoRA run of any other config's full one.
+`with_adapters` turns any config of a full run into that of its LCM-LoRA.
 """
 
 import runpy

@@ -2,14 +2,14 @@
 
 Command   python -m lcm_jax.train --config=configs/sd21_base_lcm.py --workdir=runs/sd21_base_lcm
               --config.data.path='SHARDS/{00000..00999}.tar'
-Data      LAION-5B with an aesthetic score above 6: 12 million captioned pictures (paper). Out of a larger
-          set: --config.data.filters="('AESTHETIC_SCORE >= 6',)", or whatever the score's name is in the shards' JSON
-Hardware  20.8 GB before activations, as `sd15_lcm`; 72 pictures a step: how many of them fit beside that is not
-          yet measured; --config.train.accumulation_steps=N takes the batch in parts
+Data      LAION-5B with an aesthetic score above 6: 12 million captioned images (paper). To select them from a
+          larger set: --config.data.filters="('AESTHETIC_SCORE >= 6',)", with the score's name in the shards' JSON
+Hardware  20.8 GB before activations, as in `sd15_lcm`; how many of the 72 images of a step fit besides is not yet
+          measured; --config.train.accumulation_steps=N takes the batch in parts
 Time      Not yet measured
 Source    Paper, experiments: teacher, batch 72, 100,000 steps, lr 8e-6, target EMA 0.999943, w in [2, 14], DDIM with
-          k = 20, squared l2 distance. AdamW without decay, clipping at norm 1 and the w embedding of 256 are of
-          diffusers' scripts; the paper as we know it does not state them
+          k = 20, squared l2 distance. AdamW without decay, clipping at norm 1 and the w embedding of 256 are those
+          of diffusers' scripts; the paper does not state them, as far as we know
 Result    Paper, LAION-Aesthetics 6+ at w = 8, FID 35.36 in 1 step, 13.31 in 2, 11.10 in 4 (CLIP score
           28.69). Ours: not yet measured
 """

@@ -2,11 +2,12 @@
 
 Command   python -m lcm_jax.train --config=configs/sd21_lcm.py --workdir=runs/sd21_lcm
               --config.data.path='SHARDS/{00000..00999}.tar'
-Data      LAION-5B with an aesthetic score above 6.5: 650,000 captioned pictures (paper)
-Hardware  20.8 GB before activations, as `sd15_lcm`; 16 pictures a step: how many of 768 pixels fit beside
-          that is not yet measured; --config.train.accumulation_steps=N takes the batch in parts
+Data      LAION-5B with an aesthetic score above 6.5: 650,000 captioned images (paper)
+Hardware  20.8 GB before activations, as in `sd15_lcm`; how many of a step's 16 images of 768 pixels fit besides is
+          not yet measured; --config.train.accumulation_steps=N takes the batch in parts
 Time      Not yet measured
-Source    Paper, experiments: SD 2.1, 768 pixels, batch 16; all else as `sd21_base_lcm`, which this config starts from
+Source    Paper, experiments: SD 2.1, 768 pixels, batch 16; all else as in `sd21_base_lcm`, from which this config
+          starts
 Result    Paper, LAION-Aesthetics 6.5+ at w = 8, FID 34.22 in 1 step, 16.32 in 2, 13.53 in 4 (CLIP score
           28.60). Ours: not yet measured
 """

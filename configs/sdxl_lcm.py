@@ -2,14 +2,14 @@
 
 Command   python -m lcm_jax.train --config=configs/sdxl_lcm.py --workdir=runs/sdxl_lcm
               --config.data.path='SHARDS/{00000..00999}.tar'
-Data      Captioned pictures of at least 1024 pixels; the README takes CC12M, enlarged. As in the script, what
-          is smaller than 700 pixels or has a watermark score above 0.5 is left out
+Data      Captioned images of at least 1024 pixels; the README uses CC12M, enlarged. As in the script, images
+          smaller than 700 pixels or with a watermark score above 0.5 are left out
 Hardware  61.6 GB before activations (24 bytes for each of 2.57 billion weights), 3.6 GB of VAE and text encoders: one
           141 GB card, not yet measured; `sdxl_lcm_lora` needs far less
 Time      Not yet measured
-Source    README: teacher, fp16-fix VAE, and all of `sd15_lcm`, which this config starts from. Defaults of its script:
-          1024 pixels, w in [3, 15]
-Deviates  Sizes are told height first, as the model was trained (the script swaps them), and stay float32
+Source    README: teacher, fp16-fix VAE, and all else as in `sd15_lcm`, from which this config starts. Defaults of its
+          script: 1024 pixels, w in [3, 15]
+Deviates  Sizes are given height first, as when the model was trained (the script swaps them), and stay float32
 Result    Not yet measured
 """
 

@@ -2,12 +2,12 @@
 
 Command   python -m lcm_jax.train --config=configs/sdxl_lcm_lora.py --workdir=runs/sdxl_lcm_lora
               --config.data.path='SHARDS/{00000..00999}.tar'
-Data      As `sdxl_lcm`
+Data      As in `sdxl_lcm`
 Hardware  18 GB before activations: the base once (10.3 GB), 20 bytes for each of 197 million adapter weights, VAE and
           text encoders; one 80 GB card; not yet measured
 Time      Not yet measured
-Source    LCM-LoRA report: 197 million weights, guidance scale 7.5; README of diffusers' scripts: as `sdxl_lcm`, with
-          the adapters of `sd15_lcm_lora` in the place of the whole model
+Source    LCM-LoRA report: 197 million weights, guidance scale 7.5; README of diffusers' scripts: as in `sdxl_lcm`,
+          with the adapters of `sd15_lcm_lora` instead of the whole model
 Result    Not yet measured
 """
 

@@ -1,9 +1,9 @@
-"""The embedded LCM fine-tuned on pictures of another style, without its teacher; otherwise `configs/shapes_lcm.py`.
+"""The embedded LCM fine-tuned on images of another style, without its teacher; otherwise as `configs/shapes_lcm.py`.
 
 Start         the export of `make demo`, runs/shapes_lcm/export: a full LCM with w embedding
-Data          4,096 renders in the style "card" (lcm_jax/data/shapes.py), which their captions do not name
+Data          4,096 renders in the style "card" (lcm_jax/data/shapes.py), which their captions do not mention
 Method        LCF; --config.distill.lcd_weight=0.5 --config.model.teacher=shapes adds LCD, which keeps guidance
-Optimiser     AdamW, lr 5e-4, from step 200 on linear to 0 at 400
+Optimiser     AdamW, lr 5e-4, decays linearly from step 200 to 0 at 400
 
     python -m lcm_jax.train --config=configs/shapes_lcf.py --workdir=runs/shapes_lcf/lcf
 

@@ -1,17 +1,17 @@
 """The embedded teacher distilled on two CPU cores in a few minutes: what `make demo` runs.
 
-Teacher       lcm_jax/assets/shapes_teacher, a Stable Diffusion for 64-pixel pictures of coloured shapes
-Data          4,096 rendered pictures with captions, encoded once; no download
+Teacher       lcm_jax/assets/shapes_teacher, a Stable Diffusion for 64-pixel images of coloured shapes
+Data          4,096 rendered images with captions, encoded once; no download
 Method        LCD, DDIM grid of 50 points (k = 20), pseudo-Huber c = 1e-3, target EMA 0.95
-Optimiser     AdamW, lr 1e-3, from the middle on linear to 0; gradients clipped at norm 1
-Guidance      w uniform in [0.5, 7]: guidance scales 1.5 to 8, the teacher's best and 7.5 among them
+Optimiser     AdamW, lr 1e-3, decays linearly to 0 in the second half; gradients clipped at norm 1
+Guidance      w uniform in [0.5, 7]: guidance scales 1.5 to 8, which include the teacher's best and 7.5
 
     python -m lcm_jax.train --config=configs/shapes_lcm.py --workdir=runs/shapes_lcm
 
 Results: README.md and experiments/shapes_lcm/.
 """
 
-from lcm_jax.run.config import default_config
+from lcm_jax.config import default_config
 
 
 def get_config():

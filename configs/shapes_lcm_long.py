@@ -1,9 +1,9 @@
-"""The embedded teacher distilled for longer than a demo takes; otherwise `configs/shapes_lcm.py`.
+"""The embedded teacher distilled for longer than in the demo; otherwise as `configs/shapes_lcm.py`.
 
-Data          16,384 pictures
-Length        2,000 steps of 32 pictures
-Optimiser     lr 5e-4, linear to 0 from step 500 on; target EMA 0.98. With the demo's 1e-3 and 0.95 a run of this
-              length ended behind the demo's (measured on an earlier teacher).
+Data          16,384 images
+Length        2,000 steps of 32 images
+Optimiser     lr 5e-4, decays linearly to 0 from step 500; target EMA 0.98. With the demo's 1e-3 and 0.95, a run of this
+              length ended worse than the demo's (measured on an earlier teacher)
 
     python -m experiments.shapes_lcm.demo --config=configs/shapes_lcm_long.py --workdir=runs/shapes_lcm_long
 

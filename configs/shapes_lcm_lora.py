@@ -1,9 +1,9 @@
-"""An LCM-LoRA of the embedded teacher; otherwise `configs/shapes_lcm.py`.
+"""An LCM-LoRA of the embedded teacher; otherwise as `configs/shapes_lcm.py`.
 
 Method        LCD of adapters on the teacher's frozen UNet: rank 16, alpha 16, the LCM-LoRA report's 14 target modules
 Guidance      no w embedding: w = 2 throughout, guidance scale 3, the teacher's best
-Target        EMA 0.95 of the adapters; --config.train.ema_decay=0 takes the student itself, as the report does
-Optimiser     AdamW, lr 1e-3, from step 500 on linear to 0 at 1,000
+Target        EMA 0.95 of the adapters; --config.train.ema_decay=0 takes the student itself, as in the report
+Optimiser     AdamW, lr 1e-3, decays linearly from step 500 to 0 at 1,000
 
     python -m lcm_jax.train --config=configs/shapes_lcm_lora.py --workdir=runs/shapes_lcm_lora/lcm
 

@@ -1,11 +1,11 @@
-"""LCM_Dreamshaper_v7 fine-tuned (LCF) on captioned pictures of The Simpsons: the paper's other example.
+"""LCM_Dreamshaper_v7 fine-tuned (LCF) on captioned images of The Simpsons: the paper's other example.
 
 Command   python -m lcm_jax.train --config=configs/simpsons_lcf.py --workdir=runs/simpsons_lcf
-Data      Norod78/simpsons-blip-captions, some held back to judge by
-Hardware  As `pokemon_lcf`; not yet measured
+Data      Norod78/simpsons-blip-captions, some held out for evaluation
+Hardware  As in `pokemon_lcf`; not yet measured
 Time      Not yet measured
-Source    Paper, LCF: as `pokemon_lcf`, which this config starts from; only the pictures are others
-Result    Not yet measured; the remark on guidance of `pokemon_lcf` holds
+Source    Paper, LCF: as in `pokemon_lcf`, from which this config starts; only the images differ
+Result    Not yet measured; the remark on guidance in `pokemon_lcf` applies
 """
 
 import runpy

@@ -1,4 +1,4 @@
-"""`default_config`, under the name that config files import it by; the keys are in `lcm_jax/run/config.py`."""
+"""`default_config`, under the name that config files import it by; docs/config.md lists the keys."""
 
 from lcm_jax.run.config import default_config
 

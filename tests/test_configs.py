@@ -1,6 +1,6 @@
 """Every file in configs/: a card, valid values, and its step, traced and run, on random folders of its architecture.
 
-The models are reduced, and so is the batch; everything else is the file's own.
+Models and batch are reduced; everything else is the file's own.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ FAMILIES = {
     "ssd1b_lcm": "ssd-1b",
     "ssd1b_lcm_lora": "ssd-1b",
 }
-# One of each program: the others differ from these in numbers alone.
+# One of each program: the others differ from these only in numbers.
 TRACED = ("sd15_lcm", "sd15_lcm_lora", "pokemon_lcf", "sd21_lcm", "sdxl_lcm_lora", "lcm_xl_pokemon_blip", "ssd1b_lcm")
 EMBEDDED = {name for name in FILES if name.startswith("shapes_")}
 
@@ -57,7 +57,7 @@ def load(name: str) -> ConfigDict:
 
 
 def reduced(name: str) -> ConfigDict:
-    """The config with random folders in the place of its models, for one step on a few embedded pictures."""
+    """The config with random folders instead of its models, for one step on a few embedded images."""
     config, family = load(name), FAMILIES.get(name, "sd15")
     if config.model.teacher is not None:
         config.model.teacher = str(tiny_family.folder(family, short=True))
@@ -78,9 +78,8 @@ def test_every_promised_config_is_there():
 
 @pytest.mark.parametrize("name", FILES)
 def test_card_and_values(name, tmp_path, monkeypatch):
-    """The card tells what it must; the values are valid from any folder, once it is said where pictures are."""
+    """The card has every heading; the values are valid from any folder, once the path of the data is given."""
     card = runpy.run_path(str(FILES[name]))["__doc__"]
-    assert len(card) > 300
     if name in FAMILIES:
         assert f"--config=configs/{name}.py --workdir=" in card
         for word in ("Command", "Data", "Hardware", "Time", "Source", "Result"):
@@ -94,7 +93,7 @@ def test_card_and_values(name, tmp_path, monkeypatch):
     if config.data.source != "shapes" and config.data.path is None:
         with pytest.raises(LcmError, match=r"config\.data\.path = None"):
             config_lib.validate(config)
-        config.data.path = "pictures"
+        config.data.path = "images"
     config_lib.validate(config)
     config_lib.validate(config_lib.resolve(config))
 
@@ -188,7 +187,7 @@ def test_the_hyper_parameters_are_the_published_ones(name):
     assert {key: values[key] for key in PUBLISHED[name]} == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in TRACED else pytest.mark.slow) for n in FILES])
+@pytest.mark.parametrize("name", TRACED)
 def test_the_step_traces(name):
     """From shapes alone, as `train` builds it: the state keeps its shapes, the loss is one number."""
     config = config_lib.resolve(reduced(name))
@@ -197,7 +196,11 @@ def test_the_step_traces(name):
     state, metrics = jax.eval_shape(program.step, program.state, program.frozen, program.batch, program.key)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, program.state)
     assert all(jax.tree.leaves(same)) and metrics["loss"].shape == ()
-    weights = flatten_dict(state.params, sep="/")
+    check_names(config, flatten_dict(state.params, sep="/"))
+
+
+def check_names(config: ConfigDict, weights: dict) -> None:
+    """Adapters alone are trained, or all weights, with a w embedding if the config has one."""
     if config.lora.rank:
         assert all("/lora_" in key for key in weights)
     else:
@@ -262,12 +265,10 @@ def test_one_step(name, tmp_path):
     assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0 and metrics["grad_norm"] > 0
     weights = flatten_dict(state.params, sep="/")
     assert all(np.isfinite(value).all() for value in weights.values())
+    check_names(config, weights)
     if config.lora.rank:
-        assert all("/lora_" in key for key in weights)
         moved = [np.any(value) for key, value in weights.items() if key.endswith("/lora_B")]  # they start at zero
         assert np.mean(moved) > 0.9
-    else:
-        assert ("time_embedding/cond_proj/kernel" in weights) == (config.distill.w_embedding_dim > 0)
     target = flatten_dict(state.ema_params, sep="/")
     lag = max(np.abs(target[key] - value).max() for key, value in weights.items())
     assert (lag > 0) == (config.train.ema_decay > 0)

@@ -1,8 +1,8 @@
 """LCD on SD 2.1 and SDXL with the text encoders' own outputs, against torch.
 
-Beside `test_distill_objective`, whose Algorithm 1 is used here, captions go through both programs' text encoders:
-`conditioning` on our side, the `encode_prompt` of diffusers' pipelines on torch's, which also decides what the null
-text is: "" encoded for SD, zeros or "" for SDXL, as the model says.
+Algorithm 1 is that of `test_distill_objective`, but captions go through both programs' text encoders:
+`pretrained.text` on our side, the `encode_prompt` of diffusers' pipelines on torch's, which also decides what the null
+text is: "" encoded for SD; zeros or "" for SDXL, depending on the model's config.
 """
 
 import functools
@@ -20,12 +20,12 @@ import torch
 from flax.traverse_util import flatten_dict
 
 from lcm_jax.diffusion import guidance
-from lcm_jax.distill import objective as objectives
+from lcm_jax.distill import objective
 from lcm_jax.pretrained import load_pipeline, names
 from lcm_jax.pretrained import text as conditioning
 
 CAPTIONS = ["a red circle", "hello", "small blue square on the left", ""]
-# Original height and width, crop top and left, target height and width: none could be swapped unseen.
+# Original height and width, crop top and left, target height and width, all different, so that a swap is noticed.
 SIZES = [(513, 640, 3, 0, 515, 643), (1023, 769, 8, 21, 1025, 1031), (66, 64, 0, 9, 67, 65), (1, 2, 3, 4, 5, 6)]
 
 
@@ -100,7 +100,7 @@ def test_loss_and_gradient_match_torch_from_the_caption_on(case):
     weights = params["student"], params["target"], params["teacher"]
     which = list(lcd.TORCH_DISTANCES).index("huber")
     run = lcd.loss_and_gradient(family, prediction_type)
-    got_loss, got = run(*weights, null, batch | {"cond": cond}, objectives.Draws(**draws), which)
+    got_loss, got = run(*weights, null, batch | {"cond": cond}, objective.Draws(**draws), which)
     got = flatten_dict(got, sep="/")
     parity.close(got_loss, want_loss.item(), rtol=1e-4)
     assert got.keys() == want.keys()
@@ -108,10 +108,10 @@ def test_loss_and_gradient_match_torch_from_the_caption_on(case):
         parity.near(got[key], value, 1e-4, key)
     assert all(np.any(value) for value in want.values())
 
-    if family == "sdxl":  # each condition counts: told otherwise, the loss is another
+    if family == "sdxl":  # each condition counts: with another, the loss changes
         other = dict(cond) | {"time_ids": cond["time_ids"][:, [1, 0, 3, 2, 5, 4]]}
-        swapped, _ = run(*weights, null, batch | {"cond": other}, objectives.Draws(**draws), which)
+        swapped, _ = run(*weights, null, batch | {"cond": other}, objective.Draws(**draws), which)
         assert abs(swapped / got_loss - 1) > 1e-3
         nulls = jax.tree.map(lambda x: x + 1.0, null)
-        moved, _ = run(*weights, nulls, batch | {"cond": cond}, objectives.Draws(**draws), which)
+        moved, _ = run(*weights, nulls, batch | {"cond": cond}, objective.Draws(**draws), which)
         assert abs(moved / got_loss - 1) > 1e-3

@@ -1,4 +1,4 @@
-"""LCM-LoRA in the method: LCD of adapters against torch and peft, what a step costs and holds, what it is fed.
+"""LCM-LoRA: LCD of adapters against torch and peft, what a step costs and holds, and what it is conditioned on.
 
 The torch side is `test_distill_objective.algorithm_1` on models whose adapters are peft's.
 """
@@ -22,10 +22,9 @@ from diffusers import UNet2DConditionModel
 from flax.traverse_util import flatten_dict
 
 from lcm_jax.diffusion import schedule, solvers
-from lcm_jax.distill import objective as losses
-from lcm_jax.distill import objective as objectives
-from lcm_jax.distill import state
-from lcm_jax.distill import step as step_lib
+from lcm_jax.distill import lcm, objective, state
+from lcm_jax.distill.step import make_optimizer, make_step
+from lcm_jax.distill.student import student_of
 from lcm_jax.models import lora
 from lcm_jax.models import unet as unet_lib
 from lcm_jax.pretrained import names
@@ -33,7 +32,7 @@ from lcm_jax.pretrained import names
 SCALE = peft.ALPHA / peft.RANK
 
 
-def make_problem(kind: str, prediction_type: str, distance=losses.l2) -> objectives.Problem:
+def make_problem(kind: str, prediction_type: str, distance=objective.l2) -> objective.Problem:
     unet = unet_lib.from_config(tiny.UNETS[kind])
     whole = lcd.make_problem(kind, prediction_type, distance)
     return dataclasses.replace(whole, student=lora.Adapted(unet, SCALE), teacher=unet)
@@ -61,8 +60,8 @@ def test_loss_and_gradient_match_torch_with_peft(kind, prediction_type):
     want = flatten_dict(peft.adapter_tree(gradient), sep="/")
 
     def loss(theta, theta_minus, base):
-        frozen = objectives.Frozen(teacher=base, null=null)
-        return objectives.lcd_loss(p, theta, theta_minus, frozen, batch, objectives.Draws(**draws)).mean()
+        frozen = objective.Frozen(teacher=base, null=null)
+        return lcm.lcd_loss(p, theta, theta_minus, frozen, batch, objective.Draws(**draws)).mean()
 
     got_loss, got = peft.jit(jax.value_and_grad(loss))(theta, theta_minus, base)
     got = flatten_dict(got, sep="/")
@@ -73,20 +72,11 @@ def test_loss_and_gradient_match_torch_with_peft(kind, prediction_type):
 
 
 def inputs(kind: str) -> tuple[dict, dict, dict]:
-    """`test_distill_objective.inputs`; sd2 is told as sd1, in text of the same width."""
+    """`test_distill_objective.inputs`; sd2 takes sd1's, whose text has the same width."""
     return lcd.inputs("sd1" if kind == "sd2" else kind)
 
 
-def test_a_student_of_adapters_keeps_the_base_it_is_given():
-    unet = unet_lib.from_config(tiny.UNETS["sd1"])
-    base = names.abstract_params(unet)
-    student, params = state.adapt(unet, base, jax.random.key(0), 4, 8.0, ("to_q", "conv1"))
-    assert student == lora.Adapted(unet, 2.0) and params["base"] is base
-    assert {path[-1] for path in lora.by_layer(params["lora"])} == {"to_q", "conv1"}
-    assert state.student_of(unet, base, 0) == (unet, base)  # nor does a student without w get one
-
-
-def abstract_step(unet, text_width: int, rank: int, side: int = 8, adapted: bool = True):
+def abstract_step(unet, text_width: int, rank: int, adapted: bool = True):
     """(step's arguments as shapes, jitted step) of LCM-LoRA on `unet`, or of full LCD."""
     weights = names.abstract_params(unet)
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -94,42 +84,44 @@ def abstract_step(unet, text_width: int, rank: int, side: int = 8, adapted: bool
         student = lora.Adapted(unet, 1.0)
         theta = jax.eval_shape(lambda key: lora.init(key, weights, rank), jax.random.key(0))
     else:
-        student, theta = state.student_of(unet, weights, 16)
+        student, theta = student_of(unet, weights, 16)
     noise_schedule = schedule.from_config(lcd.BETAS)
-    problem = objectives.Problem(
+    problem = objective.Problem(
         student=student,
         teacher=unet,
         schedule=noise_schedule,
         grid=solvers.solver_grid(noise_schedule, 50),
-        distance=losses.l2,
+        distance=objective.l2,
         w_min=6.5,
         w_max=6.5,
         scaling_factor=0.18215,
     )
-    optimizer = step_lib.make_optimizer(1e-4)
+    optimizer = make_optimizer(1e-4)
     cond, null = ({"encoder_hidden_states": array((b, 7, text_width))} for b in (2, 1))
-    latents = array((2, side, side, 4))
-    begun = jax.eval_shape(lambda p: state.create(p, optimizer), theta)
-    frozen = objectives.Frozen(teacher=weights, null=null)
+    latents = array((2, 8, 8, 4))
+    initial = jax.eval_shape(lambda p: state.create(p, optimizer), theta)
+    frozen = objective.Frozen(teacher=weights, null=null)
     key = jax.eval_shape(jax.random.key, 0)
     batch = {"mean": latents, "logvar": latents, "cond": cond}
-    return (begun, frozen, batch, key), jax.jit(step_lib.make_step(problem, optimizer, 0.0), donate_argnums=0)
+    return (initial, frozen, batch, key), jax.jit(make_step(problem, optimizer, 0.0), donate_argnums=0)
 
 
-def test_a_step_is_given_the_base_once():
-    """By the arguments of the lowered step: LoRA holds W + 4 adapters, full LCD 5 W and w's projections."""
+def test_a_step_takes_the_base_once():
+    """By the arguments of the lowered step: LoRA holds W + 4 adapters, full LCD 5 W and the projections of w."""
     unet = unet_lib.from_config(tiny.UNETS["small"])
     held = {}
     for adapted in (True, False):
         arguments, step = abstract_step(unet, 32, 4, adapted=adapted)
         main = re.search(r"@main\((.*?)\) -> ", step.lower(*arguments).as_text(), re.DOTALL)[1]
-        given = sum(math.prod(map(int, dims.split("x"))) for dims in re.findall(r"tensor<([\dx]+)xf32>", main))
-        held[adapted] = given - size((arguments[2], arguments[1].null)), arguments[0]
+        total = sum(math.prod(map(int, dims.split("x"))) for dims in re.findall(r"tensor<([\dx]+)xf32>", main))
+        held[adapted] = total - size((arguments[2], arguments[1].null)), arguments[0]
     base = names.num_params(unet)
     adapters = size(held[True][1].params)
     assert 0 < adapters < base
     assert held[True][0] == base + 4 * adapters
     assert held[False][0] == 5 * base + 4 * 16 * 16
+    (initial, *_), _ = abstract_step(unet_lib.from_config(family.UNETS["sd15"]), 768, 64)
+    assert size(initial.params) == 67_252_224  # the published file of LCM-LoRA has 134.6 MB, float16
 
 
 def size(tree) -> int:
@@ -137,7 +129,7 @@ def size(tree) -> int:
 
 
 def costs(unet, rank: int, side: int, text_width: int) -> dict[str, float]:
-    """Floating-point operations that XLA counts, from shapes alone: forward with adapters on, and with gradients."""
+    """Floating-point operations that XLA counts, from shapes alone: forward with adapters, and with gradients."""
     weights = names.abstract_params(unet)
     theta = jax.eval_shape(lambda key: lora.init(key, weights, rank), jax.random.key(0))
     adapted = lora.Adapted(unet, 1.0)
@@ -165,21 +157,9 @@ def test_no_dense_gradient_is_formed():
     assert 1.9 < ratio <= 2.3
 
 
-def test_a_steps_arguments_at_the_real_widths():
-    """SD 1.5, rank 64: 0.86 G weights and 4 times 67.3 M adapters; full LCD 5 times the weights."""
-    unet = unet_lib.from_config(family.UNETS["sd15"])
-    (begun, frozen, *_), _ = abstract_step(unet, 768, 64)
-    assert size(frozen.teacher) == names.num_params(unet) and frozen.base is None
-    assert size(begun.params) == size(begun.ema_params) == 67_252_224  # the published file has 134.6 MB, float16
-    total = size((begun, frozen))
-    (begun, frozen, *_), _ = abstract_step(unet, 768, 64, adapted=False)
-    print(f"LoRA {total * 4 / 2**30:.2f} GiB, full LCD {size((begun, frozen)) * 4 / 2**30:.2f} GiB")
-    assert total < 0.27 * size((begun, frozen))
-
-
 @pytest.mark.slow
-def test_a_base_of_its_own_and_steps_move_adapters_alone():
-    """The student's base differs from the teacher: `Frozen.base` is taken; decay 0 makes the target the student."""
+def test_frozen_base_is_used_and_steps_move_adapters_alone():
+    """If the student's base differs from the teacher; decay 0 makes the target the student."""
     unet = unet_lib.from_config(tiny.UNETS["small"])
     teacher, base = (
         names.from_torch(unet, tiny.randomise(UNet2DConditionModel(**tiny.UNETS["small"]), seed).state_dict())
@@ -190,11 +170,11 @@ def test_a_base_of_its_own_and_steps_move_adapters_alone():
     batch = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
     null = {"encoder_hidden_states": np.zeros((1, 7, 32), np.float32)}
     theta = lora.init(jax.random.key(0), base, 4)
-    optimizer = step_lib.make_optimizer(1e-4)
+    optimizer = make_optimizer(1e-4)
     losses_of = {}
     for name, own in (("own base", base), ("teacher's", None)):
         now = state.create(theta, optimizer)
-        frozen = objectives.Frozen(teacher=teacher, null=null, base=own)
+        frozen = objective.Frozen(teacher=teacher, null=null, base=own)
         for _ in range(2):
             now, metrics = step(now, frozen, batch, jax.random.key(3))
         losses_of[name] = float(metrics["loss"])
@@ -206,7 +186,7 @@ def test_a_base_of_its_own_and_steps_move_adapters_alone():
 
 
 class Recorder:
-    """Stands for a UNet in bfloat16; keeps what it is called with."""
+    """Stands for a UNet in bfloat16; records its calls."""
 
     def __init__(self, time_cond_proj_dim=None):
         self.calls, self.time_cond_proj_dim, self.dtype = [], time_cond_proj_dim, jnp.bfloat16
@@ -217,11 +197,11 @@ class Recorder:
 
 
 def test_sizes_and_crops_reach_every_pass_in_float32():
-    """bfloat16 would round 1023 to 1024; the null pass has the caption's sizes beside the zero text."""
+    """bfloat16 would round 1023 to 1024; the null pass has the caption's sizes with the zero text."""
     batch, null, draws = lcd.inputs("sdxl")
     student, teacher = Recorder(), Recorder()
     p = dataclasses.replace(lcd.make_problem("sdxl"), student=student, teacher=teacher)
-    objectives.lcd_loss(p, {}, {}, objectives.Frozen(teacher={}, null=null), batch, objectives.Draws(**draws))
+    lcm.lcd_loss(p, {}, {}, objective.Frozen(teacher={}, null=null), batch, objective.Draws(**draws))
     ids = batch["cond"]["time_ids"]
     for (*_, added), want in zip([*student.calls, *teacher.calls], [ids, ids, np.repeat(ids, 2, axis=0)], strict=True):
         assert added["time_ids"].dtype == jnp.float32

@@ -1,7 +1,7 @@
 """LCD against an independent torch computation of Algorithm 1, against Gaussian data's exact flow, and its invariants.
 
-The torch side is the paper's own form, which is not how the code under test computes it: guided increments of the
-solver, z + (1 + w) Psi(c) - w Psi(0), where Psi is a step of diffusers' DDIMScheduler; x0 from that scheduler, boundary
+The torch side is the paper's own form, not the one that the code under test computes: guided increments of the solver,
+z + (1 + w) Psi(c) - w Psi(0), where Psi is a step of diffusers' DDIMScheduler; x0 from that scheduler, boundary
 scalings from LCMScheduler, noising from DDPMScheduler; conditional and null text in two passes; all in float64.
 """
 
@@ -15,22 +15,15 @@ import parity
 import pytest
 import tiny
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    LatentConsistencyModelPipeline,
-    LCMScheduler,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from lcm_jax.cost import flops
 from lcm_jax.diffusion import denoiser, guidance, schedule, solvers
-from lcm_jax.distill import objective as losses
-from lcm_jax.distill import objective as objectives
-from lcm_jax.distill import state
+from lcm_jax.distill import lcm, objective
+from lcm_jax.distill.student import student_of
 from lcm_jax.models import unet as unet_lib
 from lcm_jax.pretrained import names
 
@@ -45,7 +38,7 @@ TORCH_DISTANCES = {
     "l2": lambda p, q: ((p - q) ** 2).mean(),
     "huber": lambda p, q: ((p - q).square() + HUBER_C**2).sqrt().sub(HUBER_C).mean(),
 }
-DISTANCES = (losses.l2, functools.partial(losses.pseudo_huber, c=HUBER_C))
+DISTANCES = (objective.l2, functools.partial(objective.pseudo_huber, c=HUBER_C))
 
 
 def torch_unets(family: str) -> dict[str, UNet2DConditionModel]:
@@ -74,10 +67,10 @@ def inputs(family: str) -> tuple[dict, dict, dict]:
     return batch, null, draws
 
 
-def make_problem(family: str, prediction_type: str = "epsilon", distance=losses.l2) -> objectives.Problem:
+def make_problem(family: str, prediction_type: str = "epsilon", distance=objective.l2) -> objective.Problem:
     config = tiny.UNETS[family]
     noise_schedule = schedule.from_config(BETAS | {"prediction_type": prediction_type})
-    return objectives.Problem(
+    return objective.Problem(
         student=unet_lib.from_config(config | {"time_cond_proj_dim": W_DIM}),
         teacher=unet_lib.from_config(config),
         schedule=noise_schedule,
@@ -154,8 +147,8 @@ def loss_and_gradient(family: str, prediction_type: str):
 
     def run(theta, target, teacher, null, batch, draws, distance):
         p = make_problem(family, prediction_type, lambda a, b: jax.lax.switch(distance, DISTANCES, a, b))
-        frozen = objectives.Frozen(teacher=teacher, null=null)
-        loss = lambda theta: objectives.lcd_loss(p, theta, target, frozen, batch, draws).mean()  # noqa: E731
+        frozen = objective.Frozen(teacher=teacher, null=null)
+        loss = lambda theta: lcm.lcd_loss(p, theta, target, frozen, batch, draws).mean()  # noqa: E731
         return jax.value_and_grad(loss)(theta)
 
     return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what takes time here
@@ -183,7 +176,7 @@ def test_loss_and_gradient_match_torch(family, prediction_type, distance):
     run = loss_and_gradient(family, prediction_type)
     which = list(TORCH_DISTANCES).index(distance)
     weights = params["student"], params["target"], params["teacher"]
-    got_loss, got = run(*weights, null, batch, objectives.Draws(**draws), which)
+    got_loss, got = run(*weights, null, batch, objective.Draws(**draws), which)
     got = flatten_dict(got, sep="/")
     assert got_loss.dtype == jnp.float32 and got_loss.shape == ()
     parity.close(got_loss, want_loss.item(), rtol=1e-4)
@@ -193,16 +186,9 @@ def test_loss_and_gradient_match_torch(family, prediction_type, distance):
     assert all(np.any(value) for value in want.values())
 
 
-@pytest.mark.parametrize("dim", [W_DIM, 255, 256])
-def test_w_embedding_matches_the_pipeline(dim):
-    w = np.concatenate([W, np.linspace(2, 15, 9, dtype=np.float32)])
-    want = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, torch.from_numpy(w), dim)
-    parity.close(guidance.w_embedding(w, dim), want.numpy(), rtol=0, atol=parity.sinusoid(1000 * w, dim, 1))
-
-
 def test_a_fresh_student_equals_its_teacher_for_every_w():
     p, teacher = make_problem("sd1"), jax_params("sd1")["teacher"]
-    student, params = state.student_of(p.teacher, teacher, W_DIM)
+    student, params = student_of(p.teacher, teacher, W_DIM)
     batch, _, draws = inputs("sd1")
     t = p.grid.timesteps[INDEX]
     run = jax.jit(functools.partial(denoiser.student_output, student))
@@ -210,7 +196,7 @@ def test_a_fresh_student_equals_its_teacher_for_every_w():
     got = [run(params, draws["noise"], t, batch["cond"], w) for w in (W, W + 3.3)]
     np.testing.assert_array_equal(got[0], got[1])
     parity.close(got[0], want, rtol=0, atol=1e-6)
-    # ... and that is because the projection is zero, not because w is not told.
+    # ... and that is because the projection is zero, not because w is ignored.
     params["time_embedding"]["cond_proj"]["kernel"] += 0.1
     assert np.abs(run(params, draws["noise"], t, batch["cond"], W + 3.3) - want).max() > 1e-2
 
@@ -229,9 +215,9 @@ class Denoiser(nn.Module):
 
 
 class ExactStudent(nn.Module):
-    """The exact consistency function of guided `Denoiser`s, solved for the x0 of which f is made.
+    """The exact consistency function of guided `Denoiser`s, solved for the x0 from which f is computed.
 
-    Guiding moves the mean, m + w (m - m_null), and leaves the spread. (z_t - alpha_t m) / radius_t is constant along
+    Guidance moves the mean, m + w (m - m_null), and leaves the spread. (z_t - alpha_t m) / radius_t is constant along
     the flow. w is read back from its embedding's slowest angle, 1000 w / 10000.
     """
 
@@ -277,7 +263,7 @@ def gaussian_case(num_steps: int, index=None, solver: str = "ddim") -> tuple:
     )
     rng = np.random.default_rng(3)
     null, means = rng.standard_normal((1, 1, 4)) * 0.1, rng.standard_normal((b, 1, 4)) * 0.1
-    draws = objectives.Draws(
+    draws = objective.Draws(
         posterior=jnp.asarray(rng.standard_normal((b, 16, 16, 4)), jnp.float32),
         noise=jnp.asarray(rng.standard_normal((b, 16, 16, 4)), jnp.float32),
         index=jnp.asarray(index),
@@ -289,17 +275,17 @@ def gaussian_case(num_steps: int, index=None, solver: str = "ddim") -> tuple:
         "cond": {"encoder_hidden_states": jnp.asarray(means, jnp.float32)},
     }
     null = jnp.asarray(null, jnp.float32)
-    frozen = objectives.Frozen(teacher={}, null={"encoder_hidden_states": null})
+    frozen = objective.Frozen(teacher={}, null={"encoder_hidden_states": null})
     return p, {"null": null[0, 0]}, frozen, batch, draws
 
 
 def gaussian_loss(num_steps: int, solver: str = "ddim") -> float:
     p, params, frozen, batch, draws = gaussian_case(num_steps, solver=solver)
-    return float(objectives.lcd_loss(p, params, params, frozen, batch, draws).mean())
+    return float(lcm.lcd_loss(p, params, params, frozen, batch, draws).mean())
 
 
 def test_exact_consistency_function_leaves_only_the_solvers_error():
-    """The local error of DDIM is of second order in the skip, so the mean square falls 16-fold as it is halved."""
+    """DDIM's local error is of second order in the skip, so halving the skip divides the mean square by 16."""
     values = {n: gaussian_loss(n) for n in (25, 50, 100)}
     assert values[50] < 1e-4
     for n in (25, 50):
@@ -308,7 +294,7 @@ def test_exact_consistency_function_leaves_only_the_solvers_error():
 
 @pytest.mark.parametrize("solver", ("dpm_solver", "dpm_solver_pp"))
 def test_solvers_of_second_order_leave_less(solver):
-    """Their local error is of third order in the skip: the mean square falls 64-fold and more, under guidance, too."""
+    """Their local error is of third order in the skip: halving it divides the mean square by 64, also with guidance."""
     values = {n: gaussian_loss(n, solver) for n in (10, 20, 50)}
     assert values[50] < gaussian_loss(50) / 50, values
     assert 40 < values[10] / values[20] < 160, values
@@ -316,14 +302,14 @@ def test_solvers_of_second_order_leave_less(solver):
 
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
 def test_a_skip_of_one(solver):
-    """N = 1000: jumps of one timestep, that at index 0 of none; the solver's error is all but gone."""
+    """N = 1000: jumps of one timestep, at index 0 of none; the solver's error is almost zero."""
     p, params, frozen, batch, draws = gaussian_case(1000, np.array([0, 1, 499, 998, 999]), solver)
-    loss = objectives.lcd_loss(p, params, params, frozen, batch, draws)
+    loss = lcm.lcd_loss(p, params, params, frozen, batch, draws)
     parity.close(loss, np.zeros(5), atol=1e-6)
 
 
 def test_a_second_order_jump_costs_one_more_guided_teacher():
-    """In FLOPs as `TrainingStep.model_flops` counts them, which is what utilisation is reckoned by."""
+    """In FLOPs as `TrainingStep.model_flops` counts them for the utilisation."""
     p, (batch, null, draws) = make_problem("sd1"), inputs("sd1")
     key, text = jax.random.key(0), batch["cond"]["encoder_hidden_states"]
     t = np.zeros(4, np.int32)
@@ -337,8 +323,8 @@ def test_a_second_order_jump_costs_one_more_guided_teacher():
         problem = dataclasses.replace(p, grid=solvers.solver_grid(p.schedule, 50, name))
 
         def loss(theta, teacher):
-            frozen = objectives.Frozen(teacher=teacher, null=null)
-            return objectives.lcd_loss(problem, theta, theta, frozen, batch, objectives.Draws(**draws)).mean()
+            frozen = objective.Frozen(teacher=teacher, null=null)
+            return lcm.lcd_loss(problem, theta, theta, frozen, batch, objective.Draws(**draws)).mean()
 
         return flops.count(jax.value_and_grad(loss), theta, teacher)
 
@@ -348,12 +334,12 @@ def test_a_second_order_jump_costs_one_more_guided_teacher():
 
 
 def test_gradient_vanishes_with_the_solvers_error():
-    """The exact student is a stationary point but for the solver; a null text off by 0.1 is not."""
+    """The exact student is a stationary point except for the solver's error; a null text off by 0.1 is not."""
 
     def gradient(num_steps, shift):
         p, params, frozen, batch, draws = gaussian_case(num_steps)
         theta = {"null": params["null"] + shift}
-        grads = jax.grad(lambda x: objectives.lcd_loss(p, x, params, frozen, batch, draws).mean())(theta)
+        grads = jax.grad(lambda x: lcm.lcd_loss(p, x, params, frozen, batch, draws).mean())(theta)
         return np.linalg.norm(grads["null"])
 
     assert gradient(50, 0.0) < 0.02 * gradient(50, 0.1)
@@ -361,19 +347,19 @@ def test_gradient_vanishes_with_the_solvers_error():
 
 
 def test_target_at_index_0_is_z_end_whatever_the_target_weights():
-    """There t_end = 0, where f is the identity: the target is the DDIM jump onto abar_0."""
+    """There t_end = 0, where f is the identity: the target is the DDIM jump to abar_0."""
     p, params, frozen, batch, draws = gaussian_case(50, index=np.zeros(5, np.int32))
     seen = []
 
     def distance(prediction, target):
         seen.append(target)
-        return losses.l2(prediction, target)
+        return objective.l2(prediction, target)
 
     p = dataclasses.replace(p, distance=distance)
     for target_params in (params, {"null": params["null"] + 5.0}):
-        objectives.lcd_loss(p, params, target_params, frozen, batch, draws)
+        lcm.lcd_loss(p, params, target_params, frozen, batch, draws)
     np.testing.assert_array_equal(seen[0], seen[1])
-    # z_end from the true pair of the guided data: mean m_w, posterior mean by Bayes' rule, eps by what is left.
+    # z_end from the true pair of the guided data: mean m_w, x0 by Bayes' rule, eps from the rest.
     abar = p.schedule.alphas_cumprod.astype(np.float64)[[19, 0]]
     (a, a0), (s, s0) = np.sqrt(abar), np.sqrt(1 - abar)
     m = np.asarray(batch["mean"], np.float64)
@@ -387,14 +373,14 @@ def test_target_at_index_0_is_z_end_whatever_the_target_weights():
 
 def test_only_theta_gets_a_gradient():
     p, params, frozen, batch, draws = gaussian_case(50)
-    grads = jax.grad(lambda target: objectives.lcd_loss(p, params, target, frozen, batch, draws).mean())(params)
+    grads = jax.grad(lambda target: lcm.lcd_loss(p, params, target, frozen, batch, draws).mean())(params)
     np.testing.assert_array_equal(grads["null"], np.zeros(4))
 
 
 def test_draws_follow_the_key_and_are_uniform():
     p = make_problem("sd1")
     shape = (20_000, 1, 1, 4)
-    one, same, other = (objectives.draw(p, jax.random.key(seed), shape) for seed in (1, 1, 2))
+    one, same, other = (objective.draw(p, jax.random.key(seed), shape) for seed in (1, 1, 2))
     jax.tree.map(np.testing.assert_array_equal, one, same)
     for field in ("posterior", "noise", "index", "w"):
         assert np.any(getattr(one, field) != getattr(other, field))

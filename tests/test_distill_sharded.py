@@ -16,15 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.diffusion import schedule, solvers
-from lcm_jax.distill import objective as losses
-from lcm_jax.distill import objective as objectives
-from lcm_jax.distill import state
-from lcm_jax.distill import step as step_lib
+from lcm_jax.distill import objective, state
+from lcm_jax.distill.step import learning_rate_schedule, make_optimizer, make_step
 from lcm_jax.runtime import mesh as mesh_lib
 
 
 class Net:
-    '''Two convolutions with a UNet's signature; `gather` is applied to the weights where they are used.'''
+    '''Convolutions with a UNet's signature; `gather` is applied to the weights where they are used.'''
 
     time_cond_proj_dim, dtype = None, jnp.float32
 
@@ -45,19 +43,19 @@ array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
 params = {"in": array(3, 3, 4, 96), "middle": array(3, 3, 96, 96), "out": array(3, 3, 96, 4), "text": array(768, 96)}
 net = Net(mesh_lib.gather_weights(mesh, jnp.float32))
 noise = schedule.from_config({"_class_name": "LCMScheduler"})
-problem = objectives.Problem(
-    student=net, teacher=net, schedule=noise, grid=solvers.solver_grid(noise, 50), distance=losses.pseudo_huber,
+problem = objective.Problem(
+    student=net, teacher=net, schedule=noise, grid=solvers.solver_grid(noise, 50), distance=objective.pseudo_huber,
     w_min=2.0, w_max=9.0, scaling_factor=0.5)
-rate = step_lib.learning_rate_schedule(1e-3)
-optimizer = step_lib.make_optimizer(rate)
-begun = mesh_lib.abstract_state(mesh, jax.eval_shape(lambda p: state.create(p, optimizer), params))
-frozen = objectives.Frozen(teacher=params, null={"encoder_hidden_states": array(1, 7, 768)})
+rate = learning_rate_schedule(1e-3)
+optimizer = make_optimizer(rate)
+initial = mesh_lib.abstract_state(mesh, jax.eval_shape(lambda p: state.create(p, optimizer), params))
+frozen = objective.Frozen(teacher=params, null={"encoder_hidden_states": array(1, 7, 768)})
 batch = {"mean": array(32, 8, 8, 4), "logvar": array(32, 8, 8, 4), "cond": {"encoder_hidden_states": array(32, 7, 768)}}
 rows = mesh_lib.batch_sharding(mesh)
 batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
-step = jax.jit(step_lib.make_step(problem, optimizer, 0.9, parts, rate), donate_argnums=0,
-               out_shardings=(jax.tree.map(lambda x: x.sharding, begun), mesh_lib.replicated(mesh)))
-args = begun, mesh_lib.abstract_state(mesh, frozen), batch, jax.eval_shape(jax.random.key, 0)
+step = jax.jit(make_step(problem, optimizer, 0.9, parts, rate), donate_argnums=0,
+               out_shardings=(jax.tree.map(lambda x: x.sharding, initial), mesh_lib.replicated(mesh)))
+args = initial, mesh_lib.abstract_state(mesh, frozen), batch, jax.eval_shape(jax.random.key, 0)
 print(step.lower(*args).compile().as_text())
 """
 MOVES = re.compile(

@@ -13,10 +13,9 @@ import torch
 from flax import linen as nn
 
 from lcm_jax.diffusion import schedule, solvers
-from lcm_jax.distill import objective as losses
-from lcm_jax.distill import objective as objectives
-from lcm_jax.distill import state
-from lcm_jax.distill import step as step_lib
+from lcm_jax.distill import lcm, objective, state
+from lcm_jax.distill.step import learning_rate_schedule, make_optimizer, make_step
+from lcm_jax.distill.student import student_of
 from lcm_jax.models import unet as unet_lib
 from lcm_jax.pretrained import names
 
@@ -31,14 +30,14 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, z, t, text, timestep_cond=None, added_cond_kwargs=None):
-        told = nn.Dense(8, name="text")(text.mean(1)) + jnp.sin(t / 100.0)[:, None]
+        cond = nn.Dense(8, name="text")(text.mean(1)) + jnp.sin(t / 100.0)[:, None]
         if timestep_cond is not None:
-            told += nn.Dense(8, use_bias=False, name="cond_proj")(timestep_cond)
-        hidden = nn.Conv(8, (3, 3), name="conv_in")(z) + told[:, None, None, :]
+            cond += nn.Dense(8, use_bias=False, name="cond_proj")(timestep_cond)
+        hidden = nn.Conv(8, (3, 3), name="conv_in")(z) + cond[:, None, None, :]
         return nn.Conv(z.shape[-1], (3, 3), name="conv_out")(nn.tanh(hidden))
 
 
-def make_case(distance=losses.l2):
+def make_case(distance=objective.l2):
     """(problem, student's params, frozen, batch)."""
     teacher, student = Net(), Net(time_cond_proj_dim=8)
     rng = np.random.default_rng(0)
@@ -50,7 +49,7 @@ def make_case(distance=losses.l2):
     args = jnp.zeros(SHAPE), jnp.zeros(4, jnp.int32), jnp.zeros((4, 3, 6))
     weights = teacher.init(jax.random.key(0), *args)["params"]
     params = student.init(jax.random.key(1), *args, jnp.zeros((4, 8)))["params"]
-    problem = objectives.Problem(
+    problem = objective.Problem(
         student=student,
         teacher=teacher,
         schedule=NOISE_SCHEDULE,
@@ -60,7 +59,7 @@ def make_case(distance=losses.l2):
         w_max=9.0,
         scaling_factor=0.5,
     )
-    frozen = objectives.Frozen(teacher=weights, null={"encoder_hidden_states": draw(1, 3, 6)})
+    frozen = objective.Frozen(teacher=weights, null={"encoder_hidden_states": draw(1, 3, 6)})
     return problem, params, frozen, batch
 
 
@@ -70,13 +69,13 @@ def total_norm(tensors) -> float:
 
 @pytest.mark.parametrize("max_grad_norm", [0.1, 0.0])
 def test_three_steps_match_torch_adamw(max_grad_norm):
-    """Clipping, decoupled weight decay, warm-up and the EMA by torch, fed with the gradients of `lcd_loss`."""
+    """Clipping, decoupled weight decay, warm-up and the EMA by torch, from the gradients of `lcd_loss`."""
     problem, params, frozen, batch = make_case()
     rates, decay, key = [1e-2, 2e-2, 3e-2], 0.9, jax.random.key(7)
-    rate = step_lib.learning_rate_schedule(3e-2, warmup_steps=2)
+    rate = learning_rate_schedule(3e-2, warmup_steps=2)
     eps = 1e-3  # of the gradient's size: at the usual 1e-8 Adam's step is the same whatever it is clipped to
-    optimizer = step_lib.make_optimizer(rate, b2=0.99, eps=eps, weight_decay=0.1, max_grad_norm=max_grad_norm)
-    step = jax.jit(step_lib.make_step(problem, optimizer, decay, 1, rate))
+    optimizer = make_optimizer(rate, b2=0.99, eps=eps, weight_decay=0.1, max_grad_norm=max_grad_norm)
+    step = jax.jit(make_step(problem, optimizer, decay, 1, rate))
     now = state.create(params, optimizer)
 
     leaves, tree = jax.tree.flatten(params)
@@ -84,11 +83,11 @@ def test_three_steps_match_torch_adamw(max_grad_norm):
     target = [x.detach().clone() for x in theta]
     adamw = torch.optim.AdamW(theta, lr=1.0, betas=(0.9, 0.99), eps=eps, weight_decay=0.1)
     gradient = jax.jit(
-        jax.value_and_grad(lambda p, ema, draws: objectives.lcd_loss(problem, p, ema, frozen, batch, draws).mean())
+        jax.value_and_grad(lambda p, ema, draws: lcm.lcd_loss(problem, p, ema, frozen, batch, draws).mean())
     )
     for n in range(3):
         now, metrics = step(now, frozen, batch, key)
-        draws = objectives.draw(problem, jax.random.fold_in(key, n), SHAPE)
+        draws = objective.draw(problem, jax.random.fold_in(key, n), SHAPE)
         back = (jax.tree.unflatten(tree, [x.detach().numpy() for x in values]) for values in (theta, target))
         loss, grads = gradient(*back, draws)
         for x, g in zip(theta, jax.tree.leaves(grads), strict=True):
@@ -117,11 +116,11 @@ def test_three_steps_match_torch_adamw(max_grad_norm):
 
 
 def test_accumulation_changes_nothing_but_rounding():
-    problem, params, frozen, batch = make_case(losses.pseudo_huber)
-    optimizer = step_lib.make_optimizer(1e-3)
+    problem, params, frozen, batch = make_case(objective.pseudo_huber)
+    optimizer = make_optimizer(1e-3)
     results = []
     for accumulation_steps in (1, 2):
-        step = jax.jit(step_lib.make_step(problem, optimizer, 0.9, accumulation_steps))
+        step = jax.jit(make_step(problem, optimizer, 0.9, accumulation_steps))
         now = state.create(params, optimizer)
         for _ in range(2):
             now, metrics = step(now, frozen, batch, jax.random.key(1))
@@ -131,11 +130,11 @@ def test_accumulation_changes_nothing_but_rounding():
 
 def test_draws_depend_on_key_and_step_alone():
     problem, params, frozen, batch = make_case()
-    optimizer = step_lib.make_optimizer(1e-3)
-    step = jax.jit(step_lib.make_step(problem, optimizer, 0.9))
-    begun = state.create(params, optimizer)
-    later = begun.replace(step=jnp.int32(5))
-    runs = [step(s, frozen, batch, jax.random.key(k)) for s, k in ((begun, 1), (begun, 1), (later, 1), (begun, 2))]
+    optimizer = make_optimizer(1e-3)
+    step = jax.jit(make_step(problem, optimizer, 0.9))
+    first = state.create(params, optimizer)
+    later = first.replace(step=jnp.int32(5))
+    runs = [step(s, frozen, batch, jax.random.key(k)) for s, k in ((first, 1), (first, 1), (later, 1), (first, 2))]
     jax.tree.map(np.testing.assert_array_equal, runs[0], runs[1])
     assert len({float(metrics["loss"]) for _, metrics in runs}) == 3
 
@@ -145,11 +144,11 @@ def test_compiles_once_and_donates_the_state():
 
     def distance(prediction, target):
         traces.append(prediction.shape)
-        return losses.l2(prediction, target)
+        return objective.l2(prediction, target)
 
     problem, params, frozen, batch = make_case(distance)
-    optimizer = step_lib.make_optimizer(step_lib.learning_rate_schedule(1e-3, 2, 10, 5), weight_decay=1e-2)
-    step = jax.jit(step_lib.make_step(problem, optimizer, 0.95), donate_argnums=0)
+    optimizer = make_optimizer(learning_rate_schedule(1e-3, 2, 10, 5), weight_decay=1e-2)
+    step = jax.jit(make_step(problem, optimizer, 0.95), donate_argnums=0)
     now, frozen = state.create(params, optimizer), jax.device_put(frozen)
     kept = jax.device_put(params)
     for _ in range(3):
@@ -161,32 +160,32 @@ def test_compiles_once_and_donates_the_state():
 
 
 def lowered_text(width: int) -> tuple[str, int]:
-    """The step's program for UNets of one level of that width, nothing computed; and their parameter count."""
+    """The step's program for UNets of one level of that width, from shapes; and their parameter count."""
     one_level = {"down_block_types": (tiny.CROSS,), "up_block_types": (tiny.CROSS_UP,), "block_out_channels": (width,)}
     teacher = unet_lib.from_config(tiny.UNETS["sd1"] | one_level)
     weights = names.abstract_params(teacher)
-    student, params = state.student_of(teacher, weights, 16)
-    problem = objectives.Problem(
+    student, params = student_of(teacher, weights, 16)
+    problem = objective.Problem(
         student=student,
         teacher=teacher,
         schedule=NOISE_SCHEDULE,
         grid=solvers.solver_grid(NOISE_SCHEDULE, 50),
-        distance=losses.l2,
+        distance=objective.l2,
         w_min=2.0,
         w_max=14.0,
         scaling_factor=0.18215,
     )
-    optimizer = step_lib.make_optimizer(1e-6)
+    optimizer = make_optimizer(1e-6)
     array = jax.ShapeDtypeStruct
     cond, null = ({"encoder_hidden_states": array((b, 7, 32), jnp.float32)} for b in (4, 1))
     latents = array((4, 8, 8, 4), jnp.float32)
-    begun = jax.eval_shape(lambda p: state.create(p, optimizer), params)
-    frozen = objectives.Frozen(teacher=weights, null=null)
+    initial = jax.eval_shape(lambda p: state.create(p, optimizer), params)
+    frozen = objective.Frozen(teacher=weights, null=null)
     batch = {"mean": latents, "logvar": latents, "cond": cond}
     key = jax.eval_shape(jax.random.key, 0)
-    step = jax.jit(step_lib.make_step(problem, optimizer, 0.95), donate_argnums=0)
-    lowered = step.lower(begun, frozen, batch, key)
-    arguments = sum(x.size for x in jax.tree.leaves((begun, frozen)) if x.dtype == jnp.float32)
+    step = jax.jit(make_step(problem, optimizer, 0.95), donate_argnums=0)
+    lowered = step.lower(initial, frozen, batch, key)
+    arguments = sum(x.size for x in jax.tree.leaves((initial, frozen)) if x.dtype == jnp.float32)
     count = names.num_params(teacher)
     # theta, theta^- and Adam's two moments have a cond_proj [16 width], the teacher has none; null text [1 7 32].
     assert arguments == 5 * count + 4 * 16 * width + 7 * 32
@@ -203,23 +202,23 @@ def test_program_holds_no_weights():
 
 
 def test_learning_rate_schedule():
-    warm = step_lib.learning_rate_schedule(2.0, warmup_steps=3)
+    warm = learning_rate_schedule(2.0, warmup_steps=3)
     parity.close([warm(n) for n in range(6)], [0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
-    constant = step_lib.learning_rate_schedule(1e-6)
+    constant = learning_rate_schedule(1e-6)
     parity.close([constant(n) for n in (0, 1, 10**6)], 1e-6)
-    decayed = step_lib.learning_rate_schedule(1.0, decay_start=10, decay_steps=4)
+    decayed = learning_rate_schedule(1.0, decay_start=10, decay_steps=4)
     parity.close([decayed(n) for n in (0, 10, 11, 12, 13, 14, 99)], [1, 1, 0.75, 0.5, 0.25, 0, 0])
-    both = step_lib.learning_rate_schedule(1.0, warmup_steps=1, decay_start=0, decay_steps=10)
+    both = learning_rate_schedule(1.0, warmup_steps=1, decay_start=0, decay_steps=10)
     parity.close([both(n) for n in (0, 1, 5)], [0.5, 0.9, 0.5])
     parity.close(jax.jit(decayed)(jnp.int32(12)), 0.5)
 
 
 def test_frozen_arrays_and_batch_stay_as_they_are():
-    """A zero learning rate and decay 0: nothing moves but the step, and theta^- = theta."""
+    """With learning rate and decay 0 nothing changes but the step, and theta^- = theta."""
     problem, params, frozen, batch = make_case()
     optimizer = optax.sgd(0.0)
     now = state.create(params, optimizer)
-    after, metrics = jax.jit(step_lib.make_step(problem, optimizer, 0.0))(now, frozen, batch, jax.random.key(0))
+    after, metrics = jax.jit(make_step(problem, optimizer, 0.0))(now, frozen, batch, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, after.params, params)
     jax.tree.map(np.testing.assert_array_equal, after.ema_params, params)
     assert after.step == 1 and metrics["grad_norm"] > 0
@@ -228,16 +227,16 @@ def test_frozen_arrays_and_batch_stay_as_they_are():
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_loss_by_timestep(accumulation_steps):
-    """Sums and counts of the parts of the grid, from the examples' own losses."""
+    """Sums and counts over the parts of the grid, from the examples' own losses."""
     problem, params, frozen, batch = make_case()
-    optimizer = step_lib.make_optimizer(1e-3)
-    step = jax.jit(step_lib.make_step(problem, optimizer, 0.9, accumulation_steps))
+    optimizer = make_optimizer(1e-3)
+    step = jax.jit(make_step(problem, optimizer, 0.9, accumulation_steps))
     seen = set()
     for seed in range(4):
         key = jax.random.key(seed)
         _, metrics = step(state.create(params, optimizer), frozen, batch, key)
-        draws = objectives.draw(problem, jax.random.fold_in(key, 0), SHAPE)
-        each = np.asarray(objectives.lcd_loss(problem, params, params, frozen, batch, draws))
+        draws = objective.draw(problem, jax.random.fold_in(key, 0), SHAPE)
+        each = np.asarray(lcm.lcd_loss(problem, params, params, frozen, batch, draws))
         which = np.digitize(draws.index, [10, 20, 30, 40])
         bins = metrics["loss_bins"]
         np.testing.assert_array_equal(bins["count"], np.bincount(which, minlength=5))
@@ -251,8 +250,8 @@ def test_first_moment_in_half_precision():
     problem, params, frozen, batch = make_case()
     results = {}
     for dtype in ("float32", "bfloat16"):
-        optimizer = step_lib.make_optimizer(1e-3, mu_dtype=dtype)
-        step, now = jax.jit(step_lib.make_step(problem, optimizer, 0.9)), state.create(params, optimizer)
+        optimizer = make_optimizer(1e-3, mu_dtype=dtype)
+        step, now = jax.jit(make_step(problem, optimizer, 0.9)), state.create(params, optimizer)
         for _ in range(3):
             now, _ = step(now, frozen, batch, jax.random.key(1))
         moments = [optax.tree.get(now.opt_state, name) for name in ("mu", "nu")]

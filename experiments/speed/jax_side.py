@@ -20,7 +20,8 @@ from experiments.speed.side import Prepared
 from experiments.speed.workloads import TRAINING, Workload
 from lcm_jax import assets
 from lcm_jax.cost import flops, roofline
-from lcm_jax.distill import state, step
+from lcm_jax.distill import step
+from lcm_jax.distill.student import student_of
 from lcm_jax.pretrained import Pipeline, load_pipeline
 from lcm_jax.pretrained import text as conditioning
 from lcm_jax.pretrained.text import load_tokenizer
@@ -162,10 +163,10 @@ def _peak_bytes() -> int:
 
 
 def _pipeline(workload: Workload) -> Pipeline:
-    """An LCM that is told w: the model, with a w embedding; weights in the compute dtype."""
+    """An LCM: the model, with a w embedding; weights in the compute dtype."""
     dtype = jnp.dtype(workload.dtype)
     pipeline = load_pipeline(side.source_folder(workload.model), dtype=dtype, param_dtype=dtype, weights=False)
-    unet, params = state.student_of(pipeline.unet, pipeline.params["unet"], side.W_EMBEDDING)
+    unet, params = student_of(pipeline.unet, pipeline.params["unet"], side.W_EMBEDDING)
     return _filled(dataclasses.replace(pipeline, unet=unet, params={**pipeline.params, "unet": params}))
 
 
