@@ -1,6 +1,6 @@
-"""What the package raises on bad input: one line that names the value and the remedy.
+"""Errors of bad input: one line that names the value and the way out.
 
-Both classes are `ValueError`s. The programs print the message as `error: ...` and exit with code 2.
+Programs print the line as `error: ...` and exit with code 2.
 """
 
 import sys
@@ -28,7 +28,7 @@ class BadArgument(LcmError):
 
 
 def exit_code(program: Callable[[], int | None]) -> int:
-    """Runs a program's work: its exit code (None is 0); bad input is one line on stderr and 2."""
+    """Runs `program` and returns its exit code (None is 0). Bad input is one line on stderr, and code 2."""
     try:
         return program() or 0
     except (LcmError, OSError) as error:
@@ -38,7 +38,7 @@ def exit_code(program: Callable[[], int | None]) -> int:
 
 
 class UnsupportedConfig(LcmError):
-    """A model or scheduler configuration asks for something that is not built here.
+    """A model or scheduler configuration asks for something that this package does not implement.
 
     Attributes:
       field: name of the configuration key.
@@ -46,7 +46,7 @@ class UnsupportedConfig(LcmError):
     """
 
     def __init__(self, field: str, value: Any, supported: Any):
-        """`supported` is what would be accepted: a phrase, or a collection of values."""
+        """`supported`: what would be accepted, as a phrase or a collection of values."""
         if not isinstance(supported, str):
             supported = ", ".join(repr(choice) for choice in supported)
         super().__init__(f"unsupported {field}={value!r}; supported: {supported}")

@@ -285,7 +285,8 @@ def report_difference(folder: Path, record: Mapping[str, Any], given: Sequence[s
     difference = verify.compare(folder, prompts, steps)
     print(
         f"verify: diffusers and lcm_jax, {len(prompts)} images, {steps} steps, guidance scale "
-        f"{difference.guidance_scale:g}, float32: largest pixel difference {difference.pixel}/255, largest float difference {difference.value:.2e}"
+        f"{difference.guidance_scale:g}, float32: largest pixel difference {difference.pixel}/255, largest float "
+        f"difference {difference.value:.2e}"
     )
     if difference.is_small:
         return 0

@@ -1,4 +1,4 @@
-"""Files as every room writes and reads them: whole or not at all, and seen onto the disk."""
+"""Files as all of the package reads and writes them: complete or not at all, and synced to the disk."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 from lcm_jax.errors import LcmError
 
-_OTHER_FILES = 512  # what a process has open beside its data: libraries, sockets, logs, other data
+_OTHER_FILES = 512  # that a process has open besides its data: libraries, sockets, logs
 _MOST_FILES = 2**16
 
 
@@ -31,26 +31,26 @@ def read_json(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise LcmError(f"{path} is not valid JSON ({error}); copy or download it again") from None
     if not isinstance(value, dict):
-        raise LcmError(f"{path} holds a {type(value).__name__} where a JSON object is needed; download it again")
+        raise LcmError(f"{path} holds a {type(value).__name__}, not a JSON object; copy or download it again")
     return value
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """`folder / name`, for a name that stands in a file: it may not lead out of `folder`.
+    """`folder / name`, for a name that was read from a file: it must not lead out of `folder`.
 
-    The text of the name counts. Links are followed, as users and the hub's cache (to its blobs) put them.
+    Only the text of the name is checked. Links are followed, because users and the hub's cache (to its blobs) use them.
 
     Raises:
-      LcmError: the name is absolute, leads out by its `..`, or no name of a file.
+      LcmError: the name is absolute, leads out by its `..`, or is not the name of a file.
     """
     normal = posixpath.normpath(name.replace("\\", "/")) if isinstance(name, str) else "/"
     if normal.startswith("/") or normal.split("/")[0] == ".." or "\0" in normal:
-        raise LcmError(f"{ascii(name)[:200]} names no file inside {folder}; name one by its path from there")
+        raise LcmError(f"{ascii(name)[:200]} names no file inside {folder}; use a path relative to that folder")
     return folder / posixpath.normpath(name)
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """The content of a regular file; one that is no regular file is not waited for.
+    """The content of a regular file. Never waits, as opening a pipe would.
 
     Raises:
       LcmError: a pipe, a device or a folder; a file of more than `most` bytes.
@@ -61,13 +61,13 @@ def read_regular(path: Path, most: int) -> bytes:
         if not stat.S_ISREG(state.st_mode):
             raise LcmError(f"{path} is no regular file; put a file in its place")
         if state.st_size > most:
-            raise LcmError(f"{path} has {state.st_size} bytes, more than {most} are not read; remove it, or shrink it")
+            raise LcmError(f"{path} has {state.st_size} bytes, but at most {most} are read; remove it or shrink it")
         return stream.read(state.st_size)
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to: the file appears as `path` when the block ends well, else not at all."""
+    """A name beside `path` to write to. The file appears as `path` only if the block ends without an error."""
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -82,17 +82,17 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Raises LcmError where fewer than `needed` bytes are free for `target`, which need not exist."""
-    place = target.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    """Raises LcmError if fewer than `needed` bytes are free for `target`, which need not exist."""
+    existing = target.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise LcmError(f"{target} needs {needed} bytes, {free} are free; make room or choose another disk")
 
 
 def allow_open_files(needed: int) -> None:
-    """Raises this process's limit so that `needed` files may be open beside the usual ones; see `ulimit -n`.
+    """Raises this process's limit (`ulimit -n`) so that `needed` files may be open besides the usual ones.
 
     Raises:
       LcmError: the system's limit is too low.
@@ -102,14 +102,14 @@ def allow_open_files(needed: int) -> None:
         soft = max(soft, _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES))
         if soft < needed + _OTHER_FILES:
             raise LcmError(
-                f"{needed} files must be open at once, the limit of this process is {hard}; raise it "
-                "(ulimit -n), or make fewer, larger files"
+                f"{needed} files must be open at once, but the limit of this process is {hard}; raise it "
+                "(ulimit -n), or use fewer, larger files"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def write_text(path: Path, text: str | bytes) -> None:
-    """Write a new file and see it onto the disk."""
+    """Writes a new file and syncs it to the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb") as stream:
         stream.write(text.encode() if isinstance(text, str) else text)
@@ -122,7 +122,7 @@ def sync(stream) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` last: a rename is durable only with its directory."""
+    """Syncs the names in `folder`: a rename is on the disk only when its folder is."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -131,6 +131,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Writes a file so that its name holds the old or the new content, never a part."""
+    """Replaces a file as a whole: at any moment it has the old or the new content."""
     with new_file(Path(path)) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)

@@ -156,14 +156,18 @@ def latents(config: ConfigDict, out: str | Path, options: Options) -> None:
     """
     config, out = check_config(config), Path(out).expanduser().absolute()
     cache.check_reader()
-    distributed.everywhere(lambda: cache_writing.check_folder(out))
+    with distributed.together():
+        cache_writing.check_folder(out)
     with locked(out):
-        job = distributed.everywhere(lambda: prepared(config, out, options))
-        distributed.same("what the cache shall hold", json.dumps(job.plan, indent=2))
-        if not distributed.everywhere(lambda: cache_writing.begin(out, job.plan)):
+        with distributed.together():
+            job = prepared(config, out, options)
+            distributed.assert_same("what the cache shall hold", json.dumps(job.plan, indent=2))
+            begun = cache_writing.begin(out, job.plan)
+        if not begun:
             return say(f"{out} is complete already")
-        stopped = distributed.everywhere(lambda: write(job), timeout=WAIT)
-        if distributed.anywhere(stopped is not None):  # one that had written its files already stops like the others
+        with distributed.together(timeout=WAIT):
+            stopped = write(job)
+        if distributed.any_process(stopped is not None):  # one that had written its files already stops like the others
             raise Stopped(stopped or STOPPED.format("SIGTERM"))
         if jax.process_index() == 0:
             total, lost = cache_writing.finish(out, job.plan, job.shards, job.left_out)
@@ -281,7 +285,7 @@ def write(job: Job) -> str | None:
         return str(stop)
     except Exception as error:
         if jax.process_count() > 1:
-            what = f"process {jax.process_index()} of {jax.process_count()} failed: {distributed.said(error)}"
+            what = f"process {jax.process_index()} of {jax.process_count()} failed: {distributed.error_text(error)}"
             print(f"{what}; the others stop at their next batch", file=sys.stderr, flush=True)
             distributed.ask_to_stop()
         raise
@@ -391,7 +395,7 @@ class Heard:
         def what() -> str:
             return "{}: {}, which is being read".format(*self._source.where(number))
 
-        return waiting.apart(lambda: self._source[number], what, stop=self._stop)
+        return waiting.in_thread(lambda: self._source[number], what, stop=self._stop)
 
 
 def say(line: str) -> None:
@@ -433,4 +437,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("shard_size", Options.shard_size, "rows of a file")
     distributed.define_flags()
     flags.mark_flags_as_required(["config", "out"])
-    app.run(distributed.last(main), flags_parser=config_lib.parse_flags)
+    app.run(distributed.end_process_after(main), flags_parser=config_lib.parse_flags)

@@ -62,12 +62,14 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> state_l
       LcmError: a bad config, model or workdir, before anything long has begun; NaN or Inf during training.
     """
     began = time.time()
-    config, mesh = distributed.everywhere(lambda: prepared(config, profile))
+    with distributed.together():
+        config, mesh = prepared(config, profile)
     with locked(workdir) as workdir:  # first of all: config.json is the running process's
-        distributed.everywhere(lambda: lost.check(workdir, config.checkpoint.every))  # before config.json is new
-        config_lib.prepare_workdir(workdir, config)
-        parts = distributed.everywhere(lambda: training_data.open_parts(config))
-        program = distributed.everywhere(lambda: training_step.make(config, student_lib.shapes(config), mesh))
+        with distributed.together():
+            lost.check(workdir, config.checkpoint.every)  # before config.json is new
+            config_lib.prepare_workdir(workdir, config)
+            parts = training_data.open_parts(config)
+            program = training_step.make(config, student_lib.shapes(config), mesh)
         return run(config, workdir, parts, program, mesh, profile, began)
 
 
@@ -117,7 +119,8 @@ def run(
         if state is not None and int(state.step) >= config.train.steps:
             say(f"{workdir} is trained to step {int(state.step)} already; raise --config.train.steps to go on")
             return state
-        models = distributed.everywhere(lambda: student_lib.load(config, mesh_lib.place(mesh)))
+        with distributed.together():
+            models = student_lib.load(config, mesh_lib.place(mesh))
         training_data.check_caches(config, parts, models.teacher, models.teacher_params)
         state = program.begin(models.trainable) if state is None else state
         step = int(state.step)
@@ -223,7 +226,8 @@ def run(
             if checkpoints.whole == step < config.train.steps:
                 why = "an error" if failure else stop.name
                 telemetry.message(f"{why}: saved step {step}; the same command goes on from there")
-            distributed.everywhere(lambda: raise_if(failure))
+            with distributed.together():
+                raise_if(failure)
     return state
 
 
@@ -231,7 +235,7 @@ def read_here(batches: loader.Prefetched, number: int, failure: Exception | None
     """Batch `number`, read by this process in at most READ_HERE seconds. Raises `failure` if it does not come."""
     late = time.monotonic() + READ_HERE
     try:
-        return waiting.apart(lambda: batches.make(number), lambda: "data", stop=lambda: time.monotonic() > late)
+        return waiting.in_thread(lambda: batches.make(number), lambda: "data", stop=lambda: time.monotonic() > late)
     except waiting.Stopped:
         raise failure or LcmError(
             "the data do not come, and without them this process cannot save with the others; "
@@ -318,4 +322,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(distributed.last(main), flags_parser=config_lib.parse_flags)
+    app.run(distributed.end_process_after(main), flags_parser=config_lib.parse_flags)

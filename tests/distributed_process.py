@@ -1,4 +1,4 @@
-"""One of several real processes of a run, with no model: what it does is named by --do.
+"""One of several real processes of a run without a model; --do names what it does.
 
     python tests/distributed_process.py --do=join [--coordinator=... --num_processes=... --process_id=...]
 
@@ -23,69 +23,83 @@ _STEPS = flags.DEFINE_integer("steps", 10**6, "of the loop")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder to lock")
 
 
-def tell(**what) -> None:
+def report(**what) -> None:
     print(json.dumps(what), flush=True)
 
 
 def join() -> None:
-    """All that a process knows, and a sum over all processes."""
+    """Reports what a process knows, and a sum over all processes."""
     from jax.experimental import multihost_utils
 
     total = int(multihost_utils.process_allgather(np.int32(1 + jax.process_index())).sum())
-    tell(index=jax.process_index(), count=jax.process_count(), devices=jax.device_count(), total=total)
+    report(index=jax.process_index(), count=jax.process_count(), devices=jax.device_count(), total=total)
 
 
 def train() -> None:
-    """Steps in lockstep, numbered as those of a run that goes on, until all stop."""
+    """Steps in lockstep, numbered like those of a run that resumes, until all stop."""
     from jax.experimental import multihost_utils
 
     with StopSignal() as stop:
         for step in range(501, 501 + _STEPS.value):
             multihost_utils.process_allgather(np.int32(step))
             if step == 503:
-                tell(ready=step)
+                report(ready=step)
             if stop.agreed():
-                tell(stopped=step, name=stop.name)
+                report(stopped=step, name=stop.name)
                 return
-    tell(stopped=None)
+    report(stopped=None)
 
 
 def alone() -> None:
-    """Steps of its own speed until this or another process is told to stop."""
+    """Steps at its own speed until this or another process is asked to stop."""
     with StopSignal() as stop:
-        tell(ready=0)
+        report(ready=0)
         for step in itertools.count():
             if stop:
-                tell(stopped=step > 0, name=stop.name)
+                report(stopped=step > 0, name=stop.name)
                 return
 
 
 def setup() -> None:
-    """Things that fail in one process only; what each process sees of it."""
+    """Reports what each process sees of failures in one process only."""
     index = jax.process_index()
 
-    def fail(who: int, error: Exception) -> str:
+    def fail(who: int, error: Exception) -> None:
         if index == who:
             raise error
-        return "done"
+
+    def nested(who: int) -> None:
+        """One process fails before blocks that the other reaches."""
+        with distributed.together():
+            fail(who, LcmError("too early"))
+            with distributed.together():
+                distributed.assert_same("the seed", 1)
+            report(reached=True)
 
     def lock() -> None:
         with locked(_WORKDIR.value):
-            tell(held=True)
+            report(held=True)
 
     attempts = (
-        lambda: tell(value=distributed.everywhere(lambda: f"of {index}")),
-        lambda: distributed.everywhere(lambda: fail(1, LcmError("no such file"))),
-        lambda: distributed.everywhere(lambda: fail(0, TypeError("a bug"))),
-        lambda: distributed.same("the seed", "a = 1\nb = 2" if index else "a = 1\nb = 3"),
+        lambda: report(
+            value=distributed.broadcast_from_first(lambda: [index]), any=distributed.any_process(index == 1)
+        ),
+        lambda: fail(1, LcmError("no such file")),
+        lambda: fail(0, TypeError("a bug")),
+        lambda: distributed.broadcast_from_first(lambda: fail(0, OSError("disk full"))),
+        lambda: distributed.assert_same("the seed", "a = 1\nb = 2" if index else "a = 1\nb = 3"),
+        lambda: nested(1),
+        lambda: nested(0),
         lock,
     )
     for attempt in attempts:
         try:
-            attempt()
-        except (LcmError, TypeError) as error:
-            tell(error=str(error))
-    distributed.everywhere(lambda: fail(1, LcmError("the end")))
+            with distributed.together():
+                attempt()
+        except (LcmError, TypeError, OSError) as error:
+            report(error=str(error))
+    with distributed.together():
+        fail(1, LcmError("the end"))
 
 
 def crash() -> None:
@@ -93,7 +107,7 @@ def crash() -> None:
     from jax.experimental import multihost_utils
 
     multihost_utils.process_allgather(np.int32(0))
-    tell(ready=0)
+    report(ready=0)
     if jax.process_index() == 1:
         raise RuntimeError("a bug in one process")
     multihost_utils.process_allgather(np.int32(1))

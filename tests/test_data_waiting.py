@@ -1,4 +1,4 @@
-"""Waiting in slices: what is said and when, the stop, errors of calls made apart."""
+"""Waiting in slices: what is printed and when, the stop, errors of calls in a thread."""
 
 import queue
 import threading
@@ -16,7 +16,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_says_what_it_waits_for_ever_more_rarely(clock, monkeypatch):
+def test_wait_prints_what_it_waits_for_ever_more_rarely(clock, monkeypatch):
     lines = []
     monkeypatch.setattr(waiting, "say", lines.append)
 
@@ -30,7 +30,7 @@ def test_says_what_it_waits_for_ever_more_rarely(clock, monkeypatch):
     assert seconds == [60, 120, 240, 480, 960, 1560, 2160, 2760, 3360, 3960]
 
 
-def test_a_stop_ends_it_and_what_is_ready_goes_first(clock):
+def test_a_stop_ends_a_wait_unless_the_result_is_there(clock):
     def ready(seconds):
         clock[0] += seconds
         return False
@@ -40,22 +40,22 @@ def test_a_stop_ends_it_and_what_is_ready_goes_first(clock):
     assert clock[0] == 2
     items = queue.Queue()
     items.put("item")
-    assert waiting.taken(items, lambda: "", stop=lambda: True) == "item"
+    assert waiting.next_item(items, lambda: "", stop=lambda: True) == "item"
 
 
-def test_a_check_that_fails_ends_it():
+def test_a_check_that_fails_ends_a_wait():
     def check():
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        waiting.taken(queue.Queue(), lambda: "", check=check)
+        waiting.next_item(queue.Queue(), lambda: "", check=check)
 
 
-def test_calls_apart():
-    assert waiting.apart(lambda: threading.current_thread().daemon, lambda: "")
+def test_in_thread():
+    assert waiting.in_thread(lambda: threading.current_thread().daemon, lambda: "")
     with pytest.raises(SystemExit):
-        waiting.apart(lambda: exec("raise SystemExit"), lambda: "")
+        waiting.in_thread(lambda: exec("raise SystemExit"), lambda: "")
     event = threading.Event()
     with pytest.raises(waiting.Stopped):
-        waiting.apart(event.wait, lambda: "", stop=lambda: True)
+        waiting.in_thread(event.wait, lambda: "", stop=lambda: True)
     event.set()

@@ -1,4 +1,4 @@
-"""Checkpoints: bitwise way there and back, strict restore, nothing half under a final name."""
+"""Checkpoints: bitwise round trip, strict restore, nothing incomplete under a final name, old checkpoints."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +16,13 @@ import numpy as np
 import optax
 import pytest
 
+from lcm_jax.distill.state import create
+from lcm_jax.distill.step import learning_rate_schedule, make_optimizer
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import checkpoints as checkpoint_folder
-from lcm_jax.runtime import checkpoints as checkpoint_lib
-from lcm_jax.runtime import checkpoints as digests
-from lcm_jax.runtime import distributed as agreement
-from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.checkpoints import Checkpoints
+from lcm_jax.runtime import checkpoints as checkpoints_module
+from lcm_jax.runtime.checkpoints import Checkpoints, kept, list_steps, load_subtree
+from lcm_jax.runtime.distributed import Barrier
+from lcm_jax.runtime.mesh import abstract_state, make_mesh
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,13 +58,13 @@ def saved(tmp_path_factory):
         assert checkpoints.latest_step() is None
         for step in (5, 10, 15):
             assert checkpoints.save(step, make_state(step), {"images": 32 * step})
-        assert not checkpoints.save(15, make_state(0)), "a step that is there is not written again"
+        assert not checkpoints.save(15, make_state(0)), "an existing step is not written again"
     return folder
 
 
-def test_there_and_back_bitwise(saved):
+def test_round_trip_is_bitwise(saved):
     assert sorted(os.listdir(saved)) == ["10", "15"], "plain numbers, the newest two"
-    assert checkpoint_lib.list_steps(saved) == [10, 15]
+    assert list_steps(saved) == [10, 15]
     abstract = jax.eval_shape(make_state)
     with Checkpoints(saved, keep=2) as checkpoints:
         assert checkpoints.steps() == [10, 15] and checkpoints.latest_step() == 15
@@ -87,9 +88,9 @@ def test_donated_right_after_save(tmp_path):
 
 
 def test_restore_onto_shardings(saved):
-    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     with Checkpoints(saved) as checkpoints:
-        restored = checkpoints.restore(mesh_lib.abstract_state(mesh, jax.eval_shape(make_state)))
+        restored = checkpoints.restore(abstract_state(mesh, jax.eval_shape(make_state)))
     assert bits(restored) == bits(make_state(15))
     assert restored.params["conv_in"]["kernel"].sharding.mesh == mesh
 
@@ -131,14 +132,14 @@ def test_long_diff_is_cut(saved):
 
 
 def test_one_part_without_the_rest(saved):
-    tree = checkpoint_lib.load_subtree(saved, 10, "ema_params")
+    tree = load_subtree(saved, 10, "ema_params")
     assert bits(tree) == bits(make_state(10).ema_params) and isinstance(tree["conv_in"]["bias"], np.ndarray)
     with pytest.raises(LcmError, match=r"no part 'weights'; it has ema_params, opt_state, params, step"):
-        checkpoint_lib.load_subtree(saved, 10, "weights")
+        load_subtree(saved, 10, "weights")
     with pytest.raises(LcmError, match=r"no checkpoint of step 11 .*present: 10, 15"):
-        checkpoint_lib.load_subtree(saved, 11, "params")
+        load_subtree(saved, 11, "params")
     with pytest.raises(LcmError, match=r"present: none"):
-        checkpoint_lib.load_subtree(saved / "nowhere", 11, "params")
+        load_subtree(saved / "nowhere", 11, "params")
 
 
 def test_nothing_to_restore(tmp_path):
@@ -146,8 +147,7 @@ def test_nothing_to_restore(tmp_path):
         checkpoints.restore(make_state())
 
 
-def test_which_stay():
-    kept = checkpoint_folder.kept
+def test_kept():
     none = dict.fromkeys(range(1, 31))
     assert kept(none, 3) == {28, 29, 30}
     assert kept(none, 1, keep_every=10) == {10, 20, 30}
@@ -156,7 +156,7 @@ def test_which_stay():
     assert kept({1: None}, 3) == {1}
 
 
-def test_every_tenth_and_the_best_stay(tmp_path):
+def test_every_tenth_and_the_best_are_kept(tmp_path):
     losses = {5: 0.5, 10: 0.9, 15: 0.2, 20: 0.3, 25: 0.4}
     options = {"keep": 1, "keep_every": 10, "best": "loss"}
     with Checkpoints(tmp_path / "c", **options) as checkpoints:
@@ -165,15 +165,15 @@ def test_every_tenth_and_the_best_stay(tmp_path):
             assert checkpoints.latest_step() == step
         checkpoints.wait()
         assert checkpoints.steps() == [10, 15, 20, 25]
-    assert checkpoint_lib.list_steps(tmp_path / "c") == [10, 15, 20, 25]
-    with Checkpoints(tmp_path / "c", **options) as checkpoints:  # what 15 was worth is read again
-        assert not checkpoints.save(17, {"x": jnp.float32(17)}), "no step before one that is there"
+    assert list_steps(tmp_path / "c") == [10, 15, 20, 25]
+    with Checkpoints(tmp_path / "c", **options) as checkpoints:  # the metric of 15 is read again
+        assert not checkpoints.save(17, {"x": jnp.float32(17)}), "no step before an existing one"
         checkpoints.save(30, {"x": jnp.float32(30)}, metrics={"loss": float("nan")})
         checkpoints.save(31, {"x": jnp.float32(31)})
-    assert checkpoint_lib.list_steps(tmp_path / "c") == [10, 15, 20, 30, 31]
+    assert list_steps(tmp_path / "c") == [10, 15, 20, 30, 31]
     with Checkpoints(tmp_path / "c", **options) as checkpoints:
         checkpoints.save(33, {"x": jnp.float32(33)}, metrics={"loss": 0.1})
-    assert checkpoint_lib.list_steps(tmp_path / "c") == [10, 20, 30, 33], "a better one replaces the best"
+    assert list_steps(tmp_path / "c") == [10, 20, 30, 33], "a better one replaces the best"
     with Checkpoints(tmp_path / "c", best="los") as checkpoints, pytest.raises(LcmError, match="choose one of loss"):
         checkpoints.save(40, {"x": jnp.float32(1)}, metrics={"loss": 0.1})
 
@@ -188,7 +188,7 @@ def test_an_old_one_that_its_owner_removed(tmp_path):
 
 
 def test_save_returns_before_the_digests(tmp_path, monkeypatch):
-    begun, go, write = threading.Event(), threading.Event(), digests.write
+    begun, go, write = threading.Event(), threading.Event(), checkpoints_module.write_digests
 
     def slow(folder):
         begun.set()
@@ -198,14 +198,14 @@ def test_save_returns_before_the_digests(tmp_path, monkeypatch):
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
         checkpoints.save(1, {"x": jnp.zeros(3)})
         checkpoints.wait()
-        monkeypatch.setattr(digests, "write", slow)
+        monkeypatch.setattr(checkpoints_module, "write_digests", slow)
         assert checkpoints.save(2, {"x": jnp.ones(3)})
-        assert begun.wait(60), "orbax has committed, digests are under way"
-        assert checkpoints.latest_step() == 2, "it counts for the run that saves it"
-        assert checkpoint_lib.list_steps(tmp_path / "c") == [1], "not complete; the one before still there"
+        assert begun.wait(60), "orbax has committed, digests are being written"
+        assert checkpoints.latest_step() == 2, "the run that saves it counts it already"
+        assert list_steps(tmp_path / "c") == [1], "not complete, and the previous one is still there"
         go.set()
         checkpoints.wait()
-        assert checkpoint_lib.list_steps(tmp_path / "c") == [2]
+        assert list_steps(tmp_path / "c") == [2]
 
 
 def test_failing_digests_fail_the_next_call_and_lose_nothing(tmp_path, monkeypatch):
@@ -216,22 +216,22 @@ def test_failing_digests_fail_the_next_call_and_lose_nothing(tmp_path, monkeypat
         checkpoints.save(1, {"x": jnp.zeros(3)})
         checkpoints.wait()
         with monkeypatch.context() as patch:
-            patch.setattr(digests, "write", full)
+            patch.setattr(checkpoints_module, "write_digests", full)
             assert checkpoints.save(2, {"x": jnp.ones(3)})
             with pytest.raises(LcmError, match=r"saving checkpoint 2 in .*No space left.*Earlier checkpoints are w"):
                 checkpoints.save(3, {"x": jnp.ones(3)})
-        assert checkpoints.steps() == [1] == checkpoint_lib.list_steps(tmp_path / "c")
+        assert checkpoints.steps() == [1] == list_steps(tmp_path / "c")
         assert checkpoints.save(2, {"x": jnp.ones(3)}), "the step may be tried again"
     assert os.listdir(tmp_path / "c") == ["2"]
 
 
-def test_a_look_after_every_step_raises_what_failed(tmp_path, monkeypatch):
+def test_check_raises_what_failed(tmp_path, monkeypatch):
     def full(folder):
         raise OSError(122, "Disk quota exceeded")
 
     with Checkpoints(tmp_path / "c") as checkpoints:
         checkpoints.check()
-        monkeypatch.setattr(digests, "write", full)
+        monkeypatch.setattr(checkpoints_module, "write_digests", full)
         checkpoints.save(1, {"x": jnp.zeros(3)})
         with pytest.raises(LcmError, match=r"saving checkpoint 1 in .*quota"):
             for _ in range(600):
@@ -240,33 +240,79 @@ def test_a_look_after_every_step_raises_what_failed(tmp_path, monkeypatch):
         checkpoints.check()
 
 
-def test_a_process_that_fails_waits_for_nobody_and_tells(tmp_path, monkeypatch):
-    told = []
+def test_a_process_that_fails_does_not_wait_but_reports(tmp_path, monkeypatch):
+    calls = []
 
     def full(folder):
         raise OSError(122, "Disk quota exceeded")
 
     checkpoints = Checkpoints(tmp_path / "c")
-    monkeypatch.setattr(digests, "write", full)
-    monkeypatch.setattr(agreement, "wait_for_all", lambda key: told.append("waits"))
-    monkeypatch.setattr(agreement, "give_up", lambda key, error: told.append((key, str(error))))
+    monkeypatch.setattr(checkpoints_module, "write_digests", full)
+    monkeypatch.setattr(Barrier, "wait", lambda self: calls.append("waits"))
+    monkeypatch.setattr(Barrier, "give_up", lambda self, error: calls.append(str(error)))
     checkpoints.save(1, {"x": jnp.zeros(3)})
     with pytest.raises(LcmError, match="quota"):
         checkpoints.close()
-    ((key, said),) = told
-    assert key.startswith("lcm_jax/checkpoint 1/") and said.startswith(f"saving checkpoint 1 in {tmp_path}")
+    (message,) = calls
+    assert message.startswith(f"saving checkpoint 1 in {tmp_path}")
 
 
 def test_nobody_waits_for_a_process_that_failed(tmp_path, monkeypatch):
     go, waited = threading.Event(), []
-    monkeypatch.setattr(agreement, "wait_for_all", lambda key: (go.wait(60), waited.append(key)))  # it never comes
-    monkeypatch.setattr(agreement, "given_up", lambda key: "process 1 of 2: saving checkpoint 1 failed")
+    monkeypatch.setattr(Barrier, "wait", lambda self: (go.wait(60), waited.append(self)))  # it never comes
+    monkeypatch.setattr(Barrier, "given_up", lambda self: "process 1 of 2: saving checkpoint 1 failed")
     with pytest.raises(LcmError, match="^process 1 of 2: saving checkpoint 1 failed$"):
         with Checkpoints(tmp_path / "c") as checkpoints:
             checkpoints.save(1, {"x": jnp.zeros(3)})
             checkpoints.save(2, {"x": jnp.zeros(3)})
     assert waited == [] and checkpoints.steps() == []
     go.set()
+
+
+OLD = ROOT / "tests" / "assets" / "checkpoint_de81b78"  # the folder `checkpoints` that commit de81b78 wrote
+OLD_EXTRA = {"step": 7, "images": 224, "config": {"seed": 0}}
+
+
+def old_state():
+    """What is in OLD: saved as step 7 with OLD_EXTRA and {"loss": 0.125}. Every value follows from its name."""
+    schedule = learning_rate_schedule(1e-4, warmup_steps=2)
+    params = {
+        "conv_in": {"kernel": jnp.zeros((3, 3, 4, 2)), "bias": jnp.zeros(2)},
+        "down_blocks_0": {"resnets_1": {"norm1": {"scale": jnp.zeros(8)}}},
+    }
+
+    def value(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        numbers = (np.arange(leaf.size) - zlib.crc32(name.encode()) % 97) / 7
+        return jnp.asarray(numbers.reshape(leaf.shape).astype(leaf.dtype))
+
+    state = create(params, make_optimizer(schedule, weight_decay=0.01, max_grad_norm=1.0, mu_dtype="bfloat16"))
+    return jax.tree_util.tree_map_with_path(value, state)
+
+
+def test_a_checkpoint_of_an_older_version_is_restored_bitwise(tmp_path):
+    folder = shutil.copytree(OLD, tmp_path / "c")
+    with Checkpoints(folder, best="loss") as checkpoints:
+        restored = checkpoints.restore(jax.eval_shape(old_state))
+        assert bits(restored) == bits(old_state()) and int(restored.opt_state[1][0].count) != 0
+        assert jax.tree.structure(restored) == jax.tree.structure(old_state())
+        assert checkpoints.extra() == OLD_EXTRA
+        assert checkpoints.save(8, old_state(), OLD_EXTRA), "and the run resumes"
+    assert bits(load_subtree(folder, 7, "ema_params")) == bits(old_state().ema_params)
+
+
+def test_a_damaged_checkpoint_of_an_older_version_is_refused(tmp_path):
+    folder = shutil.copytree(OLD, tmp_path / "c")
+    largest = max(
+        (path for path in (folder / "7" / "state" / "ocdbt.process_0").rglob("*") if path.is_file()),
+        key=os.path.getsize,
+    )
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    with Checkpoints(folder) as checkpoints:
+        with pytest.raises(LcmError, match=f"every checkpoint .* is damaged .*{largest.name} is not what was written"):
+            checkpoints.restore(jax.eval_shape(old_state))
 
 
 def run_python(code, *arguments):
@@ -299,7 +345,7 @@ except LcmError as error:
 def test_full_disk(tmp_path):
     done = run_python(FULL, tmp_path / "c")
     assert "refused: saving" in done.stdout and "free disk space" in done.stdout, done.stdout + done.stderr
-    assert checkpoint_lib.list_steps(tmp_path / "c") == [1]
+    assert list_steps(tmp_path / "c") == [1]
     with Checkpoints(tmp_path / "c") as checkpoints:
         x = checkpoints.restore({"x": jax.ShapeDtypeStruct((1000,), jnp.float32)})["x"]
     assert (np.asarray(x) == 1).all()

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: found before anything is restored, said, put aside; never a silent restart or a wrong weight."""
+"""Damaged checkpoints: found before anything is restored, reported, renamed; no silent restart, no wrong weight."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import checkpoints as digests
-from lcm_jax.runtime.checkpoints import Checkpoints, load_subtree
+from lcm_jax.runtime import checkpoints as checkpoints_module
+from lcm_jax.runtime.checkpoints import DIGESTS_FILE, Checkpoints, find_damage, load_subtree
 
 
 def make_state(step):
@@ -65,7 +65,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_any_damage_to_any_file_of_the_newest(saved, tmp_path, capfd, how):
+def test_restore_falls_back_past_any_damage_to_any_file(saved, tmp_path, capfd, how):
     abstract = jax.eval_shape(lambda: make_state(0))
     names = [path.relative_to(saved / "15") for path in all_files(saved / "15")]
     assert {"digests.json", "metrics.json"} < set(map(str, names)) and len(names) > 10
@@ -89,20 +89,20 @@ def test_any_damage_to_any_file_of_the_newest(saved, tmp_path, capfd, how):
 
 
 def test_flipped_bits_of_the_digests_themselves(folder):
-    path = folder / "15" / digests.FILE
+    path = folder / "15" / DIGESTS_FILE
     whole = path.read_bytes()
     for at in np.random.default_rng(0).random(60):
         path.write_bytes(whole)
         flip(path, at)
-        damage = digests.damage_in(folder / "15")
+        damage = find_damage(folder, 15)
         try:
             same = json.loads(path.read_bytes()) == json.loads(whole)
         except ValueError:
             same = False
-        assert same or damage, "either it says the same, as with a space for a line's end, or it is refused"
+        assert same or damage, "either it has the same meaning, as with a space for a line feed, or it is refused"
 
 
-def test_twice_the_same_step(folder, capfd):
+def test_damage_to_the_same_step_twice(folder, capfd):
     flip(folder / "15" / "extra" / "metadata")
     with Checkpoints(folder) as checkpoints:
         checkpoints.restore(make_state(0))
@@ -110,7 +110,7 @@ def test_twice_the_same_step(folder, capfd):
     flip(folder / "15" / "state" / "_METADATA")
     with Checkpoints(folder) as checkpoints:
         assert bits(checkpoints.restore(make_state(0))) == bits(make_state(10))
-    assert sorted(os.listdir(folder)) == ["10", "15.damaged", "15.damaged1"], "nothing of the user's is thrown away"
+    assert sorted(os.listdir(folder)) == ["10", "15.damaged", "15.damaged1"], "nothing of the user's is deleted"
     assert capfd.readouterr().err.count("DAMAGED") == 2
 
 
@@ -120,13 +120,13 @@ def test_all_damaged_is_an_error_again_and_again(folder):
     before = sorted(map(str, folder.rglob("*")))
     for _ in range(2):
         with Checkpoints(folder) as checkpoints:
-            assert checkpoints.steps() == [10, 15], "so that the caller does not begin anew"
+            assert checkpoints.steps() == [10, 15], "so that the caller does not start again"
             with pytest.raises(LcmError, match=r"every checkpoint in .* is damaged \(15: .*; 10: .*another workdir"):
                 checkpoints.restore(make_state(0))
         assert sorted(map(str, folder.rglob("*"))) == before
 
 
-def test_a_step_that_was_asked_for_is_not_replaced(folder):
+def test_a_requested_step_is_not_replaced_by_another(folder):
     flip(folder / "15" / "metrics.json")
     with Checkpoints(folder) as checkpoints:
         with pytest.raises(LcmError, match="15 is damaged: the content of metrics.json is not what was written"):
@@ -135,34 +135,34 @@ def test_a_step_that_was_asked_for_is_not_replaced(folder):
         assert checkpoints.steps() == [10, 15]
 
 
-def test_another_model_is_no_damage(folder):
+def test_another_model_is_not_damage(folder):
     with Checkpoints(folder) as checkpoints:
         with pytest.raises(LcmError, match=r"15 does not fit this run: params/bias: bfloat16\[7\] .*, not expected"):
             checkpoints.restore({"step": jnp.int32(0), "params": {"kernel": jnp.zeros((64, 32))}})
         assert checkpoints.steps() == [10, 15]
 
 
-def test_lost_digests_are_damage(folder):
-    """Of all checkpoints, too: nothing else says that the arrays are those that were written."""
+def test_missing_digests_are_damage(folder):
+    """Even of all checkpoints: nothing else proves that the arrays are those that were written."""
     for step in (10, 15):
-        (folder / str(step) / digests.FILE).unlink()
+        (folder / str(step) / DIGESTS_FILE).unlink()
     with Checkpoints(folder) as checkpoints:
         with pytest.raises(LcmError, match="every checkpoint .* is damaged .*15: digests.json is missing; 10: digests"):
             checkpoints.restore(make_state(0))
         assert checkpoints.steps() == [10, 15]
 
 
-def test_a_file_that_cannot_be_read_is_no_damage(folder, monkeypatch):
+def test_a_file_that_cannot_be_read_is_not_damage(folder, monkeypatch):
     def broken(path):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(digests, "_sha256", broken)
+    monkeypatch.setattr(checkpoints_module, "_sha256", broken)
     with Checkpoints(folder) as checkpoints, pytest.raises(LcmError, match=r"15 cannot be read .*try again, or move"):
         checkpoints.restore(make_state(0))
     assert sorted(os.listdir(folder)) == ["10", "15"]
 
 
-def test_files_that_came_later_do_not_matter(folder):
+def test_files_added_later_do_not_matter(folder):
     (folder / "15" / "state" / ".nfs0001").write_bytes(b"x")
     (folder / "15" / "notes.txt").write_text("the good one")
     with Checkpoints(folder) as checkpoints:

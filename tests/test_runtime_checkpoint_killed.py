@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of a run that does nothing but save: what is listed is whole, and nothing kept is lost."""
+"""SIGKILL at random moments of a run that only saves: listed checkpoints are whole, and none that is kept is lost."""
 
 import json
 import os
@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# One process imports jax, then forks the runs that it kills: to start each anew would take all the time there is.
+# One process imports jax, then forks the runs that it kills, because starting each one takes seconds.
 KILLS = """
 import json, os, random, signal, sys, time
 import jax, jax.numpy as jnp, numpy as np
-from lcm_jax.runtime import checkpoints as checkpoint
-from lcm_jax.runtime import checkpoints as checkpoint_folder
+from pathlib import Path
+from lcm_jax.runtime.checkpoints import Checkpoints, find_damage, list_steps
 
 folder, kills, keep, seed = sys.argv[1], *map(int, sys.argv[2:])
 
@@ -23,8 +23,8 @@ def state(step):
     rng = np.random.default_rng(step)
     return {"x": rng.normal(size=(300, 200)).astype(np.float32), "y": {"z": np.float32(step)}}
 
-def run(tell):  # a run: goes on from the newest, saves each step, tells what is surely there
-    with checkpoint.Checkpoints(folder, keep=keep) as checkpoints:
+def run(report):  # a run: resumes from the newest, saves each step, reports what is surely on disk
+    with Checkpoints(folder, keep=keep) as checkpoints:
         first = 1
         if checkpoints.steps():
             newest = checkpoints.latest_step()
@@ -36,35 +36,35 @@ def run(tell):  # a run: goes on from the newest, saves each step, tells what is
         for step in range(first, 10**9):
             begun = time.monotonic()
             checkpoints.save(step, jax.tree.map(jnp.asarray, state(step)), {"position": step})
-            if step % 2 or step < first + 2:  # else the next save meets it under way
+            if step % 2 or step < first + 2:  # else the next save begins before it is done
                 checkpoints.wait()
-                os.write(tell, b"%d %f\\n" % (step, time.monotonic() - begun))
+                os.write(report, b"%d %f\\n" % (step, time.monotonic() - begun))
 
 chance = random.Random(seed)
 caught = {}
 for number in range(kills):
-    listen, tell = os.pipe()
+    listen, report = os.pipe()
     child = os.fork()
     if not child:
         os.close(listen)
         try:
-            run(tell)
+            run(report)
         finally:
             os._exit(1)
-    os.close(tell)
-    told = os.fdopen(listen)
-    lines = [told.readline(), told.readline()]  # the first save of a process takes longer
+    os.close(report)
+    reports = os.fdopen(listen)
+    lines = [reports.readline(), reports.readline()]  # the first save of a process takes longer
     assert lines[1], "the run failed by itself"
     time.sleep(chance.uniform(0, 3 * float(lines[1].split()[1])))
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    sure = max(int(line.split()[0]) for line in [*lines, *told])
-    steps = checkpoint.list_steps(folder)
+    sure = max(int(line.split()[0]) for line in [*lines, *reports])
+    steps = list_steps(folder)
     newest = max(steps)
     assert newest >= sure, (steps, sure)
     assert set(range(max(1, newest - keep + 1), newest + 1)) <= set(steps), (steps, "one of the newest is lost")
     for step in steps:
-        assert checkpoint_folder.find_damage(checkpoint.Path(folder), step) is None
+        assert find_damage(Path(folder), step) is None
     left = [name.split(".", 2)[2] for name in os.listdir(folder) if not name.isdigit()]
     for kind in left or ["nothing"]:  # partial.orbax...: arrays, partial: digests, removed: the one before
         caught[kind] = caught.get(kind, 0) + 1
@@ -94,5 +94,5 @@ def kill(folder, kills: int, keep: int, seed: int) -> dict:
 def test_killed_while_saving(tmp_path, kills, keep):
     found = kill(tmp_path / "checkpoints", kills, keep, seed=kills + keep)
     print(found)
-    assert found["newest"] >= 2 * kills, "each run went on where the one before was killed"
-    assert found["left"].keys() - {"nothing"}, f"no kill met a checkpoint under way: {found}"
+    assert found["newest"] >= 2 * kills, "each run resumed where the one before was killed"
+    assert found["left"].keys() - {"nothing"}, f"no kill came during a save: {found}"

@@ -1,4 +1,4 @@
-"""Workdirs whose checkpoints are gone, in part or all: refused, told, or begun anew in silence if that is right."""
+"""Workdirs whose checkpoints are lost, some or all: refused, reported, or started again silently if that is right."""
 
 import json
 import os
@@ -7,8 +7,7 @@ import pytest
 
 from lcm_jax.errors import LcmError
 from lcm_jax.run import config as config_lib
-from lcm_jax.runtime import lost
-from lcm_jax.runtime import telemetry as jsonl
+from lcm_jax.runtime import lost, telemetry
 
 EVERY = 10
 
@@ -21,8 +20,8 @@ def workdir(tmp_path):
     return tmp_path
 
 
-def tell(workdir, step, events=()):
-    """The files of a run that has come to `step`."""
+def write_files(workdir, step, events=()):
+    """Writes the files of a run that has reached `step`."""
     lines = [json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(1, step + 1)]
     (workdir / "metrics.jsonl").write_text("".join(lines))
     listed = [json.dumps({"event": event, "time": 0.0, "step": n}) + "\n" for event, n in events]
@@ -49,15 +48,15 @@ def make(workdir, *names):
         (4, ("tmp",), [("saved", 4)]),
     ],
 )
-def test_no_checkpoint_is_refused(workdir, step, names, events):
+def test_check_refuses_a_workdir_without_its_checkpoints(workdir, step, names, events):
     make(workdir, *names)
-    tell(workdir, step, events)
+    write_files(workdir, step, events)
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     known = max([step, *(n for _, n in events)])
     with pytest.raises(LcmError) as refused:
         lost.check(workdir, 1000)
     ways_out = ("bring the checkpoints back", "delete metrics.jsonl", "another workdir")
-    for words in (f"knows of step {known}", *ways_out, *names):
+    for words in (f"has step {known}", *ways_out, *names):
         assert words in str(refused.value)
     assert "\n" not in str(refused.value) and before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     (workdir / "metrics.jsonl").unlink()
@@ -75,18 +74,18 @@ def test_no_checkpoint_is_refused(workdir, step, names, events):
             9,
             (),
             [("start", 0), ("saved", 30), ("start", 0), ("steps", 9)],
-        ),  # begun anew after metrics.jsonl was deleted
+        ),  # started again after metrics.jsonl was deleted
         (20, ("10",), ()),
         (30, ("10", ".20.partial"), ()),
         (25, ("25", "20.damaged"), [("saved", 25)]),
-        (12, ("10", "60.damaged"), [("saved", 60), ("start", 10), ("steps", 12)]),  # told by the start before
+        (12, ("10", "60.damaged"), [("saved", 60), ("start", 10), ("steps", 12)]),  # of the attempt before
         (0, ("0",), [("start", 0), ("saved", 0)]),  # stopped before its first step
         (0, (), [("start", 0), ("saved", 0)]),
     ],
 )
-def test_what_a_killed_run_leaves_is_no_loss(workdir, capsys, step, names, events):
+def test_check_accepts_what_a_killed_run_leaves(workdir, capsys, step, names, events):
     make(workdir, *names)
-    tell(workdir, step, events)
+    write_files(workdir, step, events)
     lost.check(workdir, 1000)
     assert capsys.readouterr().err == ""
 
@@ -99,18 +98,18 @@ def test_what_a_killed_run_leaves_is_no_loss(workdir, capsys, step, names, event
         (15, ("10",), [("start", 10), ("saved", 15)]),
     ],
 )
-def test_an_older_checkpoint_is_told(workdir, capsys, step, names, events):
+def test_check_warns_of_an_older_checkpoint(workdir, capsys, step, names, events):
     make(workdir, *names)
-    tell(workdir, step, events)
+    write_files(workdir, step, events)
     lost.check(workdir, 1000)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("WARNING: ") and f"step {step}" in line and f"steps 11 to {step} are trained again" in line
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
-def test_a_link_to_nothing(workdir, name):
+def test_check_refuses_a_broken_link(workdir, name):
     os.symlink(workdir / "unmounted", workdir / name)
-    with pytest.raises(LcmError, match=f"{name} is a link to .*/unmounted, which is not there"):
+    with pytest.raises(LcmError, match=f"{name} links to .*/unmounted, which does not exist"):
         lost.check(workdir, 1000)
 
 
@@ -127,19 +126,19 @@ def test_a_link_to_nothing(workdir, name):
     ids=range(6),
 )
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
-def test_a_damaged_file_is_named(workdir, name, content):
-    tell(workdir, 1)
+def test_check_names_a_damaged_file(workdir, name, content):
+    write_files(workdir, 1)
     (workdir / name).write_bytes(content)
     with pytest.raises(LcmError, match=f"{name} line 1 is not a JSON object with a step"):
         lost.check(workdir, 1000)
 
 
-def test_what_is_cut_is_kept(tmp_path):
+def test_keep_moves_what_it_cuts(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step":1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    assert jsonl.keep(path, lambda record: record["step"] <= 2) == [{"step": 1}, {"step": 2}]
+    assert telemetry.keep(path, lambda record: record["step"] <= 2) == [{"step": 1}, {"step": 2}]
     assert path.read_bytes() == b'{"step":1}\n{"step": 2}\n'
-    jsonl.keep(path, lambda record: record["step"] <= 1)
-    jsonl.keep(path, lambda record: record["step"] <= 1)
+    telemetry.keep(path, lambda record: record["step"] <= 1)
+    telemetry.keep(path, lambda record: record["step"] <= 1)
     assert path.read_bytes() == b'{"step":1}\n'
     assert (tmp_path / "metrics.cut.jsonl").read_bytes() == b'{"step": 3}\n{"ste\n{"step": 2}\n'

@@ -170,16 +170,18 @@ def test_processes_with_loops_of_their_own_stop_each():
     assert told == [[{"stopped": True, "name": "SIGINT"}], [{"stopped": True, "name": "SIGTERM"}]]
 
 
-def test_what_fails_in_one_fails_in_all(tmp_path):
+def test_together_fails_in_all_if_it_fails_in_one(tmp_path):
     with workdir_lib.locked(tmp_path), run(explicit, "--do=setup", f"--workdir={tmp_path}") as processes:
         told = [ends(process, code=2) for process in processes]
-    values = [lines.pop(0)["value"] for lines in told]
-    assert values == ["of 0", "of 1"]
+    assert [lines.pop(0) for lines in told] == [{"value": [0], "any": True}] * 2
     first, second = ([line["error"] for line in lines] for lines in told)
     assert (first[0], second[0]) == ("process 1 of 2: no such file", "no such file")
     assert (first[1], second[1]) == ("a bug", "process 0 of 2: TypeError: a bug")
-    assert "the seed differs between processes: b = 3 on process 0, b = 2 on process 1" in first[2]
-    assert "in use by another process" in first[3] and second[3] == f"process 0 of 2: {first[3]}"
+    assert (first[2], second[2]) == ("disk full", "process 0 of 2: disk full")
+    assert "the seed differs between processes: b = 3 on process 0, b = 2 on process 1" in first[3]
+    assert (first[4], second[4]) == ("process 1 of 2: too early", "too early")
+    assert (first[5], second[5]) == ("too early", "process 0 of 2: too early")
+    assert "in use by another process" in first[6] and second[6] == f"process 0 of 2: {first[6]}"
     assert [process.error.splitlines()[-1] for process in processes] == [
         "error: process 1 of 2: the end",
         "error: the end",
@@ -216,11 +218,23 @@ def test_a_killed_process_ends_the_others():
         assert processes[0].returncode != 0
 
 
-def test_a_missing_process_is_named():
-    where, _ = explicit(free_port(), 0, 2)
-    process = start([*where, "--init_timeout=1"], {})
-    assert ends(process, code=2) == []
-    assert process.error.strip().splitlines()[-1].startswith("error: process 1 of 2 did not appear at 127.0.0.1:")
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_jax_aborts_if_a_process_is_missing(index):
+    """docs/clusters.md quotes what is shown then."""
+    address, _ = explicit(free_port(), index, 2)
+    process = start([*address, "--init_timeout=1"], {})
+    assert ends(process, code=-signal.SIGABRT) == []
+    assert f"process {index} of 2 waits for the others at 127.0.0.1:" in process.error
+    assert "Terminating process because the JAX distributed service detected fatal errors" in process.error
+    assert "DEADLINE_EXCEEDED" in process.error
+
+
+def test_a_taken_port_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address, _ = explicit(server.getsockname()[1], 0, 2)
+        process = start([*address, "--init_timeout=60"], {})
+        assert ends(process, code=2) == []
+    assert process.error.strip().splitlines()[-1].startswith("error: process 0 of 2 cannot join at 127.0.0.1:")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What the package uses of jax's private parts is there and does what it counts on; and nobody else uses any."""
+"""The private parts of jax that the package uses exist and do what it relies on; no other file uses any."""
 
 import re
 from pathlib import Path
@@ -15,11 +15,11 @@ PRIVATE = re.compile(r"\b_src\b|^\s*(import|from) jaxlib\b", re.MULTILINE)
 
 @pytest.fixture
 def joined(monkeypatch):
-    """This process as the only one of a run, with a service of its own."""
-    jax.devices()  # made now, they do not depend on the service
+    """This process as the only one of a run, with its own service."""
+    jax.devices()  # created now, so that they do not depend on the service
     state, address = type(jax_private.distributed.global_state)(), f"127.0.0.1:{free_port()}"
     monkeypatch.setattr(jax_private.distributed, "global_state", state)
-    jax.config.update("jax_enable_preemption_service", False)  # it would take this process's SIGTERM for good
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle this process's SIGTERM for ever
     state.initialize(address, 1, 0, cluster_detection_method="deactivate", coordinator_bind_address=address)
     yield
     state.shutdown()
@@ -40,20 +40,22 @@ def test_the_service(joined):
         client.key_value_try_get("nothing")
 
 
-def test_what_is_built_on_it(joined):
-    assert distributed.everywhere(lambda: 3) == 3
-    with pytest.raises(ZeroDivisionError):
-        distributed.everywhere(lambda: 1 / 0)
-    assert distributed.anywhere(True)
-    assert not distributed.anywhere(False)
-    distributed.same("the seed", 5)
+def test_agreement_of_one_process(joined):
+    with pytest.raises(ZeroDivisionError), distributed.together(), distributed.together():
+        raise ZeroDivisionError
+    assert distributed.broadcast_from_first(lambda: [1, None]) == [1, None]
+    assert distributed.any_process(True)
+    assert not distributed.any_process(False)
+    distributed.assert_same("the seed", 5)
     assert not distributed.stop_asked()
     distributed.ask_to_stop()
     distributed.ask_to_stop()
     assert distributed.stop_asked()
-    assert distributed.first_failure("run") == ""
-    distributed.tell_failure("run", "disk full")
-    assert distributed.first_failure("run") == "process 0 of 1: disk full"
+    barrier = distributed.Barrier("save")
+    barrier.wait()
+    assert barrier.given_up() == ""
+    barrier.give_up(OSError("disk full"))
+    assert barrier.given_up() == "process 0 of 1: disk full"
 
 
 def test_no_service_before_processes_join():

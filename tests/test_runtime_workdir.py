@@ -1,4 +1,4 @@
-"""The workdir: config guard, lock, atomic files, stopping by signal."""
+"""The workdir: its config, its lock, and stopping by signal."""
 
 import errno
 import fcntl
@@ -12,13 +12,13 @@ import threading
 import time
 from pathlib import Path
 
+import filelock
 import pytest
 
-from lcm_jax import files
 from lcm_jax.errors import LcmError
 from lcm_jax.run import config as config_lib
-from lcm_jax.runtime import workdir as owner
-from lcm_jax.runtime import workdir as workdir_lib
+from lcm_jax.runtime import workdir
+from lcm_jax.runtime.workdir import StopSignal, locked, read_config
 
 
 @pytest.fixture
@@ -28,166 +28,168 @@ def config():
     return config
 
 
-def test_first_time_writes_config_then_the_same_goes_on(tmp_path, config):
-    with workdir_lib.locked(tmp_path / "new" / "run") as folder:
+def test_prepare_workdir_writes_the_config_then_accepts_the_same(tmp_path, config):
+    with locked(tmp_path / "new" / "run") as folder:
         config_lib.prepare_workdir(folder, config)
     (folder / ".lock").unlink()
     before = (folder / "config.json").read_bytes()
     assert json.loads(before)["model"]["teacher"] == "a/teacher"
     config_lib.prepare_workdir(folder, config)
     assert (folder / "config.json").read_bytes() == before
-    assert os.listdir(folder) == ["config.json"], "no temporary files stay"
+    assert os.listdir(folder) == ["config.json"], "no temporary files are left"
 
 
-def test_other_config_is_refused_with_both_values(tmp_path, config):
+def test_prepare_workdir_refuses_another_config_with_both_values(tmp_path, config):
     config_lib.prepare_workdir(tmp_path, config)
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     before = (tmp_path / "config.json").read_bytes()
     config.train.learning_rate, config.distill.loss = 0.5, "l2"
-    with pytest.raises(LcmError) as info:
+    with pytest.raises(LcmError) as refused:
         config_lib.prepare_workdir(tmp_path, config)
-    text = str(info.value)
-    assert all(word in text for word in ("train.learning_rate", "8e-06", "0.5", "'huber'", "'l2'"))
+    for words in ("train.learning_rate", "8e-06", "0.5", "'huber'", "'l2'"):
+        assert words in str(refused.value)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_workdir_without_a_run_takes_another_config(tmp_path, config):
-    """A first command that failed before training (a mistyped teacher, say) must not bar the corrected one."""
+def test_prepare_workdir_records_what_may_differ(tmp_path, config):
     config_lib.prepare_workdir(tmp_path, config)
-    config.train.learning_rate = 0.5
-    config_lib.prepare_workdir(tmp_path, config)
-    assert workdir_lib.read_config(tmp_path)["train"]["learning_rate"] == 0.5
-
-
-def test_steps_and_intervals_may_differ_and_are_recorded(tmp_path, config):
-    config_lib.prepare_workdir(tmp_path, config)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     config.train.steps, config.sample.every = 12, 3
     config_lib.prepare_workdir(tmp_path, config)
-    saved = workdir_lib.read_config(tmp_path)
+    saved = read_config(tmp_path)
     assert (saved["train"]["steps"], saved["sample"]["every"]) == (12, 3)
+    (tmp_path / "metrics.jsonl").unlink()
+    config.train.learning_rate = 0.5  # a first command that failed before training must not block the corrected one
+    config_lib.prepare_workdir(tmp_path, config)
+    assert read_config(tmp_path)["train"]["learning_rate"] == 0.5
 
 
-@pytest.mark.parametrize("content", ["{half", "[1]", b"\xff\xfe"])
-def test_broken_config_json(tmp_path, config, content):
+@pytest.mark.parametrize("content", [b"{half", b"[1]", b"\xff\xfe"])
+def test_prepare_workdir_refuses_a_broken_config_json(tmp_path, config, content):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(LcmError, match="config.json"):
         config_lib.prepare_workdir(tmp_path, config)
 
 
-def test_places_that_are_no_workdir(tmp_path, config):
+def test_folders_that_are_not_a_workdir(tmp_path, config):
     (tmp_path / "file").write_text("")
-    with pytest.raises(LcmError, match="is a file"):
-        with workdir_lib.locked(tmp_path / "file"):
-            pass
+    with pytest.raises(LcmError, match="is a file"), locked(tmp_path / "file"):
+        pass
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(LcmError, match="holds a run but no config.json"):
         config_lib.prepare_workdir(tmp_path, config)
     with pytest.raises(LcmError, match="does not exist"):
-        workdir_lib.read_config(tmp_path / "nowhere")
+        read_config(tmp_path / "nowhere")
 
 
-def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    files.write_atomic(path, "old")
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(workdir_lib.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        files.write_atomic(path, "new")
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
-
-
-def test_lock_is_exclusive_and_freed(tmp_path):
-    with workdir_lib.locked(tmp_path):
-        with pytest.raises(LcmError, match="in use by another process"):
-            with workdir_lib.locked(tmp_path):
-                pass
-    with workdir_lib.locked(tmp_path):
+def test_locked_refuses_another_run_until_it_ends(tmp_path):
+    with locked(tmp_path):
+        with pytest.raises(LcmError, match="in use by another process"), locked(tmp_path):
+            pass
+    with locked(tmp_path):
         pass
 
 
-def test_lock_holds_until_the_last_process_of_a_run_has_ended(tmp_path):
-    with open(tmp_path / ".lock", "w+") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)  # as the others of several processes hold it
-        with pytest.raises(LcmError, match="in use by another process"):
-            with workdir_lib.locked(tmp_path):
-                pass
+def test_locked_holds_until_the_last_process_of_a_run_has_ended(tmp_path):
+    """The first process was killed, one of the others is still there."""
+    with filelock.FileLock(tmp_path / ".lock-1"):
+        with pytest.raises(LcmError, match="in use by another process"), locked(tmp_path):
+            pass
+    with locked(tmp_path):
+        assert os.listdir(tmp_path) == [".lock"], "unused locks are removed"
 
 
 @pytest.fixture
 def no_locks(monkeypatch):
     def flock(*_):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(workdir_lib.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
 
 
-def test_an_owner_file_where_the_file_system_has_no_locks(tmp_path, no_locks, capsys):
-    with workdir_lib.locked(tmp_path):
-        assert "has no locks (Function not implemented)" in capsys.readouterr().err
-        with pytest.raises(LcmError) as refused:
-            with workdir_lib.locked(tmp_path):
-                pass
-        for words in (f"{tmp_path} is in use", socket.gethostname(), f"pid {os.getpid()}", f"delete {tmp_path}/.owner"):
-            assert words in str(refused.value)
-    with workdir_lib.locked(tmp_path):
+def owned_by(folder, host, pid):
+    """Writes the owner file of a run on another machine."""
+    record = ["filelock/2", f"pid={pid}", f"host={host}", "mode=lease", "token=a", f"duration={workdir.STALE:.1f}"]
+    (folder / ".owner").write_text("\n".join(record) + "\n")
+
+
+def test_locked_without_locks_keeps_an_owner_file(tmp_path, no_locks, capsys):
+    with locked(tmp_path):
+        assert "has no locks (No locks available)" in capsys.readouterr().err
+        with pytest.raises(LcmError) as refused, locked(tmp_path):
+            pass
+    who = f"pid {os.getpid()} on {socket.gethostname()}"
+    for words in (f"{tmp_path} is in use by another run ({who}; ", f"delete {tmp_path}/.owner"):
+        assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+    with locked(tmp_path):
         pass
     assert os.listdir(tmp_path) == [".lock"]
 
 
-def test_the_owner_file_of_a_run_that_was_killed(tmp_path, no_locks, monkeypatch):
-    (tmp_path / ".owner").write_text('{"host": "node7", "pid": 5, "token": "a"}')
-    with pytest.raises(LcmError, match="host node7, pid 5"), workdir_lib.locked(tmp_path):
+def test_locked_without_locks_replaces_the_owner_file_of_a_dead_run(tmp_path, no_locks, monkeypatch):
+    owned_by(tmp_path, "node7", 5)
+    with pytest.raises(LcmError, match="pid 5 on node7; last sign of life 0 s ago"), locked(tmp_path):
         pass
-    long_ago = time.time() - owner.STALE - 1
+    long_ago = time.time() - workdir.STALE - 1
     os.utime(tmp_path / ".owner", (long_ago, long_ago))
-    (tmp_path / ".owner.taken").touch()  # by another run, at this moment
-    with pytest.raises(LcmError, match="node7.*owner.taken"), workdir_lib.locked(tmp_path):
-        pass
-    (tmp_path / ".owner.taken").unlink()
-    monkeypatch.setattr(owner, "REFRESH", 0.01)
-    with workdir_lib.locked(tmp_path):
-        assert json.loads((tmp_path / ".owner").read_text())["pid"] == os.getpid()
+    with filelock.SoftFileLock(tmp_path / ".owner.taken"):  # by another run, at this moment
+        with pytest.raises(LcmError, match="node7.* just now, see .*owner.taken"), locked(tmp_path):
+            pass
+    monkeypatch.setattr(workdir, "REFRESH", 0.01)
+    with locked(tmp_path):
+        assert f"pid={os.getpid()}" in (tmp_path / ".owner").read_text()
         os.utime(tmp_path / ".owner", (long_ago, long_ago))
         while (tmp_path / ".owner").stat().st_mtime == long_ago:
             time.sleep(0.01)
     assert os.listdir(tmp_path) == [".lock"]
 
 
-def test_a_run_whose_place_was_taken_ends(tmp_path, no_locks, monkeypatch, capfd):
-    monkeypatch.setattr(owner, "REFRESH", 0.01)
+def test_locked_without_locks_replaces_the_owner_file_of_a_killed_process(tmp_path, no_locks):
+    """At once, as it was on this machine."""
+    killed = python(
+        "import os, sys\nfrom pathlib import Path\nfrom lcm_jax.runtime import workdir\n"
+        "owned = workdir._owned(Path(sys.argv[1]))\nowned.__enter__()\nos._exit(9)",
+        tmp_path / ".owner",
+    )
+    assert killed.returncode == 9 and (tmp_path / ".owner").exists(), killed.stderr
+    with locked(tmp_path):
+        assert f"pid={os.getpid()}" in (tmp_path / ".owner").read_text()
+
+
+def test_a_run_whose_owner_file_was_replaced_ends(tmp_path, no_locks, monkeypatch, capfd):
+    monkeypatch.setattr(workdir, "REFRESH", 0.01)
     ended = threading.Event()
-    monkeypatch.setattr(owner.os, "_exit", lambda code: ended.set())
-    with workdir_lib.locked(tmp_path):
-        (tmp_path / ".owner").write_text('{"host": "node7", "pid": 5, "token": "a"}')
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    with locked(tmp_path):
+        (tmp_path / ".owner").unlink()
+        owned_by(tmp_path, "node7", 5)
         assert ended.wait(60)
-    assert "belongs to another run now" in capfd.readouterr().err and (tmp_path / ".owner").exists()
+    assert "no longer belongs to this run (owner-changed)" in capfd.readouterr().err and (tmp_path / ".owner").exists()
 
 
-def test_signal_sets_the_flag_once_and_handlers_come_back():
+def test_stop_signal_sets_the_flag_once_and_restores_the_handlers():
     before = signal.getsignal(signal.SIGTERM)
-    with workdir_lib.StopSignal() as stop:
+    with StopSignal() as stop:
         assert not stop and not stop.agreed()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop and stop.agreed() and stop.name == "SIGTERM"
-        assert signal.getsignal(signal.SIGTERM) is before, "a second one must work as usual"
+        assert signal.getsignal(signal.SIGTERM) is before, "a second one must have its usual effect"
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_second_signal_ends_the_process():
-    code = (
+def test_a_second_signal_ends_the_process():
+    done = python(
         "import os, signal, time\nfrom lcm_jax.runtime.workdir import StopSignal\n"
         "with StopSignal() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print('once', bool(stop), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(5); print('alive')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
     assert done.stdout == "once True\n" and done.returncode == -signal.SIGTERM
+
+
+def python(code, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -256,10 +256,10 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(whole, teacher, tmp_path, c
     workdir = Path(shutil.copytree(whole[0], tmp_path / "run"))
     shutil.move(workdir / "checkpoints", tmp_path / "away")
     before = snapshot(workdir)
-    words = [f"metrics.jsonl knows of step {STEPS}", "holds no checkpoint", "bring the checkpoints back"]
+    words = [f"metrics.jsonl has step {STEPS}", "holds no checkpoint", "bring the checkpoints back"]
     refused(capsys, words, workdir, teacher, *PICTURES)
     (workdir / "checkpoints").symlink_to(tmp_path / "elsewhere")
-    refused(capsys, ["checkpoints is a link to", "elsewhere"], workdir, teacher, *PICTURES)
+    refused(capsys, ["checkpoints links to", "elsewhere"], workdir, teacher, *PICTURES)
     (workdir / "checkpoints").unlink()
     assert snapshot(workdir) == before
 

@@ -200,7 +200,7 @@ def test_every_checkpoint_is_known_to_a_start_without_checkpoints(run, monkeypat
     assert not list((run.workdir / "checkpoints").glob(".*"))
     (run.workdir / "metrics.jsonl").write_text("")
     (run.workdir / "checkpoints").rename(tmp_path / "away")
-    with pytest.raises(LcmError, match="knows of step 9, but .*checkpoints holds no checkpoint"):
+    with pytest.raises(LcmError, match="has step 9, but .*checkpoints holds no checkpoint"):
         run()
 
 
@@ -213,7 +213,7 @@ def test_an_end_in_order_is_known_to_a_start_without_checkpoints(run, monkeypatc
     with pytest.raises(MemoryError):
         run()
     (run.workdir / "checkpoints").rename(tmp_path / "away")
-    with pytest.raises(LcmError, match=f"knows of step {BAD}, but .*checkpoints holds no checkpoint"):
+    with pytest.raises(LcmError, match=f"has step {BAD}, but .*checkpoints holds no checkpoint"):
         run()
     (tmp_path / "away").rename(run.workdir / "checkpoints")
     check_resumed(run, monkeypatch)

@@ -478,7 +478,7 @@ def batches(
             )
 
         try:
-            return waiting.taken(ready, what, stop=stop, check=watched.check)
+            return waiting.next_item(ready, what, stop=stop, check=watched.check)
         except WorkerEnded as ended:
             with contextlib.suppress(queue.Empty):
                 while ended.code >= 0:  # it has said why before it ended

@@ -1,11 +1,12 @@
 """Everything private of jax that this package uses; tests/test_runtime_jax_private.py tries it on the installed jax.
 
-The processes of a run need, without public replacement:
+There is no public replacement for
 
-- the key-value store and the barriers of the service that `jax.distributed.initialize` starts. What jax offers in
-  their place (`jax.experimental.multihost_utils`) are collectives of devices, to which a process that has failed cannot
-  come, and which no thread beside the training loop may start;
-- what `jax.distributed.initialize` would detect, without joining at once: `roll_call` finds missing processes first;
+- the key-value store and the barriers of the service that `jax.distributed.initialize` starts. What jax offers instead
+  (`jax.experimental.multihost_utils`) are collectives of devices: a process that failed cannot take part in them, and a
+  thread beside the training loop must not start one;
+- what `jax.distributed.initialize` would detect, without initializing: whether there are several processes at all, and
+  the address of process 0 where a process uses all devices of its machine (jax would restrict it to one);
 - the key under which jax's preemption service stores a SIGTERM: the public `reached_preemption_sync_point` only says
   whether to stop after this step.
 """

@@ -1,7 +1,7 @@
-"""Waiting for what may never come: in slices, so that a wish to stop is heard, and with a line that says for what.
+"""Waiting for what may never come: in short slices between which a stop is noticed, with a line that says for what.
 
-A call into a file server, a library or another process cannot be interrupted. So it runs in a thread of its own, which
-a program leaves behind if need be, and whoever needs its result waits here.
+A call into a file server, a library or another process cannot be interrupted. It runs in a thread of its own, which the
+program leaves behind if need be, and whoever needs its result waits here.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-SLICE = 0.25  # seconds between two looks at whether to stop
-PATIENCE = 60.0  # seconds until the first line about a wait; the next ones come after twice the time each
-LONGEST = 600.0  # seconds between two lines
+SLICE = 0.25  # seconds between two checks of whether to stop
+PATIENCE = 60.0  # seconds until the first line about a wait; the time doubles with each further line
+LONGEST = 600.0  # seconds between two lines, at most
 
 
 class Stopped(Exception):
-    """What was waited for had not come when a stop was asked for."""
+    """A stop was asked for before the result came."""
 
 
 def say(line: str) -> None:
-    """A line on stderr, above a progress bar if there is one."""
+    """Prints a line on stderr, above a progress bar if there is one."""
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
 
@@ -40,10 +40,10 @@ def wait(
     """Returns when `ready` is true.
 
     Args:
-        ready: takes the seconds that it may wait itself.
-        what: is waited for, for a line after PATIENCE seconds.
-        stop: whether to stop, asked every SLICE seconds.
-        check: called before each slice; what it raises ends the wait.
+        ready: called with the seconds that it may block.
+        what: describes what is waited for, in a line after PATIENCE seconds.
+        stop: whether to stop; called every SLICE seconds.
+        check: called before each slice; an error that it raises ends the wait.
 
     Raises:
         Stopped: `stop()` is true, and `ready` is not.
@@ -60,8 +60,8 @@ def wait(
             due = waited + min(waited, LONGEST)
 
 
-def taken(source: queue.Queue, what: Callable[[], str], **how: Any) -> Any:
-    """The next item of a queue; `how`: arguments of `wait`."""
+def next_item(source: queue.Queue, what: Callable[[], str], **options: Any) -> Any:
+    """The next item of a queue; `options`: arguments of `wait`."""
     items: list[Any] = []
 
     def ready(seconds: float) -> bool:
@@ -71,22 +71,22 @@ def taken(source: queue.Queue, what: Callable[[], str], **how: Any) -> Any:
             return False
         return True
 
-    wait(ready, what, **how)
+    wait(ready, what, **options)
     return items[0]
 
 
-def apart(call: Callable[[], Any], what: Callable[[], str], **how: Any) -> Any:
-    """`call()`, made by a thread that does not keep the process; `how`: arguments of `wait`."""
+def in_thread(call: Callable[[], Any], what: Callable[[], str], **options: Any) -> Any:
+    """The result of `call()` in a thread that does not keep the process alive; `options`: arguments of `wait`."""
     results: queue.Queue = queue.Queue()
 
     def work() -> None:
         try:
             results.put((call(), None))
-        except BaseException as error:  # carried to the caller, who raises it
+        except BaseException as error:  # raised in the calling thread
             results.put((None, error))
 
-    threading.Thread(target=work, name="apart", daemon=True).start()
-    value, error = taken(results, what, **how)
+    threading.Thread(target=work, name="in_thread", daemon=True).start()
+    value, error = next_item(results, what, **options)
     if error is not None:
         raise error
     return value
