@@ -10,6 +10,7 @@ readme = here / "README.md"
 JAX = ">=0.10.2,<0.13"  # Python 3.11 gets 0.10.2, the last that supports it
 CORE = [
     "absl-py",
+    "filelock>=4.2",
     "flax>=0.12",
     "grain>=0.2.18",
     "huggingface_hub",

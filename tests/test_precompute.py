@@ -303,7 +303,7 @@ def test_no_weights_of_the_unet_are_read_and_sizes_are_checked_first(teacher, dr
 @pytest.mark.parametrize("mine", [None, "SIGINT: stopped; ..."])
 def test_a_process_whose_files_are_written_stops_with_the_others(teacher, tmp_path, monkeypatch, mine):
     monkeypatch.setattr(precompute, "write", lambda job: mine)
-    monkeypatch.setattr(distributed, "anywhere", lambda flag: True)
+    monkeypatch.setattr(distributed, "any_process", lambda flag: True)
     with pytest.raises(precompute.Stopped, match=mine or "SIGTERM: stopped; the same command goes on"):
         precompute.latents(make_config(teacher, **DRAWN), tmp_path / "cache", Options(shard_size=16))
     assert not (tmp_path / "cache" / "manifest.json").exists()

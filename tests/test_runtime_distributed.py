@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lcm_jax.runtime import workdir as workdir_lib
+from lcm_jax.errors import LcmError
+from lcm_jax.runtime import distributed
+from lcm_jax.runtime.workdir import locked
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = ("JAX_", "SLURM_", "OMPI_", "PMI_", "JOB_", "NNODES", "NODE_RANK", "KUBERNETES_", "CUDA_VISIBLE")
@@ -171,7 +173,7 @@ def test_processes_with_loops_of_their_own_stop_each():
 
 
 def test_together_fails_in_all_if_it_fails_in_one(tmp_path):
-    with workdir_lib.locked(tmp_path), run(explicit, "--do=setup", f"--workdir={tmp_path}") as processes:
+    with locked(tmp_path), run(explicit, "--do=setup", f"--workdir={tmp_path}") as processes:
         told = [ends(process, code=2) for process in processes]
     assert [lines.pop(0) for lines in told] == [{"value": [0], "any": True}] * 2
     first, second = ([line["error"] for line in lines] for lines in told)
@@ -229,12 +231,12 @@ def test_jax_aborts_if_a_process_is_missing(index):
     assert "DEADLINE_EXCEEDED" in process.error
 
 
-def test_a_taken_port_is_one_line():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address, _ = explicit(server.getsockname()[1], 0, 2)
-        process = start([*address, "--init_timeout=60"], {})
-        assert ends(process, code=2) == []
-    assert process.error.strip().splitlines()[-1].startswith("error: process 0 of 2 cannot join at 127.0.0.1:")
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_initialize_refuses_a_taken_port(host):
+    with socket.create_server((host, 0)) as server:
+        address = f"{host}:{server.getsockname()[1]}"
+        with pytest.raises(LcmError, match=f"process 0 cannot listen at {address} .*already in use.*--coordinator"):
+            distributed.initialize(address, 2, 0)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ import datetime
 import itertools
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -65,9 +66,6 @@ def from_flags() -> dict[str, Any]:
     return {name: flags.FLAGS[name].value for name in _FLAGS}
 
 
-# ---------------------------------------------------------------------------- start
-
-
 def initialize(
     coordinator: str | None = None,
     num_processes: int | None = None,
@@ -88,20 +86,19 @@ def initialize(
     process = detect(coordinator, num_processes, process_id, init_timeout)
     if process is None:
         return
-    # The abort of a start that fails does not name the run, so this line must stand before it in the log.
-    notice = threading.Timer(
-        min(30, init_timeout / 2),
-        lambda: print(
-            f"process {process.index} of {process.count} waits for the others at {process.coordinator}; "
-            f"jax aborts it after {init_timeout:g} s (--init_timeout)",
-            file=sys.stderr,
-            flush=True,
-        ),
-    )
-    notice.daemon = True
-    notice.start()
     # A coordinator on the loopback interface must not be reachable from other machines. None: on all interfaces.
     local = process.coordinator.startswith(_LOOPBACK)
+    bind = process.coordinator if local else os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+    if process.index == 0:
+        _check_port(bind or process.coordinator, anywhere=not bind)
+    name = f"process {process.index} of {process.count}"
+    waits = (
+        f"{name} waits for the others at {process.coordinator}; jax aborts it after {init_timeout:g} s (--init_timeout)"
+    )
+    # Printed before the abort, which names neither the process nor the address.
+    notice = threading.Timer(min(30, init_timeout / 2), lambda: print(waits, file=sys.stderr, flush=True))
+    notice.daemon = True
+    notice.start()
     try:
         jax.distributed.initialize(
             process.coordinator,
@@ -111,13 +108,12 @@ def initialize(
             cluster_detection_method="deactivate",
             initialization_timeout=round(init_timeout),
             heartbeat_timeout_seconds=HEARTBEAT,
-            coordinator_bind_address=process.coordinator if local else None,
+            coordinator_bind_address=bind,
         )
     except RuntimeError as error:
         raise LcmError(
-            f"process {process.index} of {process.count} cannot join at {process.coordinator} "
-            f"({str(error).strip().splitlines()[0]}); another run may use this port, choose one with --coordinator or "
-            "JAX_COORDINATOR_PORT"
+            f"{name} cannot join at {process.coordinator} ({str(error).strip().splitlines()[0]}); see the output of "
+            "process 0"
         ) from error
     finally:
         notice.cancel()
@@ -131,7 +127,20 @@ def initialize(
     assert_same("the number of devices", jax.device_count())
 
 
-# ---------------------------------------------------------------------------- agreement
+def _check_port(address: str, anywhere: bool) -> None:
+    """Raises LcmError if process 0 cannot listen at `address`, or `anywhere` at its port; jax can crash then."""
+    host, _, port = address.rpartition(":")
+    host = "" if anywhere else host.strip("[]")
+    both = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, int(port)), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise LcmError(
+            f"process 0 cannot listen at {address} ({error.strerror or error}); another run may use this port, choose "
+            "one with --coordinator or JAX_COORDINATOR_PORT"
+        ) from error
+
 
 _meetings = 0  # ends of `together` blocks so far: the same number on every process, so it can name them
 
@@ -284,9 +293,6 @@ class Barrier:
     def given_up(self) -> str:
         """Which process has given up, and why; "" if none has. Never waits."""
         return first_failure(f"{self._key}/failed") if jax.distributed.is_initialized() else ""
-
-
-# ---------------------------------------------------------------------------- stop and end
 
 
 def stop_asked() -> bool:
