@@ -1,6 +1,4 @@
-"""The embedded teacher: loads in diffusers, draws the same there, and is as good as its recorded rows say."""
-
-import json
+"""The embedded teacher: loads in diffusers, generates the same there, and is as good as its recorded rows say."""
 
 import diffusers
 import numpy as np
@@ -8,8 +6,7 @@ import pytest
 import torch
 
 import lcm_jax
-from experiments.shapes_lcm import table
-from experiments.shapes_teacher import teacher_rows
+from experiments import embedded
 from lcm_jax import assets
 from lcm_jax.data import shapes
 from lcm_jax.metrics.networks import shapes as shapes_scorer
@@ -43,11 +40,11 @@ def test_diffusers_draws_the_same():
 
 
 def test_recorded_rows_belong_to_this_asset_and_show_what_a_teacher_must():
-    record = json.loads(teacher_rows.FILE.read_text())
-    assert record["asset"] == table.asset_hash(assets.path("shapes"))
-    real = {row["method"]: row["accuracy"] for row in record["real"]}
+    record = embedded.teacher_record()  # refuses the rows of another asset
+    real = {row["method"]: row["accuracy"] for row in record["tables"]["256"]}
     assert real["renders"] >= 0.95
-    best = max(record["scan"], key=lambda row: row["accuracy"])
+    best = max(record["scan"], key=lambda row: (row["accuracy"], -row["frechet"]))
+    assert embedded.best_guidance_scale() == best["guidance_scale"]
     unguided = next(row for row in record["scan"] if row["guidance_scale"] == 1.0)
     assert best["accuracy"] >= 0.9 * real["VAE reconstructions"]
     assert unguided["accuracy"] <= best["accuracy"] - 0.1

@@ -1,13 +1,14 @@
-"""Table 1's layout: methods and steps where they belong, the best in bold, the paper's numbers below."""
+"""Table 1: its layout, which rows it has, and what is refused before any training; how experiments keep results."""
 
-import argparse
 import dataclasses
+import json
 
 import pytest
 from PIL import Image
 
-from experiments import measuring
-from experiments.table1 import paper, run
+from experiments import embedded, measuring, results
+from experiments.table1 import run
+from lcm_jax import evaluate
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import table
 
@@ -35,7 +36,8 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_rows_are_laid_out_as_in_the_paper():
+def test_result():
+    """Methods and steps stand as in the paper, the best is bold, the paper's numbers follow."""
     rows = [
         row(sampler, steps, scale, 0.1 * number + 0.01 * steps + 0.001 * scale, 10 * number + steps + scale)
         for number, sampler in enumerate(run.METHODS, 1)
@@ -54,10 +56,10 @@ def test_rows_are_laid_out_as_in_the_paper():
     assert [cells(line)[0] for line in unguided.splitlines() if line.startswith("| ")][1:] == [*run.BASELINES.values()]
     papers = [cells(line) for line in text.split("The paper's")[1].splitlines() if line.startswith("| ")]
     assert papers[-1][:5] == ["LCM", "**35.36**", "**13.31**", "**11.10**", "**11.84**"] and len(papers) == 6
-    assert papers[3][8] == "**29.55**"  # where the paper's solvers have caught up
+    assert papers[3][8] == "**29.55**"  # the paper's solvers have caught up
 
 
-def test_rows_of_other_commands_stay_out(tmp_path):
+def test_evaluated(tmp_path, monkeypatch):
     """The folder's table may hold other scales, steps and spacings; metrics that some rows lack are left out."""
     wanted = [row(sampler, n, 3.0, 0.5, 9.0) for sampler in run.METHODS for n in (1, 2, 4, 8)]
     leading = {**SETTINGS, "sampling": {"spacing": "leading"}}
@@ -68,14 +70,49 @@ def test_rows_of_other_commands_stay_out(tmp_path):
     ]
     wanted[0] = dataclasses.replace(wanted[0], values={**wanted[0].values, "fid": 3.0})
     table.write(tmp_path, [*wanted, *others])
-    args = argparse.Namespace(evaluate=None, count=8)
-    found = measuring.asked_for(tmp_path, args, (3.0,))
+    monkeypatch.setattr(evaluate, "main", lambda flags: 0)
+    shared = ["--source=shapes", f"--out={tmp_path}"]
+    found = measuring.evaluated(
+        [*shared, "--model=shapes", "--name=teacher", measuring.rows_flag(",".join(run.BASELINES), (3.0,))]
+    )
+    found += measuring.evaluated([*shared, "--model=EXPORT", "--name=student", measuring.rows_flag("lcm", (3.0,))])
     assert found == wanted
     text = run.result(found)
     assert "99.0" not in text and "FID, 1 step" not in text.split("The paper's")[0]
+    monkeypatch.setattr(evaluate, "main", lambda flags: 2)
+    with pytest.raises(SystemExit) as stopped:
+        measuring.evaluated([*shared, "--model=EXPORT", "--row=lcm:1:3"])
+    assert stopped.value.code == 2
 
 
-def test_what_a_metric_lacks_is_told_before_any_training(monkeypatch, tmp_path):
+def test_publish_table(tmp_path):
+    """A published table has a line per row, what rows share once, and loses nothing."""
+    found = [row(sampler, n, 3.0, 0.5, 9.0) for sampler in ("ddim", "lcm") for n in (1, 2)]
+    found[1] = dataclasses.replace(found[1], comparison=COMPARISON | {"metrics": {"fid": {"sha256": "1"}}})
+    table.write(tmp_path, found)
+    results.publish_table(tmp_path / "published.json", tmp_path)
+    text = (tmp_path / "published.json").read_text()
+    kept = json.loads(text)
+    assert [line.strip()[:9] for line in text.splitlines()].count('{"model":') == 4 and text.count('"float32"') == 2
+    again = [
+        {"comparison": kept["comparison"], **one, "settings": kept["models"][one["model"]] | one["settings"]}
+        for one in kept["rows"]
+    ]
+    assert again == json.loads((tmp_path / "table.json").read_text())["rows"]
+
+
+def test_recorded_rows():
+    """Only for counts that were measured; fewer images than a Frechet distance needs are refused."""
+    for count in (256, 2000):
+        methods = [one["method"] for one in embedded.recorded_rows(count)]
+        assert methods == ["renders", "VAE reconstructions", *(["DDIM"] * 5 + ["DPM-Solver++(2M)"] * 5) * 2]
+    with pytest.raises(LcmError, match="--count=100: teacher rows are recorded for 256, 2000 images"):
+        embedded.recorded_rows(100)
+    with pytest.raises(LcmError, match="--count=64: .* at least 65"):
+        embedded.check_count(64)
+
+
+def test_what_a_metric_lacks_is_reported_before_any_training(monkeypatch, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a fox\n")
     torn = tmp_path / "torn.pth"
@@ -93,13 +130,3 @@ def test_what_a_metric_lacks_is_told_before_any_training(monkeypatch, tmp_path):
         monkeypatch.setattr("sys.argv", ["run", "--no-plot", f"--evaluate=--prompts={prompts} {metric}"])
         with pytest.raises(LcmError, match=wrong):
             run.main()
-
-
-def test_the_papers_rows_have_every_number_of_steps():
-    assert all(len(fid) == len(score) == 4 for fid, score in paper.ROWS.values())
-
-
-def test_other_teachers_must_be_told_how_they_are_measured(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["run", "--config=configs/sd21_base_lcm.py", "--set=data.path=/a/{0..9}.tar"])
-    with pytest.raises(LcmError, match="needs --evaluate="):
-        run.main()

@@ -1,4 +1,4 @@
-"""The ablations of the LCM paper: what each varies, at which guidance scales it is drawn, and what the paper found."""
+"""The ablations of the LCM paper: what each varies, at which guidance scales it is sampled, and the paper's finding."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ class Study:
     Attributes:
       title: of its table.
       variants: models to train.
-      scales: guidance scales, w + 1, that they are drawn with; None: the one that fits the model.
-      paper: what the paper reports of it.
+      scales: guidance scales, w + 1, at which they are sampled; None: the one that fits the model.
+      paper: what the paper reports about it.
     """
 
     title: str
@@ -42,9 +42,9 @@ def _solvers_and_skips(solvers: Sequence[str]) -> Variants:
 
 
 _SKIPS_OF_THE_PAPER = (
-    "Paper (figure; as secondary sources tell it): k = 5, 10 and 20 converge far faster than k = 1 within about 2,000 "
-    "iterations; at k = 50 DDIM degrades, its solver error is large, while DPM-Solver and DPM-Solver++ stay usable; "
-    "k = 20 is the paper's choice."
+    "Paper (figure, according to secondary sources): k = 5, 10 and 20 converge far faster than k = 1 within about "
+    "2,000 iterations; at k = 50 DDIM degrades, its solver error is large, while DPM-Solver and DPM-Solver++ stay "
+    "usable; k = 20 is the paper's choice."
 )
 _WEIGHTS = {"distill.w_min": float(GUIDANCE_WEIGHTS[0]), "distill.w_max": float(GUIDANCE_WEIGHTS[-1])}
 
@@ -52,10 +52,10 @@ STUDIES = {
     "solver": Study("Solver of the teacher's jump, and skip", _solvers_and_skips(tuple(SOLVERS)), _SKIPS_OF_THE_PAPER),
     "skip": Study("Skip of the teacher's jump", _solvers_and_skips(("ddim",)), _SKIPS_OF_THE_PAPER),
     "guidance": Study(
-        "Guidance weight, told to one model",
+        "Guidance weight, varied on one model",
         {f"w in [{GUIDANCE_WEIGHTS[0]}, {GUIDANCE_WEIGHTS[-1]}]": _WEIGHTS},
-        "Paper (figure; as secondary sources tell it): a larger w raises the CLIP score and hurts FID, clearly beyond "
-        "w = 12; the curves of 2, 4 and 8 steps nearly coincide, that of 1 step lags behind.",
+        "Paper (figure, according to secondary sources): a larger w raises the CLIP score and hurts FID, clearly "
+        "beyond w = 12; the curves of 2, 4 and 8 steps nearly coincide, that of 1 step lags behind.",
         tuple(w + 1.0 for w in GUIDANCE_WEIGHTS),
     ),
     "ema": Study(
@@ -73,7 +73,10 @@ STUDIES = {
 
 
 def folder(config: ConfigDict, changes: Mapping[str, Any]) -> str:
-    """A name for what `changes` make of `config`: "base" where they make nothing, so that studies share that model."""
-    flat = {key: config[section][name] for key in changes for section, _, name in [key.partition(".")]}
-    different = {key.rpartition(".")[2]: value for key, value in changes.items() if value != flat[key]}
-    return ",".join(f"{name}={value}" for name, value in different.items()) or "base"
+    """A name for `config` with `changes`; "base" if they change nothing, so that studies share that model."""
+    different = []
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        if value != config[section][name]:
+            different.append(f"{name}={value}")
+    return ",".join(different) or "base"

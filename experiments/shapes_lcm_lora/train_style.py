@@ -1,7 +1,7 @@
 """A style LoRA of the embedded teacher, trained by plain denoising on styled renders.
 
-The teacher's own loss, mean |v_theta(z_t, t, c) - v|^2 with t uniform and 10 % of the captions "", but with adapters on
-its frozen UNet. Adam, linear to 0 over the second half; the EMA of the adapters is written as a kohya file.
+The teacher's own loss, mean |v_theta(z_t, t, c) - v|^2 with t uniform and 10 % of the captions "", but only adapters on
+its frozen UNet are trained. Adam, linear to 0 over the second half; the EMA of the adapters becomes a kohya file.
 
     python -m experiments.shapes_lcm_lora.train_style --workdir=runs/shapes_lcm_lora/style
 """
@@ -23,13 +23,14 @@ from lcm_jax.data import shapes
 from lcm_jax.data.order import batch_indices
 from lcm_jax.diffusion import schedule
 from lcm_jax.diffusion.denoiser import call
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import LcmError, exit_code
 from lcm_jax.models import lora
 from lcm_jax.pretrained import Pipeline, load_pipeline, lora_files
 from lcm_jax.pretrained import text as conditioning
 
 STYLE = "card"
-RANK = 16  # alpha is the rank, so that weight 1.0 is what was trained
+RANK = 16  # alpha equals the rank, so that weight 1.0 gives the model that was trained
+STEPS, LEARNING_RATE = 800, 2e-3
 EXAMPLES = 4096
 BATCH = 32
 DROP_CAPTION = 0.1
@@ -53,7 +54,7 @@ def latents(pipeline: Pipeline, style: str, count: int, batch: int = 64) -> dict
 
 
 def loss_fn(unet: lora.Adapted, noise_schedule: schedule.NoiseSchedule, adapters: Any, batch: Any, key: jax.Array):
-    """(loss, {}); batch: rows of `latents`, and the frozen arrays "base" (UNet) and "null" [1 l d]."""
+    """(loss, {}); batch: rows of `latents`, and the frozen "base" (UNet weights) and "null" [1 l d]."""
     keys = jax.random.split(key, 4)
     z = batch["mean"] + batch["std"] * jax.random.normal(keys[0], batch["mean"].shape)
     eps = jax.random.normal(keys[1], z.shape)
@@ -65,11 +66,11 @@ def loss_fn(unet: lora.Adapted, noise_schedule: schedule.NoiseSchedule, adapters
     return jnp.square(v - schedule.velocity(noise_schedule, z, eps, t)).mean(), {}
 
 
-def train(workdir: Path, steps: int, rank: int, learning_rate: float) -> Path:
-    """Trains, or goes on, and writes workdir/style_lora.safetensors. Raises LcmError where the teacher is unfit."""
+def train(workdir: Path, steps: int = STEPS, rank: int = RANK, learning_rate: float = LEARNING_RATE) -> Path:
+    """Trains, or resumes, and writes WORKDIR/style_lora.safetensors. Raises LcmError if the teacher predicts no v."""
     teacher = load_pipeline(assets.path("shapes"))
     if teacher.schedule.prediction_type != "v_prediction":
-        raise LcmError(f"the loss is of v, the teacher predicts {teacher.schedule.prediction_type}; take another")
+        raise LcmError(f"the loss is of v, but the teacher predicts {teacher.schedule.prediction_type}")
     data = latents(teacher, STYLE, EXAMPLES)
     frozen = jax.device_put(
         {"base": teacher.params["unet"], "null": conditioning.null(teacher)["encoder_hidden_states"]}
@@ -100,17 +101,12 @@ def train(workdir: Path, steps: int, rank: int, learning_rate: float) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rank", type=int, default=RANK)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    args = parser.parse_args()
-    print(train(args.workdir, args.steps, args.rank, args.learning_rate))
+    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
+    print(train(**vars(parser.parse_args())))
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (LcmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(main))

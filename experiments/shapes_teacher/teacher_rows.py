@@ -1,109 +1,62 @@
-"""The teacher's rows of the demo's table, and the guidance scale it is best at; recorded with the asset's hash.
+"""The teacher's rows of the demo's table and its best guidance scale, recorded in teacher_rows.json.
 
     python -m experiments.shapes_teacher.teacher_rows --count=256 [--scan]
 
---scan first measures DDIM with 50 steps over guidance scales and takes the one of best caption accuracy (ties: the
-smaller Frechet distance). Tables of several counts stand side by side in teacher_rows.json.
+--scan first measures DDIM with 50 steps over guidance scales and keeps the one with the best caption accuracy (ties:
+the smaller Frechet distance). Tables of several counts stand side by side; the asset's hash says what they belong to.
 """
 
 import argparse
-import dataclasses
-import functools
-import json
-from collections.abc import Sequence
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
-from experiments.shapes_lcm import table
-from lcm_jax import assets
-from lcm_jax.errors import LcmError
-from lcm_jax.pretrained import load_pipeline
-from lcm_jax.sampling.generator import Generator, Settings, settings_for
+from experiments import embedded, results
+from lcm_jax import assets, files
+from lcm_jax.errors import exit_code
 
-FILE = Path(__file__).with_name("teacher_rows.json")
-SAMPLERS = ("ddim", "dpm_solver_pp_2m")
+SOLVERS = "ddim,dpm_solver_pp_2m"
 STEPS = (1, 2, 4, 8, 50)
 SCAN = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
-HIGH_SCALE = 7.5
-SOLVER_STEPS = 50
 
 
-@functools.cache
-def teacher() -> Generator:
-    return Generator(load_pipeline(assets.path("shapes")))
+def measured(count: int, best_scale: float) -> list[dict[str, Any]]:
+    """Rows of renders, of their reconstructions, and of both solvers at every number of steps and both scales."""
+    rows = []
+    for method, images in embedded.real_images(count).items():
+        accuracy, frechet = embedded.judged(images)
+        row = {"method": method, "accuracy": accuracy, "frechet": frechet, "count": count}
+        rows.append(dict.fromkeys(key for key, _ in embedded.COLUMNS.values()) | row)
+    steps, scales = ",".join(map(str, STEPS)), (best_scale, embedded.HIGH_SCALE)
+    return rows + sampled(count, *(f"--row={SOLVERS}:{steps}:{scale:g}" for scale in scales))
 
 
-def settings(sampler: str, steps: int) -> Settings:
-    """Trailing spacing, the rest from the teacher's scheduler config."""
-    return settings_for(teacher().pipeline, {}, sampler, steps, "trailing")
+def sampled(count: int, *rows: str) -> list[dict[str, Any]]:
+    flags = "--model=shapes", "--endpoint_steps=50"  # the demo's solver grid
+    with tempfile.TemporaryDirectory() as out:
+        found = embedded.evaluated(Path(out), "teacher", count, *flags, *rows)
+    return [embedded.as_dict(row) for row in found]
 
 
-def compute(judge: table.Judge, scales: Sequence[float]) -> list[table.Row]:
-    """Rows of both solvers at every number of steps and scale."""
-    generator = teacher()
-    ends = table.endpoints(generator, judge, scales, SOLVER_STEPS)
-    return [
-        table.sampler_row(generator, judge, settings(sampler, steps), scale, ends)
-        for scale in scales
-        for sampler in SAMPLERS
-        for steps in STEPS
-    ]
-
-
-def scan(judge: table.Judge) -> list[table.Row]:
-    """DDIM with 50 steps over guidance scales."""
-    generator = teacher()
-    return [table.sampler_row(generator, judge, settings("ddim", 50), scale) for scale in SCAN]
-
-
-def read() -> dict:
-    """teacher_rows.json. Raises LcmError if it belongs to another asset."""
-    record = json.loads(FILE.read_text())
-    found = table.asset_hash(assets.path("shapes"))
-    if record["asset"] != found:
-        raise LcmError(
-            f"{FILE.name} was measured on asset {record['asset'][:12]}, this one is {found[:12]}; run "
-            "python -m experiments.shapes_teacher.teacher_rows --scan --count=256"
-        )
-    return record
-
-
-def best_guidance_scale() -> float:
-    return read()["best_guidance_scale"]
-
-
-def recorded(count: int) -> list[table.Row]:
-    """The recorded rows of this many pictures, marked as such."""
-    tables = read()["tables"]
-    if str(count) not in tables:
-        raise LcmError(f"no teacher rows are recorded for {count} pictures, only for {', '.join(tables)}; use --full")
-    return [dataclasses.replace(table.Row(**row), recorded=True) for row in tables[str(count)]]
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=256)
-    parser.add_argument("--scan", action="store_true")
+    parser.add_argument("--count", type=int, default=256, help="images per row")
+    parser.add_argument("--scan", action="store_true", help="find the best guidance scale anew; drops all other rows")
     args = parser.parse_args()
-    judge = table.Judge(args.count)
     if args.scan:
-        rows = scan(judge)
-        real = judge.real_rows(teacher())
-        best = max(rows, key=lambda row: (row.accuracy, -row.frechet))
-        record = {
-            "asset": table.asset_hash(assets.path("shapes")),
-            "best_guidance_scale": best.guidance_scale,
-            "real": [dataclasses.asdict(row) for row in real],
-            "scan": [dataclasses.asdict(row) for row in rows],
-            "tables": {},
-        }
-        print(table.markdown([*real, *rows], f"{args.count} pictures per row."))
+        rows = sampled(args.count, f"--row=ddim:50:{','.join(map(str, SCAN))}")
+        best = max(rows, key=lambda row: (row["accuracy"], -row["frechet"]))["guidance_scale"]
+        asset = embedded.asset_hash(assets.path("shapes"))
+        record = {"asset": asset, "best_guidance_scale": best, "scan": rows, "tables": {}}
+        print(results.table_of(embedded.COLUMNS, rows))
     else:
-        record = read()
-    rows = compute(judge, (record["best_guidance_scale"], HIGH_SCALE))
-    record["tables"][str(args.count)] = [dataclasses.asdict(row) for row in rows]
-    FILE.write_text(json.dumps(record, indent=1) + "\n")
-    print(table.markdown(rows, f"{args.count} pictures per row."))
+        record = embedded.teacher_record()
+    rows = record["tables"][str(args.count)] = measured(args.count, record["best_guidance_scale"])
+    files.write_atomic(embedded.RECORD, results.to_json(record, 3))
+    print(results.table_of(embedded.COLUMNS, rows))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -1,10 +1,9 @@
-"""What both sides of the comparison are fed: the rows of each step, and its draws, in torch's layout [b c h w].
+"""The input of both sides of the comparison: the rows and the draws of each step, in torch's layout [b c h w].
 
-The order of the pictures, dropped captions, and the draws of each step are `lcm_jax`'s, which knows them as functions
-of (seed, step). Pictures and token ids are encoded by the other side's own networks.
+The order of the images, the dropped captions and the draws come from `lcm_jax`, where they are functions of
+(seed, step). Images and token ids are encoded by the other side's own networks.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,9 +24,9 @@ Rows = Mapping[str, Any]
 
 
 def make_draw(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> Callable[[int], dict[str, torch.Tensor]]:
-    """step (the first is 0) -> the draws that `lcm_jax.train` makes there: posterior, noise, index, w.
+    """step (from 0) -> the draws of `lcm_jax.train` at that step: posterior, noise, index, w.
 
-    teacher, student: of the run; shapes do.
+    teacher, student: of the run, with or without weights.
     """
     problem = training_step.make_problem(config, teacher, student)
     shape = training_step.batch_shapes(config, teacher)["mean"].shape
@@ -56,13 +55,13 @@ def shapes(config: ConfigDict) -> tuple[Pipeline, Pipeline]:
 def make_batches(
     config: ConfigDict, teacher: Pipeline, encode: Callable[[Rows], Rows], say: Callable[[str], None]
 ) -> Callable[[int], dict[str, Any]]:
-    """step (the first is 0) -> the batch that `lcm_jax.train` has there, encoded by `encode`, once, beforehand.
+    """step (from 0) -> the batch of `lcm_jax.train` at that step, from rows that `encode` has encoded at the start.
 
     Args:
       config: resolved; `data.encode` is "start".
       teacher: with its tokenizers.
       encode: rows {"pixels", "text_encoder"} or without pixels -> {"mean", "logvar", "encoder_hidden_states"}.
-      say: takes lines for the reader of the terminal.
+      say: prints a line.
     """
     watch = training_data.Watch(loader.Faults(0.0, lambda fault: say(str(fault))), say)
     parts = training_data.open_parts(config)
@@ -79,19 +78,19 @@ def make_batches(
 
 
 def make_encode(vae: torch.nn.Module, text_encoder: torch.nn.Module) -> Callable[[Rows], Rows]:
-    """Rows of pictures and token ids -> moments [b c h w] and embeddings, by torch's networks."""
-    return functools.partial(_encode, vae, text_encoder)
+    """Rows of images and token ids -> moments [b c h w] and embeddings, by torch's networks."""
 
+    @torch.no_grad()
+    def encode(rows: Rows) -> Rows:
+        encoded = {}
+        if "pixels" in rows:
+            pixels = torch.from_numpy(np.array(rows["pixels"])).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            posterior = vae.encode(pixels).latent_dist
+            encoded = {"mean": posterior.mean.numpy(), "logvar": posterior.logvar.numpy()}
+        ids = torch.from_numpy(np.array(rows["text_encoder"])).long()
+        return encoded | {"encoder_hidden_states": text_encoder(ids).last_hidden_state.numpy()}
 
-@torch.no_grad()
-def _encode(vae: torch.nn.Module, text_encoder: torch.nn.Module, rows: Rows) -> Rows:
-    encoded = {}
-    if "pixels" in rows:
-        pixels = torch.from_numpy(np.array(rows["pixels"])).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        posterior = vae.encode(pixels).latent_dist
-        encoded = {"mean": posterior.mean.numpy(), "logvar": posterior.logvar.numpy()}
-    ids = torch.from_numpy(np.array(rows["text_encoder"])).long()
-    return encoded | {"encoder_hidden_states": text_encoder(ids).last_hidden_state.numpy()}
+    return encode
 
 
 def _first(array: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Latent Consistency Distillation in torch, on diffusers' networks: the other side of a comparison, not for use.
+"""Latent Consistency Distillation in torch, on diffusers' networks: the other side of a comparison, not a product.
 
-Written from the paper (Luo et al. 2023, arXiv 2310.04378, Algorithm 1) and sharing no line with `lcm_jax`. With a grid
-of N jumps of k = T // N timesteps, jump i from t = (i + 1) k - 1 to s = max(t - k, 0):
+Written from the paper (Luo et al. 2023, arXiv 2310.04378, Algorithm 1); it shares no line with `lcm_jax`. With a grid
+of N jumps of k = T // N timesteps, jump i goes from t = (i + 1) k - 1 to s = max(t - k, 0):
 
     z_t = alpha_t z + sigma_t eps
     o   = U_teacher(z_t, t, c) + w (U_teacher(z_t, t, c) - U_teacher(z_t, t, null))
@@ -26,30 +26,18 @@ from peft import LoraConfig
 
 Conditioning = Mapping[str, torch.Tensor]  # encoder_hidden_states [b l d]; SDXL's text_embeds [b p], time_ids [b 6]
 
-# What the LCM-LoRA report adapts.
+# The layers that the LCM-LoRA report adapts.
 LORA_TARGETS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "time_emb_proj",
-)
+    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut downsamplers.0.conv "
+    "upsamplers.0.conv time_emb_proj"
+).split()
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     """Constants of the loss.
 
-    abar: float32 [T]; predicts: "epsilon" or "v_prediction"; precision: dtype that the networks compute in.
+    abar: float32 [T]; predicts: "epsilon" or "v_prediction"; precision: compute dtype of the networks.
     """
 
     abar: torch.Tensor
@@ -65,9 +53,9 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The networks of a run and its optimiser. `target` is `student` itself where there is no EMA.
+    """The networks of a run and its optimiser. `target` is `student` itself if there is no EMA.
 
-    theta: the student's trained parameters; averages: the target's, in the same order, none without EMA.
+    theta: the student's trained parameters; averages: the target's, in the same order; empty without EMA.
     """
 
     method: Method
@@ -90,7 +78,7 @@ def make_method(
     device: str,
     precision: torch.dtype = torch.float32,
 ) -> Method:
-    """The constants that a training config and a teacher's `scheduler_config.json` ask for."""
+    """The constants of a training config and a teacher's `scheduler_config.json`."""
     noise = DDPMScheduler.from_config(scheduler)
     return Method(
         abar=noise.alphas_cumprod.float().to(device),
@@ -106,15 +94,15 @@ def make_method(
 
 
 def make_trainer(config: ConfigDict, method: Method, teacher: UNet2DConditionModel, null: Conditioning) -> Trainer:
-    """A run at its beginning. Student and target start as copies of the teacher; `teacher` itself is kept and frozen.
+    """The initial state of a run: student and target start as copies of the teacher, which is frozen.
 
-    In a LoRA run all three share the teacher's weights, and adapters are what is trained.
+    In a LoRA run all three share the teacher's weights, and only adapters are trained.
     """
     teacher.requires_grad_(False)
     if config.lora.rank:
         student = adapted(teacher, config.lora.rank, config.lora.alpha)
     else:
-        student = told_w(teacher, config.distill.w_embedding_dim)
+        student = with_w_embedding(teacher, config.distill.w_embedding_dim)
     if config.train.remat != "none":
         student.enable_gradient_checkpointing()
     names, theta = zip(*((name, p) for name, p in student.named_parameters() if p.requires_grad), strict=True)
@@ -156,8 +144,8 @@ def make_trainer(config: ConfigDict, method: Method, teacher: UNet2DConditionMod
     )
 
 
-def told_w(teacher: UNet2DConditionModel, dim: int) -> UNet2DConditionModel:
-    """A trainable float32 copy of the teacher with an embedding of w, whose projection is zero (ControlNet's way)."""
+def with_w_embedding(teacher: UNet2DConditionModel, dim: int) -> UNet2DConditionModel:
+    """A trainable float32 copy of the teacher with a w embedding, whose projection starts at zero as in ControlNet."""
     with next(teacher.parameters()).device:
         student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=dim or None)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
@@ -170,7 +158,7 @@ def told_w(teacher: UNet2DConditionModel, dim: int) -> UNet2DConditionModel:
 
 
 def adapted(teacher: UNet2DConditionModel, rank: int, alpha: float) -> UNet2DConditionModel:
-    """The teacher's weights, shared, with trainable float32 adapters on them."""
+    """The teacher's own weights with trainable float32 adapters on them."""
     student = copy.deepcopy(teacher, {id(p): p for p in teacher.parameters()})
     student.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(LORA_TARGETS)))
     for parameter in student.parameters():
@@ -200,7 +188,7 @@ def train_step(trainer: Trainer, batch: Mapping[str, Any], draws: Mapping[str, t
 
 
 def lcd_loss(trainer: Trainer, batch: Mapping[str, Any], draws: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The distance between the student at t and the target where the guided teacher's jump from t ends; a scalar."""
+    """The distance between the student at t and the target at the end of the guided teacher's jump from t; a scalar."""
     method, cond = trainer.method, batch["cond"]
     k = len(method.abar) // method.jumps
     t = (draws["index"] + 1) * k - 1
@@ -220,25 +208,25 @@ def lcd_loss(trainer: Trainer, batch: Mapping[str, Any], draws: Mapping[str, tor
 def jump(
     trainer: Trainer, z_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor, cond: Conditioning, w: torch.Tensor
 ) -> torch.Tensor:
-    """The teacher's DDIM step from t to s, guided by w; the text and the null text go through in one batch of 2b."""
+    """The teacher's DDIM step from t to s, guided by w; text and null text are evaluated in one batch of 2b."""
     method = trainer.method
     null = {name: trainer.null.get(name, value).expand_as(value) for name, value in cond.items()}
     both = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
     output = predict(method, trainer.teacher, torch.cat([z_t, z_t]), torch.cat([t, t]), both)
-    told, untold = output.chunk(2)
-    x0, eps = meaning(method, told + _column(w) * (told - untold), z_t, t)
+    guided, unguided = output.chunk(2)
+    x0, eps = to_x0_eps(method, guided + _column(w) * (guided - unguided), z_t, t)
     return _column(method.abar[s].sqrt()) * x0 + _column((1 - method.abar[s]).sqrt()) * eps
 
 
 def consistent(
     method: Method, network: torch.nn.Module, z: torch.Tensor, t: torch.Tensor, cond: Conditioning, w: torch.Tensor
 ) -> torch.Tensor:
-    """The consistency function f of a network told w, if it takes w."""
+    """The consistency function f of a network, which is conditioned on w if it has a w embedding."""
     dim = network.config.time_cond_proj_dim
     output = predict(method, network, z, t, cond, None if dim is None else w_embedding(w, dim))
     scaled = t.float() * method.timestep_scaling
     total = scaled**2 + method.sigma_data**2
-    x0, _ = meaning(method, output, z, t)
+    x0, _ = to_x0_eps(method, output, z, t)
     return _column(method.sigma_data**2 / total) * z + _column(scaled / total.sqrt()) * x0
 
 
@@ -266,7 +254,7 @@ def predict(
     return output.float()
 
 
-def meaning(method: Method, output: torch.Tensor, z: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def to_x0_eps(method: Method, output: torch.Tensor, z: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(x0, eps) of a network's output at (z, t)."""
     alpha, sigma = _column(method.abar[t].sqrt()), _column((1 - method.abar[t]).sqrt())
     if method.predicts == "epsilon":
