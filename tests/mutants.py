@@ -485,7 +485,7 @@ CONTRACTS = [
         "pretrained/text.py",
         "[height, width, 0, 0, height, width]",
         "[width, height, 0, 0, width, height]",
-        ("test_pretrained_conditioning.py",),
+        ("test_pretrained_model.py",),
         False,
     ),
     Mutant(
