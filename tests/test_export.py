@@ -186,6 +186,7 @@ def test_the_model_card(exported):
     for words in (
         str(tiny.folder("sd1")),
         "the EMA target network after step 7 of 7",
+        "| End of a step | the guided teacher's jump |",
         "32 images of 64 pixels",
         "w in [2, 8], that is `guidance_scale` 3 to 9",
         "| `train.learning_rate` | `8e-06` |",

@@ -190,9 +190,7 @@ KEYS = (
     Key("data.decoder", "pillow", one_of(images.FILTERS), "pillow: the reference; opencv: faster, needs OpenCV"),
     Key("data.caption_dropout", 0.0, SHARE, "probability that a caption is replaced by ''"),
     Key("data.encode_chunk", 0, at_least(0), "images that a device encodes at a time; 0: all of its batch", MAY_CHANGE),
-    Key(
-        "data.encode", "step", one_of(("step", "start")), "encode images and captions in each step, or once, in memory"
-    ),
+    Key("data.encode", "step", one_of(("step", "start")), "step: encode in each step; start: once, held in memory"),
     Key("data.workers", 0, at_least(0), "processes that read and decode; 0: threads of the training's", MAY_CHANGE),
     Key("train.steps", 10_000, at_least(1), "length of the run; may be raised later on the same workdir", MAY_CHANGE),
     Key("train.learning_rate", 8e-6, POSITIVE, "peak rate, after the warm-up and before the decay"),
