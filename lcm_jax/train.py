@@ -1,12 +1,12 @@
-"""Distil a Stable Diffusion into a Latent Consistency Model, or fine-tune one: the life of a run, top to bottom.
+"""Distil a Stable Diffusion into a Latent Consistency Model, or fine-tune one: a run from top to bottom.
 
     python -m lcm_jax.train --config=configs/shapes_lcm.py --workdir=runs/shapes_lcm [--config.train.steps=2000]
 
 The workdir receives config.json, metrics.jsonl, TensorBoard events, sample grids and checkpoints/<step>/. The same
-command on the same workdir goes on from the newest checkpoint, bit for bit as if it had never stopped. It is the same
+command on the same workdir resumes from the newest checkpoint, bit for bit as if it had never stopped. It is the same
 command on one device, on many (config.mesh) and in many processes (docs/clusters.md).
 
-    --aot_report        compile the step for these devices, say what it takes and how fast it could be, and end
+    --aot_report        compile the step for these devices, report what it takes and how fast it could be, and end
     --profile=10:13     write a trace of these steps to WORKDIR/profile
 """
 
@@ -15,7 +15,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,206 +29,185 @@ from lcm_jax.cost import chips, roofline
 from lcm_jax.data import encoding, loader
 from lcm_jax.data.loader import BadRecords
 from lcm_jax.distill import objective as objectives
-from lcm_jax.distill import state as state_lib
-from lcm_jax.distill import step as step_lib
+from lcm_jax.distill.state import TrainState
+from lcm_jax.distill.step import named_key
 from lcm_jax.errors import LcmError
 from lcm_jax.files import write_atomic
 from lcm_jax.pretrained.model import Pipeline, PipelineParams
 from lcm_jax.run import config as config_lib
-from lcm_jax.run import data as training_data
-from lcm_jax.run import models as student_lib
-from lcm_jax.run import report as compile_report
-from lcm_jax.run import step as training_step
+from lcm_jax.run import data as run_data
+from lcm_jax.run import models as run_models
+from lcm_jax.run import report
+from lcm_jax.run import step as run_step
 from lcm_jax.runtime import boards, distributed, lost, profiling, waiting
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.checkpoints import Checkpoints
-from lcm_jax.runtime.telemetry import Telemetry
+from lcm_jax.runtime.telemetry import RunInfo, Telemetry
 from lcm_jax.runtime.workdir import StopSignal, locked, same_as_before
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.png import grid, to_uint8
 from lcm_jax.sampling.request import Settings
 
 READ_HERE = 20.0  # seconds that one of several processes has for a batch, to stop with the others
-GRID_COLUMNS = 4  # pictures per prompt in a sample grid
+GRID_COLUMNS = 4  # images per prompt in a sample grid
 
 
-def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> state_lib.TrainState:
-    """Runs, or goes on with, the training that `config` describes; returns the state at its end.
+def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> TrainState:
+    """Runs, or resumes, the training that `config` describes; returns the state at its end.
 
     Args:
-      profile: "START:END", steps to write a trace of; "": none.
+      profile: "FIRST:LAST", steps to write a trace of; "": none.
 
     Raises:
       LcmError: a bad config, model or workdir, before anything long has begun; NaN or Inf during training.
     """
     began = time.time()
-    with distributed.together():
-        config, mesh = prepared(config, profile)
-    with locked(workdir) as workdir:  # first of all: config.json is the running process's
+    with contextlib.ExitStack() as stack:
+        # ---- Set-up. In a `together` block an error on one process is an error on all of them.
         with distributed.together():
-            lost.check(workdir, config.checkpoint.every)  # before config.json is new
+            config, mesh = prepared(config, profile)
+        workdir = stack.enter_context(locked(workdir))  # first: config.json belongs to the process that runs
+        with distributed.together():
+            lost.check(workdir, config.checkpoint.every)  # before config.json is written
             config_lib.prepare_workdir(workdir, config)
-            parts = training_data.open_parts(config)
-            program = training_step.make(config, student_lib.shapes(config), mesh)
-        return run(config, workdir, parts, program, mesh, profile, began)
+            parts = run_data.open_parts(config)
+            program = run_step.make(config, run_models.shapes(config), mesh)
 
+        # ---- Resume.
+        kept = {name: config.checkpoint[name] for name in ("keep", "keep_every", "best")}
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", **kept))
+        state = checkpoints.restore(program.state) if checkpoints.steps() else None
+        if state is not None and int(state.step) >= config.train.steps:
+            say(f"{workdir} is already trained to step {int(state.step)}; raise --config.train.steps to train further")
+            return state
 
-def aot_report(config: ConfigDict, workdir: str | Path) -> None:
-    """Compiles the step for the devices at hand and says what it takes there; WORKDIR/aot_report.json has it, too.
+        # ---- Models. The UNets' weights move into the state and the frozen arrays; only the other parts stay beside.
+        with distributed.together():
+            models = run_models.load(config, mesh_lib.place(mesh))
+        run_data.check_caches(config, parts, models.teacher, models.teacher_params)
+        state = program.begin(models.trainable) if state is None else state
+        frozen = program.place_frozen(models)
+        teacher, student = models.teacher, models.student
+        params = {part: tree for part, tree in models.teacher_params.items() if part != "unet"}
+        del models
+        make_grid = sample_grid(config, program, student, params, frozen, mesh)
+        encode = encoding.make_encode(teacher, params, mesh, config.data.encode_chunk)
+        say(mesh_lib.report_unsharded(mesh, (program.state, program.frozen)))
 
-    Raises:
-      LcmError: as `train`; the step does not fit.
-    """
-    found = compile_report.report(*prepared(config), {})
-    say(roofline.text(found))
-    if jax.process_index() == 0:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(workdir) / "aot_report.json", json.dumps(found, indent=2) + "\n")
+        # ---- Data.
+        first = step = int(state.step)
+        watch = run_data.Watch(loader.Faults(config.data.max_bad_fraction, BadRecords(workdir)), say)
+        examples, order = run_data.open_examples(config, parts, teacher, encode, watch)
+        same_as_before(workdir, "data.json", run_data.describe(order))
+        stop = StopSignal()
+        batches = loader.batches(
+            examples,
+            order,
+            step,
+            faults=watch.faults,
+            put=lambda rows: mesh_lib.put_batch(mesh, watch.captions(rows)),
+            workers=0 if config.data.encode == "start" else config.data.workers,  # rows in memory stay in this process
+            rows=mesh_lib.process_rows(mesh, config.data.batch_size, jax.process_index()),
+            stop=lambda: stop,
+        )
+        stack.enter_context(contextlib.closing(batches))
+
+        # ---- Loop.
+        about = RunInfo(
+            config.train.steps,
+            config.data.batch_size,
+            start_step=step,
+            began=began,
+            keys_of=functools.partial(run_data.keys_of, examples, order),
+            config=config.to_dict(),
+            **speed_limits(program, mesh),
+        )
+        telemetry = stack.enter_context(Telemetry(workdir, about, **config.log))
+        profiled = stack.enter_context(profiling.Profile(workdir, profile, step))
+        stack.enter_context(stop)
+        key = jax.jit(lambda: named_key(config.seed, "draws"), out_shardings=program.key.sharding)()
+        alone, failure, late = jax.process_count() == 1, None, False  # late: no data are read ahead any more
+
+        @contextlib.contextmanager
+        def survived() -> Iterator[None]:
+            """What fails beside the step leaves the state intact, so it is saved before the error is raised.
+
+            One process of several cannot stop alone, because the others have begun the next step: it asks them to
+            stop, and reads for itself until they do.
+            """
+            nonlocal failure
+            try:
+                yield
+            except Exception as error:
+                if failure:
+                    raise
+                failure = error
+                if not alone:
+                    distributed.ask_to_stop()
+
+        def encoded(rows: encoding.Rows) -> dict[str, Any]:
+            with jax.transfer_guard("disallow"):
+                return run_step.as_batch(encode(rows))
+
+        def save() -> None:
+            telemetry.settle()  # a step whose loss or gradient was not finite raises here, and is never saved
+            if checkpoints.latest_step() != step:
+                with telemetry.pause("checkpoint"):
+                    checkpoints.save(step, state, contents(config, step), telemetry.means() or None)
+
+        while step < config.train.steps and not stop.agreed() and not (failure and alone):
+            checkpoints.check()
+            telemetry.saved(checkpoints.whole)
+            batch = None
+            with survived(), contextlib.suppress(waiting.Stopped):
+                profiled.at(step, state)
+                if not late:
+                    with telemetry.waiting():
+                        rows = next(batches)
+                    batch = encoded(rows)
+            if batch is None:
+                if alone:
+                    continue
+                late = True
+                batch = encoded(read_here(batches, step - first, failure))
+            with jax.transfer_guard("disallow"):
+                state, metrics = program.step(state, frozen, batch, key)
+            step += 1
+            telemetry.update(step, metrics)
+            if step == config.train.steps or step % config.checkpoint.every == 0:
+                save()
+            if make_grid and step % config.sample.every == 0:
+                telemetry.settle()
+                with survived(), telemetry.pause("evaluation"):
+                    telemetry.images(step, make_grid(state.ema_params))
+
+        # ---- End.
+        if step < config.train.steps and (step > 0 or not failure or not alone):
+            save()
+        with telemetry.pause("checkpoint"):
+            checkpoints.wait()  # here, where a signal still waits for it
+        telemetry.saved(checkpoints.whole)
+        if checkpoints.whole == step < config.train.steps:
+            why = "an error" if failure else stop.name
+            telemetry.message(f"{why}: saved step {step}; the same command resumes from there")
+        with distributed.together():
+            if failure:
+                raise failure
+    return state
 
 
 def prepared(config: ConfigDict, profile: str = "") -> tuple[ConfigDict, Mesh]:
-    """The config checked and resolved, and the mesh over all devices that it asks for."""
+    """The config, checked and resolved, and the mesh over all devices that it asks for."""
     config_lib.validate(config)
     profiling.check(profile, config.train.steps)
     config = config_lib.resolve(config)
     if config.log.wandb:
-        boards.import_wandb()  # an error now, not when all is read
+        boards.import_wandb()  # fails now, not when everything has been read
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.slices)
     mesh_lib.check_batch(mesh, config.data.batch_size, config.train.accumulation_steps)
     return config, mesh
-
-
-def run(
-    config: ConfigDict,
-    workdir: Path,
-    parts: Sequence[training_data.Part],
-    program: training_step.TrainingStep,
-    mesh: Mesh,
-    profile: str,
-    began: float,
-) -> state_lib.TrainState:
-    """The training loop. What is trained and saved is `student_lib.theta`: all of the UNet, or adapters alone.
-
-    began: `time.time()` when the command did.
-    """
-    kept = {name: config.checkpoint[name] for name in ("keep", "keep_every", "best")}
-    with Checkpoints(workdir / "checkpoints", **kept) as checkpoints:
-        state = checkpoints.restore(program.state) if checkpoints.steps() else None
-        if state is not None and int(state.step) >= config.train.steps:
-            say(f"{workdir} is trained to step {int(state.step)} already; raise --config.train.steps to go on")
-            return state
-        with distributed.together():
-            models = student_lib.load(config, mesh_lib.place(mesh))
-        training_data.check_caches(config, parts, models.teacher, models.teacher_params)
-        state = program.begin(models.trainable) if state is None else state
-        step = int(state.step)
-        frozen = program.place_frozen(models)
-        teacher, student = models.teacher, models.student
-        # The UNets' weights are in the state and the frozen arrays now.
-        params = {part: tree for part, tree in models.teacher_params.items() if part != "unet"}
-        del models
-        draw_grid = make_grid_drawer(config, program, student, params, frozen, mesh)
-        encode = encoding.make_encode(teacher, params, mesh, config.data.encode_chunk)
-        watch = training_data.Watch(loader.Faults(config.data.max_bad_fraction, BadRecords(workdir)), say)
-        examples, order = training_data.open_examples(config, parts, teacher, encode, watch)
-        same_as_before(workdir, "data.json", training_data.describe(order))
-        key = jax.jit(lambda: step_lib.named_key(config.seed, "draws"), out_shardings=program.key.sharding)()
-        say(mesh_lib.report_unsharded(mesh, (program.state, program.frozen)))
-        stop, failure = StopSignal(), None
-        with (
-            contextlib.closing(
-                loader.batches(
-                    examples,
-                    order,
-                    step,
-                    faults=watch.faults,
-                    put=functools.partial(to_device, mesh, watch),
-                    workers=0 if config.data.encode == "start" else config.data.workers,  # rows in memory stay here
-                    rows=mesh_lib.process_rows(mesh, config.data.batch_size, jax.process_index()),
-                    stop=lambda: stop,
-                )
-            ) as batches,
-            Telemetry(
-                workdir,
-                config.train.steps,
-                batch_size=config.data.batch_size,
-                start_step=step,
-                log_every=config.log.every,
-                spike=config.log.spike,
-                wandb=config.log.wandb,
-                config=config.to_dict(),
-                keys_of=functools.partial(training_data.keys_of, examples, order),
-                began=began,
-                **speed_limits(program, mesh),
-            ) as telemetry,
-            profiling.Profile(workdir, profile, step) as profiled,
-            stop,
-        ):
-            first, alone, late = step, jax.process_count() == 1, False  # late: no data are read ahead any more
-
-            @contextlib.contextmanager
-            def kept() -> Iterator[None]:
-                nonlocal failure
-                try:
-                    yield
-                except Exception as error:
-                    if failure:
-                        raise
-                    failure = error
-                    if not alone:
-                        distributed.ask_to_stop()
-
-            def encoded(rows: encoding.Rows) -> dict[str, Any]:
-                with jax.transfer_guard("disallow"):
-                    return training_step.as_batch(encode(rows))
-
-            def save() -> None:
-                telemetry.settle()  # a step whose loss or gradient was not finite raises here and is never saved
-                if checkpoints.latest_step() != step:
-                    with telemetry.pause("checkpoint"):
-                        checkpoints.save(step, state, contents(config, step), telemetry.means() or None)
-
-            # What fails beside the step leaves the state whole, which is saved before that is raised. One process of
-            # several cannot stop alone, as the others have begun the next step: it asks them to, and reads for itself
-            # until they do.
-            while step < config.train.steps and not stop.agreed() and not (failure and alone):
-                checkpoints.check()
-                telemetry.saved(checkpoints.whole)
-                batch = None
-                with kept(), contextlib.suppress(waiting.Stopped):
-                    profiled.at(step, state)
-                    if not late:
-                        with telemetry.waiting():
-                            rows = next(batches)
-                        batch = encoded(rows)
-                if batch is None:
-                    if alone:
-                        continue
-                    late = True
-                    batch = encoded(read_here(batches, step - first, failure))
-                with jax.transfer_guard("disallow"):
-                    state, metrics = program.step(state, frozen, batch, key)
-                step += 1
-                telemetry.update(step, metrics)
-                if step == config.train.steps or step % config.checkpoint.every == 0:
-                    save()
-                if draw_grid and step % config.sample.every == 0:
-                    telemetry.settle()
-                    with kept(), telemetry.pause("evaluation"):
-                        telemetry.images(step, draw_grid(state.ema_params))
-            if step < config.train.steps and (step > 0 or not failure or not alone):
-                save()
-            with telemetry.pause("checkpoint"):
-                checkpoints.wait()  # here, where a signal still waits for it
-            telemetry.saved(checkpoints.whole)
-            if checkpoints.whole == step < config.train.steps:
-                why = "an error" if failure else stop.name
-                telemetry.message(f"{why}: saved step {step}; the same command goes on from there")
-            with distributed.together():
-                raise_if(failure)
-    return state
 
 
 def read_here(batches: loader.Prefetched, number: int, failure: Exception | None) -> encoding.Rows:
@@ -238,35 +217,25 @@ def read_here(batches: loader.Prefetched, number: int, failure: Exception | None
         return waiting.in_thread(lambda: batches.make(number), lambda: "data", stop=lambda: time.monotonic() > late)
     except waiting.Stopped:
         raise failure or LcmError(
-            "the data do not come, and without them this process cannot save with the others; "
-            "the same command resumes from the last checkpoint"
+            "no data arrive, and without them this process cannot save with the others; the same command resumes from "
+            "the last checkpoint"
         ) from None
 
 
-def raise_if(error: Exception | None) -> None:
-    if error:
-        raise error
-
-
 def contents(config: ConfigDict, step: int) -> dict[str, Any]:
-    """What a checkpoint says beside its arrays: the position in the data, which is the step, and the config."""
+    """What a checkpoint records beside its arrays: the position in the data, which is the step, and the config."""
     return {"step": step, "images": step * config.data.batch_size, "config": json.loads(config_lib.to_json(config))}
 
 
-def speed_limits(program: training_step.TrainingStep, mesh: Mesh) -> dict[str, float]:
-    """FLOPs of a step and of a second, where it is known what the devices can do."""
+def speed_limits(program: run_step.TrainingStep, mesh: Mesh) -> dict[str, float]:
+    """FLOPs of a step and of a second, if the devices are known."""
     chip = chips.lookup(mesh.devices.flat[0].device_kind)
     return {"flops_per_step": program.model_flops(), "peak_flops": chip.peak_flops * mesh.size} if chip else {}
 
 
-def to_device(mesh: jax.sharding.Mesh, watch: training_data.Watch, rows: encoding.Rows) -> dict[str, jax.Array]:
-    """This process's rows -> global arrays on the mesh."""
-    return mesh_lib.put_batch(mesh, watch.captions(rows))
-
-
-def make_grid_drawer(
+def sample_grid(
     config: ConfigDict,
-    program: training_step.TrainingStep,
+    program: run_step.TrainingStep,
     student: Pipeline,
     params: PipelineParams,
     frozen: objectives.Frozen,
@@ -274,7 +243,7 @@ def make_grid_drawer(
 ) -> Callable[[Any], np.ndarray] | None:
     """trained weights -> image [h w 3] uint8 with a row per prompt of `config.sample`, always from the same noise.
 
-    params: of the parts beside the UNet. None instead of a function if the config asks for no images.
+    params: of the parts other than the UNet. None instead of a function if the config asks for no images.
     """
     if not config.sample.every or not config.sample.prompts:
         return None
@@ -293,15 +262,28 @@ def make_grid_drawer(
     return draw
 
 
+def aot_report(config: ConfigDict, workdir: str | Path) -> None:
+    """Compiles the step for the devices at hand and reports what it takes there; also in WORKDIR/aot_report.json.
+
+    Raises:
+      LcmError: as `train`; the step does not fit.
+    """
+    found = report.report(*prepared(config), {})
+    say(roofline.text(found))
+    if jax.process_index() == 0:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(workdir) / "aot_report.json", json.dumps(found, indent=2) + "\n")
+
+
 def say(line: str) -> None:
-    """A line for the reader of the terminal, from one process of all; "": none."""
+    """Prints a line on stderr, from one process of all; "": none."""
     if line and jax.process_index() == 0:
         print(line, file=sys.stderr, flush=True)
 
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, config_lib.flag_help("configs/shapes_lcm.py"))
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: metrics, samples, checkpoints")
-_REPORT = flags.DEFINE_bool("aot_report", False, "compile the step, say what it takes and how fast it may be")
+_REPORT = flags.DEFINE_bool("aot_report", False, "compile the step, report what it takes and how fast it could be")
 _PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST, steps to write a trace of, to WORKDIR/profile")
 distributed.define_flags()
 
@@ -309,7 +291,7 @@ distributed.define_flags()
 def main(argv: list[str]) -> int:
     del argv
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax tells its life otherwise
+        logging.set_verbosity(logging.WARNING)  # orbax logs every step at INFO
 
     def program() -> None:
         if _REPORT.value:

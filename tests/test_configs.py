@@ -226,9 +226,9 @@ def test_a_forward_mode_objective_needs_an_attention_that_has_it(monkeypatch):
     for config.model.attention in ("auto", "cudnn", "splash"):
         words = f"attention = '{config.model.attention}': .*'tangent' .* forward mode.*xla, chunked"
         with pytest.raises(LcmError, match=words):
-            training_step.make(config, *models, mesh)
+            training_step.make(config, models, mesh)
     config.model.attention = "xla"
-    program = training_step.make(config, *models, mesh)
+    program = training_step.make(config, models, mesh)
     assert program.problem.teacher is None and program.frozen.teacher is None
 
     def loss(params, batch, key):

@@ -196,10 +196,12 @@ def _check_lcm(config: ConfigDict, unet: Any) -> None:
             f"config.distill.w_embedding_dim = {config.distill.w_embedding_dim}: config.model.student = {name!r} is an "
             "LCM without w embedding; set 0"
         )
-    _check_constants(config, record, scheduler, told_w=has is not None)
+    _check_constants(config, record, scheduler, has_w_embedding=has is not None)
 
 
-def _check_constants(config: ConfigDict, record: Mapping[str, Any], scheduler: Mapping[str, Any], told_w: bool) -> None:
+def _check_constants(
+    config: ConfigDict, record: Mapping[str, Any], scheduler: Mapping[str, Any], has_w_embedding: bool
+) -> None:
     """Raises LcmError where the config contradicts what the LCM was distilled with, as far as its files say."""
     distill, name = config.distill, config.model.student
     known = {
@@ -214,7 +216,7 @@ def _check_constants(config: ConfigDict, record: Mapping[str, Any], scheduler: M
                 f"{value!r}; set that"
             )
     low, high = record.get("w_min", 0.0), record.get("w_max", float("inf"))
-    if told_w and not low <= distill.w_min <= distill.w_max <= high:
+    if has_w_embedding and not low <= distill.w_min <= distill.w_max <= high:
         raise LcmError(
             f"config.distill.w_min = {distill.w_min:g}, w_max = {distill.w_max:g}: config.model.student = {name!r} was "
             f"distilled on w in [{low:g}, {high:g}]; stay within"

@@ -93,13 +93,8 @@ def make(config: ConfigDict, models: Models, mesh: Mesh) -> TrainingStep:
 
     Raises:
       LcmError: the batch does not split over the mesh; the attention asked for cannot run there, or lacks the
-        forward-mode derivative that the objective takes; there is no metric `checkpoint.best`.
+        forward-mode derivative that the objective takes.
     """
-    if config.checkpoint.best not in ("", *step_lib.METRICS):
-        raise LcmError(
-            f"config.checkpoint.best = {config.checkpoint.best!r} is no metric of a step; choose one of "
-            f"{', '.join(step_lib.METRICS)}"
-        )
     mesh_lib.check_batch(mesh, config.data.batch_size, config.train.accumulation_steps)
     attention, remat = config.model.attention, config.train.remat
     if OBJECTIVES[config.objective].forward_mode and attention not in compiler.FORWARD_MODE:
