@@ -1,6 +1,5 @@
-"""Weights & Biases, by a module that stands for it: one run per workdir, the records of metrics.jsonl, one pip line."""
+"""Boards beside metrics.jsonl: Weights & Biases by a fake module, and boards that block, fail or are slow."""
 
-import io
 import json
 import sys
 import threading
@@ -11,10 +10,11 @@ import pytest
 
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import boards
-from lcm_jax.runtime.telemetry import Telemetry, read_metrics
+from lcm_jax.runtime.boards import QueuedBoard
+from lcm_jax.runtime.telemetry import RunInfo, Telemetry, read_metrics
 
 
-class Run:
+class FakeRun:
     def __init__(self, name):
         self.id, self.logged, self.metrics, self.finished = name, [], [], False
 
@@ -30,38 +30,30 @@ class Run:
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """The module; `.calls`: what `init` was told, `.runs`: what it gave."""
+    """The fake module; `.calls`: arguments of `init`, `.runs`: what it returned."""
     module = types.ModuleType("wandb")
     module.calls, module.runs = [], []
 
     def init(**settings):
         module.calls.append(settings)
-        module.runs.append(Run(settings["id"] or f"run{len(module.runs)}"))
+        module.runs.append(FakeRun(settings["id"] or f"run{len(module.runs)}"))
         return module.runs[-1]
 
-    module.init, module.Image = init, lambda grid: ("image", grid.shape)
+    module.init, module.Image = init, lambda image: ("image", image.shape)
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 
 
-def train(workdir, first, last, project="demo", stream=None):
-    with Telemetry(
-        workdir,
-        20,
-        batch_size=8,
-        start_step=first,
-        log_every=5,
-        stream=stream or io.StringIO(),
-        wandb=project,
-        config={"train": {"steps": 20}},
-    ) as telemetry:
+def train(workdir, first, last, project="demo"):
+    run = RunInfo(20, batch_size=8, start_step=first, config={"train": {"steps": 20}})
+    with Telemetry(workdir, run, every=5, wandb=project) as telemetry:
         for step in range(first + 1, last + 1):
             telemetry.update(step, {"loss": 1.0 / step})
         telemetry.settle()
         telemetry.images(last, np.zeros((2, 3, 3), np.uint8))
 
 
-def test_the_same_run_goes_on(tmp_path, wandb):
+def test_resuming_continues_the_run_of_the_project(tmp_path, wandb):
     train(tmp_path, 0, 10)
     train(tmp_path, 7, 20)
     first, second = wandb.calls
@@ -73,42 +65,41 @@ def test_the_same_run_goes_on(tmp_path, wandb):
         assert run.logged[-1]["samples"] == ("image", (2, 3, 3))
     records = [record for record in wandb.runs[1].logged if "loss" in record]
     assert records == [record for record in read_metrics(tmp_path) if record["step"] > 7]
+    train(tmp_path, 10, 15, "other")
+    assert wandb.calls[2]["id"] is None
+    assert json.loads((tmp_path / "wandb.json").read_text()) == {"project": "other", "id": "run2"}
 
 
-def test_another_project_is_another_run(tmp_path, wandb):
-    train(tmp_path, 0, 5)
-    train(tmp_path, 5, 10, "other")
-    assert wandb.calls[1]["id"] is None
-    assert json.loads((tmp_path / "wandb.json").read_text()) == {"project": "other", "id": "run1"}
-
-
-def test_missing_package(tmp_path, monkeypatch):
+def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(LcmError, match="pip install") as error:
-        Telemetry(tmp_path, 20, batch_size=8, stream=io.StringIO(), wandb="demo")
-    assert "\n" not in str(error.value)
-    with pytest.raises(LcmError, match="wandb"):
+    with pytest.raises(LcmError, match="log.wandb needs the package wandb: pip install") as error:
         boards.import_wandb()
-    with Telemetry(tmp_path, 20, batch_size=8, stream=io.StringIO()):
-        assert not (tmp_path / "wandb.json").exists()
+    assert "\n" not in str(error.value)
 
 
-def lines_of(workdir, project="") -> list[str]:
-    """What a run of 20 steps says beside its steps; metrics.jsonl has them all."""
-    stream = io.StringIO()
-    train(workdir, 0, 20, project, stream)
-    assert [record["step"] for record in read_metrics(workdir)] == [5, 10, 15, 20]
-    assert (workdir / "samples" / "00000020.png").exists()
-    return [line for line in stream.getvalue().splitlines() if not line.startswith("step ")]
+@pytest.fixture
+def reports(tmp_path, capsys):
+    """project -> the lines that a run of 20 steps prints besides its steps, all of which reach metrics.jsonl."""
+
+    def run(project=""):
+        train(tmp_path, 0, 20, project)
+        assert [record["step"] for record in read_metrics(tmp_path)] == [5, 10, 15, 20]
+        assert (tmp_path / "samples" / "00000020.png").exists()
+        return [line for line in capsys.readouterr().err.splitlines() if not line.startswith("step ")]
+
+    return run
 
 
 @pytest.fixture
 def hang(monkeypatch):
-    """A call that ends with the test."""
-    monkeypatch.setattr(boards, "CLOSE", 0.2)
+    """A call that lasts as long as the test."""
+    monkeypatch.setattr(boards, "CLOSE_SECONDS", 0.2)
     event = threading.Event()
     yield lambda *_, **__: event.wait()
     event.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("board "):
+            thread.join()
 
 
 def failing(error):
@@ -118,53 +109,54 @@ def failing(error):
     return fail
 
 
-def test_a_board_that_blocks(tmp_path, wandb, hang, monkeypatch):
+def test_a_board_that_blocks(reports, wandb, hang, monkeypatch):
     wandb.init = hang
     monkeypatch.setattr(boards.TensorBoard, "scalars", hang)
-    first, second = lines_of(tmp_path, "demo")
-    assert first.startswith("Weights & Biases did not end within") and "metrics.jsonl has all numbers" in first
+    first, second = reports("demo")
+    assert first.startswith("Weights & Biases did not end within") and "metrics.jsonl has them all" in first
     assert second.startswith("TensorBoard did not end")
 
 
-@pytest.mark.parametrize("method", ["scalars", "picture", "close"])
-@pytest.mark.parametrize("error", [RuntimeError("no route\nto host"), SystemExit(1), MemoryError()])
-def test_a_board_that_fails(tmp_path, monkeypatch, method, error):
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [("scalars", RuntimeError("no route\nto host")), ("image", SystemExit(1)), ("close", MemoryError())],
+)
+def test_a_board_that_fails(reports, monkeypatch, method, error):
     monkeypatch.setattr(boards.TensorBoard, method, failing(error))
-    (line,) = lines_of(tmp_path)
+    (line,) = reports()
     assert line.startswith(f"TensorBoard ended ({type(error).__name__}") and "to host" not in line
 
 
-def test_a_board_that_cannot_begin(tmp_path, wandb):
+def test_a_board_that_cannot_begin(reports, tmp_path, wandb):
     wandb.init = failing(ConnectionError("api.wandb.ai"))
     (tmp_path / "tensorboard").write_text("a file")
-    first, second = sorted(lines_of(tmp_path, "demo"))
+    first, second = sorted(reports("demo"))
     assert first.startswith("TensorBoard ended (") and second.startswith("Weights & Biases ended (ConnectionError: api")
 
 
-def test_a_thread_of_tensorboard_that_dies_is_one_line(tmp_path, monkeypatch, capfd):
+def test_a_thread_of_tensorboard_that_dies_is_one_line(reports, monkeypatch):
     monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", failing(OSError(28, "disk full")))
-    (line,) = lines_of(tmp_path)
-    assert line.startswith("TensorBoard ended (OSError: [Errno 28] disk full") and capfd.readouterr().err == ""
+    (line,) = reports()
+    assert line.startswith("TensorBoard ended (OSError: [Errno 28] disk full")
 
 
-def test_a_board_that_is_slow_gets_less(hang):
+def test_a_slow_board_misses_what_its_queue_cannot_hold(hang):
     lines: list[str] = []
-    shown = boards.Shown("Slow", hang, lines.append)
-    for step in range(2 * boards.WAITING["scalars"]):
-        shown.scalars({"step": step})
-        shown.picture(step, "samples", np.zeros((2, 2, 3), np.uint8))
-    assert shown._queue.qsize() == sum(boards.WAITING.values()) and lines == [
-        "Slow takes no more for now; what it does not take is left out, metrics.jsonl has all numbers"
-    ]
+    board = QueuedBoard("Slow", hang, lines.append)
+    for step in range(2 * boards.QUEUE_LIMITS["scalars"]):
+        board.scalars({"step": step})
+        board.image(step, "samples", np.zeros((2, 2, 3), np.uint8))
+    assert board._queue.qsize() == sum(boards.QUEUE_LIMITS.values())
+    assert lines == ["Slow is too slow; it may miss numbers, metrics.jsonl has them all"]
 
 
-def test_a_board_that_has_blocked_for_long_is_told_of_and_not_waited_for(hang, monkeypatch):
+def test_a_blocked_board_is_reported_once_and_not_waited_for(hang, monkeypatch):
     lines, now = [], [0.0]
     monkeypatch.setattr(boards.time, "monotonic", lambda: now[0])
-    shown = boards.Shown("Slow", hang, lines.append)
-    while shown._since is None:
+    board = QueuedBoard("Slow", hang, lines.append)
+    while board._call_began is None:
         pass
     now[0] = 61.0
-    shown.scalars({"step": 1})
-    boards.close([shown])  # though no time passes
-    assert lines == ["Slow has not answered for 61 s; what it does not take is left out, metrics.jsonl has all numbers"]
+    board.scalars({"step": 1})
+    boards.close([board])  # though no time passes
+    assert lines == ["Slow has not answered for 61 s; it may miss numbers, metrics.jsonl has them all"]

@@ -7,7 +7,7 @@ import pytest
 
 from lcm_jax.errors import LcmError
 from lcm_jax.run import config as config_lib
-from lcm_jax.runtime import lost, telemetry
+from lcm_jax.runtime import lost
 
 EVERY = 10
 
@@ -131,14 +131,3 @@ def test_check_names_a_damaged_file(workdir, name, content):
     (workdir / name).write_bytes(content)
     with pytest.raises(LcmError, match=f"{name} line 1 is not a JSON object with a step"):
         lost.check(workdir, 1000)
-
-
-def test_keep_moves_what_it_cuts(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step":1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    assert telemetry.keep(path, lambda record: record["step"] <= 2) == [{"step": 1}, {"step": 2}]
-    assert path.read_bytes() == b'{"step":1}\n{"step": 2}\n'
-    telemetry.keep(path, lambda record: record["step"] <= 1)
-    telemetry.keep(path, lambda record: record["step"] <= 1)
-    assert path.read_bytes() == b'{"step":1}\n'
-    assert (tmp_path / "metrics.cut.jsonl").read_bytes() == b'{"step": 3}\n{"ste\n{"step": 2}\n'

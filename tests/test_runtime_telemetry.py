@@ -1,7 +1,9 @@
-"""metrics.jsonl, TensorBoard, progress, and the stop on numbers that are not finite."""
+"""metrics.jsonl, events.jsonl, TensorBoard, progress and alarms."""
 
 import io
 import json
+import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,100 +12,95 @@ import pytest
 from PIL import Image
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import telemetry as telemetry_lib
-from lcm_jax.runtime.telemetry import Telemetry, device_memory, goodput, keep_until, read_metrics
+from lcm_jax.runtime import telemetry
+from lcm_jax.runtime.telemetry import (
+    HORIZON,
+    Goodput,
+    Progress,
+    RunInfo,
+    SpikeDetector,
+    Telemetry,
+    cut_jsonl,
+    device_memory,
+    read_jsonl,
+    read_metrics,
+)
 
 
-def train(workdir, first, last, total=20, log_every=5, bad=None, stream=None):
-    stream = stream or io.StringIO()
-    with Telemetry(workdir, total, batch_size=8, start_step=first, log_every=log_every, stream=stream) as telemetry:
+def train(workdir, first, last, total=20, every=5, bad=None):
+    with Telemetry(workdir, RunInfo(total, batch_size=8, start_step=first), every=every) as recorder:
         for step in range(first + 1, last + 1):
             loss = jnp.float32(np.nan if step == bad else 1.0 / step)
-            telemetry.update(step, {"loss": loss, "grad_norm": jnp.float32(2.0)})
-        telemetry.settle()
-    return stream
+            recorder.update(step, {"loss": loss, "grad_norm": jnp.float32(2.0)})
+        recorder.settle()
 
 
-def test_one_object_per_logged_step(tmp_path):
+@pytest.fixture
+def clock(monkeypatch):
+    """[seconds], which `time.monotonic()` returns."""
+    now = [0.0]
+    monkeypatch.setattr(telemetry.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_one_line_per_logged_step(tmp_path):
     train(tmp_path, 0, 18, total=18)
     records = read_metrics(tmp_path)
     assert [r["step"] for r in records] == [5, 10, 15, 18], "every fifth and the last"
     for r in records:
         assert r["loss"] == pytest.approx(1 / r["step"]) and r["images"] == 8 * r["step"]
         assert r["images_per_second"] > 0 and r["grad_norm"] == 2.0 and r["seconds"] >= 0
-    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
-
-
-def test_first_step_logged_even_if_every_one(tmp_path):
-    train(tmp_path, 0, 3, total=3, log_every=1)
+    train(tmp_path, 0, 3, total=3, every=1)
     records = read_metrics(tmp_path)
     assert [r["step"] for r in records] == [1, 2, 3] and all(r["images_per_second"] > 0 for r in records)
 
 
-def test_images_per_second(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(telemetry_lib.time, "monotonic", lambda: now[0])
-    with Telemetry(tmp_path, 20, batch_size=8, log_every=5, stream=io.StringIO()) as telemetry:
-        for step in range(1, 11):
-            now[0] += 100.0 if step == 1 else 2.0  # the first step compiles
-            telemetry.update(step, {"loss": 1.0})
-            if step == 5:
-                telemetry.settle()
-                with telemetry.pause("evaluation"):
-                    now[0] += 50.0
-                    telemetry.images(5, np.zeros((2, 2, 3), np.uint8))
-        telemetry.settle()
-    assert [r["images_per_second"] for r in read_metrics(tmp_path)] == [4.0, 4.0], "8 images in 2 s"
-
-
-def test_where_the_time_went(tmp_path, monkeypatch):
-    """Ten steps of 2 s after one of 100; 3 s, 5 s and 7 s between them; the device needs 15 of the 18 TFLOP/s."""
-    now = [0.0]
-    monkeypatch.setattr(telemetry_lib.time, "monotonic", lambda: now[0])
+def test_times_by_cause(tmp_path, clock):
+    """20 steps of 2 s after one of 100 s; pauses of 3, 5 and 7 s; the devices need 30 / 18 s per step at their peak."""
     pauses = {3: ("data", 3.0), 5: ("checkpoint", 5.0), 8: ("evaluation", 7.0)}
-    with Telemetry(
-        tmp_path, 11, batch_size=8, log_every=11, stream=io.StringIO(), flops_per_step=30e12, peak_flops=18e12
-    ) as telemetry:
-        for step in range(1, 12):
+    run = RunInfo(22, batch_size=8, flops_per_step=30e12, peak_flops=18e12)
+    with Telemetry(tmp_path, run, every=11) as recorder:
+        for step in range(1, 23):
             if step in pauses:
                 kind, seconds = pauses[step]
-                with telemetry.pause(kind):
-                    now[0] += seconds
-            now[0] += 100.0 if step == 1 else 2.0
-            telemetry.update(step, {"loss": 1.0})
-    (record,) = read_metrics(tmp_path)
-    assert record["time_step"] == 20 and record["time_data"] == 3
-    assert record["time_checkpoint"] == 5 and record["time_evaluation"] == 7
-    assert record["data_wait"] == pytest.approx(3 / 23, abs=1e-4)
-    assert record["images_per_second"] == pytest.approx(80 / 23, abs=1e-3)
-    assert record["mfu"] == pytest.approx(300 / (18 * 23), abs=1e-4)
-    assert "memory" not in record or jax.default_backend() != "cpu"
+                with recorder.pause(kind):
+                    clock[0] += seconds
+            clock[0] += 100.0 if step == 1 else 2.0
+            recorder.update(step, {"loss": 1.0})
+            recorder.settle()
+    first, second = read_metrics(tmp_path)
+    times = {f"time_{kind}": seconds for kind, seconds in pauses.values()}
+    assert {name: first[name] for name in times} == times and first["time_step"] == 20
+    assert first["data_wait"] == pytest.approx(3 / 23, abs=1e-4)
+    assert first["images_per_second"] == pytest.approx(80 / 23, abs=1e-3)
+    assert first["mfu"] == pytest.approx(300 / (18 * 23), abs=1e-4)
+    assert "memory" not in first or jax.default_backend() != "cpu"
+    assert not any(second[name] for name in times) and second["time_step"] == 22
+    assert second["images_per_second"] == 4.0 and second["mfu"] == pytest.approx(30 / 36, abs=1e-4)
 
 
-def test_waiting_beside_a_step_in_progress_is_the_steps_time(tmp_path, monkeypatch):
-    """A step takes 4 s, its data 6 s, both at once: 4 of 6 s are the step's, 2 are the data's."""
-    now = [0.0]
-    monkeypatch.setattr(telemetry_lib.time, "monotonic", lambda: now[0])
-    with Telemetry(tmp_path, 5, batch_size=8, log_every=5, stream=io.StringIO()) as telemetry:
-        results = [telemetry_lib.Future() for _ in range(5)]
-        monkeypatch.setattr(telemetry._fetched, "submit", lambda metrics: results[metrics["n"]])
+def test_a_pause_counts_only_while_no_step_runs(tmp_path, clock, monkeypatch):
+    """A step takes 4 s and meanwhile the next batch 6 s: 4 of 6 s are the step's, 2 s are the data's."""
+    ends_later = lambda: clock[0] + 4.0 * (threading.current_thread().name == "metrics")  # noqa: E731
+    monkeypatch.setattr(telemetry.time, "monotonic", ends_later)
+    with Telemetry(tmp_path, RunInfo(5, batch_size=8), every=5) as recorder:
         for step in range(1, 6):
-            with telemetry.waiting():
-                now[0] += 6.0
-            results[step - 1].set_result(({"loss": 1.0}, now[0] + 4.0))
-            telemetry.update(step, {"n": step - 1})
+            with recorder.waiting():
+                clock[0] += 6.0
+            recorder.update(step, {"loss": 1.0})
+            recorder.settle()
     (record,) = read_metrics(tmp_path)
     assert record["time_step"] == 16 and record["time_data"] == 8
     assert record["data_wait"] == pytest.approx(1 / 3, abs=1e-4)
 
 
-def test_loss_by_bins_is_a_mean_since_the_line_before(tmp_path):
+def test_loss_bins_are_means_since_the_previous_line(tmp_path):
     sums, counts = np.random.default_rng(0).integers(0, 3, (2, 20, 5)).astype(np.float32)
     counts[:, 3] = 0
-    with Telemetry(tmp_path, 20, batch_size=8, log_every=10, stream=io.StringIO()) as telemetry:
+    with Telemetry(tmp_path, RunInfo(20, batch_size=8)) as recorder:
         for step in range(1, 21):
             bins = {"sum": jnp.asarray(sums[step - 1]), "count": jnp.asarray(counts[step - 1])}
-            telemetry.update(step, {"loss": jnp.float32(1), "loss_bins": bins})
+            recorder.update(step, {"loss": jnp.float32(1), "loss_bins": bins})
     early, late = read_metrics(tmp_path)
     for record, steps in ((early, slice(0, 10)), (late, slice(10, 20))):
         for i in (0, 1, 2, 4):
@@ -124,58 +121,145 @@ def test_device_memory():
     assert device_memory([Device(None), Device(None)]) == {} == device_memory([Device({"num_allocs": 1})])
 
 
-def test_going_on_drops_later_lines(tmp_path):
+def test_resuming_replaces_later_lines(tmp_path):
     train(tmp_path, 0, 20)
     whole = [(r["step"], r["loss"]) for r in read_metrics(tmp_path)]
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 25, "lo')  # killed while writing
     train(tmp_path, 12, 20)
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == whole
-    keep_until(tmp_path, 0)
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_damaged_line_in_the_middle_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\nnonsense\n{"step": 2, "loss": 1}\n')
-    before = (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(LcmError, match="line 2"):
-        keep_until(tmp_path, 1)
-    assert (tmp_path / "metrics.jsonl").read_text() == before
+def test_cut_jsonl_keeps_what_it_cuts(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step":1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    assert cut_jsonl(path, 2) == [{"step": 1}, {"step": 2}]
+    assert path.read_bytes() == b'{"step":1}\n{"step": 2}\n'
+    for _ in range(2):
+        cut_jsonl(path, 1)
+    assert path.read_bytes() == b'{"step":1}\n'
+    assert (tmp_path / "metrics.cut.jsonl").read_bytes() == b'{"step": 3}\n{"ste\n{"step": 2}\n'
+    damaged = b'{"step": 1}\nnonsense\n{"step": 2}\n'
+    path.write_bytes(damaged)
+    with pytest.raises(LcmError, match="line 2 is not a JSON object with a step; repair or remove"):
+        cut_jsonl(path, 1)
+    assert path.read_bytes() == damaged
 
 
 @pytest.mark.parametrize("bad", [1, 7, 10, 20])
-def test_stops_on_nan_and_never_logs_it(tmp_path, bad):
-    with pytest.raises(LcmError, match=f"loss of step {bad} is nan"):
+def test_nan_stops_and_is_never_logged(tmp_path, bad):
+    with pytest.raises(LcmError, match=f"loss of step {bad} is nan; training stopped"):
         train(tmp_path, 0, 20, bad=bad)
     assert all(r["step"] < bad for r in read_metrics(tmp_path))
+    assert not (tmp_path / "bad_batch.json").exists()
 
 
-def test_nan_is_found_before_a_checkpoint(tmp_path):
-    with Telemetry(tmp_path, 20, batch_size=8, log_every=100, stream=io.StringIO()) as telemetry:
+@pytest.mark.parametrize("numbers", [{"loss": np.inf}, {"loss": 0.0, "grad_norm": -np.inf}])
+def test_settle_finds_what_is_not_finite_before_a_checkpoint(tmp_path, numbers):
+    name = "loss" if len(numbers) == 1 else "gradient norm"
+    with Telemetry(tmp_path, RunInfo(20, batch_size=8)) as recorder:
         for step in (1, 2, 3):
-            telemetry.update(step, {"loss": jnp.float32(0)})
-        telemetry.update(4, {"loss": jnp.float32(np.inf)})
-        with pytest.raises(LcmError, match="step 4"):
-            telemetry.settle()
+            recorder.update(step, {"loss": jnp.float32(0)})
+        recorder.update(4, {key: jnp.float32(value) for key, value in numbers.items()})
+        with pytest.raises(LcmError, match=f"{name} of step 4 is -?inf"):
+            recorder.settle()
 
 
-def test_plain_lines_without_a_terminal(tmp_path):
-    lines = train(tmp_path, 0, 20).getvalue().splitlines()
+@pytest.mark.parametrize("process", [0, 1])
+def test_alarm_lists_the_records_of_the_batch(tmp_path, monkeypatch, process):
+    """Every process stops, process 0 alone writes."""
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    asked = []
+
+    def keys_of(step):
+        asked.append(step)
+        return [("a.tar", f"{step}-{row}") for row in range(3)]
+
+    with Telemetry(tmp_path, RunInfo(20, batch_size=8, keys_of=keys_of)) as recorder:
+        with pytest.raises(LcmError, match=r"step 4 is inf; .* saved no checkpoint of it\. Lower .*bad_batch.json"):
+            for step in range(1, 10):
+                recorder.update(step, {"loss": jnp.float32(np.inf if step == 4 else 1.0)})
+    assert step == 4 + telemetry.LAG
+    if process:
+        assert not any(tmp_path.iterdir()) and not asked
+        return
+    records = [{"shard": "a.tar", "key": f"4-{row}"} for row in range(3)]
+    wanted = {"step": 4, "reason": "loss of step 4 is inf", "records": records}
+    assert asked == [4] and json.loads((tmp_path / "bad_batch.json").read_text()) == wanted
+
+
+def test_spike_stops_and_stops_again_after_resuming(tmp_path):
+    def run(first, spike):
+        with Telemetry(tmp_path, RunInfo(60, batch_size=8, start_step=first), every=1, spike=spike) as recorder:
+            for step in range(first + 1, 61):
+                recorder.update(step, {"loss": 5.0 if step == 50 else 1.0 + step % 2})
+
+    for first in (0, 48):
+        with pytest.raises(LcmError, match=r"loss of step 50 is 5, 3.3 times its running mean 1.5"):
+            run(first, 3.0)
+        assert read_metrics(tmp_path)[-1]["step"] == 49
+    run(48, 4.0)
+    run(48, 0.0)
+    assert read_metrics(tmp_path)[-1]["step"] == 60
+
+
+def test_running_mean_of_the_loss():
+    """The plain mean of the first losses; then the step response to a constant is 1 - (1 - 1 / HORIZON)^n."""
+    losses = np.random.default_rng(0).uniform(1, 2, HORIZON)
+    spikes = SpikeDetector(10.0)
+    for n, loss in enumerate(losses, 1):
+        assert spikes.check(n, loss) is None
+        assert spikes.mean == pytest.approx(losses[:n].mean())
+    before = spikes.mean
+    for n in range(50):
+        spikes.check(HORIZON + n, 3.0)
+    assert spikes.mean - before == pytest.approx((3.0 - before) * (1 - (1 - 1 / HORIZON) ** 50))
+
+
+def test_spikes_need_a_warm_up_and_do_not_enter_the_mean():
+    spikes = SpikeDetector(3.0, [1.0] * telemetry.WARMUP)
+    assert spikes.check(20, 3.0) is None  # not more than three times the mean
+    mean = spikes.mean
+    assert "loss of step 21 is 3.5, 3.2 times" in spikes.check(21, 3.5) and spikes.mean == mean
+    early = SpikeDetector(3.0, [1.0] * (telemetry.WARMUP - 1))
+    assert early.check(20, 100.0) is None
+    assert SpikeDetector(0.0, [1.0] * 50).check(51, 1e9) is None
+
+
+def test_errors_of_the_fetching_thread_are_raised(tmp_path, monkeypatch):
+    def fail(values):
+        raise FloatingPointError("device lost")
+
+    with Telemetry(tmp_path, RunInfo(20, batch_size=8)) as recorder:
+        monkeypatch.setattr(telemetry.jax, "device_get", fail)
+        recorder.update(1, {"loss": jnp.float32(1)})
+        with pytest.raises(FloatingPointError, match="device lost"):
+            recorder.settle()
+
+
+def test_progress_of_a_run(tmp_path, monkeypatch, capsys):
+    train(tmp_path, 0, 20)
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and lines[0].startswith("step 5/20: loss 0.20000, ")
     assert all("images/s" in line and line.endswith("left") for line in lines)
 
+    monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
+    terminal.isatty = lambda: True
+    train(tmp_path, 10, 20)
+    assert "20/20 [" in terminal.getvalue() and "steps/s, loss 0.05000" in terminal.getvalue()
 
-def test_bar_on_a_terminal(tmp_path):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
 
-    text = train(tmp_path, 0, 20, stream=Terminal()).getvalue()
-    assert "20/20 steps" in text and "loss 0.05000" in text and "images/s" in text and "left" in text
+def test_progress_without_a_terminal(clock, capsys):
+    """A line every LINE_SECONDS, with the rate after the first ones, which take long."""
+    with Progress(100, 40, "rows") as progress:
+        for seconds in (50.0, 4.0, 4.0, 4.0, 4.0):
+            clock[0] += seconds
+            progress.move(2)
+    assert capsys.readouterr().err == "44/100 rows, 0.5 rows/s, 01:52 left\n50/100 rows, 0.5 rows/s, 01:40 left\n"
 
 
 def read_events(folder):
-    """The events of the folder's files, by TensorBoard's own record format."""
+    """The events of a folder's files in TensorBoard's record format."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -188,96 +272,80 @@ def read_events(folder):
     return found
 
 
-def test_tensorboard_and_pictures(tmp_path):
+def test_tensorboard_and_images(tmp_path):
     grid = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
-    with Telemetry(tmp_path, 10, batch_size=8, log_every=5, stream=io.StringIO()) as telemetry:
+    with Telemetry(tmp_path, RunInfo(10, batch_size=8), every=5) as recorder:
         for step in range(1, 11):
-            telemetry.update(step, {"loss": jnp.float32(1)})
-        path = telemetry.images(10, grid)
+            recorder.update(step, {"loss": jnp.float32(1)})
+        path = recorder.images(10, grid)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), grid)
     assert path == tmp_path / "samples" / "00000010.png"
-    events = [
+    values = {
         (event.step, value.tag, value.WhichOneof("value"))
         for event in read_events(tmp_path / "tensorboard")
         for value in event.summary.value
-    ]
-    assert {(5, "loss", "simple_value"), (10, "images_per_second", "simple_value"), (10, "samples", "image")} <= set(
-        events
-    )
+    }
+    assert {(5, "loss", "simple_value"), (10, "images_per_second", "simple_value"), (10, "samples", "image")} <= values
 
 
-def test_goodput_goes_on_after_a_restart(tmp_path):
-    train(tmp_path, 0, 20)
-    train(tmp_path, 10, 20)
-    total = goodput(tmp_path)
-    assert total.attempts == 2 and 0 < total.share < 1 and total.redone > 0
-    assert read_metrics(tmp_path)[-1]["goodput"] > 0
-
-
-def test_steps_after_the_last_line_are_no_lost_time(tmp_path):
-    """Attempts that end before a line is due have trained, too: what each computed is in the events."""
-    for done in (0, 9, 18):
-        with Telemetry(tmp_path, 1000, batch_size=8, start_step=done, log_every=100, stream=io.StringIO()) as telemetry:
-            for step in range(done + 1, done + 10):
-                telemetry.update(step, {"loss": 1.0})
-            telemetry.settle()
-    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events] == 3 * ["start", "compiled", "steps", "stop"]
-    steps = [(event["from"], event["step"]) for event in events if event["event"] == "steps"]
-    assert steps == [(1, 9), (10, 18), (19, 27)]
-
-
-def test_a_run_that_begins_anew_hides_what_was_shown_before(tmp_path):
-    """Killed before its first checkpoint, a run's TensorBoard shows the second attempt alone."""
+def test_tensorboard_hides_what_is_trained_again(tmp_path):
+    """Also if a run without a checkpoint begins anew."""
     from tensorboardX.proto.event_pb2 import SessionLog
 
     for start, end in ((0, 20), (10, 20), (0, 5)):
         train(tmp_path, start, end)
-        last = max((tmp_path / "tensorboard").glob("events*"), key=lambda path: path.stat().st_mtime_ns)
-        marks = [event.step for event in read_events(last.parent) if event.session_log.status == SessionLog.START]
+        marks = [e.step for e in read_events(tmp_path / "tensorboard") if e.session_log.status == SessionLog.START]
         assert start + 1 in marks
 
 
-def test_the_records_of_a_bad_batch_are_listed(tmp_path):
-    asked = []
-
-    def keys_of(step):
-        asked.append(step)
-        return [("a.tar", f"{step}-{row}") for row in range(3)]
-
-    with Telemetry(tmp_path, 20, batch_size=8, stream=io.StringIO(), keys_of=keys_of) as telemetry:
-        with pytest.raises(LcmError, match="bad_batch.json") as error:
-            for step in range(1, 10):
-                telemetry.update(step, {"loss": jnp.float32(np.inf if step == 4 else 1.0)})
-    assert step == 4 + telemetry_lib.LAG and "\n" not in str(error.value)
-    found = json.loads((tmp_path / "bad_batch.json").read_text())
-    assert asked == [4] and found["step"] == 4 and found["reason"] == "loss of step 4 is inf"
-    assert found["records"] == [{"shard": "a.tar", "key": f"4-{row}"} for row in range(3)]
-
-
-def test_stops_at_a_spike_and_again_where_the_run_goes_on(tmp_path):
-    def run(first, spike):
-        with Telemetry(
-            tmp_path, 60, batch_size=8, start_step=first, log_every=1, stream=io.StringIO(), spike=spike
-        ) as telemetry:
-            for step in range(first + 1, 61):
-                telemetry.update(step, {"loss": 5.0 if step == 50 else 1.0 + step % 2})
-
-    for first in (0, 48):
-        with pytest.raises(LcmError, match=r"loss of step 50 is 5, 3.3 times its running mean 1.5"):
-            run(first, 3.0)
-        assert read_metrics(tmp_path)[-1]["step"] == 49
-    run(48, 4.0)
-    run(48, 0.0)
-    assert read_metrics(tmp_path)[-1]["step"] == 60
+def test_events_and_goodput_over_restarts(tmp_path):
+    """Also the steps of attempts that end before a line is due."""
+    for done in (0, 9, 18):
+        with Telemetry(tmp_path, RunInfo(1000, batch_size=8, start_step=done), every=100) as recorder:
+            for step in range(done + 1, done + 10):
+                recorder.update(step, {"loss": 1.0})
+            recorder.settle()
+            recorder.saved(step)
+            recorder.saved(step)
+    (tmp_path / "events.jsonl").open("a").write('{"event": "ste')  # killed while writing
+    events = read_jsonl(tmp_path / "events.jsonl")
+    assert [event["event"] for event in events] == 3 * ["start", "compiled", "saved", "steps", "stop"]
+    steps = [(event["from"], event["step"]) for event in events if event["event"] == "steps"]
+    assert steps == [(1, 9), (10, 18), (19, 27)]
+    train(tmp_path, 27, 30, total=30, every=1)
+    *events, stop = read_jsonl(tmp_path / "events.jsonl")
+    assert [event["event"] for event in (*events, stop)][15:] == "start compiled steps steps stop".split()
+    assert read_metrics(tmp_path)[-1]["goodput"] == round(Goodput(events).share, 4)
 
 
-def test_numbers_are_fetched_by_a_thread_and_its_errors_are_raised(tmp_path, monkeypatch):
-    def fail(values):
-        raise FloatingPointError("device lost")
+WHOLE = [
+    {"event": "start", "time": 100.0, "step": 0},
+    {"event": "compiled", "time": 130.0, "step": 1},
+    {"event": "steps", "time": 150.0, "from": 1, "step": 11, "seconds": 18.0},
+    {"event": "steps", "time": 180.0, "from": 11, "step": 21, "seconds": 20.0},  # 10 s of a checkpoint
+    {"event": "stop", "time": 185.0, "step": 21},
+]
+AGAIN = [  # killed after step 21 with the checkpoint of step 16
+    {"event": "start", "time": 50_000.0, "step": 16},
+    {"event": "compiled", "time": 50_040.0, "step": 17},
+    {"event": "steps", "time": 50_050.0, "from": 17, "step": 21, "seconds": 8.0},
+    {"event": "stop", "time": 50_051.0, "step": 21},
+]
+RESUMED = [{"event": "start", "time": 200.0, "step": 21}, {"event": "stop", "time": 215.0, "step": 21}]
 
-    with Telemetry(tmp_path, 20, batch_size=8, stream=io.StringIO()) as telemetry:
-        monkeypatch.setattr(telemetry_lib.jax, "device_get", fail)
-        telemetry.update(1, {"loss": jnp.float32(1)})
-        with pytest.raises(FloatingPointError, match="device lost"):
-            telemetry.settle()
+
+@pytest.mark.parametrize(
+    ("events", "wall", "steps"),
+    [
+        ([], 0, 0),
+        (WHOLE, 85, 38),
+        (WHOLE + RESUMED, 100, 38),
+        (WHOLE[:4] + AGAIN, 80 + 51, 18 + 10 + 8),  # half of steps 12 .. 21 is lost; the night does not count
+        (WHOLE[:4] + AGAIN + [{"event": "start", "time": 60_000.0, "step": 0}], 131, 0),  # there was no checkpoint
+        ([*WHOLE[:2], {"event": "stop", "time": 90.0, "step": 1}], 30, 0),  # the clock was set back
+    ],
+    ids=["none", "one attempt", "resumed", "killed", "anew", "clock"],
+)
+def test_goodput(events, wall, steps):
+    total = Goodput(events)
+    assert (total.wall, total.steps) == (wall, steps) and total.share == (steps / wall if wall else 0)

@@ -40,7 +40,7 @@ from lcm_jax.run import data as training_data
 from lcm_jax.run import models as student_lib
 from lcm_jax.run import step as training_step
 from lcm_jax.runtime import mesh as mesh_lib
-from lcm_jax.runtime.telemetry import LAG, Telemetry
+from lcm_jax.runtime.telemetry import LAG, RunInfo, Telemetry
 from lcm_jax.train import to_device
 
 CONFIG = "configs/shapes_lcm.py"
@@ -75,12 +75,14 @@ def opened(config: ConfigDict, workdir: Path, steps: int) -> Iterator[dict[str, 
         contextlib.closing(loader.batches(examples, order, faults=watch.faults, put=put)) as batches,
         Telemetry(
             workdir,
-            steps,
-            batch_size=config.data.batch_size,
-            log_every=config.log.every,
-            flops_per_step=made.model_flops(),
+            RunInfo(
+                steps,
+                config.data.batch_size,
+                flops_per_step=made.model_flops(),
+                keys_of=functools.partial(training_data.keys_of, examples, order),
+            ),
+            every=config.log.every,
             spike=100.0,
-            keys_of=functools.partial(training_data.keys_of, examples, order),
         ) as telemetry,
     ):
         held = training_step.as_batch(encode(next(batches)))

@@ -1,7 +1,7 @@
-"""Where the records of metrics.jsonl are shown as well: TensorBoard, and Weights & Biases (extra `wandb`).
+"""TensorBoard and Weights & Biases (extra `wandb`), which show what metrics.jsonl records.
 
-metrics.jsonl is the truth, a board is a convenience: each lives in a thread of its own behind a queue (`Shown`). One
-that fails, blocks or takes too little never stops or delays the training; one line says so.
+metrics.jsonl is the source of truth, a board is a convenience. So each board has its own thread behind a queue
+(`QueuedBoard`): one that fails, hangs or is slow never stops or delays the training, and one line reports it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import json
 import queue
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -22,117 +21,122 @@ from lcm_jax.errors import LcmError
 from lcm_jax.files import write_atomic
 
 WANDB_FILE = "wandb.json"
-WAITING = {"scalars": 1000, "picture": 8}  # what may wait for a board; more is left out
-BLOCKED = 60.0  # seconds in one call after which a board counts as blocked
-CLOSE = 10.0  # seconds that a board gets at the end since its call in progress began
+QUEUE_LIMITS = {"scalars": 1000, "image": 8}  # calls that may wait for a board; further ones are dropped
+BLOCKED_SECONDS = 60.0  # duration of a call after which a board is reported
+CLOSE_SECONDS = 10.0  # duration of a call after which a board is abandoned at the end of the run
 
 
 class Board(Protocol):
-    """Shows records and pictures."""
+    """Shows records and images."""
 
     def scalars(self, record: Mapping[str, float]) -> None:
-        """Takes a record with its "step"."""
+        """Shows a record of metrics.jsonl, which includes its "step"."""
         ...
 
-    def picture(self, step: int, name: str, grid: np.ndarray) -> None:
-        """grid: [h w 3] uint8."""
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Shows an image [h w 3] uint8."""
         ...
 
     def close(self) -> None: ...
 
 
-class Shown:
-    """A board in a thread of its own, which takes what it is given when it can.
+class QueuedBoard:
+    """A board in its own thread, which handles calls when it can.
 
     Args:
       name: of the board, for messages.
-      make: makes the board, in the thread.
-      tell: takes a line for the reader of the terminal: what became of the board, each once.
+      make: creates the board, in the thread.
+      report: prints a line; called at most once for a slow board and once for one that ends with an error.
     """
 
-    def __init__(self, name: str, make: Callable[[], Board], tell: Callable[[str], None]) -> None:
-        self.name, self._make, self._tell = name, make, tell
+    def __init__(self, name: str, make: Callable[[], Board], report: Callable[[str], None]) -> None:
+        self.name, self._make, self._report = name, make, report
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._waiting, self._lock = Counter(), threading.Lock()
-        self._since: float | None = None  # when the call in progress began
-        self._over = self._told = False
+        self._room = {method: threading.Semaphore(limit) for method, limit in QUEUE_LIMITS.items()}
+        self._call_began: float | None = None  # of the call in progress
+        self._ended = self._reported = False
         self._thread = threading.Thread(target=self._work, name=f"board {name}", daemon=True)
         self._thread.start()
 
     def scalars(self, record: Mapping[str, float]) -> None:
         self._put("scalars", dict(record))
 
-    def picture(self, step: int, name: str, grid: np.ndarray) -> None:
-        self._put("picture", step, name, grid)
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        self._put("image", step, name, image)
 
-    def end(self) -> None:
-        """Nothing more comes; `close` waits for what is under way."""
+    def finish(self) -> None:
+        """Announces that no call follows, without waiting."""
         self._queue.put(("close", ()))
 
-    def close(self) -> None:
-        """Waits for the board as long as its calls take less than CLOSE seconds each."""
+    def join(self) -> None:
+        """Waits for the board to finish, as long as none of its calls takes more than CLOSE_SECONDS."""
         begun = time.monotonic()
-        while self._thread.is_alive() and not self._over:
-            since = self._since
-            if time.monotonic() - (begun if since is None else since) > CLOSE:
-                self._tell_once(f"did not end within {CLOSE:.0f} s")
+        while self._thread.is_alive() and not self._ended:
+            since = self._call_began
+            if time.monotonic() - (begun if since is None else since) > CLOSE_SECONDS:
+                self._report_slow(f"did not end within {CLOSE_SECONDS:.0f} s")
                 return
             self._thread.join(0.05)
 
     def _put(self, method: str, *values: Any) -> None:
-        """Leaves out what the board cannot take in time."""
-        if self._over:
+        if self._ended:
             return
-        since = self._since
-        if since is not None and time.monotonic() - since > BLOCKED:
-            self._tell_once(f"has not answered for {time.monotonic() - since:.0f} s")
-        with self._lock:
-            full = self._waiting[method] >= WAITING[method]
-            self._waiting[method] += not full
-        if full:
-            self._tell_once("takes no more for now")
-        else:
+        since = self._call_began
+        if since is not None and time.monotonic() - since > BLOCKED_SECONDS:
+            self._report_slow(f"has not answered for {time.monotonic() - since:.0f} s")
+        if self._room[method].acquire(blocking=False):
             self._queue.put((method, values))
+        else:
+            self._report_slow("is too slow")
 
     def _work(self) -> None:
         try:
-            self._since = time.monotonic()
+            self._call_began = time.monotonic()
             board = self._make()
-            while True:
-                self._since = None
+            method = ""
+            while method != "close":
+                self._call_began = None
                 method, values = self._queue.get()
-                self._since = time.monotonic()
+                self._call_began = time.monotonic()
                 getattr(board, method)(*values)
-                if method == "close":
-                    return
-                with self._lock:
-                    self._waiting[method] -= 1
-        except BaseException as error:  # also a library's SystemExit: the board ends, nothing else does
-            self._tell(f"{self.name} ended ({_short(error)}); the training continues, metrics.jsonl has all numbers")
-            self._over = True
+                if method in self._room:
+                    self._room[method].release()
+        except BaseException as error:  # even a library's SystemExit ends only the board
+            self._report(f"{self.name} ended ({_one_line(error)}); training continues, metrics.jsonl has all numbers")
+            self._ended = True
 
-    def _tell_once(self, what: str) -> None:
-        if not self._told and not self._over:
-            self._told = True
-            self._tell(f"{self.name} {what}; what it does not take is left out, metrics.jsonl has all numbers")
+    def _report_slow(self, what: str) -> None:
+        if not self._reported and not self._ended:
+            self._reported = True
+            self._report(f"{self.name} {what}; it may miss numbers, metrics.jsonl has them all")
 
 
-def close(boards: list[Shown]) -> None:
-    """Ends all of them at once; in bounded time."""
-    for board in boards:
-        board.end()
-    for board in boards:
-        board.close()
-
-
-def _short(error: BaseException) -> str:
-    """An error of a library, which can have pages, on one line."""
+def _one_line(error: BaseException) -> str:
+    """The first line of an error, whose text can have pages."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
+def start(
+    workdir: Path, start_step: int, project: str, config: Mapping[str, Any] | None, report: Callable[[str], None]
+) -> list[QueuedBoard]:
+    """The boards of a run that resumes after `start_step`: TensorBoard, and Weights & Biases if `project` is not ""."""
+    boards = []
+    if project:
+        boards.append(QueuedBoard("Weights & Biases", lambda: WeightsAndBiases(workdir, project, config), report))
+    return [*boards, QueuedBoard("TensorBoard", lambda: TensorBoard(workdir, start_step), report)]
+
+
+def close(boards: Sequence[QueuedBoard]) -> None:
+    """Closes all boards, in bounded time."""
+    for board in boards:
+        board.finish()
+    for board in boards:
+        board.join()
+
+
 class TensorBoard:
-    """Event files in workdir/tensorboard, from `start_step` on: what they say of later steps is hidden."""
+    """Event files in workdir/tensorboard; those of an earlier attempt are hidden beyond `start_step`."""
 
     def __init__(self, workdir: Path, start_step: int) -> None:
         from tensorboardX import SummaryWriter
@@ -142,16 +146,14 @@ class TensorBoard:
         self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
     def scalars(self, record: Mapping[str, float]) -> None:
-        """Takes a record with its "step"."""
         for name, value in record.items():
             if name != "step":
                 self._check()
                 self._writer.add_scalar(name, value, record["step"])
 
-    def picture(self, step: int, name: str, grid: np.ndarray) -> None:
-        """grid: [h w 3] uint8."""
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
         self._check()
-        self._writer.add_image(name, grid, step, dataformats="HWC")
+        self._writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         self._check()
@@ -163,20 +165,20 @@ class TensorBoard:
 
 
 def _catch_thread_errors(failures: list[BaseException]) -> None:
-    """What ends a thread of tensorboardX goes to `failures`: else it is a traceback, and the next calls hang."""
-    before = threading.excepthook
+    """Appends errors that end a thread of tensorboardX to `failures`, instead of a traceback and calls that hang."""
+    previous_hook = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
         if type(args.thread).__module__.startswith("tensorboardX"):
             failures.append(args.exc_value or args.exc_type())
         else:
-            before(args)
+            previous_hook(args)
 
     threading.excepthook = hook
 
 
 def import_wandb() -> ModuleType:
-    """Raises LcmError where the package is missing."""
+    """The package. Raises LcmError if it is not installed."""
     try:
         import wandb
     except ImportError:
@@ -188,7 +190,7 @@ def import_wandb() -> ModuleType:
 
 
 class WeightsAndBiases:
-    """A run of a project on Weights & Biases; a workdir that goes on continues it (its id is in wandb.json).
+    """A run on Weights & Biases, whose id is in wandb.json: a workdir that resumes continues the same run.
 
     Args:
       workdir: of the run.
@@ -208,15 +210,15 @@ class WeightsAndBiases:
             name=workdir.name,
             config=None if config is None else dict(config),
         )
-        self._run.define_metric("*", step_metric="step")  # its own count refuses steps that are done again
+        self._run.define_metric("*", step_metric="step")  # wandb's own counter refuses steps that are trained again
         if self._run.id != known:
             write_atomic(path, json.dumps({"project": project, "id": self._run.id}) + "\n")
 
     def scalars(self, record: Mapping[str, float]) -> None:
         self._run.log(dict(record))
 
-    def picture(self, step: int, name: str, grid: np.ndarray) -> None:
-        self._run.log({"step": step, name: self._wandb.Image(grid)})
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        self._run.log({"step": step, name: self._wandb.Image(image)})
 
     def close(self) -> None:
         self._run.finish()

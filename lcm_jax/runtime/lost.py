@@ -15,9 +15,8 @@ from typing import Any
 import jax
 
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import telemetry
 from lcm_jax.runtime.checkpoints import list_steps
-from lcm_jax.runtime.telemetry import EVENTS_FILE, METRICS_FILE
+from lcm_jax.runtime.telemetry import EVENTS_FILE, METRICS_FILE, read_jsonl
 from lcm_jax.runtime.workdir import CONFIG_FILE, read_config
 
 _WAS_COMPLETE = re.compile(r"(\d+)\.damaged\d*|\.(\d+)\.removed")
@@ -71,13 +70,13 @@ def check(workdir: Path, every: int) -> None:
 def known_steps(workdir: Path) -> tuple[int, set[int]]:
     """(last step in the files, steps of checkpoints that were on disk), both of the last attempt."""
     known, saved = 0, set()
-    for event in telemetry.read(workdir / EVENTS_FILE):
+    for event in read_jsonl(workdir / EVENTS_FILE):
         if event.get("event") == "start":
             known, saved = event["step"], {event["step"]} - {0}
         elif event.get("event") == "saved":
             saved |= {event["step"]} - {0}
         known = max(known, event["step"])
-    return max([known, *(record["step"] for record in telemetry.read(workdir / METRICS_FILE))]), saved
+    return max([known, *(record["step"] for record in read_jsonl(workdir / METRICS_FILE))]), saved
 
 
 def _interval(config: dict[str, Any], default: int) -> int:
