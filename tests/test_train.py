@@ -26,6 +26,7 @@ from test_run_models import make_lcm
 from lcm_jax import train
 from lcm_jax.data.order import batch_indices
 from lcm_jax.distill import step as step_lib
+from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.pretrained import load_pipeline
 from lcm_jax.run import config as config_lib
@@ -335,9 +336,12 @@ def test_a_bad_teacher_is_refused_and_the_corrected_command_runs(teacher, tmp_pa
     broken, workdir = Path(shutil.copytree(teacher, tmp_path / "broken")), tmp_path / "run"
     damage(broken)
     refused(capsys, words, workdir, broken)
-    begun = []
-    monkeypatch.setattr(train, "run", lambda *args: begun.append(args))
-    assert command(workdir, teacher, "--config.seed=3") == 0 and len(begun) == 1
+
+    def begun(*args, **kwargs):
+        raise LcmError("the set-up has passed")
+
+    monkeypatch.setattr(train, "Checkpoints", begun)
+    refused(capsys, ["the set-up has passed"], workdir, teacher, "--config.seed=3")
 
 
 def refused(capsys, words, *args) -> None:

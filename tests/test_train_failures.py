@@ -168,21 +168,21 @@ def test_a_signal_is_heard_while_data_hang(run, monkeypatch):
 
 
 def test_what_fails_beside_the_data_does_not_lose_the_state(run, monkeypatch):
-    monkeypatch.setattr(train, "make_grid_drawer", lambda *_: failing(MemoryError()))
+    monkeypatch.setattr(train, "sample_grid", lambda *_: failing(MemoryError()))
     with pytest.raises(MemoryError):
         run(**{"sample.every": 3})
     assert saved(run) == [3]
     (run.workdir / "samples").write_text("a file")
-    monkeypatch.setattr(train, "make_grid_drawer", lambda *_: lambda _: np.zeros((2, 2, 3), np.uint8))
+    monkeypatch.setattr(train, "sample_grid", lambda *_: lambda _: np.zeros((2, 2, 3), np.uint8))
     with pytest.raises(OSError, match="samples"):
         run(**{"sample.every": 4})
     assert saved(run) == [3, 4]
-    monkeypatch.setattr(train, "make_grid_drawer", lambda *_: None)
-    monkeypatch.setattr(train.training_step, "as_batch", failing(RuntimeError("out of memory")))
+    monkeypatch.setattr(train, "sample_grid", lambda *_: None)
+    monkeypatch.setattr(train.run_step, "as_batch", failing(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         run()
     assert saved(run) == [3, 4]
-    monkeypatch.setattr(train.training_step, "as_batch", lambda batch: batch)
+    monkeypatch.setattr(train.run_step, "as_batch", lambda batch: batch)
     check_resumed(run, monkeypatch)
 
 
