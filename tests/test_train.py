@@ -227,7 +227,7 @@ def test_more_steps_go_on_until_one_is_not_finite(whole, teacher, tmp_path, caps
 
     fewer = (*PICTURES, "--config.train.steps=50")
     assert command(workdir, teacher, *fewer) == 0
-    assert f"trained to step {bad_step - 1} already" in capsys.readouterr().err
+    assert f"already trained to step {bad_step - 1}" in capsys.readouterr().err
 
 
 TARGETS = tuple(name for name in lora.DEFAULT_TARGETS if "samplers" not in name)  # the teacher has one level
