@@ -221,4 +221,4 @@ def test_a_write_that_fails_in_one_process_ends_all_at_the_same_step(tmp_path, w
 @pytest.mark.slow
 def test_processes_that_see_different_folders(tmp_path):
     for out, _ in two(tmp_path, "apart"):
-        assert "choose a folder on a file system that all share" in out
+        assert "choose a folder on a file system that all processes share" in out

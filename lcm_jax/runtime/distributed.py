@@ -244,8 +244,8 @@ def check_shared(folder: Path) -> None:
             while not mark.exists():
                 if time.monotonic() > deadline:
                     raise LcmError(
-                        f"{folder} is not the folder that process 0 writes to; choose one on a file system that all "
-                        "processes share"
+                        f"{folder} is not the folder that process 0 writes to; choose a folder on a file system that "
+                        "all processes share"
                     )
                 time.sleep(1)
                 os.listdir(folder.parent)  # network file systems cache for a while that a file did not exist
