@@ -1,7 +1,6 @@
 """Checkpoints across meshes and real processes: the same arrays bit for bit, one decision for all."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_runtime_distributed import free_port
 
 from lcm_jax.runtime.checkpoints import Checkpoints, list_steps
 
@@ -141,9 +141,7 @@ print("resumed")
 
 
 def two(folder: Path, what: str) -> list[tuple[str, str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [start(PROCESSES, 2, folder, index, port, what) for index in range(2)]
     try:
         return [finish(process) for process in processes]
@@ -201,9 +199,7 @@ distributed.exit_code(loop, coordinator=f"127.0.0.1:{sys.argv[4]}", num_processe
 @pytest.mark.slow
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_write_that_fails_in_one_process_ends_all_at_the_same_step(tmp_path, who):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [start(FAILS, 2, tmp_path / "c", index, port, who) for index in range(2)]
     try:
         ends = [process.communicate(timeout=300) for process in processes]

@@ -17,7 +17,7 @@ from lcm_jax.runtime.workdir import locked
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = ("JAX_", "SLURM_", "OMPI_", "PMI_", "JOB_", "NNODES", "NODE_RANK", "KUBERNETES_", "CUDA_VISIBLE")
-LIMIT = 240  # seconds, for a machine with much else to do
+LIMIT = 240  # seconds, for a busy machine
 
 
 def free_port() -> int:
@@ -42,7 +42,7 @@ def slurm(port: int, index: int, count: int) -> tuple[list[str], dict[str, str]]
 
 
 def slurm_elsewhere(port: int, index: int, count: int) -> tuple[list[str], dict[str, str]]:
-    """Two jobs of one node would meet at a port: --coordinator moves one of them."""
+    """Two jobs on one node would use the same port: --coordinator moves one of them."""
     environment = slurm(port, index, count)[1]
     del environment["JAX_COORDINATOR_PORT"]
     return [f"--coordinator=127.0.0.1:{port}"], environment
@@ -105,8 +105,8 @@ def run(launcher, *arguments: str, count: int = 2):
             process.wait()
 
 
-def ready(process: subprocess.Popen) -> None:
-    """Waits for the process's line that says so."""
+def wait_until_ready(process: subprocess.Popen) -> None:
+    """Waits for the line in which the process reports that it is ready."""
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -116,7 +116,7 @@ def ready(process: subprocess.Popen) -> None:
 
 
 def ends(process: subprocess.Popen, code: int | None = 0) -> list[dict]:
-    """What the process tells from here to its end."""
+    """What the process reports from here to its end."""
     out, err = process.communicate(timeout=LIMIT)
     assert code is None or process.returncode == code, f"{out}{err}"
     process.error = err
@@ -127,8 +127,8 @@ def ends(process: subprocess.Popen, code: int | None = 0) -> list[dict]:
 @pytest.mark.parametrize("launcher", [explicit, slurm_elsewhere, open_mpi, job_set, xpk_gpu])
 def test_processes_become_one_run(launcher):
     with run(launcher) as processes:
-        told = [ends(process) for process in processes]
-    assert told == [[{"index": index, "count": 2, "devices": 2, "total": 3}] for index in range(2)]
+        reported = [ends(process) for process in processes]
+    assert reported == [[{"index": index, "count": 2, "devices": 2, "total": 3}] for index in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -142,12 +142,12 @@ def test_processes_become_one_run(launcher):
 def test_a_signal_to_one_stops_all_at_the_same_step(launcher, number, count):
     with run(launcher, "--do=train", count=count) as processes:
         for process in processes:
-            ready(process)
+            wait_until_ready(process)
         processes[1].send_signal(number)
-        told = [ends(process) for process in processes]
-    steps = {lines[-1]["stopped"] for lines in told}
-    assert len(steps) == 1 and min(steps) >= 503, told
-    assert told[1][-1]["name"] == signal.Signals(number).name and told[0][-1]["name"] == "SIGTERM"
+        reported = [ends(process) for process in processes]
+    steps = {lines[-1]["stopped"] for lines in reported}
+    assert len(steps) == 1 and min(steps) >= 503, reported
+    assert reported[1][-1]["name"] == signal.Signals(number).name and reported[0][-1]["name"] == "SIGTERM"
 
 
 @pytest.mark.slow
@@ -155,28 +155,28 @@ def test_signals_to_all_stop_all_once():
     """As a launcher sends them: to each process, at slightly different times."""
     with run(explicit, "--do=train") as processes:
         for process in processes:
-            ready(process)
+            wait_until_ready(process)
         for process in (*processes, *processes):
             process.send_signal(signal.SIGTERM)
-        told = [ends(process) for process in processes]
-    assert told[0][-1]["stopped"] == told[1][-1]["stopped"] is not None
+        reported = [ends(process) for process in processes]
+    assert reported[0][-1]["stopped"] == reported[1][-1]["stopped"] is not None
 
 
 @pytest.mark.slow
-def test_processes_with_loops_of_their_own_stop_each():
+def test_processes_with_their_own_loops_stop_one_by_one():
     with run(explicit, "--do=alone") as processes:
         for process in processes:
-            ready(process)
+            wait_until_ready(process)
         processes[0].send_signal(signal.SIGINT)
-        told = [ends(process) for process in processes]
-    assert told == [[{"stopped": True, "name": "SIGINT"}], [{"stopped": True, "name": "SIGTERM"}]]
+        reported = [ends(process) for process in processes]
+    assert reported == [[{"stopped": True, "name": "SIGINT"}], [{"stopped": True, "name": "SIGTERM"}]]
 
 
 def test_together_fails_in_all_if_it_fails_in_one(tmp_path):
     with locked(tmp_path), run(explicit, "--do=setup", f"--workdir={tmp_path}") as processes:
-        told = [ends(process, code=2) for process in processes]
-    assert [lines.pop(0) for lines in told] == [{"value": [0], "any": True}] * 2
-    first, second = ([line["error"] for line in lines] for lines in told)
+        reported = [ends(process, code=2) for process in processes]
+    assert [lines.pop(0) for lines in reported] == [{"value": [0], "any": True}] * 2
+    first, second = ([line["error"] for line in lines] for lines in reported)
     assert (first[0], second[0]) == ("process 1 of 2: no such file", "no such file")
     assert (first[1], second[1]) == ("a bug", "process 0 of 2: TypeError: a bug")
     assert (first[2], second[2]) == ("disk full", "process 0 of 2: disk full")
@@ -193,17 +193,17 @@ def test_together_fails_in_all_if_it_fails_in_one(tmp_path):
 @pytest.mark.slow
 def test_a_process_that_fails_alone_ends_the_others():
     with run(explicit, "--do=crash") as processes:
-        told = [ends(process, code=None) for process in processes]
-        assert told == [[{"ready": 0}]] * 2
+        reported = [ends(process, code=None) for process in processes]
+        assert reported == [[{"ready": 0}]] * 2
         assert processes[1].returncode == 1 and "a bug in one process" in processes[1].error
         assert processes[0].returncode != 0
 
 
 @pytest.mark.slow
-def test_processes_end_though_nobody_reads_what_they_say():
+def test_processes_end_even_if_nobody_reads_their_output():
     with run(explicit, "--do=crash") as processes:
         for process in processes:
-            ready(process)
+            wait_until_ready(process)
             process.stdout.close()
             process.stderr.close()
         assert all(process.wait(timeout=120) for process in processes), "jax would wait for five minutes"
@@ -211,10 +211,10 @@ def test_processes_end_though_nobody_reads_what_they_say():
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others():
-    """Where no collective tells of it, jax's heartbeats do."""
+    """If no collective reveals it, jax's heartbeats do."""
     with run(explicit, "--do=alone") as processes:
         for process in processes:
-            ready(process)
+            wait_until_ready(process)
         processes[1].kill()
         ends(processes[0], code=None)
         assert processes[0].returncode != 0

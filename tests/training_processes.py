@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 def start(
     workdir: Path, *options: str, devices: int = 1, processes: int = 1, launcher: Callable = explicit
 ) -> list[subprocess.Popen]:
-    """The run's processes, each on `devices` fake devices; what they say, compilations too, goes to files.
+    """The run's processes, each on `devices` fake devices; their output, compilations included, goes to files.
 
     launcher: (port, index, count) -> (options, environment) of one of several.
     """
@@ -43,7 +43,7 @@ def start(
 
 
 def finish(processes: Sequence[subprocess.Popen], limit: float = 4 * LIMIT) -> list[tuple[int, str]]:
-    """(exit code, what it said) of each; one that takes longer than `limit` seconds ends the test."""
+    """(exit code, output) of each; one that takes longer than `limit` seconds ends the test."""
     try:
         for process in processes:
             process.wait(limit)
@@ -60,14 +60,14 @@ def said_by(process: subprocess.Popen) -> str:
 
 
 def ended(processes: Sequence[subprocess.Popen], code: int = 0) -> list[str]:
-    """What each has said; all ended with `code`."""
+    """The output of each; all ended with `code`."""
     codes, said = zip(*finish(processes), strict=True)
     assert set(codes) == {code}, "\n-----\n".join(said)
     return list(said)
 
 
 def run(workdir: Path, *options: str, devices: int = 1, processes: int = 1) -> str:
-    """The run to its end, without an error: what its first process said."""
+    """The run to its end, without an error: the output of its first process."""
     return ended(start(workdir, *options, devices=devices, processes=processes))[0]
 
 
