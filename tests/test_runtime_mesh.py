@@ -1,4 +1,4 @@
-"""The mesh, the sharding rule, and what both do on eight CPU devices in a process of its own."""
+"""The mesh, the sharding rule, and both on eight CPU devices in a process of its own."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -28,34 +29,30 @@ from lcm_jax.runtime import mesh as mesh_lib
     ],
 )
 def test_rule(shape, want):
-    mesh = AbstractMesh((2, 4), ("data", "fsdp"))
-    assert mesh_lib.param_sharding(mesh, shape).spec == want
-
-
-def test_one_way_fsdp_replicates():
-    assert mesh_lib.param_sharding(AbstractMesh((8, 1), ("data", "fsdp")), (4096, 4096)).spec == PartitionSpec()
+    assert mesh_lib.param_sharding(AbstractMesh((2, 4), ("data", "fsdp")), shape).spec == want
+    assert mesh_lib.param_sharding(AbstractMesh((8, 1), ("data", "fsdp")), shape).spec == PartitionSpec()
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((1, 3, 1), "mesh.slices = 1, mesh.data = 1, mesh.fsdp = 3 make 3, not the 1 devices"),
+        ((1, 3, 1), "mesh.slices = 1, mesh.data = 1, mesh.fsdp = 3 multiply to 3, not to the 1 devices"),
         ((-1, 2, 1), "mesh.slices = 1, mesh.data = -1, mesh.fsdp = 2 do not divide the 1 devices"),
         ((-1, 1, 2), "mesh.slices = 2, mesh.data = -1, mesh.fsdp = 1 do not divide the 1 devices"),
         ((-1, -1, 1), "one of mesh.data and mesh.fsdp may be -1"),
-        ((0, 1, 1), "sizes are at least 1"),
-        ((1, 1, -1), "sizes are at least 1"),
+        ((0, 1, 1), "sizes must be at least 1"),
+        ((1, 1, -1), "sizes must be at least 1"),
     ],
 )
-def test_sizes_that_are_no_mesh(sizes, message):
+def test_sizes_that_are_not_a_mesh(sizes, message):
     with pytest.raises(LcmError, match=message):
         mesh_lib.make_mesh(*sizes, devices=jax.devices()[:1])
 
 
 @pytest.mark.parametrize("slices", [1, 4])
-def test_slices_are_what_the_chips_say(slices):
+def test_slices_must_be_those_of_the_chips(slices):
     chips = [types.SimpleNamespace(platform="tpu", slice_index=i // 4) for i in range(8)]
-    with pytest.raises(LcmError, match=f"mesh.slices = {slices}, but the 8 chips are of 2 slices"):
+    with pytest.raises(LcmError, match=f"mesh.slices = {slices}, but the 8 chips form 2 slices"):
         mesh_lib.make_mesh(slices=slices, devices=chips)
 
 
@@ -68,14 +65,14 @@ def test_batch_splits_over_devices_and_accumulation():
         mesh_lib.check_batch(mesh, 24, 2)
 
 
-def test_rows_of_a_process_are_those_of_its_devices():
+def test_process_rows_are_those_of_its_devices():
     devices = np.array([types.SimpleNamespace(process_index=i) for i in (0, 1, 1, 0)]).reshape(1, 2, 2)
     mesh = types.SimpleNamespace(devices=devices, size=4)
     assert mesh_lib.process_rows(mesh, 8, 0) == (0, 1, 6, 7)
     assert mesh_lib.process_rows(mesh, 8, 1) == (2, 3, 4, 5)
 
 
-def test_what_stays_whole_is_reported():
+def test_report_unsharded():
     mesh = AbstractMesh((1, 1, 4), mesh_lib.AXES)
     struct = jax.ShapeDtypeStruct
     tree = {
@@ -92,8 +89,14 @@ def test_what_stays_whole_is_reported():
     assert mesh_lib.report_unsharded(AbstractMesh((1, 4, 1), mesh_lib.AXES), tree) == ""
 
 
-def test_nothing_to_gather_where_nothing_is_split():
-    assert mesh_lib.gather_weights(AbstractMesh((1, 8, 1), mesh_lib.AXES), np.float32) is None
+def test_gathers_of_one_mesh_and_dtype_are_equal():
+    """Modules have them as a field, and so are equal, too."""
+    gather, same, other_dtype, other_mesh, none = (
+        mesh_lib.gather_weights(AbstractMesh((1, 8 // fsdp, fsdp), mesh_lib.AXES), dtype)
+        for fsdp, dtype in ((4, jnp.bfloat16), (4, "bfloat16"), (4, np.float32), (2, jnp.bfloat16), (1, np.float32))
+    )
+    assert gather == same and hash(gather) == hash(same)
+    assert gather != other_dtype and gather != other_mesh and none is None
 
 
 EIGHT = """
@@ -181,7 +184,7 @@ for sizes in ((2, 2, 2), (2, 4, 1), (1, 8, 1)):
     assert found.keys() == {"all-gather", "all-reduce"}, found
     assert found["all-gather"] == {(3, 3, 64, 256), (256, 256), (256, 512)}, found
     dimensions = {size for shape in found["all-reduce"] for size in shape}
-    assert not any(size % 7 == 0 for size in dimensions), found  # all that is of pictures is a multiple of 7
+    assert not any(size % 7 == 0 for size in dimensions), found  # every size of an activation is a multiple of 7
     place = m.place(mesh)
     got = compiled(jax.tree.map(place, params), jax.device_put(x, rows))
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-6), got, want)

@@ -1,4 +1,4 @@
-"""One mesh over all devices, and one rule that says how arrays lie on it.
+"""One mesh over all devices, and one rule for how arrays are split over it.
 
     axis     size     what is split over it                              network between its devices
     slice    slices   the batch                                          between the slices of a multi-slice pod
@@ -6,17 +6,19 @@
     fsdp     fsdp     the batch, and one copy of everything trained      within a slice, neighbours
 
 A batch [b ...] is split along b over all three. A parameter is split along its largest dimension that `fsdp` divides;
-if there is none, or the parameter is small, it is replicated. Optimiser moments, the EMA and the teacher have the
-parameters' shapes, so the same rule serves them all. Where a split weight is used, `gather_weights` makes it whole.
+if there is none, or the parameter is small, it is replicated. The same rule serves optimiser moments, EMA and teacher,
+which have the parameters' shapes. `gather_weights` makes a split weight whole where it is used.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -29,27 +31,26 @@ AXES = ("slice", "data", "fsdp")
 # Below this many elements an all-gather costs more than the memory it saves.
 MIN_SHARD_ELEMENTS = 2**16
 
-_LISTED = 5  # arrays that a report names one by one
+_LISTED = 5  # arrays that `report_unsharded` lists by name
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, slices: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh ("slice", "data", "fsdp") over `devices`, laid so that neighbours in `fsdp` are neighbours in the network.
+    """Mesh ("slice", "data", "fsdp") over `devices`, in which neighbours along `fsdp` are neighbours in the network.
 
     Args:
-      data, fsdp: sizes of their axes; one of them may be -1: what the others leave.
-      slices: of a multi-slice pod. Devices that belong to no slice are cut into that many equal blocks, in order.
-      devices: default: all of all processes. Those of an ahead-of-time topology serve as well.
+      data, fsdp: sizes of their axes; one of them may be -1, which is all devices that the others leave.
+      slices: slices of a multi-slice pod. Devices that do not belong to a slice form this many equal blocks, in order.
+      devices: default: the devices of all processes; may be those of an ahead-of-time topology.
 
     Raises:
-      LcmError: the sizes do not multiply to the number of devices, or `slices` is not what the devices say.
+      LcmError: the sizes do not multiply to the number of devices, or the devices have another number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = _mesh_shape(data, fsdp, slices, len(devices))
     own = {getattr(device, "slice_index", 0) for device in devices} if devices[0].platform == "tpu" else set()
     if own and len(own) != slices:
         raise LcmError(
-            f"mesh.slices = {slices}, but the {len(devices)} chips are of {len(own)} slices; set "
-            f"mesh.slices = {len(own)}"
+            f"mesh.slices = {slices}, but the {len(devices)} chips form {len(own)} slices; set mesh.slices = {len(own)}"
         )
     split = {"allow_split_physical_axes": True}
     try:
@@ -57,24 +58,24 @@ def make_mesh(data: int = -1, fsdp: int = 1, slices: int = 1, devices: Sequence[
             laid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1), devices, **split)
         else:
             laid = mesh_utils.create_device_mesh(shape, devices, **split)
-    except (ValueError, NotImplementedError, AssertionError) as error:  # mesh_utils' ways to say that none fits
+    except (ValueError, NotImplementedError, AssertionError) as error:  # mesh_utils raises any of them if none fits
         raise LcmError(
-            f"a mesh of {_sizes(*shape)} cannot be laid on these {len(devices)} {devices[0].device_kind} "
-            f"({error}); choose other sizes"
+            f"a mesh of {_sizes(*shape)} does not fit these {len(devices)} {devices[0].device_kind} ({error}); choose "
+            "other sizes"
         ) from error
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _mesh_shape(data: int, fsdp: int, slices: int, devices: int) -> tuple[int, int, int]:
-    asked = _sizes(slices, data, fsdp)
+    sizes = _sizes(slices, data, fsdp)
     if slices < 1 or any(size != -1 and size < 1 for size in (data, fsdp)) or (data, fsdp) == (-1, -1):
-        raise LcmError(f"{asked}: sizes are at least 1; one of mesh.data and mesh.fsdp may be -1, the rest")
+        raise LcmError(f"{sizes}: sizes must be at least 1; one of mesh.data and mesh.fsdp may be -1, the rest")
     known = math.prod(size for size in (slices, data, fsdp) if size != -1)
     rest = devices // known
     shape = slices, rest if data == -1 else data, rest if fsdp == -1 else fsdp
     if math.prod(shape) != devices:
-        left = "do not divide" if -1 in (data, fsdp) else f"make {known}, not"
-        raise LcmError(f"{asked} {left} the {devices} devices there are; change one of them, or set mesh.data = -1")
+        problem = "do not divide" if -1 in (data, fsdp) else f"multiply to {known}, not to"
+        raise LcmError(f"{sizes} {problem} the {devices} devices; change one of them, or set mesh.data = -1")
     return shape
 
 
@@ -87,12 +88,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """First axis over all devices."""
+    """First axis split over all devices."""
     return NamedSharding(mesh, P(AXES))
 
 
 def param_sharding(mesh: Mesh, shape: Sequence[int], min_elements: int = MIN_SHARD_ELEMENTS) -> NamedSharding:
-    """Largest dimension that `fsdp` divides (the last of equals) over `fsdp`; small arrays are replicated."""
+    """The largest dimension that `fsdp` divides (the last of equals) over `fsdp`; small arrays are replicated."""
     ways = mesh.shape["fsdp"]
     axes = [axis for axis, size in enumerate(shape) if size % ways == 0]
     if ways == 1 or not axes or math.prod(shape) < min_elements:
@@ -113,9 +114,9 @@ def abstract_state(mesh: Mesh, state: Any, min_elements: int = MIN_SHARD_ELEMENT
 
 
 def place(mesh: Mesh) -> Callable[[Any], Any]:
-    """One host array, the same on every process -> the shards that the rule gives it; nothing else of it stays.
+    """A function that splits one host array, the same on every process, by the rule, and keeps only the shards.
 
-    A ShapeDtypeStruct comes back with its sharding; an array that lies so already comes back as it is.
+    It gives a ShapeDtypeStruct its sharding, and returns an array unchanged that already has the right one.
     """
 
     def put(value: Any) -> Any:
@@ -137,21 +138,21 @@ def place(mesh: Mesh) -> Callable[[Any], Any]:
     return put
 
 
-def gather_weights(mesh: Mesh, dtype: Any) -> Callable[..., Any] | None:
-    """Function (tree of weights, after=None) -> the tree, whole on every device where the rule has split it.
+@dataclasses.dataclass(frozen=True)
+class GatherWeights:
+    """(tree of weights, after=None) -> the tree, its split weights cast to `dtype` and whole on every device.
 
-    It casts them to `dtype` first. To be called inside a jitted function where the weights are used, by blocks. The
-    cotangent of a split weight goes back to that weight's shards and dtype, so that XLA gathers weights and reduces
-    gradients, and leaves the activations where they are. `after` is an array, the block's input, before which no
-    gather begins: a schedule that is free to would make whole networks long before they are needed.
-    None instead of a function where nothing is split.
+    Equal by content, so that modules made for one mesh are equal. See `gather_weights`.
     """
-    if mesh.shape["fsdp"] == 1:
-        return None
-    whole = replicated(mesh)
 
-    def gather_one(weight: jax.Array, after: jax.Array | None) -> jax.Array:
-        shards = param_sharding(mesh, weight.shape)
+    mesh: Mesh
+    dtype: Any
+
+    def __call__(self, tree: Any, after: jax.Array | None = None) -> Any:
+        return jax.tree.map(lambda weight: self._gather(weight, after), tree)
+
+    def _gather(self, weight: jax.Array, after: jax.Array | None) -> jax.Array:
+        shards, whole = param_sharding(self.mesh, weight.shape), replicated(self.mesh)
         if shards.is_fully_replicated:
             return weight
         stored = weight.dtype
@@ -159,36 +160,48 @@ def gather_weights(mesh: Mesh, dtype: Any) -> Callable[..., Any] | None:
         @jax.custom_vjp
         def gather(w: jax.Array, after: jax.Array | None) -> jax.Array:
             w, _ = jax.lax.optimization_barrier((w, after))
-            # Constrained on both sides of the move, or XLA may gather first and cast afterwards.
-            cast = jax.lax.with_sharding_constraint(w.astype(dtype), shards)
+            # The constraint before the gather makes XLA cast the shards; it could cast after the gather otherwise.
+            cast = jax.lax.with_sharding_constraint(w.astype(self.dtype), shards)
             return jax.lax.with_sharding_constraint(cast, whole)
 
         def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array, None]:
-            # A barrier, or XLA lets every reader (clipping, Adam) cut its shards out of the whole sum, and so keeps
-            # all gradients whole until the last of them is there.
+            # Without the barrier, XLA lets every reader (clipping, Adam) cut its shards out of the whole sum, and so
+            # keeps all gradients whole until the last of them is computed.
             mine = jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(cotangent, shards))
             return mine.astype(stored), None
 
         gather.defvjp(lambda w, after: (gather(w, after), None), backward)
         return gather(weight, after)
 
-    return lambda tree, after=None: jax.tree.map(lambda weight: gather_one(weight, after), tree)
+
+def gather_weights(mesh: Mesh, dtype: Any) -> GatherWeights | None:
+    """The function that makes split weights whole on every device, or None if `mesh` splits nothing.
+
+    A layer calls it on its weights inside a jitted function, where it uses them:
+
+        forward     shards --cast to dtype--> --all-gather--> whole weight       after `after` is computed
+        backward    shards <--cast to the stored dtype-- <--reduce-scatter-- whole cotangent
+
+    So XLA moves weights and gradients, and activations stay where they are. `after` is an array, the input of the
+    layer's block, before which no gather begins: XLA could otherwise gather whole networks long before they are needed.
+    """
+    return None if mesh.shape["fsdp"] == 1 else GatherWeights(mesh, jnp.dtype(dtype))
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulation: int = 1) -> None:
-    """Raises LcmError unless each of `accumulation` parts of a batch splits evenly over all devices."""
+    """Raises LcmError unless each of the `accumulation` parts of a batch splits evenly over all devices."""
     if batch_size % (mesh.size * accumulation):
         parts = f" in {accumulation} parts (train.accumulation_steps)" if accumulation > 1 else ""
         raise LcmError(
-            f"data.batch_size = {batch_size}{parts} does not split over {mesh.size} devices; use a multiple "
-            f"of {mesh.size * accumulation}"
+            f"data.batch_size = {batch_size}{parts} does not split over {mesh.size} devices; use a multiple of "
+            f"{mesh.size * accumulation}"
         )
 
 
 def process_rows(mesh: Mesh, batch_size: int, process_index: int) -> tuple[int, ...]:
-    """Positions in a global batch of the rows that lie on a process's devices.
+    """Positions in a global batch of the rows that are on a process's devices.
 
-    They need not follow one another: a TPU pod's mesh is laid by its wires, not by its processes.
+    They need not be contiguous: the order of devices in a TPU pod's mesh follows its wiring, not its processes.
     """
     owners = np.repeat([device.process_index for device in mesh.devices.flat], batch_size // mesh.size)
     return tuple(np.flatnonzero(owners == process_index).tolist())
@@ -197,7 +210,10 @@ def process_rows(mesh: Mesh, batch_size: int, process_index: int) -> tuple[int, 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows of a batch -> global arrays split over all devices.
 
-    They go to the process's own devices, in the mesh's order: they are those at `process_rows` of the global batch.
+    The rows go to the process's own devices in the order of the mesh: they are rows `process_rows` of the global batch.
+
+    Raises:
+      LcmError: the global batch does not split over the devices.
     """
     sharding = batch_sharding(mesh)
     processes = len({device.process_index for device in mesh.devices.flat})
@@ -211,7 +227,7 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 def spread(mesh: Mesh, rows: np.ndarray) -> jax.Array:
-    """Rows [b ...], the same on every process -> split over all devices, padded with the last row where b does not."""
+    """Rows [b ...], the same on every process -> split over all devices; padded with the last row to a multiple."""
     count = len(rows)
     padded = -(-count // mesh.size) * mesh.size
 
@@ -222,10 +238,10 @@ def spread(mesh: Mesh, rows: np.ndarray) -> jax.Array:
 
 
 def report_unsharded(mesh: Mesh, tree: Any) -> str:
-    """One line for the log on what each device holds whole though `fsdp` could have split it; "" where all is split.
+    """One line for the log on the arrays that are not split over `fsdp`, or "" if all are.
 
-    Arrays without a dimension that `fsdp` divides are named with their bytes, the largest first; the small ones, which
-    the rule leaves whole, are summed. tree: of arrays or ShapeDtypeStructs.
+    It lists arrays without a dimension that `fsdp` divides by name and bytes, the largest first, and the sum of the
+    small ones, which the rule leaves whole. tree: arrays or ShapeDtypeStructs.
     """
     if mesh.shape["fsdp"] == 1:
         return ""
