@@ -137,8 +137,8 @@ NUMBERS = [
     Mutant(
         "dpm_solver_pp: noise levels one timestep off",
         "diffusion/samplers.py",
-        "alpha, sigma, half_log_snr = scales(schedule.alphas_cumprod[t])",
-        "alpha, sigma, half_log_snr = scales(schedule.alphas_cumprod[np.maximum(t - 1, 0)])",
+        "alpha, sigma, half_log_snr = alpha_sigma_lambda(schedule.alphas_cumprod[t])",
+        "alpha, sigma, half_log_snr = alpha_sigma_lambda(schedule.alphas_cumprod[np.maximum(t - 1, 0)])",
         DPM_PP,
     ),
     Mutant(
@@ -191,10 +191,10 @@ NUMBERS = [
     Mutant(
         "guidance scale for w",
         "diffusion/guidance.py",
-        "return cond + expand_to(w, cond) * (cond - uncond)",
-        "return uncond + expand_to(w, cond) * (cond - uncond)",
+        "return cond + broadcast_like(w, cond) * (cond - uncond)",
+        "return uncond + broadcast_like(w, cond) * (cond - uncond)",
         (
-            "test_diffusion_guidance.py::test_guided_pair_still_makes_up_z_t",
+            "test_diffusion_guidance.py::test_guiding_the_output_guides_x0_and_eps",
             "test_diffusion_guidance.py::test_guidance_zero_is_the_conditional_branch",
             "test_diffusion_solvers.py::test_guiding_x0_and_eps_is_the_paper_s_guided_increment",
             *LCD,

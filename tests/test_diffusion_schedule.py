@@ -1,5 +1,6 @@
 """Noise tables against diffusers and reference numbers; conversions against the definition of z_t."""
 
+import functools
 import importlib
 import sys
 import types
@@ -42,7 +43,7 @@ def test_tables_equal_diffusers(diffusers, name, betas, rescale):
             assert got[-1] == 0
 
 
-# torch's schedulers by what their noise is; test_every_scheduler_class_is_classified holds this against diffusers.
+# diffusers' schedulers by their kind of noise; test_every_scheduler_class_is_classified compares this with diffusers.
 TABLES = (
     "DDIM DDIMInverse DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep DPMSolverMultistepInverse "
     "DPMSolverSDE DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete "
@@ -57,7 +58,7 @@ OTHERS = (
 
 
 def test_every_scheduler_class_is_classified(diffusers):
-    """A class that only a later diffusers has is refused, as any unknown one."""
+    """A class that only a later diffusers has is refused like any unknown one."""
     known = {name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")}
     assert known >= {f"{name}Scheduler" for name in TABLES}
     if diffusers.__version__.startswith("0.42."):
@@ -66,7 +67,7 @@ def test_every_scheduler_class_is_classified(diffusers):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_missing_keys_have_the_defaults_of_the_class(diffusers, name, monkeypatch):
-    if name == "DPMSolverSDE":  # torchsde draws its noise, which is not asked for here
+    if name == "DPMSolverSDE":  # torchsde makes its noise, which is not needed here
         monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
         module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
     else:
@@ -79,7 +80,7 @@ def test_missing_keys_have_the_defaults_of_the_class(diffusers, name, monkeypatc
 
 
 @pytest.mark.parametrize("name", (*OTHERS, "My", ""))
-def test_classes_of_other_noise_are_refused(name):
+def test_classes_with_other_noise_are_refused(name):
     for prefix in ("", "Flax"):
         with pytest.raises(UnsupportedConfig) as caught:
             schedule.from_config({**LATENT, "_class_name": f"{prefix}{name}Scheduler"})
@@ -87,7 +88,7 @@ def test_classes_of_other_noise_are_refused(name):
         assert "name its class in scheduler_config.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_options_that_choose_timesteps_alone_are_read_over():
+def test_options_that_only_choose_timesteps_are_ignored():
     options = {
         "use_karras_sigmas": True,
         "use_beta_sigmas": True,
@@ -112,25 +113,31 @@ def test_options_that_choose_timesteps_alone_are_read_over():
 def test_a_config_without_a_class_must_give_its_betas():
     assert schedule.from_config(LATENT) == schedule.from_config({**LATENT, "_class_name": "LCMScheduler"})
     for key in ("beta_start", "beta_end", "beta_schedule"):
-        with pytest.raises(LcmError, match=f"names no class .* and no {key}, so the noise is unknown"):
+        with pytest.raises(LcmError, match=f"has no class .* and no {key}, so the noise is unknown"):
             schedule.from_config({k: v for k, v in LATENT.items() if k != key})
 
 
-@pytest.mark.parametrize("wrong", ({"beta_start": "0.00085"}, {"beta_end": -0.1}, {"num_train_timesteps": "1000"}))
-def test_numbers_that_are_none_are_refused(wrong):
-    with pytest.raises(LcmError, match="must be positive numbers"):
-        schedule.from_config({**LATENT, **wrong})
+@pytest.mark.parametrize(
+    "other", ({}, {"prediction_type": "sample"}, {"beta_end": 0.0121}, {"num_train_timesteps": 500})
+)
+def test_equal_schedules_share_a_program(other):
+    """A schedule is a static argument of jit, equal by its table and prediction type."""
+    traced = []
 
+    @functools.partial(jax.jit, static_argnums=0)
+    def last_alpha(table):
+        traced.append(table)
+        return table.alpha(-1)
 
-def test_schedules_are_the_same_by_table_and_prediction_type():
-    table = schedule.from_config(LATENT)
-    assert table == schedule.from_config(LATENT) and str(table).startswith("epsilon, abar 0.9991 to")
-    for other in ({"prediction_type": "sample"}, {"beta_end": 0.0121}, {"num_train_timesteps": 500}):
-        assert table != schedule.from_config({**LATENT, **other})
+    one, two = (schedule.from_config(LATENT | changes) for changes in ({}, other))
+    assert last_alpha(one) == one.alphas[-1] and last_alpha(two) == two.alphas[-1]
+    same = not other
+    assert (one == two) == same and (hash(one) == hash(two)) == same and len(traced) == 2 - same
+    assert one != one.alphas_cumprod.tobytes()
 
 
 def test_reference_values_of_stable_diffusion():
-    """Bounds: half a unit of the last digit of the ratios and of sigma, which is all there is."""
+    """The bounds are half a unit of the last digit."""
     table = schedule.from_config(LATENT)
     t = np.array([0, 19, 499, 999])
     parity.close(table.alphas_cumprod[t], [0.99915, 0.982244, 0.277670, 0.0046601], atol=1e-6)
@@ -141,8 +148,7 @@ def test_reference_values_of_stable_diffusion():
 
 
 def test_trained_betas():
-    betas = [0.1, 0.2, 0.5]
-    table = schedule.from_config({"trained_betas": betas, "num_train_timesteps": 1000})
+    table = schedule.from_config({"trained_betas": [0.1, 0.2, 0.5], "num_train_timesteps": 1000})
     parity.close(table.alphas_cumprod, [0.9, 0.72, 0.36], rtol=1e-6)
 
 
@@ -169,14 +175,9 @@ def test_add_noise_and_velocity_equal_diffusers(diffusers):
     args = torch.from_numpy(z), torch.from_numpy(eps), torch.from_numpy(t)
     for got, want in zip(ours, (scheduler.add_noise(*args), scheduler.get_velocity(*args)), strict=True):
         parity.close(got, want, atol=1e-6)
-
-
-def test_half_precision_input_is_computed_in_float32():
-    table = schedule.from_config(LATENT)
-    z = jnp.full((1, 2, 2, 1), 3.0, jnp.bfloat16)
-    got = schedule.add_noise(table, z, z, np.array([19]))
-    assert got.dtype == jnp.float32
-    parity.close(got, 3 * (np.sqrt(0.982244) + np.sqrt(1 - 0.982244)), rtol=1e-5)
+    half = [jnp.asarray(x, jnp.bfloat16) for x in (z, eps)]  # still computed in float32
+    want = schedule.add_noise(table, *(x.astype(jnp.float32) for x in half), t)
+    np.testing.assert_array_equal(schedule.add_noise(table, *half, t), want, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -204,29 +205,33 @@ def test_unknown_prediction_type_of_a_conversion_is_named():
             convert("flow", 1.0, 1.0, 1.0, 1.0)
 
 
-def test_epsilon_with_zero_terminal_snr_is_refused_at_construction():
-    for name in ("linear", "scaled_linear"):
-        with pytest.raises(LcmError, match="divides by zero at t=999"):
-            schedule.from_config({**LATENT, "beta_schedule": name, "rescale_betas_zero_snr": True})
+@pytest.mark.parametrize(
+    ("config", "message"),
+    (
+        ({"beta_start": "0.00085"}, "must be positive numbers"),
+        ({"beta_end": -0.1}, "must be positive numbers"),
+        ({"num_train_timesteps": "1000"}, "must be positive numbers"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps=0"),
+        ({"rescale_betas_zero_snr": True}, "divides by zero at t=999"),
+        ({"trained_betas": []}, "betas of shape"),
+        ({"trained_betas": [0.0, 0.1]}, "betas of shape"),
+        ({"trained_betas": [0.5, 1.5]}, "betas of shape"),
+        ({"trained_betas": [[0.1]]}, "betas of shape"),
+        ({"trained_betas": [float("nan")]}, "betas of shape"),
+    ),
+)
+def test_bad_numbers_are_refused(config, message):
+    with pytest.raises(LcmError, match=message):
+        schedule.from_config(LATENT | config)
 
 
-@pytest.mark.parametrize("betas", ([], [0.0, 0.1], [0.5, 1.5], [[0.1]], [float("nan")]))
-def test_betas_outside_their_range_are_refused(betas):
-    with pytest.raises(LcmError, match="betas of shape"):
-        schedule.from_betas(betas)
-
-
-def test_tables_that_do_not_fall_are_refused():
+def test_a_schedule_is_a_noise_table_that_cannot_be_changed():
     for bad in ([0.5, 0.5], [1.0, 0.5], [0.2, 0.4], [0.5, -0.1]):
-        with pytest.raises(LcmError, match="no noise table"):
+        with pytest.raises(LcmError, match="not a noise table"):
             schedule.NoiseSchedule(np.array(bad))
     with pytest.raises(LcmError, match="shape"):
         schedule.NoiseSchedule(np.ones((2, 2)))
-    with pytest.raises(LcmError, match="num_train_timesteps=0"):
-        schedule.from_config({**LATENT, "num_train_timesteps": 0})
-
-
-def test_the_table_cannot_be_changed():
     table = schedule.from_config(LATENT)
+    assert str(table).startswith("epsilon, abar 0.9991 to")
     with pytest.raises(ValueError):
         table.alphas_cumprod[0] = 0

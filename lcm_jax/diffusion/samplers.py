@@ -44,7 +44,7 @@ import numpy as np
 
 from lcm_jax.diffusion.consistency import SIGMA_DATA, TIMESTEP_SCALING, boundary_scalings
 from lcm_jax.diffusion.schedule import NoiseSchedule, eps_from_output, x0_from_output
-from lcm_jax.diffusion.solvers import scales
+from lcm_jax.diffusion.solvers import alpha_sigma_lambda
 from lcm_jax.errors import LcmError
 
 Model = Callable[[jax.Array, jax.Array], jax.Array]
@@ -166,7 +166,7 @@ def dpm_solver_pp_2m(
 def _dpm_solver(predict: Callable, weights, model: Model, x, schedule, timesteps, hook: Hook | None, loop: Callable):
     """Both solvers' loop; predict: `eps_from_output` or `x0_from_output`; weights: their coefficients."""
     t = np.asarray(timesteps)
-    alpha, sigma, _ = scales(schedule.alphas_cumprod[t])
+    alpha, sigma, _ = alpha_sigma_lambda(schedule.alphas_cumprod[t])
     rows = (t, *(column.astype(np.float32) for column in (alpha, sigma, *weights)))
 
     def step(x, last, row):
@@ -193,7 +193,7 @@ def _run(step: Callable, x, last: Any, rows: tuple, hook: Hook | None, loop: Cal
 
 def _dpm_solver_coefficients(schedule: NoiseSchedule, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights of x, eps and eps - last eps in each step, float64 [n] each; the last step goes to abar_0."""
-    alpha, sigma, half_log_snr = scales(schedule.alphas_cumprod[np.append(t, 0)])
+    alpha, sigma, half_log_snr = alpha_sigma_lambda(schedule.alphas_cumprod[np.append(t, 0)])
     h = np.diff(half_log_snr)
     eps_weight = -sigma[1:] * np.expm1(h)
     difference_weight = np.zeros_like(eps_weight)
@@ -208,7 +208,7 @@ def _dpm_solver_pp_coefficients(schedule: NoiseSchedule, t: np.ndarray) -> tuple
 
     The last step goes to sigma = 0, where lambda and h are infinite; its weights are the limits 0, 1 and 0.
     """
-    alpha, sigma, half_log_snr = scales(schedule.alphas_cumprod[t])
+    alpha, sigma, half_log_snr = alpha_sigma_lambda(schedule.alphas_cumprod[t])
     h = np.diff(half_log_snr)
     x_weight = np.append(sigma[1:] / sigma[:-1], 0)
     x0_weight = np.append(-alpha[1:] * np.expm1(-h), 1)

@@ -1,17 +1,18 @@
-"""The noise schedule: tables of alpha_t and sigma_t, and what converts with them.
+"""The noise schedule: tables of alpha_t and sigma_t, and the conversions that use them.
 
     abar_t = prod_{s <= t} (1 - beta_s)       alpha_t = sqrt(abar_t)       sigma_t = sqrt(1 - abar_t)
     z_t    = alpha_t z + sigma_t eps          v       = alpha_t eps - sigma_t z
 
-The network's output o at (z_t, t) means, by `prediction_type`:
+What the network's output o at (z_t, t) means, by `prediction_type`:
 
                        x0                                eps
     epsilon        (z_t - sigma_t o) / alpha_t           o
     sample         o                                     (z_t - alpha_t o) / sigma_t
     v_prediction   alpha_t z_t - sigma_t o               alpha_t o + sigma_t z_t
 
-Tables are built once on the host in the order of operations that diffusers' schedulers use, so that both agree bit
-for bit (rescaled ones within 1e-6): at t = 999 any error in sigma / alpha, there 14.6, reaches x0 in full.
+Tables are built once on the host, by the same operations in the same order as in diffusers' schedulers, so that both
+agree bit for bit (rescaled ones within 1e-6): at t = 999, where sigma / alpha is 14.6, any error in it reaches x0 in
+full.
 
 Sources: Ho et al. 2020 (linear), Rombach et al. 2022 (scaled_linear), Nichol & Dhariwal 2021 (squaredcos_cap_v2),
 Salimans & Ho 2022 (v), Lin et al. 2023, algorithm 1 (zero terminal SNR).
@@ -33,8 +34,8 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 # The schedulers of diffusers 0.42 whose noise is a table of variance-preserving steps -> the betas that each assumes if
-# its config leaves them out. The others (EDM, flow matching, ...) add noise otherwise: a table in its place would be
-# noise that the model never saw.
+# its config has none. The others (EDM, flow matching, ...) add noise in another way: with a table in its place the
+# model would get noise that it never saw.
 _PLAIN = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 _LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _CLASSES = {
@@ -70,11 +71,12 @@ _CLASSES = {
     )
     for name in names
 }
-# Options of these classes that ask for other noise or another meaning of the output -> the only value that does not.
+# Options of these classes that change the noise or the meaning of the output -> the only value that does not, and what
+# the others mean.
 _OPTIONS = {
     "predict_epsilon": (True, "name the prediction_type instead"),
     "snr_shift_scale": (1, "its table is shifted, as CogVideoX's"),
-    "thresholding": (False, "it is meant for models of pixels"),
+    "thresholding": (False, "for models of pixels"),
     "timestep_type": ("discrete", "noise levels between those of the table"),
     "use_flow_sigmas": (False, "flow matching"),
 }
@@ -82,7 +84,9 @@ _OPTIONS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """A variance-preserving noise table and the meaning of the network's output; equal by content.
+    """A variance-preserving noise table and the meaning of the network's output.
+
+    Equal and hashed by content, so that it can be a static argument of `jax.jit`.
 
     Attributes:
       alphas_cumprod: float32 [T], abar_t, strictly falling, within [0, 1).
@@ -90,7 +94,7 @@ class NoiseSchedule:
 
     Raises:
       UnsupportedConfig: unknown prediction type.
-      LcmError: not a noise table, or epsilon prediction where alpha_t = 0 (x0 would divide by zero).
+      LcmError: not a noise table, or epsilon prediction with alpha_t = 0 (x0 would divide by zero).
     """
 
     alphas_cumprod: np.ndarray
@@ -104,7 +108,7 @@ class NoiseSchedule:
             raise LcmError(f"alphas_cumprod has shape {table.shape}; it must be one value per training timestep [T]")
         if not (np.all(np.diff(table) < 0) and table[0] < 1 and table[-1] >= 0):
             raise LcmError(
-                f"alphas_cumprod from {table[0]} to {table[-1]} is no noise table; it must fall strictly within [0, 1)"
+                f"alphas_cumprod from {table[0]} to {table[-1]} is not a noise table; it must fall within [0, 1)"
             )
         if self.prediction_type == "epsilon" and table[-1] == 0:
             raise LcmError(
@@ -123,43 +127,44 @@ class NoiseSchedule:
         first, last = self.alphas_cumprod[[0, -1]]
         return f"{self.prediction_type}, abar {first:.4g} to {last:.3g} in {self.num_train_timesteps} steps"
 
+    @functools.cached_property
+    def _content(self) -> tuple[bytes, str]:
+        return self.alphas_cumprod.tobytes(), self.prediction_type
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, NoiseSchedule) and self._content == other._content
+        return self._content == other._content if isinstance(other, NoiseSchedule) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._content)
 
     @functools.cached_property
-    def _content(self) -> tuple[bytes, str]:
-        return self.alphas_cumprod.tobytes(), self.prediction_type
-
-    @functools.cached_property
     def alphas(self) -> np.ndarray:
-        """float32 [T] on the host, sqrt(abar_t)."""
+        """alpha_t = sqrt(abar_t), float32 [T] on the host."""
         return np.sqrt(self.alphas_cumprod)
 
     @functools.cached_property
     def sigmas(self) -> np.ndarray:
-        """float32 [T] on the host, sqrt(1 - abar_t)."""
+        """sigma_t = sqrt(1 - abar_t), float32 [T] on the host."""
         return np.sqrt(np.float32(1) - self.alphas_cumprod)
 
     def alpha(self, t) -> jax.Array:
-        """Signal scale alpha_t, float32 of t's shape. t: integers in [0, T)."""
+        """Signal scale alpha_t, float32 with the shape of t. t: integers in [0, T)."""
         return jnp.asarray(self.alphas)[t]
 
     def sigma(self, t) -> jax.Array:
-        """Noise scale sigma_t, float32 of t's shape. t: integers in [0, T)."""
+        """Noise scale sigma_t, float32 with the shape of t. t: integers in [0, T)."""
         return jnp.asarray(self.sigmas)[t]
 
 
 def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
-    """beta_t, float32 [T], of a named schedule; the cosine one ignores start and end.
+    """beta_t, float32 [T], of a named schedule; squaredcos_cap_v2 ignores start and end.
 
     Raises:
       UnsupportedConfig: unknown name.
+      LcmError: num_train_timesteps below 1.
     """
     if num_train_timesteps < 1:
-        raise LcmError(f"num_train_timesteps={num_train_timesteps}; at least 1 is needed")
+        raise LcmError(f"num_train_timesteps={num_train_timesteps} is out of range; it must be at least 1")
     if beta_schedule == "linear":
         return _linspace(beta_start, beta_end, num_train_timesteps)
     if beta_schedule == "scaled_linear":
@@ -173,9 +178,9 @@ def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, 
 
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Shift and scale sqrt(abar) so that its last value is 0 and its first is kept. betas: float32 [T] -> [T].
+    """Shift and scale sqrt(abar) so that its last value is 0 and its first is kept; betas: float32 [T] -> [T].
 
-    Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1.
+    Source: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1.
     """
     root = np.sqrt(_cumprod(np.float32(1) - betas))
     first, last = root[0], root[-1]
@@ -187,14 +192,14 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 def from_betas(
     betas: Sequence[float] | np.ndarray, prediction_type: str = "epsilon", rescale_betas_zero_snr: bool = False
 ) -> NoiseSchedule:
-    """The schedule of given beta_t [T], each in (0, 1].
+    """The schedule with these beta_t [T], each in (0, 1].
 
     Raises:
-      LcmError: betas outside that range, or what `NoiseSchedule` refuses.
+      LcmError: betas out of range, and the errors of `NoiseSchedule`.
     """
     betas = np.array(betas, np.float32)
     if betas.ndim != 1 or betas.size == 0 or not np.all((betas > 0) & (betas <= 1)):
-        raise LcmError(f"betas of shape {betas.shape} must be one value in (0, 1] per training timestep")
+        raise LcmError(f"betas of shape {betas.shape} must be one value in (0, 1] for each training timestep")
     if rescale_betas_zero_snr:
         betas = rescale_zero_terminal_snr(betas)
     return NoiseSchedule(_cumprod(np.float32(1) - betas), prediction_type)
@@ -207,30 +212,30 @@ def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
       config: see `noise_fields`.
 
     Raises:
-      UnsupportedConfig: unknown beta_schedule or prediction_type, and what `noise_fields` refuses.
-      LcmError: betas that make no noise table; epsilon prediction with zero terminal SNR.
+      UnsupportedConfig: unknown beta_schedule or prediction_type, and the errors of `noise_fields`.
+      LcmError: betas that do not make a noise table; epsilon prediction with zero terminal SNR.
     """
     fields = noise_fields(config)
     betas, rescale = fields.pop("trained_betas"), bool(fields.pop("rescale_betas_zero_snr"))
     kind = fields.pop("prediction_type")
-    if kind not in PREDICTION_TYPES:  # before betas are looked at: flow matching has none
+    if kind not in PREDICTION_TYPES:  # checked before the betas, as flow matching has none
         raise UnsupportedConfig("prediction_type", kind, PREDICTION_TYPES)
     return from_betas(make_betas(**fields) if betas is None else betas, kind, rescale)
 
 
 def noise_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a diffusers `scheduler_config.json` says of noise and output, complete.
+    """The part of a diffusers `scheduler_config.json` that describes noise and output, with every default filled in.
 
-    Keys left out or null have the defaults of the scheduler class that the config names; a config that names none must
-    give its betas. Keys about sampling (spacing, offsets, clipping, ...) are not read: they are arguments of the
-    samplers.
+    Args:
+      config: keys that are missing or null have the defaults of the scheduler class in `_class_name`; a config without
+        a class must have betas. Keys for sampling (spacing, offsets, clipping, ...) are not read.
 
     Returns:
       num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, prediction_type.
 
     Raises:
-      UnsupportedConfig: a class or an option whose noise is no table of variance-preserving steps; thresholding.
-      LcmError: neither class nor betas, or numbers that are none.
+      UnsupportedConfig: a class or an option whose noise is not a table of variance-preserving steps; thresholding.
+      LcmError: neither a class nor betas, or values that are not numbers.
     """
     given = {key: value for key, value in config.items() if value is not None}
     for key, (usual, why) in _OPTIONS.items():
@@ -242,14 +247,14 @@ def noise_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UnsupportedConfig(
             "_class_name",
             name,
-            f"schedulers with a table of variance-preserving steps, {', '.join(_CLASSES)}; if the model was trained on "
-            "one of these, name its class in scheduler_config.json",
+            f"schedulers with a table of variance-preserving steps, {', '.join(_CLASSES)}; if the model was trained "
+            "with one of these, name its class in scheduler_config.json",
         )
     needs_betas = "trained_betas" not in given and given.get("beta_schedule") != "squaredcos_cap_v2"
-    lacking = [key for key in _PLAIN if key not in given]
-    if name is None and needs_betas and lacking:
+    missing = [key for key in _PLAIN if key not in given]
+    if name is None and needs_betas and missing:
         raise LcmError(
-            f"the scheduler config names no class (_class_name) and no {', '.join(lacking)}, so the noise is unknown; "
+            f"the scheduler config has no class (_class_name) and no {', '.join(missing)}, so the noise is unknown; "
             "add the class to scheduler_config.json"
         )
     fields = {"num_train_timesteps": 1000, "trained_betas": None, "rescale_betas_zero_snr": False} | betas
@@ -257,34 +262,34 @@ def noise_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields |= {key: given[key] for key in fields if key in given}
     numbers = {key: fields[key] for key in ("num_train_timesteps", "beta_start", "beta_end")}
     if not all(isinstance(value, int | float) and value >= 0 for value in numbers.values()):
-        raise LcmError(f"the scheduler config has {numbers}; these must be positive numbers, correct them there")
+        raise LcmError(f"the scheduler config has {numbers}; correct it, these must be positive numbers")
     return fields
 
 
 def add_noise(schedule: NoiseSchedule, z, eps, t) -> jax.Array:
     """z_t = alpha_t z + sigma_t eps, float32. z, eps: [b ...]; t: integers [b] or scalar."""
-    alpha, sigma = _scales(schedule, t, z)
-    return alpha * _float32(z) + sigma * _float32(eps)
+    alpha, sigma = _alpha_sigma(schedule, t, z)
+    return alpha * _float32(z) + sigma * _float32(eps)  # Ho et al. 2020, equation 4
 
 
 def velocity(schedule: NoiseSchedule, z, eps, t) -> jax.Array:
     """v = alpha_t eps - sigma_t z, float32. z, eps: [b ...]; t: integers [b] or scalar."""
-    alpha, sigma = _scales(schedule, t, z)
-    return alpha * _float32(eps) - sigma * _float32(z)
+    alpha, sigma = _alpha_sigma(schedule, t, z)
+    return alpha * _float32(eps) - sigma * _float32(z)  # Salimans & Ho 2022
 
 
 def to_x0(schedule: NoiseSchedule, output, z_t, t) -> jax.Array:
-    """The clean latent that the network's output means, float32. output, z_t: [b ...]; t: integers [b] or scalar."""
-    return x0_from_output(schedule.prediction_type, output, z_t, *_scales(schedule, t, z_t))
+    """The clean latent x0 that an output implies, float32. output, z_t: [b ...]; t: integers [b] or scalar."""
+    return x0_from_output(schedule.prediction_type, output, z_t, *_alpha_sigma(schedule, t, z_t))
 
 
 def to_eps(schedule: NoiseSchedule, output, z_t, t) -> jax.Array:
-    """The noise that the network's output means, float32. output, z_t: [b ...]; t: integers [b] or scalar."""
-    return eps_from_output(schedule.prediction_type, output, z_t, *_scales(schedule, t, z_t))
+    """The noise eps that an output implies, float32. output, z_t: [b ...]; t: integers [b] or scalar."""
+    return eps_from_output(schedule.prediction_type, output, z_t, *_alpha_sigma(schedule, t, z_t))
 
 
 def x0_from_output(prediction_type: str, output, z_t, alpha, sigma) -> jax.Array:
-    """`to_x0` with the scales given (they broadcast against z_t)."""
+    """`to_x0` with given alpha_t and sigma_t, which broadcast against z_t."""
     output, z_t = _float32(output), _float32(z_t)
     if prediction_type == "epsilon":
         return (z_t - sigma * output) / alpha
@@ -296,7 +301,7 @@ def x0_from_output(prediction_type: str, output, z_t, alpha, sigma) -> jax.Array
 
 
 def eps_from_output(prediction_type: str, output, z_t, alpha, sigma) -> jax.Array:
-    """`to_eps` with the scales given (they broadcast against z_t)."""
+    """`to_eps` with given alpha_t and sigma_t, which broadcast against z_t."""
     output, z_t = _float32(output), _float32(z_t)
     if prediction_type == "epsilon":
         return output
@@ -307,14 +312,14 @@ def eps_from_output(prediction_type: str, output, z_t, alpha, sigma) -> jax.Arra
     raise UnsupportedConfig("prediction_type", prediction_type, PREDICTION_TYPES)
 
 
-def expand_to(scale, like) -> jax.Array:
-    """A scale per sample, [b] or scalar, with trailing axes of length 1 so that it broadcasts against [b ...]."""
+def broadcast_like(scale, like) -> jax.Array:
+    """One float32 scale per sample, [b] or scalar, with trailing axes of length 1 to broadcast against [b ...]."""
     scale = jnp.asarray(scale, jnp.float32)
     return scale.reshape(scale.shape + (1,) * (jnp.ndim(like) - scale.ndim))
 
 
-def _scales(schedule: NoiseSchedule, t, like) -> tuple[jax.Array, jax.Array]:
-    return expand_to(schedule.alpha(t), like), expand_to(schedule.sigma(t), like)
+def _alpha_sigma(schedule: NoiseSchedule, t, like) -> tuple[jax.Array, jax.Array]:
+    return broadcast_like(schedule.alpha(t), like), broadcast_like(schedule.sigma(t), like)
 
 
 def _float32(x) -> jax.Array:
@@ -322,7 +327,7 @@ def _float32(x) -> jax.Array:
 
 
 def _linspace(start: float, end: float, num: int) -> np.ndarray:
-    """float32 as torch.linspace: filled from both ends, each value rounded once (a fused multiply-add)."""
+    """`torch.linspace` in float32: filled from both ends, each value rounded once (a fused multiply-add)."""
     if num == 1:
         return np.array([start], np.float32)
     start, end = np.float32(start), np.float32(end)
@@ -332,5 +337,5 @@ def _linspace(start: float, end: float, num: int) -> np.ndarray:
 
 
 def _cumprod(x: np.ndarray) -> np.ndarray:
-    """Cumulative product of float32 values, accumulated in float64 (as torch does on CPU)."""
+    """Cumulative product of float32 values, accumulated in float64 as in torch on CPUs."""
     return np.cumprod(x, dtype=np.float64).astype(np.float32)
