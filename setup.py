@@ -20,6 +20,7 @@ CORE = [
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.20",
     "pillow>=10.1",
+    "rich>=13",
     "safetensors",
     "tensorboardX",
     "tqdm",

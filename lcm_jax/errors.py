@@ -3,8 +3,9 @@
 Programs print the line as `error: ...` and exit with code 2.
 """
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -13,26 +14,41 @@ class LcmError(ValueError):
 
 
 class BadArgument(LcmError):
-    """A bad value of one argument. A library function names its argument, a program its flag (`at`)."""
+    """An argument whose value cannot be used. The library names the argument, the program the flag: see `flags_named`.
 
-    def __init__(self, name: str, value: Any, problem: str, prefix: str = ""):
-        super().__init__(f"{prefix}{name}={value}: {problem}")
+    Attributes:
+      name: of the argument.
+      value: the value given.
+      problem: what is wrong with it, and what to do.
+    """
+
+    def __init__(self, name: str, value: Any, problem: str):
+        super().__init__(f"{name}={value}: {problem}")
         self.name, self.value, self.problem = name, value, problem
 
     def at(self, prefix: str) -> LcmError:
-        """The same error of the flag or key `prefix` + name."""
-        return BadArgument(self.name, self.value, self.problem, prefix)
+        """The same error for the one who typed the flag `prefix` + name, as "--config.data.path=/nowhere: ..."."""
+        return LcmError(f"{prefix}{self}")
 
-    def __reduce__(self):
+    def __reduce__(self):  # the default would call __init__ with the message alone
         return type(self), (self.name, self.value, self.problem)
+
+
+@contextlib.contextmanager
+def flags_named(prefix: str) -> Iterator[None]:
+    """In this block, or in a function that it decorates, a BadArgument is raised as its error `at(prefix)`."""
+    try:
+        yield
+    except BadArgument as error:
+        raise error.at(prefix) from None
 
 
 def exit_code(program: Callable[[], int | None]) -> int:
     """Runs `program` and returns its exit code (None is 0). Bad input is one line on stderr, and code 2."""
     try:
-        return program() or 0
+        with flags_named("--"):
+            return program() or 0
     except (LcmError, OSError) as error:
-        error = error.at("--") if isinstance(error, BadArgument) else error
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from lcm_jax.data.sources import SOURCES, open_source
 from lcm_jax.diffusion.timesteps import SPACINGS
-from lcm_jax.errors import BadArgument, LcmError, exit_code
+from lcm_jax.errors import BadArgument, LcmError, exit_code, flags_named
 from lcm_jax.metrics import inputs, measures, plot, table
 from lcm_jax.metrics import rows as rows_lib
 from lcm_jax.metrics.measures import Measure, Reference, Spec
@@ -170,10 +170,8 @@ def read_inputs(args: argparse.Namespace) -> inputs.Inputs:
     if args.source == "shapes":
         given = {"split": "heldout", "num_examples": max(count, args.references or 0)} | given
     path = given.pop("path", None)
-    try:
+    with flags_named("--"):
         source = open_source(args.source, path and os.path.expanduser(path), **given)
-    except LcmError as error:  # speaks to those who write a config
-        raise LcmError(str(error).replace("--config.data.", "--").replace("config.data.", "--")) from None
     words = [args.source, path, *(f"{key}={given[key]}" for key in SOURCE_FLAGS if key in given)]
     return inputs.of_source(source, count, " ".join(word for word in words if word))
 

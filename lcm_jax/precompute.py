@@ -1,7 +1,6 @@
-"""Encode a config's pictures and captions once, for `data.source = "latents"`; or pack its records for `"tfds"`.
+"""Encode a config's images and captions once, for `data.source = "latents"`.
 
     python -m lcm_jax.precompute --config=configs/my_run.py --out=DIR [--variants=2] [--dtype=float16]
-    python -m lcm_jax.precompute --config=configs/my_run.py --out=DIR --what=records
 
 Of the config it reads `data`, `seed` and the models. Row by row the cache holds what `data.encode = "start"` would have
 made of the same config; variant v of example i draws its crop, flip and caption at position v * N + i of N examples.
@@ -17,7 +16,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,13 +30,13 @@ from tqdm import tqdm
 
 import lcm_jax
 from lcm_jax import files
-from lcm_jax.data import cache, encoding, loader, tfds_builder
+from lcm_jax.data import cache, encoding, loader
 from lcm_jax.data import cache as cache_writing
 from lcm_jax.data.cache import Shard
-from lcm_jax.data.loader import BadRecords
-from lcm_jax.data.order import draws_at
-from lcm_jax.data.records import Fault, Record, Source
-from lcm_jax.errors import LcmError
+from lcm_jax.data.loader import BadRecordFile, BadRecordLog
+from lcm_jax.data.records import BadRecord
+from lcm_jax.data.rows import Examples, FixedDraws
+from lcm_jax.errors import LcmError, flags_named
 from lcm_jax.pretrained import ENCODERS, Pipeline
 from lcm_jax.pretrained import text as conditioning
 from lcm_jax.pretrained.model import TEXT_ENCODERS, PipelineParams
@@ -101,29 +99,6 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Variants:
-    """`examples`, each `count` times in a row; what is random about them is a function of (seed, number) alone."""
-
-    examples: loader.Examples
-    count: int
-    seed: int
-
-    @property
-    def groups(self) -> tuple[int, ...]:
-        return tuple(size * self.count for size in self.examples.groups)
-
-    def row(self, group: int, rank: int, draws: np.random.Generator) -> dict[str, np.ndarray]:
-        del draws
-        number, variant = divmod(rank, self.count)
-        sizes = self.examples.groups
-        position = variant * sum(sizes) + sum(sizes[:group]) + number
-        return self.examples.row(group, number, draws_at(self.seed, position))
-
-    def where(self, group: int, rank: int) -> tuple[str, str]:
-        return self.examples.where(group, rank // self.count)
-
-
-@dataclasses.dataclass(frozen=True)
 class Captioned:
     """`tokenize`, which keeps the captions beside their ids."""
 
@@ -140,13 +115,14 @@ class Job:
     out: Path
     plan: Mapping[str, Any]
     shards: tuple[Shard, ...]
-    examples: Variants
+    examples: FixedDraws
     batch: int
     encode: Callable[[encoding.Rows], encoding.Rows]
     watch: training_data.Watch
-    left_out: tuple[Fault, ...]  # by indexing
+    left_out: tuple[BadRecord, ...]  # by indexing
 
 
+@flags_named("--")
 def latents(config: ConfigDict, out: str | Path, options: Options) -> None:
     """Writes the cache of `config`'s pictures and captions to the folder `out`, or goes on with it.
 
@@ -183,9 +159,9 @@ def prepared(config: ConfigDict, out: Path, options: Options) -> Job:
     pipeline, params = student_lib.load_teacher(config, mesh_lib.place(mesh), weights=ENCODERS)
     tokenize = Captioned(training_data.Tokenize(pipeline.tokenizers))
     pictures = training_data.pictures(config, part.source, tokenize, time_ids=pipeline.is_xl)
-    watch = training_data.Watch(loader.Faults(config.data.max_bad_fraction, BadRecords(out)), say)
-    watch.faults.indexed(part.source.faults, part.report.total, part.report.kept)
-    examples = Variants(pictures, options.variants, config.seed)
+    watch = training_data.Watch(BadRecordLog(config.data.max_bad_fraction, BadRecordFile(out)), say)
+    watch.bad_records.indexed(part.source.bad_records, part.report.total, part.report.kept)
+    examples = FixedDraws(pictures, config.seed, options.variants)
     batch = encoding.batch_size(config.data.resolution)
     return Job(
         out=out,
@@ -195,7 +171,7 @@ def prepared(config: ConfigDict, out: Path, options: Options) -> Job:
         batch=batch,
         encode=of_a_batch(encoding.make_encode(pipeline, params, mesh, config.data.encode_chunk), options.text, batch),
         watch=watch,
-        left_out=tuple(part.source.faults),
+        left_out=tuple(part.source.bad_records),
     )
 
 
@@ -213,7 +189,7 @@ def check_config(config: ConfigDict) -> ConfigDict:
 
 
 def make_plan(
-    config: ConfigDict, options: Options, pipeline: Pipeline, params: PipelineParams, examples: loader.Examples
+    config: ConfigDict, options: Options, pipeline: Pipeline, params: PipelineParams, examples: Examples
 ) -> dict[str, Any]:
     """All that decides what the cache will hold: the manifest but for what comes of it. As it comes back from JSON."""
     plan = {
@@ -295,12 +271,12 @@ def write(job: Job) -> str | None:
 def write_shards(job: Job) -> None:
     """`write`; raises Stopped where a signal came."""
     mine = job.shards[jax.process_index() :: jax.process_count()]
-    before = {shard: cache_writing.noted(job.out, shard) for shard in mine}
+    before = {shard: cache_writing.read_note(job.out, shard) for shard in mine}
     todo = [shard for shard, state in before.items() if state is None]
     for shard, state in before.items():
         if state is not None:
-            job.watch.faults.add(state[2], len(shard.ranks))
-    files.check_space(job.out, cache_writing.space(job.plan["arrays"], todo))
+            job.watch.bad_records.add(state[2], len(shard.ranks))
+    files.check_space(job.out, cache_writing.disk_space(job.plan["arrays"], todo))
     total, left = (sum(len(shard.ranks) for shard in shards) for shards in (mine, todo))
     with StopSignal() as stop, Progress(total, total - left, "rows") as progress:
         for group, shards in itertools.groupby(todo, lambda shard: shard.group):
@@ -317,21 +293,21 @@ def write_shards(job: Job) -> None:
 
 def write_shard(job: Job, shard: Shard, rows: Iterator, progress: Progress, stop: StopSignal) -> None:
     """The next of `rows` as one file."""
-    faults: list[Fault] = []
+    bad_records: list[BadRecord] = []
 
     def records() -> Iterator[bytes]:
         for first in range(0, len(shard.ranks), job.batch):  # no batch reaches into another shard
             if stop:
                 raise Stopped(STOPPED.format(stop.name))
             chunk = list(itertools.islice(rows, min(job.batch, len(shard.ranks) - first)))
-            bad = [row for _, row in chunk if isinstance(row, Fault)]
-            faults.extend(bad)
-            job.watch.faults.add(bad, len(chunk))
-            yield from encoded(job, shard.group, [(rank, row) for rank, row in chunk if not isinstance(row, Fault)])
+            bad = [row for _, row in chunk if isinstance(row, BadRecord)]
+            bad_records.extend(bad)
+            job.watch.bad_records.add(bad, len(chunk))
+            yield from encoded(job, shard.group, [(rank, row) for rank, row in chunk if not isinstance(row, BadRecord)])
             progress.move(len(chunk))
 
     count = cache_writing.write_shard(job.out / shard.name, records())
-    cache_writing.note(job.out, shard, count, faults)
+    cache_writing.write_note(job.out, shard, count, bad_records)
 
 
 def encoded(job: Job, group: int, good: Sequence[tuple[int, encoding.Rows]]) -> Iterator[bytes]:
@@ -346,58 +322,6 @@ def encoded(job: Job, group: int, good: Sequence[tuple[int, encoding.Rows]]) -> 
         yield cache_writing.pack({name: value[i] for name, value in arrays.items()}, job.plan["arrays"], about)
 
 
-def records(config: ConfigDict, out: str | Path) -> None:
-    """Packs the records of `config`'s source into a TensorFlow Datasets folder `out`.
-
-    Raises:
-      LcmError: a bad config or source; `out` exists; too many records cannot be used (nothing is left then).
-      Stopped: SIGTERM or SIGINT; nothing is left.
-    """
-    config, out = check_config(config), Path(out).expanduser().absolute()
-    if jax.process_count() > 1:
-        raise LcmError(f"--what=records packs in one process, not in {jax.process_count()}; start it once")
-    (part,) = training_data.open_parts(config)
-    say(f"{part.name}: {part.report.line()}")
-    share = config.data.max_bad_fraction
-    loader.Faults(share, lambda fault: None).indexed(part.source.faults, part.report.total, part.report.kept)
-    with StopSignal() as stop, Progress(len(part.source), 0, "records") as progress:
-
-        def report(done: int, total: int) -> None:
-            if stop:
-                raise waiting.Stopped
-            progress.move(1)
-
-        try:
-            packed = tfds_builder.pack(Heard(part.source, lambda: stop), out, report=report)
-        except waiting.Stopped:
-            raise Stopped(f"{stop.name}: stopped, nothing is left; the same command begins again") from None
-    try:
-        loader.Faults(share, BadRecords(out)).indexed(packed.faults, packed.records, packed.records)
-    except LcmError:
-        shutil.rmtree(out)
-        raise
-    say(f"{out}: {packed.records} records in {packed.shards} shards; {len(packed.faults)} could not be used")
-
-
-class Heard:
-    """A source whose records are read apart, so that a wish to stop is heard while a file server hangs."""
-
-    def __init__(self, source: Source, stop: Callable[[], Any]) -> None:
-        self._source, self._stop = source, stop
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, number: int) -> Record:
-        def what() -> str:
-            return "{}: {}, which is being read".format(*self._source.where(number))
-
-        return waiting.in_thread(lambda: self._source[number], what, stop=self._stop)
-
-
 def say(line: str) -> None:
     """A line for the reader of the terminal, above the bar, from one process of all."""
     if jax.process_index() == 0:
@@ -408,12 +332,7 @@ def run(given: flags.FlagValues) -> int:
     """What the command line asks for: its exit code."""
     options = Options(given.text, given.variants, given.dtype, given.shard_size)
     try:
-        if given.what == "latents":
-            latents(given.config, given.out, options)
-        elif options != Options():
-            raise LcmError("--text, --variants, --dtype and --shard_size go with --what=latents; leave them out")
-        else:
-            records(given.config, given.out)
+        latents(given.config, given.out, options)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 1
@@ -430,7 +349,6 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, config_lib.flag_help("configs/shapes_lcm.py"))
     flags.DEFINE_string("out", None, "new folder, or one in which the same command was stopped")
-    flags.DEFINE_enum("what", "latents", ("latents", "records"), "encoded rows, or records as they are")
     flags.DEFINE_string("text", Options.text, f"captions as {' or '.join(cache.TEXTS)}")
     flags.DEFINE_integer("variants", Options.variants, "crops, flips and captions of each picture")
     flags.DEFINE_string("dtype", Options.dtype, f"of moments and embeddings on disk: {', '.join(cache.DTYPES)}")

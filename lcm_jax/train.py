@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lcm_jax.cost import chips, roofline
 from lcm_jax.data import encoding, loader
-from lcm_jax.data.loader import BadRecords
+from lcm_jax.data.loader import BadRecordFile, BadRecordLog
 from lcm_jax.distill import objective as objectives
 from lcm_jax.distill.state import TrainState
 from lcm_jax.distill.step import named_key
@@ -96,7 +96,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> TrainSt
 
         # ---- Data.
         first = step = int(state.step)
-        watch = run_data.Watch(loader.Faults(config.data.max_bad_fraction, BadRecords(workdir)), say)
+        watch = run_data.Watch(BadRecordLog(config.data.max_bad_fraction, BadRecordFile(workdir)), say)
         examples, order = run_data.open_examples(config, parts, teacher, encode, watch)
         same_as_before(workdir, "data.json", run_data.describe(order))
         stop = StopSignal()
@@ -104,7 +104,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> TrainSt
             examples,
             order,
             step,
-            faults=watch.faults,
+            bad_records=watch.bad_records,
             put=lambda rows: mesh_lib.put_batch(mesh, watch.captions(rows)),
             workers=0 if config.data.encode == "start" else config.data.workers,  # rows in memory stay in this process
             rows=mesh_lib.process_rows(mesh, config.data.batch_size, jax.process_index()),

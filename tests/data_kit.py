@@ -1,4 +1,4 @@
-"""One set of captioned pictures, written as each kind of source has it, by the format's usual writer."""
+"""One set of captioned images, written as each kind of source has it, by the format's usual writer."""
 
 import io
 import json
@@ -7,14 +7,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import tensorflow_datasets as tfds
 from PIL import Image
-
-from lcm_jax.data import tfds_builder
-from lcm_jax.data.sources import open_source
 
 
 def jpeg(number: int, size: tuple[int, int]) -> bytes:
-    """A picture (width, height) that no other number has."""
+    """An image of `size` (width, height), another one for each number."""
     rng = np.random.default_rng(number)
     small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
     stream = io.BytesIO()
@@ -23,7 +21,7 @@ def jpeg(number: int, size: tuple[int, int]) -> bytes:
 
 
 def records(count: int) -> list[dict]:
-    """[{"key", "image", "text", "width", "height", "pwatermark"}] of pictures of several sizes, wide and high."""
+    """[{"key", "image", "text", "width", "height", "pwatermark"}] of images of several sizes and both orientations."""
     sizes = ((96, 72), (70, 101), (64, 64), (130, 90))
     return [
         {
@@ -47,9 +45,9 @@ def members(record: dict) -> list[tuple[str, bytes]]:
     return [(f"{key}.{suffix}", content) for suffix, content in files.items()]
 
 
-def write_tar(path: Path, entries: list[tuple[str, bytes]]) -> Path:
+def write_tar(path: Path, entries: list[tuple[str, bytes]], **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", **options) as tar:
         for name, content in entries:
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -86,10 +84,32 @@ def parquet(folder: Path, found: list[dict]) -> str:
     return str(folder)
 
 
-def tfds(folder: Path, found: list[dict]) -> str:
-    packed = tfds_builder.pack(open_source("folder", imagefolder(folder / "images", found)), folder / "records")
-    assert packed.records == len(found) and not packed.faults
-    return str(folder / "records")
+class TinyRecords(tfds.core.GeneratorBasedBuilder):
+    """`found` as a TFDS data set that keeps its order."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    found: list[dict] = []
+
+    def _info(self):
+        f = tfds.features
+        number = f.Tensor(shape=(), dtype=np.float64, encoding="bytes")  # else it is stored in 32 bits
+        numbers = dict.fromkeys(("width", "height", "pwatermark"), number)
+        features = f.FeaturesDict({"image": f.Image(), "text": f.Text(), **numbers})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for number, record in enumerate(self.found):
+            yield number, {name: record[name] for name in self.info.features}
 
 
-WRITERS = {"webdataset": webdataset, "folder": imagefolder, "huggingface": parquet, "tfds": tfds}
+def tensorflow_datasets(folder: Path, found: list[dict]) -> str:
+    TinyRecords.found = found
+    builder = TinyRecords(data_dir=folder, file_format="array_record")
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=2))
+    return str(builder.data_path)
+
+
+WRITERS = {"webdataset": webdataset, "folder": imagefolder, "huggingface": parquet, "tfds": tensorflow_datasets}

@@ -1,4 +1,4 @@
-"""One of several real processes that read the data of one config: its rows of the global batches, into a file.
+"""One of several real processes that read the data of one config; it writes its rows of the global batches to a file.
 
 python tests/data_process.py CONFIG.json INDEX COUNT PORT START STEPS WORKERS OUT.npz
 """
@@ -44,7 +44,7 @@ def main() -> None:
             start,
             put=put,
             workers=workers,
-            faults=loader.Faults(1.0, lambda fault: None),
+            bad_records=loader.BadRecordLog(1.0),
             rows=mesh_lib.process_rows(mesh, config.data.batch_size, jax.process_index()),
         )
     ) as batches:
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def shard_rows(array: jax.Array):
-    """The rows of a global array that lie on this process's devices, in order."""
+    """The rows of a global array on this process's devices, in order."""
     import numpy as np
 
     shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)

@@ -1,18 +1,18 @@
-"""The latent cache on disk: what is written is read, what does not fit or is damaged is refused."""
+"""The latent cache on disk: what is written is read; what does not fit or is damaged is refused."""
 
 import json
 import pickle
 import resource
 import shutil
+import zlib
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from lcm_jax.data import cache
-from lcm_jax.data import cache as cache_writing
-from lcm_jax.data.records import BadRecord, Fault
-from lcm_jax.errors import LcmError
+from lcm_jax.data.records import BadRecord, BadRecordError
+from lcm_jax.errors import BadArgument, LcmError
 
 SIZES = ((8, 8), (4, 12), (6, 6))  # of the groups' latents; the last group has no rows
 ROWS = (23, 5, 0)
@@ -49,16 +49,16 @@ def plan(dtype="float32", **more):
 def records(group, ranks, dtype="float32"):
     for rank in ranks:
         about = {"key": f"ключ-{rank}", "shard": f"{group}.tar", "caption": "a red circle"}
-        yield cache_writing.pack(row(group, rank), arrays(dtype), about)
+        yield cache.pack(row(group, rank), arrays(dtype), about)
 
 
-def write(out, dtype="float32", faults=()):
-    shards = cache_writing.shards_of(ROWS, 10)
-    assert cache_writing.begin(out, plan(dtype))
+def write(out, dtype="float32", bad=()):
+    shards = cache.shards_of(ROWS, 10)
+    assert cache.begin(out, plan(dtype))
     for shard in shards:
-        count = cache_writing.write_shard(out / shard.name, records(shard.group, shard.ranks, dtype))
-        cache_writing.note(out, shard, count, faults)
-    cache_writing.finish(out, plan(dtype), shards, faults)
+        count = cache.write_shard(out / shard.name, records(shard.group, shard.ranks, dtype))
+        cache.write_note(out, shard, count, bad)
+    cache.finish(out, plan(dtype), shards, bad)
     return out
 
 
@@ -72,29 +72,38 @@ def broken(written, tmp_path):
     return shutil.copytree(written, tmp_path / "broken")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kept"),
-    [
-        ("float32", np.float32),
-        ("float16", np.float16),
-        ("bfloat16", ml_dtypes.bfloat16),
-    ],
-)
-def test_what_is_written_is_read(tmp_path, dtype, kept):
+def change_manifest(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_is_written_is_read_also_in_another_process(tmp_path, dtype):
     cached = cache.open(write(tmp_path / "cache", dtype))
     assert cached.groups == ROWS and len(cached) == 28
-    for group, rank in [(g, r) for g, rows in enumerate(ROWS) for r in range(rows)]:
-        found, expected = cached.row(group, rank), row(group, rank)
-        expected["mean"] = expected["mean"].astype(kept).astype(np.float32)
-        assert list(found) == list(expected)
-        for name, value in expected.items():
-            assert found[name].dtype == value.dtype
-            np.testing.assert_array_equal(found[name], value)
-        assert cached.where(group, rank) == (f"{group}.tar", f"ключ-{rank}")
-        assert cached.about(group, rank)["caption"] == "a red circle"
+    cached.row(0, 3)  # opens a shard
+    for found in (cached, pickle.loads(pickle.dumps(cached))):
+        for group, rank in [(g, r) for g, rows in enumerate(ROWS) for r in range(rows)]:
+            values, expected = found.row(group, rank), row(group, rank)
+            expected["mean"] = expected["mean"].astype(getattr(ml_dtypes, dtype, dtype)).astype(np.float32)
+            assert list(values) == list(expected)
+            for name, value in expected.items():
+                assert values[name].dtype == value.dtype
+                np.testing.assert_array_equal(values[name], value)
+            assert found.where(group, rank) == (f"{group}.tar", f"ключ-{rank}")
+            assert found.about(group, rank)["caption"] == "a red circle"
 
 
-def test_the_folder_holds_the_manifest_and_whole_shards_alone(written):
+def test_the_bytes_of_a_record_are_pinned():
+    """As caches that exist have them."""
+    rows = {"mean": np.arange(256).reshape(8, 8, 4), "text_encoder": np.arange(77), "time_ids": np.arange(6)}
+    about = {"key": "ключ", "shard": "a.tar", "caption": "a red circle"}
+    packed = cache.pack(rows, arrays("bfloat16"), about)
+    assert len(packed) == 924 and zlib.crc32(packed) == 2574601083
+
+
+def test_the_folder_holds_the_manifest_and_complete_shards_alone(written):
     assert sorted(p.name for p in written.iterdir()) == [
         "latents-00-00000.array_record",
         "latents-00-00001.array_record",
@@ -107,24 +116,12 @@ def test_the_folder_holds_the_manifest_and_whole_shards_alone(written):
     assert [shard["rows"] for shard in manifest["groups"][0]["shards"]] == [10, 10, 3]
 
 
-def test_a_cache_goes_to_other_processes(written):
-    cached = cache.open(written)
-    first = cached.row(0, 3)["mean"]
-    copy = pickle.loads(pickle.dumps(cached))
-    np.testing.assert_array_equal(copy.row(0, 3)["mean"], first)
-    assert copy.groups == cached.groups
-
-
-def test_what_is_no_cache(written, tmp_path):
-    with pytest.raises(LcmError, match=r"nowhere is no folder.*config\.data\.path"):
+def test_folders_that_are_not_a_cache(broken, tmp_path):
+    with pytest.raises(BadArgument, match=r"^path=.*nowhere: not a folder"):
         cache.open(tmp_path / "nowhere")
-    with pytest.raises(LcmError, match=r"no manifest\.json.*same lcm_jax\.precompute command again"):
+    with pytest.raises(BadArgument, match=r"has no manifest\.json.*same lcm_jax\.precompute command again"):
         cache.open(tmp_path)
-
-
-def test_a_cache_of_another_version(broken):
-    manifest = json.loads((broken / "manifest.json").read_text())
-    (broken / "manifest.json").write_text(json.dumps(manifest | {"format": 7}))
+    change_manifest(broken, lambda manifest: manifest.update(format=7))
     with pytest.raises(LcmError, match="format 7, this version reads 1"):
         cache.open(broken)
 
@@ -133,7 +130,7 @@ def test_shards_that_are_missing_or_cut_short(broken):
     shard = broken / "latents-00-00001.array_record"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1000])
-    with pytest.raises(LcmError, match=rf"latents-00-00001.* has {len(whole) - 1000} bytes where {len(whole)} were"):
+    with pytest.raises(LcmError, match=rf"latents-00-00001.* has {len(whole) - 1000} bytes, {len(whole)} were written"):
         cache.open(broken)
     shard.unlink()
     with pytest.raises(LcmError, match="latents-00-00001.array_record is missing"):
@@ -142,10 +139,9 @@ def test_shards_that_are_missing_or_cut_short(broken):
 
 @pytest.mark.parametrize("name", ["../latents-00-00000.array_record", "{folder}/latents-00-00000.array_record"])
 def test_shards_outside_of_the_folder_are_not_read(broken, name):
-    manifest = json.loads((broken / "manifest.json").read_text())
     shutil.copy(broken / "latents-00-00000.array_record", broken.parent)
-    manifest["groups"][0]["shards"][0]["file"] = name.format(folder=broken.parent)
-    (broken / "manifest.json").write_text(json.dumps(manifest))
+    name = name.format(folder=broken.parent)
+    change_manifest(broken, lambda manifest: manifest["groups"][0]["shards"][0].update(file=name))
     with pytest.raises(LcmError, match="latents-00-00000.array_record' names no file inside .*broken"):
         cache.open(broken)
 
@@ -164,9 +160,7 @@ def test_shards_outside_of_the_folder_are_not_read(broken, name):
     ],
 )
 def test_rows_and_shapes_that_cannot_be(broken, change):
-    manifest = json.loads((broken / "manifest.json").read_text())
-    change(manifest)
-    (broken / "manifest.json").write_text(json.dumps(manifest))
+    change_manifest(broken, change)
     with pytest.raises(LcmError, match="rows or shapes in .*manifest.json"):
         cache.open(broken)
 
@@ -174,11 +168,11 @@ def test_rows_and_shapes_that_cannot_be(broken, change):
 def test_a_damaged_row_is_one_bad_record(broken):
     shard = broken / "latents-00-00000.array_record"
     data, mean = bytearray(shard.read_bytes()), row(0, 4)["mean"].tobytes()
-    place = data.index(mean)
-    data[place : place + 8] = bytes(8)
+    at = data.index(mean)
+    data[at : at + 8] = bytes(8)
     shard.write_bytes(data)
     cached = cache.open(broken)
-    with pytest.raises(BadRecord, match="cannot be read"):
+    with pytest.raises(BadRecordError, match="cannot be read"):
         cached.row(0, 4)
     assert cached.where(0, 4) == (str(broken), "row 4 of group 0")
     np.testing.assert_array_equal(cached.row(0, 5)["mean"], row(0, 5)["mean"])
@@ -187,15 +181,15 @@ def test_a_damaged_row_is_one_bad_record(broken):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("vae", "34cd" * 16, ["vae 12ab12ab12ab", "34cd34cd34cd", "config.model.vae", "precompute again"]),
-        ("resolution", 512, ["resolution 64", "512", "config.data.resolution"]),
+        ("vae", "34cd" * 16, ["vae 12ab12ab12ab", "34cd34cd34cd", "VAE of the cache", "precompute again"]),
+        ("resolution", 512, ["resolution 64", "512", "set the cache's resolution"]),
         ("sizes", [[64, 64]], ["sizes", "[32, 96]", "aspect_buckets"]),
         ("scaling_factor", 0.13, ["0.18215", "0.13"]),
         ("time_ids", True, ["False", "True", "SDXL"]),
         ("tokenizers", {"text_encoder": "55bb" * 16}, ["77aa77aa77aa", "55bb55bb55bb"]),
     ],
 )
-def test_another_runs_cache_is_refused_with_both_values(written, key, value, words):
+def test_a_cache_of_another_run_is_refused_with_both_values(written, key, value, words):
     manifest = cache.open(written).manifest
     cache.check_fit(manifest, FINGERPRINT, written)
     with pytest.raises(LcmError) as error:
@@ -213,63 +207,62 @@ def test_text_encoders_count_for_embeddings_alone(written):
 def test_values_that_a_dtype_cannot_hold():
     about = {"key": "7", "shard": "a.tar", "caption": ""}
     large = row(0, 0) | {"mean": np.full((8, 8, 4), 1e5, np.float32)}
-    cache_writing.pack(large, arrays("bfloat16"), about)
-    with pytest.raises(LcmError, match=r"a\.tar: 7: mean is not finite in float16; use --dtype=float32"):
-        cache_writing.pack(large, arrays("float16"), about)
+    cache.pack(large, arrays("bfloat16"), about)
+    with pytest.raises(LcmError, match=r"a\.tar: 7: mean is not finite in float16; .*dtype=float32"):
+        cache.pack(large, arrays("float16"), about)
 
 
-def test_a_full_disk_leaves_no_half_shard(tmp_path):
+def test_a_shard_that_fails_leaves_nothing(tmp_path):
+    """By a full disk, and by rows that cannot be made, which is not reported as a full disk."""
     path = tmp_path / "latents-00-00000.array_record"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:
         with pytest.raises(LcmError, match=f"{path} cannot be written .*same command"):
-            cache_writing.write_shard(path, records(0, range(300)))
+            cache.write_shard(path, records(0, range(300)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not list(tmp_path.iterdir())
 
-
-def test_a_shard_whose_rows_fail_is_not_there(tmp_path):
     def failing():
         yield from records(0, range(3))
         raise RuntimeError("out of memory on the device")
 
-    with pytest.raises(RuntimeError, match="out of memory"):  # and not that the disk were full
-        cache_writing.write_shard(tmp_path / "a", failing())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cache.write_shard(path, failing())
     assert not list(tmp_path.iterdir())
 
 
 def test_another_plan_and_another_folder(written, tmp_path):
-    assert not cache_writing.begin(written, plan())
-    with pytest.raises(LcmError, match="vae: 12ab12ab12ab there, 34cd34cd34cd now"):
-        cache_writing.begin(written, plan(fingerprint=FINGERPRINT | {"vae": "34cd" * 16}))
+    assert not cache.begin(written, plan())
+    with pytest.raises(BadArgument, match="^out=.*vae: 12ab12ab12ab there, 34cd34cd34cd now"):
+        cache.begin(written, plan(fingerprint=FINGERPRINT | {"vae": "34cd" * 16}))
     out = tmp_path / "begun"
-    assert cache_writing.begin(out, plan(text="ids")) and cache_writing.begin(out, plan(text="ids"))
-    with pytest.raises(LcmError, match="text: ids there, embeddings now"):
-        cache_writing.begin(out, plan(text="embeddings"))
-    cache_writing.check_folder(out)
+    assert cache.begin(out, plan(text="ids")) and cache.begin(out, plan(text="ids"))
+    with pytest.raises(BadArgument, match="text: ids there, embeddings now"):
+        cache.begin(out, plan(text="embeddings"))
+    cache.check_folder(out)
     (tmp_path / "photo.jpg").touch()
     for path, words in ((tmp_path, "holds other things"), (tmp_path / "photo.jpg", "is a file")):
-        with pytest.raises(LcmError, match=words):
-            cache_writing.check_folder(path)
+        with pytest.raises(BadArgument, match=f"^out={path}: {words}"):
+            cache.check_folder(path)
 
 
 def test_unfinished_and_empty_caches_get_no_manifest(tmp_path):
-    shards = cache_writing.shards_of(ROWS, 10)
-    cache_writing.begin(tmp_path, plan())
+    shards = cache.shards_of(ROWS, 10)
+    cache.begin(tmp_path, plan())
     with pytest.raises(LcmError, match="latents-00-00000.array_record is not finished"):
-        cache_writing.finish(tmp_path, plan(), shards, ())
+        cache.finish(tmp_path, plan(), shards, ())
     for shard in shards:
-        cache_writing.write_shard(tmp_path / shard.name, ())
-        cache_writing.note(tmp_path, shard, 0, [Fault("a.tar", "1", "truncated")])
+        cache.write_shard(tmp_path / shard.name, ())
+        cache.write_note(tmp_path, shard, 0, [BadRecord("a.tar", "1", "truncated")])
     with pytest.raises(LcmError, match="none of 28 records can be used; the first: a.tar: 1: truncated"):
-        cache_writing.finish(tmp_path, plan(), shards, ())
+        cache.finish(tmp_path, plan(), shards, ())
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_faults_are_listed_once(tmp_path):
-    fault = Fault("a.tar", "1", "truncated")
-    out = write(tmp_path / "cache", faults=[fault])
+def test_bad_records_are_listed_once(tmp_path):
+    bad = BadRecord("a.tar", "1", "truncated")
+    out = write(tmp_path / "cache", bad=[bad])
     assert json.loads((out / "bad_records.jsonl").read_text()) == {"shard": "a.tar", "key": "1", "reason": "truncated"}
-    assert cache.open(out).manifest["faults"] == 1
+    cached = cache.open(out)
+    assert cached.manifest["faults"] == 1 and cached.bad_records() == [bad]

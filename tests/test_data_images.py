@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from lcm_jax.data import images
-from lcm_jax.data.records import BadRecord
+from lcm_jax.data.records import BadRecordError
 from lcm_jax.errors import LcmError
 
 cv2 = pytest.importorskip("cv2")
@@ -82,10 +82,10 @@ def orientation(number):
     [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {}), ("PPM", {}), ("JPEG2000", {})],
 )
 def test_lossless_formats_come_back_equal(form, options, decoder):
-    picture = noise(23, 31)
-    pixels = images.decode(encoded(picture, form, **options), decoder)
+    image = noise(23, 31)
+    pixels = images.decode(encoded(image, form, **options), decoder)
     assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous
-    np.testing.assert_array_equal(pixels, picture)
+    np.testing.assert_array_equal(pixels, image)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -119,15 +119,15 @@ def test_transparency_lies_over_white(decoder):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_palettes_with_and_without_transparency(decoder):
     colours, index = noise(1, 16)[0], noise(11, 13, 0) % 16
-    picture = Image.fromarray(index, "P")
-    picture.putpalette(colours.tobytes())
+    image = Image.fromarray(index, "P")
+    image.putpalette(colours.tobytes())
     for form in ("PNG", "GIF", "BMP", "TIFF"):
-        np.testing.assert_array_equal(images.decode(encoded(picture, form), decoder), colours[index])
+        np.testing.assert_array_equal(images.decode(encoded(image, form), decoder), colours[index])
     for form in ("PNG", "GIF"):
-        pixels = images.decode(encoded(picture, form, transparency=5), decoder)
+        pixels = images.decode(encoded(image, form, transparency=5), decoder)
         np.testing.assert_array_equal(pixels, np.where((index == 5)[..., None], 255, colours[index]))
     alpha = noise(1, 16, 0, seed=2)[0]
-    pixels = images.decode(encoded(picture, transparency=alpha.tobytes()), decoder)
+    pixels = images.decode(encoded(image, transparency=alpha.tobytes()), decoder)
     assert apart(pixels, over_white(colours[index], alpha[index])) <= 1
 
 
@@ -158,9 +158,9 @@ def test_a_transparent_value_of_deep_grey_is_white():
 
 @pytest.mark.parametrize("values", [np.full((3, 4), 70000, np.int32), np.full((3, 4), -1, np.int32)])
 def test_values_of_unknown_range_are_refused(values):
-    with pytest.raises(BadRecord, match="16 bits"):
+    with pytest.raises(BadRecordError, match="16 bits"):
         images.decode(encoded(values, "TIFF"))
-    with pytest.raises(BadRecord, match="floats"):
+    with pytest.raises(BadRecordError, match="floats"):
         images.decode(encoded(values.astype(np.float32), "TIFF"))
 
 
@@ -169,9 +169,9 @@ def test_cmyk(decoder):
     cmyk = smooth(24, 32)
     cmyk = np.dstack([cmyk, smooth(24, 32, seed=1)[..., 0]])
     shown = (255 - cmyk[..., :3].astype(float)) * (255 - cmyk[..., 3:]) / 255
-    picture = Image.fromarray(cmyk, "CMYK")
-    assert apart(images.decode(encoded(picture, "TIFF"), decoder), shown) <= 1
-    jpeg = encoded(picture, "JPEG", quality=100)  # with Adobe's marker, inverted
+    image = Image.fromarray(cmyk, "CMYK")
+    assert apart(images.decode(encoded(image, "TIFF"), decoder), shown) <= 1
+    jpeg = encoded(image, "JPEG", quality=100)  # with Adobe's marker, inverted
     assert b"Adobe" in jpeg
     assert apart(images.decode(jpeg, decoder), shown) <= 8
     np.testing.assert_array_equal(images.decode(jpeg, decoder), images.decode(jpeg))
@@ -179,7 +179,7 @@ def test_cmyk(decoder):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_ycck(decoder):
-    """YCCK is CMYK whose first three channels, as RGB complements, were taken to YCbCr; the marker tells by a 2."""
+    """YCCK is CMYK whose first three channels, as RGB complements, were converted to YCbCr; the marker has a 2 then."""
     rgb, black = smooth(24, 32), smooth(24, 32, seed=1)[..., 0]
     ycc = np.asarray(Image.fromarray(rgb).convert("YCbCr"))
     stored = np.dstack([255 - ycc, black])  # Pillow inverts all four when it writes
@@ -205,13 +205,13 @@ def test_the_first_frame_of_an_animation(form, options, decoder):
 def test_colour_profiles_change_nothing(decoder):
     from PIL import ImageCms
 
-    picture = smooth(32, 48)
+    image = smooth(32, 48)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
     for form in ("JPEG", "PNG"):
-        with_profile = encoded(picture, form, icc_profile=profile)
+        with_profile = encoded(image, form, icc_profile=profile)
         assert Image.open(io.BytesIO(with_profile)).info["icc_profile"] == profile
         np.testing.assert_array_equal(
-            images.decode(with_profile, decoder), images.decode(encoded(picture, form), decoder)
+            images.decode(with_profile, decoder), images.decode(encoded(image, form), decoder)
         )
 
 
@@ -221,9 +221,9 @@ def test_colour_profiles_change_nothing(decoder):
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("number", range(1, 9))
 def test_orientation_is_applied(number, decoder):
-    picture = smooth(21, 34)
+    image = smooth(21, 34)
     for form in ("JPEG", "PNG", "WEBP", "TIFF"):
-        data = encoded(picture, form, exif=orientation(number))
+        data = encoded(image, form, exif=orientation(number))
         pixels = images.decode(data, decoder)
         np.testing.assert_array_equal(pixels, np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
         assert images.header_size(data) == pixels.shape[:2] == ((34, 21) if number >= 5 else (21, 34))
@@ -231,7 +231,7 @@ def test_orientation_is_applied(number, decoder):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_orientation_by_what_the_number_says(decoder):
-    """EXIF 2.3, 4.6.4: where row 0 and column 0 of the file lie in the picture."""
+    """EXIF 2.3, 4.6.4: the sides of the image that row 0 and column 0 of the file are at."""
     sides = {1: "TL", 2: "TR", 3: "BR", 4: "BL", 5: "LT", 6: "RT", 7: "RB", 8: "LB"}
     stored = np.full((16, 32, 3), 128, np.uint8)
     stored[:8, :16] = 255  # the corner of row 0 and column 0
@@ -246,19 +246,19 @@ def test_orientation_by_what_the_number_says(decoder):
         assert side[row0]
 
 
-def test_a_png_may_tell_its_orientation_after_its_pixels():
-    picture = noise(6, 10)
+def test_a_png_may_state_its_orientation_after_its_pixels():
+    image = noise(6, 10)
     exif = chunk(b"eXIf", orientation(6).tobytes().removeprefix(b"Exif\0\0"))
-    data = png(picture, 2, 8, after=[exif])
-    np.testing.assert_array_equal(images.decode(data), np.rot90(picture, -1))
+    data = png(image, 2, 8, after=[exif])
+    np.testing.assert_array_equal(images.decode(data), np.rot90(image, -1))
     assert images.header_size(data) == (10, 6)
 
 
-def test_the_size_of_a_png_is_told_without_its_pixels():
+def test_the_size_of_a_png_is_read_without_its_pixels():
     whole = encoded(noise(40, 50))
     assert images.header_size(whole[:60]) == (40, 50)
     assert images.header_size(encoded(smooth(300, 400), "JPEG")[:700]) == (300, 400)
-    with pytest.raises(BadRecord):
+    with pytest.raises(BadRecordError):
         images.decode(whole[:60])
 
 
@@ -276,7 +276,7 @@ def test_unreadable_exif_means_upright(block, decoder):
 
 
 def jpeg_with_thumbnail(**options):
-    """A JPEG whose EXIF block holds another, whole with its end marker."""
+    """A JPEG whose EXIF block contains another one, complete with its end marker."""
     jpeg, thumbnail = encoded(smooth(120, 160), "JPEG", **options), encoded(smooth(16, 16), "JPEG")
     block = b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0" + thumbnail
     return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + jpeg[2:]
@@ -284,7 +284,7 @@ def jpeg_with_thumbnail(**options):
 
 @pytest.fixture
 def lenient(monkeypatch):
-    """OpenCV as its releases before 5 are: what is missing of a JPEG is grey, without a word."""
+    """OpenCV as before release 5: the missing part of a JPEG is grey, without an error."""
     monkeypatch.setattr(cv2, "imdecode", lambda data, flags: np.full((120, 160, 3), 128, np.uint8))
 
 
@@ -305,7 +305,7 @@ def test_truncated_jpegs(options, decoder, lenient):
         len(whole) - 2,
         len(whole) - 1,
     ):
-        with pytest.raises(BadRecord, match="truncated|not an image|undecodable"):
+        with pytest.raises(BadRecordError, match="truncated|not an image|undecodable"):
             images.decode(whole[:length], decoder)
 
 
@@ -313,17 +313,17 @@ def test_installed_opencv_and_truncated_jpegs():
     whole = jpeg_with_thumbnail()
     assert apart(images.decode(whole, "opencv"), images.decode(whole)) <= 1
     for length in (len(whole) // 2, len(whole) - 1):
-        with pytest.raises(BadRecord, match="truncated"):
+        with pytest.raises(BadRecordError, match="truncated"):
             images.decode(whole[:length], "opencv")
 
 
 def test_bytes_after_the_end_do_no_harm(lenient):
     trailing = jpeg_with_thumbnail() + bytes(100)
     assert images.decode(trailing).shape == (120, 160, 3)
-    assert (images.decode(trailing, "opencv") == 128).all()  # OpenCV it is that decodes it
+    assert (images.decode(trailing, "opencv") == 128).all()  # decoded by OpenCV
 
 
-def test_what_opencv_refuses_pillow_judges(monkeypatch):
+def test_pillow_judges_what_opencv_refuses(monkeypatch):
     monkeypatch.setattr(cv2, "imdecode", lambda data, flags: None)
     jpeg = jpeg_with_thumbnail()
     np.testing.assert_array_equal(images.decode(jpeg, "opencv"), images.decode(jpeg))
@@ -335,19 +335,19 @@ def test_truncated_files_of_other_formats(form, decoder):
     whole = encoded(noise(60, 80), form)
     assert images.decode(whole, decoder).shape == (60, 80, 3)
     for length in (9, len(whole) // 2):
-        with pytest.raises(BadRecord):
+        with pytest.raises(BadRecordError):
             images.decode(whole[:length], decoder)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_no_truncation_yields_other_pixels(form):
-    """What is cut off is missed, or was not needed, as the closing mark of a PNG is."""
+    """A cut is noticed, unless what is missing was not needed, as the end mark of a PNG."""
     whole = encoded(noise(20, 30), form)
-    picture, refused = images.decode(whole), 0
+    image, refused = images.decode(whole), 0
     for length in range(len(whole)):
         try:
-            np.testing.assert_array_equal(images.decode(whole[:length]), picture)
-        except BadRecord:
+            np.testing.assert_array_equal(images.decode(whole[:length]), image)
+        except BadRecordError:
             refused += 1
     assert refused >= len(whole) - 20
 
@@ -371,19 +371,19 @@ def test_no_truncation_yields_other_pixels(form):
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_unusable_images(data, reason, decoder):
-    with pytest.raises(BadRecord, match=reason) as caught:
+    with pytest.raises(BadRecordError, match=reason) as caught:
         images.decode(data, decoder)
     assert "\n" not in str(caught.value) and " at 0x" not in str(caught.value)
-    with pytest.raises(BadRecord, match=reason):
+    with pytest.raises(BadRecordError, match=reason):
         images.header_size(data)
 
 
 def test_arrays_pass():
-    picture = noise(5, 7)
-    assert images.decode(picture) is picture and images.header_size(picture) == (5, 7)
+    image = noise(5, 7)
+    assert images.decode(image) is image and images.header_size(image) == (5, 7)
 
 
-def test_lack_of_memory_is_no_bad_record(monkeypatch):
+def test_lack_of_memory_is_not_a_bad_record(monkeypatch):
     def exhausted(*_args, **_options):
         raise MemoryError
 
@@ -399,14 +399,14 @@ def test_lack_of_memory_is_no_bad_record(monkeypatch):
     "options", [{}, {"quality": 90}, {"progressive": True}, {"subsampling": 0}, {"subsampling": "4:2:2"}]
 )
 def test_opencv_decodes_as_pillow(options):
-    for picture in (smooth(61, 87), noise(64, 40), noise(33, 20, 0)):
-        data = encoded(picture, "JPEG", **options)
+    for image in (smooth(61, 87), noise(64, 40), noise(33, 20, 0)):
+        data = encoded(image, "JPEG", **options)
         assert apart(images.decode(data, "opencv"), images.decode(data)) <= 1
 
 
-def test_without_opencv_the_error_says_what_to_install(monkeypatch):
+def test_without_opencv_the_error_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     for call in (lambda: images.decode(encoded(noise(4, 4), "JPEG"), "opencv"), lambda: images.check_choice("opencv")):
         with pytest.raises(LcmError, match=r"pip install 'lcm_jax\[data\]'") as caught:
             call()
-        assert not isinstance(caught.value, BadRecord)
+        assert not isinstance(caught.value, BadRecordError)

@@ -1,5 +1,5 @@
-"""Resizing, cropping, SDXL's conditions and aspect buckets; the oracles are Pillow's whole resize, closed forms, exact
-fractions, and blocks that must lie where the conditions say."""
+"""Resizing, cropping, SDXL's conditions and aspect buckets; the oracles are Pillow's resize of the whole image, closed
+forms, exact fractions, and blocks whose position the conditions predict."""
 
 from fractions import Fraction
 
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from lcm_jax.data import images
-from lcm_jax.data.records import BadRecord
+from lcm_jax.data.records import BadRecordError
 from lcm_jax.errors import LcmError
 
 pytest.importorskip("cv2")
@@ -26,11 +26,11 @@ def apart(a, b):
 
 
 def test_opencv_reduces_as_an_exact_area_mean():
-    """By a factor of 4 both are means of 4 x 4 pixels; by 1.7 on a photo-like picture they are close."""
-    picture = noise(96, 128)
-    mean = picture.reshape(24, 4, 32, 4, 3).mean(axis=(1, 3))[:, 4:28]
+    """By a factor of 4 both are means of 4 x 4 pixels; by 1.7, on a photo-like image, they are close."""
+    image = noise(96, 128)
+    mean = image.reshape(24, 4, 32, 4, 3).mean(axis=(1, 3))[:, 4:28]
     for decoder in DECODERS:
-        pixels, _ = images.fit(picture, 24, 24, resize_filter="area", decoder=decoder)
+        pixels, _ = images.fit(image, 24, 24, resize_filter="area", decoder=decoder)
         assert apart(pixels, mean) <= 1
     smooth = np.asarray(Image.fromarray(noise(5, 7)).resize((239, 170), Image.Resampling.BICUBIC))
     both = [images.fit(smooth, 100, 100, resize_filter="area", decoder=d)[0].astype(float) for d in DECODERS]
@@ -38,10 +38,10 @@ def test_opencv_reduces_as_an_exact_area_mean():
 
 
 def test_box_and_area_enlarge_bilinearly():
-    picture, target = noise(20, 33), (64, 64)
-    expected, _ = images.fit(picture, *target, resize_filter="bilinear")
+    image, target = noise(20, 33), (64, 64)
+    expected, _ = images.fit(image, *target, resize_filter="bilinear")
     for decoder, name in (("pillow", "box"), ("pillow", "area"), ("opencv", "area")):
-        np.testing.assert_array_equal(images.fit(picture, *target, resize_filter=name, decoder=decoder)[0], expected)
+        np.testing.assert_array_equal(images.fit(image, *target, resize_filter=name, decoder=decoder)[0], expected)
 
 
 # Geometry
@@ -52,19 +52,19 @@ SIZES = [(65, 97), (97, 65), (64, 65), (65, 64), (33, 131), (131, 33), (51, 51)]
 @pytest.mark.parametrize("decoder, resize_filter", PAIRS)
 @pytest.mark.parametrize("height, width", SIZES)
 def test_a_marked_block_at_scale_1(height, width, decoder, resize_filter):
-    """The shorter side is the target: nothing is resized, and every pixel is where the conditions say."""
+    """The shorter side is the target: nothing is resized, and the conditions locate every pixel."""
     side, rng = min(height, width), np.random.default_rng(height)
-    picture = noise(height, width)
+    image = noise(height, width)
     for flip in (False, True):
         for draws in (*rng.random((4, 2)), (0.0, 0.0), (1 - 2**-53, 1 - 2**-53)):
             pixels, conditions = images.fit(
-                picture, side, side, crop="random", draws=draws, flip=flip, decoder=decoder, resize_filter=resize_filter
+                image, side, side, crop="random", draws=draws, flip=flip, decoder=decoder, resize_filter=resize_filter
             )
             original_height, original_width, top, left, *target = conditions.astype(int)
             assert (original_height, original_width, *target) == (height, width, side, side)
             for y, x in np.ndindex(side, side) if side < 40 else rng.integers(0, side, (50, 2)):
                 column = width - 1 - (left + x) if flip else left + x
-                assert (pixels[y, x] == picture[top + y, column]).all()
+                assert (pixels[y, x] == image[top + y, column]).all()
 
 
 @pytest.mark.parametrize("decoder, resize_filter", PAIRS)
@@ -75,16 +75,16 @@ def test_a_marked_block_at_any_scale(height, width, target, decoder, resize_filt
     rng, block = np.random.default_rng(0), max(5, round(5 / scale))
     for flip in (False, True):
         draws = rng.random(2)
-        at = images.place((height, width), target, "random", draws)
-        # a block somewhere in the part that the crop shows
+        at = images.find_crop((height, width), target, "random", draws)
+        # a block somewhere inside the crop
         y = int(at.top / scale + rng.random() * (target[0] / scale - block))
         x = int(at.left / scale + rng.random() * (target[1] / scale - block))
         y, x = min(y, height - block), min(x, width - block)
-        picture = np.zeros((height, width, 3), np.uint8)
+        image = np.zeros((height, width, 3), np.uint8)
         column = width - x - block if flip else x
-        picture[y : y + block, column : column + block] = 255
+        image[y : y + block, column : column + block] = 255
         pixels, conditions = images.fit(
-            picture, *target, crop="random", draws=draws, flip=flip, decoder=decoder, resize_filter=resize_filter
+            image, *target, crop="random", draws=draws, flip=flip, decoder=decoder, resize_filter=resize_filter
         )
         top, left = conditions[2:4]
         rows, columns = np.nonzero(pixels[..., 0] > 127)
@@ -105,12 +105,12 @@ def test_a_marked_block_at_any_scale(height, width, target, decoder, resize_filt
     ],
 )
 def test_the_resized_part_is_the_part_of_the_resized(size, target, resize_filter):
-    picture, at = noise(*size), images.place(size, target, "random", (0.3, 0.6))
+    image, at = noise(*size), images.find_crop(size, target, "random", (0.3, 0.6))
     enlarging_box = resize_filter == "box" and at.resized_height > size[0]
     kernel = Image.Resampling.BILINEAR if enlarging_box else Image.Resampling[resize_filter.upper()]
-    mirrored = ImageOps.mirror(Image.fromarray(picture))
+    mirrored = ImageOps.mirror(Image.fromarray(image))
     whole = np.asarray(mirrored.resize((at.resized_width, at.resized_height), kernel))
-    pixels, _ = images.fit(picture, *target, resize_filter=resize_filter, crop="random", draws=(0.3, 0.6), flip=True)
+    pixels, _ = images.fit(image, *target, resize_filter=resize_filter, crop="random", draws=(0.3, 0.6), flip=True)
     assert apart(pixels, whole[at.top : at.top + target[0], at.left : at.left + target[1]]) <= 1
 
 
@@ -125,7 +125,7 @@ def test_reducing_antialiases(decoder, resize_filter):
 
 @pytest.mark.parametrize("decoder, resize_filter", PAIRS)
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (1, 5000), (5000, 1), (2, 4000)])
-def test_pictures_of_any_size_fit(size, decoder, resize_filter):
+def test_images_of_any_size_fit(size, decoder, resize_filter):
     flat = np.full((*size, 3), (10, 100, 200), np.uint8)
     pixels, conditions = images.fit(
         flat, 512, 512, crop="random", draws=(0.9, 0.9), resize_filter=resize_filter, decoder=decoder
@@ -154,18 +154,18 @@ def test_cover_rounds_halves_up_and_never_falls_short():
 
 def test_every_random_position_is_as_likely():
     draws = (np.arange(1000) + 0.5) / 1000
-    lefts = [images.place((64, 73), (64, 64), "random", (u, u)).left for u in draws]
+    lefts = [images.find_crop((64, 73), (64, 64), "random", (u, u)).left for u in draws]
     np.testing.assert_array_equal(np.bincount(lefts), np.full(10, 100))
-    assert images.place((64, 73), (64, 64)) == images.Crop(64, 73, 0, 4)
+    assert images.find_crop((64, 73), (64, 64)) == images.Crop(64, 73, 0, 4)
 
 
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ({"resize_filter": "lanczos", "decoder": "opencv"}, "data.resize_filter='lanczos'.*data.decoder='opencv'"),
-        ({"resize_filter": "nearest"}, "data.resize_filter='nearest'"),
-        ({"decoder": "turbo"}, "data.decoder='turbo'"),
-        ({"crop": "middle"}, "data.crop='middle'"),
+        ({"resize_filter": "lanczos", "decoder": "opencv"}, "^resize_filter=lanczos: decoder=opencv has area$"),
+        ({"resize_filter": "nearest"}, "^resize_filter=nearest: decoder=pillow has lanczos, "),
+        ({"decoder": "turbo"}, "^decoder=turbo: .*pillow, opencv"),
+        ({"crop": "middle"}, '^crop=middle: .*"random" or "center"'),
         ({"crop": "random"}, "two draws"),
         ({"crop": "random", "draws": (0.5, 1.0)}, "two draws"),
     ],
@@ -173,7 +173,7 @@ def test_every_random_position_is_as_likely():
 def test_bad_choices(options, reason):
     with pytest.raises(LcmError, match=reason) as caught:
         images.fit(noise(40, 50), 32, 32, **options)
-    assert not isinstance(caught.value, BadRecord)
+    assert not isinstance(caught.value, BadRecordError)
 
 
 # Buckets
@@ -211,7 +211,7 @@ def test_buckets_of_sdxl():
     "arguments", [(500, 64, 2.0), (0, 64, 2.0), (512, 0, 2.0), (512, 64, 0.5), (512, 64, float("nan"))]
 )
 def test_impossible_buckets(arguments):
-    with pytest.raises(LcmError, match="data.resolution"):
+    with pytest.raises(LcmError, match=f"^resolution={arguments[0]}: no aspect buckets"):
         images.bucket_sizes(arguments[0], step=arguments[1], max_aspect=arguments[2])
 
 

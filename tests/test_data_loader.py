@@ -1,4 +1,4 @@
-"""Batches: going on, processes and workers, bad records, prefetching."""
+"""Batches: resuming, processes and workers, bad records, prefetching."""
 
 import contextlib
 import dataclasses
@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 from lcm_jax.data import encoding, loader
-from lcm_jax.data.order import Order, batch_indices
-from lcm_jax.data.records import BadRecord, Fault
-from lcm_jax.data.rows import Arrays, CaptionDropout
+from lcm_jax.data.loader import BadRecordLog
+from lcm_jax.data.order import Order, batch_indices, draws_at
+from lcm_jax.data.records import BadRecord, BadRecordError
+from lcm_jax.data.rows import Arrays, CaptionDropout, FixedDraws
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import waiting
 
@@ -28,14 +29,14 @@ ARRAYS = Arrays(({"latents": LATENTS, "label": np.arange(37, dtype=np.int32)},))
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """Examples that tell their place and their first draw; those of `bad` cannot be used."""
+    """Examples that show their index and their first draw; those of `bad` cannot be used."""
 
     groups: tuple[int, ...]
     bad: frozenset = frozenset()
 
     def row(self, group, rank, draws):
         if (group, rank) in self.bad:
-            raise BadRecord("truncated")
+            raise BadRecordError("truncated")
         return {"label": np.array([group, rank], np.int32), "draw": np.array(draws.random())}
 
     def where(self, group, rank):
@@ -54,7 +55,7 @@ def same(a, b):
     )
 
 
-def test_going_on_equals_never_stopping():
+def test_resumed_batches_are_those_of_an_endless_run():
     whole, rest = take(20), take(8, start_step=12)
     assert same(whole[12:], rest) and not same(whole[:8], rest)
     for step, batch in enumerate(whole):  # the arrays of one example stay together
@@ -65,7 +66,7 @@ def test_going_on_equals_never_stopping():
 @pytest.mark.parametrize("groups", [(37,), (20, 9)])
 def test_hosts_share_one_global_batch_with_its_draws(groups):
     examples = Drawn(groups, frozenset({(0, 3), (0, 4)}))
-    allowed = {"faults": loader.Faults(0.1, lambda fault: None)}
+    allowed = {"bad_records": BadRecordLog(0.1)}
     whole = take(9, examples, put=dict, **allowed)
     rows = [(0, 1), (3, 4), (2, 5)]  # as a pod's mesh may lie on its hosts
     parts = [take(9, examples, put=dict, rows=mine, **allowed) for mine in rows]
@@ -77,18 +78,27 @@ def test_hosts_share_one_global_batch_with_its_draws(groups):
     assert same(whole, joined)
 
 
-def test_workers_make_the_batches_of_threads_and_one_that_is_stopped_or_killed_is_named(monkeypatch, capsys):
-    """In one loader, since processes take seconds to start."""
-    examples, said = Drawn((37,)), []
+@pytest.fixture
+def impatient(monkeypatch, capsys):
+    """(stop, lines): `stop()` is true as soon as a line says what is waited for, which comes early."""
+    monkeypatch.setattr(waiting, "PATIENCE", 0.3)
+    lines = []
 
     def stop():
-        said.append(capsys.readouterr().err)
-        return "waiting" in said[-1]
+        lines.append(capsys.readouterr().err)
+        return "waiting" in lines[-1]
 
+    return stop, lines
+
+
+def test_workers_make_the_batches_of_threads_and_one_that_is_stopped_or_killed_is_named(impatient, monkeypatch):
+    """In one loader, since processes take seconds to start."""
+    examples, (stop, said) = Drawn((37,)), impatient
+    monkeypatch.setattr(waiting, "PATIENCE", 60.0)
     order = Order(1, 6, (examples.groups,))
     with contextlib.closing(loader.batches((examples,), order, 3, put=dict, workers=2, stop=stop)) as batches:
         assert same(take(10, examples, start_step=3, put=dict), itertools.islice(batches, 10))
-        processes = {worker: psutil.Process(pid) for pid, worker in batches._workers._known().items()}
+        processes = {worker: psutil.Process(pid) for pid, worker in batches._workers.indices().items()}
         processes[1].suspend()
         monkeypatch.setattr(waiting, "PATIENCE", 0.5)
         more = []
@@ -97,8 +107,7 @@ def test_workers_make_the_batches_of_threads_and_one_that_is_stopped_or_killed_i
         number, (line,) = 10 + len(more), said[-1].splitlines()
         assert f"rows 0 to 5 of the batch of step {number + 4}; worker 1 of 2" in line
         assert f"(pid {processes[1].pid}, stopped by a signal" in line
-        there = take(1, examples, start_step=number + 3, put=dict)
-        assert same(there, [batches.make(number)]), "read here"
+        assert same(take(1, examples, start_step=number + 3, put=dict), [batches.make(number)]), "read here"
         processes[1].kill()
         with pytest.raises(LcmError, match=rf"worker 1 of 2 \(pid {processes[1].pid}\), .* killed by SIGKILL; memory"):
             next(batches)
@@ -108,7 +117,7 @@ def test_workers_make_the_batches_of_threads_and_one_that_is_stopped_or_killed_i
 
 @dataclasses.dataclass(frozen=True)
 class Hanging(Drawn):
-    """Examples whose reading waits for an event, as for a file server."""
+    """Examples that wait for an event when they are read, as for a file server."""
 
     event: threading.Event = dataclasses.field(default_factory=threading.Event)
 
@@ -117,15 +126,9 @@ class Hanging(Drawn):
         return super().row(group, rank, draws)
 
 
-def test_a_stop_is_heard_while_threads_hang(monkeypatch, capsys):
-    monkeypatch.setattr(waiting, "PATIENCE", 0.3)
+def test_a_stop_is_heard_while_threads_hang(impatient, monkeypatch):
     monkeypatch.setattr(loader, "CLOSE", 0.1)
-    examples, said = Hanging((37,)), []
-
-    def stop():
-        said.append(capsys.readouterr().err)
-        return "waiting" in said[-1]
-
+    examples, (stop, said) = Hanging((37,)), impatient
     batches = loader.batches((examples,), Order(1, 6, (examples.groups,)), rows=(1, 2), put=dict, stop=stop)
     with pytest.raises(waiting.Stopped):
         next(batches)
@@ -135,14 +138,8 @@ def test_a_stop_is_heard_while_threads_hang(monkeypatch, capsys):
     assert batches.make(0).keys() == {"label", "draw"}
 
 
-def test_rows_one_after_another_hear_a_stop_too(monkeypatch, capsys):
-    monkeypatch.setattr(waiting, "PATIENCE", 0.3)
-    examples, said = Hanging((300,)), []
-
-    def stop():
-        said.append(capsys.readouterr().err)
-        return "waiting" in said[-1]
-
+def test_rows_in_order_hear_a_stop_too(impatient):
+    examples, (stop, said) = Hanging((300,)), impatient
     rows = encoding.in_order(examples, 0, 1, range(300), stop)
     with pytest.raises(waiting.Stopped):
         next(rows)
@@ -159,11 +156,11 @@ class Process:
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (-9, r"worker 0 of 2 \(pid 71\).* killed by SIGKILL; memory may have run out: lower --config.data.workers"),
+        (-9, r"worker 0 of 2 \(pid 71\).* killed by SIGKILL; memory may have run out: lower workers or batch_size"),
         (-7, r"killed by SIGBUS; shared memory may be full"),
-        (-11, r"killed by SIGSEGV; see what it said"),
-        (0, r"ended with exit code 0; see what it said"),
-        (3, r"ended with exit code 3; see what it said"),
+        (-11, r"killed by SIGSEGV; see its messages"),
+        (0, r"ended with exit code 0; see its messages"),
+        (3, r"ended with exit code 3; see its messages"),
     ],
 )
 def test_how_a_worker_ended(monkeypatch, code, words):
@@ -182,7 +179,7 @@ def test_how_a_worker_ended(monkeypatch, code, words):
     workers.close()
 
 
-def test_an_error_that_cannot_leave_a_worker_leaves_as_words():
+def test_an_error_that_cannot_be_pickled_is_raised_as_text():
     class Odd(Exception):
         def __init__(self):
             super().__init__("broken header")
@@ -198,40 +195,42 @@ def test_an_error_that_cannot_leave_a_worker_leaves_as_words():
         take(1, type("Zero", (Drawn,), {"row": lambda *_: 1 // 0})((4,)))
 
 
-def test_a_bad_record_is_replaced_told_once_and_not_forgotten():
-    told = []
+def test_a_bad_record_is_replaced_and_reported_once():
+    reported = []
     examples = Drawn((10,), frozenset({(0, 2), (0, 3)}))
-    batches = take(6, examples, batch_size=5, faults=loader.Faults(0.2, told.append))
+    batches = take(6, examples, batch_size=5, bad_records=BadRecordLog(0.2, reported.append))
     for epoch in range(3):
         ranks = sorted(np.concatenate([b["label"][:, 1] for b in batches[2 * epoch : 2 * epoch + 2]]))
-        assert ranks == [0, 1, 4, 4, 4, 5, 6, 7, 8, 9], "the next good one stands in"
-    assert set(told) == {Fault("a.tar", "0-2", "truncated"), Fault("a.tar", "0-3", "truncated")} and len(told) == 2
+        assert ranks == [0, 1, 4, 4, 4, 5, 6, 7, 8, 9], "the next usable one is in their place"
+    assert set(reported) == {BadRecord("a.tar", "0-2", "truncated"), BadRecord("a.tar", "0-3", "truncated")}
+    assert len(reported) == 2
 
 
 def test_too_many_bad_records_stop_the_run():
     examples = Drawn((100,), frozenset((0, rank) for rank in range(0, 100, 2)))
-    with pytest.raises(LcmError, match=r"a\.tar: 0-\d+: truncated.*max_bad_fraction=0.01"):
-        take(100, examples, faults=loader.Faults(0.01, lambda fault: None))
+    with pytest.raises(LcmError, match=r"a\.tar: 0-\d+: truncated; .*raise max_bad_fraction \(now 0.01\)"):
+        take(100, examples, bad_records=BadRecordLog(0.01))
     with pytest.raises(LcmError, match="truncated"):
-        take(5, examples)  # where nobody counts, the first one
+        take(5, examples)  # without a log, the first one
     few = Drawn((1000,), frozenset((0, rank) for rank in range(11)))
     with pytest.raises(LcmError, match=r"11 of \d+ records"):  # of so few, exactly the share
-        take(1000 // 6 + 1, few, faults=loader.Faults(0.01, lambda fault: None))
-    take(1000 // 6 + 1, few, faults=loader.Faults(0.011, lambda fault: None))
-    with pytest.raises(LcmError, match="none of 4 records in a row can be used"):
-        take(1, Drawn((4,), frozenset((0, rank) for rank in range(4))), faults=loader.Faults(1.0, lambda fault: None))
+        take(1000 // 6 + 1, few, bad_records=BadRecordLog(0.01))
+    take(1000 // 6 + 1, few, bad_records=BadRecordLog(0.011))
+    with pytest.raises(LcmError, match="none of 4 consecutive records can be used"):
+        take(1, Drawn((4,), frozenset((0, rank) for rank in range(4))), bad_records=BadRecordLog(1.0))
 
 
 def test_what_an_index_left_out_counts_too():
-    faults, told = loader.Faults(0.01, lambda fault: told.append(fault)), []
-    bad = [Fault("a.tar", str(number), "empty") for number in range(1200)]
-    faults.indexed(bad[:900], 99_100, 99_100)
-    faults.add(bad[900:909], 6)  # of at least MIN_READ, a tenth of a percent may still be bad
+    reported = []
+    log = BadRecordLog(0.01, reported.append)
+    bad = [BadRecord("a.tar", str(number), "empty") for number in range(1200)]
+    log.indexed(bad[:900], 99_100, 99_100)
+    log.add(bad[900:909], 6)  # of at least MIN_READ, a tenth of a percent may still be bad
     with pytest.raises(LcmError, match="could not be used"):
-        faults.add(bad[909:920], 6)
+        log.add(bad[909:920], 6)
     with pytest.raises(LcmError, match="10 of 100 records"):
-        loader.Faults(0.09, lambda fault: None).indexed(bad[:10], 90, 50)
-    assert len(told) == 920
+        BadRecordLog(0.09).indexed(bad[:10], 90, 50)
+    assert len(reported) == 920
 
 
 def test_examples_and_order_must_fit():
@@ -248,7 +247,15 @@ def test_caption_dropout(share):
     assert set(batches[0]) == {"label", "latents"}
 
 
-def test_errors_come_through():
+def test_fixed_draws_depend_on_the_row_alone():
+    examples = FixedDraws(Drawn((4, 3)), seed=5, variants=2)
+    assert examples.groups == (8, 6) and examples.where(1, 5) == ("a.tar", "1-2")
+    for group, rank, position in [(0, 0, 0), (0, 1, 7), (0, 6, 3), (1, 0, 4), (1, 5, 7 + 6)]:
+        row = examples.row(group, rank, draws_at(0, 0))
+        assert row["label"].tolist() == [group, rank // 2] and row["draw"] == draws_at(5, position).random()
+
+
+def test_errors_end_and_limit_of_prefetching():
     def broken():
         yield {"a": 1}
         raise OSError("tar is gone")
@@ -257,9 +264,6 @@ def test_errors_come_through():
     assert next(ahead) == {"a": 1}
     with pytest.raises(OSError, match="tar is gone"):
         next(ahead)
-
-
-def test_end_and_limit_of_prefetching():
     made = []
     ahead = loader.Prefetched((made.append(i) or i for i in range(100)), put=lambda b: b, depth=2)
     assert next(ahead) == 0
@@ -299,8 +303,8 @@ def interrupt(workers: list[psutil.Process]) -> None:
         worker.send_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_workers_leave_signals_to_the_process_that_trains_and_end_with_it(tmp_path, number):
+def test_workers_leave_signals_to_the_process_that_trains_and_end_with_it(tmp_path):
+    """SIGINT to the workers alone, while they start and when they read, does nothing; they end when it is killed."""
     script = tmp_path / "reader.py"
     script.write_text(READER)
     process = subprocess.Popen(
@@ -310,17 +314,15 @@ def test_workers_leave_signals_to_the_process_that_trains_and_end_with_it(tmp_pa
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    if number == signal.SIGINT:  # to the workers alone, while they start and when they read: nothing happens
-        while len(workers := workers_of(process.pid)) < 2:
-            time.sleep(0.01)
-        interrupt(workers)
+    while len(workers := workers_of(process.pid)) < 2:
+        time.sleep(0.01)
+    interrupt(workers)
     assert process.stdout.readline() == b"read\n"
-    if number == signal.SIGINT:
-        interrupt(workers)
-        for _ in range(5):
-            process.stdin.write(b"\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == b"read\n"
+    interrupt(workers)
+    for _ in range(5):
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"read\n"
     workers = workers_of(process.pid)
     assert len(workers) == 2
     process.kill()

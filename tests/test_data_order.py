@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from lcm_jax.data import order
-from lcm_jax.data.order import Order, Place
+from lcm_jax.data.order import ExampleIndex, Order
 from lcm_jax.errors import LcmError
-
-PINNED = [[618, 140, 118, 773, 988, 247, 278, 0], [517871412, 566509175, 420639957, 211343406]]
 
 
 def stream(seed, batch_size, num_examples, steps, start=0):
@@ -31,19 +29,34 @@ def test_every_example_once_per_epoch_in_new_orders():
 
 
 def test_orders_look_random():
-    # mean of each example's place over many epochs: uniform on [0, n) has mean (n-1)/2 and deviation n / sqrt(12)
+    # mean of each example's position over many epochs: uniform on [0, n), mean (n-1)/2 and deviation n / sqrt(12)
     n, epochs = 64, 2000
     orders = stream(0, n, n, epochs).reshape(epochs, n)
     z = (orders.mean(0) - (n - 1) / 2) / (n / np.sqrt(12 * epochs))
     assert np.abs(z).max() < 4.5
-    follows = np.mean(np.diff(orders, axis=1) == 1)  # neighbours stay neighbours in 1 of n places
+    follows = np.mean(np.diff(orders, axis=1) == 1)  # neighbours stay neighbours in 1 of n positions
     assert abs(follows - 1 / n) < 5 * np.sqrt(1 / n / (n * epochs))
 
 
-def test_pinned():
-    # the order is part of what "the same run" means: a change here breaks runs that go on
-    assert order.batch_indices(0, 0, 8, 1000).tolist() == PINNED[0]
-    assert order.batch_indices(123, 10**9, 4, 600_000_000).tolist() == PINNED[1]
+def test_order_and_draws_are_pinned():
+    """Both are part of what "the same run" means: a change here breaks every run that resumes."""
+    assert order.batch_indices(0, 0, 8, 1000).tolist() == [618, 140, 118, 773, 988, 247, 278, 0]
+    far = [517871412, 566509175, 420639957, 211343406]
+    assert order.batch_indices(123, 10**9, 4, 600_000_000).tolist() == far
+    mixed = Order(0, 4, ((5,), (3,)), (2, 1))
+    assert [[(i.stream, i.rank) for i in mixed.batch(step)] for step in range(3)] == [
+        [(1, 1), (0, 4), (0, 2), (1, 0)],
+        [(0, 0), (0, 1), (1, 2), (0, 3)],
+        [(0, 2), (1, 0), (0, 0), (0, 1)],
+    ]
+    bucketed = Order(0, 4, ((5, 3, 0, 9), (4, 2, 0, 1)), (3, 1))
+    assert [[(i.stream, i.group, i.rank) for i in bucketed.batch(step)] for step in range(3)] == [
+        [(1, 1, 1), (1, 1, 0), (1, 1, 0), (1, 1, 1)],
+        [(0, 3, 7), (0, 3, 8), (0, 3, 1), (0, 3, 2)],
+        [(0, 1, 0), (0, 1, 1), (0, 1, 2), (0, 1, 2)],
+    ]
+    assert order.draws_at(0, 1).random(2).tolist() == [0.045384841348932614, 0.3444324658653912]
+    assert order.draws_at(3, 10**9).random(2).tolist() == [0.8808907838362938, 0.8074359686190051]
 
 
 def test_bad_sizes():
@@ -58,16 +71,16 @@ def test_bad_sizes():
 
 
 def test_one_stream_is_the_plain_order():
-    places = [place for step in range(5) for place in Order(3, 7, ((50,),)).places(step)]
-    assert places == [Place(0, 0, int(rank)) for rank in stream(3, 7, 50, 5)]
+    found = [index for step in range(5) for index in Order(3, 7, ((50,),)).batch(step)]
+    assert found == [ExampleIndex(0, 0, int(rank)) for rank in stream(3, 7, 50, 5)]
 
 
 @pytest.mark.parametrize("weights", [(3, 1), (1, 3), (1, 1), (7, 5, 1), (9999, 1)])
-def test_a_mixture_serves_its_shares_at_any_time_and_loses_no_place(weights):
+def test_a_mixture_serves_its_shares_at_any_time_and_skips_no_position(weights):
     served = [order.apportioned(position, weights) for position in range(20_000)]
     for which, weight in enumerate(weights):
-        places = [place for stream_, place in served if stream_ == which]
-        assert places == list(range(len(places))), "each stream is walked place by place"
+        positions = [position for stream_, position in served if stream_ == which]
+        assert positions == list(range(len(positions)))
         counts = np.cumsum([stream_ == which for stream_, _ in served])
         due = np.arange(1, 20_001) * weight / sum(weights)
         assert np.abs(counts - due).max() < len(weights), "never a whole batch behind its share"
@@ -77,11 +90,11 @@ def test_a_mixture_serves_its_shares_at_any_time_and_loses_no_place(weights):
 
 def test_each_source_of_a_mixture_has_its_own_epochs_and_order():
     mixed = Order(5, 8, ((30,), (30,)), (1, 1))
-    places = [place for step in range(30) for place in mixed.places(step)]
+    found = [index for step in range(30) for index in mixed.batch(step)]
     for which in (0, 1):
-        ranks = [place.rank for place in places if place.stream == which]
+        ranks = [index.rank for index in found if index.stream == which]
         assert len(ranks) == 120 and all(sorted(ranks[e : e + 30]) == list(range(30)) for e in range(0, 120, 30))
-    first, second = ([p.rank for p in places if p.stream == which][:30] for which in (0, 1))
+    first, second = ([i.rank for i in found if i.stream == which][:30] for which in (0, 1))
     assert first != second
 
 
@@ -92,9 +105,9 @@ def test_buckets_give_whole_batches_and_every_example_once_an_epoch(sizes):
     per_epoch = sum(-(-size // batch_size) for size in sizes)
     orders = []
     for epoch in range(epochs):
-        batches = [bucketed.places(epoch * per_epoch + n) for n in range(per_epoch)]
-        assert all(len(batch) == batch_size and len({p.group for p in batch}) == 1 for batch in batches)
-        seen = collections.Counter((p.group, p.rank) for batch in batches for p in batch)
+        batches = [bucketed.batch(epoch * per_epoch + n) for n in range(per_epoch)]
+        assert all(len(batch) == batch_size and len({i.group for i in batch}) == 1 for batch in batches)
+        seen = collections.Counter((i.group, i.rank) for batch in batches for i in batch)
         assert set(seen) == {(group, rank) for group, size in enumerate(sizes) for rank in range(size)}
         for group, size in enumerate(sizes):
             counts = [seen[group, rank] for rank in range(size)]
@@ -103,9 +116,9 @@ def test_buckets_give_whole_batches_and_every_example_once_an_epoch(sizes):
     assert len({tuple(o) for o in orders}) > 1 or len(set(orders[0])) == 1, "batches are shuffled anew"
 
 
-def test_buckets_of_a_mixture_take_turns_batch_by_batch():
+def test_a_mixture_of_buckets_alternates_batch_by_batch():
     mixed = Order(2, 4, ((8, 8), (8, 4)), (3, 1))
-    streams = [{place.stream for place in mixed.places(step)} for step in range(40)]
+    streams = [{index.stream for index in mixed.batch(step)} for step in range(40)]
     assert all(len(s) == 1 for s in streams) and sum(s == {1} for s in streams) == 10
 
 

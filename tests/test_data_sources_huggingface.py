@@ -2,9 +2,7 @@
 
 import io
 import json
-import multiprocessing
 import os
-import re
 import struct
 import sys
 
@@ -12,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_jax.data.records import BadRecord
+from lcm_jax.data.records import BadRecordError
 from lcm_jax.data.sources import huggingface
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import BadArgument, LcmError
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -32,23 +30,23 @@ def cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = before
 
 
-def picture(seed, form="PNG"):
+def encoded(seed, form="PNG"):
     pixels = np.random.default_rng(seed).integers(0, 256, (8 + seed, 12, 3), np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, form)
     return stream.getvalue()
 
 
-PICTURES = [picture(seed, form) for seed, form in enumerate(["PNG", "JPEG", "WEBP", "PNG", "JPEG"])]
+IMAGES = [encoded(seed, form) for seed, form in enumerate(["PNG", "JPEG", "WEBP", "PNG", "JPEG"])]
 TEXTS = ["a cat", "ein Käfer", "猫", "d", "e"]
 
 
-def write(path, pictures=PICTURES, texts=TEXTS, **columns):
+def write(path, images=IMAGES, texts=TEXTS, **columns):
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not isinstance(pictures, pa.Array):
-        pictures = pa.array([{"bytes": content, "path": None} for content in pictures], IMAGE)
+    if not isinstance(images, pa.Array):
+        images = pa.array([{"bytes": content, "path": None} for content in images], IMAGE)
     text = texts if isinstance(texts, pa.Array) else pa.array(texts)
-    pq.write_table(pa.table({"image": pictures, "text": text, **columns}), path)
+    pq.write_table(pa.table({"image": images, "text": text, **columns}), path)
 
 
 def contents(source):
@@ -56,7 +54,7 @@ def contents(source):
 
 
 def expected(rows=range(5)):
-    return [(PICTURES[i], (TEXTS[i],)) for i in rows]
+    return [(IMAGES[i], (TEXTS[i],)) for i in rows]
 
 
 def files_below(folder):
@@ -64,18 +62,18 @@ def files_below(folder):
 
 
 def test_hub_layout_with_splits(tmp_path):
-    write(tmp_path / "data/train-00000-of-00002-6adc9a.parquet", PICTURES[:3], TEXTS[:3])
-    write(tmp_path / "data/train-00001-of-00002-6adc9a.parquet", PICTURES[3:], TEXTS[3:])
-    write(tmp_path / "data/test-00000-of-00001.parquet", PICTURES[:1], TEXTS[:1])
+    write(tmp_path / "data/train-00000-of-00002-6adc9a.parquet", IMAGES[:3], TEXTS[:3])
+    write(tmp_path / "data/train-00001-of-00002-6adc9a.parquet", IMAGES[3:], TEXTS[3:])
+    write(tmp_path / "data/test-00000-of-00001.parquet", IMAGES[:1], TEXTS[:1])
     (tmp_path / "README.md").write_text("a card")
     before = files_below(tmp_path)
     source = huggingface.open(str(tmp_path))
-    assert contents(source) == expected() and len(source.faults) == 0
+    assert contents(source) == expected() and len(source.bad_records) == 0
     assert [source[i].key for i in (0, 4)] == ["train-000000000", "train-000000004"]
     assert [os.path.basename(source.where(i)[0])[:11] for i in range(5)] == ["train-00000"] * 3 + ["train-00001"] * 2
     assert all(source.where(i)[1] == source[i].key for i in range(5))
     assert contents(huggingface.open(str(tmp_path), split="test")) == expected([0])
-    with pytest.raises(LcmError, match="no split 'val'.*train, test"):
+    with pytest.raises(BadArgument, match="^split=val: .* no such split; choose of train, test"):
         huggingface.open(str(tmp_path), split="val")
     with pytest.raises(IndexError):
         source[5]
@@ -83,20 +81,20 @@ def test_hub_layout_with_splits(tmp_path):
 
 
 def test_plain_files_one_file_and_globs(tmp_path):
-    write(tmp_path / "part_0.parquet", PICTURES[:2], TEXTS[:2])
-    write(tmp_path / "part_1.parquet", PICTURES[2:], TEXTS[2:])
+    write(tmp_path / "part_0.parquet", IMAGES[:2], TEXTS[:2])
+    write(tmp_path / "part_1.parquet", IMAGES[2:], TEXTS[2:])
     (tmp_path / "_SUCCESS").touch()  # as Spark leaves one
     assert contents(huggingface.open(str(tmp_path))) == expected()
     assert contents(huggingface.open(str(tmp_path / "part_1.parquet"))) == expected(range(2, 5))
     assert contents(huggingface.open(str(tmp_path / "part_*.parquet"))) == expected()
-    with pytest.raises(LcmError, match="no split 'test'"):
+    with pytest.raises(BadArgument, match="^split=test"):
         huggingface.open(str(tmp_path / "part_*.parquet"), split="test")
 
 
 @pytest.mark.parametrize("with_splits", [False, True])
 def test_saved_to_disk(tmp_path, with_splits):
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    rows = {"image": [{"bytes": p, "path": None} for p in PICTURES], "text": TEXTS}
+    rows = {"image": [{"bytes": p, "path": None} for p in IMAGES], "text": TEXTS}
     saved = datasets.Dataset.from_dict(rows, features=features)
     if with_splits:
         saved = datasets.DatasetDict(train=saved, test=saved.select([1]))
@@ -107,52 +105,52 @@ def test_saved_to_disk(tmp_path, with_splits):
     assert source.where(2) == (str(tmp_path / "saved"), source[2].key)
     if with_splits:
         assert contents(huggingface.open(str(tmp_path / "saved"), split="test")) == expected([1])
-        with pytest.raises(LcmError, match="no split 'val'.*train, test"):
+        with pytest.raises(BadArgument, match="^split=val: .*train, test"):
             huggingface.open(str(tmp_path / "saved"), split="val")
     assert files_below(tmp_path) == before
 
 
 def test_images_as_plain_bytes_and_captions_as_lists_or_bytes(tmp_path):
     texts = [["a", "b"], ["c"], [" ", None, "d"], [], None]
-    write(tmp_path / "x.parquet", pa.array(PICTURES, pa.binary()), pa.array(texts, pa.list_(pa.string())))
+    write(tmp_path / "x.parquet", pa.array(IMAGES, pa.binary()), pa.array(texts, pa.list_(pa.string())))
     source = huggingface.open(str(tmp_path))
     assert [source[i].captions for i in range(3)] == [("a", "b"), ("c",), ("d",)]
-    assert [source[i].image for i in range(3)] == PICTURES[:3]
+    assert [source[i].image for i in range(3)] == IMAGES[:3]
     for number in (3, 4):
-        with pytest.raises(BadRecord, match="no caption"):
+        with pytest.raises(BadRecordError, match="no caption"):
             source[number]
     write(tmp_path / "y.parquet", texts=pa.array([t.encode("latin-1", "replace") for t in TEXTS], pa.binary()))
     source = huggingface.open(str(tmp_path / "y.parquet"))
     assert source[0].captions == ("a cat",)
-    with pytest.raises(BadRecord, match="UTF-8"):
+    with pytest.raises(BadRecordError, match="UTF-8"):
         source[1]
 
 
 def test_images_by_path_and_unusable_records(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures/0.png").write_bytes(PICTURES[0])
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/0.png").write_bytes(IMAGES[0])
     rows = [
-        {"bytes": None, "path": "pictures/0.png"},
-        {"bytes": None, "path": "pictures/1.png"},
+        {"bytes": None, "path": "images/0.png"},
+        {"bytes": None, "path": "images/1.png"},
         {"bytes": None, "path": None},
         None,
         {"bytes": b"", "path": None},
     ]
     write(tmp_path / "x.parquet", pa.array(rows, IMAGE))
     source = huggingface.open(str(tmp_path))
-    assert source[0].image == PICTURES[0]
-    with pytest.raises(BadRecord, match="pictures/1.png.*No such file"):
+    assert source[0].image == IMAGES[0]
+    with pytest.raises(BadRecordError, match="images/1.png.*No such file"):
         source[1]
     for number in (2, 3, 4):
-        with pytest.raises(BadRecord, match="no image"):
+        with pytest.raises(BadRecordError, match="no image"):
             source[number]
 
 
 def test_paths_of_images_stay_in_the_data_set(tmp_path):
     root, outside = tmp_path / "set", tmp_path / "0.png"
     (root / "sub").mkdir(parents=True)
-    for place in (outside, root / "0.png"):
-        place.write_bytes(PICTURES[0])
+    for path in (outside, root / "0.png"):
+        path.write_bytes(IMAGES[0])
     (root / "link.png").symlink_to(outside)  # as in a snapshot of the hub, to its blob
     (root / "zero.png").symlink_to("/dev/zero")
     os.mkfifo(root / "pipe.png")
@@ -169,8 +167,8 @@ def test_paths_of_images_stay_in_the_data_set(tmp_path):
         "..\\0.png": "inside",
         "0.png\0": "inside",
         "//x": "inside",
-        "zero.png": "no regular file",
-        "pipe.png": "no regular file",
+        "zero.png": "regular file",
+        "pipe.png": "regular file",
         "sub": "directory",
         ".": "directory",
         "huge.png": "1073741825 bytes",
@@ -183,9 +181,9 @@ def test_paths_of_images_stay_in_the_data_set(tmp_path):
     rows = [{"bytes": None, "path": path} for path in (*good, *wrong)]
     write(root / "x.parquet", pa.array(rows, IMAGE), ["a cat"] * len(rows))
     source = huggingface.open(str(root))
-    assert [source[i].image for i in range(len(good))] == PICTURES[:1] * len(good)
+    assert [source[i].image for i in range(len(good))] == IMAGES[:1] * len(good)
     for number, reason in enumerate(wrong.values(), start=len(good)):
-        with pytest.raises(BadRecord, match=reason) as caught:
+        with pytest.raises(BadRecordError, match=reason) as caught:
             source[number]
         assert "\n" not in str(caught.value)
 
@@ -194,22 +192,22 @@ def test_files_of_the_hub_are_read_where_datasets_has_put_them(tmp_path):
     hub, unpacked, other = (tmp_path / name for name in ("datasets--a--b", "extracted", "datasets--a--c"))
     for folder in (hub, unpacked, other):
         folder.mkdir()
-        (folder / "0.png").write_bytes(PICTURES[0])
+        (folder / "0.png").write_bytes(IMAGES[0])
     paths = [f"{hub}/0.png", f"{unpacked}/0.png", f"{other}/0.png", f"{hub}/../{other.name}/0.png", "../0.png"]
     rows = {"image": [{"bytes": None, "path": path} for path in paths], "text": TEXTS}
     table = datasets.Dataset.from_dict(rows)
     source = huggingface.HuggingFace(
         table, roots=(hub, hub, unpacked), parts=(("a/b", 5),), split="train", image_key="image", caption_key="text"
     )
-    assert source[0].image == source[1].image == PICTURES[0]
+    assert source[0].image == source[1].image == IMAGES[0]
     for number in (2, 3, 4):
-        with pytest.raises(BadRecord, match="names no file inside"):
+        with pytest.raises(BadRecordError, match="names no file inside"):
             source[number]
 
 
 def test_what_datasets_itself_would_open_is_not_taken(tmp_path):
     outside = tmp_path / "outside.png"
-    outside.write_bytes(PICTURES[0])
+    outside.write_bytes(IMAGES[0])
     rows = pa.array(
         [{"bytes": {"bytes": None, "path": str(outside)}, "path": None}] * 5,
         pa.struct([("bytes", IMAGE), ("path", pa.string())]),
@@ -224,13 +222,13 @@ def test_what_datasets_itself_would_open_is_not_taken(tmp_path):
         table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": nested}})}),
         tmp_path / "set/x.parquet",
     )
-    with pytest.raises(LcmError, match="not encoded images"):
+    with pytest.raises(LcmError, match="^image_key=image: .* not encoded images"):
         huggingface.open(str(tmp_path / "set"))
 
 
 @pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "{other}/data-00000-of-00001.arrow", "a/../b"])
 def test_a_saved_data_set_names_its_own_files_alone(tmp_path, name):
-    saved = datasets.Dataset.from_dict({"image": [{"bytes": p, "path": None} for p in PICTURES], "text": TEXTS})
+    saved = datasets.Dataset.from_dict({"image": [{"bytes": p, "path": None} for p in IMAGES], "text": TEXTS})
     saved.save_to_disk(str(tmp_path / "other"))
     datasets.DatasetDict(train=saved).save_to_disk(str(tmp_path / "set"))
     state = tmp_path / "set/train/state.json"
@@ -266,8 +264,8 @@ def test_arrow_offsets_lie_inside_their_bytes(tmp_path, column, at, value, lost)
     datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path))
     (file,) = tmp_path.glob("*.arrow")
     content, size = bytearray(file.read_bytes()), len(values[column][0])
-    place = content.index(struct.pack("<5i", *range(0, 5 * size, size))) + 4 * at
-    content[place : place + 4] = struct.pack("<i", value)
+    start = content.index(struct.pack("<5i", *range(0, 5 * size, size))) + 4 * at
+    content[start : start + 4] = struct.pack("<i", value)
     file.write_bytes(content)
     if lost == "damaged":
         with pytest.raises(LcmError, match=f"{tmp_path} is damaged"):
@@ -276,7 +274,7 @@ def test_arrow_offsets_lie_inside_their_bytes(tmp_path, column, at, value, lost)
     source = huggingface.open(str(tmp_path))
     for number in range(4):
         if number in lost:
-            with pytest.raises(BadRecord, match="damaged|no caption"):
+            with pytest.raises(BadRecordError, match="damaged|no caption"):
                 source[number]
         elif column == "image":
             assert source[number].image == values["image"][number]
@@ -287,7 +285,7 @@ def test_pipes_among_the_files_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "b.parquet")
     assert contents(huggingface.open(str(tmp_path))) == expected()
     for path in (tmp_path / "*.parquet", tmp_path / "b.parquet"):
-        with pytest.raises(LcmError, match="b.parquet is no regular file"):
+        with pytest.raises(LcmError, match="b.parquet is not a regular file"):
             huggingface.open(str(path))
 
 
@@ -295,13 +293,13 @@ def test_captions_that_are_not_utf8_or_empty(tmp_path):
     raw = b"ab\xff\xfe  "
     offsets = np.array([0, 2, 4, 6, 6], np.int32).tobytes()
     texts = pa.Array.from_buffers(pa.string(), 4, [None, pa.py_buffer(offsets), pa.py_buffer(raw)])
-    write(tmp_path / "x.parquet", PICTURES[:4], texts)
+    write(tmp_path / "x.parquet", IMAGES[:4], texts)
     source = huggingface.open(str(tmp_path))
     assert source[0].captions == ("ab",)
-    with pytest.raises(BadRecord, match="UTF-8"):
+    with pytest.raises(BadRecordError, match="UTF-8"):
         source[1]
     for number in (2, 3):
-        with pytest.raises(BadRecord, match="no caption"):
+        with pytest.raises(BadRecordError, match="no caption"):
             source[number]
 
 
@@ -329,7 +327,7 @@ def test_keys(tmp_path):
     source = huggingface.open(str(tmp_path / "a.parquet"))
     assert [source[i].key for i in range(3)] == ["x", "y", "train-000000003"]
     assert contents(source) == expected([0, 1, 3])
-    assert [(f.key, os.path.basename(f.shard)) for f in source.faults] == [("x", "a.parquet"), ("y", "a.parquet")]
+    assert [(f.key, os.path.basename(f.shard)) for f in source.bad_records] == [("x", "a.parquet"), ("y", "a.parquet")]
     np.testing.assert_array_equal(source.field("n"), [0, 1, 3])
     assert source.where(2)[1] == "train-000000003"
     write(tmp_path / "b.parquet", id=pa.array([10, 11, 12, 13, 14]))
@@ -337,36 +335,36 @@ def test_keys(tmp_path):
     assert [source[i].key for i in range(5)] == ["10", "11", "12", "13", "14"] and source.field("id") is None
     write(tmp_path / "c.parquet", id=pa.array([1, 1, 2, 2, 2]))  # of something else than records: a number like others
     source = huggingface.open(str(tmp_path / "c.parquet"))
-    assert len(source) == 5 and not source.faults and source[4].key == "train-000000004"
+    assert len(source) == 5 and not source.bad_records and source[4].key == "train-000000004"
     np.testing.assert_array_equal(source.field("id"), [1, 1, 2, 2, 2])
 
 
 def test_chosen_columns_and_wrong_ones(tmp_path):
-    table = pa.table({"jpg": pa.array(PICTURES), "blip": pa.array(TEXTS), "n": pa.array(range(5))})
+    table = pa.table({"jpg": pa.array(IMAGES), "blip": pa.array(TEXTS), "n": pa.array(range(5))})
     pq.write_table(table, tmp_path / "x.parquet")
     path = str(tmp_path / "x.parquet")
     assert contents(huggingface.open(path, image_key="jpg", caption_key="blip")) == expected()
-    with pytest.raises(LcmError, match="no column 'image'.*jpg, blip, n.*image_key"):
+    with pytest.raises(BadArgument, match="^image_key=image: .*jpg, blip, n$"):
         huggingface.open(path)
-    with pytest.raises(LcmError, match="no column 'text'.*jpg, blip, n.*caption_key"):
+    with pytest.raises(BadArgument, match="^caption_key=text: .*jpg, blip, n$"):
         huggingface.open(path, image_key="jpg")
-    with pytest.raises(LcmError, match="'blip' holds string, not encoded images"):
+    with pytest.raises(BadArgument, match="^image_key=blip: .* holds string, not encoded images"):
         huggingface.open(path, image_key="blip", caption_key="blip")
-    with pytest.raises(LcmError, match="'n' holds int64, not text"):
+    with pytest.raises(BadArgument, match="^caption_key=n: .* holds int64, not text"):
         huggingface.open(path, image_key="jpg", caption_key="n")
 
 
-def test_what_is_no_data_set(tmp_path):
+def test_what_is_not_a_data_set(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/x.parquet").write_bytes(b"PAR1 nothing PAR1")
     (tmp_path / "dict").mkdir()
     (tmp_path / "dict/state.json").write_text("{}")
     for name, message in [
-        ("empty", "no parquet files"),
-        ("broken", "not all files are parquet"),
-        ("missing/folder", "does not exist"),
-        ("no*.parquet", "not all files|no parquet"),
+        ("empty", "^path=.*no parquet files"),
+        ("broken", "^path=.*not all of its files are parquet"),
+        ("missing/folder", "^path=.*does not exist"),
+        ("no*.parquet", "^path=.*not all of its files"),
         ("dict", "save_to_disk"),
     ]:
         with pytest.raises(LcmError, match=message) as caught:
@@ -377,7 +375,7 @@ def test_what_is_no_data_set(tmp_path):
 @pytest.mark.parametrize("name", ["lambdalabs/pokemon-blip-captions", "pokemon"])
 def test_hub_without_network_says_how_to_pass_a_folder(name):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    with pytest.raises(LcmError, match=f"(?s){re.escape(name)}.*--local-dir FOLDER.*--config.data.path=FOLDER"):
+    with pytest.raises(BadArgument, match=f"^path={name}: .*--local-dir FOLDER.* that FOLDER as the path"):
         huggingface.open(name)
 
 
@@ -385,19 +383,3 @@ def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(LcmError, match="pip install 'lcm_jax.data.'"):
         huggingface.open(str(tmp_path))
-
-
-def _in_process(source, queue):
-    queue.put((contents(source), source.field("n").tolist(), source.where(1), len(source.faults)))
-
-
-def test_pickles_to_a_process(tmp_path):
-    write(tmp_path / "x.parquet", key=pa.array(["x", "y", "x", "z", "w"]), n=pa.array(range(5)))
-    source = huggingface.open(str(tmp_path))
-    spawn = multiprocessing.get_context("spawn")
-    queue = spawn.Queue()
-    process = spawn.Process(target=_in_process, args=(source, queue))
-    process.start()
-    assert queue.get(timeout=60) == (expected([0, 1, 3, 4]), [0, 1, 3, 4], source.where(1), 1)
-    process.join(60)
-    assert process.exitcode == 0

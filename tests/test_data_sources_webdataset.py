@@ -1,11 +1,9 @@
-"""Tar shards as img2dataset writes them: read back equal, damaged, repeated, indexed once, by two, or killed at it."""
+"""Tar shards as img2dataset writes them: read, damaged, repeated; indexed once, by two processes, by a killed one."""
 
 import gzip
 import io
 import json
-import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -14,14 +12,15 @@ import tarfile
 import datasets
 import numpy as np
 import pytest
+from data_kit import write_tar
 from PIL import Image
 
-from lcm_jax.data.records import BadRecord
+from lcm_jax.data.records import BadRecordError
 from lcm_jax.data.sources import parsing, tar_index, webdataset
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import BadArgument, LcmError
 
 
-def picture(number, kind="JPEG"):
+def encoded(number, kind="JPEG"):
     pixels = np.random.default_rng(number).integers(0, 256, (9 + number % 5, 12, 3), np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, kind)
@@ -45,19 +44,9 @@ def members(number, suffix="jpg", **changes):
         "pwatermark": number / 100 if number % 3 else None,
         "sha256": "0" * 64,
     }
-    contents = {suffix: picture(number), "json": json.dumps(metadata, indent=4).encode(), "txt": caption.encode()}
+    contents = {suffix: encoded(number), "json": json.dumps(metadata, indent=4).encode(), "txt": caption.encode()}
     contents |= changes
     return [(f"{key}.{end}", content) for end, content in contents.items() if content is not None]
-
-
-def write_tar(path, entries, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", **options) as tar:
-        for name, content in entries:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def shard(path, numbers, **changes):
@@ -69,7 +58,7 @@ def keys(source):
 
 
 def reasons(source):
-    return {fault.key: fault.reason for fault in source.faults}
+    return {bad.key: bad.reason for bad in source.bad_records}
 
 
 def sidecars(folder):
@@ -85,10 +74,10 @@ def test_read_back_equal(tmp_path):
     for part in range(3):
         shard(tmp_path / f"{part:05d}.tar", range(part * 10, part * 10 + 10))
     source = webdataset.open(tmp_path)
-    assert len(source) == 30 and not source.faults
+    assert len(source) == 30 and not source.bad_records
     for number in range(30):
         record = source[number]
-        assert record.key == f"{number:09d}" and record.image == picture(number)
+        assert record.key == f"{number:09d}" and record.image == encoded(number)
         assert record.captions == (f"caption {number}, ünïcode",)
         expected = {
             "width": 12,
@@ -118,11 +107,11 @@ def test_field(tmp_path):
 
 def test_groups_members_as_hugging_face_does(tmp_path):
     entries = [
-        ("a/b.c/0001.jpg", picture(1)),
+        ("a/b.c/0001.jpg", encoded(1)),
         ("a/b.c/0001.txt", b"one"),
-        ("x/0001.jpg", picture(2)),
+        ("x/0001.jpg", encoded(2)),
         ("x/0001.txt", b"two"),
-        ("0001.jpg", picture(3)),
+        ("0001.jpg", encoded(3)),
         ("0001.txt", b"three"),
     ]
     path = write_tar(tmp_path / "a.tar", entries)
@@ -135,21 +124,21 @@ def test_groups_members_as_hugging_face_does(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "JPEG", "webp", "Tif", "bmp", "gif"])
-def test_suffixes_of_pictures(tmp_path, suffix):
-    source = webdataset.open(shard(tmp_path / "a.tar", [1], jpg=None, **{suffix: b"picture"}))
-    assert source[0].image == b"picture"
+def test_suffixes_of_images(tmp_path, suffix):
+    source = webdataset.open(shard(tmp_path / "a.tar", [1], jpg=None, **{suffix: b"image"}))
+    assert source[0].image == b"image"
 
 
 def test_image_key_chooses(tmp_path):
     path = shard(tmp_path / "a.tar", [1], png=b"png", webp=b"webp")
     first = webdataset.open(path)
-    assert first[0].image == picture(1)
-    assert sorted(fault.reason.split(";")[0] for fault in first.faults) == [
+    assert first[0].image == encoded(1)
+    assert sorted(bad.reason.split(";")[0] for bad in first.bad_records) == [
         f"a second picture, .{s}" for s in ("png", "webp")
     ]
-    chosen = webdataset.open(path, image_key="webp")  # another key: the index is made anew
-    assert chosen[0].image == b"webp" and not chosen.faults
-    with pytest.raises(LcmError, match=r"tar without pictures: .*a\.tar.*\.jpg .*none of gif; .*data\.image_key"):
+    chosen = webdataset.open(path, image_key="webp")  # another key: another index
+    assert chosen[0].image == b"webp" and not chosen.bad_records
+    with pytest.raises(LcmError, match=r"^image_key=gif: no images in .*a\.tar: it holds \.jpg .*none of gif; "):
         webdataset.open(path, image_key="gif")
 
 
@@ -168,25 +157,25 @@ def test_captions(tmp_path):
     assert webdataset.open(tmp_path, caption_key="caption")[0].captions == ("from json",)
     assert webdataset.open(tmp_path, caption_key="all")[2].captions == ("one", "two")
     assert webdataset.open(path, caption_key="txt")[1].captions == ("caption 1, ünïcode",)
-    with pytest.raises(LcmError, match=r"no usable record in 2 .*the caption is 3, not text"):
+    with pytest.raises(LcmError, match=r"^path=.*: no usable record in 2 .*the caption is 3, not text"):
         webdataset.open(tmp_path, caption_key="number")
     with pytest.raises(
         LcmError,
-        match=r"tar without captions: .*a\.tar holds \.jpg \.json \.txt, and 'TEXT' nowhere.*"
-        r"data\.caption_key",
+        match=r"^caption_key=TEXT: no captions in .*a\.tar: it holds \.jpg \.json \.txt, but nowhere 'TEXT'; ",
     ):
         webdataset.open(tmp_path, caption_key="TEXT")
-    assert webdataset.open(tmp_path)[0].captions == ("caption 0, ünïcode",), "an index for other keys is no use here"
+    assert webdataset.open(tmp_path)[0].captions == ("caption 0, ünïcode",), "the index for other keys is replaced"
 
 
 def test_tar_without_captions(tmp_path):
     shard(tmp_path / "a.tar", range(3))
     shard(tmp_path / "b.tar", range(3, 6), txt=None, json=None)
-    with pytest.raises(LcmError, match=r"tar without captions: .*b\.tar holds \.jpg, and a \.txt"):
+    words = r"^caption_key=None: no captions in .*b\.tar: it holds \.jpg, but nowhere a \.txt"
+    with pytest.raises(BadArgument, match=words):
         webdataset.open(tmp_path)
 
 
-def test_every_unusable_record_is_a_fault(tmp_path):
+def test_every_unusable_record_is_listed_with_its_reason(tmp_path):
     broken = {
         1: {"jpg": b""},
         2: {"txt": b""},
@@ -211,37 +200,37 @@ def test_every_unusable_record_is_a_fault(tmp_path):
     assert found["000000007"].startswith("broken JSON") and found["000000008"] == "broken JSON (a list, not an object)"
     assert found["000000009"] == "no image among its members (.jqg .json .txt)"
     assert found["notes"] == "no image among its members (.md)"
-    assert len(found) == 10 and {fault.shard for fault in source.faults} == {str(tmp_path / "a.tar")}
+    assert len(found) == 10 and {bad.shard for bad in source.bad_records} == {str(tmp_path / "a.tar")}
 
 
-def test_of_one_key_the_first_stands(tmp_path):
+def test_only_the_first_record_of_a_key_is_used(tmp_path):
     again = members(1, jpg=b"another", txt=b"another")
     first = write_tar(tmp_path / "a.tar", members(1) + [("000000001.jpg", b"at once")] + members(2) + again)
     second = write_tar(tmp_path / "b.tar", members(3) + again)
     source = webdataset.open([second, first])
     assert [(record.key, record.image) for record in map(source.__getitem__, range(3))] == [
-        ("000000003", picture(3)),
+        ("000000003", encoded(3)),
         ("000000001", b"another"),
-        ("000000002", picture(2)),
+        ("000000002", encoded(2)),
     ]
     source = webdataset.open([first, second])
-    assert keys(source) == ["000000001", "000000002", "000000003"] and source[0].image == picture(1)
-    stands = f"key stands already in {first}"
-    assert [(fault.shard, fault.reason) for fault in source.faults] == [
+    assert keys(source) == ["000000001", "000000002", "000000003"] and source[0].image == encoded(1)
+    repeated = f"its key occurs already in {first}"
+    assert [(bad.shard, bad.reason) for bad in source.bad_records] == [
         (str(first), "no caption"),
-        (str(first), stands),
-        (str(second), stands),
+        (str(first), repeated),
+        (str(second), repeated),
     ]
     np.testing.assert_array_equal(source.field("original_width"), [101, 102, 103])
     assert source.where(2) == (str(second), "000000003")
 
 
-def test_keys_whose_hashes_meet_are_two_records(tmp_path):
+def test_keys_of_equal_hashes_are_two_records(tmp_path):
     path = shard(tmp_path / "a.tar", range(4))
     index = tar_index.scan(path)
     index.hashes[:] = 7
     source = webdataset.TarSource([path], [index])
-    assert len(source) == 4 and not source.faults
+    assert len(source) == 4 and not source.bad_records
 
 
 def test_a_shard_is_read_once(tmp_path):
@@ -277,9 +266,9 @@ def test_names_of_shards(tmp_path, monkeypatch):
     assert names("**/00001.tar") == ["a/00001.tar", "b/00001.tar"]
     assert names(["a", "{a,b}"]) == ["a/00000.tar", "a/00001.tar", "a/00002.tar", "b/00001.tar", "b/odd,{1..2}.tar"]
     for path, message in {
-        "c/*.tar": r"no tar shard matches c/\*\.tar",
-        "nowhere": "no tar shard 'nowhere'",
-        "a/{00001..00004}.tar": r"'a/00003\.tar' \(2 of 4 files of a/\{00001\.\.00004\}\.tar",
+        "c/*.tar": r"^path=c/\*\.tar: no tar shard matches it",
+        "nowhere": "^path=nowhere: no tar shard 'nowhere'$",
+        "a/{00001..00004}.tar": r"no tar shard 'a/00003\.tar' \(2 of 4 files are missing",
         "s3://bucket/{0..9}.tar": "from disks only",
         "pipe:cat x": "from disks only",
         "": "no tar shard",
@@ -287,9 +276,9 @@ def test_names_of_shards(tmp_path, monkeypatch):
         with pytest.raises(LcmError, match=message):
             webdataset.find_shards(path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(LcmError, match="no tar shard matches empty"):
+    with pytest.raises(LcmError, match="^path=empty: no tar shard matches it"):
         webdataset.find_shards("empty")
-    with pytest.raises(LcmError, match="no tar shards are named"):
+    with pytest.raises(LcmError, match="names no tar shards"):
         webdataset.find_shards([])
 
 
@@ -324,12 +313,12 @@ def test_braces_are_those_of_bash(pattern):
 def test_cut_off_tar(tmp_path):
     path = shard(tmp_path / "a.tar", range(10))
     between = offset_of(path, "000000005.txt")
-    cut = offset_of(path, "000000007.jpg") + 512 + 100  # inside a picture
+    cut = offset_of(path, "000000007.jpg") + 512 + 100  # inside an image
     os.truncate(path, cut)
     source = webdataset.open(path)
-    assert keys(source) == [f"{number:09d}" for number in range(7)] and source[6].image == picture(6)
+    assert keys(source) == [f"{number:09d}" for number in range(7)] and source[6].image == encoded(6)
     assert reasons(source) == {f"byte {cut}": "the tar is cut off here"}
-    os.truncate(path, between)  # between members: only the missing end mark tells
+    os.truncate(path, between)  # between members: only the end mark is missing
     source = webdataset.open(path)
     assert keys(source) == [f"{number:09d}" for number in range(5)] + ["000000005"]
     assert source[5].captions == ("caption 5, ünïcode",), "its JSON has the caption too"
@@ -348,18 +337,18 @@ def test_damage_in_the_middle(tmp_path, long_names):
     source = webdataset.open(path)
     wanted = [0, 1, 2, 6, 7, 8, 9]
     assert keys(source) == [f"{prefix}{number:09d}" for number in wanted]
-    assert [source[i].image for i in range(7)] == [picture(number) for number in wanted]
+    assert [source[i].image for i in range(7)] == [encoded(number) for number in wanted]
     assert reasons(source) == {f"byte {start}": f"the tar is damaged from here to byte {end - 700}"}
 
 
-def test_zeros_in_the_middle_are_no_end(tmp_path):
+def test_zeros_in_the_middle_are_not_the_end(tmp_path):
     path = shard(tmp_path / "a.tar", range(10))
     start, end = (offset_of(path, f"00000000{number}.jpg") for number in (3, 5))
     content = path.read_bytes()
     path.write_bytes(content[:start] + bytes(end - start) + content[end:])
     source = webdataset.open(path)
     assert len(source) == 8 and list(reasons(source)) == [f"byte {start}"]
-    path.write_bytes(content[:start] + bytes(2 << 20))  # a file whose space was kept, but never filled
+    path.write_bytes(content[:start] + bytes(2 << 20))  # a file whose space was reserved, but never filled
     source = webdataset.open(path)
     assert len(source) == 3 and list(reasons(source)) == [f"byte {start}"]
 
@@ -374,17 +363,17 @@ def test_header_search_over_its_chunks(tmp_path, monkeypatch):
             assert tar_index._next_header(stream, before + 1) is None
 
 
-def test_what_is_no_tar(tmp_path):
+def test_files_that_are_not_tars(tmp_path):
     good = shard(tmp_path / "good.tar", range(2))
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
     (tmp_path / "empty.tar").write_bytes(b"")
     source = webdataset.open(tmp_path)
     assert len(source) == 2
-    assert {fault.shard: str(fault).split(": ")[1:] for fault in source.faults} == {
+    assert {bad.shard: str(bad).split(": ")[1:] for bad in source.bad_records} == {
         str(tmp_path / "bad.tar"): ["byte 0", "the tar is damaged from here to its end"],
         str(tmp_path / "empty.tar"): ["byte 0", "the tar is cut off here"],
     }
-    with pytest.raises(LcmError, match=r"no usable record in 1 tar shards of .*bad\.tar; .*byte 0"):
+    with pytest.raises(LcmError, match=r"^path=.*bad\.tar: no usable record in 1 tar shards; .*byte 0"):
         webdataset.open(tmp_path / "bad.tar")
     (tmp_path / "packed.tar").write_bytes(gzip.compress(good.read_bytes()))
     with pytest.raises(LcmError, match=r"packed\.tar is compressed \(gzip\)"):
@@ -397,7 +386,7 @@ def count_scans(monkeypatch):
     return scanned
 
 
-def test_index_is_made_once_and_anew_for_another_shard(tmp_path, monkeypatch):
+def test_an_index_is_made_once_and_replaced_for_another_shard(tmp_path, monkeypatch):
     for part in range(3):
         shard(tmp_path / f"{part}.tar", range(part * 3, part * 3 + 3))
     webdataset.open(tmp_path)
@@ -426,6 +415,29 @@ def test_index_is_made_once_and_anew_for_another_shard(tmp_path, monkeypatch):
     assert len(webdataset.open(tmp_path)) == 46 and len(scanned) == 9
 
 
+def test_the_content_of_an_index_is_pinned(tmp_path):
+    """As the index files that exist beside shards have it."""
+    good = [("7.jpg", b"image"), ("7.png", b"2"), ("7.json", b'{"caption": "c", "n": 3}')]
+    webdataset.open(write_tar(tmp_path / "a.tar", [*good, ("8.jpg", b""), ("8.txt", b"")]))
+    state = os.stat(tmp_path / "a.tar")
+    with np.load(tmp_path / "a.tar.index.npz") as stored:
+        assert {name: stored[name].tolist() for name in stored.files if name != "header"} == {
+            "keys": [b"7"],
+            "hashes": [9407870976149377255],
+            "spans": [[512, 5, 2560, 24]],
+            "is_json": [True],
+            "fields": [[3.0]],
+        }
+        assert json.loads(stored["header"].tobytes()) == {
+            "made_of": [1, state.st_size, state.st_mtime_ns, None, None],
+            "fields": ["n"],
+            "faults": [
+                ["7", "a second picture, .png; --config.data.image_key chooses one"],
+                ["8", "image of 0 bytes"],
+            ],
+        }
+
+
 def _changed(number, column, value):
     def change(spans):
         spans[number, column] = value
@@ -451,7 +463,7 @@ def _changed(number, column, value):
         ("fields", lambda x: x[:, 1:]),
     ],
 )
-def test_an_index_whose_numbers_leave_its_shard_is_made_anew(tmp_path, name, change):
+def test_an_index_whose_numbers_leave_its_shard_is_replaced(tmp_path, name, change):
     path = shard(tmp_path / "a.tar", range(3))
     webdataset.open(path)
     file = tmp_path / "a.tar.index.npz"
@@ -461,7 +473,7 @@ def test_an_index_whose_numbers_leave_its_shard_is_made_anew(tmp_path, name, cha
     with file.open("wb") as stream:
         np.savez(stream, **arrays | {name: change(arrays[name].copy())})
     source = webdataset.open(path)
-    assert [source[number].image for number in range(3)] == [picture(number) for number in range(3)]
+    assert [source[number].image for number in range(3)] == [encoded(number) for number in range(3)]
     assert file.read_bytes() == made
 
 
@@ -477,18 +489,18 @@ def test_sizes_of_members_that_cannot_be(tmp_path, size):
     middle = bad.tobuf(tarfile.PAX_FORMAT) + b"hello".ljust(512, b"\0")
     (tmp_path / "a.tar").write_bytes(parts[0] + middle + parts[1] + bytes(1024))
     source = webdataset.open(tmp_path / "a.tar")
-    assert source[0].image == picture(0) and source.faults
-    assert len(source) == (2 if size.startswith("-") else 1)  # a member that is said to be longer takes the rest
+    assert source[0].image == encoded(0) and source.bad_records
+    assert len(source) == (2 if size.startswith("-") else 1)  # a member with a longer size takes the rest
 
 
 def test_no_pipes_and_no_endless_members(tmp_path, monkeypatch):
     path = shard(tmp_path / "a.tar", range(3))
     source = webdataset.open(path)
     monkeypatch.setattr(parsing, "MAX_BYTES", 100)
-    with pytest.raises(BadRecord, match="more than 100 are not read"):
+    with pytest.raises(BadRecordError, match="at most 100 are read"):
         source[0]
     os.mkfifo(tmp_path / "b.tar")
-    with pytest.raises(LcmError, match="b.tar is no regular file"):
+    with pytest.raises(LcmError, match="b.tar is not a regular file"):
         webdataset.open(tmp_path)
 
 
@@ -496,7 +508,7 @@ def test_index_that_cannot_be_written(tmp_path):
     path = shard(tmp_path / "a.tar", range(3))
     (tmp_path / "taken").write_text("a file")
     for folder in (tmp_path / "taken", "/proc/no_such_folder"):
-        with pytest.raises(LcmError, match=r"cannot be written .*--config\.data\.index_dir"):
+        with pytest.raises(LcmError, match=r"^index_dir=.*a\.tar.*index.npz cannot be written there"):
             webdataset.open(path, index_dir=folder)
 
 
@@ -504,16 +516,16 @@ def test_a_shard_that_changes_under_a_source(tmp_path):
     path = shard(tmp_path / "a.tar", range(3))
     source = webdataset.open(path)
     shard(path, range(10, 14))
-    with pytest.raises(BadRecord, match="has changed since it was indexed"):
+    with pytest.raises(BadRecordError, match="has changed since it was indexed"):
         source[0]
     path.unlink()
-    with pytest.raises(BadRecord, match="cannot be opened"):
+    with pytest.raises(BadRecordError, match="cannot be opened"):
         source[0]
     path = shard(tmp_path / "b.tar", range(3))
     source = webdataset.open(path)
-    assert source[0].image == picture(0)
+    assert source[0].image == encoded(0)
     os.truncate(path, 2000)  # the open handle sees it
-    with pytest.raises(BadRecord, match="has changed since it was indexed: it ends before byte"):
+    with pytest.raises(BadRecordError, match="has changed since it was indexed: it ends before byte"):
         source[2]
 
 
@@ -529,19 +541,6 @@ def test_few_shards_are_open_at_once(tmp_path, monkeypatch):
         if os.path.exists(f"/proc/self/fd/{fd}")
     ]
     assert 0 < sum(str(tmp_path) in name for name in opened) <= webdataset.MAX_OPEN
-
-
-def _read(source):
-    return [(record.key, record.image, record.captions) for record in map(source.__getitem__, range(len(source)))]
-
-
-def test_another_process_reads_the_same(tmp_path):
-    shard(tmp_path / "a.tar", range(5))
-    source = webdataset.open(tmp_path)
-    mine = _read(source)  # with its shard open
-    assert _read(pickle.loads(pickle.dumps(source))) == mine
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_read, (source,)) == mine
 
 
 INDEX = """

@@ -431,7 +431,7 @@ def test_captions_of_a_source_are_those_of_its_readable_records(tmp_path):
         evaluate.check_flags(evaluate.parser().parse_args([*argv, "--references=2", f"--reference={folder}"]))
     with pytest.raises(LcmError, match=r"has 3 records that can be read, --count=4 are asked for"):
         evaluate.read_inputs(evaluate.parser().parse_args([*argv, "--count=4"]))
-    with pytest.raises(LcmError, match=r"source 'folder' has no use for --split; leave it out"):
+    with pytest.raises(LcmError, match=r"^--split=heldout: the source 'folder' does not use it; leave it out"):
         evaluate.read_inputs(evaluate.parser().parse_args([*argv, "--split=heldout"]))
 
 

@@ -79,7 +79,7 @@ def expected_rows(config):
     """What the run itself makes before training begins."""
     pipeline, params = student_lib.load_teacher(config)
     (part,) = training_data.open_parts(config)
-    watch = training_data.Watch(loader.Faults(0.01, lambda fault: None), lambda line: None)
+    watch = training_data.Watch(loader.BadRecordLog(0.01), lambda line: None)
     tokenize = training_data.Tokenize(pipeline.tokenizers)
     pictures = training_data.pictures(config, part.source, tokenize, time_ids=pipeline.is_xl)
     encode = encoding.make_encode(pipeline, params)
@@ -195,7 +195,7 @@ def test_the_same_crops_and_flips_are_trained_on(teacher, drawn, tmp_path):
 def test_a_cache_can_be_held_in_memory(teacher, centred):
     """Its captions are encoded once then, at the start."""
     config = make_config(teacher, source="latents", path=str(centred["ids"]), encode="start")
-    watch = training_data.Watch(loader.Faults(0, print), print)
+    watch = training_data.Watch(loader.BadRecordLog(0, print), print)
     pipeline, params = student_lib.load_teacher(config)
     encode = encoding.make_encode(pipeline, params)
     (rows,), order = training_data.open_examples(config, training_data.open_parts(config), pipeline, encode, watch)
@@ -234,7 +234,7 @@ def test_a_run_of_other_models_or_sizes_refuses_the_cache(teacher, centred, tmp_
         text.save_pretrained(folder / "text_encoder")
 
     made = cache.open(centred["ids"]).manifest["fingerprint"]
-    refused(other(resolution=128), "resolution 64", "128", "--config.data.resolution")
+    refused(other(resolution=128), "resolution 64", "128", "set the cache's resolution")
     refused(other(aspect_buckets=True, bucket_step=16), "sizes [[64, 64]]", "aspect_buckets")
     model = changed("vae", scale_vae)
     mine = encoding.fingerprint(*student_lib.load_teacher(make_config(model)), 64, ((64, 64),))
@@ -335,7 +335,6 @@ def slowly(self, count):
 precompute.Progress.move = slowly
 precompute.config_flags.DEFINE_config_file("config", None, "")
 flags.DEFINE_string("out", None, "")
-flags.DEFINE_string("what", "latents", "")
 flags.DEFINE_string("text", "ids", "")
 flags.DEFINE_integer("variants", 1, "")
 flags.DEFINE_string("dtype", "float32", "")
@@ -446,24 +445,7 @@ def test_unusable_records_are_left_out_and_listed(teacher, folder, tmp_path, cap
     assert "11 of" not in capsys.readouterr().err
 
 
-def test_records_are_packed_for_tfds(teacher, folder, tmp_path, capsys):
-    pytest.importorskip("tensorflow_datasets")
-    (folder / "05.png").write_bytes((folder / "05.png").read_bytes()[:10])  # no header
-    config, out = make_config(teacher, source="folder", path=str(folder), num_examples=4096), tmp_path / "records"
-    config.data.max_bad_fraction = 0.0
-    refused(lambda: precompute.records(config, out), "max_bad_fraction", "05.png")
-    assert not out.exists()
-    config.data.max_bad_fraction = 0.1
-    precompute.records(config, out)
-    assert "11 records in 1 shards; 1 could not be used" in capsys.readouterr().err
-    (part,) = training_data.open_parts(make_config(teacher, source="tfds", path=str(out), num_examples=4096))
-    assert len(part.source) == 11 and part.source[0].captions == ("a red circle",)
-    assert part.source[0].image == (folder / "00.png").read_bytes()
-    assert "05.png" in (out / "bad_records.jsonl").read_text()
-
-
 def test_a_signal_is_heard_while_a_file_hangs(teacher, folder, tmp_path, monkeypatch):
-    pytest.importorskip("tensorflow_datasets")
     monkeypatch.setattr(waiting, "PATIENCE", 0.3)
     said, read, answered = [], files.read_regular, threading.Event()
 
@@ -479,9 +461,11 @@ def test_a_signal_is_heard_while_a_file_hangs(teacher, folder, tmp_path, monkeyp
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(waiting, "say", say)
-    with pytest.raises(precompute.Stopped, match="SIGTERM: stopped, nothing is left"):
-        precompute.records(make_config(teacher, source="folder", path=str(folder), num_examples=4096), tmp_path / "out")
-    assert "07.png" in said[0] and not list(tmp_path.glob("*out*"))
+    config, out = make_config(teacher, source="folder", path=str(folder), num_examples=4096), tmp_path / "out"
+    config.data.max_bad_fraction = 0.1
+    with pytest.raises(precompute.Stopped, match="SIGTERM: stopped; the same command goes on"):
+        precompute.latents(config, out, Options(shard_size=4))
+    assert "07.png" in said[0] and [path.name for path in out.glob("latents-*")] == [cache.shard_name(0, 0)]
     answered.set()  # the thread that reads it ends
 
 

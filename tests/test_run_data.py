@@ -22,7 +22,7 @@ from PIL import Image
 
 from lcm_jax import train
 from lcm_jax.data import encoding, loader
-from lcm_jax.data.records import Fault
+from lcm_jax.data.records import BadRecord
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import load_pipeline
 from lcm_jax.pretrained import text as conditioning
@@ -64,7 +64,7 @@ def config_of(source: str, path: str | None, **changes):
 
 def silent_watch(share: float = 1.0, told: list | None = None, lines: list | None = None) -> training_data.Watch:
     told, lines = [] if told is None else told, [] if lines is None else lines
-    return training_data.Watch(loader.Faults(share, told.append), lines.append)
+    return training_data.Watch(loader.BadRecordLog(share, told.append), lines.append)
 
 
 def taken(config, pipeline, steps: int, *, start: int = 0, watch=None, encode=None) -> list[dict[str, np.ndarray]]:
@@ -73,7 +73,9 @@ def taken(config, pipeline, steps: int, *, start: int = 0, watch=None, encode=No
     parts = training_data.open_parts(config)
     examples, order = training_data.open_examples(config, parts, pipeline, encode or (lambda rows: rows), watch)
     with contextlib.closing(
-        loader.batches(examples, order, start, faults=watch.faults, put=watch.captions, workers=config.data.workers)
+        loader.batches(
+            examples, order, start, bad_records=watch.bad_records, put=watch.captions, workers=config.data.workers
+        )
     ) as batches:
         return list(itertools.islice(batches, steps))
 
@@ -158,7 +160,7 @@ def damaged(tmp_path_factory) -> tuple[str, list[dict], dict[str, str]]:
         "truncated": [100, 1101],
         "known format": [202, 1203],
         "0 bytes": [304, 1305],
-        "stands already": [406, 1407],
+        "occurs already": [406, 1407],
         "UTF-8": [508, 1509],
     }
     for number in bad["truncated"]:
@@ -170,7 +172,7 @@ def damaged(tmp_path_factory) -> tuple[str, list[dict], dict[str, str]]:
     found[9]["image"] = stream.getvalue()  # a PNG named .jpg is a good picture
     for number in bad["0 bytes"]:
         found[number]["image"] = b""
-    for number in bad["stands already"]:
+    for number in bad["occurs already"]:
         found[number]["key"] = found[number - 300]["key"]
     folder = tmp_path_factory.mktemp("damaged")
     for shard, part in enumerate(np.array_split(np.arange(DAMAGED), 4)):
@@ -187,7 +189,7 @@ def damaged(tmp_path_factory) -> tuple[str, list[dict], dict[str, str]]:
 
 def test_damaged_records_are_named_and_nothing_good_is_lost(damaged, pipeline):
     pattern, good, reasons = damaged
-    told: list[Fault] = []
+    told: list[BadRecord] = []
     config = config_of("webdataset", pattern, crop="center", flip=0.0, batch_size=50)
     batches = taken(config, pipeline, 40, watch=silent_watch(0.01, told))
     reason_of = {fault.key: fault.reason for fault in told}
@@ -230,7 +232,7 @@ def test_too_many_damaged_records_stop_a_training_that_loses_nothing(damaged, tm
         config.model.teacher = config.model.student = str(tiny.folder("teacher"))
         config.data.batch_size, config.train.steps, config.data.max_bad_fraction = 50, 41, 7 / DAMAGED
         config.distill.w_embedding_dim, config.sample.every, config.log.every = 16, 0, 10
-    with pytest.raises(LcmError, match=r"could not be used.*max_bad_fraction=0\.0035"):
+    with pytest.raises(LcmError, match=r"could not be used.*raise max_bad_fraction \(now 0\.0035\)"):
         train.train(config, tmp_path / "run")
     (step,) = checkpoint.list_steps(tmp_path / "run" / "checkpoints")
     assert 0 < step < 41

@@ -94,7 +94,7 @@ def saved(run) -> list[int]:
 def check_resumed(run, monkeypatch) -> None:
     """The same command ends as if nothing had been."""
     monkeypatch.setattr(Arrays, "row", ROW)
-    labels = [place.rank for step in range(STEPS) for place in ORDER.places(step)]
+    labels = [index.rank for step in range(STEPS) for index in ORDER.batch(step)]
     assert int(run().ema_params["labels"]) == sum(labels)
     assert [record["step"] for record in read_metrics(run.workdir)] == [*range(1, STEPS + 1)]
 
@@ -104,7 +104,7 @@ ROW = Arrays.row
 
 def bad_row(monkeypatch, call, step=BAD) -> None:
     """`call` is what reading a row of the batch after `step` steps does."""
-    bad = ORDER.places(step)[1].rank
+    bad = ORDER.batch(step)[1].rank
     monkeypatch.setattr(
         Arrays, "row", lambda self, group, rank, draws: call() if rank == bad else ROW(self, group, rank, draws)
     )

@@ -67,12 +67,12 @@ def opened(config: ConfigDict, workdir: Path, steps: int) -> Iterator[dict[str, 
     made = training_step.make(config, teacher, student, mesh)
     frozen, key = made.place_frozen(teacher, student), step_lib.named_key(config.seed, "draws")
     encode = encoding.make_encode(teacher, mesh)
-    watch = training_data.Watch(loader.Faults(0.0, print), lambda line: print(line, file=sys.stderr))
+    watch = training_data.Watch(loader.BadRecordLog(0.0, print), lambda line: print(line, file=sys.stderr))
     examples, order = training_data.open_examples(config, training_data.open_parts(config), teacher, encode, watch)
     lean_step = jax.jit(functools.partial(with_loss_alone, made.step), donate_argnums=0)
     put = functools.partial(to_device, mesh, watch)
     with (
-        contextlib.closing(loader.batches(examples, order, faults=watch.faults, put=put)) as batches,
+        contextlib.closing(loader.batches(examples, order, bad_records=watch.bad_records, put=put)) as batches,
         Telemetry(
             workdir,
             RunInfo(

@@ -63,7 +63,7 @@ def make_batches(
       encode: rows {"pixels", "text_encoder"} or without pixels -> {"mean", "logvar", "encoder_hidden_states"}.
       say: prints a line.
     """
-    watch = training_data.Watch(loader.Faults(0.0, lambda fault: say(str(fault))), say)
+    watch = training_data.Watch(loader.BadRecordLog(0.0, lambda record: say(str(record))), say)
     parts = training_data.open_parts(config)
     examples, order = training_data.open_examples(config, parts, teacher, encode, watch)
     batches = loader.Batches(tuple(examples), order, 0, range(order.batch_size))

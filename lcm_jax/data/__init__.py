@@ -1,1 +1,1 @@
-"""Data sets: pictures and captions, as NumPy arrays."""
+"""Data sets of images and captions, as NumPy arrays."""

@@ -24,7 +24,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lcm_jax.data import loader
 from lcm_jax.data.order import draws_at
-from lcm_jax.data.records import BadRecord, Fault
+from lcm_jax.data.records import BadRecord, BadRecordError
+from lcm_jax.data.rows import Examples
 from lcm_jax.pretrained import text as conditioning
 from lcm_jax.pretrained.model import TEXT_ENCODERS, Pipeline, PipelineParams
 from lcm_jax.runtime import kernels as compiler
@@ -140,8 +141,8 @@ def encode_rows(encode: Callable, rows: Rows, batch: int) -> Rows:
 
 
 def in_order(
-    examples: loader.Examples, group: int, seed: int, ranks: Sequence[int], stop: Callable[[], Any] = lambda: False
-) -> Iterator[tuple[int, Rows | Fault]]:
+    examples: Examples, group: int, seed: int, ranks: Sequence[int], stop: Callable[[], Any] = lambda: False
+) -> Iterator[tuple[int, Rows | BadRecord]]:
     """(rank, its row, or why it has none) of examples one after another, read ahead by threads.
 
     What is random about a row is a function of (seed, group, rank). Raises `waiting.Stopped` if a row has not come when
@@ -149,13 +150,13 @@ def in_order(
     """
     first = sum(examples.groups[:group])
 
-    def read(rank: int) -> tuple[int, Rows | Fault]:
+    def read(rank: int) -> tuple[int, Rows | BadRecord]:
         try:
             return rank, examples.row(group, rank, draws_at(seed, first + rank))
-        except BadRecord as error:
-            return rank, Fault(*examples.where(group, rank), str(error))
+        except BadRecordError as error:
+            return rank, BadRecord(*examples.where(group, rank), str(error))
 
-    def taken(rank: int, future: concurrent.futures.Future) -> tuple[int, Rows | Fault]:
+    def taken(rank: int, future: concurrent.futures.Future) -> tuple[int, Rows | BadRecord]:
         waiting.wait(
             lambda seconds: concurrent.futures.wait([future], seconds).done,
             lambda: "{}: {}, which is being read".format(*examples.where(group, rank)),

@@ -2,9 +2,9 @@
 
     rule = FIELD OP NUMBER [or missing]        OP: <=  >=  <  >  ==
 
-FIELD is a number that the source knows about its records, or of their size in pixels: `side`, the shorter side, and
-`aspect`, the longer side over the shorter. The size is that of the width and height fields or, where no record has
-them, that of the images' headers. A record without the number is dropped unless the rule ends in "or missing".
+FIELD is a number that the source knows about its records, or one made from their size in pixels: `side`, the shorter
+side, or `aspect`, the longer side over the shorter. The size is that of the width and height fields or, if no record
+has them, that in the images' headers. A record without the number is dropped unless the rule ends in "or missing".
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from lcm_jax.data import images
-from lcm_jax.data.records import BadRecord, Fault, Record, Source
-from lcm_jax.errors import LcmError
+from lcm_jax.data.records import BadRecord, BadRecordError, Record, Source
+from lcm_jax.errors import BadArgument, LcmError
 
 SIZE_FIELDS = ("side", "aspect")
 GRAMMAR = 'FIELD OP NUMBER [or missing], OP one of <= >= < > ==, as "side >= 512" or "pwatermark <= 0.5 or missing"'
@@ -48,32 +48,21 @@ class Report:
     Attributes:
       total: records before.
       kept: records after.
-      rules: (rule, records it dropped, those of them that lack the number), in the rules' order; a record counts at
-        the first rule that drops it.
-      faults: unusable records that the source had left out before.
+      rules: (rule, records it dropped, how many of those lack the number), in the rules' order; a record counts at the
+        first rule that drops it.
+      unusable: records that indexing had left out before.
     """
 
     total: int
     kept: int
     rules: tuple[tuple[Rule, int, int], ...]
-    faults: int
-
-    def __str__(self) -> str:
-        rows = [("records", self.total, "")]
-        rows += [
-            (str(rule), -dropped, f"({missing} missing)" if missing else "") for rule, dropped, missing in self.rules
-        ]
-        rows += [("kept", self.kept, "")]
-        if self.faults:
-            rows += [("unusable, not counted above", self.faults, "")]
-        left, right = max(len(row[0]) for row in rows), max(len(str(row[1])) for row in rows)
-        return "\n".join(f"{name:<{left}}  {count:>{right}}  {note}".rstrip() for name, count, note in rows)
+    unusable: int
 
     def line(self) -> str:
-        """The same in one line, without rules that dropped nothing."""
+        """One line, without the rules that dropped nothing."""
         parts = [f"{self.kept} of {self.total} records" if self.kept < self.total else f"{self.total} records"]
         parts += [f'"{rule}" dropped {dropped}' for rule, dropped, _ in self.rules if dropped]
-        parts += [f"{self.faults} more are unusable"] if self.faults else []
+        parts += [f"{self.unusable} more are unusable"] if self.unusable else []
         return ", ".join(parts)
 
 
@@ -85,8 +74,8 @@ class Selection:
     numbers: np.ndarray  # int64 [n]
 
     @property
-    def faults(self) -> Sequence[Fault]:
-        return self.source.faults
+    def bad_records(self) -> Sequence[BadRecord]:
+        return self.source.bad_records
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -104,15 +93,15 @@ class Selection:
 
 
 def parse(text: str) -> Rule:
-    """Raises LcmError where `text` is no rule."""
+    """Raises BadArgument if `text` is not a rule."""
     match = _RULE.fullmatch(text)
     try:
         name, op, number, or_missing = match.groups()
         value = float(number)
     except (AttributeError, ValueError):
-        raise LcmError(f"{text!r} is no rule; write {GRAMMAR} (--config.data.filters)") from None
+        raise BadArgument("filters", text, f"not a rule; write {GRAMMAR}") from None
     if np.isnan(value):
-        raise LcmError(f"{text!r} compares with no number; write {GRAMMAR} (--config.data.filters)")
+        raise BadArgument("filters", text, f"compares with NaN; write {GRAMMAR}")
     return Rule(name, op, value, or_missing is not None)
 
 
@@ -122,14 +111,16 @@ def apply(
     """The records that satisfy all rules, in their order, and what each rule dropped.
 
     Raises:
-      LcmError: no rule, a field that no record has (unless "or missing"), nothing left.
+      BadArgument: a text that is not a rule, a field that no record has (unless "or missing"), no record left.
+      LcmError: the source has no records.
     """
     parsed = [parse(text) for text in rules]
-    if not parsed and len(source):
-        return source, Report(len(source), len(source), (), len(source.faults))
+    unusable = len(source.bad_records)
     if not len(source):
-        first = f"; the first of {len(source.faults)} unusable ones: {source.faults[0]}" if source.faults else ""
-        raise LcmError(f"the source has no records{first} (--config.data.path)")
+        first = f"; the first of {unusable} unusable ones: {source.bad_records[0]}" if unusable else ""
+        raise LcmError(f"the source has no records{first}; check its path")
+    if not parsed:
+        return source, Report(len(source), len(source), (), unusable)
     found: dict[str, np.ndarray] = {}
     dropper = np.full(len(source), -1)  # the rule that dropped each record; -1: none
     counts = []
@@ -143,17 +134,25 @@ def apply(
         dropper[dropped] = i
         counts.append((rule, int(dropped.sum()), int((dropped & missing).sum())))
     kept = np.flatnonzero(dropper < 0)
-    report = Report(len(source), len(kept), tuple(counts), len(source.faults))
     if not len(kept):
-        raise LcmError(_nothing_left(source, parsed[dropper[0]], found, report))
-    return Selection(source, kept), report
+        rule = parsed[dropper[0]]
+        (shard, key), value = source.where(0), found[rule.field][0]
+        has = f"has no {rule.field}" if np.isnan(value) else f"{rule.field} is {value:g}"
+        drops = ", ".join(f'"{rule}" dropped {dropped}' for rule, dropped, _ in counts)
+        raise BadArgument(
+            "filters",
+            ", ".join(rules),
+            f'of {len(source)} records none is left: {drops}; for example, in {shard}: {key}: {has}, which "{rule}" '
+            "drops; relax the rules",
+        )
+    return Selection(source, kept), Report(len(source), len(kept), tuple(counts), unusable)
 
 
 def sizes(source: Source, width_key: str = "width", height_key: str = "height") -> np.ndarray:
-    """int32 [n 2], each record's (height, width) in pixels as it is shown; (0, 0) where it is not known.
+    """int32 [n 2], each record's (height, width) in pixels, upright; (0, 0) if it is unknown.
 
-    From the fields, or from the images' headers where no record has both fields (with a progress bar: it reads every
-    record).
+    Read from the fields or, if no record has both, from the images' headers, with a progress bar: that reads every
+    record.
     """
     height, width = source.field(height_key), source.field(width_key)
     if height is not None and width is not None:
@@ -163,32 +162,22 @@ def sizes(source: Source, width_key: str = "width", height_key: str = "height") 
     for number in tqdm(range(len(source)), "image sizes", unit=" images", disable=None):
         try:
             both[number] = images.header_size(source[number].image)
-        except BadRecord:
+        except BadRecordError:
             continue  # stays unknown
     return both
 
 
 def _numbers(source: Source, rule: Rule, width_key: str, height_key: str) -> dict[str, np.ndarray]:
-    """field -> float64 [n] of the field that `rule` asks for; both size fields at once, since both cost the same."""
+    """field -> float64 [n] of the rule's field; for a size field both, since they cost one look at the images."""
     if rule.field in SIZE_FIELDS:
         known = sizes(source, width_key, height_key).astype(np.float64)
         known[(known == 0).any(-1)] = np.nan
         return {"side": known.min(-1), "aspect": known.max(-1) / known.min(-1)}
     values = source.field(rule.field)
     if values is None and not rule.or_missing:
-        raise LcmError(
-            f'no record has a number {rule.field!r}, which the rule "{rule}" needs; correct its name, or '
-            f'write "{rule} or missing" to keep such records (--config.data.filters)'
+        raise BadArgument(
+            "filters",
+            rule,
+            f'no record has a number {rule.field!r}; correct its name, or write "{rule} or missing" to keep all',
         )
     return {rule.field: np.full(len(source), np.nan) if values is None else values}
-
-
-def _nothing_left(source: Source, rule: Rule, found: dict[str, np.ndarray], report: Report) -> str:
-    shard, key = source.where(0)
-    value = found[rule.field][0]
-    has = f"has no {rule.field}" if np.isnan(value) else f"{rule.field} is {value:g}"
-    drops = ", ".join(f'"{rule}" dropped {dropped}' for rule, dropped, _ in report.rules)
-    return (
-        f'no record is left of {report.total}: {drops}; for one, {shard}: {key}: {has}, the rule is "{rule}"; '
-        "relax the rules (--config.data.filters)"
-    )

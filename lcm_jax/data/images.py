@@ -1,15 +1,15 @@
-"""Encoded pictures -> uint8 RGB [h w 3], resized and cropped to one size, with SDXL's size and crop conditions.
+"""Encoded images -> uint8 RGB [h w 3], resized and cropped to one size, with SDXL's size and crop conditions.
 
-Decoding makes of every file an upright picture of 8 bits per channel: EXIF orientation is applied, transparency lies
+Decoding turns every file into an upright image of 8 bits per channel: EXIF orientation is applied, transparency is laid
 over white, grey becomes three equal channels, 16 bits keep their high byte, CMYK and YCCK follow Pillow (Adobe's
-inverted convention), and of an animation the first frame is taken. Embedded colour (ICC) profiles are left alone: the
-numbers in the file are taken for sRGB.
+inverted convention), and an animation gives its first frame. Embedded colour (ICC) profiles are ignored: the numbers in
+the file are taken for sRGB.
 
-A picture H x W (upright) is brought to the target h x w in this order:
+An image H x W (upright) is brought to the target h x w in this order:
 
     flip left to right;  resize to (H', W') = max(target, round(size * max(h / H, w / W)));  crop (h, w) at (top, left)
 
-and SDXL's time_ids are (H, W, top, left, h, w): top and left are pixels of the flipped, resized picture.
+and SDXL's time_ids are (H, W, top, left, h, w): top and left are pixels of the flipped, resized image.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from lcm_jax.data.records import BadRecord
-from lcm_jax.errors import LcmError
+from lcm_jax.data.records import BadRecordError
+from lcm_jax.errors import BadArgument, LcmError
 
-# Only these are tried: some other readers of Pillow start programs (EPS) or read what is not a picture.
+# Only these are tried: other readers of Pillow start programs (EPS) or read files that are not images.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-MAX_PIXELS = 89_478_485  # Pillow's own mark of a decompression bomb: a quarter of a GiB as RGB
+MAX_PIXELS = 89_478_485  # Pillow's own limit for decompression bombs: a quarter of a GiB as RGB
 ORIENTATION = 0x0112  # EXIF tag
-# A PNG may tell its orientation after the pixels. Where none of these occurs, it tells none.
+# A PNG may state its orientation after the pixels. If none of these occurs in it, it states none.
 PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 END_OF_JPEG, START_OF_SCAN = b"\xff\xd9", 0xDA
 
@@ -47,14 +47,11 @@ FILTERS = {
 
 
 def check_choice(decoder: str, resize_filter: str = "area") -> None:
-    """Raises LcmError where `decoder` is unknown or not installed, or cannot resize with `resize_filter`."""
+    """Raises BadArgument if `decoder` is unknown or cannot resize with `resize_filter`, LcmError without OpenCV."""
     if decoder not in FILTERS:
-        raise LcmError(f"--config.data.decoder={decoder!r} is unknown; choose one of {', '.join(FILTERS)}")
+        raise BadArgument("decoder", decoder, f"unknown; choose one of {', '.join(FILTERS)}")
     if resize_filter not in FILTERS[decoder]:
-        raise LcmError(
-            f"--config.data.resize_filter={resize_filter!r} does not go with --config.data.decoder="
-            f"{decoder!r}, which has {', '.join(FILTERS[decoder])}"
-        )
+        raise BadArgument("resize_filter", resize_filter, f"decoder={decoder} has {', '.join(FILTERS[decoder])}")
     if decoder == "opencv":
         _opencv()
 
@@ -63,57 +60,57 @@ def _opencv():
     try:
         import cv2
     except ImportError:
-        raise LcmError("--config.data.decoder='opencv' needs opencv: pip install 'lcm_jax[data]'") from None
+        raise LcmError("the decoder 'opencv' needs OpenCV: pip install 'lcm_jax[data]'") from None
     return cv2
 
 
 @contextlib.contextmanager
 def _bad_record() -> Iterator[None]:
-    """Whatever a decoder says of a file becomes a BadRecord of one line; a broken file may make it raise anything."""
+    """Any error of a decoder becomes a one-line BadRecordError; a broken file may make it raise anything."""
     try:
         yield
     except (LcmError, MemoryError):
         raise
-    except Image.UnidentifiedImageError:  # its message holds an address, which differs from run to run
-        raise BadRecord("not an image of a known format") from None
+    except Image.UnidentifiedImageError:  # its message contains an address, which differs from run to run
+        raise BadRecordError("not an image of a known format") from None
     except Exception as error:
-        raise BadRecord(f"undecodable image: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise BadRecordError(f"undecodable image: {type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
 def _open(data: bytes) -> Image.Image:
-    """The picture with its header read, of a size that may be decoded."""
+    """The image with its header read, of a size that may be decoded."""
     if not data:
-        raise BadRecord("image of 0 bytes")
-    picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    _check_size(picture.height, picture.width)
-    return picture
+        raise BadRecordError("image of 0 bytes")
+    opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    _check_size(opened.height, opened.width)
+    return opened
 
 
 def _check_size(height: int, width: int) -> None:
     if not (height and width):
-        raise BadRecord(f"image of no size: height {height}, width {width}")
+        raise BadRecordError(f"image of no size: height {height}, width {width}")
     if height * width > MAX_PIXELS:
-        raise BadRecord(f"image of {height} x {width} pixels, more than {MAX_PIXELS} are not decoded")
+        raise BadRecordError(f"image of {height} x {width} pixels, more than {MAX_PIXELS} are not decoded")
 
 
 def _check_array(image: np.ndarray) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise BadRecord(f"image array is {image.dtype} {list(image.shape)}, not uint8 [h w 3]")
+        raise BadRecordError(f"image array is {image.dtype} {list(image.shape)}, not uint8 [h w 3]")
     _check_size(*image.shape[:2])
     return image
 
 
-def _orientation(picture: Image.Image) -> int:
-    """EXIF orientation 1..8; 1 where none is told or, as viewers have it, where the EXIF block is unreadable."""
+def _orientation(opened: Image.Image) -> int:
+    """EXIF orientation 1..8; 1 if it is not stated or, as viewers do, if the EXIF block is unreadable."""
     try:
-        orientation = picture.getexif().get(ORIENTATION, 1)
+        orientation = opened.getexif().get(ORIENTATION, 1)
     except (SyntaxError, ValueError, OSError, LookupError, TypeError, OverflowError):
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo an EXIF orientation: the first row of the file is the top, bottom, left or right of the picture."""
+    """Undo an EXIF orientation: row 0 of the file is the top, bottom, left or right of the image."""
     if orientation >= 5:
         image = image.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -123,31 +120,31 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
+def _eight_bits(opened: Image.Image) -> Image.Image:
     """Deep grey -> its high byte (Pillow's own conversion clips at 255); a transparent value becomes white."""
-    values = np.asarray(picture)
+    values = np.asarray(opened)
     if values.min() < 0 or values.max() > 0xFFFF:
-        raise BadRecord(f"grey values from {values.min()} to {values.max()}, not of 16 bits")
+        raise BadRecordError(f"grey values from {values.min()} to {values.max()}, not of 16 bits")
     grey = (values >> 8).astype(np.uint8)
-    if "transparency" in picture.info:
-        grey[values == picture.info["transparency"]] = 255
+    if "transparency" in opened.info:
+        grey[values == opened.info["transparency"]] = 255
     return Image.fromarray(grey)
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    """Any mode of Pillow -> RGB, transparency over white."""
-    if picture.mode == "F":
-        raise BadRecord("image of floats, whose range is not known")
-    if picture.mode.startswith("I"):
-        picture = _eight_bits(picture)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+def _rgb(opened: Image.Image) -> Image.Image:
+    """RGB from any mode of Pillow, transparency over white."""
+    if opened.mode == "F":
+        raise BadRecordError("image of floats, whose range is not known")
+    if opened.mode.startswith("I"):
+        opened = _eight_bits(opened)
+    if opened.has_transparency_data:
+        opened = opened.convert("RGBA")
+        opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened)
+    return opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
 def _has_end(jpeg: bytes) -> bool:
-    """Whether a JPEG has its end marker after the pixels' first byte; a thumbnail before them has one of its own."""
+    """Whether a JPEG has its end marker after the pixels' first byte; a thumbnail before them has its own marker."""
     at = 2
     while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
         if jpeg[at + 1] == START_OF_SCAN:
@@ -156,61 +153,62 @@ def _has_end(jpeg: bytes) -> bool:
     return False
 
 
-def _decode_opencv(data: bytes, picture: Image.Image) -> np.ndarray | None:
-    """uint8 RGB [h w 3], not yet upright; None where Pillow must decode or judge."""
-    if picture.format != "JPEG" or picture.mode not in ("L", "RGB") or not _has_end(data):
+def _decode_opencv(data: bytes, opened: Image.Image) -> np.ndarray | None:
+    """uint8 RGB [h w 3], not yet upright; None if Pillow must decode or judge the image."""
+    if opened.format != "JPEG" or opened.mode not in ("L", "RGB") or not _has_end(data):
         return None
     cv2 = _opencv()
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
 def decode(data: bytes | np.ndarray, decoder: str = "pillow") -> np.ndarray:
-    """An upright RGB picture.
+    """An upright RGB image.
 
     Args:
         data: a file's bytes (`FORMATS`), or uint8 [h w 3], which is checked and returned as it is.
         decoder: "pillow", the reference, or "opencv", which decodes complete grey and RGB JPEGs. It leaves to Pillow
-            what it does not do alike (CMYK, palettes, transparency, 16 bits), what it is little faster at (PNG, WebP,
-            ...), and everything that it or the test for a JPEG's end refuses, so that both find the same records bad.
+            what it decodes differently (CMYK, palettes, transparency, 16 bits), what it decodes hardly faster (PNG,
+            WebP, ...), and everything that it or the check of a JPEG's end refuses, so that with both decoders the
+            same records are unusable.
 
     Returns:
         uint8 [h w 3].
 
     Raises:
-        BadRecord: with the reason: truncated, empty, no image, of no size, of more than `MAX_PIXELS`. A JPEG whose
-            pixels are damaged but which goes on to its end marker is decoded as libjpeg does, partly grey.
+        BadRecordError: with the reason: truncated, empty, not an image, without a size, more than `MAX_PIXELS`. A
+            JPEG with damaged pixels and an intact end marker is decoded as libjpeg does it, partly grey.
     """
     if isinstance(data, np.ndarray):
         return _check_array(data)
     check_choice(decoder, "area")
     with _bad_record():
-        picture = _open(data)
-        image = _decode_opencv(data, picture) if decoder == "opencv" else None
+        opened = _open(data)
+        image = _decode_opencv(data, opened) if decoder == "opencv" else None
         if image is None:
-            picture.load()  # first: mode and orientation count as they are after it (Pillow turns a TIFF here)
-            image = np.asarray(_rgb(picture))
-        return _upright(image, _orientation(picture))
+            opened.load()  # first, since it may change mode and orientation (Pillow turns a TIFF here)
+            image = np.asarray(_rgb(opened))
+        return _upright(image, _orientation(opened))
 
 
 def header_size(data: bytes | np.ndarray) -> tuple[int, int]:
     """(height, width) of what `decode` would return, from the header alone.
 
     Raises:
-        BadRecord: no image, or of a size that is not decoded. A file with a good header may still be truncated.
+        BadRecordError: not an image, or of a size that is not decoded. With a good header it may still be truncated.
     """
     if isinstance(data, np.ndarray):
         return _check_array(data).shape[:2]
     with _bad_record():
-        picture = _open(data)
-        # Pillow states a TIFF's size upright; of a PNG it would decode all to look for an orientation
-        told = picture.format != "TIFF" and (picture.format != "PNG" or any(tag in data for tag in PNG_ORIENTATION))
-        turned = told and _orientation(picture) >= 5
-        return (picture.width, picture.height) if turned else (picture.height, picture.width)
+        opened = _open(data)
+        # Pillow gives a TIFF's size upright, and would decode all of a PNG to look for an orientation.
+        stated = opened.format != "TIFF" and (opened.format != "PNG" or any(tag in data for tag in PNG_ORIENTATION))
+        turned = stated and _orientation(opened) >= 5
+        return (opened.width, opened.height) if turned else (opened.height, opened.width)
 
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """The size of a picture after the resize, and the first row and column of the target in it, in its pixels."""
+    """The size of an image after the resize, and the first row and column of the target in it, in its pixels."""
 
     resized_height: int
     resized_width: int
@@ -229,18 +227,20 @@ def cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
     return max(h, (2 * height * w + width) // (2 * width)), w
 
 
-def place(size: tuple[int, int], target: tuple[int, int], crop: str = "center", draws: Sequence[float] = ()) -> Crop:
-    """Where the target lies in a picture of `size`, both (height, width).
+def find_crop(
+    size: tuple[int, int], target: tuple[int, int], crop: str = "center", draws: Sequence[float] = ()
+) -> Crop:
+    """The resize and crop that bring an image of `size` to `target`, both (height, width).
 
-    "center" halves the margins, rounded down; "random" takes `draws` = (u_top, u_left) in [0, 1), so that every
-    position is as likely as any other.
+    "center" halves the margins, rounded down; "random" uses `draws` = (u_top, u_left) in [0, 1) so that all positions
+    are equally likely.
     """
     height, width = cover(size, target)
     margins = height - target[0], width - target[1]
     if crop == "center":
         return Crop(height, width, margins[0] // 2, margins[1] // 2)
     if crop != "random":
-        raise LcmError(f'--config.data.crop={crop!r} is unknown; choose "random" or "center"')
+        raise BadArgument("crop", crop, 'unknown; choose "random" or "center"')
     if len(draws) != 2 or not all(0 <= u < 1 for u in draws):
         raise LcmError(f"a random crop takes two draws in [0, 1), got {list(draws)}")
     top, left = (min(math.floor(u * (margin + 1)), margin) for u, margin in zip(draws, margins, strict=True))
@@ -248,17 +248,17 @@ def place(size: tuple[int, int], target: tuple[int, int], crop: str = "center", 
 
 
 def _resize_pillow(image: np.ndarray, crop: Crop, height: int, width: int, resize_filter: str, flip: bool):
-    """Resize and crop. Only the crop's part of the picture is resized, which is the same to 1 level of 255."""
-    picture = Image.fromarray(image)
+    """Resize and crop. Only the crop's part of the image is resized, which changes at most 1 level of 255."""
+    original = Image.fromarray(image)
     if flip:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        original = original.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     kernel = FILTERS["pillow"][resize_filter]
-    if kernel == Image.Resampling.BOX:  # a pixel is inside or outside the box: the part's rounding would decide
-        whole = np.asarray(picture.resize((crop.resized_width, crop.resized_height), kernel))
+    if kernel == Image.Resampling.BOX:  # a pixel is inside or outside the box: rounding the part would decide which
+        whole = np.asarray(original.resize((crop.resized_width, crop.resized_height), kernel))
         return whole[crop.top : crop.top + height, crop.left : crop.left + width]
-    across, down = picture.width / crop.resized_width, picture.height / crop.resized_height
+    across, down = original.width / crop.resized_width, original.height / crop.resized_height
     part = (crop.left * across, crop.top * down, (crop.left + width) * across, (crop.top + height) * down)
-    return np.asarray(picture.resize((width, height), kernel, box=part))
+    return np.asarray(original.resize((width, height), kernel, box=part))
 
 
 def _resize_opencv(image: np.ndarray, crop: Crop, height: int, width: int, flip: bool) -> np.ndarray:
@@ -298,27 +298,27 @@ def fit(
     """Flip, resize so that the target is covered, crop.
 
     Args:
-        image: uint8 [h w 3], upright. One smaller than the target is enlarged; its conditions tell the model.
+        image: uint8 [h w 3], upright. One smaller than the target is enlarged, which its conditions reveal to SDXL.
         height, width: of the target in pixels.
-        resize_filter: antialiased: "lanczos", "bicubic", "bilinear", "box" ("area" is a name of the same) of Pillow;
-            "area" of OpenCV, which counts partly covered pixels by their part, where Pillow's box takes or leaves
-            them whole. "box" and "area" enlarge bilinearly, by Pillow.
-        crop: "center" or "random", see `place`, whose `draws` are needed for the latter.
+        resize_filter: antialiased: "lanczos", "bicubic", "bilinear" or "box" (also called "area") of Pillow; "area" of
+            OpenCV, which weights a partly covered pixel by its covered part, while Pillow's box takes all of it or
+            nothing. "box" and "area" enlarge bilinearly, with Pillow.
+        crop: "center" or "random", see `find_crop`, which needs `draws` for the latter.
         flip: left to right.
-        original_size: (height, width) that the conditions tell instead of the image's own.
-        decoder: whose resize it is, "pillow" or "opencv".
+        original_size: (height, width) for the conditions, instead of the image's own.
+        decoder: whose resize is used, "pillow" or "opencv".
 
     Returns:
-        uint8 [height width 3], and float32 [6]: original height and width, top and left of the crop in pixels of the
-        flipped, resized picture, target height and width: SDXL's time_ids (SDXL, 2.2).
+        uint8 [height width 3], and SDXL's time_ids (SDXL, 2.2), float32 [6]: original height and width, top and left of
+        the crop in pixels of the flipped, resized image, target height and width.
 
     Raises:
-        LcmError: the filter is not the decoder's.
-        BadRecord: the image is no uint8 [h w 3] of some size.
+        BadArgument: the decoder does not have the filter, or an unknown crop.
+        BadRecordError: the image is not uint8 [h w 3], or has no pixels.
     """
     check_choice(decoder, resize_filter)
     size = _check_array(image).shape[:2]
-    at = place(size, (height, width), crop, draws)
+    at = find_crop(size, (height, width), crop, draws)
     pixels = _resized(image, at, height, width, resize_filter, flip, decoder)
     conditions = (*(original_size or size), at.top, at.left, height, width)
     return np.ascontiguousarray(pixels), np.array(conditions, np.float32)
@@ -327,17 +327,19 @@ def fit(
 def bucket_sizes(resolution: int, *, step: int = 64, max_aspect: float = 2.0) -> tuple[tuple[int, int], ...]:
     """Sizes (height, width) of about the area resolution^2, sorted by height.
 
-    Each side is a multiple of `step`; for each shorter side the longer is the largest with which the area is not above
+    Each side is a multiple of `step`; for each shorter side the longer one is the largest that keeps the area within
     resolution^2 (so no bucket needs more memory than the square one), if longer / shorter <= max_aspect. Each size is
-    there upright and lying, and the square is among them. For 1024 they are a part of SDXL's (SDXL, appendix I).
+    in portrait and in landscape, and the square is among them. For 1024 they are a subset of SDXL's (SDXL, appendix I).
 
     Raises:
-        LcmError: `resolution` is no multiple of `step`, or max_aspect < 1.
+        BadArgument: `resolution` is not a multiple of `step`, or max_aspect < 1.
     """
     if step < 1 or resolution < step or resolution % step or not max_aspect >= 1:
-        raise LcmError(
-            f"no aspect buckets for --config.data.resolution={resolution}, sides in steps of {step} and "
-            f"aspects up to {max_aspect}; choose a multiple of {step}, and an aspect of at least 1"
+        raise BadArgument(
+            "resolution",
+            resolution,
+            f"no aspect buckets with sides in steps of {step} and aspects up to {max_aspect}; choose a multiple of the "
+            "step, and an aspect of at least 1",
         )
     sizes = set()
     for short in range(step, resolution + 1, step):
@@ -348,11 +350,11 @@ def bucket_sizes(resolution: int, *, step: int = 64, max_aspect: float = 2.0) ->
 
 
 def nearest_bucket(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The bucket whose log aspect ratio is nearest to each picture's.
+    """The bucket whose log aspect ratio is nearest to each image's.
 
     Args:
-        sizes: [n 2] (height, width); a side that is 0 or NaN is unknown, and the picture counts as square.
-        buckets: (height, width), as `bucket_sizes` gives them.
+        sizes: [n 2] (height, width); a side that is 0 or NaN is unknown, and the image counts as square.
+        buckets: (height, width), from `bucket_sizes`.
 
     Returns:
         int64 [n], indices of `buckets`.

@@ -1,13 +1,13 @@
 """The order of the data: which examples make batch i, as a function of (seed, i) alone.
 
-The stream of examples is epoch after epoch, each in an order of its own:
+The stream of examples is a sequence of epochs, each in an order of its own:
 
     position p = step * batch_size + row,   epoch e = p // N,   example = permutation[seed, e](p % N)
 
-The permutation is never stored: it is a Feistel network (a bijection of [0, 4^m) made of hashes) walked along its
-cycles until it falls inside [0, N), the same on every platform and version. `Order` extends this to weighted mixtures
-and to aspect buckets. Random draws of a row (crop, flip, which caption) are keyed by its position: so neither the
-number of hosts nor that of workers changes what a batch holds.
+The permutation is never stored: it is a Feistel network, a bijection of [0, 4^m) made of hashes, applied again until
+the value falls inside [0, N). It is the same on every platform and version. `Order` extends this to weighted mixtures
+and to aspect buckets. The random draws of a row (crop, flip, choice of caption) are keyed by its position, so neither
+the number of hosts nor that of workers changes a batch.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lcm_jax.errors import LcmError
 FEISTEL_ROUNDS = 6  # four suffice for a pseudo-random permutation if the hash is good; two more cost microseconds
 STREAM_KEY = 0x57EE_A3  # added to the seed for each further source of a mixture
 GROUP_KEY = 0x9E37_79B9_7F4A  # added to the seed for each aspect bucket
-DRAWS_KEY = 0xD2A3_5  # tells the seed of the draws from that of the order
+DRAWS_KEY = 0xD2A3_5  # keeps the seed of a row's draws apart from that of the order
 
 
-class Place(NamedTuple):
-    """One example: of which stream (source of the mixture), in which group, the how manieth there."""
+class ExampleIndex(NamedTuple):
+    """One example: its stream (source of the mixture), its group, and its index within that group."""
 
     stream: int
     group: int
@@ -46,7 +46,7 @@ def permuted(index: np.ndarray, key: np.ndarray, size: int) -> np.ndarray:
 
     Args:
         index: [b] integers in [0, size).
-        key: [b] uint64; equal keys, same permutation.
+        key: [b] uint64; equal keys give the same permutation.
         size: number of elements, at least 1.
 
     Returns:
@@ -55,7 +55,7 @@ def permuted(index: np.ndarray, key: np.ndarray, size: int) -> np.ndarray:
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     x = index.astype(np.uint64)
-    outside = np.ones(x.shape, bool)  # walk on where the value is not in [0, size) yet; every element walks once
+    outside = np.ones(x.shape, bool)  # these take another turn; each element takes at least one
     while outside.any():
         left, right = x >> half, x & mask
         for r in range(FEISTEL_ROUNDS):
@@ -75,7 +75,7 @@ def shuffled(seed: int, position: np.ndarray, size: int) -> np.ndarray:
 def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> np.ndarray:
     """Examples of the global batch of `step`: [batch_size] int64 in [0, num_examples).
 
-    In each epoch of `num_examples` positions every example comes once; a batch may reach into the next epoch.
+    Every example comes once in each epoch of `num_examples` positions; a batch may reach into the next epoch.
     """
     if num_examples < 1 or batch_size < 1 or step < 0:
         raise LcmError(
@@ -86,18 +86,18 @@ def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> n
 
 
 def apportioned(position: int, weights: Sequence[int]) -> tuple[int, int]:
-    """(which, place): the stream that serves this position of a mixture, and the place in that stream.
+    """(stream, position within it): what serves this position of a mixture.
 
     After any number of positions each stream has served its share of them, to within a position for two streams.
     """
-    which, place = 0, position
-    while which < len(weights) - 1:
-        total = sum(weights[which:])
-        before, after = place * weights[which] // total, (place + 1) * weights[which] // total
+    stream, rest = 0, position
+    while stream < len(weights) - 1:
+        total = sum(weights[stream:])
+        before, after = rest * weights[stream] // total, (rest + 1) * weights[stream] // total
         if after > before:
-            return which, before
-        which, place = which + 1, place - before
-    return which, place
+            return stream, before
+        stream, rest = stream + 1, rest - before
+    return stream, rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +105,14 @@ class Order:
     """Which examples make a batch.
 
     With one group in every stream, positions are apportioned to the streams by weight, and each stream is shuffled
-    epoch by epoch. With aspect buckets a whole batch comes from one group of one stream: in an epoch of a stream every
-    group gives as many batches as hold it, the last one filled from its next round, and the batches are shuffled.
+    epoch by epoch. With aspect buckets a whole batch comes from one group of one stream: in an epoch of a stream each
+    group gives ceil(size / batch_size) batches, the last one filled up from the group's next permutation, and the
+    batches of all groups are shuffled.
 
     Attributes:
         seed: of the order.
         batch_size: rows of the global batch.
-        streams: for each stream the sizes of its groups; a stream has one that is not empty at least.
+        streams: for each stream the sizes of its groups, at least one of which is not empty.
         weights: relative share of each stream, integers.
     """
 
@@ -128,7 +129,7 @@ class Order:
                 "sizes and weights must be at least 1"
             )
 
-    def places(self, step: int) -> list[Place]:
+    def batch(self, step: int) -> list[ExampleIndex]:
         """The examples of the global batch of `step`, row by row."""
         if all(len(groups) == 1 for groups in self.streams):
             return self._mixed(step)
@@ -138,30 +139,30 @@ class Order:
     def _seed(self, stream: int) -> int:
         return self.seed if stream == 0 else self.seed + stream * STREAM_KEY
 
-    def _mixed(self, step: int) -> list[Place]:
+    def _mixed(self, step: int) -> list[ExampleIndex]:
         first = step * self.batch_size
         served = [apportioned(first + row, self.weights) for row in range(self.batch_size)]
-        places: list[Place | None] = [None] * self.batch_size
+        batch: list[ExampleIndex | None] = [None] * self.batch_size
         for stream, (size,) in enumerate(self.streams):
-            rows = [row for row, (which, _) in enumerate(served) if which == stream]
+            rows = [row for row, (server, _) in enumerate(served) if server == stream]
             ranks = shuffled(self._seed(stream), np.array([served[row][1] for row in rows], np.int64), size)
             for row, rank in zip(rows, ranks, strict=True):
-                places[row] = Place(stream, 0, int(rank))
-        return places
+                batch[row] = ExampleIndex(stream, 0, int(rank))
+        return batch
 
-    def _of_one_group(self, stream: int, batch: int) -> list[Place]:
+    def _of_one_group(self, stream: int, batch: int) -> list[ExampleIndex]:
         groups, seed = self.streams[stream], self._seed(stream)
         ends = np.cumsum([-(-size // self.batch_size) for size in groups])
-        which = int(shuffled(seed, np.array([batch]), int(ends[-1]))[0])
-        epoch, group = batch // int(ends[-1]), int(np.searchsorted(ends, which, side="right"))
+        shuffled_batch = int(shuffled(seed, np.array([batch]), int(ends[-1]))[0])
+        epoch, group = batch // int(ends[-1]), int(np.searchsorted(ends, shuffled_batch, side="right"))
         size = groups[group]
         per_epoch = -(-size // self.batch_size)
-        nth = which - (int(ends[group]) - per_epoch)  # batch of this group in this epoch
-        # The order is gone through once, and begun again in another permutation to fill the last batch.
+        nth = shuffled_batch - (int(ends[group]) - per_epoch)  # batch of this group in this epoch
+        # An epoch goes through the group once, and through the beginning of another permutation to fill the last batch.
         position = nth * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
         rounds = -(-per_epoch * self.batch_size // size)
         ranks = shuffled(seed + (group + 1) * GROUP_KEY, epoch * rounds * size + position, size)
-        return [Place(stream, group, int(rank)) for rank in ranks]
+        return [ExampleIndex(stream, group, int(rank)) for rank in ranks]
 
 
 def draws_at(seed: int, position: int) -> np.random.Generator:

@@ -1,8 +1,8 @@
 """One record of a data set, and what every source of records can do.
 
-A source is random access: a length, and the record of each number. It may know numbers about its records (`field`)
-without reading them, which is what filters and aspect buckets work on. What it found unusable while it was indexed is
-not among its records but among its `faults`; what turns out unusable when it is read raises `BadRecord`.
+A source gives random access to records by their number. It may know numbers about its records without reading them
+(`field`): filters and aspect buckets use these. A record that proves unusable while the source is indexed gets no
+number and is listed in `bad_records`; one that proves unusable when it is read raises `BadRecordError`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import numpy as np
 from lcm_jax.errors import LcmError
 
 
-class BadRecord(LcmError):
-    """One record that cannot be used: its message is the reason. Training goes on with another in its place."""
+class BadRecordError(LcmError):
+    """A record that cannot be used; the message is the reason. Training replaces it with another one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One captioned picture.
+    """One captioned image.
 
     Attributes:
       key: its name, unique within the source.
-      image: an encoded picture (JPEG, PNG, WebP, ...), or uint8 [h w 3] RGB.
-      captions: one or more texts, each of which describes it.
-      fields: numbers known about it, as "width", "height", "pwatermark"; what is not known is not there.
+      image: an encoded image (JPEG, PNG, WebP, ...), or uint8 [h w 3] RGB.
+      captions: one or more texts, each of which describes the image.
+      fields: numbers known about it, as "width", "height", "pwatermark"; unknown ones are left out.
     """
 
     key: str
@@ -38,8 +38,8 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fault:
-    """A record that was not used: the file it stands in, its key there, and the reason."""
+class BadRecord:
+    """A record that was not used: the file that holds it, its key there, and the reason."""
 
     shard: str
     key: str
@@ -50,20 +50,20 @@ class Fault:
 
 
 class Source(Protocol):
-    """Random access to records. It is pickled to worker processes, so it holds no open files when it is."""
+    """Random access to records. It is pickled to worker processes, so its pickle holds no open files."""
 
-    faults: Sequence[Fault]  # unusable records that indexing found; they have no number
+    bad_records: Sequence[BadRecord]  # unusable records found by indexing; they have no number
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int) -> Record:
-        """Record `number`, 0 <= number < len. Raises BadRecord."""
+        """Record `number`, 0 <= number < len. Raises BadRecordError."""
         ...
 
     def field(self, name: str) -> np.ndarray | None:
-        """What is known as `name` of every record: float64 [n], NaN where it is missing; None if no record has it."""
+        """The number `name` of every record: float64 [n], NaN where it is missing; None if no record has it."""
         ...
 
     def where(self, number: int) -> tuple[str, str]:
-        """(shard, key) of record `number`, for messages, without reading it."""
+        """(shard, key) of record `number`, for messages; the record is not read."""
         ...

@@ -1,23 +1,21 @@
-"""Captioned pictures of coloured shapes, drawn by code: the embedded data set.
+"""Captioned images of coloured shapes, rendered by code: the embedded data set, and a source of records (`open`).
 
 Every example is a pure function of (split, index, num_objects). The random numbers are the raw output of Philox-4x64,
-a counter-based generator, keyed by the split and the index, so that example 10**9 costs what example 0 costs and the
-set is the same on every platform and every NumPy.
+a counter-based generator, keyed by the split and the index: example 10**9 costs what example 0 costs, and the set is
+the same on every platform and with every NumPy.
 
-A picture is 64 px wide and high, holds one object (or up to three that do not touch), and is described by
+An image is 64 px wide and high, holds one object (or up to three that do not touch), and is described by
 
     a small red circle at the top left on a white background
 
-Objects are drawn from signed distances d (pixels, negative inside): coverage = clip(1/2 - d, 0, 1), which is a box
+Objects are rendered from signed distances d (pixels, negative inside): coverage = clip(1/2 - d, 0, 1), which is a box
 filter one pixel wide, and pixel = background + coverage * (colour - background).
 
 One tenth of all (shape, colour, size, position, background) combinations is kept out of the "train" split; the
-"heldout" split draws from that tenth only.
+"heldout" split uses that tenth only.
 
-Every picture can be drawn in another style (`STYLES`), which its caption does not name: that is what a style LoRA or a
-fine-tuning learns. "card" makes objects taller, narrower and bolder, and marks two corners in the object's colour.
-
-The shapes set (`data/shapes.py`) as a source of records: pictures rendered when they are asked for.
+Every image can be rendered in another style (`STYLES`), which its caption does not name: a style LoRA or a fine-tuning
+learns it. "card" makes objects taller, narrower and bolder, and marks two corners in the object's colour.
 """
 
 from __future__ import annotations
@@ -29,8 +27,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lcm_jax.data.records import Fault, Record
-from lcm_jax.errors import LcmError
+from lcm_jax.data.records import BadRecord, Record
+from lcm_jax.errors import BadArgument, LcmError
 
 RESOLUTION = 64
 SPLITS = ("train", "heldout")
@@ -84,23 +82,26 @@ _KEY = 0x5EED_5AA9_E500  # first word of the Philox key, added to the split's nu
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Where objects lie and how large they are, in pixels, for pictures with so many objects."""
+    """Where objects lie and how large they are, in pixels."""
 
     centres: tuple[float, float, float]
     jitter: float
     radii: dict[str, tuple[float, float]]
 
 
-# One object may fill its third of the picture and more; several must fit into cells 20 px apart.
+# One object may fill its third of the image and more; several must fit into cells 20 px apart.
 _ONE = _Layout((18.56, 32.0, 45.44), 2.0, {"small": (9.0, 10.5), "large": (15.0, 17.0)})
 _SEVERAL = _Layout((12.0, 32.0, 52.0), 0.5, {"small": (4.6, 4.9), "large": (6.9, 7.3)})
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How objects are drawn: `stretch` (across, along) of each about its centre, `growth` of its outline in pixels.
+    """How objects are rendered.
 
-    `corner_radius` (pixels): discs of the first object's colour around the picture's top left and bottom right corner.
+    Attributes:
+      stretch: (across, along) of each object about its centre.
+      growth: of its outline, in pixels.
+      corner_radius: in pixels, of discs in the first object's colour around the top left and bottom right corner.
     """
 
     stretch: tuple[float, float] = (1.0, 1.0)
@@ -108,7 +109,7 @@ class Style:
     corner_radius: float = 0.0
 
 
-# "card" is as far from "plain" as the packaged scorer and the embedded VAE, which know plain pictures only, can follow.
+# "card" is as far from "plain" as the packaged scorer and the embedded VAE can follow, which saw plain images only.
 STYLES = {"plain": Style(), "card": Style(stretch=(0.95, 1.12), growth=0.4, corner_radius=7.0)}
 
 
@@ -116,7 +117,7 @@ STYLES = {"plain": Style(), "card": Style(stretch=(0.95, 1.12), growth=0.4, corn
 class Object:
     """One object: its words, and what the words leave open.
 
-    `centre` is (x, y) in pixels from the picture's top left corner (pixel (0, 0) has its middle at (0.5, 0.5)),
+    `centre` is (x, y) in pixels from the image's top left corner (pixel (0, 0) has its middle at (0.5, 0.5)),
     `radius` in pixels, `angle` in degrees, `rgb` in 0..255.
     """
 
@@ -131,13 +132,13 @@ class Object:
 
     @property
     def extent(self) -> float:
-        """Radius in pixels of the smallest circle around `centre` that holds the object."""
+        """Radius in pixels of the smallest circle around `centre` that contains the object."""
         return self.radius * _CIRCUMRADIUS[self.shape]
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """All there is to know about one picture."""
+    """Everything that determines one image."""
 
     background: str
     background_rgb: tuple[float, float, float]
@@ -154,7 +155,7 @@ def combination(shape: str, colour: str, size: str, position: str, background: s
 
 @functools.cache
 def heldout_combinations() -> frozenset[int]:
-    """The combinations (see `combination`) that the "train" split never shows and "heldout" draws from."""
+    """The combinations (see `combination`) that "heldout" uses and "train" never shows."""
     total = int(np.prod(_COUNTS))
     order = np.argsort(np.random.Philox(key=np.array([_KEY, 0], np.uint64)).random_raw(total), kind="stable")
     return frozenset(int(i) for i in order[: round(_HELDOUT_FRACTION * total)])
@@ -170,18 +171,18 @@ def _choices(split: str) -> tuple[np.ndarray, ...]:
 
 
 def spec(index: int, split: str = "train", num_objects: int = 1) -> Spec:
-    """The picture number `index` (0 or more) of a split ("train" or "heldout"), with one to three objects."""
+    """Image number `index` (0 or more) of a split ("train" or "heldout"), with one to three objects."""
     if split not in SPLITS:
         raise LcmError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
     if not 1 <= num_objects <= MAX_OBJECTS:
-        raise LcmError(f"num_objects={num_objects}: a picture holds 1 to {MAX_OBJECTS} objects")
+        raise LcmError(f"num_objects={num_objects}: an image holds 1 to {MAX_OBJECTS} objects")
     if not 0 <= index < 2**63:
         raise LcmError(f"example index {index} is out of range: use 0 or more")
     key = _KEY + 16 * (1 + SPLITS.index(split)) + num_objects
     raw = np.random.Philox(key=np.array([key, index], np.uint64)).random_raw(2 + 8 * num_objects)
     u = (raw >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
     choices = _choices(split)
-    # Backgrounds in proportion to how many combinations they have: then each combination is equally likely.
+    # Backgrounds in proportion to their numbers of combinations make all combinations equally likely.
     sizes = np.cumsum([len(c) for c in choices])
     b = int(np.searchsorted(sizes, u[0] * sizes[-1], side="right"))
     shade = SHADE_JITTER * (2.0 * u[1] - 1.0)
@@ -218,7 +219,7 @@ def _object(row: np.ndarray, u: np.ndarray, layout: _Layout) -> Object:
 
 
 def caption(spec: Spec) -> str:
-    """The picture in words, all lower case; several objects in reading order, joined by "and"."""
+    """The image in words, all lower case; several objects in reading order, joined by "and"."""
     objects = " and ".join(f"a {o.size} {o.colour} {o.shape} at the {o.position}" for o in spec.objects)
     return f"{objects} on a {spec.background} background"
 
@@ -228,7 +229,7 @@ _OBJECT = re.compile(r"a (?P<size>\w+) (?P<colour>\w+) (?P<shape>\w+) at the (?P
 
 
 def parse_caption(text: str) -> list[dict[str, int]]:
-    """Class indices of each object that a caption names: the inverse of `caption`, as `labels` of each object."""
+    """Class indices of each object that a caption names, as `labels` gives them: the inverse of `caption`."""
     whole = _CAPTION.fullmatch(text)
     parts = [_OBJECT.fullmatch(p) for p in whole["objects"].split(" and ")] if whole else [None]
     try:
@@ -260,46 +261,46 @@ def labels(spec: Spec, which: int = 0) -> dict[str, int]:
 
 
 def label_arrays(specs: Iterable[Spec | str]) -> dict[str, np.ndarray]:
-    """Class indices of one-object pictures, given as specs or captions: {attribute: int32 [b]}."""
+    """Class indices of one-object images, given as specs or captions: {attribute: int32 [b]}."""
     rows = [parse_caption(s)[0] if isinstance(s, str) else labels(s) for s in specs]
     return {name: np.array([r[name] for r in rows], np.int32) for name in ATTRIBUTES}
 
 
 def render(spec: Spec, style: str = "plain") -> np.ndarray:
-    """The picture in one of STYLES: uint8 [64 64 3], RGB."""
+    """The image in one of STYLES: uint8 [64 64 3], RGB."""
     if style not in STYLES:
         raise LcmError(f"unknown style {style!r}: use one of {', '.join(STYLES)}")
-    look = STYLES[style]
-    picture = np.empty((RESOLUTION, RESOLUTION, 3), np.float32)
-    picture[:] = spec.background_rgb
-    if look.corner_radius:
-        _mark_corners(picture, spec.objects[0].rgb, look.corner_radius)
-    across, along = look.stretch
+    rendering = STYLES[style]
+    image = np.empty((RESOLUTION, RESOLUTION, 3), np.float32)
+    image[:] = spec.background_rgb
+    if rendering.corner_radius:
+        _mark_corners(image, spec.objects[0].rgb, rendering.corner_radius)
+    across, along = rendering.stretch
     for o in spec.objects:
         # Only the square around the object; one pixel more on every side for the soft edge.
-        reach = o.extent * max(look.stretch) + look.growth
+        reach = o.extent * max(rendering.stretch) + rendering.growth
         x0, y0 = (max(int(c - reach) - 1, 0) for c in o.centre)
         x1, y1 = (min(int(c + reach) + 2, RESOLUTION) for c in o.centre)
         x = (np.arange(x0, x1, dtype=np.float32)[None, :] + np.float32(0.5 - o.centre[0])) / across
         y = (np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(0.5 - o.centre[1])) / along
         c, s = np.float32(np.cos(np.deg2rad(o.angle))), np.float32(np.sin(np.deg2rad(o.angle)))
         distance = _signed_distance(o.shape, c * x + s * y, c * y - s * x, np.float32(o.radius))
-        _paint(picture[y0:y1, x0:x1], o.rgb, distance * min(look.stretch) - look.growth)
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+        _paint(image[y0:y1, x0:x1], o.rgb, distance * min(rendering.stretch) - rendering.growth)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
 def _paint(patch: np.ndarray, rgb: tuple[float, float, float], distance: np.ndarray) -> None:
-    """Draws on float32 [h w 3] what has this signed distance [h w] in pixels."""
+    """Paints in place, on float32 [h w 3], the object with this signed distance [h w] in pixels."""
     patch += np.clip(0.5 - distance, 0.0, 1.0)[..., None] * (np.asarray(rgb, np.float32) - patch)
 
 
-def _mark_corners(picture: np.ndarray, rgb: tuple[float, float, float], radius: float) -> None:
-    """Quarter discs on float32 [64 64 3], at the top left and at the bottom right."""
+def _mark_corners(image: np.ndarray, rgb: tuple[float, float, float], radius: float) -> None:
+    """Paints in place, on float32 [64 64 3], quarter discs at the top left and at the bottom right."""
     side = int(radius) + 2
     n = np.arange(side, dtype=np.float32) + np.float32(0.5)
     distance = np.hypot(n[None, :], n[:, None]) - np.float32(radius)
-    _paint(picture[:side, :side], rgb, distance)
-    _paint(picture[-side:, -side:], rgb, distance[::-1, ::-1])
+    _paint(image[:side, :side], rgb, distance)
+    _paint(image[-side:, -side:], rgb, distance[::-1, ::-1])
 
 
 def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.float32) -> np.ndarray:
@@ -328,15 +329,13 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.float32) ->
 
 
 def render_batch(specs: Sequence[Spec], style: str = "plain") -> np.ndarray:
-    """Pictures of several specs: uint8 [b 64 64 3]."""
-    out = np.empty((len(specs), RESOLUTION, RESOLUTION, 3), np.uint8)
-    for n, s in enumerate(specs):
-        out[n] = render(s, style)
-    return out
+    """Images of several specs: uint8 [b 64 64 3]."""
+    images = [render(s, style) for s in specs]
+    return np.stack(images) if images else np.empty((0, RESOLUTION, RESOLUTION, 3), np.uint8)
 
 
 def example(index: int, split: str = "train", num_objects: int = 1, style: str = "plain") -> tuple[np.ndarray, str]:
-    """Picture (uint8 [64 64 3]) and caption number `index` of a split."""
+    """Image (uint8 [64 64 3]) and caption number `index` of a split."""
     s = spec(index, split, num_objects)
     return render(s, style), caption(s)
 
@@ -344,27 +343,27 @@ def example(index: int, split: str = "train", num_objects: int = 1, style: str =
 def examples(
     start: int, count: int, split: str = "train", num_objects: int = 1, style: str = "plain"
 ) -> tuple[np.ndarray, list[str]]:
-    """Pictures (uint8 [count 64 64 3]) and captions number `start` .. `start + count - 1` of a split."""
+    """Images (uint8 [count 64 64 3]) and captions number `start` .. `start + count - 1` of a split."""
     specs = [spec(i, split, num_objects) for i in range(start, start + count)]
     return render_batch(specs, style), [caption(s) for s in specs]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rendered:
-    """The first `num_examples` pictures of a split, in one style."""
+class ShapesSource:
+    """The first `num_examples` images of a split, in one style, as a `Source`."""
 
     num_examples: int
     style: str
     split: str
-    faults: tuple[Fault, ...] = ()
+    bad_records: tuple[BadRecord, ...] = ()
 
     def __len__(self) -> int:
         return self.num_examples
 
     def __getitem__(self, number: int) -> Record:
-        picture, caption = example(number, self.split, style=self.style)
+        image, text = example(number, self.split, style=self.style)
         side = float(RESOLUTION)
-        return Record(self.where(number)[1], picture, (caption,), {"width": side, "height": side})
+        return Record(self.where(number)[1], image, (text,), {"width": side, "height": side})
 
     def field(self, name: str) -> np.ndarray | None:
         return np.full(len(self), float(RESOLUTION)) if name in ("width", "height") else None
@@ -373,12 +372,12 @@ class Rendered:
         return f"shapes/{self.split}/{self.style}", str(number)
 
 
-def open(*, num_examples: int = 4096, style: str = "plain", split: str = "train") -> Rendered:
-    """The source. Raises LcmError: unknown split or style, no pictures."""
+def open(*, num_examples: int = 4096, style: str = "plain", split: str = "train") -> ShapesSource:
+    """The data set as a source. Raises BadArgument: unknown split or style, no images."""
     if split not in SPLITS:
-        raise LcmError(f"config.data.split = {split!r}: the shapes set has {', '.join(SPLITS)}")
+        raise BadArgument("split", split, f"the shapes set has {', '.join(SPLITS)}")
     if style not in STYLES:
-        raise LcmError(f"config.data.style = {style!r}: must be one of {', '.join(STYLES)}")
+        raise BadArgument("style", style, f"must be one of {', '.join(STYLES)}")
     if num_examples < 1:
-        raise LcmError(f"config.data.num_examples = {num_examples}: must be at least 1")
-    return Rendered(num_examples, style, split)
+        raise BadArgument("num_examples", num_examples, "must be at least 1")
+    return ShapesSource(num_examples, style, split)

@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from lcm_jax.data import images
-from lcm_jax.data.records import BadRecord, Source
+from lcm_jax.data.records import BadRecordError, Source
 from lcm_jax.data.sources import parsing
 from lcm_jax.errors import LcmError
 
@@ -67,7 +67,7 @@ def of_source(source: Source, count: int, origin: str) -> Inputs:
             break
         try:
             captions.append(source[number].captions[0])
-        except BadRecord:
+        except BadRecordError:
             bad += 1
     if len(captions) < count:
         raise LcmError(
@@ -97,7 +97,7 @@ def source_about(source: Source, count: int, origin: str) -> dict[str, Any]:
             break
         try:
             image = source[number].image
-        except BadRecord:
+        except BadRecordError:
             continue
         found += 1
         digest.update(hashlib.sha256(image if isinstance(image, bytes) else np.ascontiguousarray(image)).digest())
@@ -111,7 +111,7 @@ def _decoded(source: Source, count: int) -> Iterator[np.ndarray]:
             return
         try:
             picture = images.decode(source[number].image)
-        except BadRecord:
+        except BadRecordError:
             continue
         found += 1
         yield picture
@@ -140,7 +140,7 @@ def file_pictures(paths: Sequence[Path], height: int, width: int) -> Iterator[np
         for path in paths:
             try:
                 yield images.decode(parsing.read_file(path))
-            except BadRecord as error:
+            except BadRecordError as error:
                 raise LcmError(f"--reference: {path}: {error}; remove it or mend it") from None
 
     return _fitted(decoded(), height, width)

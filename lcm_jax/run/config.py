@@ -29,7 +29,7 @@ from lcm_jax.data import images, shapes
 from lcm_jax.diffusion import solvers
 from lcm_jax.distill import OBJECTIVES
 from lcm_jax.distill.step import METRICS
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import LcmError, flags_named
 from lcm_jax.models import layers, lora
 from lcm_jax.runtime import kernels, workdir
 
@@ -333,7 +333,8 @@ def _check_data(data: ConfigDict) -> None:
             None,
             f"no training data; set --config.data.source, to one of {names}, and --config.data.path",
         )
-    images.check_choice(data.decoder, data.resize_filter)
+    with flags_named("--config.data."):
+        images.check_choice(data.decoder, data.resize_filter)
     if data.source not in ("shapes", "mixture") and not data.path:
         raise _refusal("data.path", data.path, f"data.source {data.source!r} ({SOURCES[data.source]}) needs it")
     if data.source in ("shapes", "mixture") and data.path is not None:

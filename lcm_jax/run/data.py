@@ -22,10 +22,10 @@ from ml_collections import ConfigDict
 from lcm_jax.data import cache, encoding, filters, images, loader
 from lcm_jax.data.encoding import Rows
 from lcm_jax.data.order import Order
-from lcm_jax.data.records import Fault, Source
-from lcm_jax.data.rows import Arrays, CaptionDropout, Look, Pictures
+from lcm_jax.data.records import BadRecord, Source
+from lcm_jax.data.rows import Arrays, CaptionDropout, Examples, ImageRows, ImageTransform
 from lcm_jax.data.sources import KEYWORDS, open_source
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import LcmError, flags_named
 from lcm_jax.pretrained import Pipeline
 from lcm_jax.pretrained.model import PipelineParams
 from lcm_jax.pretrained.tokenizer import tokenize_counted
@@ -79,6 +79,7 @@ def parse_part(entry: str) -> tuple[float, str, str | None]:
     return weight, words[1], words[2] if len(words) == 3 else None
 
 
+@flags_named("--config.data.")
 def open_parts(config: ConfigDict) -> list[Part]:
     """The sources of records that the config names, filtered.
 
@@ -146,6 +147,7 @@ class Tokenize:
         return ids | {TRUNCATED: np.max([lost for _, lost in found.values()], axis=0)}
 
 
+@flags_named("--config.data.")
 def picture_sizes(config: ConfigDict) -> tuple[tuple[int, int], ...]:
     """(height, width) in pixels of the pictures of each group."""
     data, side = config.data, config.data.resolution
@@ -168,21 +170,21 @@ def check_sizes(config: ConfigDict, pipeline: Pipeline) -> None:
 
 def pictures(
     config: ConfigDict, source: Source, tokenize: Callable[[Sequence[str]], Mapping[str, Any]], time_ids: bool = False
-) -> Pictures:
-    """Rows of a source's records as the config wants them; see `Pictures`."""
+) -> ImageRows:
+    """Rows of a source's records as the config wants them; see `ImageRows`."""
     data, sizes, members = config.data, picture_sizes(config), None
     if data.aspect_buckets:
         known = filters.sizes(source, data.width_key, data.height_key)
         which = images.nearest_bucket(known, sizes)
         members = tuple(np.flatnonzero(which == bucket) for bucket in range(len(sizes)))
-    look = Look(
+    transform = ImageTransform(
         crop=data.crop,
         flip=data.flip,
         resize_filter=data.resize_filter,
         decoder=data.decoder,
         size_keys=(data.height_key, data.width_key),
     )
-    return Pictures(source, sizes, look, tokenize, time_ids=time_ids, members=members)
+    return ImageRows(source, sizes, transform, tokenize, time_ids=time_ids, members=members)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +192,11 @@ class Watch:
     """What the data brings that is not trained on: unusable records, and captions that were cut. Told, never silent.
 
     Attributes:
-      faults: counts the records, names each once, stops above the config's share.
+      bad_records: counts them, reports each once, stops above the config's share.
       tell: takes a line for the reader of the terminal.
     """
 
-    faults: loader.Faults
+    bad_records: loader.BadRecordLog
     tell: Callable[[str], None]
     cut: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
@@ -215,7 +217,7 @@ class Watch:
 
 
 def encode_at_start(
-    examples: loader.Examples, encode: Callable, seed: int, watch: Watch, batch: int = encoding.MAX_BATCH
+    examples: Examples, encode: Callable, seed: int, watch: Watch, batch: int = encoding.MAX_BATCH
 ) -> Arrays:
     """Every example encoded once, `batch` at a time, held in memory.
 
@@ -226,8 +228,8 @@ def encode_at_start(
         chunks, origins = [], []
         rows = encoding.in_order(examples, group, seed, range(size))
         while chunk := list(itertools.islice(rows, batch)):
-            watch.faults.add([row for _, row in chunk if isinstance(row, Fault)], len(chunk))
-            good = [(rank, row) for rank, row in chunk if not isinstance(row, Fault)]
+            watch.bad_records.add([row for _, row in chunk if isinstance(row, BadRecord)], len(chunk))
+            good = [(rank, row) for rank, row in chunk if not isinstance(row, BadRecord)]
             if good:
                 origins += [examples.where(group, rank) for rank, _ in good]
                 held = watch.captions(loader.stacked([row for _, row in good]))
@@ -240,7 +242,7 @@ def encode_at_start(
 
 def open_examples(
     config: ConfigDict, parts: Sequence[Part], pipeline: Pipeline, encode: Callable, watch: Watch
-) -> tuple[tuple[loader.Examples, ...], Order]:
+) -> tuple[tuple[Examples, ...], Order]:
     """The rows that a run trains on, and their order.
 
     Args:
@@ -255,9 +257,9 @@ def open_examples(
     """
     data, examples = config.data, []
     pictured = [part for part in parts if not is_cached(part)]
-    left_out = [fault for part in pictured for fault in part.source.faults]
+    left_out = [record for part in pictured for record in part.source.bad_records]
     reports = [part.report for part in parts]
-    watch.faults.indexed(left_out, sum(report.total for report in reports), sum(report.kept for report in reports))
+    watch.bad_records.indexed(left_out, sum(report.total for report in reports), sum(report.kept for report in reports))
     for part in parts:
         watch.tell(f"{part.name}: {part.report.line()}")
         if is_cached(part):
@@ -275,16 +277,16 @@ def open_examples(
     return tuple(examples), order_of(config, parts, examples)
 
 
-def order_of(config: ConfigDict, parts: Sequence[Part], examples: Sequence[loader.Examples]) -> Order:
+def order_of(config: ConfigDict, parts: Sequence[Part], examples: Sequence[Examples]) -> Order:
     """The order of the rows of all parts, by their weights."""
     total = sum(part.weight for part in parts)
     weights = tuple(max(1, round(part.weight / total * WEIGHT_UNIT)) for part in parts)
     return Order(config.seed, config.data.batch_size, tuple(tuple(rows.groups) for rows in examples), weights)
 
 
-def keys_of(examples: Sequence[loader.Examples], order: Order, step: int) -> list[tuple[str, str]]:
+def keys_of(examples: Sequence[Examples], order: Order, step: int) -> list[tuple[str, str]]:
     """(shard, key) of the records of a step's global batch; the first step is 1. Replaced ones stand by their own."""
-    return [examples[place.stream].where(place.group, place.rank) for place in order.places(step - 1)]
+    return [examples[index.stream].where(index.group, index.rank) for index in order.batch(step - 1)]
 
 
 def describe(order: Order) -> dict[str, Any]:

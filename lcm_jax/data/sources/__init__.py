@@ -1,12 +1,12 @@
 """Sources of records, by the names that `data.source` takes.
 
     webdataset    tar shards with .jpg, .txt and .json members
-    folder        pictures with metadata.jsonl, or one .txt beside each
+    folder        images with metadata.jsonl, or one .txt beside each
     huggingface   parquet files, a `save_to_disk` folder or a hub id
     tfds          a TensorFlow Datasets builder, by name or folder
-    shapes        pictures drawn by code
+    shapes        images rendered by code
 
-Each is a module that is imported when it is asked for; see `lcm_jax.data.records` for what a source can do.
+The module of a source is imported when it is first opened; see `lcm_jax.data.records` for what a source can do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lcm_jax.data.records import Source
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import BadArgument
 
 
 def _open(module: str, *arguments: Any, **keywords: Any) -> Source:
@@ -32,13 +32,13 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "tfds": functools.partial(_open, "sources.tfds"),
     "shapes": functools.partial(_open, "shapes"),
 }
-KEYWORDS = {
+KEYWORDS = {  # that each of them takes
     "webdataset": ("path", "image_key", "caption_key", "index_dir"),
     "folder": ("path", "caption_key"),
     "huggingface": ("path", "split", "image_key", "caption_key"),
     "tfds": ("path", "split", "image_key", "caption_key"),
     "shapes": ("split", "num_examples", "style"),
-}  # that each of them takes
+}
 
 
 def open_source(
@@ -52,21 +52,22 @@ def open_source(
     num_examples: int | None = None,
     style: str = "plain",
 ) -> Source:
-    """The records of a data set. Keywords are those of `--config.data`; at its default, one counts as not given.
+    """The records of a data set. A keyword with its default value counts as not given.
 
     Args:
       name: a key of `SOURCES`.
       path: where the data is; None for "shapes".
       split: of "huggingface", "tfds" and "shapes".
-      image_key, caption_key: what holds picture and caption, where there is a choice.
+      image_key, caption_key: what holds the image and the caption, if there is a choice.
       index_dir: of "webdataset": folder for indices.
       num_examples, style: of "shapes".
 
     Raises:
-      LcmError: an unknown name, a keyword that the source does not use, `path` missing, or as the source says.
+      BadArgument: an unknown name, a keyword that the source does not use, `path` missing.
+      LcmError: as the source's `open` says.
     """
     if name not in SOURCES:
-        raise LcmError(f"unknown data source {name!r}; --config.data.source is one of {', '.join(SOURCES)}")
+        raise BadArgument("source", name, f"unknown; choose one of {', '.join(SOURCES)}")
     values = {
         "split": (split, "train"),
         "image_key": (image_key, None),
@@ -77,8 +78,9 @@ def open_source(
     }
     used = KEYWORDS[name]
     given = {key: value for key, (value, default) in values.items() if value != default}
-    if surplus := sorted({*given, *(["path"] if path else [])} - set(used)):
-        raise LcmError(f"source {name!r} has no use for --config.data.{surplus[0]}; leave it out")
+    with_path = given | ({"path": path} if path else {})
+    if surplus := sorted(with_path.keys() - set(used)):
+        raise BadArgument(surplus[0], with_path[surplus[0]], f"the source {name!r} does not use it; leave it out")
     if "path" in used and not path:
-        raise LcmError(f"source {name!r} needs --config.data.path")
+        raise BadArgument("path", path, f"the source {name!r} needs one")
     return SOURCES[name](path, **given) if "path" in used else SOURCES[name](**given)

@@ -1,11 +1,11 @@
-"""A folder of pictures, whose captions stand in metadata.jsonl or in one .txt beside each.
+"""A folder of images with their captions in metadata.jsonl, or in one .txt beside each.
 
     cats/a.png                         cats/metadata.jsonl: {"file_name": "a.png", "text": "a cat", "score": 6.5}
     cats/b.jpg  cats/b.txt: a cat
 
-A metadata.jsonl (the imagefolder convention of Hugging Face) speaks of files in its own folder and below; of two that
-name one file, the nearer stands. Its numbers are fields. Records come in the order of their keys, which are the paths
-within the folder. Hidden files and folders are left out.
+A metadata.jsonl (the imagefolder convention of Hugging Face) lists files in its own folder and below; if two list one
+file, the nearer one counts. Its numbers are fields. Records come in the order of their keys, which are the paths within
+the folder. Hidden files and folders are left out.
 """
 
 from __future__ import annotations
@@ -19,56 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from lcm_jax.data.records import BadRecord, Fault, Record
+from lcm_jax.data.records import BadRecord, BadRecordError, Record
 from lcm_jax.data.sources import parsing
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import BadArgument
 
 METADATA = "metadata.jsonl"
 DEFAULT_CAPTION_KEY = "text"
 
 
-def open(path: str | os.PathLike, *, caption_key: str | None = None) -> FolderSource:
-    """The captioned pictures in a folder.
-
-    Args:
-      path: the folder; all folders in it are looked through.
-      caption_key: column of metadata.jsonl, which holds a text or a list of texts; "txt": only .txt files count; None:
-        "text", or the .txt of a picture that has none there.
-
-    Raises:
-      LcmError: no such folder, or none of its pictures is usable; it says what was found.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        raise LcmError(f"{path} is no folder; name one as --config.data.path")
-    sizes = dict(sorted(_files(root)))
-    pictures = [name for name in sizes if _suffix(name) in parsing.IMAGE_SUFFIXES]
-    if not pictures:
-        known = " ".join(parsing.IMAGE_SUFFIXES)
-        raise LcmError(f"no pictures ({known}) in {path}, {len(sizes)} other files; see --config.data.path")
-    faults: list[Fault] = []
-    rows = {} if caption_key == "txt" else _listed(root, sizes, set(pictures), faults)
-    column = caption_key or DEFAULT_CAPTION_KEY
-    keys, captions = [], []
-    for name in pictures:
-        try:
-            captions.append(_caption(name, sizes, rows.get(name, {}), column, caption_key in (None, "txt")))
-            keys.append(name)
-        except BadRecord as error:
-            faults.append(Fault(str(root), name, str(error)))
-    if not keys:
-        seen = sorted({key for row in rows.values() for key in row})
-        raise LcmError(
-            f"none of {len(pictures)} pictures in {path} is usable; the first: {faults[0]}. Captions are "
-            f"taken from {_places(caption_key)}; columns of {METADATA}: {', '.join(seen) or 'none'}; "
-            "see --config.data.caption_key"
-        )
-    numbers = [{name: x for name, x in parsing.numbers_of(rows.get(key, {})).items() if name != column} for key in keys]
-    return FolderSource(root, keys, captions, parsing.columns(numbers), faults)
-
-
 class FolderSource:
-    """Random access to the pictures of a folder; they are read when they are asked for."""
+    """Random access to the images of a folder, read from their files each time."""
 
     def __init__(
         self,
@@ -76,11 +36,11 @@ class FolderSource:
         keys: Sequence[str],
         captions: Sequence[tuple[str, ...] | None],
         fields: Mapping[str, np.ndarray],
-        faults: Sequence[Fault],
+        bad_records: Sequence[BadRecord],
     ) -> None:
         """captions: of each key; None: in the .txt beside it. fields: name -> float64 [number of keys]."""
         self._root, self._keys, self._captions, self._fields = root, tuple(keys), tuple(captions), dict(fields)
-        self.faults = tuple(faults)
+        self.bad_records = tuple(bad_records)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -88,9 +48,9 @@ class FolderSource:
     def __getitem__(self, number: int) -> Record:
         key, captions = self._keys[self._checked(number)], self._captions[number]
         if captions is None:
-            captions = parsing.captions_of(parsing.text_of(self._read(_text_beside(key))))
-        values = ((name, float(column[number])) for name, column in self._fields.items())
-        return Record(key, self._read(key), captions, {name: x for name, x in values if x == x})
+            captions = parsing.captions_of(parsing.read_file(self._root / _text_beside(key)))
+        fields = parsing.row_of(self._fields, number)
+        return Record(key, parsing.read_file(self._root / key), captions, fields)
 
     def field(self, name: str) -> np.ndarray | None:
         return self._fields.get(name)
@@ -103,12 +63,52 @@ class FolderSource:
             raise IndexError(f"record {number} of {len(self)}")
         return number
 
-    def _read(self, name: str) -> bytes:
-        return parsing.read_file(self._root / name)
+
+def open(path: str | os.PathLike, *, caption_key: str | None = None) -> FolderSource:
+    """The captioned images in a folder and in all folders below it.
+
+    Args:
+      path: the folder.
+      caption_key: column of metadata.jsonl, which holds a text or a list of texts; "txt": only .txt files count; None:
+        "text", or the .txt of an image that has no text there.
+
+    Raises:
+      BadArgument: not a folder, or none of its images is usable; it says what was found.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise BadArgument("path", path, "not a folder")
+    sizes = dict(sorted(_files(root)))
+    images = [name for name in sizes if posixpath.splitext(name)[1][1:].lower() in parsing.IMAGE_SUFFIXES]
+    if not images:
+        known = " ".join(parsing.IMAGE_SUFFIXES)
+        raise BadArgument("path", path, f"the folder holds no images ({known}), but {len(sizes)} other files")
+    bad: list[BadRecord] = []
+    rows = {} if caption_key == "txt" else _listed(root, sizes, set(images), bad)
+    column = caption_key or DEFAULT_CAPTION_KEY
+    keys, captions = [], []
+    for name in images:
+        try:
+            captions.append(_caption(name, sizes, rows.get(name, {}), column, caption_key in (None, "txt")))
+            keys.append(name)
+        except BadRecordError as error:
+            bad.append(BadRecord(str(root), name, str(error)))
+    if not keys:
+        beside, listed = "the .txt beside an image", f"column {column!r} of {METADATA}"
+        places = {None: f"{listed} or {beside}", "txt": beside}.get(caption_key, listed)
+        seen = ", ".join(sorted({key for row in rows.values() for key in row})) or "none"
+        raise BadArgument(
+            "caption_key",
+            caption_key,
+            f"none of {len(images)} images in {path} is usable; the first: {bad[0]}. Captions are taken from {places}; "
+            f"columns of {METADATA}: {seen}",
+        )
+    numbers = [{name: x for name, x in parsing.numbers_of(rows.get(key, {})).items() if name != column} for key in keys]
+    return FolderSource(root, keys, captions, parsing.columns(numbers), bad)
 
 
 def _files(folder: Path, inside: str = "") -> Iterator[tuple[str, int]]:
-    """(path within the folder, bytes) of every file; -1 bytes for a link that leads nowhere."""
+    """(path within the folder, bytes) of every file; -1 bytes for a broken link."""
     with os.scandir(folder) as entries:
         for entry in entries:
             name = inside + entry.name
@@ -122,35 +122,26 @@ def _files(folder: Path, inside: str = "") -> Iterator[tuple[str, int]]:
                 yield name, -1
 
 
-def _suffix(name: str) -> str:
-    return posixpath.splitext(name)[1][1:].lower()
-
-
 def _text_beside(name: str) -> str:
     return posixpath.splitext(name)[0] + ".txt"
-
-
-def _places(caption_key: str | None) -> str:
-    texts, column = "the .txt beside a picture", f"column {caption_key or DEFAULT_CAPTION_KEY!r} of {METADATA}"
-    return {None: f"{column} or {texts}", "txt": texts}.get(caption_key, column)
 
 
 def _caption(
     name: str, sizes: Mapping[str, int], row: Mapping[str, Any], column: str, text_counts: bool
 ) -> tuple[str, ...] | None:
-    """The captions of a picture, None if they are to be read from its .txt. Raises BadRecord."""
+    """The captions of an image, None if they are to be read from its .txt. Raises BadRecordError."""
     if sizes[name] <= 0:
-        raise BadRecord("image of 0 bytes" if sizes[name] == 0 else "the link leads nowhere")
+        raise BadRecordError("image of 0 bytes" if sizes[name] == 0 else "the link is broken")
     if row.get(column) is not None:
         return parsing.captions_of(row[column])
     size = sizes.get(_text_beside(name)) if text_counts else None
     if not size or size < 0:
-        raise BadRecord("no caption" if size is None else "no caption: its text is empty")
+        raise BadRecordError("no caption" if size is None else "no caption: its text is empty")
     return None
 
 
-def _listed(root: Path, sizes: Mapping[str, int], pictures: set[str], faults: list[Fault]) -> dict[str, dict[str, Any]]:
-    """Picture -> its row in a metadata.jsonl; lines that cannot be used are appended to `faults`."""
+def _listed(root: Path, sizes: Mapping[str, int], images: set[str], bad: list[BadRecord]) -> dict[str, dict[str, Any]]:
+    """Image -> its row in a metadata.jsonl; lines that cannot be used are appended to `bad`."""
     rows: dict[str, dict[str, Any]] = {}
     lists = [name for name in sizes if posixpath.basename(name) == METADATA]
     for name in sorted(lists, key=lambda name: -name.count("/")):  # the nearest first; sorted() keeps the rest in order
@@ -159,24 +150,24 @@ def _listed(root: Path, sizes: Mapping[str, int], pictures: set[str], faults: li
             if not content.strip():
                 continue
             try:
-                picture, row = _row(content, posixpath.dirname(name), pictures)
-                if picture in mine:
-                    raise BadRecord(f"{picture} is listed already in this file")
-            except BadRecord as error:
-                faults.append(Fault(str(root / name), f"line {line}", str(error)))
+                image, row = _row(content, posixpath.dirname(name), images)
+                if image in mine:
+                    raise BadRecordError(f"{image} is listed already in this file")
+            except BadRecordError as error:
+                bad.append(BadRecord(str(root / name), f"line {line}", str(error)))
                 continue
-            mine.add(picture)
-            rows.setdefault(picture, row)
+            mine.add(image)
+            rows.setdefault(image, row)
     return rows
 
 
-def _row(content: bytes, folder: str, pictures: set[str]) -> tuple[str, dict[str, Any]]:
-    """(picture, row) of one line of the metadata.jsonl in `folder`. Raises BadRecord."""
+def _row(content: bytes, folder: str, images: set[str]) -> tuple[str, dict[str, Any]]:
+    """(image, row) of one line of the metadata.jsonl in `folder`. Raises BadRecordError."""
     row = parsing.json_object(content)
     file_name = row.pop("file_name", None)
     if not isinstance(file_name, str):
-        raise BadRecord("no file_name")
-    picture = posixpath.normpath(posixpath.join(folder, file_name))
-    if picture not in pictures:
-        raise BadRecord(f"no picture {file_name}")
-    return picture, row
+        raise BadRecordError("no file_name")
+    image = posixpath.normpath(posixpath.join(folder, file_name))
+    if image not in images:
+        raise BadRecordError(f"no image {file_name}")
+    return image, row

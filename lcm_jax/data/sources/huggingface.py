@@ -8,7 +8,7 @@
 An image column holds encoded bytes, alone or as {bytes, path}; a caption column a text or a list of texts; every number
 column is a field. A record's key is its "key", "__key__" or (if no two are alike) "id", else "train-000000123".
 Rows are read from the Arrow files that `datasets` maps into memory; parquet is converted once, into HF_HOME. They are
-taken as Arrow has them: decoding a row, `datasets` would open whatever file or address the row names.
+read as Arrow, since `datasets` would open whatever file or address a row names when it decodes that row.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from lcm_jax import files
-from lcm_jax.data.records import BadRecord, Fault, Record
-from lcm_jax.data.sources.parsing import captions_of, read_file, text_of
-from lcm_jax.errors import LcmError
+from lcm_jax.data.records import BadRecord, BadRecordError, Record
+from lcm_jax.data.sources.parsing import captions_of, one_line, read_file
+from lcm_jax.errors import BadArgument, LcmError
 
 KEY_COLUMNS = ("key", "__key__", "id")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -43,7 +43,7 @@ class HuggingFace:
         image_key: str,
         caption_key: str,
     ):
-        """`parts`: (file, rows) of the files that the rows of `table` stand in, in order; `roots`: of image paths."""
+        """`parts`: (file, rows) of the files that hold the rows of `table`, in order; `roots`: of image paths."""
         self.roots, self.split = roots, split
         self._image, self._caption = image_key, caption_key
         self._parts = [file for file, _ in parts]
@@ -57,9 +57,8 @@ class HuggingFace:
         columns = [image_key, caption_key, *self._numbers, *([self._key] if self._key else [])]
         self._table = table.select_columns(list(dict.fromkeys(columns))).with_format("arrow")
         self._rows, repeated = _first_of_each(self._table, self._key)
-        self.faults = [
-            Fault(*self._place(row), f"its key is that of an earlier record (column {self._key!r})") for row in repeated
-        ]
+        reason = f"its key is that of an earlier record (column {self._key!r})"
+        self.bad_records = [BadRecord(*self._file_and_key(row), reason) for row in repeated]
 
     def __len__(self) -> int:
         return len(self._table) if self._rows is None else len(self._rows)
@@ -68,16 +67,17 @@ class HuggingFace:
         row = self._row(number)
         try:
             found = self._table[row]
-            found.flatten().validate(full=True)  # an Arrow file says itself where in it a value begins and ends
+            found.flatten().validate(full=True)  # an Arrow file itself says where each value begins and ends
             (values,) = found.to_pylist()
         except ValueError as error:
-            raise BadRecord(f"a text is not UTF-8, or the row is damaged ({_one_line(error)})") from None
+            raise BadRecordError(f"a text is not UTF-8, or the row is damaged ({one_line(error)})") from None
         numbers = {name: float(values[name]) for name in self._numbers if values[name] is not None}
+        texts = values[self._caption] if isinstance(values[self._caption], list) else [values[self._caption]]
         return Record(
-            self._place(row)[1],
-            self._picture(values[self._image]),
-            _captions(values[self._caption]),
-            {name: value for name, value in numbers.items() if value == value},
+            self._file_and_key(row)[1],
+            self._content(values[self._image]),
+            captions_of([text for text in texts if text is not None]),
+            {name: value for name, value in numbers.items() if value == value},  # without NaN
         )
 
     def field(self, name: str) -> np.ndarray | None:
@@ -88,26 +88,27 @@ class HuggingFace:
         return None if np.isnan(values).all() else values
 
     def where(self, number: int) -> tuple[str, str]:
-        return self._place(self._row(number))
+        return self._file_and_key(self._row(number))
 
     def _row(self, number: int) -> int:
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of {len(self)}")
         return number if self._rows is None else int(self._rows[number])
 
-    def _place(self, row: int) -> tuple[str, str]:
+    def _file_and_key(self, row: int) -> tuple[str, str]:
         file = self._parts[int(np.searchsorted(self._ends, row, side="right"))]
         key = None
         if self._key:
             key = _as_text(self._table.data.column(self._key)[row])
         return file, key or f"{self.split}-{row:09d}"
 
-    def _picture(self, value: Any) -> bytes:
+    def _content(self, value: Any) -> bytes:
+        """The bytes of an image column's value."""
         content, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
         if content is None and path:
             content = self._file(path)
         if not content:
-            raise BadRecord(f"column {self._image!r} holds no image")
+            raise BadRecordError(f"column {self._image!r} holds no image")
         return content
 
     def _file(self, name: Any) -> bytes:
@@ -118,7 +119,7 @@ class HuggingFace:
         try:
             return read_file(files.inside(root, name))
         except LcmError as error:
-            raise BadRecord(f"no image in the row, nor where it says: {error}") from None
+            raise BadRecordError(f"no image in the row, nor at its path: {error}") from None
 
 
 def open(
@@ -132,7 +133,8 @@ def open(
       caption_key: column of the captions; None: "text".
 
     Raises:
-      LcmError: no such path, split or column; a file that cannot be read; a hub id without network.
+      BadArgument: no such path, split or column; a column of another type; a hub id without network.
+      LcmError: a file that cannot be read; `datasets` is not installed.
     """
     try:
         import datasets
@@ -140,11 +142,9 @@ def open(
         raise LcmError("the source 'huggingface' needs datasets: pip install 'lcm_jax[data]'") from None
     table, roots, parts = _opened(datasets, str(path), split)
     image_key, caption_key = image_key or "image", caption_key or "text"
-    for key, flag in ((image_key, "image_key"), (caption_key, "caption_key")):
+    for argument, key in {"image_key": image_key, "caption_key": caption_key}.items():
         if key not in table.column_names:
-            raise LcmError(
-                f"{path} has no column {key!r}; name one of {', '.join(table.column_names)} by --config.data.{flag}"
-            )
+            raise BadArgument(argument, key, f"{path} has no such column; choose of {', '.join(table.column_names)}")
     if isinstance(table.features[image_key], datasets.Image):
         table = table.cast_column(image_key, datasets.Image(decode=False))
     _check_types(datasets, path, table.features, image_key, caption_key)
@@ -154,30 +154,26 @@ def open(
 def _opened(datasets: Any, path: str, split: str) -> tuple[Any, tuple[Path, ...], tuple[tuple[str, int], ...]]:
     """(table, folders of image paths, (file, rows) of its parts).
 
-    Paths are within the first folder. For files of the hub `datasets` writes the whole path of where it has put them,
-    which are the other folders.
+    Image paths are relative to the first folder. For files of the hub `datasets` writes the whole path to where it has
+    put them, which is below one of the other folders.
     """
-    place = Path(path)
+    where = Path(path)
     try:
-        if place.is_dir() and _is_saved(place):
-            table = _saved(datasets, place, split)
-            return table, (place,), ((path, len(table)),)
-        if place.exists() or glob.has_magic(path):
-            parts = _parquet(datasets, place, split)
+        if where.is_dir() and any((where / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            table = _saved(datasets, where, split)
+            return table, (where,), ((path, len(table)),)
+        if where.exists() or glob.has_magic(path):
+            parts = _parquet(datasets, where, split)
             with_split = {split: [file for file, _ in parts]}
-            root = place if place.is_dir() else Path(parts[0][0]).parent
+            root = where if where.is_dir() else Path(parts[0][0]).parent
             return datasets.load_dataset("parquet", data_files=with_split, split=split), (root,), parts
         if not _HUB_ID.fullmatch(path):
-            raise LcmError(f"{path} does not exist and is no id on the hub (owner/name); correct --config.data.path")
+            raise BadArgument("path", path, "does not exist, and is not an id on the hub (owner/name)")
         table = _from_hub(datasets, path, split)
         return table, _hub_folders(datasets, path), ((f"{path} ({split})", len(table)),)
     except datasets.exceptions.DatasetsError as error:
         cause = error.__cause__ or error
-        raise LcmError(f"{path} cannot be read as a data set ({_one_line(cause)}); copy or download it again") from None
-
-
-def _is_saved(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+        raise LcmError(f"{path} cannot be read as a data set ({one_line(cause)}); copy or download it again") from None
 
 
 def _saved(datasets: Any, folder: Path, split: str) -> Any:
@@ -187,9 +183,9 @@ def _saved(datasets: Any, folder: Path, split: str) -> Any:
                 raise LcmError(f"it names {ascii(name)[:200]}, which is not in it")
         found = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LcmError(f"{folder} cannot be read ({_one_line(error)}); write it again by save_to_disk") from None
+        raise LcmError(f"{folder} cannot be read ({one_line(error)}); write it again with save_to_disk") from None
     if not isinstance(found, datasets.DatasetDict):
-        found = {str(found.split or split): found}  # one that was made in memory has no split: it is any
+        found = {str(found.split or split): found}  # one that was made in memory has no split: it serves for any
     table = _one_of(found, split, folder)
     _check_arrow(folder, table)
     return table
@@ -202,14 +198,14 @@ def _named_files(folder: Path) -> Iterator[str]:
         splits = files.read_json(folder / "dataset_dict.json")["splits"]
         yield from splits
         places += [folder / split for split in splits]
-    for place in places:
-        yield from (part["filename"] for part in files.read_json(place / "state.json")["_data_files"])
+    for part_folder in places:
+        yield from (part["filename"] for part in files.read_json(part_folder / "state.json")["_data_files"])
 
 
 def _check_arrow(folder: Path, table: Any) -> None:
-    """Raises LcmError where columns have not the bytes that they should, or keys lie outside of theirs.
+    """Raises LcmError if columns lack bytes, or keys point outside of theirs.
 
-    What a row's texts and image are is checked when it is read.
+    A row's texts and image are checked when it is read.
     """
     import pyarrow
 
@@ -220,45 +216,45 @@ def _check_arrow(folder: Path, table: Any) -> None:
             as_bytes = {"string": pyarrow.binary(), "large_string": pyarrow.large_binary()}  # they need not be UTF-8
             keys.cast(as_bytes.get(str(keys.type), keys.type)).validate(full=True)
     except pyarrow.ArrowInvalid as error:
-        raise LcmError(f"{folder} is damaged ({_one_line(error)}); copy it again") from None
+        raise LcmError(f"{folder} is damaged ({one_line(error)}); copy it again") from None
 
 
-def _parquet(datasets: Any, place: Path, split: str) -> tuple[tuple[str, int], ...]:
+def _parquet(datasets: Any, path: Path, split: str) -> tuple[tuple[str, int], ...]:
     import pyarrow.parquet
 
-    if place.is_dir():
+    if path.is_dir():
         try:
-            found = datasets.load_dataset_builder("parquet", data_dir=str(place)).config.data_files
+            found = datasets.load_dataset_builder("parquet", data_dir=str(path)).config.data_files
         except FileNotFoundError:  # no files at all
             found = {}
         found = {str(name): [file for file in files if file.endswith(".parquet")] for name, files in found.items()}
-        files = _one_of({name: files for name, files in found.items() if files}, split, place)
+        files = _one_of({name: files for name, files in found.items() if files}, split, path)
     else:
-        files = _one_of({"train": sorted(glob.glob(str(place), recursive=True)) or [str(place)]}, split, place)
-    if odd := [file for file in files if Path(file).exists() and not Path(file).is_file()]:  # to open a pipe is to wait
-        raise LcmError(f"{odd[0]} is no regular file; remove it, or name another --config.data.path")
+        files = _one_of({"train": sorted(glob.glob(str(path), recursive=True)) or [str(path)]}, split, path)
+    # Opening a pipe would wait for its writer.
+    if odd := [file for file in files if Path(file).exists() and not Path(file).is_file()]:
+        raise LcmError(f"{odd[0]} is not a regular file; remove it, or choose another path")
     try:
         return tuple((file, pyarrow.parquet.read_metadata(file).num_rows) for file in files)
     except (OSError, pyarrow.ArrowException) as error:
-        raise LcmError(
-            f"{place}: not all files are parquet ({_one_line(error)}); copy or download them again, or name "
-            "another --config.data.source"
+        raise BadArgument(
+            "path", path, f"not all of its files are parquet ({one_line(error)}); copy them again, or change the source"
         ) from None
 
 
 def _hub_folders(datasets: Any, name: str) -> tuple[Path, Path, Path]:
-    """Where files of a data set on the hub lie: its own folder in the cache (twice), and what was unpacked of it."""
+    """Where files of a data set on the hub are: its own folder in the cache (twice), and what was unpacked of it."""
     import huggingface_hub
 
     own = Path(huggingface_hub.constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}")
     return own, own, Path(datasets.config.EXTRACTED_DATASETS_PATH)
 
 
-def _one_of(splits: Mapping[str, Any], split: str, place: Path) -> Any:
+def _one_of(splits: Mapping[str, Any], split: str, path: Path) -> Any:
     if not splits:
-        raise LcmError(f"{place} has no parquet files; correct --config.data.path or --config.data.source")
+        raise BadArgument("path", path, "holds no parquet files; correct it, or the source")
     if split not in splits:
-        raise LcmError(f"{place} has no split {split!r}; set --config.data.split to one of {', '.join(splits)}")
+        raise BadArgument("split", split, f"{path} has no such split; choose of {', '.join(splits)}")
     return splits[split]
 
 
@@ -266,33 +262,33 @@ def _from_hub(datasets: Any, name: str, split: str) -> Any:
     try:
         return datasets.load_dataset(name, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise LcmError(
-            f"{name} is neither a folder here nor a data set on the hub ({_one_line(error)}); correct "
-            "--config.data.path"
-        ) from None
+        raise BadArgument("path", name, f"neither a folder nor a data set on the hub ({one_line(error)})") from None
     except OSError as error:
-        raise LcmError(
-            f"{name} is no folder here, and the hub cannot be reached ({_one_line(error)}); download it "
-            f"where there is network (hf download {name} --repo-type dataset --local-dir FOLDER) and set "
-            "--config.data.path=FOLDER"
+        raise BadArgument(
+            "path",
+            name,
+            f"not a folder, and the hub cannot be reached ({one_line(error)}); download the data set where there is "
+            f"network (hf download {name} --repo-type dataset --local-dir FOLDER), and give that FOLDER as the path",
         ) from None
     except ValueError as error:  # an unknown split; the message lists those that there are
-        raise LcmError(f"{name}: {_one_line(error)} (--config.data.split, --config.data.path)") from None
+        raise BadArgument("split", split, f"{name}: {one_line(error)}") from None
 
 
 def _check_types(datasets: Any, path: str, features: Mapping[str, Any], image_key: str, caption_key: str) -> None:
     image, caption = features[image_key], features[caption_key]
     content = image.get("bytes") if isinstance(image, Mapping) else image
     if not isinstance(image, datasets.Image) and _kind(content) not in ("binary", "large_binary", "null"):
-        raise LcmError(
-            f"{path}: column {image_key!r} holds {_kind(image)}, not encoded images; name another by "
-            f"--config.data.image_key: {', '.join(features)}"
+        raise BadArgument(
+            "image_key",
+            image_key,
+            f"this column of {path} holds {_kind(image)}, not encoded images; choose of {', '.join(features)}",
         )
     inner = getattr(caption, "feature", caption)  # of a list
     if _kind(inner) not in ("string", "large_string", "binary", "large_binary", "null"):
-        raise LcmError(
-            f"{path}: column {caption_key!r} holds {_kind(inner)}, not text; name another by "
-            f"--config.data.caption_key: {', '.join(features)}"
+        raise BadArgument(
+            "caption_key",
+            caption_key,
+            f"this column of {path} holds {_kind(inner)}, not text; choose of {', '.join(features)}",
         )
 
 
@@ -320,7 +316,7 @@ def _key_column(table: Any) -> str | None:
 
 
 def _first_of_each(table: Any, column: str | None) -> tuple[np.ndarray | None, np.ndarray]:
-    """(rows whose key stands first, or None for all rows; the other rows). Rows without a key are all kept."""
+    """(rows that are the first of their key, or None for all rows; the other rows). Rows without a key are all kept."""
     if column is None:
         return None, np.zeros(0, np.int64)
     chunks = table.data.column(column).dictionary_encode().chunks
@@ -332,18 +328,9 @@ def _first_of_each(table: Any, column: str | None) -> tuple[np.ndarray | None, n
 
 
 def _as_text(scalar: Any) -> str | None:
-    """A key as text; bytes that are no UTF-8 are shown escaped."""
+    """A key as text; bytes that are not UTF-8 are escaped."""
     try:
         value = scalar.as_py()
     except UnicodeDecodeError:
         value = scalar.as_buffer().to_pybytes().decode(errors="backslashreplace")
     return None if value is None else str(value)
-
-
-def _captions(value: Any) -> tuple[str, ...]:
-    texts = [text for text in (value if isinstance(value, list) else [value]) if text is not None]
-    return captions_of([text_of(text) if isinstance(text, bytes) else text for text in texts])
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -1,4 +1,4 @@
-"""Where the records of a tar shard lie: one pass over its headers, kept in a file of its own beside the shard.
+"""Where the records of a tar shard are: one pass over its headers, kept in a file beside the shard.
 
 A shard holds groups of members as img2dataset writes them,
 
@@ -6,14 +6,15 @@ A shard holds groups of members as img2dataset writes them,
 
 and its sidecar, an uncompressed npz, holds for its n usable records
 
-    keys      S [n]         hashes   uint64 [n]      BLAKE2 of the key, by which repeats over many shards are found
-    spans     int64 [n 4]   offset and size of the picture, offset and size of what holds the caption, in bytes
+    keys      S [n]         hashes   uint64 [n]      BLAKE2 of the key, which finds repeated keys over many shards
+    spans     int64 [n 4]   offset and size of the image, offset and size of what holds the caption, in bytes
     is_json   bool [n]      the caption is a field of the JSON member, else the text of the .txt member
-    fields    float64 [f n] numbers in the JSON members, NaN where there is none
-    header    the JSON of: format version, size and mtime of the shard, the keys asked for, names of fields, faults
+    fields    float64 [f n] numbers in the JSON members, NaN where one is missing
+    header    JSON of: format version, size and mtime of the shard, keys asked for, names of fields, bad records
 
-Sidecars of one shard are equal byte for byte, whoever makes them. Where a tar is damaged the members before and after
-the damage are read; what lies between is a fault that names the first byte lost.
+All sidecars of one shard are equal byte for byte, the reasons of bad records included: a change of their wording would
+change the files. In a damaged tar the members before and after the damage are read; the gap is a bad record that names
+the first byte lost.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ from typing import BinaryIO
 import numpy as np
 
 from lcm_jax import files
-from lcm_jax.data.records import BadRecord
+from lcm_jax.data.records import BadRecordError
 from lcm_jax.data.sources import parsing
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import BadArgument, LcmError
 
-VERSION = 1  # of the sidecar; another one is made anew
+VERSION = 1  # of the sidecar; one of another version is replaced
 
 _BLOCK = tarfile.BLOCKSIZE
-_CHUNK = 1 << 20  # bytes looked through at once for the next header after damage
-_LONGEST_PADDING = 1 << 20  # bytes of zeros that may end a tar; more is a file whose end was never written
+_CHUNK = 1 << 20  # bytes searched at once for the next header after damage
+_LONGEST_PADDING = 1 << 20  # bytes of zeros that may end a tar; with more, its end was never written
 _MAGIC_AT = 257  # of "ustar" in a header
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _NO_IMAGE, _NO_CAPTION = "no image", "no caption"
@@ -49,7 +50,7 @@ _NO_IMAGE, _NO_CAPTION = "no image", "no caption"
 
 @dataclasses.dataclass(frozen=True)
 class ShardIndex:
-    """The n usable records of one shard, in its order: see the module. `faults` are (key, reason)."""
+    """The n usable records of one shard, in its order: see the module. `bad_records` are (key, reason)."""
 
     size: int
     mtime_ns: int
@@ -58,12 +59,12 @@ class ShardIndex:
     spans: np.ndarray
     is_json: np.ndarray
     fields: dict[str, np.ndarray]
-    faults: tuple[tuple[str, str], ...]
+    bad_records: tuple[tuple[str, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sample:
-    """Members of one key: suffix -> (offset, size), and the content of those that are text."""
+    """Members of one key: suffix -> (offset, size), and the content of text members."""
 
     key: str
     members: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
@@ -71,7 +72,7 @@ class _Sample:
 
 
 def sidecar_path(shard: Path, index_dir: Path | None) -> Path:
-    """Beside the shard, or in `index_dir` under a name that tells shards of different folders apart."""
+    """Beside the shard, or in `index_dir` under a name that differs for equal names in different folders."""
     if index_dir is None:
         return shard.with_name(f"{shard.name}.index.npz")
     folder = hashlib.blake2b(os.fsencode(os.path.realpath(shard.parent)), digest_size=6).hexdigest()
@@ -82,23 +83,22 @@ def make(shard: Path, sidecar: Path, image_key: str | None, caption_key: str | N
     """`scan` the shard and keep the result as `sidecar`.
 
     Raises:
-      LcmError: as `scan`, or the sidecar cannot be written.
+      BadArgument, LcmError: as `scan`; the sidecar cannot be written.
     """
     index = scan(shard, image_key, caption_key)
     try:
         with files.new_file(sidecar) as partial:
             partial.write_bytes(_packed(index, image_key, caption_key))
     except OSError as error:
-        raise LcmError(
-            f"the index {sidecar} cannot be written ({error.strerror}); name a folder for it as --config.data.index_dir"
-        ) from None
+        problem = f"the index {sidecar.name} cannot be written there ({error.strerror}); choose another folder"
+        raise BadArgument("index_dir", sidecar.parent, problem) from None
     return index
 
 
 def read(shard: Path, sidecar: Path, image_key: str | None, caption_key: str | None) -> ShardIndex | None:
-    """What `sidecar` holds; None if there is none, or it was made of another state of the shard or by other keys.
+    """What `sidecar` holds; None if it is missing, or was made of another state of the shard or for other keys.
 
-    None as well where its arrays do not fit each other, or a span does not lie in the shard.
+    None as well if its arrays do not fit each other, or a span does not lie in the shard.
 
     Raises:
       LcmError: the shard cannot be read.
@@ -108,7 +108,7 @@ def read(shard: Path, sidecar: Path, image_key: str | None, caption_key: str | N
     except OSError as error:
         raise LcmError(f"tar shard {shard} cannot be read ({error.strerror})") from None
     if not stat.S_ISREG(state.st_mode):
-        raise LcmError(f"tar shard {shard} is no regular file; remove it")
+        raise LcmError(f"tar shard {shard} is not a regular file; remove it")
     try:
         with np.load(sidecar, allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
@@ -125,7 +125,7 @@ def read(shard: Path, sidecar: Path, image_key: str | None, caption_key: str | N
                 tuple((str(key), str(reason)) for key, reason in header["faults"]),
             )
             return found if _fits(found) else None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):  # no sidecar, or another's file
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):  # no sidecar, or other bytes
         return None
 
 
@@ -148,12 +148,12 @@ def scan(shard: Path, image_key: str | None = None, caption_key: str | None = No
     """Find the records of a shard.
 
     Args:
-      image_key: suffix of the pictures; None: the first member of a key that has a picture's suffix.
-      caption_key: "txt" or a field of the JSON member; None: .txt, or "caption" in JSON where there is no .txt.
+      image_key: suffix of the images; None: the first member of a key that has an image's suffix.
+      caption_key: "txt" or a field of the JSON member; None: .txt, or "caption" in JSON if there is no .txt.
 
     Raises:
-      LcmError: the file cannot be read, is compressed or still being written; it is whole, but holds no pictures or no
-        captions.
+      LcmError: the file cannot be read, is compressed or still being written.
+      BadArgument: it is whole, but holds no images or no captions for these keys.
     """
     losses: list[tuple[str, str]] = []
     try:
@@ -166,20 +166,23 @@ def scan(shard: Path, image_key: str | None = None, caption_key: str | None = No
         raise LcmError(f"tar shard {shard} cannot be read ({error.strerror})") from None
     if (after.st_size, after.st_mtime_ns) != (state.st_size, state.st_mtime_ns):
         raise LcmError(f"tar shard {shard} is being written to; wait until it is complete")
-    keys, spans, is_json, numbers, faults = [], [], [], [], []
+    keys, spans, is_json, numbers, bad = [], [], [], [], []
     for sample in samples:
         try:
             span, from_json, row = _record(sample, image_key, caption_key)
-        except BadRecord as error:
-            faults.append((sample.key, str(error)))
+        except BadRecordError as error:
+            bad.append((sample.key, str(error)))
             continue
-        faults += _other_pictures(sample, image_key)
+        bad += [
+            (sample.key, f"a second picture, .{suffix}; --config.data.image_key chooses one")
+            for suffix in _images(sample, image_key)[1:]
+        ]
         keys.append(sample.key.encode())
         spans.append(span)
         is_json.append(from_json)
         numbers.append(row)
     if samples and not keys and not losses:
-        _check_reasons(shard, samples, {reason for _, reason in faults}, image_key, caption_key)
+        _check_reasons(shard, samples, {reason for _, reason in bad}, image_key, caption_key)
     hashes = [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") for key in keys]
     return ShardIndex(
         state.st_size,
@@ -189,22 +192,20 @@ def scan(shard: Path, image_key: str | None = None, caption_key: str | None = No
         np.array(spans, np.int64).reshape(-1, 4),
         np.array(is_json, bool),
         parsing.columns(numbers),
-        (*losses, *faults),
+        (*losses, *bad),
     )
 
 
 def caption_in(content: bytes, is_json: bool, caption_key: str | None) -> tuple[str, ...]:
-    """The captions in a .txt or JSON member. Raises BadRecord."""
-    if not is_json:
-        return parsing.captions_of(parsing.text_of(content))
-    return parsing.captions_of(parsing.json_object(content).get(caption_key or "caption"))
+    """The captions in a .txt or JSON member. Raises BadRecordError."""
+    return parsing.captions_of(parsing.json_object(content).get(caption_key or "caption") if is_json else content)
 
 
 def _packed(index: ShardIndex, image_key: str | None, caption_key: str | None) -> bytes:
     made_of = [VERSION, index.size, index.mtime_ns, image_key, caption_key]
-    header = json.dumps({"made_of": made_of, "fields": list(index.fields), "faults": index.faults})
+    header = json.dumps({"made_of": made_of, "fields": list(index.fields), "faults": index.bad_records})
     fields = np.array(list(index.fields.values()), np.float64).reshape(len(index.fields), len(index.keys))
-    packed = io.BytesIO()  # NumPy writes no times into an npz, so equal arrays are equal bytes
+    packed = io.BytesIO()  # NumPy writes no times into an npz: equal arrays give equal bytes
     np.savez(
         packed,
         header=np.frombuffer(header.encode(), np.uint8),
@@ -222,39 +223,32 @@ def _refuse_compressed(shard: Path, stream: BinaryIO) -> None:
     for magic, kind in _COMPRESSED.items():
         if start.startswith(magic):
             raise LcmError(
-                f"tar shard {shard} is compressed ({kind}); records can be read from plain tars only, unpack it first"
+                f"tar shard {shard} is compressed ({kind}), and records are read from plain tars only; unpack it first"
             )
 
 
 def _record(sample: _Sample, image_key: str | None, caption_key: str | None):
-    """((picture offset, size, caption offset, size), is_json, numbers). Raises BadRecord."""
-    pictures = _pictures(sample, image_key)
-    if not pictures:
-        raise BadRecord(f"{_NO_IMAGE} among its members ({_suffixes([sample])})")
-    offset, size = sample.members[pictures[0]]
+    """((image offset, size, caption offset, size), is_json, numbers). Raises BadRecordError."""
+    images = _images(sample, image_key)
+    if not images:
+        raise BadRecordError(f"{_NO_IMAGE} among its members ({_suffixes([sample])})")
+    offset, size = sample.members[images[0]]
     if size == 0:
-        raise BadRecord("image of 0 bytes")
+        raise BadRecordError("image of 0 bytes")
     row = parsing.json_object(sample.texts["json"]) if "json" in sample.texts else {}
     if caption_key in (None, "txt") and "txt" in sample.texts:
         holder = "txt"
     elif caption_key != "txt" and (caption_key or "caption") in row:
         holder = "json"
     else:
-        raise BadRecord(_NO_CAPTION)
+        raise BadRecordError(_NO_CAPTION)
     caption_in(sample.texts[holder], holder == "json", caption_key)
     return (offset, size, *sample.members[holder]), holder == "json", parsing.numbers_of(row)
 
 
-def _pictures(sample: _Sample, image_key: str | None) -> list[str]:
+def _images(sample: _Sample, image_key: str | None) -> list[str]:
     wanted = parsing.IMAGE_SUFFIXES if image_key is None else (image_key.lower().lstrip("."),)
     return [suffix for suffix in sample.members if suffix in wanted]
-
-
-def _other_pictures(sample: _Sample, image_key: str | None) -> list[tuple[str, str]]:
-    return [
-        (sample.key, f"a second picture, .{suffix}; --config.data.image_key chooses one")
-        for suffix in _pictures(sample, image_key)[1:]
-    ]
 
 
 def _suffixes(samples: list[_Sample]) -> str:
@@ -264,32 +258,28 @@ def _suffixes(samples: list[_Sample]) -> str:
 def _check_reasons(
     shard: Path, samples: list[_Sample], reasons: set[str], image_key: str | None, caption_key: str | None
 ) -> None:
-    """A whole shard that lacks one kind of member is no accident of single records."""
+    """Raises BadArgument if a whole shard lacks one kind of member, which points to a wrong key, not to bad records."""
     if not all(reason == _NO_CAPTION or reason.startswith(_NO_IMAGE) for reason in reasons):
         return
     if _NO_CAPTION in reasons:
-        wanted = "a .txt, or a JSON field 'caption'," if caption_key is None else f"{caption_key!r}"
-        raise LcmError(
-            f"tar without captions: {shard} holds {_suffixes(samples)}, and {wanted} nowhere; "
-            "name a field of its JSON as --config.data.caption_key"
-        )
-    wanted = parsing.IMAGE_SUFFIXES if image_key is None else (image_key,)
-    raise LcmError(
-        f"tar without pictures: {shard} holds {_suffixes(samples)}, but none of {' '.join(wanted)}; "
-        "name the pictures' suffix as --config.data.image_key"
-    )
+        wanted = "a .txt or a JSON field 'caption'" if caption_key is None else f"{caption_key!r}"
+        problem = f"no captions in {shard}: it holds {_suffixes(samples)}, but nowhere {wanted}; name a JSON field"
+        raise BadArgument("caption_key", caption_key, problem)
+    wanted = " ".join(parsing.IMAGE_SUFFIXES) if image_key is None else image_key
+    problem = f"no images in {shard}: it holds {_suffixes(samples)}, but none of {wanted}; name the images' suffix"
+    raise BadArgument("image_key", image_key, problem)
 
 
 def _split(name: str) -> tuple[str, str] | None:
-    """(key, suffix) of a member; None for what has no suffix and for hidden files."""
-    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # so that it can be printed
+    """(key, suffix) of a member; None for hidden files and for names without a suffix."""
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # so that it prints
     folder, slash, base = name.rpartition("/")
     stem, dot, suffix = base.partition(".")
     return (folder + slash + stem, suffix.lower()) if stem and dot else None
 
 
 def _samples(stream: BinaryIO, size: int, losses: list[tuple[str, str]]) -> list[_Sample]:
-    """Members by key. A suffix that a key has already starts a new sample of that key."""
+    """Members by key. A suffix that the key already has starts a new sample of that key."""
     samples: list[_Sample] = []
     latest: dict[str, _Sample] = {}
     for member in _members(stream, size, losses):
@@ -307,7 +297,7 @@ def _samples(stream: BinaryIO, size: int, losses: list[tuple[str, str]]) -> list
 
 
 def _members(stream: BinaryIO, size: int, losses: list[tuple[str, str]]) -> Iterator[tarfile.TarInfo]:
-    """All members that can be found; what lies between is appended to `losses`."""
+    """All members that can be found; the gaps between them are appended to `losses`."""
     offset = 0
     while True:
         offset = yield from _stretch(stream, offset, size)
@@ -325,7 +315,7 @@ def _members(stream: BinaryIO, size: int, losses: list[tuple[str, str]]) -> Iter
 
 
 def _stretch(stream: BinaryIO, offset: int, size: int) -> Generator[tarfile.TarInfo, None, int]:
-    """Members one after the other from `offset` on; returns the first byte that is no part of them."""
+    """Consecutive members from `offset` on; returns the first byte after them."""
     stream.seek(offset)
     try:
         tar = tarfile.TarFile(fileobj=stream, encoding="utf-8", errors="surrogateescape")
@@ -333,15 +323,15 @@ def _stretch(stream: BinaryIO, offset: int, size: int) -> Generator[tarfile.TarI
             offset = min(tar.offset, size)
             yield member
             tar.members.clear()
-            if offset == size:  # or told to lie behind it, which may be where no file can be looked at
+            if offset == size:  # or said to end behind it, perhaps where no file can be read
                 break
-    except (tarfile.TarError, ValueError):  # ValueError: an extended header of nonsense
+    except (tarfile.TarError, ValueError):  # ValueError: nonsense in an extended header
         pass
     return offset
 
 
 def _next_header(stream: BinaryIO, start: int) -> int | None:
-    """Offset of the first header at or after `start`, wherever it lies: lost bytes may have moved it off its block."""
+    """Offset of the first header at or after `start`, at any byte: lost bytes may have moved it off its block."""
     stream.seek(start)
     held = stream.read(_CHUNK)
     while len(held) >= _BLOCK:

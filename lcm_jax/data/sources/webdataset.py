@@ -1,9 +1,9 @@
 """Tar shards as img2dataset writes them (the webdataset layout), with random access.
 
 `path` is one or several, by commas or as a list, of: a file, a folder (its *.tar), a glob, a brace pattern as in bash
-(`laion-{00000..00099}.tar`, `{a,b}/{0..9}.tar`, nested too). A shard is read once however often it is named. Records
-come in the order of the shards and, within, of the tar; of records with one key the first stands, over all shards. What
-is known of a record without reading it comes from an index beside its shard: see `tar_index`.
+(`laion-{00000..00099}.tar`, `{a,b}/{0..9}.tar`, nested too). A shard is read once even if it is named twice. Records
+come in the order of the shards and of the members in each tar; if a key occurs more than once, only its first record is
+used, across all shards. What is known of a record without reading it comes from an index beside its shard: `tar_index`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lcm_jax.data.records import BadRecord, Fault, Record
+from lcm_jax.data.records import BadRecord, BadRecordError, Record
 from lcm_jax.data.sources import parsing, tar_index
 from lcm_jax.data.sources.tar_index import ShardIndex
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import BadArgument
 
 MAX_OPEN = 64  # shards a process keeps open at once
-_THREADS = 8  # that index shards; they wait for the disk, or for each other where it is quick
+_THREADS = 8  # that index shards; they wait for the disk, or for each other if the disk is quick
 
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 
@@ -44,21 +44,23 @@ def open(
 
     Args:
       path: shards, as in the module's docstring.
-      image_key: suffix of the pictures, "jpg"; None: a key's first member with a picture's suffix.
-      caption_key: "txt", or a field of the JSON members; None: the .txt, or "caption" in JSON where there is no .txt.
+      image_key: suffix of the images, "jpg"; None: a key's first member with an image's suffix.
+      caption_key: "txt", or a field of the JSON members; None: the .txt, or "caption" in JSON if there is no .txt.
       index_dir: folder for the indices; None: each beside its shard.
 
     Raises:
-      LcmError: nothing is found under `path`, a shard cannot be read or holds no pictures or captions, an index cannot
-        be written, no record is usable.
+      BadArgument: nothing is found under `path`, a shard holds no images or captions, an index cannot be written, no
+        record is usable.
+      LcmError: a shard cannot be read.
     """
     shards = find_shards(path)
     folder = None if index_dir is None else Path(index_dir)
     sidecars = [tar_index.sidecar_path(shard, folder) for shard in shards]
     source = TarSource(shards, _indices(shards, sidecars, image_key, caption_key), caption_key)
     if not len(source):
-        first = f"; the first of {len(source.faults)} faults is {source.faults[0]}" if source.faults else ""
-        raise LcmError(f"no usable record in {len(shards)} tar shards of {path}{first}")
+        bad = source.bad_records
+        first = f"; the first of {len(bad)} unusable ones: {bad[0]}" if bad else ""
+        raise BadArgument("path", path, f"no usable record in {len(shards)} tar shards{first}")
     return source
 
 
@@ -66,7 +68,7 @@ class TarSource:
     """Random access to the records of indexed shards. It holds arrays and names, no open files."""
 
     def __init__(self, shards: Sequence[Path], indices: Sequence[ShardIndex], caption_key: str | None = None) -> None:
-        """`indices` [number of shards]; records whose key stands in an earlier place become faults."""
+        """`indices` [number of shards]; records with the key of an earlier one become bad records."""
         self._shards = tuple(map(str, shards))
         self._states = tuple((index.size, index.mtime_ns) for index in indices)
         self._caption_key = caption_key
@@ -77,11 +79,11 @@ class TarSource:
         self._spans = np.concatenate([index.spans for index in indices])[kept]
         self._is_json = np.concatenate([index.is_json for index in indices])[kept]
         self._fields = {name: column[kept] for name, column in _columns(indices).items()}
-        self.faults = (
+        self.bad_records = (
             *(
-                Fault(shard, key, reason)
+                BadRecord(shard, key, reason)
                 for shard, index in zip(self._shards, indices, strict=True)
-                for key, reason in index.faults
+                for key, reason in index.bad_records
             ),
             *repeats,
         )
@@ -90,23 +92,22 @@ class TarSource:
         return len(self._spans)
 
     def __getitem__(self, number: int) -> Record:
-        shard, key = self._place(number)
+        shard, key = self._shard_and_key(number)
         offset, size, caption_offset, caption_size = map(int, self._spans[number])
         file = _handle(self._shards[shard], *self._states[shard])
         caption = file.bytes_at(caption_offset, caption_size)
         captions = tar_index.caption_in(caption, bool(self._is_json[number]), self._caption_key)
-        values = ((name, float(column[number])) for name, column in self._fields.items())
-        return Record(key, file.bytes_at(offset, size), captions, {name: x for name, x in values if x == x})
+        return Record(key, file.bytes_at(offset, size), captions, parsing.row_of(self._fields, number))
 
     def field(self, name: str) -> np.ndarray | None:
         column = self._fields.get(name)
         return None if column is None or np.isnan(column).all() else column
 
     def where(self, number: int) -> tuple[str, str]:
-        shard, key = self._place(number)
+        shard, key = self._shard_and_key(number)
         return self._shards[shard], key
 
-    def _place(self, number: int) -> tuple[int, str]:
+    def _shard_and_key(self, number: int) -> tuple[int, str]:
         number = operator.index(number)
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of {len(self)}")
@@ -115,27 +116,27 @@ class TarSource:
 
 
 class _Handle:
-    """An open shard. It closes when no thread uses it any more, which may be after the cache has let it go."""
+    """An open shard. It closes when no thread uses it any more, which may be after the cache has dropped it."""
 
     def __init__(self, shard: str, state: tuple[int, int]) -> None:
         self.fd = -1
         try:
             self.fd = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise BadRecord(f"the shard cannot be opened ({error.strerror})") from None
+            raise BadRecordError(f"the shard cannot be opened ({error.strerror})") from None
         found = os.fstat(self.fd)
         if (found.st_size, found.st_mtime_ns) != state:
-            raise BadRecord("the shard has changed since it was indexed")
+            raise BadRecordError("the shard has changed since it was indexed")
 
     def bytes_at(self, offset: int, size: int) -> bytes:
         if size > parsing.MAX_BYTES:
-            raise BadRecord(f"a member of {size} bytes, more than {parsing.MAX_BYTES} are not read")
+            raise BadRecordError(f"a member of {size} bytes; at most {parsing.MAX_BYTES} are read")
         try:
             content = os.pread(self.fd, size, offset)  # moves no file position: threads may share the handle
         except OSError as error:
-            raise BadRecord(f"the shard cannot be read at byte {offset} ({error.strerror})") from None
+            raise BadRecordError(f"the shard cannot be read at byte {offset} ({error.strerror})") from None
         if len(content) != size:
-            raise BadRecord(f"the shard has changed since it was indexed: it ends before byte {offset + size}")
+            raise BadRecordError(f"the shard has changed since it was indexed: it ends before byte {offset + size}")
         return content
 
     def __del__(self) -> None:
@@ -161,31 +162,31 @@ def _columns(indices: Sequence[ShardIndex]) -> dict[str, np.ndarray]:
     }
 
 
-def _first_of_each_key(shards: Sequence[str], indices: Sequence[ShardIndex]) -> tuple[np.ndarray, list[Fault]]:
-    """bool [n over all shards], and a fault for each record that is not the first of its key.
+def _first_of_each_key(shards: Sequence[str], indices: Sequence[ShardIndex]) -> tuple[np.ndarray, list[BadRecord]]:
+    """bool [n over all shards], and a bad record for each that is not the first of its key.
 
-    Only keys whose hashes meet are looked at one by one.
+    Only keys with equal hashes are compared one by one.
     """
     starts = _starts([index.keys for index in indices])
     hashes = np.concatenate([index.hashes for index in indices])
     order = np.argsort(hashes, kind="stable")
-    meet = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-    kept, faults, first = np.ones(len(hashes), bool), [], {}
-    for number in np.union1d(order[meet], order[meet + 1]):
+    equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    kept, bad, first = np.ones(len(hashes), bool), [], {}
+    for number in np.union1d(order[equal], order[equal + 1]):
         shard = int(np.searchsorted(starts, number, side="right")) - 1
         key = indices[shard].keys[number - starts[shard]].decode()
         if key in first:
             kept[number] = False
-            faults.append(Fault(shards[shard], key, f"key stands already in {first[key]}"))
+            bad.append(BadRecord(shards[shard], key, f"its key occurs already in {first[key]}"))
         else:
             first[key] = shards[shard]
-    return kept, faults
+    return kept, bad
 
 
 def _indices(
     shards: Sequence[Path], sidecars: Sequence[Path], image_key: str | None, caption_key: str | None
 ) -> list[ShardIndex]:
-    """The shards' indices; those that are missing or out of date are made."""
+    """The shards' indices; missing and outdated ones are made."""
     found = [
         tar_index.read(shard, sidecar, image_key, caption_key) for shard, sidecar in zip(shards, sidecars, strict=True)
     ]
@@ -212,26 +213,26 @@ def find_shards(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[P
     """The files that `path` names, each once, in order: see the module's docstring.
 
     Raises:
-      LcmError: one of its patterns names nothing, or a file that does not exist.
+      BadArgument: one of its patterns names nothing, or a file that does not exist.
     """
     if isinstance(path, str) and not os.path.exists(path):
         path = [part.strip() for part in _at_commas(path)]
     patterns = [path] if isinstance(path, str | os.PathLike) else path
     names = [name for pattern in patterns for name in _files_of(os.fspath(pattern))]
     if not names:
-        raise LcmError("no tar shards are named; give --config.data.path")
-    once = {os.path.realpath(name): Path(name).absolute() for name in reversed(names)}  # of two names, the first
+        raise BadArgument("path", path, "names no tar shards")
+    once = {os.path.realpath(name): Path(name).absolute() for name in reversed(names)}  # the first of two names
     return list(dict.fromkeys(once[os.path.realpath(name)] for name in names))
 
 
 def _files_of(pattern: str) -> list[str]:
     if "://" in pattern or pattern.startswith("pipe:"):
-        raise LcmError(f"{pattern}: tar shards are read from disks only; download or mount them")
+        raise BadArgument("path", pattern, "tar shards are read from disks only; download or mount them")
     expanded = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
     missing = [name for name in expanded if not os.path.exists(name) and not glob.has_magic(name)]
     if missing:
-        count = f" ({len(missing)} of {len(expanded)} files of {pattern}; a glob takes those that are there)"
-        raise LcmError(f"no tar shard {missing[0]!r}{count if len(expanded) > 1 else ''}; see --config.data.path")
+        count = f" ({len(missing)} of {len(expanded)} files are missing; a glob takes those that exist)"
+        raise BadArgument("path", pattern, f"no tar shard {missing[0]!r}{count if len(expanded) > 1 else ''}")
     found = []
     for name in expanded:
         found += (
@@ -240,12 +241,12 @@ def _files_of(pattern: str) -> list[str]:
             else sorted(glob.glob(f"{glob.escape(name)}/*.tar" if os.path.isdir(name) else name, recursive=True))
         )
     if not found:
-        raise LcmError(f"no tar shard matches {pattern}; see --config.data.path")
+        raise BadArgument("path", pattern, "no tar shard matches it")
     return found
 
 
 def _at_commas(text: str) -> list[str]:
-    """`text` cut at the commas that stand in no braces."""
+    """`text` cut at the commas outside braces."""
     depth, parts = 0, [""]
     for letter in text:
         depth += (letter == "{") - (letter == "}")
@@ -259,7 +260,7 @@ def _at_commas(text: str) -> list[str]:
 def expand_braces(pattern: str) -> list[str]:
     """Bash's brace expansion: lists, ranges of integers with leading zeros and a step, nested, several of them.
 
-    Braces with neither a comma nor a range stand for themselves, as do those without a partner.
+    Braces with neither a comma nor a range stay as they are, as do those without a partner.
     """
     start = pattern.find("{")
     while start >= 0:
@@ -275,10 +276,10 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _partner(text: str, start: int) -> int | None:
     depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "{") - (text[place] == "}")
+    for end in range(start, len(text)):
+        depth += (text[end] == "{") - (text[end] == "}")
         if depth == 0:
-            return place
+            return end
     return None
 
 
