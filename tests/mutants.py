@@ -102,8 +102,8 @@ NUMBERS = [
     Mutant(
         "lcm: the network's timestep is one off",
         "diffusion/samplers.py",
-        "model(x, t), x, alpha, sigma)\n        x = next_alpha",
-        "model(x, t - 1), x, alpha, sigma)\n        x = next_alpha",
+        "model(x, t), x, alpha, sigma)\n        return next_alpha",
+        "model(x, t - 1), x, alpha, sigma)\n        return next_alpha",
         LCM,
     ),
     Mutant(
@@ -123,8 +123,8 @@ NUMBERS = [
     Mutant(
         "ddim: ends one timestep off",
         "diffusion/samplers.py",
-        "prev = t - schedule.num_train_timesteps // num_steps",
-        "prev = t - schedule.num_train_timesteps // num_steps - 1",
+        "prev = t - (schedule.num_train_timesteps // len(t)",
+        "prev = t - 1 - (schedule.num_train_timesteps // len(t)",
         DDIM,
     ),
     Mutant(
@@ -516,8 +516,8 @@ CONTRACTS = [
     Mutant(
         "a resumed run reads its data from the start",
         "train.py",
-        "order,\n                    step,",
-        "order,\n                    0,",
+        "order,\n            step,",
+        "order,\n            0,",
         ("test_train.py::test_stopped_and_gone_on_is_bitwise_the_same_as_never_stopped",),
         False,
     ),
