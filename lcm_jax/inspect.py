@@ -4,7 +4,7 @@
 
 Of the config it reads `data` and `seed`; no model is loaded. Of each part of the data it reads the index and a sample
 of records, the first that a run would read. The contact sheet shows the first rows of the run: their images pixel by
-pixel, after crop and flip, and the captions that were drawn for them.
+pixel, after crop and flip, and the captions that were chosen for them.
 
 With data.encode = "start" a run leaves out unusable records before it makes its order. If there are any, its order
 differs from the sheet's.
@@ -275,7 +275,7 @@ def of_bad_records(found: Sequence[BadRecord]) -> Report:
         same = len({record.reason for record in alike}) == 1
         yield f"  {len(alike):,} x {one_line(alike[0].reason if same else kind, WIDTH - 16)}"
         for name in [one_line(f"{record.shard}: {record.key}") for record in alike[:NAMED]]:
-            yield "    " + (name if len(name) <= WIDTH - 4 else "…" + name[5 - WIDTH :])  # the end of a path tells more
+            yield "    " + (name if len(name) <= WIDTH - 4 else "…" + name[5 - WIDTH :])  # the end of a path matters
     if rest := kinds[REASONS:]:
         yield f"  {sum(len(alike) for _, alike in rest):,} x {len(rest)} other reasons"
 

@@ -46,16 +46,8 @@ def png(values, colour_type, depth, extra=(), after=(), size=None):
     rows = values.astype(">u2" if depth == 16 else "u1").reshape(len(values), -1)
     body = b"".join(b"\0" + row.tobytes() for row in rows)
     head = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
-    return b"".join(
-        (
-            b"\x89PNG\r\n\x1a\n",
-            chunk(b"IHDR", head),
-            *extra,
-            chunk(b"IDAT", zlib.compress(body)),
-            *after,
-            chunk(b"IEND", b""),
-        )
-    )
+    data = [chunk(b"IHDR", head), *extra, chunk(b"IDAT", zlib.compress(body)), *after, chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(data)
 
 
 def over_white(colour, alpha):
@@ -106,14 +98,8 @@ def test_transparency_lies_over_white(decoder):
         pixels = images.decode(data, decoder)
         assert apart(pixels, over_white(colour, alpha)) <= 1
         assert (pixels[:3] == 255).all() and (pixels[3:6] == colour[3:6]).all()
-    grey = np.dstack([colour[..., 0], alpha])
-    assert (
-        apart(
-            images.decode(encoded(Image.fromarray(grey, "LA")), decoder),
-            over_white(colour[..., :1].repeat(3, 2), alpha),
-        )
-        <= 1
-    )
+    grey = images.decode(encoded(Image.fromarray(np.dstack([colour[..., 0], alpha]), "LA")), decoder)
+    assert apart(grey, over_white(colour[..., :1].repeat(3, 2), alpha)) <= 1
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -293,18 +279,8 @@ def lenient(monkeypatch):
 def test_truncated_jpegs(options, decoder, lenient):
     whole = jpeg_with_thumbnail(quality=90, **options)
     assert images.decode(whole, decoder).shape == (120, 160, 3)
-    for length in (
-        1,
-        2,
-        20,
-        500,
-        1000,
-        len(whole) // 2,
-        len(whole) * 9 // 10,
-        len(whole) - 20,
-        len(whole) - 2,
-        len(whole) - 1,
-    ):
+    end = len(whole)
+    for length in (1, 2, 20, 500, 1000, end // 2, end * 9 // 10, end - 20, end - 2, end - 1):
         with pytest.raises(BadRecordError, match="truncated|not an image|undecodable"):
             images.decode(whole[:length], decoder)
 

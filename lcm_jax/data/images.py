@@ -51,7 +51,8 @@ def check_choice(decoder: str, resize_filter: str = "area") -> None:
     if decoder not in FILTERS:
         raise BadArgument("decoder", decoder, f"unknown; choose one of {', '.join(FILTERS)}")
     if resize_filter not in FILTERS[decoder]:
-        raise BadArgument("resize_filter", resize_filter, f"decoder={decoder} has {', '.join(FILTERS[decoder])}")
+        problem = f"the decoder {decoder} has only {', '.join(FILTERS[decoder])}"
+        raise BadArgument("resize_filter", resize_filter, problem)
     if decoder == "opencv":
         _opencv()
 
