@@ -54,7 +54,7 @@ LCD = ("test_distill_objective.py::test_loss_and_gradient_match_torch[sd1-epsilo
 STEP = ("test_distill_step.py::test_three_steps_match_torch_adamw[0.0]",)
 LAYERS = ("test_models_layers.py",)
 NORMS = ("test_models_norms.py",)
-CLIP = ("test_models_clip.py::test_matches_transformers",)
+CLIP = ("test_models_clip.py::test_text_matches_transformers",)
 UNET = ("test_models_unet.py::test_matches_diffusers[prefixed-even]",)
 VAE = ("test_models_vae.py::test_kl_decode[sd]", "test_models_vae.py::test_kl_encode")
 LORA_FILES = ("test_pretrained_lora_files.py::test_one_file_gives_the_model_that_diffusers_gives",)
@@ -313,12 +313,12 @@ NUMBERS = [
     ),
     Mutant(
         "gelu by tanh in the UNet",
-        "models/attention.py",
+        "models/unet.py",
         "nn.gelu(gate, approximate=False)",
         "nn.gelu(gate, approximate=True)",
         LAYERS,
     ),
-    Mutant("GEGLU's halves swapped", "models/attention.py", "value, gate = jnp.split", "gate, value = jnp.split", UNET),
+    Mutant("GEGLU's halves swapped", "models/unet.py", "value, gate = jnp.split", "gate, value = jnp.split", UNET),
     Mutant(
         "cosines and sines swapped",
         "models/layers.py",
@@ -350,7 +350,7 @@ NUMBERS = [
     ),
     Mutant(
         "epsilon 1e-5 before the UNet's transformers",
-        "models/attention.py",
+        "models/unet.py",
         "GroupNorm(self.groups, 1e-6,",
         "GroupNorm(self.groups, 1e-5,",
         NORMS,
@@ -363,8 +363,8 @@ NUMBERS = [
     Mutant(
         "epsilon 1e-5 in CLIP whatever the config says",
         "models/clip.py",
-        'LayerNorm(self.layer_norm_eps, self.dtype, self.weights_fn, name="final_layer_norm")',
-        'LayerNorm(1e-5, self.dtype, self.weights_fn, name="final_layer_norm")',
+        'LayerNorm(self.layer_norm_eps, run, name="final_layer_norm")',
+        'LayerNorm(1e-5, run, name="final_layer_norm")',
         NORMS,
         False,
     ),

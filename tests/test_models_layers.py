@@ -1,4 +1,4 @@
-"""Layers alone: statistics and softmax against float64 numpy, resizing and sinusoids against torch and closed forms."""
+"""Layers alone: statistics and softmax against numpy in float64, resizing and sinusoids against torch."""
 
 import functools
 
@@ -10,8 +10,9 @@ import parity
 import pytest
 import torch
 
-from lcm_jax.models.attention import GEGLU, dot_product_attention
-from lcm_jax.models.layers import GroupNorm, LayerNorm, TimestepEmbedding, nearest_resize, sinusoid
+from lcm_jax.models.attention import dot_product_attention
+from lcm_jax.models.layers import GroupNorm, LayerNorm, Run, TimestepEmbedding, nearest_resize, sinusoid
+from lcm_jax.models.unet import GEGLU
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
@@ -23,32 +24,30 @@ ROUNDED = {jnp.float32: 0.0, jnp.bfloat16: 1.5 * parity.BFLOAT16, jnp.float16: 1
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
-def test_group_norm_at_mean_100(dtype):
-    """The one-pass variance is off by 1e-2 here already in float32; half precision must lose only its last bits."""
-    x = jnp.asarray(100 + draw(2, 32, 32, 32), dtype)
+@pytest.mark.parametrize(
+    ("norm", "shape", "grouped", "axes"),
+    [
+        (functools.partial(GroupNorm, 8), (2, 32, 32, 32), (2, 32 * 32, 8, 4), (1, 3)),
+        (LayerNorm, (2, 5, 32), (2, 5, 32), -1),
+    ],
+    ids=["group", "layer"],
+)
+def test_norms_at_mean_100(norm, shape, grouped, axes, dtype):
+    """In one pass the variance is off by 1e-2 here even in float32; half precision may lose only its last bits."""
+    x = jnp.asarray(100 + draw(*shape), dtype)
     scale, bias = 1 + 0.2 * draw(32, seed=1), 0.2 * draw(32, seed=2)
-    exact = np.asarray(x, np.float64).reshape(2, 32 * 32, 8, 4)
-    mean, var = exact.mean((1, 3), keepdims=True), exact.var((1, 3), keepdims=True)
-    want = ((exact - mean) / np.sqrt(var + 1e-6)).reshape(x.shape) * scale + bias
-    got = GroupNorm(8, 1e-6, dtype).apply({"params": {"scale": scale, "bias": bias}}, x)
+    exact = np.asarray(x, np.float64).reshape(grouped)
+    mean, var = exact.mean(axes, keepdims=True), exact.var(axes, keepdims=True)
+    want = ((exact - mean) / np.sqrt(var + 1e-6)).reshape(shape) * scale + bias
+    got = norm(epsilon=1e-6, run=Run(dtype)).apply({"params": {"scale": scale, "bias": bias}}, x)
     assert got.dtype == dtype
-    parity.close(np.asarray(got, np.float64), want, rtol=ROUNDED[dtype], atol=800 * parity.EPS)
-
-
-@pytest.mark.parametrize("dtype", ROUNDED)
-def test_layer_norm_at_mean_100(dtype):
-    x = jnp.asarray(100 + draw(2, 5, 64), dtype)
-    scale, bias = 1 + 0.2 * draw(64, seed=1), 0.2 * draw(64, seed=2)
-    exact = np.asarray(x, np.float64)
-    want = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-5) * scale + bias
-    got = LayerNorm(dtype=dtype).apply({"params": {"scale": scale, "bias": bias}}, x)
     parity.close(np.asarray(got, np.float64), want, rtol=ROUNDED[dtype], atol=800 * parity.EPS)
 
 
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-6])
 @pytest.mark.parametrize("norm", [functools.partial(GroupNorm, 1), LayerNorm])
-def test_epsilon_counts_where_the_input_is_quiet(norm, epsilon):
-    """At a variance of 1, which tests of whole networks have, 1e-5 and 1e-6 differ by no more than rounding."""
+def test_epsilon_of_norms(norm, epsilon):
+    """For a small input: at the variance of 1 in tests of whole networks, 1e-5 and 1e-6 differ only by rounding."""
     x = 1e-3 * draw(3, 64)
     exact = x.astype(np.float64) - x.mean(-1, keepdims=True, dtype=np.float64)
     want = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + epsilon)
@@ -59,7 +58,7 @@ def test_epsilon_counts_where_the_input_is_quiet(norm, epsilon):
 @pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize(("causal", "shared"), [(False, 0), (True, 0), (False, 1024)])
 def test_softmax_is_float32_at_large_logits(dtype, causal, shared):
-    """Logits of size 100, or of 1 and a shared 1024, where float16 steps by 1: rounded to it, all would be alike."""
+    """Logits of size 100, or of 1 plus a shared 1024, where float16 has steps of 1 and would make all of them equal."""
     sizes = (1, 1, 1) if shared else (10, 4, 1)
     q, k, v = (s * draw(2, 9, 2, 16, seed=i) for i, s in enumerate(sizes))
     if shared:
@@ -76,13 +75,13 @@ def test_softmax_is_float32_at_large_logits(dtype, causal, shared):
     )
     got = dot_product_attention(q, k, v, causal=causal)
     assert got.dtype == dtype
-    # In half precision weights and output are rounded; in float32 a logit of 100 has 100 EPS.
+    # In half precision weights and output are rounded; in float32 a logit of 100 is off by 100 EPS.
     atol = 2e-5 + 4 * shared * parity.EPS + 2 * ROUNDED[dtype] * size
     parity.close(np.asarray(got, np.float64), want, rtol=0, atol=atol)
 
 
 def test_geglu_is_exact():
-    """By erf; the approximation by tanh is off by 5e-4, of which little is left behind a whole UNet."""
+    """GELU by erf. The tanh approximation is off by 5e-4, which would hardly show in a whole UNet."""
     x, kernel, bias = draw(64, 8), draw(8, 32, seed=1), draw(32, seed=2)
     value, gate = np.split(x.astype(np.float64) @ kernel + bias, 2, axis=-1)
     want = value * torch.nn.functional.gelu(torch.from_numpy(gate)).numpy()
@@ -109,7 +108,7 @@ def test_nearest_resize_is_torchs(size):
 
 
 def test_cond_proj_starts_at_zero():
-    """A student begins as its teacher, whatever w: the LCM's one new parameter changes nothing at first."""
+    """A student starts as its teacher, whatever w: the LCM's one new parameter changes nothing at first."""
     x, w = draw(2, 8), draw(2, 16, seed=1)
     mlp = TimestepEmbedding(32, cond_proj_dim=16)
     variables = mlp.init(jax.random.key(0), x, w)

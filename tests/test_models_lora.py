@@ -1,4 +1,4 @@
-"""Adapters by interception and merged, against peft's on torch UNets; which layers the published default adapts."""
+"""Intercepted and merged adapters against peft's on torch UNets; which layers the default targets adapt."""
 
 import functools
 import math
@@ -18,15 +18,15 @@ from peft import LoraConfig
 
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
-from lcm_jax.models import unet as unet_lib
+from lcm_jax.models.unet import from_config
 from lcm_jax.pretrained import names
 
 RANK, ALPHA = 4, 6.0
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling takes the time
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles sooner
 
 
 def peft_unet(kind: str, seed: int = 5, targets=lora.DEFAULT_TARGETS) -> UNet2DConditionModel:
-    """A torch UNet of `tiny.UNETS` with its random weights, and random adapters (A and B) of `seed` at `targets`."""
+    """A torch UNet of `tiny.UNETS` with its random weights, and random A and B from `seed` at `targets`."""
     unet = tiny.randomise(UNet2DConditionModel(**tiny.UNETS[kind]), 1)
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), init_lora_weights=False))
     generator = torch.Generator().manual_seed(seed)
@@ -38,7 +38,7 @@ def peft_unet(kind: str, seed: int = 5, targets=lora.DEFAULT_TARGETS) -> UNet2DC
 
 
 def adapter_tree(values: dict) -> dict:
-    """peft's tensors, or their gradients, by name -> the adapter tree, by a rule of this test's own."""
+    """peft's tensors, or their gradients, by name -> the adapter tree, by a rule that only this test has."""
     tree = {}
     for name, value in values.items():
         module, factor = name.removesuffix(".default.weight").rsplit(".", 1)
@@ -81,15 +81,15 @@ def arguments(kind: str, side: int = 8) -> tuple:
 def case(kind: str):
     """(torch UNet with adapters, module, base weights, adapters)."""
     torch_unet = peft_unet(kind)
-    module = unet_lib.from_config(tiny.UNETS[kind])
+    module = from_config(tiny.UNETS[kind])
     return torch_unet, module, base_params(module, torch_unet), factors(torch_unet)
 
 
 @pytest.mark.parametrize(("kind", "side"), [("sd1", 7), ("sdxl", 8), pytest.param("sd1", 8, marks=pytest.mark.slow)])
 def test_adapted_and_merged_equal_peft(kind, side):
-    """sd1: 1x1 convolutions into the transformers; sdxl: linear layers; both: strided, shortcut, time projections.
+    """sd1 has 1x1 convolutions into the transformers, sdxl linear layers; both have strided, shortcut and time layers.
 
-    7: an odd side, where the strided convolution's padding matters most.
+    The padding of the strided convolution matters most for an odd side, 7.
     """
     torch_unet, module, base, adapters = case(kind)
     kinds = {path[-1] for path in lora.by_layer(adapters)}
@@ -112,13 +112,12 @@ def test_adapted_and_merged_equal_peft(kind, side):
     plain = jit(module.apply)
     merged = plain({"params": lora.merge(base, [(adapters, ALPHA / RANK)])}, *args)
     without = plain({"params": base}, *args)
-    print(f"peft {np.abs(got - want).max():.1e} merged {np.abs(merged - got).max():.1e} of {np.abs(want).max():.1f}")
     assert np.abs(without - want).max() > 0.1
     parity.close(got, want, rtol=0, of_max=parity.NETWORK)
     parity.close(merged, want, rtol=0, of_max=parity.NETWORK)
 
 
-def test_fresh_adapters_change_nothing_and_are_drawn_as_pefts():
+def test_init_changes_nothing_and_has_pefts_distribution():
     _, module, base, _ = case("sd1")
     args = arguments("sd1")
     fresh = lora.init(jax.random.key(0), base, 64)
@@ -157,11 +156,11 @@ def test_half_precision_stays_half():
     text = jit(half.apply).lower(variables, *args).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line or "stablehlo.convolution" in line]
     assert len(products) > 100
-    # Attention's logits alone come out in float32, of half-precision operands.
+    # Only attention's logits are float32, and their operands are in half precision.
     assert not [line for line in products if "xf32>, tensor" in line.split(":")[-1]]
 
 
-def test_several_adapters_merge_in_any_number_and_leave_the_base_alone():
+def test_merge_of_several_adapters_leaves_the_base_unchanged():
     _, _, base, one = case("sd1")
     kept = jax.tree.map(np.copy, base)
     two = jax.tree.map(lambda x: x[::-1] * 0.5, factors(peft_unet("sd1", 8, ("to_k", "conv2"))))
@@ -179,11 +178,11 @@ def test_several_adapters_merge_in_any_number_and_leave_the_base_alone():
     assert jax.tree.structure(lora.merge(base, [])) == jax.tree.structure(base)
 
 
-def test_misfits_are_refused_by_name():
+def test_adapters_that_do_not_fit_are_refused_by_name():
     _, module, base, adapters = case("sd1")
     with pytest.raises(LcmError, match=r"'to_z' matches no layer"):
         lora.target_paths(base, ("to_q", "to_z"))
-    with pytest.raises(LcmError, match="norm1"):  # a norm is no layer to adapt
+    with pytest.raises(LcmError, match="norm1"):  # norms are not adapted
         lora.target_paths(base, ("norm1",))
     with pytest.raises(LcmError, match="rank 0"):
         lora.init(jax.random.key(0), base, 0)
@@ -201,8 +200,8 @@ def test_misfits_are_refused_by_name():
         lora.merge(base, [({"down_blocks_0": {"attentions_0": block}}, 1.0)])
 
 
-def test_an_adapted_model_shows_its_modules_fields_and_is_static():
-    module = unet_lib.from_config(tiny.UNETS["lcm"])
+def test_adapted_has_its_modules_fields_and_is_static():
+    module = from_config(tiny.UNETS["lcm"])
     adapted = lora.Adapted(module, 0.5)
     assert adapted.time_cond_proj_dim == 16 and adapted.per_level("cross_attention_dim") == (32, 32)
     assert hash(adapted) == hash(lora.Adapted(module, 0.5)) and adapted != lora.Adapted(module, 1.0)
@@ -213,7 +212,7 @@ def test_an_adapted_model_shows_its_modules_fields_and_is_static():
 
 @pytest.mark.parametrize(("model", "count"), [("sd15", 278), ("sdxl", 788), ("ssd-1b", 423)])
 def test_default_targets_are_those_of_the_published_files(model, count):
-    shapes = names.abstract_params(unet_lib.from_config(family.UNETS[model]))
+    shapes = names.abstract_params(from_config(family.UNETS[model]))
     paths = lora.target_paths(shapes)
     assert len(paths) == len(set(paths)) == count and paths == sorted(paths)
     trained = jax.eval_shape(lambda key: lora.init(key, shapes, 64), jax.random.key(0))

@@ -1,6 +1,6 @@
-"""Each norm has the epsilon and the groups of torch's layer of its name, whatever numbers go through it.
+"""Each norm has the epsilon and the groups of the torch layer with its name.
 
-Outputs do not show it: where a variance is about 1, as in networks of random weights, 1e-5 and 1e-6 are one number.
+Outputs do not show it: at a variance of about 1, as in networks of random weights, 1e-5 and 1e-6 give equal numbers.
 """
 
 import diffusers
@@ -9,14 +9,13 @@ import pytest
 import torch
 import transformers
 from flax import linen as nn
-from test_models_clip_vision import VISION
-from tiny_configs import CLIPS, UNETS, VAES
+from tiny_configs import CLIPS, UNETS, VAES, VISION
 
 from lcm_jax.models import clip, unet, vae
 from lcm_jax.models.layers import GroupNorm, LayerNorm
 from lcm_jax.pretrained import names
 
-# Where a config says the epsilon it is one that no layer has by itself.
+# If a config has the epsilon, it is one that no layer has by default.
 BIGG = {key: value for key, value in CLIPS["bigg"].items() if key != "torch_dtype"} | {"layer_norm_eps": 3e-4}
 CASES = {
     "sd15": (unet.from_config, diffusers.UNet2DConditionModel, UNETS["sd15"] | {"norm_eps": 3e-4}),
@@ -28,7 +27,7 @@ CASES = {
 
 
 def torch_norms(cls, config) -> dict:
-    """Name of a layer -> (epsilon, groups), without what towers of CLIP prefix."""
+    """Name of a layer, without the prefix of a CLIP tower -> (epsilon, groups)."""
     with torch.device("meta"):
         model = cls(cls.config_class(**config)) if hasattr(cls, "config_class") else cls.from_config(dict(config))
     layers = {
@@ -58,6 +57,6 @@ def test_epsilon_and_groups_are_torchs(name):
         if name == "vision":
             jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 28, 28, 3), "float32"))
         else:
-            names.abstract_params.cache_clear()
+            names.abstract_params.cache_clear()  # or the module would not run here
             names.abstract_params(module)
     assert len(found) > 5 and found == torch_norms(torch_class, config)

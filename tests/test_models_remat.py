@@ -1,4 +1,4 @@
-"""What is rematerialised changes no number, keeps less, and fetches its weights inside: by gradients and jaxprs."""
+"""Rematerialisation changes no number, keeps less, and fetches weights inside its blocks: by gradients and jaxprs."""
 
 import functools
 
@@ -11,10 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from tiny_configs import CLIPS, TINY_VAES, VAES
 
-from lcm_jax.models import attention, clip, layers, lora
-from lcm_jax.models import layers as remat
-from lcm_jax.models import unet as unet_lib
-from lcm_jax.models import vae as vae_lib
+from lcm_jax.models import clip, layers, lora, unet, vae
 
 CONFIG = {
     "block_out_channels": [8, 16],
@@ -27,9 +24,9 @@ CONFIG = {
     "mid_block_type": "UNetMidBlock2D",
     "time_cond_proj_dim": 6,
 }
-UNET = unet_lib.from_config(CONFIG)
-# One level: half the time to compile.
-SMALL = unet_lib.from_config(
+UNET = unet.from_config(CONFIG)
+# One level, which takes half the time to compile.
+SMALL = unet.from_config(
     CONFIG
     | {
         "block_out_channels": [8],
@@ -42,7 +39,7 @@ TAG = "fetched"
 
 
 def fetch(tree, after=None):
-    """A `weights_fn` that leaves a mark on every weight, and doubles nothing."""
+    """A `weights_fn` that marks every weight."""
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, TAG), tree)
 
 
@@ -60,21 +57,25 @@ def arguments(side: int = 8) -> tuple:
     )
 
 
-@functools.cache
-def params(unet=UNET) -> dict:
-    base = jax.jit(unet.init)(jax.random.key(0), *arguments())["params"]
-    targets = [name for name in lora.DEFAULT_TARGETS if unet is UNET or "samplers" not in name]
+def params(module) -> dict:
+    base = module.init(jax.random.key(0), *arguments())["params"]
+    targets = [name for name in lora.DEFAULT_TARGETS if module is UNET or "samplers" not in name]
     return {"base": base, "lora": jax.tree.map(lambda a: a + 0.02, lora.init(jax.random.key(1), base, 2, targets))}
 
 
-def loss(unet, params: dict) -> jax.Array:
-    return jnp.square(lora.Adapted(unet, 0.7).apply({"params": params}, *arguments())).mean()
+@functools.cache
+def shapes() -> dict:
+    return jax.eval_shape(functools.partial(params, UNET))
+
+
+def loss(module, params: dict) -> jax.Array:
+    return jnp.square(lora.Adapted(module, 0.7).apply({"params": params}, *arguments())).mean()
 
 
 @functools.cache
 def gradients(choice: str, weights_fn=None) -> dict:
-    unet = SMALL.clone(remat=choice, weights_fn=weights_fn)
-    return jax.jit(jax.grad(functools.partial(loss, unet)))(params(SMALL))
+    module = SMALL.clone(remat=choice, weights_fn=weights_fn)
+    return jax.jit(jax.grad(functools.partial(loss, module)))(jax.jit(functools.partial(params, SMALL))())
 
 
 @pytest.mark.slow
@@ -85,18 +86,18 @@ def test_gradients_of_weights_and_adapters_are_the_same(choice):
     assert len(got) == len(want) > 100
     norms = np.array([float(jnp.linalg.norm(leaf)) for _, leaf in want])
     errors = np.array([float(jnp.linalg.norm(a - b)) for (_, a), b in zip(want, got, strict=True)])
-    parity.close(np.linalg.norm(errors), 0, atol=3e-6 * np.linalg.norm(norms))  # other fusions round otherwise
-    # Some are zero but for rounding: a softmax's gradient by its keys' common share.
+    parity.close(np.linalg.norm(errors), 0, atol=3e-6 * np.linalg.norm(norms))  # other fusions round differently
+    # Some are zero up to rounding, such as the gradient of a softmax by the part that all its keys share.
     worst = np.argmax(errors / np.maximum(norms, 1e-4 * norms.max()))
     bound = 2e-5 * max(norms[worst], 1e-4 * norms.max())
     parity.close(errors[worst], 0, atol=bound, what=jax.tree_util.keystr(want[worst][0]))
 
 
 def kept(choice: str) -> int:
-    """Bytes that the forward pass leaves for the backward pass, beyond the weights and the inputs."""
-    unet, args = UNET.clone(remat=choice), arguments(32)
-    base = params()["base"]
-    _, backward = jax.eval_shape(lambda p: jax.vjp(lambda p: unet.apply({"params": p}, *args), p), base)
+    """Bytes that the forward pass keeps for the backward pass, beyond weights and inputs."""
+    module, args = UNET.clone(remat=choice), arguments(32)
+    base = shapes()["base"]
+    _, backward = jax.eval_shape(lambda p: jax.vjp(lambda p: module.apply({"params": p}, *args), p), base)
     nbytes = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
     return nbytes(backward) - nbytes(base) - nbytes(args)
 
@@ -113,7 +114,7 @@ def test_less_is_kept():
 
 
 def count(jaxpr: Jaxpr, inside: bool = False) -> dict[bool, int]:
-    """Marks of `fetch` in a jaxpr: {inside a rematerialised region: n, outside: m}."""
+    """Marks of `fetch` in a jaxpr: {True: number inside rematerialised regions, False: outside}."""
     found = {True: 0, False: 0}
     for equation in jaxpr.eqns:
         if equation.primitive.name == "name" and equation.params["name"] == TAG:
@@ -128,37 +129,40 @@ def count(jaxpr: Jaxpr, inside: bool = False) -> dict[bool, int]:
 
 
 def in_a_block(path: tuple) -> bool:
-    """All but the embedding of the time, the first convolution and the downsamplers."""
+    """All but the time embedding, the first convolution and the downsamplers."""
     return not any(part in jax.tree_util.keystr(path) for part in ("time_embedding", "conv_in", "downsamplers"))
 
 
 def test_weights_are_fetched_once_where_they_are_used():
-    weights = jax.tree.leaves_with_path(params())
+    weights = jax.tree.leaves_with_path(shapes())
     blocks = [leaf for path, leaf in weights if in_a_block(path)]
-    trace = lambda choice, f: jax.make_jaxpr(f(functools.partial(loss, UNET.clone(remat=choice, weights_fn=fetch))))  # noqa: E731
-    forward = lambda f: f  # noqa: E731
-    assert count(trace("none", forward)(params()).jaxpr) == {True: 0, False: len(weights)}
-    assert count(trace("block", forward)(params()).jaxpr) == {True: len(blocks), False: len(weights) - len(blocks)}
-    again = count(trace("block", jax.grad)(params()).jaxpr)
-    assert again[True] >= sum(leaf.ndim > 1 for leaf in blocks)  # once more in the backward pass; biases need not be
+
+    def marks(choice, transform=lambda f: f):
+        f = functools.partial(loss, UNET.clone(remat=choice, weights_fn=fetch))
+        return count(jax.make_jaxpr(transform(f))(shapes()).jaxpr)
+
+    assert marks("none") == {True: 0, False: len(weights)}
+    assert marks("block") == {True: len(blocks), False: len(weights) - len(blocks)}
+    again = marks("block", jax.grad)
+    assert again[True] >= sum(leaf.ndim > 1 for leaf in blocks)  # again in the backward pass, except biases
 
 
 @pytest.mark.parametrize("choice", ["none", "block", "attention"])
-def test_names_and_first_values_stay(choice):
-    init = lambda unet: jax.eval_shape(unet.init, jax.random.key(0), *arguments())  # noqa: E731
+def test_names_and_shapes_stay(choice):
+    init = lambda module: jax.eval_shape(module.init, jax.random.key(0), *arguments())  # noqa: E731
     want, got = init(UNET), init(UNET.clone(remat=choice, weights_fn=fetch))
     assert jax.tree.structure(got) == jax.tree.structure(want)
     assert jax.tree.leaves(got) == jax.tree.leaves(want)
 
 
 def test_unknown_choice():
-    with pytest.raises(ValueError, match="'full'; known"):
-        remat.remat(lambda x: x, "full")
+    with pytest.raises(ValueError, match="'full' is unknown; choose one of none, block, attention"):
+        layers.remat(lambda x: x, "full")
 
 
 OTHERS = {
-    "vae": (vae_lib.from_config(VAES["sd"]), (jnp.zeros((1, 16, 16, 3)),)),
-    "taesd": (vae_lib.from_config(TINY_VAES["taesd"]), (jnp.zeros((1, 16, 16, 3)),)),
+    "vae": (vae.from_config(VAES["sd"]), (jnp.zeros((1, 16, 16, 3)),)),
+    "taesd": (vae.from_config(TINY_VAES["taesd"]), (jnp.zeros((1, 16, 16, 3)),)),
     "clip": (clip.from_config(CLIPS["bigg"]), (jnp.zeros((1, 5), jnp.int32),)),
 }
 
@@ -173,12 +177,12 @@ def test_the_other_networks_fetch_each_weight_once(name):
     assert count(jaxpr) == {True: 0, False: len(jax.tree.leaves(weights))}
 
 
-PICTURE, TOKENS = jnp.zeros((1, 8, 8, 32)), jnp.zeros((1, 64, 32))
+IMAGE, TOKENS = jnp.zeros((1, 8, 8, 32)), jnp.zeros((1, 64, 32))
 BLOCKS = {
-    "resnet": (layers.ResnetBlock2D(32, 8, 1e-5), (PICTURE, jnp.zeros((1, 128)), PICTURE)),
-    "down": (layers.Downsample2D(32), (PICTURE,)),
-    "up": (layers.Upsample2D(32), (PICTURE,)),
-    "transformer": (attention.BasicTransformerBlock(2), (TOKENS, jnp.zeros((1, 5, 16)))),
+    "resnet": (layers.ResnetBlock2D(32, 8, 1e-5), (IMAGE, jnp.zeros((1, 128)), IMAGE)),
+    "down": (layers.Downsample2D(32), (IMAGE,)),
+    "up": (layers.Upsample2D(32), (IMAGE,)),
+    "transformer": (unet.BasicTransformerBlock(2), (TOKENS, jnp.zeros((1, 5, 16)))),
 }
 
 
@@ -192,7 +196,7 @@ def test_a_blocks_weights_wait_for_its_input(name):
         return tree
 
     def run(weights, *args):
-        block.clone(weights_fn=record).apply(weights, *args)
+        block.clone(run=layers.Run(weights_fn=record)).apply(weights, *args)
         assert waited_for and all(after is args[0] for after in waited_for)
 
     jax.eval_shape(run, jax.eval_shape(block.init, jax.random.key(0), *args), *args)

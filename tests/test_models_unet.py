@@ -13,22 +13,22 @@ from flax.traverse_util import flatten_dict
 from tiny_configs import UNETS, torch_model
 
 from lcm_jax.errors import UnsupportedConfig
-from lcm_jax.models import config as model_config
-from lcm_jax.models import unet as unet_lib
+from lcm_jax.models.config import to_config
+from lcm_jax.models.unet import UNet2DConditionModel, from_config
 from lcm_jax.pretrained import names
 
 SHAPES = {"even": (16, 16), "odd": (13, 22)}
 TIMESTEPS = {"even": np.array([999, 0], np.int32), "odd": np.array([281.25, 17.6], np.float32)}
 SLOW = pytest.mark.slow
 GRADIENTS = ("sd15-w", "sdxl-w", "ssd-1b")
-# The others have no layer or input that these and the quick tests of LCD, of students with w, have not.
+# The other cases have no layer or input that these, and the quick tests of LCD with w embeddings, do not have.
 QUICK = {("sd15", "odd"), *((name, "even") for name in ("sdxl", "ssd-1b", "tiny-sd", "prefixed"))}
 CASES = [pytest.param(name, shape, marks=() if (name, shape) in QUICK else SLOW) for name in UNETS for shape in SHAPES]
 
 
 @functools.cache
 def torch_unet(name: str):
-    """With conv_out widened to outputs of order 1 (a fresh torch UNet's are about 0.3)."""
+    """With conv_out scaled so that outputs are about 1 (those of a new torch UNet are about 0.3)."""
     model = torch_model(UNETS[name])
     with torch.no_grad():
         model.conv_out.weight *= 3
@@ -37,13 +37,13 @@ def torch_unet(name: str):
 
 @functools.cache
 def ours(name: str):
-    """Our module of a config, and the torch model's weights as its variables."""
-    unet = unet_lib.from_config(UNETS[name])
+    """Our module, with the torch model's weights as its variables."""
+    unet = from_config(UNETS[name])
     return unet, {"params": names.from_torch(unet, torch_unet(name).state_dict())}
 
 
 def inputs(name: str, shape: str) -> dict:
-    """sample [2 h w c], timesteps, context [2 7 d], w embedding and size conditioning where the config has them."""
+    """sample [2 h w c], timesteps, context [2 7 d], w embedding and size conditioning if the config has them."""
     config, rng = UNETS[name], np.random.default_rng(7)
 
     def draw(*size: int) -> np.ndarray:
@@ -65,7 +65,7 @@ def inputs(name: str, shape: str) -> dict:
 
 
 def torch_call(model, args: dict) -> torch.Tensor:
-    """Prediction [b c h w] of diffusers' model on our [b h w c] arguments."""
+    """Prediction [b c h w] of diffusers' model for our [b h w c] arguments."""
     args = jax.tree.map(torch.from_numpy, args)
     sample, t, context = args.pop("sample"), args.pop("timesteps"), args.pop("encoder_hidden_states")
     return model(sample.permute(0, 3, 1, 2), t, context, **args).sample
@@ -77,7 +77,7 @@ def test_matches_diffusers(name, shape):
     with torch.no_grad():
         want = torch_call(torch_unet(name), args).permute(0, 2, 3, 1).numpy()
     unet, params = ours(name)
-    # One config whole under jit, the others operation by operation: those compile once for the whole family.
+    # Only one config is jitted; single operations compile once for the whole family.
     apply = jax.jit(unet.apply) if name == "tiny-sd" else unet.apply
     got = apply(params, **args)
     assert 0.3 < want.std() < 3
@@ -85,7 +85,7 @@ def test_matches_diffusers(name, shape):
     parity.close(got, want, rtol=0, of_max=parity.NETWORK)
 
 
-@SLOW  # test_distill_objective.py has the gradient of a whole loss, of every weight
+@SLOW  # test_distill_objective.py has the gradient of a whole loss by every weight
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_match_torch(name):
     model, args = torch_unet(name), inputs(name, "odd")
@@ -103,7 +103,7 @@ def test_gradients_match_torch(name):
     assert all(np.any(value) for value in want.values())
 
 
-def test_scalar_timestep_and_missing_w_are_the_batch_of_them_and_zero():
+def test_scalar_timestep_is_broadcast_and_missing_w_is_zero():
     unet, params = ours("sd15-w")
     args = inputs("sd15-w", "even")
     del args["timesteps"], args["timestep_cond"]
@@ -122,7 +122,7 @@ def _equations(jaxpr):
 
 def test_bfloat16_keeps_statistics_and_softmax_in_float32():
     args = inputs("sdxl-w", "even")
-    low = unet_lib.from_config(UNETS["sdxl-w"], dtype=jnp.bfloat16)
+    low = from_config(UNETS["sdxl-w"], dtype=jnp.bfloat16)
     jaxpr = jax.make_jaxpr(lambda p: low.apply(p, **args))(ours("sdxl-w")[1]).jaxpr
     seen = set()
     for eqn in _equations(jaxpr):
@@ -136,7 +136,7 @@ def test_bfloat16_keeps_statistics_and_softmax_in_float32():
 
 def test_bfloat16_stays_close():
     args, params = inputs("prefixed", "even"), ours("prefixed")[1]
-    got = jax.jit(unet_lib.from_config(UNETS["prefixed"], dtype=jnp.bfloat16).apply)(params, **args)
+    got = jax.jit(from_config(UNETS["prefixed"], dtype=jnp.bfloat16).apply)(params, **args)
     assert got.dtype == jnp.bfloat16
     with torch.no_grad():
         want = torch_call(torch_unet("prefixed"), args).permute(0, 2, 3, 1).numpy()
@@ -172,57 +172,48 @@ REFUSED = {
     "time_embedding_type": "fourier",
     "timestep_post_act": "silu",
     "_class_name": "UNet2DModel",
-    # shapes of a network that cannot be
+    # networks that cannot exist
     "attention_head_dim": [4, 4, 4],
     "block_out_channels": [32, 32, 64, 60],
     "cross_attention_dim": [24, 24],
     "layers_per_block": [2, 2],
     "transformer_layers_per_block": [1, [1, 1], 1, 1],
     "reverse_transformer_layers_per_block": [1, 1, 1],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["AttnDownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2 + ["KUpBlock2D"],
 }
+WRONG_ENTRY = {"block_out_channels": 60, "down_block_types": "AttnDownBlock2D", "up_block_types": "KUpBlock2D"}
 
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_refuses_by_name_and_value(field):
     with pytest.raises(UnsupportedConfig) as caught:
-        unet_lib.from_config(UNETS["sd15"] | {field: REFUSED[field]})
-    assert caught.value.field == field
-    assert field in str(caught.value)
-    wrong = 60 if field == "block_out_channels" else REFUSED[field]
-    assert repr(model_config._frozen(wrong)) in str(caught.value) or repr(wrong) in str(caught.value)
-    assert "\n" not in str(caught.value)
+        from_config(UNETS["sd15"] | {field: REFUSED[field]})
+    assert caught.value.field == field and _plain(caught.value.value) == _plain(WRONG_ENTRY.get(field, REFUSED[field]))
+    message = str(caught.value)
+    assert field in message and repr(caught.value.value) in message and "\n" not in message
 
 
 def test_every_fixed_field_has_a_refusal_here():
-    untested = set(unet_lib.UNet2DConditionModel.FIXED) - set(REFUSED)
-    assert untested == {"addition_embed_type_num_heads", "_diffusers_version"}
+    assert set(UNet2DConditionModel.FIXED) - set(REFUSED) == {"addition_embed_type_num_heads", "_diffusers_version"}
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("down_block_types", "AttnDownBlock2D"), ("up_block_types", "KUpBlock2D")]
-)
-def test_refuses_foreign_blocks(field, value):
-    with pytest.raises(UnsupportedConfig, match=value):
-        unet_lib.from_config(UNETS["sd15"] | {field: UNETS["sd15"][field][:3] + [value]})
-
-
-def test_wrong_conditioning_is_an_error_that_says_what_is_missing():
+def test_wrong_conditioning_is_an_error():
     args = inputs("sdxl-w", "even")
     added = args.pop("added_cond_kwargs")
-    unet = unet_lib.from_config(UNETS["sdxl-w"])
+    unet = from_config(UNETS["sdxl-w"])
     init = functools.partial(jax.eval_shape, unet.init, jax.random.key(0))
     with pytest.raises(ValueError, match="time_ids"):
         init(**args, added_cond_kwargs={"text_embeds": added["text_embeds"]})
     with pytest.raises(ValueError, match="56 features; this UNet takes 64"):
         init(**args, added_cond_kwargs=added | {"time_ids": added["time_ids"][:, :5]})
     with pytest.raises(ValueError, match="no w embedding"):
-        plain = unet_lib.from_config(UNETS["sd15"])
-        cond = np.zeros((2, 16), np.float32)
-        jax.eval_shape(plain.init, jax.random.key(0), **inputs("sd15", "even"), timestep_cond=cond)
+        args = inputs("sd15", "even") | {"timestep_cond": np.zeros((2, 16), np.float32)}
+        jax.eval_shape(from_config(UNETS["sd15"]).init, jax.random.key(0), **args)
 
 
 def _plain(value):
-    """Values that mean the same to diffusers, alike: tuples as lists, null and False of optional switches."""
+    """One spelling for values that mean the same to diffusers: lists for tuples, None for an unset switch."""
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value.removeprefix("UNetRes") if isinstance(value, str) else value or None
@@ -231,7 +222,7 @@ def _plain(value):
 @pytest.mark.parametrize("name", UNETS)
 def test_config_round_trip_through_diffusers(name):
     with torch.device("meta"):
-        ours = model_config.to_config(unet_lib.from_config(UNETS[name]))
+        ours = to_config(from_config(UNETS[name]))
         want = dict(diffusers.UNet2DConditionModel.from_config(UNETS[name]).config)
         model, unused = diffusers.UNet2DConditionModel.from_config(dict(ours), return_unused_kwargs=True)
         got = dict(model.config)
@@ -241,10 +232,10 @@ def test_config_round_trip_through_diffusers(name):
     public = {k for k in want if not k.startswith("_")}
     assert public <= set(ours)
     assert {k: _plain(got[k]) for k in public} == {k: _plain(want[k]) for k in public}
-    assert unet_lib.from_config(ours) == unet_lib.from_config(UNETS[name])
+    assert from_config(ours) == from_config(UNETS[name])
 
 
-def test_flax_class_name_and_unknown_keys_are_tolerated():
+def test_flax_class_name_and_unknown_keys_are_accepted():
     config = UNETS["sd15"] | {"_class_name": "FlaxUNet2DConditionModel", "decay": 0.9999, "optimization_step": 7}
-    assert unet_lib.from_config(config) == unet_lib.from_config(UNETS["sd15"])
-    assert model_config.to_config(unet_lib.from_config(config))["_class_name"] == "UNet2DConditionModel"
+    assert from_config(config) == from_config(UNETS["sd15"])
+    assert to_config(from_config(config))["_class_name"] == "UNet2DConditionModel"

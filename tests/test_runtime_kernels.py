@@ -16,7 +16,6 @@ from gpu_kit import A100, CPU, H100, TPU
 
 from lcm_jax.errors import LcmError
 from lcm_jax.models import attention as model_attention
-from lcm_jax.models import layers as remat
 from lcm_jax.models import unet as unet_lib
 from lcm_jax.runtime import kernels as attention
 from lcm_jax.runtime import mesh as mesh_lib
@@ -97,7 +96,7 @@ def test_splash_is_made_once_for_a_shape_and_tiles_it():
 def test_of_a_rematerialised_splash_its_output_and_log_sums_can_be_kept():
     """What the kernel's backward pass needs of its forward one, so that it need not run twice."""
     qkv = draw(1, 128, 128, 2, 8)
-    names = jax.checkpoint_policies.save_only_these_names(remat.ATTENTION_OUTPUT)
+    names = jax.checkpoint_policies.save_only_these_names(model_attention.ATTENTION_OUTPUT)
 
     def kept(policy):
         fn = jax.checkpoint(functools.partial(attention.splash_attention, interpret=True), policy=policy)

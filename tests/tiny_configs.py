@@ -216,21 +216,38 @@ CLIPS: dict[str, dict[str, Any]] = {
     "new-eos-projected": _CLIP | {"architectures": ["CLIPTextModelWithProjection"], "eos_token_id": 97},
 }
 
+VISION: dict[str, Any] = {
+    "hidden_act": "quick_gelu",
+    "hidden_size": 32,
+    "image_size": 28,
+    "intermediate_size": 48,
+    "layer_norm_eps": 1e-5,
+    "model_type": "clip_vision_model",
+    "num_attention_heads": 4,
+    "num_channels": 3,
+    "num_hidden_layers": 3,
+    "patch_size": 7,
+    "projection_dim": 24,
+}
+
 
 def torch_model(config: Mapping[str, Any], seed: int = 0) -> Any:
-    """The diffusers or transformers model of a config, float32, eval; every parameter random and none at its start.
+    """The diffusers or transformers model of a config, float32, eval; no parameter has its initial constant.
 
-    Matrices and kernels keep torch's own draw (cond_proj starts random there); scales get 1 + 0.2 n, biases 0.2 n.
+    diffusers' matrices and kernels keep torch's initial values (cond_proj is random there); scales get 1 + 0.2 n,
+    biases 0.2 n.
     """
     import diffusers
     import torch
     import transformers
 
     torch.manual_seed(seed)
+    spread = 0.15  # with transformers' own 0.02 attention would be uniform
     if "architectures" in config:
         cls = getattr(transformers, config["architectures"][0])
         model = cls(transformers.CLIPTextConfig(**{k: v for k, v in config.items() if k != "torch_dtype"}))
-        spread = 0.15  # transformers draws at 0.02, which would leave attention uniform
+    elif config.get("model_type") == "clip_vision_model":
+        model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**config))
     else:
         model = getattr(diffusers, config.get("_class_name", "UNet2DConditionModel")).from_config(dict(config))
         spread = None

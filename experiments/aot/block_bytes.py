@@ -18,8 +18,9 @@ from absl import app, flags
 
 from lcm_jax import aot
 from lcm_jax.cost import chips, flops, roofline
-from lcm_jax.models.attention import AttentionFn, Transformer2DModel, dot_product_attention
-from lcm_jax.models.layers import ResnetBlock2D, remat
+from lcm_jax.models.attention import AttentionFn, dot_product_attention
+from lcm_jax.models.layers import ResnetBlock2D, Run, remat
+from lcm_jax.models.unet import Transformer2DModel
 from lcm_jax.runtime import kernels as attention
 from lcm_jax.runtime import mesh as mesh_lib
 
@@ -55,9 +56,9 @@ def block(name: str, shape: Shape, kernel: AttentionFn, choice: str) -> tuple:
     x = jax.ShapeDtypeStruct((n, shape.side, shape.side, shape.width), dtype)
     if name == "resnet":
         temb = jax.ShapeDtypeStruct((n, 1280), dtype)
-        return remat(ResnetBlock2D, choice)(shape.width, 32, 1e-5, dtype), (x, temb)
+        return remat(ResnetBlock2D, choice)(shape.width, 32, 1e-5, Run(dtype)), (x, temb)
     context = jax.ShapeDtypeStruct((n, 77, shape.context), dtype)
-    module = Transformer2DModel(shape.heads, shape.depth, 32, shape.linear, dtype, kernel, None, choice)
+    module = Transformer2DModel(shape.heads, shape.depth, 32, shape.linear, Run(dtype, kernel, remat=choice))
     return module, (x, context)
 
 

@@ -1,1 +1,1 @@
-"""Linen ports of the networks of Stable Diffusion: pure `apply`, NHWC, no files, no sharding."""
+"""Linen ports of the networks of Stable Diffusion: pure `apply`, NHWC; they know neither files nor sharding."""

@@ -1,8 +1,8 @@
 """From a model folder's `config.json` to the fields of a Linen module and back.
 
-A module's dataclass fields carry the names and the defaults of diffusers' (or transformers') constructor, so that a
-key which is missing from an old file means what it means there. Each model lists beside them the keys whose value is
-fixed here (`FIXED`): another value in a file is refused by name, never guessed at.
+A module's dataclass fields have the names and the defaults of diffusers' (or transformers') constructor, so that a
+key that is missing from an old file means the same here. Beside them each model lists the keys whose value is fixed
+here (`FIXED`): any other value in a file is an error that names the key.
 """
 
 import dataclasses
@@ -14,15 +14,15 @@ from flax import linen as nn
 
 from lcm_jax.errors import UnsupportedConfig
 
-# Written into every config: a modern version keeps diffusers from applying its fixes for old files.
+# Written into every config: seeing a recent version, diffusers does not apply its fixes for old files.
 DIFFUSERS_VERSION = "0.42.1"
 
-# Fields that say how to run a module, not what it is; never read from or written to a file.
+# Fields that say how to run a module and not what it is: never read from a file or written to one.
 RUN_FIELDS = frozenset({"dtype", "attention_fn", "weights_fn", "remat", "parent", "name"})
 
 
 def _frozen(value: Any) -> Any:
-    """Lists (also nested) as tuples, so that modules stay hashable."""
+    """Lists, also nested ones, as tuples, so that modules are hashable."""
     return tuple(_frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
@@ -38,10 +38,15 @@ def module_fields(
     keep_null: frozenset[str] = frozenset(),
     ignored: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """The keyword arguments of `module` that `config` asks for.
+    """The keyword arguments for `module` in a config.
 
-    A literal null means "unset" (diffusers writes unset keys so), but for the keys in `keep_null`. Keys that neither
-    the module nor `fixed` knows are skipped with a log line, as diffusers does (old files carry EMA leftovers).
+    Args:
+      module: the class to construct.
+      config: a `config.json`. Keys that are unknown are skipped with a warning, as in diffusers (old files contain
+        leftovers of their EMA).
+      fixed: key -> the accepted values.
+      keep_null: keys whose null is a value; any other null means that the key is unset (diffusers writes those, too).
+      ignored: keys to skip without a warning.
 
     Raises:
       UnsupportedConfig: a key of `fixed` has a value that is not in its tuple of accepted values.
@@ -59,12 +64,12 @@ def module_fields(
         elif value is not None or key in keep_null:
             fields[key] = _frozen(value)
     if unknown:
-        logging.warning("%s: config keys without meaning here: %s", module.__name__, ", ".join(sorted(unknown)))
+        logging.warning("%s: unknown config keys, ignored: %s", module.__name__, ", ".join(sorted(unknown)))
     return fields
 
 
 def to_config(module: nn.Module) -> dict[str, Any]:
-    """The full `config.json` of a module, every key written out so that no default can drift."""
+    """The complete `config.json` of a module: every key is written, so that no changed default can alter it."""
     config = {f.name: _plain(getattr(module, f.name)) for f in dataclasses.fields(module) if f.name not in RUN_FIELDS}
     config |= {key: _plain(values[0]) for key, values in module.FIXED.items()}
     return dict(sorted(config.items()))

@@ -1,16 +1,16 @@
-"""Low-rank adapters of a Linen model, held outside of it and added to its layers by interception.
+"""Low-rank adapters, kept outside the Linen model and added to its layers by interception.
 
     y = layer(x) + scale * B(A(x))        linear   lora_A [i r],        lora_B [r o]
-                                          conv     lora_A [kh kw i r],  lora_B [1 1 r o]; A strides and pads like it
+                                          conv     lora_A [kh kw i r],  lora_B [1 1 r o]; A has its strides and padding
 
-An adapter tree mirrors the parameter tree down to the layer, whose place holds {"lora_A", "lora_B"}, float32. The dense
-change B A is formed by `merge` alone: training differentiates the two small products.
+An adapter tree mirrors the parameter tree down to the layers, each of which is {"lora_A", "lora_B"}, float32. Only
+`merge` forms the dense product B A; training differentiates the two small products.
 """
 
 import dataclasses
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +25,8 @@ Params = Any
 Path = tuple[str, ...]
 Scale = float | Mapping[Path, float]
 
-# What the LCM-LoRA report adapts, as ends of torch's module names: attention, feed-forward, transformers' projections,
-# resnets and their time projections, down- and upsamplers.
+# The layers that the LCM-LoRA report adapts, as endings of torch's module names: attention, feed-forward, projections
+# of the transformers, resnets with their time projections, down- and upsamplers.
 DEFAULT_TARGETS = (
     "to_q",
     "to_k",
@@ -46,10 +46,11 @@ DEFAULT_TARGETS = (
 
 
 def target_paths(params: Params, targets: Sequence[str] = DEFAULT_TARGETS) -> list[Path]:
-    """Paths of the linear and convolutional layers whose torch name ends in one of `targets`, sorted.
+    """Sorted paths of the linear and convolutional layers whose torch name ends in one of `targets`.
 
-    params: the model's tree, of arrays or of shapes. A target covers whole parts of a dotted name: "conv1" is not the
-    end of "myconv1".
+    Args:
+      params: the model's tree, of arrays or of shapes.
+      targets: endings that consist of whole parts of a dotted name: "conv1" does not match "myconv1".
 
     Raises:
       LcmError: a target matches no layer.
@@ -70,12 +71,19 @@ def target_paths(params: Params, targets: Sequence[str] = DEFAULT_TARGETS) -> li
 
 
 def init(key: jax.Array, params: Params, rank: int, targets: Sequence[str] = DEFAULT_TARGETS) -> dict[str, Any]:
-    """Adapters that change nothing yet: A uniform in +-1/sqrt(fan_in) as peft draws it, B zero.
+    """Adapters that change nothing yet: A uniform in +-1/sqrt(fan_in), as in peft, and B zero.
 
-    params: the model's tree, of arrays or of shapes. Each layer's draw depends on `key` and its own path alone.
+    Args:
+      key: each layer's A depends only on this and the layer's path.
+      params: the model's tree, of arrays or of shapes.
+      rank: r, at least 1.
+      targets: see `target_paths`.
+
+    Raises:
+      LcmError: rank below 1, or a target that matches no layer.
     """
     if rank < 1:
-        raise LcmError(f"LoRA rank {rank} must be at least 1")
+        raise LcmError(f"LoRA rank {rank} is out of range; it must be at least 1")
     flat = traverse_util.flatten_dict(params)
     adapters = {}
     for path in target_paths(params, targets):
@@ -88,7 +96,7 @@ def init(key: jax.Array, params: Params, rank: int, targets: Sequence[str] = DEF
 
 
 def by_layer(tree: Params) -> dict[Path, dict[str, Any]]:
-    """Layer's path -> {"lora_A", "lora_B"}: an adapter tree, flat."""
+    """An adapter tree by layer: path -> {"lora_A", "lora_B"}."""
     layers: dict[Path, dict[str, Any]] = {}
     for path, leaf in traverse_util.flatten_dict(tree).items():
         layers.setdefault(path[:-1], {})[path[-1]] = leaf
@@ -97,10 +105,10 @@ def by_layer(tree: Params) -> dict[Path, dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """`module` with adapters on: its `apply` takes {"params": {"base": weights, "lora": adapters}}.
+    """`module` with adapters: its `apply` takes {"params": {"base": weights, "lora": adapters}}.
 
-    The module's own fields and properties (time_cond_proj_dim, dtype, ...) can be read here; what Linen gives every
-    module (init, clone, ...) cannot, as it would leave the adapters behind.
+    The module's own fields and properties (time_cond_proj_dim, dtype, ...) can be read here. The methods of every
+    Linen module (init, clone, ...) cannot be called here, as they would drop the adapters.
     """
 
     module: nn.Module
@@ -108,16 +116,16 @@ class Adapted:
 
     def __getattr__(self, name: str) -> Any:
         if name == "module" or hasattr(nn.Module, name):
-            raise AttributeError(f"an adapted model has no {name!r}; take it from its .module")
+            raise AttributeError(f"an adapted model has no {name!r}; use that of its .module")
         return getattr(self.module, name)
 
     def apply(self, variables: Mapping[str, Any], *args, **kwargs) -> Any:
-        """The module's output with the adapters' part added in each adapted layer, in the layer's compute dtype.
+        """The module's output, with the adapters' part added to each adapted layer in the layer's compute dtype.
 
-        The module's `weights_fn`, where it has one, is applied to the factors of each layer as to its weights.
+        The module's `weights_fn`, if it has one, is applied to the factors of each layer as to its weights.
 
         Raises:
-          LcmError: adapters for layers that this call does not reach.
+          LcmError: adapters for layers that this call does not use.
         """
         params = variables["params"]
         layers, reached = by_layer(params["lora"]), set()
@@ -134,7 +142,7 @@ class Adapted:
 
         with nn.intercept_methods(add):
             output = self.module.apply({**variables, "params": params["base"]}, *args, **kwargs)
-        _check_all(layers.keys() - reached, f"layers of {type(self.module).__name__}")
+        _check_unknown(layers.keys() - reached, f"layers of {type(self.module).__name__}")
         return output
 
 
@@ -158,20 +166,20 @@ def _pair(strides: int | Sequence[int] | None) -> tuple[int, ...]:
 
 
 def merge(params: Params, adapters: Sequence[tuple[Params, Scale]]) -> Params:
-    """W + sum_i scale_i A_i B_i for every adapted kernel, summed in float32; the other leaves are `params`' own.
+    """W + sum_i scale_i A_i B_i for every adapted kernel, summed in float32; other leaves are shared with `params`.
 
     Args:
-      params: the model's tree. It stays as it is, so one base serves any number of combinations.
-      adapters: (adapter tree, scale) pairs; scale is one number, or a number for each layer's path.
+      params: the model's tree. It is not changed, so that one base serves any number of combinations.
+      adapters: (adapter tree, scale) pairs; the scale is one number, or a number for each layer's path.
 
     Raises:
-      LcmError: adapters for layers that `params` has not, or of other shapes.
+      LcmError: adapters for layers that `params` does not have, or of other shapes.
     """
     flat = dict(traverse_util.flatten_dict(params))
     changes: dict[Path, Any] = {}
     for tree, scale in adapters:
         layers = by_layer(tree)
-        _check_all({path for path in layers if (*path, "kernel") not in flat}, "the model's layers")
+        _check_unknown({path for path in layers if (*path, "kernel") not in flat}, "the model's layers")
         _check_shapes(layers, flat)
         for path, factors in layers.items():
             a, b = (factors[name].astype(np.float32) for name in ("lora_A", "lora_B"))
@@ -183,20 +191,17 @@ def merge(params: Params, adapters: Sequence[tuple[Params, Scale]]) -> Params:
     return traverse_util.unflatten_dict(flat)
 
 
-def _check_all(unknown: set[Path], what: str) -> None:
+def _check_unknown(unknown: set[Path], what: str) -> None:
     if unknown:
         some = ", ".join("/".join(path) for path in sorted(unknown)[:5])
-        raise LcmError(f"{len(unknown)} LoRA adapters are for none of {what} ({some}); is it another model's LoRA?")
+        raise LcmError(f"{len(unknown)} LoRA adapters match none of {what} ({some}); is it another model's LoRA?")
 
 
 def _check_shapes(layers: Mapping[Path, Mapping[str, Any]], flat: Mapping[Path, Any]) -> None:
-    wrong = list(_misfits(layers, flat))
-    if wrong:
-        raise LcmError(f"{len(wrong)} LoRA adapters do not fit ({'; '.join(wrong[:5])}); is it another model's LoRA?")
-
-
-def _misfits(layers: Mapping[Path, Mapping[str, Any]], flat: Mapping[Path, Any]) -> Iterator[str]:
+    wrong = []
     for path, factors in layers.items():
         a, b, kernel = factors["lora_A"].shape, factors["lora_B"].shape, flat[(*path, "kernel")].shape
         if (*a[:-1], b[-1]) != tuple(kernel) or b != (*(1 for _ in kernel[2:]), a[-1], b[-1]):
-            yield f"{'/'.join(path)}: lora_A {list(a)} and lora_B {list(b)} on a kernel {list(kernel)}"
+            wrong.append(f"{'/'.join(path)}: lora_A {list(a)} and lora_B {list(b)} on a kernel {list(kernel)}")
+    if wrong:
+        raise LcmError(f"{len(wrong)} LoRA adapters do not fit ({'; '.join(wrong[:5])}); is it another model's LoRA?")

@@ -1,11 +1,11 @@
-"""AutoencoderTiny (TAESD, TAESDXL): a distilled VAE of 1.2 M parameters each way, usable wherever a VAE is.
+"""AutoencoderTiny (TAESD, TAESDXL): a distilled VAE with 1.2 M parameters in each half, usable wherever a VAE is.
 
     encode: x in [-1, 1] -> (x + 1) / 2 -> conv, blocks; (stride-2 conv, blocks) per further level; conv -> latents
     decode: 3 tanh(z / 3) -> conv, ReLU; (blocks, nearest upsampling, conv) per level; conv -> 2 y - 1
     block:  ReLU(x + conv ReLU conv ReLU conv x)
 
-There is no posterior: `encode` reports the latents as mean with the smallest log-variance that AutoencoderKL knows.
-The latents are already those that diffusion works on, so published files have scaling_factor 1.
+There is no posterior: `encode` returns the latents as the mean, with the smallest log-variance that AutoencoderKL has.
+Diffusion works on these latents as they are, so published files have scaling_factor 1.
 """
 
 from collections.abc import Mapping
@@ -14,37 +14,35 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from lcm_jax.errors import UnsupportedConfig
 from lcm_jax.models.config import DIFFUSERS_VERSION, module_fields
-from lcm_jax.models.layers import WeightsFn, conv3x3, nearest_resize
+from lcm_jax.models.layers import Run, WeightsFn, conv3x3, nearest_resize
 
-Dtype = Any
 NO_VARIANCE = -30.0  # log-variance of a latent without noise: the lower end of AutoencoderKL's range
 
 
 class TinyBlock(nn.Module):
-    """ReLU(x + three 3x3 convolutions of x)."""
+    """Names count convolutions and ReLUs, as torch's Sequential does."""
 
     channels: int
-    dtype: Dtype
-    weights_fn: WeightsFn | None
+    run: Run
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = nn.relu(conv3x3(self.channels, "conv_0", self.dtype, self.weights_fn)(x))
-        h = nn.relu(conv3x3(self.channels, "conv_2", self.dtype, self.weights_fn)(h))
-        return nn.relu(conv3x3(self.channels, "conv_4", self.dtype, self.weights_fn)(h) + x)
+        h = nn.relu(conv3x3(self.channels, "conv_0", self.run)(x))
+        h = nn.relu(conv3x3(self.channels, "conv_2", self.run)(h))
+        return nn.relu(conv3x3(self.channels, "conv_4", self.run)(h) + x)
 
 
 class TinyEncoder(nn.Module):
-    """Images in [-1, 1] to latents; `layers_N` counts convolutions and blocks as torch's Sequential does."""
+    """Images in [-1, 1] -> latents; `layers_N` counts convolutions and blocks, as torch's Sequential does."""
 
     widths: tuple[int, ...]
     num_blocks: tuple[int, ...]
     out_channels: int
-    dtype: Dtype
-    weights_fn: WeightsFn | None
+    run: Run
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -52,40 +50,39 @@ class TinyEncoder(nn.Module):
         index = 0
         for level, (width, count) in enumerate(zip(self.widths, self.num_blocks, strict=True)):
             down = {} if level == 0 else {"strides": (2, 2), "use_bias": False}
-            x = conv3x3(width, f"layers_{index}", self.dtype, self.weights_fn, **down)(x)
+            x = conv3x3(width, f"layers_{index}", self.run, **down)(x)
             for j in range(1, count + 1):
-                x = TinyBlock(width, self.dtype, self.weights_fn, name=f"layers_{index + j}")(x)
+                x = TinyBlock(width, self.run, name=f"layers_{index + j}")(x)
             index += count + 1
-        return conv3x3(self.out_channels, f"layers_{index}", self.dtype, self.weights_fn)(x)
+        return conv3x3(self.out_channels, f"layers_{index}", self.run)(x)
 
 
 class TinyDecoder(nn.Module):
-    """Latents to images in [-1, 1]; ReLU and upsampling take a place of their own in `layers_N`."""
+    """Latents -> images in [-1, 1]; here `layers_N` counts ReLU and upsampling, too."""
 
     widths: tuple[int, ...]
     num_blocks: tuple[int, ...]
     out_channels: int
     upsampling: int
-    dtype: Dtype
-    weights_fn: WeightsFn | None
+    run: Run
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        x = nn.relu(conv3x3(self.widths[0], "layers_0", self.dtype, self.weights_fn)(jnp.tanh(z / 3) * 3))
+        x = nn.relu(conv3x3(self.widths[0], "layers_0", self.run)(jnp.tanh(z / 3) * 3))
         index, last = 2, len(self.widths) - 1
         for level, (width, count) in enumerate(zip(self.widths, self.num_blocks, strict=True)):
             for j in range(count):
-                x = TinyBlock(width, self.dtype, self.weights_fn, name=f"layers_{index + j}")(x)
+                x = TinyBlock(width, self.run, name=f"layers_{index + j}")(x)
             index += count
             if level < last:
                 x = nearest_resize(x, self.upsampling * x.shape[1], self.upsampling * x.shape[2])
-                x = conv3x3(width, f"layers_{index + 1}", self.dtype, self.weights_fn, use_bias=False)(x)
+                x = conv3x3(width, f"layers_{index + 1}", self.run, use_bias=False)(x)
                 index += 2
-        return conv3x3(self.out_channels, f"layers_{index}", self.dtype, self.weights_fn)(x) * 2 - 1
+        return conv3x3(self.out_channels, f"layers_{index}", self.run)(x) * 2 - 1
 
 
 class AutoencoderTiny(nn.Module):
-    """Fields: diffusers' AutoencoderTiny with its defaults; `weights_fn` as UNet2DConditionModel's."""
+    """Fields: those of diffusers' AutoencoderTiny with its defaults; the last two: see `layers.Run`."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -100,11 +97,11 @@ class AutoencoderTiny(nn.Module):
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
     force_upcast: bool = False
-    dtype: Dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     weights_fn: WeightsFn | None = None
 
-    # What else a user of a VAE asks for; AutoencoderKL has these as fields.
-    sample_size: ClassVar[int] = 512  # edge of a tile, as diffusers'; files do not say
+    # Fields of AutoencoderKL that users of either VAE read.
+    sample_size: ClassVar[int] = 512  # edge of a tile: diffusers' default, as files do not have it
     latents_mean: ClassVar[None] = None
     latents_std: ClassVar[None] = None
 
@@ -116,58 +113,53 @@ class AutoencoderTiny(nn.Module):
     }
 
     def setup(self):
-        self.encoder = TinyEncoder(
-            self.encoder_block_out_channels,
-            self.num_encoder_blocks,
-            self.latent_channels,
-            self.dtype,
-            self.weights_fn,
-        )
+        run = Run(self.dtype, weights_fn=self.weights_fn)
+        self.encoder = TinyEncoder(self.encoder_block_out_channels, self.num_encoder_blocks, self.latent_channels, run)
         self.decoder = TinyDecoder(
             self.decoder_block_out_channels,
             self.num_decoder_blocks,
             self.out_channels,
             self.upsampling_scaling_factor,
-            self.dtype,
-            self.weights_fn,
+            run,
         )
 
     @property
     def factor(self) -> int:
-        """Pixels per latent, each way."""
+        """Pixels per latent along each side."""
         return 2 ** (len(self.num_encoder_blocks) - 1)
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """images [b H W 3] in [-1, 1] -> latents [b h w c] as mean, and their log-variance, -30; float32."""
+        """images [b H W 3] in [-1, 1] -> the latents [b h w c] as mean, and their log-variance, -30; float32."""
         mean = self.encoder(images.astype(self.dtype)).astype(jnp.float32)
         return mean, jnp.full_like(mean, NO_VARIANCE)
 
     def decode(self, z: jax.Array) -> jax.Array:
-        """z [b h w c], already divided by `scaling_factor` -> images [b H W 3], about [-1, 1]."""
+        """z [b h w c], already divided by `scaling_factor` -> images [b H W 3] in about [-1, 1], compute dtype."""
         return self.decoder(z.astype(self.dtype))
 
     @nn.nowrap
     def scale_latents(self, z: jax.Array) -> jax.Array:
-        """Latents to [0, 1], for keeping them in a picture file; what lies beyond the magnitude is clipped."""
+        """Latents -> [0, 1], to store them in an image file; values beyond `latent_magnitude` are clipped."""
         return jnp.clip(z / (2 * self.latent_magnitude) + self.latent_shift, 0, 1)
 
     @nn.nowrap
     def unscale_latents(self, x: jax.Array) -> jax.Array:
-        """From [0, 1] back to latents."""
+        """[0, 1] -> latents: the inverse of `scale_latents`."""
         return (x - self.latent_shift) * (2 * self.latent_magnitude)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Reconstruction (without diffusers' rounding of the latents to bytes); `init` sees every parameter."""
+        """Reconstruction, without diffusers' rounding of the latents to bytes; `init` sees every parameter here."""
         return self.decode(self.encode(images)[0])
 
 
-def from_config(config: Mapping[str, Any], dtype: Dtype = jnp.float32) -> AutoencoderTiny:
+def from_config(config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> AutoencoderTiny:
     """The module that an AutoencoderTiny's `config.json` describes.
 
     Raises:
-      UnsupportedConfig: levels whose widths differ (diffusers cannot build them either), or that do not match.
+      UnsupportedConfig: levels of different widths (diffusers cannot build them either), or settings that do not
+        match each other.
     """
-    # diffusers writes the decoder's widths once more under the name its pipelines read.
+    # diffusers writes the decoder's widths a second time, under the name that its pipelines read.
     fields = module_fields(AutoencoderTiny, config, AutoencoderTiny.FIXED, ignored=frozenset({"block_out_channels"}))
     vae = AutoencoderTiny(**fields, dtype=dtype)
     for widths_key, blocks_key in (
@@ -178,11 +170,11 @@ def from_config(config: Mapping[str, Any], dtype: Dtype = jnp.float32) -> Autoen
         if len(set(widths)) != 1:
             raise UnsupportedConfig(widths_key, widths, supported="one width for all levels")
         if len(widths) != len(blocks):
-            raise UnsupportedConfig(blocks_key, blocks, supported=f"{len(widths)} entries, as {widths_key} has")
+            raise UnsupportedConfig(blocks_key, blocks, supported=f"{len(widths)} entries, like {widths_key}")
     if vae.upsampling_scaling_factor ** (len(vae.num_decoder_blocks) - 1) != vae.factor:
         raise UnsupportedConfig(
             "upsampling_scaling_factor",
             vae.upsampling_scaling_factor,
-            supported=f"one that makes the decoder enlarge by {vae.factor}, as the encoder reduces",
+            supported=f"a factor with which the decoder enlarges by {vae.factor}, as the encoder reduces",
         )
     return vae

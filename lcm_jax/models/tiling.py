@@ -1,15 +1,15 @@
-"""A VAE on images too large for one pass: overlapping tiles, blended linearly.
+"""A VAE on images that are too large for one pass: overlapping tiles, blended linearly.
 
 Tiles start every (1 - overlap) of a tile. Over `extent = overlap * tile` rows (columns) a tile fades in from its
 blended neighbour above, then from the one to its left:
 
     new[y] = (1 - y / extent) above[-extent + y] + (y / extent) new[y]
 
-and each contributes its first (1 - overlap) part. This is the blend of diffusers' AutoencoderKL; the result differs
-from the untiled one, whose GroupNorm and attention see the whole image.
+and each contributes its first (1 - overlap) part. This is the blend of diffusers' AutoencoderKL. The result differs
+from the untiled one, in which GroupNorm and attention see the whole image.
 
-Everything here is a plain function over a callable for one tile, so a caller jits that callable once and it compiles
-for at most four shapes (inner, right edge, bottom edge, corner; a few more where edges leave slivers).
+The functions take a callable for one tile. A caller who jits it compiles at most four shapes (inner, right edge,
+bottom edge, corner), and a few more if the edges leave slivers.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Tree = Any
 
 
 def tile_size(vae: Any) -> int:
-    """Edge of a tile in pixels: the VAE's `sample_size`, what it was trained on."""
+    """Edge of a tile in pixels: the VAE's `sample_size`, the size that it was trained on."""
     size = vae.sample_size
     return min(size) if isinstance(size, tuple) else size
 
@@ -36,14 +36,17 @@ def encode(
 
     Args:
       encode_tile: [b h w 3] -> an array or a tree of arrays [b h/factor w/factor c], such as a VAE's `encode`, whose
-        mean and log-variance are blended each.
+        mean and log-variance are each blended.
       images: [b H W 3].
-      tile: edge of a tile in pixels; an image without a longer side goes through `encode_tile` as it is.
+      tile: edge of a tile in pixels; `encode_tile` gets an image with no longer side whole.
       factor: pixels per latent.
-      overlap: part of a tile that its neighbour covers too.
+      overlap: the part of a tile that its neighbour covers, too.
 
     Returns:
       What `encode_tile` returns, for the whole image.
+
+    Raises:
+      ValueError: tiles too small to advance with this overlap.
     """
     return _tiled(encode_tile, images, tile, tile // factor, overlap)
 
@@ -51,7 +54,7 @@ def encode(
 def decode(
     decode_tile: Callable[[jax.Array], Tree], z: jax.Array, *, tile: int, factor: int, overlap: float = OVERLAP
 ) -> Tree:
-    """Tiled decoding, z [b h w c] -> [b h*factor w*factor 3]; `tile` in pixels as in `encode`."""
+    """Tiled decoding, z [b h w c] -> [b h*factor w*factor 3]; `tile` is in pixels, as in `encode`."""
     return _tiled(decode_tile, z, tile // factor, tile, overlap)
 
 
@@ -61,7 +64,7 @@ def _tiled(fn: Callable[[jax.Array], Tree], x: jax.Array, tile: int, out_tile: i
     step = int(tile * (1 - overlap))
     extent = int(out_tile * overlap)
     if step < 1 or out_tile - extent < 1:
-        raise ValueError(f"tiles of {tile} (result: {out_tile}) with overlap {overlap} do not advance; use larger ones")
+        raise ValueError(f"tiles of {tile} (result: {out_tile}) do not advance with overlap {overlap}; use larger ones")
     keep = out_tile - extent
     bands, above = [], None
     for top in range(0, x.shape[1], step):

@@ -1,12 +1,10 @@
-"""The blocks of a UNet's way down, middle and way up; x: [b h w c], temb: [b 4*C0], context: [b l e].
-
-UNet2DConditionModel of the Stable Diffusion family: SD 1.x, 2.x, XL and refiner, SSD-1B, Vega, small-sd, tiny-sd.
+"""UNet2DConditionModel of the Stable Diffusion family: SD 1.x, 2.x, XL and refiner, SSD-1B, Vega, small-sd, tiny-sd.
 
     temb  = time_embedding(sinusoid(t) [+ cond_proj(w embedding)]) [+ add_embedding(pooled text, sizes)]
-    skips = conv_in, then every (resnet[, transformer]) and downsampler of the way down
-    out   = conv_out(SiLU(GN(up path, each resnet fed concat[hidden, last skip])))
+    skips = conv_in, then every (resnet[, transformer]) and downsampler of the down blocks
+    out   = conv_out(SiLU(GN(up blocks, each resnet fed concat[hidden, last skip])))
 
-The fields are diffusers' constructor arguments with diffusers' defaults.
+In every block x is [b h w c], temb [b 4*C0] and context [b l e]. Submodules have torch's names.
 """
 
 import dataclasses
@@ -17,65 +15,136 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from lcm_jax.errors import UnsupportedConfig
-from lcm_jax.models.attention import AttentionFn, Transformer2DModel, dot_product_attention
+from lcm_jax.models.attention import AttentionFn, dot_product_attention
 from lcm_jax.models.config import DIFFUSERS_VERSION, module_fields
 from lcm_jax.models.layers import (
     Downsample2D,
     GroupNorm,
+    LayerNorm,
     ResnetBlock2D,
+    Run,
     TimestepEmbedding,
     Upsample2D,
     WeightsFn,
+    conv1x1,
     conv3x3,
+    dense,
+    multi_head_attention,
     remat,
     sinusoid,
 )
 
-Dtype = Any
 Depths = tuple[int, ...]  # transformer blocks after each resnet of a level; empty: no attention
+
+
+class Attention(nn.Module):
+    """Attention of x [b s c] over context [b l e]; over x itself if there is no context."""
+
+    heads: int
+    run: Run = Run()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        context = x if context is None else context
+        return multi_head_attention(x, context, heads=self.heads, qkv_bias=False, run=self.run)
+
+
+class GEGLU(nn.Module):
+    """value * gelu(gate) of one projection to twice the width; exact (erf) GELU."""
+
+    dim: int
+    run: Run = Run()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        value, gate = jnp.split(dense(2 * self.dim, "proj", self.run)(x), 2, axis=-1)
+        return value * nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    run: Run = Run()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = x.shape[-1]
+        return dense(c, "net_2", self.run)(GEGLU(4 * c, self.run, name="net_0")(x))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Pre-norm self-attention, cross-attention and GEGLU feed-forward, each with a residual."""
+
+    heads: int
+    run: Run = Run()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        run = self.run.after(x)
+        x = x + Attention(self.heads, run, name="attn1")(LayerNorm(run=run, name="norm1")(x))
+        x = x + Attention(self.heads, run, name="attn2")(LayerNorm(run=run, name="norm2")(x), context)
+        return x + FeedForward(run, name="ff")(LayerNorm(run=run, name="norm3")(x))
+
+
+class Transformer2DModel(nn.Module):
+    """GN, projection in, `depth` transformer blocks over the h*w tokens, projection out, residual.
+
+    SD 1.x projects by 1x1 convolutions, SD 2.x and SDXL by linear layers: the same map, kernels of different rank.
+    """
+
+    heads: int
+    depth: int
+    groups: int
+    use_linear_projection: bool
+    run: Run = Run()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        y = remat(Transformer2DModel._enter, self.run.remat)(self, x)
+        block = remat(BasicTransformerBlock, self.run.remat)
+        for k in range(self.depth):
+            y = block(self.heads, self.run, name=f"transformer_blocks_{k}")(y, context)
+        return remat(Transformer2DModel._leave, self.run.remat)(self, x, y)
+
+    def _enter(self, x: jax.Array) -> jax.Array:
+        """Normalised and projected tokens [b h*w c]."""
+        y = GroupNorm(self.groups, 1e-6, self.run, name="norm")(x)  # 1e-6 whatever the UNet's norm_eps
+        return self._project(y, "proj_in").reshape(x.shape[0], -1, x.shape[-1])
+
+    def _leave(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return x + self._project(y.reshape(x.shape), "proj_out")
+
+    def _project(self, y: jax.Array, name: str) -> jax.Array:
+        layer = dense if self.use_linear_projection else conv1x1
+        return layer(y.shape[-1], name, self.run.after(y))(y)
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockStyle:
-    """What every block of one UNet shares, and how it makes its layers (named as in torch's module lists)."""
+    """What every block of one UNet shares, and how it creates its layers."""
 
     groups: int
     epsilon: float
     use_linear_projection: bool
-    dtype: Dtype
-    attention_fn: AttentionFn
-    weights_fn: WeightsFn | None
-    remat: str
+    run: Run
 
     def resnet(self, channels: int, j: int) -> ResnetBlock2D:
-        block = remat(ResnetBlock2D, self.remat)
-        return block(channels, self.groups, self.epsilon, self.dtype, self.weights_fn, name=f"resnets_{j}")
+        block = remat(ResnetBlock2D, self.run.remat)
+        return block(channels, self.groups, self.epsilon, self.run, name=f"resnets_{j}")
 
     def transformer(self, heads: int, depth: int, j: int) -> Transformer2DModel:
         return Transformer2DModel(
-            heads=heads,
-            depth=depth,
-            groups=self.groups,
-            use_linear_projection=self.use_linear_projection,
-            dtype=self.dtype,
-            attention_fn=self.attention_fn,
-            weights_fn=self.weights_fn,
-            remat=self.remat,
-            name=f"attentions_{j}",
+            heads, depth, self.groups, self.use_linear_projection, self.run, name=f"attentions_{j}"
         )
 
-    def downsampler(self, channels: int) -> Downsample2D:
-        return Downsample2D(channels, dtype=self.dtype, weights_fn=self.weights_fn, name="downsamplers_0")
-
     def upsampler(self, channels: int) -> Upsample2D:
-        block = remat(Upsample2D, self.remat, static_argnums=(2,))  # its size
-        return block(channels, self.dtype, self.weights_fn, name="upsamplers_0")
+        block = remat(Upsample2D, self.run.remat, static_argnums=(2,))  # its size
+        return block(channels, self.run, name="upsamplers_0")
 
 
 class DownBlock2D(nn.Module):
-    """`num_layers` resnets, each with a transformer where `depths` is not empty; returns x and its skips."""
+    """`num_layers` resnets, each with a transformer unless `depths` is empty; returns x and its skips."""
 
     style: BlockStyle
     channels: int
@@ -93,13 +162,13 @@ class DownBlock2D(nn.Module):
                 x = self.style.transformer(self.heads, self.depths[j], j)(x, context)
             skips.append(x)
         if self.downsample:
-            x = self.style.downsampler(self.channels)(x)
+            x = Downsample2D(self.channels, run=self.style.run, name="downsamplers_0")(x)
             skips.append(x)
         return x, skips
 
 
 class MidBlock2D(nn.Module):
-    """resnet, transformer, resnet; with `depth` None (UNetMidBlock2D inside a UNet) exactly one resnet."""
+    """resnet, transformer, resnet; with `depth` None (UNetMidBlock2D inside a UNet) one resnet alone."""
 
     style: BlockStyle
     channels: int
@@ -116,7 +185,7 @@ class MidBlock2D(nn.Module):
 
 
 class UpBlock2D(nn.Module):
-    """One resnet (and transformer) per skip, last skip first, each fed concat[hidden, skip]; then up to `size`."""
+    """One resnet[, transformer] per skip, last skip first, fed concat[hidden, skip]; then upsampling to `size`."""
 
     style: BlockStyle
     channels: int
@@ -132,8 +201,6 @@ class UpBlock2D(nn.Module):
         return x if size is None else self.style.upsampler(self.channels)(x, size)
 
 
-Dtype = Any
-
 ATTENTION_BLOCK = {
     "CrossAttnDownBlock2D": True,
     "DownBlock2D": False,
@@ -146,12 +213,8 @@ MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 class UNet2DConditionModel(nn.Module):
     """eps, v or x0 prediction from noisy latents, timestep and text.
 
-    Fields: see diffusers' UNet2DConditionModel. `attention_head_dim` is the number of heads (a historic misnomer that
-    every published config shares).
-
-    How it is run, with the same output: `dtype` is the compute dtype; `attention_fn` the attention kernel; `weights_fn`
-    is applied to each layer's weights where the layer uses them, inside of what is rematerialised (it gathers shards
-    there); `remat` names what the backward pass computes anew (models/remat.py).
+    Fields: those of diffusers' UNet2DConditionModel with its defaults; the last four: see `layers.Run`.
+    `attention_head_dim` is the number of heads (a historic misnomer that every published config shares).
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -171,12 +234,12 @@ class UNet2DConditionModel(nn.Module):
     reverse_transformer_layers_per_block: tuple | None = None
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
-    upcast_attention: bool | None = False  # kept for the file; logits and softmax are float32 here always
+    upcast_attention: bool | None = False  # kept for the file: logits and softmax are always float32 here
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     time_cond_proj_dim: int | None = None
-    dtype: Dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     attention_fn: AttentionFn = dot_product_attention
     weights_fn: WeightsFn | None = None
     remat: str = "none"
@@ -213,6 +276,10 @@ class UNet2DConditionModel(nn.Module):
     }
 
     @property
+    def run(self) -> Run:
+        return Run(self.dtype, self.attention_fn, self.weights_fn, self.remat)
+
+    @property
     def num_levels(self) -> int:
         return len(self.block_out_channels)
 
@@ -227,14 +294,14 @@ class UNet2DConditionModel(nn.Module):
         return _depths(self.per_level("transformer_layers_per_block")[i], self.per_level("layers_per_block")[i])
 
     def up_depths(self, i: int) -> Depths:
-        """Up block i works at level n-1-i with one layer more; the reverse list, where given, is in up order."""
+        """Up block i works at level n-1-i with one more layer; the reverse list, if given, is in the order of these."""
         if not ATTENTION_BLOCK[self.up_block_types[i]]:
             return ()
         depths = self.reverse_transformer_layers_per_block or self.per_level("transformer_layers_per_block")[::-1]
         return _depths(depths[i], self.per_level("layers_per_block")[::-1][i] + 1)
 
     def mid_depth(self) -> int:
-        """Depth of the middle transformer: that of the last level (its first entry where it lists several)."""
+        """Depth of the middle transformer: that of the last level (its first entry if it lists several)."""
         depth = self.per_level("transformer_layers_per_block")[-1]
         return depth[0] if isinstance(depth, tuple) else depth
 
@@ -250,14 +317,17 @@ class UNet2DConditionModel(nn.Module):
         """One evaluation.
 
         Args:
-          sample: noisy latents [b h w in_channels]; any h, w (odd sizes included).
-          timesteps: [b] or a scalar, int or float, in the teacher's training steps.
+          sample: noisy latents [b h w in_channels]; any h and w, odd ones included.
+          timesteps: [b] or scalar, int or float, in the teacher's training timesteps.
           encoder_hidden_states: text [b l cross_attention_dim].
-          timestep_cond: an LCM's w embedding [b time_cond_proj_dim]; only for a model with `time_cond_proj_dim`.
+          timestep_cond: an LCM's w embedding [b time_cond_proj_dim]; None is an embedding of zeros.
           added_cond_kwargs: SDXL's {"text_embeds": [b p], "time_ids": [b 6]}.
 
         Returns:
           The prediction [b h w out_channels] in the compute dtype.
+
+        Raises:
+          ValueError: a w embedding for a UNet without one; size conditioning that is missing or has the wrong width.
         """
         x = sample.astype(self.dtype)
         context = encoder_hidden_states.astype(self.dtype)
@@ -270,13 +340,10 @@ class UNet2DConditionModel(nn.Module):
             groups=self.norm_num_groups,
             epsilon=self.norm_eps,
             use_linear_projection=self.use_linear_projection,
-            dtype=self.dtype,
-            attention_fn=self.attention_fn,
-            weights_fn=self.weights_fn,
-            remat=self.remat,
+            run=self.run,
         )
 
-        x = conv3x3(widths[0], "conv_in", self.dtype, self.weights_fn)(x)
+        x = conv3x3(widths[0], "conv_in", self.run)(x)
         skips = [x]
         for i in range(self.num_levels):
             block = DownBlock2D(
@@ -293,7 +360,7 @@ class UNet2DConditionModel(nn.Module):
             level = last - i
             count = layers[level] + 1
             block_skips, skips = skips[-count:], skips[:-count]
-            # Every upsampler aims at the next skip's size: twice its own, or one less where a side was odd.
+            # Every upsampler aims at the next skip's size: twice its own, or one less if a side was odd.
             size = skips[-1].shape[1:3] if i < last else None
             block = UpBlock2D(style, widths[level], self.up_depths(i), heads[level], name=f"up_blocks_{i}")
             x = block(x, block_skips, temb, context, size)
@@ -301,26 +368,24 @@ class UNet2DConditionModel(nn.Module):
         return remat(UNet2DConditionModel._out, self.remat)(self, x)
 
     def _out(self, x: jax.Array) -> jax.Array:
-        run = self.dtype, self.weights_fn
-        x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, *run, name="conv_norm_out")(x))
-        return conv3x3(self.out_channels, "conv_out", *run)(x)
+        x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, self.run, name="conv_norm_out")(x))
+        return conv3x3(self.out_channels, "conv_out", self.run)(x)
 
     def _time(self, timesteps, timestep_cond, added_cond_kwargs) -> jax.Array:
-        """The vector that every resnet adds: [b 4*C0]."""
+        """temb [b 4*C0], which every resnet adds."""
         if timestep_cond is not None and self.time_cond_proj_dim is None:
-            raise ValueError("timestep_cond given, but this UNet has no w embedding (time_cond_proj_dim is null)")
+            raise ValueError("this UNet has no w embedding (time_cond_proj_dim is null); leave timestep_cond out")
         embed = functools.partial(sinusoid, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift)
         width = self.block_out_channels[0]
-        run = self.dtype, self.weights_fn
-        mlp = TimestepEmbedding(4 * width, self.time_cond_proj_dim, *run, name="time_embedding")
+        mlp = TimestepEmbedding(4 * width, self.time_cond_proj_dim, self.run, name="time_embedding")
         cond = None if timestep_cond is None else timestep_cond.astype(self.dtype)
         temb = mlp(embed(timesteps, width).astype(self.dtype), cond)
         if self.addition_embed_type is None:
             return temb
         missing = {"text_embeds", "time_ids"} - set(added_cond_kwargs or {})
         if missing:
-            raise ValueError(f"this UNet is conditioned on sizes and pooled text: added_cond_kwargs lacks {missing}")
-        # The ids stay float32: bfloat16 would round 1023 to 1024.
+            raise ValueError(f"this UNet is conditioned on sizes and pooled text; add {missing} to added_cond_kwargs")
+        # The ids stay float32, as bfloat16 would round 1023 to 1024.
         ids = added_cond_kwargs["time_ids"].astype(jnp.float32)
         sizes = embed(ids.reshape(-1), self.addition_time_embed_dim).reshape(ids.shape[0], -1)
         added = jnp.concatenate([added_cond_kwargs["text_embeds"].astype(self.dtype), sizes.astype(self.dtype)], -1)
@@ -329,20 +394,18 @@ class UNet2DConditionModel(nn.Module):
                 f"text_embeds {added_cond_kwargs['text_embeds'].shape} and time_ids {ids.shape} make "
                 f"{added.shape[-1]} features; this UNet takes {self.projection_class_embeddings_input_dim}"
             )
-        return temb + TimestepEmbedding(4 * width, None, *run, name="add_embedding")(added)
+        return temb + TimestepEmbedding(4 * width, None, self.run, name="add_embedding")(added)
 
 
 def _depths(entry: int | tuple[int, ...], count: int) -> Depths:
     return entry if isinstance(entry, tuple) else (entry,) * count
 
 
-def from_config(
-    config: Mapping[str, Any], dtype: Dtype = jnp.float32, attention_fn: AttentionFn = dot_product_attention
-) -> UNet2DConditionModel:
+def from_config(config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> UNet2DConditionModel:
     """The module that a UNet's `config.json` describes; missing keys have diffusers' defaults.
 
     Raises:
-      UnsupportedConfig: a field has a value outside the Stable Diffusion family, named with the value.
+      UnsupportedConfig: a field has a value outside the Stable Diffusion family; it names the field and the value.
     """
     kind = config.get("_class_name", "UNet2DConditionModel").removeprefix("Flax")
     if kind != "UNet2DConditionModel":
@@ -353,15 +416,16 @@ def from_config(
     for key in ("down_block_types", "up_block_types"):
         if key in fields:
             fields[key] = tuple(kind.removeprefix("UNetRes") for kind in fields[key])
-    unet = UNet2DConditionModel(**fields, dtype=dtype, attention_fn=attention_fn)
+    unet = UNet2DConditionModel(**fields, dtype=dtype)
     _check(unet)
     return unet
 
 
 def _check(unet: UNet2DConditionModel) -> None:
-    for kind in unet.down_block_types + unet.up_block_types:
-        if kind not in ATTENTION_BLOCK:
-            raise UnsupportedConfig("block type", kind, supported=tuple(ATTENTION_BLOCK))
+    for key in ("down_block_types", "up_block_types"):
+        for kind in getattr(unet, key):
+            if kind not in ATTENTION_BLOCK:
+                raise UnsupportedConfig(key, kind, supported=tuple(ATTENTION_BLOCK))
     if unet.mid_block_type not in MID_BLOCKS:
         raise UnsupportedConfig("mid_block_type", unet.mid_block_type, supported=MID_BLOCKS)
     if unet.addition_embed_type not in (None, "text_time"):
@@ -374,14 +438,14 @@ def _check(unet: UNet2DConditionModel) -> None:
     for key, count in counts.items():
         if count != unet.num_levels:
             value = getattr(unet, key)
-            raise UnsupportedConfig(key, value, supported=f"{unet.num_levels} entries, as block_out_channels has")
+            raise UnsupportedConfig(key, value, supported=f"{unet.num_levels} entries, like block_out_channels")
     depths = unet.transformer_layers_per_block
     if isinstance(depths, tuple) and unet.reverse_transformer_layers_per_block is None:
         if any(isinstance(entry, tuple) for entry in depths):
             raise UnsupportedConfig(
                 "transformer_layers_per_block",
                 depths,
-                supported="nested depths only together with reverse_transformer_layers_per_block",
+                supported="nested depths only with reverse_transformer_layers_per_block",
             )
     for i in range(unet.num_levels):
         layers = unet.per_level("layers_per_block")

@@ -32,6 +32,7 @@ ENCODERS = PARTS[1:]  # what images and captions are encoded with
 SCHEDULER = "scheduler/scheduler_config.json"
 RECORD = "lcm_config.json"  # what an export of ours records of its distillation: w range, solver steps, scalings
 
+MAX_TWO_PASS_SCALE = 2.0  # guidance of an LCM without w embedding: images above it are oversaturated
 GUIDANCE_SCALE = 8.0  # the default of a model that does not record another range
 
 

@@ -30,7 +30,9 @@ from lcm_jax.diffusion import solvers
 from lcm_jax.distill import OBJECTIVES
 from lcm_jax.distill.step import METRICS
 from lcm_jax.errors import LcmError, flags_named
-from lcm_jax.models import layers, lora
+from lcm_jax.models import lora
+from lcm_jax.models.layers import REMAT_CHOICES
+from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE
 from lcm_jax.runtime import kernels, workdir
 
 SOURCES = {
@@ -48,7 +50,6 @@ W_EMBEDDING_OF_A_LORA = (
     "0 (--config.distill.w_embedding_dim=0), or lora.rank = 0 to train the whole model"
 )
 MAX_SOLVER_STEPS = 1000  # the solver grid is a subset of the 1000 training timesteps
-MAX_TWO_PASS_SCALE = 2.0  # guidance of a student without w embedding: above it images are oversaturated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +213,7 @@ KEYS = (
     Key(
         "train.remat",
         "none",
-        one_of(layers.CHOICES),
+        one_of(REMAT_CHOICES),
         "activations recomputed for gradients; block: all; attention: all but attention's outputs",
         MAY_CHANGE,
     ),

@@ -33,8 +33,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import Mesh
 
 from lcm_jax.errors import LcmError
-from lcm_jax.models.attention import AttentionFn, chunked_attention, dot_product_attention
-from lcm_jax.models.layers import ATTENTION_OUTPUT, tag_attention
+from lcm_jax.models.attention import (
+    ATTENTION_OUTPUT,
+    AttentionFn,
+    chunked_attention,
+    dot_product_attention,
+    tag_attention,
+)
 from lcm_jax.models.lora import Adapted
 from lcm_jax.models.unet import UNet2DConditionModel
 from lcm_jax.pretrained import Pipeline
@@ -108,7 +113,7 @@ def head_sizes(unet: UNet2DConditionModel) -> dict[str, int]:
 def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
     """The TPU's flash attention kernel on the arrays of one device: [b s n d] over [b s n d], s a multiple of 128.
 
-    Logits and softmax are float32. What its backward pass needs of the forward one has the tag of models/remat.py.
+    Logits and softmax are float32. What its backward pass needs of the forward one has the tag ATTENTION_OUTPUT.
     """
     kernel = _splash_kernel(q.shape[2], q.shape[1], k.shape[1], interpret)
     heads_first = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))  # the kernel does not scale
@@ -248,7 +253,7 @@ def on_mesh(pipeline: Pipeline, mesh: Mesh, unet_attention: str = "auto", remat:
 
     Args:
       unet_attention: one of `attention.CHOICES`; the other networks choose by device and shape.
-      remat: one of `models.remat.CHOICES`, of the UNet.
+      remat: one of `layers.REMAT_CHOICES`, of the UNet.
 
     Raises:
       LcmError: the mesh's devices cannot run that attention, or not at the size of a head; the layer is named.

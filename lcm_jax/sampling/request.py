@@ -13,11 +13,10 @@ import numpy as np
 from lcm_jax.diffusion import samplers, timesteps
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import BadArgument
-from lcm_jax.pretrained.model import Pipeline
+from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE, Pipeline
 
 SAMPLERS = tuple(samplers.SAMPLERS)
 MAX_STEPS = 50
-MAX_TWO_PASS_SCALE = 2.0  # guidance of an LCM without w embedding: images above it are oversaturated
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,9 +28,8 @@ from lcm_jax.files import read_json
 from lcm_jax.metrics import resizing
 from lcm_jax.metrics.networks import weights
 from lcm_jax.metrics.networks.network import Network
-from lcm_jax.models.attention import dot_product_attention, multi_head_attention
 from lcm_jax.models.config import RUN_FIELDS, module_fields
-from lcm_jax.models.layers import LayerNorm
+from lcm_jax.models.layers import LayerNorm, Run, multi_head_attention
 from lcm_jax.pretrained import safetensors_io as weight_files
 
 SIDE = 224
@@ -102,9 +101,7 @@ class SelfAttention(nn.Module):
             x,
             heads=self.heads,
             qkv_bias=self.qkv_bias,
-            dtype=jnp.float32,
-            attention_fn=dot_product_attention,
-            weights_fn=None,
+            run=Run(),
             names=("q_proj", "k_proj", "v_proj", "o_proj"),
         )
 
