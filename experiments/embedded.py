@@ -128,7 +128,7 @@ def judged(images: np.ndarray, style: str = "plain") -> tuple[float, float]:
 def real_images(count: int, style: str = "plain") -> dict[str, np.ndarray]:
     """Held-out renders uint8 [n 64 64 3], and the same through the embedded VAE, which every sample comes out of."""
     renders = shapes.render_batch(shapes_metric.heldout(count), style)
-    pipeline = load_pipeline(assets.path("shapes"))
+    pipeline, params = load_pipeline(assets.path("shapes"))
 
     @functools.partial(jax.jit, compiler_options=compiler.inference())
     def reconstruct(params: Any, images: jax.Array) -> jax.Array:
@@ -136,7 +136,7 @@ def real_images(count: int, style: str = "plain") -> dict[str, np.ndarray]:
         return jnp.clip(pipeline.vae.apply({"params": params}, z, method="decode") / 2.0 + 0.5, 0.0, 1.0)
 
     batches = (renders[start : start + measuring.BATCH] for start in range(0, count, measuring.BATCH))
-    again = np.concatenate([reconstruct(pipeline.params["vae"], batch) for batch in batches])
+    again = np.concatenate([reconstruct(params["vae"], batch) for batch in batches])
     return {"renders": renders, "VAE reconstructions": (255.0 * again).round().astype(np.uint8)}
 
 

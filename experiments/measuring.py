@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lcm_jax import evaluate, sample
+from lcm_jax import evaluate
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import measures, plot, table
-from lcm_jax.run import models as student
+from lcm_jax.run import models as run_models
+from lcm_jax.sampling.request import make_request
 
 STEPS = (1, 2, 4, 8)
 BATCH = 64
@@ -77,6 +78,6 @@ def check(config: ConfigDict, args: argparse.Namespace) -> None:
     evaluate.check_flags(asked)
     specs, found = measures.parse(asked.metric), evaluate.read_inputs(asked)
     reference = evaluate.read_reference(asked, found, specs)
-    teacher, _ = student.shapes(config)
-    size = sample.size_of(asked, teacher)
+    request = make_request(run_models.shapes(config).teacher, height=asked.height, width=asked.width)
+    size = request.height, request.width
     measures.check_used(reference, [measures.load(spec, found.captions, size, reference) for spec in specs])

@@ -2,17 +2,17 @@
 
     python -m experiments.data_speed.images --count=64 [--out=FILE.json]
 
-The pictures are synthetic, the same on every run: octaves of noise (amplitude falls with frequency, as it does in
-photographs) with grain, as JPEG of quality 90. A rate is pictures per second of processor time, of all threads of this
-process, so that it is one core's whatever else the machine does; the median of the repeats counts. Every method sees
-the same bytes in turn, after a warm-up.
+The images are synthetic, the same on every run: octaves of noise (amplitude falls with frequency, as it does in
+photographs) with grain, as JPEG of quality 90. A rate is images per second of processor time over all threads of this
+process, so that it is one core's, whatever else the machine does; the median of the repeats counts. The methods are
+interleaved on the same bytes, after a warm-up.
 """
 
 import argparse
 import io
-import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,153 +22,105 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
+from experiments import results
+from lcm_jax import files
 from lcm_jax.data import images
-from lcm_jax.files import write_text
+from lcm_jax.errors import LcmError, exit_code
 
 SIZES = ((1000, 1333), (1024, 1280))  # (height, width): any ratio, and one that 512 divides exactly
 TARGET = 512
 QUALITY = 90
 OCTAVES = ((8, 50), (32, 25), (128, 12), (512, 5))  # (cells along the height, standard deviation in levels of 255)
 GRAIN = 2.0  # standard deviation of each pixel's own noise
+FITS = (("pillow", "lanczos"), ("pillow", "bicubic"), ("pillow", "bilinear"), ("pillow", "box"), ("opencv", "area"))
 
 Method = Callable[[bytes], np.ndarray]
 
 
 def photo_like(number: int, height: int, width: int) -> bytes:
-    """JPEG number `number`: a function of its arguments."""
+    """JPEG number `number`; depends on the arguments alone."""
     rng = np.random.default_rng([number, height, width])
-    picture = np.full((height, width, 3), 128.0, np.float32)
+    image = np.full((height, width, 3), 128.0, np.float32)
     for cells, deviation in OCTAVES:
         coarse = rng.normal(0, deviation, (cells, cells * width // height, 3)).astype(np.float32)
-        picture += cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-    picture += rng.normal(0, GRAIN, picture.shape)
+        image += cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    image += rng.normal(0, GRAIN, image.shape)
     stream = io.BytesIO()
-    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=QUALITY)
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=QUALITY)
     return stream.getvalue()
 
 
-def fitted(decoder: str, resize_filter: str) -> Method:
-    def method(data: bytes) -> np.ndarray:
-        image = images.decode(data, decoder)
-        return images.fit(image, TARGET, TARGET, resize_filter=resize_filter, decoder=decoder)[0]
-
-    return method
-
-
-def bare_opencv(data: bytes) -> np.ndarray:
-    """What OpenCV takes without the header, the orientation and the test for truncation."""
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-
-
 def methods() -> dict[str, Method]:
-    """Name -> what is measured: bytes to uint8 [h w 3]."""
-    table = {
-        f"decode, {decoder}": lambda data, decoder=decoder: images.decode(data, decoder) for decoder in images.FILTERS
-    }
-    table["decode, cv2.imdecode alone"] = bare_opencv
-    table["header_size"] = lambda data: np.array(images.header_size(data))
-    for decoder, name in (
-        ("pillow", "lanczos"),
-        ("pillow", "bicubic"),
-        ("pillow", "bilinear"),
-        ("pillow", "box"),
-        ("opencv", "area"),
-    ):
-        table[f"decode + fit, {decoder} {name}"] = fitted(decoder, name)
-    return table
+    """Name -> what is measured: bytes to uint8 [h w 3]; "decode + fit" resizes and crops to TARGET."""
+
+    def fitted(decoder: str, resize_filter: str) -> Method:
+        def method(data: bytes) -> np.ndarray:
+            image = images.decode(data, decoder)
+            return images.fit(image, TARGET, TARGET, resize_filter=resize_filter, decoder=decoder)[0]
+
+        return method
+
+    table = {f"decode, {name}": lambda data, name=name: images.decode(data, name) for name in images.FILTERS}
+    return table | {f"decode + fit, {decoder} {name}": fitted(decoder, name) for decoder, name in FITS}
 
 
-def seconds(method: Method, files: Sequence[bytes]) -> tuple[float, float]:
-    """(processor, wall) seconds for all files."""
-    processor, wall = time.process_time(), time.perf_counter()
-    for data in files:
-        method(data)
-    return time.process_time() - processor, time.perf_counter() - wall
-
-
-def measure(files: Sequence[bytes], repeats: int) -> list[dict]:
-    """One row per method: pictures per second, and the mean difference from Pillow's lanczos in levels of 255."""
-    table, reference = methods(), fitted("pillow", "lanczos")
+def measure(data: Sequence[bytes], repeats: int) -> list[dict]:
+    """One row per method: images per second, and the mean difference from Pillow's lanczos in levels of 255."""
+    table = methods()
+    reference = table["decode + fit, pillow lanczos"]
     for method in table.values():
-        method(files[0])
-    times = {name: [] for name in table}
-    for _ in range(repeats):  # in turn, so that a slow spell of the machine meets all
+        method(data[0])
+    seconds: dict[str, list[float]] = {name: [] for name in table}
+    for _ in range(repeats):
         for name, method in table.items():
-            times[name].append(seconds(method, files))
+            begun = time.process_time()
+            for one in data:
+                method(one)
+            seconds[name].append(time.process_time() - begun)
     rows = []
     for name, method in table.items():
-        processor, wall = (statistics.median(column) for column in zip(*times[name], strict=True))
-        fits = name.startswith("decode + fit")
-        gap = [np.abs(method(d).astype(float) - reference(d)).mean() for d in files[:8]] if fits else None
-        rows.append(
-            {
-                "method": name,
-                "per_core_second": len(files) / processor,
-                "per_wall_second": len(files) / wall,
-                "difference": float(np.mean(gap)) if fits else None,
-            }
-        )
+        rows.append({"method": name, "per_core_second": len(data) / statistics.median(seconds[name])})
+        if "fit" in name:
+            gaps = [np.abs(method(one).astype(float) - reference(one)).mean() for one in data[:8]]
+            rows[-1]["difference"] = float(np.mean(gaps))
     return rows
 
 
-def markdown(results: dict[str, list[dict]]) -> str:
-    sizes = list(results)
-    lines = [
-        f"| images/s on one core | {' | '.join(sizes)} | difference from Pillow lanczos |",
-        "|---" * (len(sizes) + 2) + "|",
-    ]
-    for same in zip(*results.values(), strict=True):
-        rates = " | ".join(f"{row['per_core_second']:,.0f}" for row in same)
-        gaps = " / ".join(f"{row['difference']:.2f}" for row in same if row["difference"] is not None)
-        lines.append(f"| {same[0]['method']} | {rates} | {gaps} |")
-    return "\n".join(lines)
+def markdown(by_size: dict[str, list[dict]]) -> str:
+    rows = []
+    for same in zip(*by_size.values(), strict=True):
+        rates = [f"{row['per_core_second']:,.0f}" for row in same]
+        gaps = " / ".join(f"{row['difference']:.2f}" for row in same if "difference" in row)
+        rows.append([same[0]["method"], *rates, gaps])
+    return results.table(["images/s on one core", *by_size, "difference from Pillow lanczos"], rows)
 
 
-def parse() -> argparse.Namespace:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=64, help="pictures of each size")
+    parser.add_argument("--count", type=int, default=64, help="images of each size")
     parser.add_argument("--repeats", type=int, default=3, help="passes over them; the median counts")
-    parser.add_argument("--out", type=Path, help="a new JSON file for all numbers")
+    parser.add_argument("--out", type=Path, help="JSON file for all numbers")
     args = parser.parse_args()
     if args.count < 1 or args.repeats < 1:
-        parser.error("--count and --repeats must be at least 1")
-    return args
-
-
-def main() -> None:
-    args = parse()
+        raise LcmError(f"--count={args.count} and --repeats={args.repeats} must be at least 1")
     cv2.setNumThreads(1)
-    results, kibibytes = {}, {}
+    found, kibibytes = {}, {}
     for height, width in SIZES:
-        files = [photo_like(number, height, width) for number in range(args.count)]
-        kibibytes[f"{height} x {width}"] = sum(map(len, files)) / len(files) / 1024
-        results[f"{height} x {width}"] = measure(files, args.repeats)
+        data = [photo_like(number, height, width) for number in range(args.count)]
+        kibibytes[f"{height} x {width}"] = round(sum(map(len, data)) / len(data) / 1024)
+        found[f"{height} x {width}"] = measure(data, args.repeats)
     versions = {
         "python": platform.python_version(),
         "pillow": PIL.__version__,
         "opencv": cv2.__version__,
         "libjpeg_turbo": features.version("libjpeg_turbo"),
     }
-    print(
-        f"{markdown(results)}\n\n{args.count} pictures of each size, {args.repeats} repeats; KiB per picture: "
-        f"{', '.join(f'{size}: {mean:.0f}' for size, mean in kibibytes.items())}; {versions}"
-    )
+    about = {"count": args.count, "repeats": args.repeats, "kibibytes": kibibytes, "versions": versions}
+    print(f"{markdown(found)}\n{about}")
     if args.out:
-        write_text(
-            args.out,
-            json.dumps(
-                {
-                    "count": args.count,
-                    "repeats": args.repeats,
-                    "kibibytes": kibibytes,
-                    "versions": versions,
-                    "sizes": results,
-                },
-                indent=1,
-            )
-            + "\n",
-        )
+        files.write_atomic(args.out, results.to_json(about | {"sizes": found}, 3))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

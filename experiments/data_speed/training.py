@@ -1,19 +1,17 @@
-"""What reading costs a training: the share of a step spent waiting for data, beside one that reads nothing.
+"""What reading costs a training: the share of a step spent waiting for data, beside a training that reads nothing.
 
     python -m experiments.data_speed.training [--steps=60] [--out=FILE.json]
 
-The embedded teacher is distilled three ways, each once with its own data and once with the rows of its first batch held
-in memory, everything else being the same: the shapes set encoded at the start; the same from a latent cache on disk,
-made by `lcm_jax.precompute`; and photo-like JPEG pictures of 1000 x 1333 pixels in tar shards, decoded and cropped to
-512. Those are encoded at every step, held or not. Reading and training share the machine's cores. Steps are timed from
-metrics.jsonl, the median of the logged lines, after compiling.
+The embedded teacher is distilled from three kinds of data, each once as it is and once with the rows of the first batch
+held in memory, all else equal: the shapes set encoded at the start; the same from a latent cache on disk, made by
+`lcm_jax.precompute`; and photo-like JPEG images of 1000 x 1333 pixels in tar shards, decoded and cropped to 512, which
+are encoded at every step, held or not. Reading and training share the machine's cores. The time of a step is the median
+of the lines of metrics.jsonl after compiling.
 """
 
 import argparse
 import contextlib
 import itertools
-import json
-import runpy
 import statistics
 import tarfile
 import tempfile
@@ -26,11 +24,11 @@ from unittest import mock
 import jax
 import numpy as np
 
+from experiments import results, stage
 from experiments.data_speed.images import photo_like
-from lcm_jax import precompute
+from lcm_jax import files, precompute
 from lcm_jax.data import cache, loader
 from lcm_jax.data.order import draws_at
-from lcm_jax.files import write_text
 from lcm_jax.runtime.telemetry import read_metrics
 from lcm_jax.train import train
 
@@ -42,12 +40,12 @@ READS = 20_000
 
 
 def photo_shards(folder: Path) -> str:
-    """Pattern of two shards of captioned photo-like pictures."""
+    """Pattern of two shards of captioned photo-like images."""
     for shard in range(2):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for number in range(shard, PHOTOS, 2):
-                files = {"jpg": photo_like(number, *PHOTO_SIZE), "txt": CAPTION}
-                for suffix, content in files.items():
+                parts = {"jpg": photo_like(number, *PHOTO_SIZE), "txt": CAPTION}
+                for suffix, content in parts.items():
                     info = tarfile.TarInfo(f"{number:09d}.{suffix}")
                     info.size = len(content)
                     tar.addfile(info, BytesIO(content))
@@ -56,7 +54,7 @@ def photo_shards(folder: Path) -> str:
 
 @contextlib.contextmanager
 def first_batch_held() -> Iterator[None]:
-    """Trainings in this context get the rows of their first batch again and again."""
+    """Trainings in this context get the rows of their first batch at every step."""
     read = loader.batches
 
     def held(*args, put, **keywords) -> Iterator:
@@ -69,7 +67,7 @@ def first_batch_held() -> Iterator[None]:
 
 
 def measured(config, workdir: Path) -> dict[str, float]:
-    """Seconds of a step and the share of it that waited for data; median over logged lines but for the first two."""
+    """Seconds of a step and the share of it that waited for data: medians over all logged lines but the first two."""
     train(config, workdir)
     lines = read_metrics(workdir)[2:]
     seconds = statistics.median(config.data.batch_size / line["images_per_second"] for line in lines)
@@ -90,10 +88,10 @@ def reads_per_second(folder: Path) -> float:
 
 
 def configs(folder: Path, steps: int) -> dict:
-    """Name -> config of the trainings that are compared; makes the data that they read."""
+    """Name -> config of the trainings that are compared; writes the data that they read to `folder`."""
     made = {}
     for name in ("in memory", "latent cache", "512 px JPEG tar"):
-        config = runpy.run_path(CONFIG)["get_config"]()
+        config = stage.read_config(CONFIG)
         config.train.steps, config.log.every = steps, LOG_EVERY
         config.checkpoint.every, config.sample.every = 10 * steps, 0
         made[name] = config
@@ -120,18 +118,18 @@ def main() -> int:
                 held = measured(config, folder / f"{name} held")
             rows[name] = {**own, "held_step_s": held["step_s"], "slowdown": own["step_s"] / held["step_s"] - 1}
         reads = reads_per_second(folder / "cache")
-    print("| data | step | waiting for data | step, batch held | slow-down |\n|---|---|---|---|---|")
-    for name, row in rows.items():
-        print(
-            f"| {name} | {1e3 * row['step_s']:.0f} ms | {100 * row['data_wait']:.1f} % | "
-            f"{1e3 * row['held_step_s']:.0f} ms | {100 * row['slowdown']:+.1f} % |"
-        )
-    print(
-        f"\nlatent cache: {reads:.0f} rows/s in random order, one thread ({jax.device_count()} device(s), "
-        f"{jax.default_backend()})"
-    )
+    columns = {
+        "data": ("name", "{}"),
+        "step": ("step_s", "{:.3f} s"),
+        "waiting for data": ("data_wait", "{:.1%}"),
+        "step, batch held": ("held_step_s", "{:.3f} s"),
+        "slow-down": ("slowdown", "{:+.1%}"),
+    }
+    print(results.table_of(columns, [{"name": name} | row for name, row in rows.items()]))
+    devices = f"{jax.device_count()} device(s), {jax.default_backend()}"
+    print(f"latent cache: {reads:.0f} rows/s in random order, one thread ({devices})")
     if args.out:
-        write_text(args.out, json.dumps({"rows": rows, "cache_reads_per_second": reads}, indent=2) + "\n")
+        files.write_atomic(args.out, results.to_json({"rows": rows, "cache_reads_per_second": reads}, 2))
     return 0
 
 

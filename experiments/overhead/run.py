@@ -1,25 +1,23 @@
-"""What the training loop costs beside its step: reading, encoding, telemetry, against the jitted step alone.
+"""What the training loop costs beside its step: reading, encoding and telemetry against the jitted step alone.
 
     python -m experiments.overhead.run [--steps=200] [--out=experiments/overhead]
 
-The embedded teacher is distilled as configs/shapes_lcm.py says, from a latent cache on disk. One state goes through
-three ways of doing a step in turn:
+The embedded teacher is distilled as configs/shapes_lcm.py says, from a latent cache on disk. Three kinds of step take
+turns on one state:
 
-    bare   the jitted step on a batch that lies on the device; the next begins when it has ended
+    bare   the jitted step on a batch that is on the device already; the next step waits for its end
     loop   the loop's step: the next batch from the loader, its encoding, the step, `Telemetry.update`, a line in
-           metrics.jsonl and TensorBoard every `log.every` steps; it ends as `bare` does, though the loop does not wait
-    lean   `bare` by a program that gives the loss alone, no norms and bins
+           metrics.jsonl and TensorBoard every `log.every` steps; its end is awaited, too, which the loop does not do
+    lean   `bare` with a program that returns only the loss, no norms and bins
 
-Times are medians. A logged step of the loop comes once in `log.every`, so the loop's time per step is that of the
-others plus the difference over `log.every`. Writes overhead.json and table.md.
+Times are medians. One step of the loop in `log.every` is logged, so the loop's time per step is that of the others
+plus the difference over `log.every`. Writes overhead.json and table.md.
 """
 
 import argparse
 import contextlib
 import functools
-import json
 import os
-import runpy
 import statistics
 import sys
 import tempfile
@@ -31,26 +29,26 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lcm_jax import precompute
+from experiments import results, stage
+from lcm_jax import files, precompute
 from lcm_jax.data import encoding, loader
 from lcm_jax.distill import step as step_lib
-from lcm_jax.files import write_text
 from lcm_jax.run import config as config_lib
 from lcm_jax.run import data as training_data
 from lcm_jax.run import models as student_lib
 from lcm_jax.run import step as training_step
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.telemetry import LAG, RunInfo, Telemetry
-from lcm_jax.train import to_device
 
 CONFIG = "configs/shapes_lcm.py"
 EXAMPLES = 512
-WARM_UP = 10  # steps of each way that are not counted
+WARM_UP = 10  # steps of each kind that are not counted
+KINDS = ("bare", "loop", "lean")
 
 
 def make_config(folder: Path) -> ConfigDict:
-    """The demo's config, from a latent cache that is made in `folder`."""
-    config = runpy.run_path(CONFIG)["get_config"]()
+    """The demo's config with its data in a latent cache, which is made in `folder`."""
+    config = stage.read_config(CONFIG)
     config.data.num_examples = EXAMPLES
     precompute.latents(config, folder / "cache", precompute.Options())
     config.data.update(source="latents", path=str(folder / "cache"), encode="step")
@@ -59,18 +57,26 @@ def make_config(folder: Path) -> ConfigDict:
 
 
 @contextlib.contextmanager
-def opened(config: ConfigDict, workdir: Path, steps: int) -> Iterator[dict[str, Callable[[Any], Any]]]:
-    """Name -> a way of doing a step, state -> state; and "begin", which gives the first state."""
+def opened(config: ConfigDict, workdir: Path, steps: int) -> Iterator[tuple[Any, dict[str, Callable[[Any], Any]]]]:
+    """The initial state, and the step of each of KINDS, state -> state."""
     mesh = mesh_lib.make_mesh()
-    teacher = student_lib.load_teacher(config, mesh_lib.place(mesh))
-    student = student_lib.load_student(config, teacher, mesh_lib.place(mesh))
-    made = training_step.make(config, teacher, student, mesh)
-    frozen, key = made.place_frozen(teacher, student), step_lib.named_key(config.seed, "draws")
-    encode = encoding.make_encode(teacher, mesh)
+    models = student_lib.load(config, mesh_lib.place(mesh))
+    teacher = models.teacher
+    made = training_step.make(config, models, mesh)
+    frozen, key = made.place_frozen(models), step_lib.named_key(config.seed, "draws")
+    encode = encoding.make_encode(teacher, models.teacher_params, mesh)
     watch = training_data.Watch(loader.BadRecordLog(0.0, print), lambda line: print(line, file=sys.stderr))
     examples, order = training_data.open_examples(config, training_data.open_parts(config), teacher, encode, watch)
-    lean_step = jax.jit(functools.partial(with_loss_alone, made.step), donate_argnums=0)
-    put = functools.partial(to_device, mesh, watch)
+
+    def loss_alone(*args: Any) -> tuple[Any, jax.Array]:
+        state, metrics = made.step(*args)
+        return state, metrics["loss"]
+
+    lean_step = jax.jit(loss_alone, donate_argnums=0)
+
+    def put(rows: encoding.Rows) -> dict[str, jax.Array]:
+        return mesh_lib.put_batch(mesh, watch.captions(rows))
+
     with (
         contextlib.closing(loader.batches(examples, order, bad_records=watch.bad_records, put=put)) as batches,
         Telemetry(
@@ -103,30 +109,24 @@ def opened(config: ConfigDict, workdir: Path, steps: int) -> Iterator[dict[str, 
             telemetry.update(done, metrics)
             return state
 
-        yield {"begin": lambda _: made.begin(student_lib.theta(student)), "bare": bare, "loop": loop, "lean": lean}
+        yield made.begin(models.trainable), {"bare": bare, "loop": loop, "lean": lean}
 
 
-def with_loss_alone(step: Callable, *args: Any) -> tuple[Any, jax.Array]:
-    state, metrics = step(*args)
-    return state, metrics["loss"]
-
-
-def timed(ways: dict[str, Callable[[Any], Any]], steps: int) -> dict[str, list[float]]:
-    """Seconds of each of `steps` steps of every way, one of each after another, the first of them in turn."""
-    names = ["bare", "loop", "lean"]
-    state = jax.block_until_ready(ways["begin"](None))
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+def timed(state: Any, step_of: dict[str, Callable[[Any], Any]], steps: int) -> dict[str, list[float]]:
+    """Seconds of `steps` steps of each kind, interleaved; the kind that comes first rotates."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    state = jax.block_until_ready(state)
     for number in range(WARM_UP + steps):
-        for name in names[number % 3 :] + names[: number % 3]:
+        for kind in KINDS[number % 3 :] + KINDS[: number % 3]:
             begun = time.perf_counter()
-            state = jax.block_until_ready(ways[name](state))
-            seconds[name].append(time.perf_counter() - begun)
-    return {name: values[WARM_UP:] for name, values in seconds.items()}
+            state = jax.block_until_ready(step_of[kind](state))
+            seconds[kind].append(time.perf_counter() - begun)
+    return {kind: values[WARM_UP:] for kind, values in seconds.items()}
 
 
 def summary(seconds: dict[str, list[float]], log_every: int) -> dict[str, Any]:
-    """Medians in seconds, and shares of the bare step's."""
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+    """Medians in seconds, and what the loop and the metrics add to a step, as shares."""
+    median = {kind: statistics.median(values) for kind, values in seconds.items()}
     # A step's line is written LAG steps later, when its numbers are checked.
     logged = [s for number, s in enumerate(seconds["loop"], WARM_UP + 1) if (number - LAG) % log_every == 0]
     line = statistics.median(logged) - median["loop"]
@@ -144,37 +144,32 @@ def summary(seconds: dict[str, list[float]], log_every: int) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """The summary as Markdown."""
-    median = {name: f"{1e3 * value:.1f} ms" for name, value in found["median_s"].items()}
-    return "\n".join(
-        [
-            f"| {found['device']}, median of {found['loop_steps']} interleaved steps | time per step | |",
-            "|---|---|---|",
-            f"| the jitted step alone | {median['bare']} | |",
-            f"| the loop's step, everything on, a line every {found['log_every']} | {1e3 * found['loop_s']:.1f} ms "
-            f"| {100 * found['overhead']:+.1f} % |",
-            f"| the jitted step without norms and bins | {median['lean']} | the metrics cost "
-            f"{100 * found['metrics']:+.1f} % |",
-            f"| one line in metrics.jsonl and TensorBoard | {1e3 * found['line_s']:.1f} ms | |",
-            "",
-        ]
-    )
+    median = found["median_s"]
+    overhead, metrics = (f"{100 * found[key]:+.1f} %" for key in ("overhead", "metrics"))
+    rows = [
+        ("the jitted step alone", median["bare"], ""),
+        (f"the loop's step, everything on, a line every {found['log_every']}", found["loop_s"], overhead),
+        ("the jitted step without norms and bins", median["lean"], f"the metrics cost {metrics}"),
+        ("one line in metrics.jsonl and TensorBoard", found["line_s"], ""),
+    ]
+    heads = [f"{found['device']}, median of {found['loop_steps']} interleaved steps", "time per step", ""]
+    return results.table(heads, [(name, f"{1e3 * seconds:.1f} ms", share) for name, seconds, share in rows])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200, help="of each way")
+    parser.add_argument("--steps", type=int, default=200, help="of each kind")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of overhead.json and table.md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         config = make_config(folder)
         (folder / "run").mkdir()
-        with opened(config, folder / "run", WARM_UP + args.steps) as ways:
-            found = summary(timed(ways, args.steps), config.log.every)
+        with opened(config, folder / "run", WARM_UP + args.steps) as (state, step_of):
+            found = summary(timed(state, step_of, args.steps), config.log.every)
     found |= {"device": f"{jax.default_backend()}, {os.cpu_count()} cores", "batch_size": config.data.batch_size}
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_text(args.out / "overhead.json", json.dumps(found, indent=2) + "\n")
-    write_text(args.out / "table.md", table(found))
+    files.write_atomic(args.out / "overhead.json", results.to_json(found, 1))
+    files.write_atomic(args.out / "table.md", table(found))
     print(table(found))
     return 0
 

@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 
+import lcm_jax
 from experiments import embedded, measuring, results, stage
 from experiments.terminal import teller
-from lcm_jax import pretrained
 from lcm_jax.data import shapes
 from lcm_jax.errors import exit_code
 from lcm_jax.metrics.shapes import REFERENCES, heldout
-from lcm_jax.pretrained import load_pipeline
-from lcm_jax.sampling.generator import Generator, draw_noise, settings_for
 
 CONFIG = "configs/shapes_lcf.py"
 LCD_WEIGHT = 0.5
@@ -79,12 +77,11 @@ def answer_to_w(folder: Path) -> float:
 
     Near 0 the model ignores w: its guidance is lost.
     """
-    generator = Generator(load_pipeline(folder))
-    settings = settings_for(generator.pipeline, pretrained.read_record(folder), "lcm", STEPS, "trailing")
-    unet, captions = generator.pipeline.unet, [shapes.caption(spec) for spec in heldout(measuring.BATCH)]
-    noise = draw_noise(0, range(len(captions)), STEPS, (unet.sample_size, unet.sample_size, unet.in_channels))
-    cond = generator.encode(captions)
-    low, high = (np.asarray(generator.latents(cond, noise, scale, settings)) for scale in SCALES)
+    model = lcm_jax.load(folder)
+    captions = [shapes.caption(spec) for spec in heldout(measuring.BATCH)]
+    noise = model.noise(0, range(len(captions)), STEPS, *model.pipeline.default_size)
+    cond, settings = model.encode(captions), lcm_jax.Settings(steps=STEPS)
+    low, high = (np.asarray(model.latents(cond, noise, scale, settings)) for scale in SCALES)
     return float(np.sqrt(np.mean(np.square(high - low))) / np.std(low))
 
 

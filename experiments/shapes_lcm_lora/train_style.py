@@ -7,7 +7,6 @@ its frozen UNet are trained. Adam, linear to 0 over the second half; the EMA of 
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from lcm_jax.errors import LcmError, exit_code
 from lcm_jax.models import lora
 from lcm_jax.pretrained import Pipeline, load_pipeline, lora_files
 from lcm_jax.pretrained import text as conditioning
+from lcm_jax.pretrained.model import PipelineParams
 
 STYLE = "card"
 RANK = 16  # alpha equals the rank, so that weight 1.0 gives the model that was trained
@@ -37,17 +37,18 @@ DROP_CAPTION = 0.1
 FILE = "style_lora.safetensors"
 
 
-def latents(pipeline: Pipeline, style: str, count: int, batch: int = 64) -> dict[str, np.ndarray]:
+def latents(
+    pipeline: Pipeline, params: PipelineParams, style: str, count: int, batch: int = 64
+) -> dict[str, np.ndarray]:
     """Scaled posterior moments [n h w c] of the first styled renders, and their captions' conditioning [n l d]."""
     vae = pipeline.vae
     encode = jax.jit(lambda params, images: vae.apply({"params": params}, images, method="encode"))
-    params = {name: jax.device_put(tree) for name, tree in pipeline.params.items() if name != "unet"}
-    pipeline = dataclasses.replace(pipeline, params=params)
+    params = {name: jax.device_put(tree) for name, tree in params.items() if name != "unet"}
     parts = []
     for start in range(0, count, batch):
         images, captions = shapes.examples(start, batch, style=style)
         mean, logvar = encode(params["vae"], images.astype(np.float32) / 127.5 - 1.0)
-        text = conditioning.encode(pipeline, captions)["encoder_hidden_states"]
+        text = conditioning.encode(pipeline, params, captions)["encoder_hidden_states"]
         parts.append(jax.device_get((mean * vae.scaling_factor, jnp.exp(0.5 * logvar) * vae.scaling_factor, text)))
     mean, std, text = (np.concatenate(column)[:count] for column in zip(*parts, strict=True))
     return {"mean": mean, "std": std, "text": text}
@@ -68,15 +69,15 @@ def loss_fn(unet: lora.Adapted, noise_schedule: schedule.NoiseSchedule, adapters
 
 def train(workdir: Path, steps: int = STEPS, rank: int = RANK, learning_rate: float = LEARNING_RATE) -> Path:
     """Trains, or resumes, and writes WORKDIR/style_lora.safetensors. Raises LcmError if the teacher predicts no v."""
-    teacher = load_pipeline(assets.path("shapes"))
+    teacher, params = load_pipeline(assets.path("shapes"))
     if teacher.schedule.prediction_type != "v_prediction":
         raise LcmError(f"the loss is of v, but the teacher predicts {teacher.schedule.prediction_type}")
-    data = latents(teacher, STYLE, EXAMPLES)
+    data = latents(teacher, params, STYLE, EXAMPLES)
     frozen = jax.device_put(
-        {"base": teacher.params["unet"], "null": conditioning.null(teacher)["encoder_hidden_states"]}
+        {"base": params["unet"], "null": conditioning.null(teacher, params)["encoder_hidden_states"]}
     )
     unet = lora.Adapted(teacher.unet, 1.0)
-    adapters = lora.init(jax.random.key(0), teacher.params["unet"], rank)
+    adapters = lora.init(jax.random.key(0), params["unet"], rank)
 
     half = steps // 2
     rate = optax.join_schedules(

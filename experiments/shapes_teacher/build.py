@@ -14,6 +14,7 @@ from experiments.shapes_teacher.train_unet import SCHEDULER, TEXT, UNET
 from lcm_jax.diffusion import schedule
 from lcm_jax.models import clip, unet
 from lcm_jax.pretrained import Pipeline, save_pipeline
+from lcm_jax.pretrained.tokenizer import load_tokenizer
 from lcm_jax.runtime.checkpoints import list_steps, load_subtree
 
 ASSET = Path(__file__).parents[2] / "lcm_jax" / "assets" / "shapes_teacher"
@@ -34,15 +35,14 @@ def main() -> None:
         vae=vae,
         text_encoder=clip.from_config(TEXT),
         text_encoder_2=None,
-        params={"unet": params["unet"], "vae": vae_params, "text_encoder": params["text_encoder"]},
-        tokenizer=None,
+        tokenizer=load_tokenizer(source / "tokenizer", tokenizer.LENGTH),
         tokenizer_2=None,
         schedule=schedule.from_config(SCHEDULER),
         configs={"scheduler": SCHEDULER, "model_index": {}, "text_encoder": TEXT},
-        source=str(source),
     )
     shutil.rmtree(args.out, ignore_errors=True)
-    save_pipeline(pipeline, args.out, dtype=np.float16)
+    weights = {"unet": params["unet"], "vae": vae_params, "text_encoder": params["text_encoder"]}
+    save_pipeline(pipeline, weights, args.out, dtype=np.float16)
     print(f"{args.out}: {sum(f.stat().st_size for f in args.out.rglob('*') if f.is_file())} bytes")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lcm_jax.data import shapes
-from lcm_jax.pretrained.text import load_tokenizer, tokenize
+from lcm_jax.pretrained.tokenizer import load_tokenizer, tokenize
 
 LENGTH = 24  # two objects need 23
 START, END = "<|startoftext|>", "<|endoftext|>"

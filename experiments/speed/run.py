@@ -1,13 +1,12 @@
-"""`lcm_jax` and torch on the same work, each in its own process, by turns: sampling in 4 steps, LCD and LCM-LoRA steps.
+"""`lcm_jax` and torch on the same work, each in its own process, interleaved: sampling, LCD and LCM-LoRA steps.
 
     python -m experiments.speed.run --device=cpu|gpu [--only=lcd-sd15] [--budget_s=540] [--profile] [--list]
     python -m experiments.speed.run --report
 
-Results go to results/<card>.json as soon as they are there; what is there is not measured again (but with --again, and
-with other versions of the packages), so a run that was cut is continued by the same command. `--profile` traces our
-side of each workload chosen by --only, into --profiles, instead of timing it. `--report` makes table.md, the charts
-and README.md's section of all cards.
-Needs lcm_jax[torch].
+Results go to results/<card>.json as soon as they are measured and are kept (unless --again is given, or the versions of
+the packages change), so the same command resumes a run that was cut. `--profile` traces our side of each workload
+chosen by --only, into --profiles, instead of timing it. `--report` makes table.md, the charts and README.md's section
+of all cards. Needs lcm_jax[torch].
 """
 
 import argparse
@@ -21,15 +20,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import lcm_jax
+from experiments import results
 from experiments.speed import measure, report, workloads
-from experiments.speed.worker import OutOfTime, Worker
+from experiments.speed.worker import Failed, OutOfTime, Worker
 from experiments.speed.workloads import Workload
 from experiments.terminal import teller
 from lcm_jax import files
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import LcmError, exit_code
 
 HERE = Path(__file__).parent
 NO_BUDGET_S = 10**6
@@ -41,19 +40,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=tuple(workloads.LISTS))
     parser.add_argument("--only", action="append", default=[], help="part of a workload's name; may be repeated")
-    parser.add_argument("--budget_s", type=float, default=NO_BUDGET_S, help="seconds after which nothing goes on")
+    parser.add_argument("--budget_s", type=float, default=NO_BUDGET_S, help="seconds until the measurement stops")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON files")
     parser.add_argument("--remat", choices=("none", "attention", "block"), help="of all training steps")
-    parser.add_argument("--again", action="store_true", help="measure what is there, too")
-    parser.add_argument("--profile", action="store_true", help="say what costs where, of our side")
+    parser.add_argument("--again", action="store_true", help="measure again what is in the results")
+    parser.add_argument("--profile", action="store_true", help="report where the time of our side goes")
     parser.add_argument("--profiles", type=Path, default=Path("runs/speed"), help="folder of traces and the log")
-    parser.add_argument("--list", action="store_true", help="name the workloads, and end")
-    parser.add_argument("--report", action="store_true", help="table and charts of the results, and end")
+    parser.add_argument("--list", action="store_true", help="print the workloads' names and exit")
+    parser.add_argument("--report", action="store_true", help="make table and charts of the results and exit")
     args = parser.parse_args(argv)
     if args.device is None and not args.report:
         parser.error("--device=cpu or gpu is needed, or --report")
     if args.again and args.budget_s < NO_BUDGET_S:
-        parser.error("--again begins anew with every command, so --budget_s would never see the end; give one of them")
+        parser.error("--again starts over with every command, so that a --budget_s never suffices; give one of them")
     return args
 
 
@@ -69,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(workload.name for workload in chosen))
         return 0
     say = teller()
+    args.profiles.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + args.budget_s
     try:
         if args.profile:
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             run(chosen, args, deadline, say)
     except OutOfTime:
-        say("the budget is used up; the same command goes on")
+        say("the budget is used up; the same command resumes")
     return 0
 
 
@@ -86,13 +86,7 @@ def run(chosen: list[Workload], args: argparse.Namespace, deadline: float, say: 
     name = card_name(args.device)
     path = args.results / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     card = json.loads(path.read_text()) if path.exists() else {"card": name, "device": args.device, "workloads": {}}
-
     now = versions()
-
-    def keep() -> None:
-        with files.new_file(path) as partial:
-            partial.write_text(json.dumps(card, indent=1) + "\n")
-
     for workload in chosen:
         found = {} if args.again else measure.current(card["workloads"].get(workload.name, {}), now)
         if measure.complete(found):
@@ -103,55 +97,56 @@ def run(chosen: list[Workload], args: argparse.Namespace, deadline: float, say: 
         say(workload.name)
         found |= {"workload": dataclasses.asdict(workload), "versions": now, "code": code()}
         card["workloads"][workload.name] = found
-
-        def start(side: str, workload: Workload = workload) -> Worker:
-            return Worker(side, workload, args.device, deadline, log_file(args.profiles))
-
-        measure.measure(found, workload, start, keep, say)
-    say(f"all there: {path}")
+        measure.measure(
+            found,
+            workload,
+            lambda side, workload=workload: Worker(side, workload, args.device, deadline, log_file(args)),
+            lambda: files.write_atomic(path, results.to_json(card, 3)),
+            say,
+        )
+    say(f"finished: {path}")
 
 
 def profile(workload: Workload, args: argparse.Namespace, deadline: float, say: measure.Say) -> None:
     """Writes PROFILES/<workload>/: summary.json, cost.txt of a training step, and the trace."""
     folder = args.profiles / workload.name
+    folder.mkdir(exist_ok=True)
     alone = dataclasses.replace(workload, alone=True)
-    with Worker("jax", alone, args.device, deadline, log_file(args.profiles)) as jax:
-        found = measure.profile(jax, folder)
-    (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    try:
+        with Worker("jax", alone, args.device, deadline, log_file(args)) as jax:
+            found = jax.ask({"do": "profile", "folder": str(folder)})
+    except Failed as error:
+        raise LcmError(f"{workload.name} cannot be profiled: {error}") from None
+    (folder / "summary.json").write_text(results.to_json(found, 2))
     say(f"{workload.name}: {folder}")
-    if "error" in found:
-        raise LcmError(f"{workload.name} cannot be profiled: {found['error']}")
     for name, seconds in found.get("stage_seconds", {}).items():
         print(f"  {1e3 * seconds:10.2f} ms  {name}")
     for kernel in found["kernels"][:20]:
-        print(
-            f"  {1e3 * kernel['seconds']:10.3f} ms {100 * kernel['share']:5.1f} %  {kernel['calls']:7.1f} x "
-            f"{kernel['name'][:90]}"
-        )
+        time_and_share = f"{1e3 * kernel['seconds']:10.3f} ms {100 * kernel['share']:5.1f} %"
+        print(f"  {time_and_share}  {kernel['calls']:7.1f} x {kernel['name'][:90]}")
 
 
-def log_file(folder: Path) -> Path:
-    """Where the workers' standard error goes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "workers.log"
+def log_file(args: argparse.Namespace) -> Path:
+    """For the workers' standard error."""
+    return args.profiles / "workers.log"
 
 
 def card_name(device: str) -> str:
-    """The processor's or the first GPU's name. Raises LcmError where there is no such."""
+    """The processor's or the first GPU's name. Raises LcmError if there is no GPU."""
     if device == "cpu":
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         name = found[1] if found else os.uname().machine
         return f"{name}, {len(os.sched_getaffinity(0))} cores"
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise LcmError(f"--device=gpu: nvidia-smi tells of no GPU ({error}); use --device=cpu") from error
-    return told.splitlines()[0].strip()
+        raise LcmError(f"--device=gpu: nvidia-smi finds no GPU ({error}); use --device=cpu") from error
+    return names.splitlines()[0].strip()
 
 
-def versions() -> dict[str, Any]:
-    """Of the packages that are compared. Raises LcmError, which names one that is missing."""
+def versions() -> dict[str, str]:
+    """Of the packages that are compared. Raises LcmError if one is missing."""
     try:
         return {name: importlib.metadata.version(name) for name in PACKAGES}
     except importlib.metadata.PackageNotFoundError as error:
@@ -159,7 +154,7 @@ def versions() -> dict[str, Any]:
 
 
 def code() -> str:
-    """SHA-256 of the package's sources: another code's results stay, and the report says so."""
+    """SHA-256 of the package's sources, which the report names beside the results."""
     digest, package = hashlib.sha256(), Path(lcm_jax.__file__).parent
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
@@ -167,8 +162,4 @@ def code() -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (LcmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(main))

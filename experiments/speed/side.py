@@ -1,26 +1,21 @@
-"""What both sides' processes have in common: a prepared workload, its config, and the protocol of a worker."""
+"""What the processes of both sides share: a prepared workload, and the config of a training workload."""
 
 import dataclasses
-import json
-import os
 import resource
-import runpy
-import sys
-import traceback
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments import stage
 from experiments.speed.workloads import MODELS, Workload
 from lcm_jax import assets
-from lcm_jax.errors import LcmError
 from lcm_jax.run import config as config_lib
 
 STEPS, GUIDANCE_SCALE = 4, 8.0
 W_EMBEDDING = 256
 PROMPT = "a large red star at the left on a white background"
-TOKENS = 77  # that a published text encoder reads
+TOKENS = 77  # context length of the published text encoders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +23,18 @@ class Prepared:
     """A workload of one side, in memory.
 
     Attributes:
-      ways: name -> function that does the work n times, and returns when all of it has ended.
-      finite: whether what the work gave last is finite.
+      ways: name -> function that does the work once; it may return before the work has ended.
+      wait: result -> returns when all work up to it has ended.
+      finite: result -> whether its values are.
       peak_bytes: the most memory used so far.
-      reset_peak: forgets it, where that can be.
-      flops: that one run asks for; None: this side does not count.
-      profile: folder, way -> facts about where the time goes; None: this side does not tell.
+      reset_peak: forgets it, if the device can.
+      flops: of one run; None: this side does not count them.
+      profile: folder -> facts about where the time goes; None: this side has none.
     """
 
-    ways: dict[str, Callable[[int], None]]
-    finite: Callable[[], bool]
+    ways: dict[str, Callable[[], Any]]
+    wait: Callable[[Any], Any]
+    finite: Callable[[Any], bool]
     peak_bytes: Callable[[], int]
     reset_peak: Callable[[], None] = lambda: None
     flops: float | None = None
@@ -56,9 +53,8 @@ def source_folder(name: str) -> str:
 
 
 def training_config(workload: Workload) -> ConfigDict:
-    """The resolved config of a training workload; frozen weights are held in the networks' dtype."""
-    model = MODELS[workload.model]
-    config = runpy.run_path(getattr(model, workload.kind))["get_config"]()
+    """The resolved config of a training workload; frozen weights are held in the compute dtype."""
+    config = stage.read_config(getattr(MODELS[workload.model], workload.kind))
     config.model.teacher = source_folder(workload.model)
     config.model.vae = None
     config.model.dtype = config.model.teacher_dtype = workload.dtype
@@ -67,54 +63,3 @@ def training_config(workload: Workload) -> ConfigDict:
     config.train.remat = workload.remat
     config_lib.validate(config)
     return config_lib.resolve(config)
-
-
-def serve(prepare: Callable[[Workload], Prepared]) -> int:
-    """The life of a worker: one JSON line in, one out, until the input ends.
-
-    The first line is the workload. The next are {"do": "time", "way", "runs"} -> {"seconds" of all runs, "peak_bytes"},
-    and {"do": "profile", "folder"}. What fails answers {"error"}. Standard output belongs to the protocol; whatever
-    else is printed goes to standard error.
-    """
-    import time
-
-    answers: TextIO = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-
-    def answer(value: dict[str, Any]) -> None:
-        answers.write(json.dumps(value) + "\n")
-
-    def act(asked: dict[str, Any], made: Prepared) -> dict[str, Any]:
-        if asked["do"] == "profile":
-            return made.profile(asked["folder"])
-        made.reset_peak()
-        begun = time.perf_counter()
-        made.ways[asked["way"]](asked["runs"])
-        seconds = time.perf_counter() - begun
-        if not made.finite():
-            raise FloatingPointError(f"{asked['way']} gave values that are not finite")
-        return {"seconds": seconds, "peak_bytes": made.peak_bytes()}
-
-    lines = iter(sys.stdin.readline, "")
-    begun = time.perf_counter()
-    try:
-        made = prepare(Workload(**json.loads(next(lines))))
-    except Exception as error:
-        answer(failure(error))
-        return 1
-    answer({"ways": list(made.ways), "flops": made.flops, "prepare_s": time.perf_counter() - begun})
-    for line in lines:
-        try:
-            answer(act(json.loads(line), made))
-        except Exception as error:  # out of memory, a compiler that gives up: the other ways may still do
-            answer(failure(error))
-    return 0
-
-
-def failure(error: Exception) -> dict[str, str]:
-    """An answer that says what went wrong, in a line; standard error gets the whole."""
-    traceback.print_exception(error, file=sys.stderr)
-    if isinstance(error, LcmError):
-        return {"error": str(error)}
-    first = next((line for line in str(error).splitlines() if line.strip()), "")
-    return {"error": f"{type(error).__name__}: {first[:300]}"}

@@ -1,14 +1,11 @@
 """The torch side of a workload: diffusers' pipelines, and the trainer of experiments/vs_diffusers, made fast.
 
-eager            scaled-dot-product attention, channels last and TF32 on a GPU, cuDNN's kernels tried out
+eager            scaled-dot-product attention, channels last and TF32 on a GPU, cuDNN's search for kernels
 compile          the same with `torch.compile` on the networks
-compile, graphs  sampling on a GPU: with CUDA graphs, too (mode "reduce-overhead")
-
-python -m experiments.speed.torch_side      a worker, see `side.serve`
+compile, graphs  for sampling on a GPU: with CUDA graphs, too (mode "reduce-overhead")
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,63 +26,70 @@ from experiments.speed.workloads import TRAINING, Workload
 from experiments.vs_diffusers import torch_lcd
 from lcm_jax import assets, files
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GRAPHS = "reduce-overhead"
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
 
 
 def prepare(workload: Workload) -> Prepared:
     """The workload, with random weights in diffusers' own classes."""
     torch.manual_seed(0)
-    if DEVICE == "cuda":  # TF32; on a CPU both sides compute float32 as it is
+    if ON_GPU:  # TF32; on a CPU both sides compute float32 as it is
         torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     if workload.kind in TRAINING:
-        return _training(workload)
-    return {"matmul": _matmul, "unet": _unet, "sample": _sample}[workload.kind](workload)
+        return _prepared(_training(workload))
+    ways = {"matmul": _matmul, "unet": _unet, "sample": _sample}[workload.kind](workload)
+    return _prepared({name: torch.no_grad()(way) for name, way in ways.items()})
 
 
-def _matmul(workload: Workload) -> Prepared:
+def _prepared(ways: dict[str, Callable[[], torch.Tensor]]) -> Prepared:
+    return Prepared(
+        ways=ways,
+        wait=lambda result: torch.cuda.synchronize() if ON_GPU else None,
+        finite=lambda result: bool(torch.isfinite(result).all()),
+        peak_bytes=torch.cuda.max_memory_allocated if ON_GPU else side.resident_peak,
+        reset_peak=torch.cuda.reset_peak_memory_stats if ON_GPU else lambda: None,
+    )
+
+
+def _matmul(workload: Workload) -> dict[str, Callable[[], torch.Tensor]]:
     n = workload.size
     a, b = (torch.randn(n, n, dtype=getattr(torch, workload.dtype), device=DEVICE) for _ in range(2))
-    return _of_functions({"eager": lambda: a @ b})
+    return {"eager": lambda: a @ b}
 
 
-def _unet(workload: Workload) -> Prepared:
-    unet = _placed(_network(UNet2DConditionModel, workload, "unet", time_cond_proj_dim=side.W_EMBEDDING), workload)
-    edge = workload.size // _vae_factor(workload)
-    z = torch.randn(workload.batch, unet.config.in_channels, edge, edge, device=DEVICE, dtype=unet.dtype)
-    text = torch.randn(
-        workload.batch, _text_length(workload), unet.config.cross_attention_dim, device=DEVICE, dtype=unet.dtype
-    )
-    w = torch.randn(workload.batch, side.W_EMBEDDING, device=DEVICE, dtype=unet.dtype)
+def _unet(workload: Workload) -> dict[str, Callable[[], torch.Tensor]]:
+    unet = _for_inference(_unet_with_w(workload), workload)
+    text = torch.randn(workload.batch, _text_length(workload), unet.config.cross_attention_dim, device=DEVICE)
+    w = torch.randn(workload.batch, side.W_EMBEDDING, device=DEVICE)
+    z, text, w = (x.to(unet.dtype) for x in (torch.randn(_latent_shape(workload, unet), device=DEVICE), text, w))
     t = torch.full((workload.batch,), 499, device=DEVICE)
 
     def passing(network: Callable) -> Callable[[], torch.Tensor]:
         return lambda: network(z, t, text, timestep_cond=w, return_dict=False)[0]
 
-    return _of_functions({"eager": passing(unet), "compile": passing(torch.compile(unet))})
+    return {"eager": passing(unet), "compile": passing(torch.compile(unet))}
 
 
-def _sample(workload: Workload) -> Prepared:
+def _sample(workload: Workload) -> dict[str, Callable[[], torch.Tensor]]:
     pipe = _pipeline(workload)
     plain = {"unet": pipe.unet, "decode": pipe.vae.decode, "text_encoder": pipe.text_encoder}
     if hasattr(pipe, "text_encoder_2"):
         plain["text_encoder_2"] = pipe.text_encoder_2
     ways = {"eager": plain, "compile": {name: torch.compile(part) for name, part in plain.items()}}
-    if DEVICE == "cuda":  # graphs of the text encoders' would overwrite each other's outputs
-        graphs = {name: torch.compile(plain[name], mode=GRAPHS) for name in ("unet", "decode")}
+    if ON_GPU:  # the graphs of two text encoders would overwrite each other's outputs
+        graphs = {name: torch.compile(plain[name], mode="reduce-overhead") for name in ("unet", "decode")}
         ways["compile, graphs"] = ways["compile"] | graphs
-    edge = workload.size // _vae_factor(workload)
-    latents = torch.randn(workload.batch, pipe.unet.config.in_channels, edge, edge, device=DEVICE, dtype=pipe.dtype)
+    latents = torch.randn(_latent_shape(workload, pipe.unet), device=DEVICE).to(pipe.dtype)
+    in_use = plain
 
-    fitted: list[Any] = [plain]
-
-    def drawing(parts: dict[str, Any]) -> Callable[[], torch.Tensor]:
-        def draw() -> torch.Tensor:
-            if fitted[0] is not parts:
+    def sampling(parts: dict[str, Any]) -> Callable[[], torch.Tensor]:
+        def sample() -> torch.Tensor:
+            nonlocal in_use
+            if in_use is not parts:
                 for name, part in parts.items():
                     setattr(pipe.vae if name == "decode" else pipe, name, part)
-                fitted[0] = parts
+                in_use = parts
             images = pipe(
                 prompt=[side.PROMPT] * workload.batch,
                 num_inference_steps=side.STEPS,
@@ -97,50 +101,48 @@ def _sample(workload: Workload) -> Prepared:
             ).images
             return torch.from_numpy(images)
 
-        return draw
+        return sample
 
-    return _of_functions({name: drawing(parts) for name, parts in ways.items()})
+    return {name: sampling(parts) for name, parts in ways.items()}
 
 
-def _training(workload: Workload) -> Prepared:
+def _training(workload: Workload) -> dict[str, Callable[[], torch.Tensor]]:
     config = side.training_config(workload)
     precision = getattr(torch, workload.dtype)
-    teacher = _network(UNet2DConditionModel, workload, "unet").to(DEVICE)
-    if DEVICE == "cuda":
+    teacher = _network(UNet2DConditionModel, workload, "unet")
+    if ON_GPU:
         teacher = teacher.to(memory_format=torch.channels_last)
-    vae = files.read_json(Path(side.source_folder(workload.model)) / "vae" / "config.json")
-    scheduler = files.read_json(Path(side.source_folder(workload.model)) / "scheduler" / "scheduler_config.json")
-    method = torch_lcd.make_method(config, scheduler, vae.get("scaling_factor", 0.18215), DEVICE, precision)
+    latent_scale = _config(workload, "vae").get("scaling_factor", 0.18215)
+    method = torch_lcd.make_method(config, _config(workload, "scheduler"), latent_scale, DEVICE, precision)
     cond = _conditioning(workload, teacher)
     null = {name: torch.zeros_like(value[:1]) for name, value in cond.items() if name != "time_ids"}
-    if not config.lora.rank:  # the student is a float32 copy of its own; adapters share the weights under them
-        trainer = torch_lcd.make_trainer(config, method, teacher, null)
-        teacher.to(precision)
-    else:
-        trainer = torch_lcd.make_trainer(config, method, teacher.to(precision), null)
-    if DEVICE == "cuda":
+    if config.lora.rank:
+        teacher.to(precision)  # adapters share these weights; a full student is a float32 copy of them
+    trainer = torch_lcd.make_trainer(config, method, teacher, null)
+    teacher.to(precision)
+    if ON_GPU:
         for network in (trainer.student, trainer.target):
             network.to(memory_format=torch.channels_last)
     compiled = {name: torch.compile(getattr(trainer, name)) for name in ("teacher", "student")}
     one_network = trainer.target is trainer.student
     compiled["target"] = compiled["student"] if one_network else torch.compile(trainer.target)
-    edge = workload.size // _vae_factor(workload)
-    shape = workload.batch, teacher.config.in_channels, edge, edge
+    shape = _latent_shape(workload, teacher)
     batch = {"mean": torch.randn(shape, device=DEVICE), "logvar": torch.randn(shape, device=DEVICE), "cond": cond}
 
     def step_of(trainer: torch_lcd.Trainer) -> Callable[[], torch.Tensor]:
-        def one() -> torch.Tensor:
-            index = torch.randint(0, method.jumps, shape[:1], device=DEVICE)
+        def step() -> torch.Tensor:
             low, high = config.distill.w_min, config.distill.w_max
-            w = torch.rand(shape[0], device=DEVICE) * (high - low) + low
-            posterior, noise = (torch.randn(shape, device=DEVICE) for _ in range(2))
-            draws = {"posterior": posterior, "noise": noise, "index": index, "w": w}
+            draws = {
+                "index": torch.randint(0, method.jumps, shape[:1], device=DEVICE),
+                "w": torch.rand(shape[0], device=DEVICE) * (high - low) + low,
+                "posterior": torch.randn(shape, device=DEVICE),
+                "noise": torch.randn(shape, device=DEVICE),
+            }
             return torch_lcd.train_step(trainer, batch, draws)
 
-        return one
+        return step
 
-    ways = {"eager": step_of(trainer), "compile": step_of(dataclasses.replace(trainer, **compiled))}
-    return _of_functions(ways, training=True)
+    return {"eager": step_of(trainer), "compile": step_of(dataclasses.replace(trainer, **compiled))}
 
 
 def _conditioning(workload: Workload, unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
@@ -153,79 +155,58 @@ def _conditioning(workload: Workload, unet: UNet2DConditionModel) -> dict[str, t
     return cond
 
 
-def _of_functions(functions: dict[str, Callable[[], torch.Tensor]], training: bool = False) -> Prepared:
-    last: list[Any] = [None]
-
-    def repeating(function: Callable[[], torch.Tensor]) -> Callable[[int], None]:
-        def repeat(runs: int) -> None:
-            with torch.set_grad_enabled(training):
-                for _ in range(runs):
-                    last[0] = function()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-
-        return repeat
-
-    return Prepared(
-        ways={name: repeating(function) for name, function in functions.items()},
-        finite=lambda: bool(torch.isfinite(last[0]).all()),
-        peak_bytes=torch.cuda.max_memory_allocated if DEVICE == "cuda" else side.resident_peak,
-        reset_peak=torch.cuda.reset_peak_memory_stats if DEVICE == "cuda" else lambda: None,
-    )
-
-
 def _pipeline(workload: Workload) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    folder = Path(side.source_folder(workload.model))
     tokenizer = CLIPTokenizer.from_pretrained(assets.path("shapes") / "tokenizer")
     tokenizer.model_max_length = _text_length(workload)
     parts = {
         "vae": _network(AutoencoderKL, workload, "vae"),
-        "unet": _network(UNet2DConditionModel, workload, "unet", time_cond_proj_dim=side.W_EMBEDDING),
-        "text_encoder": _text_encoder(CLIPTextModel, folder / "text_encoder"),
-        "tokenizer": tokenizer,
-        "scheduler": LCMScheduler.from_config(files.read_json(folder / "scheduler" / "scheduler_config.json")),
+        "unet": _unet_with_w(workload),
+        "text_encoder": _text_encoder(CLIPTextModel, workload, "text_encoder"),
     }
-    if (folder / "text_encoder_2").is_dir():
-        second = _text_encoder(CLIPTextModelWithProjection, folder / "text_encoder_2")
-        pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer, add_watermarker=False)
+    if (Path(side.source_folder(workload.model)) / "text_encoder_2").is_dir():
+        parts["text_encoder_2"] = _text_encoder(CLIPTextModelWithProjection, workload, "text_encoder_2")
+    parts = {name: _for_inference(part, workload) for name, part in parts.items()}
+    parts |= {"tokenizer": tokenizer, "scheduler": LCMScheduler.from_config(_config(workload, "scheduler"))}
+    if "text_encoder_2" in parts:
+        pipe = StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, add_watermarker=False)
     else:
-        pipe = StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-    for name in ("vae", "unet", "text_encoder", "text_encoder_2"):
-        if hasattr(pipe, name):
-            _placed(getattr(pipe, name), workload)
+        none = dict.fromkeys(("safety_checker", "feature_extractor"))
+        pipe = StableDiffusionPipeline(**parts, **none, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _text_encoder(kind: type, folder: Path) -> torch.nn.Module:
+def _config(workload: Workload, part: str) -> dict[str, Any]:
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    return files.read_json(Path(side.source_folder(workload.model)) / part / name)
+
+
+def _text_encoder(kind: type, workload: Workload, part: str) -> torch.nn.Module:
     with torch.device(DEVICE):
-        return kind(CLIPTextConfig.from_dict(files.read_json(folder / "config.json")))
+        return kind(CLIPTextConfig.from_dict(_config(workload, part)))
 
 
 def _network(kind: type, workload: Workload, part: str, **changes: Any) -> torch.nn.Module:
     """A part of the workload's model with random weights, float32, on the device."""
-    config = files.read_json(Path(side.source_folder(workload.model)) / part / "config.json")
     with torch.device(DEVICE):
-        return kind.from_config(config | changes)
+        return kind.from_config(_config(workload, part) | changes)
 
 
-def _placed(network: torch.nn.Module, workload: Workload) -> torch.nn.Module:
-    """For inference: in the workload's dtype, channels last on a GPU."""
+def _unet_with_w(workload: Workload) -> torch.nn.Module:
+    return _network(UNet2DConditionModel, workload, "unet", time_cond_proj_dim=side.W_EMBEDDING)
+
+
+def _for_inference(network: torch.nn.Module, workload: Workload) -> torch.nn.Module:
+    """The network in the workload's dtype, channels last on a GPU."""
     network = network.to(DEVICE, getattr(torch, workload.dtype)).eval().requires_grad_(False)
-    return network.to(memory_format=torch.channels_last) if DEVICE == "cuda" else network
+    return network.to(memory_format=torch.channels_last) if ON_GPU else network
 
 
-def _vae_factor(workload: Workload) -> int:
-    config = files.read_json(Path(side.source_folder(workload.model)) / "vae" / "config.json")
-    return 2 ** (len(config["block_out_channels"]) - 1)
+def _latent_shape(workload: Workload, unet: UNet2DConditionModel) -> tuple[int, ...]:
+    """[b c h w]."""
+    edge = workload.size // 2 ** (len(_config(workload, "vae")["block_out_channels"]) - 1)
+    return workload.batch, unet.config.in_channels, edge, edge
 
 
 def _text_length(workload: Workload) -> int:
-    folder = Path(side.source_folder(workload.model)) / "text_encoder"
-    return files.read_json(folder / "config.json").get("max_position_embeddings", side.TOKENS)
-
-
-if __name__ == "__main__":
-    sys.exit(side.serve(prepare))
+    return _config(workload, "text_encoder").get("max_position_embeddings", side.TOKENS)

@@ -1,4 +1,4 @@
-"""Where the time of some runs went, by kernel, from a trace of JAX's profiler; the trace stays for TensorBoard, too."""
+"""Where the time of some runs went, by kernel, from a trace of JAX's profiler, which TensorBoard can show, too."""
 
 import collections
 import time
@@ -8,25 +8,25 @@ from typing import Any
 
 import jax
 
-MOST = 40  # kernels that are told by name
+MOST = 40  # kernels that are listed
 
 
 def best_of(repeats: int, function: Callable[[], Any]) -> float:
     """Seconds of the quickest of some calls, after one that is not counted."""
-    function()
+    jax.block_until_ready(function())
     seconds = []
     for _ in range(repeats):
         begun = time.perf_counter()
-        function()
+        jax.block_until_ready(function())
         seconds.append(time.perf_counter() - begun)
     return min(seconds)
 
 
 def kernels(folder: str, function: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    """{"kernels": [{"name", "calls", "seconds", "share"}]} for one run of `function`, dearest first.
+    """{"kernels": [{"name", "calls", "seconds", "share"}]} of one run of `function`, the most expensive first.
 
-    A GPU's kernels are those of its streams; on a CPU they are the operations of XLA's threads, whose times add up over
-    threads. Shares are of the sum of all.
+    A GPU's kernels are those of its streams; on a CPU they are the operations of XLA's threads, whose times are summed
+    over threads. Shares are of the sum of all.
     """
     jax.block_until_ready(function())
     with jax.profiler.trace(folder):
@@ -41,21 +41,19 @@ def events(data: Any) -> list[tuple[str, float]]:
     """(name, seconds) of every kernel in a `ProfileData`."""
     found = []
     for plane in data.planes:
-        on_device = plane.name.startswith("/device:")
         for line in plane.lines:
-            if on_device and "Stream" in line.name:
-                found += [(event.name, event.duration_ns * 1e-9) for event in line.events]
-            elif plane.name == "/host:CPU" and not on_device:
-                found += [
-                    (event.name, event.duration_ns * 1e-9)
-                    for event in line.events
-                    if any(name == "hlo_op" for name, _ in event.stats)
-                ]
+            if plane.name.startswith("/device:"):
+                chosen = line.events if "Stream" in line.name else ()
+            elif plane.name == "/host:CPU":
+                chosen = (event for event in line.events if any(name == "hlo_op" for name, _ in event.stats))
+            else:
+                chosen = ()
+            found += [(event.name, event.duration_ns * 1e-9) for event in chosen]
     return found
 
 
 def summed(found: list[tuple[str, float]], repeats: int) -> list[dict[str, Any]]:
-    """By name, of one of `repeats` runs."""
+    """The kernels by name, per run."""
     seconds, calls = collections.Counter(), collections.Counter()
     for name, one in found:
         seconds[name] += one / repeats

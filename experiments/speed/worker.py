@@ -1,87 +1,149 @@
-"""A side's process, seen from the driver: lines of JSON to it and from it, and an end to its patience."""
+"""The process of one side: how the driver asks it until a deadline (`Worker`), and how it answers (`serve`).
 
-import dataclasses
-import json
+    {"do": "prepare", "workload"}       -> {"ways", "flops", "prepare_s"}
+    {"do": "time", "way", "runs"}       -> {"seconds" of all runs, "peak_bytes"}
+    {"do": "profile", "folder"}         -> facts about where the time goes
+
+A request that fails is answered by {"error"}.
+"""
+
+import importlib
+import multiprocessing
 import os
-import select
-import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from experiments.speed.workloads import Workload
+from lcm_jax.errors import LcmError
 
 TOGETHER, ALONE = 0.45, 0.92  # share of a card's memory that JAX takes at its start
+PATIENCE_S = 3
 
 
 class OutOfTime(Exception):
-    """The driver's time is used up; what was being measured is left for another call."""
+    """The driver's time is used up; what was being measured is left for another command."""
+
+
+class Failed(Exception):
+    """The worker answered with an error, or died."""
 
 
 class Worker:
-    """A worker of one side ("jax" or "torch") with a workload in memory; a context manager that ends it.
+    """A process of one side ("jax" or "torch") with a workload in memory; a context manager that ends it.
 
     Attributes:
-      ready: its first answer, {"ways", "flops", "prepare_s"} or {"error"}.
+      ready: its answer to "prepare".
     """
 
     def __init__(self, side: str, workload: Workload, device: str, deadline: float, log: Path):
-        """deadline: of `time.monotonic()`; log: file that takes the process's standard error."""
+        """Starts the process and waits until the workload is in memory. Raises as `ask`.
+
+        Args:
+          deadline: of `time.monotonic()`.
+          log: file for what the process prints.
+        """
         self.deadline = deadline
-        environment = os.environ | {
+        environment = {
             "XLA_PYTHON_CLIENT_MEM_FRACTION": str(ALONE if workload.alone else TOGETHER),
             "HF_HUB_OFFLINE": "1",
         }
         if device == "cpu":
             environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        self._log = log.open("a")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", f"experiments.speed.{side}_side"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=environment,
-        )
-        self._buffer = b""
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=serve, args=(other, side, environment, log), daemon=True)
+        self._process.start()
+        other.close()  # so that the death of the process closes the pipe
         try:
-            self.ready = self.ask(dataclasses.asdict(workload))
+            self.ready = self.ask({"do": "prepare", "workload": workload})
         except BaseException:
             self._end()
             raise
 
-    def ask(self, what: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a line. {"error"} where the process has died. Raises OutOfTime."""
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a request. Raises OutOfTime, Failed."""
         try:
-            self._process.stdin.write((json.dumps(what) + "\n").encode())
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return {"error": f"the process ended, code {self._process.wait()}"}
-        while b"\n" not in self._buffer:
-            left = self.deadline - time.monotonic()
-            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+            self._pipe.send(request)
+            if not self._pipe.poll(max(0.0, self.deadline - time.monotonic())):
                 raise OutOfTime
-            chunk = os.read(self._process.stdout.fileno(), 2**16)
-            if not chunk:
-                return {"error": f"the process ended, code {self._process.wait()}"}
-            self._buffer += chunk
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        return json.loads(line)
+            answer = self._pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.join()
+            raise Failed(f"the process ended, code {self._process.exitcode}") from None
+        if "error" in answer:
+            raise Failed(answer["error"])
+        return answer
 
     def time(self, way: str, runs: int) -> dict[str, Any]:
-        """{"seconds" of all runs, "peak_bytes"} or {"error"}."""
         return self.ask({"do": "time", "way": way, "runs": runs})
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._end()
 
     def _end(self) -> None:
+        self._pipe.close()  # an idle process ends by itself, and cleans up
+        self._process.join(PATIENCE_S)
         self._process.kill()
-        self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._log.close()
+        self._process.join()
+
+
+def serve(pipe: Connection, side: str, environment: Mapping[str, str], log: Path) -> None:
+    """The life of a worker's process: answers requests until the pipe closes.
+
+    This module imports neither jax nor torch, which read the environment when they are imported.
+    """
+    os.environ.update(environment)
+    with log.open("a") as stream:
+        for output in (1, 2):
+            os.dup2(stream.fileno(), output)
+    made = None
+    while True:
+        try:
+            request = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if request["do"] == "prepare":
+                module = importlib.import_module(f"experiments.speed.{side}_side")
+                begun = time.perf_counter()
+                made = module.prepare(request["workload"])
+                seconds = time.perf_counter() - begun
+                answer = {"ways": list(made.ways), "flops": made.flops, "prepare_s": seconds}
+            elif request["do"] == "profile":
+                answer = made.profile(request["folder"])
+            else:
+                answer = timed(made, request["way"], request["runs"])
+        except Exception as error:  # out of memory, a compiler that gives up: other ways may still work
+            answer = failure(error)
+        pipe.send(answer)
+
+
+def timed(made: Any, way: str, runs: int) -> dict[str, Any]:
+    """{"seconds", "peak_bytes"} of a `side.Prepared`; runs are not awaited one by one, as in a training."""
+    work = made.ways[way]
+    made.reset_peak()
+    begun = time.perf_counter()
+    for _ in range(runs):
+        result = work()
+    made.wait(result)
+    seconds = time.perf_counter() - begun
+    if not made.finite(result):
+        raise FloatingPointError(f"{way} gave values that are not finite")
+    return {"seconds": seconds, "peak_bytes": made.peak_bytes()}
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """An answer with the error in one line; the log gets the traceback."""
+    traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, LcmError):
+        return {"error": str(error)}
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return {"error": f"{type(error).__name__}: {first[:300]}"}

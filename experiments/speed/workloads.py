@@ -1,8 +1,8 @@
-"""What is measured: kinds of work on models of published architectures, in the order of what each is worth knowing.
+"""The workloads: kinds of work on models of published architectures, the most interesting first.
 
 matmul   a square product, the ceiling that utilisation is a share of
 unet     one pass of the UNet
-sample   prompts -> pictures on the host: tokenizer, text encoders, 4 LCM steps told w, VAE
+sample   prompts -> images on the host: tokenizer, text encoders, 4 LCM steps conditioned on w, VAE
 lcd      one training step of Latent Consistency Distillation, encoded latents and text given
 lora     the same for an LCM-LoRA
 """
@@ -21,11 +21,11 @@ class Workload:
     Attributes:
       kind: one of KINDS.
       model: a key of MODELS.
-      size: side of the pictures in pixels; of "matmul" the side of the matrices.
-      batch: pictures.
-      dtype: that the networks compute in.
-      remat: of training, a choice of `lcm_jax.models.layers`: activations are made anew for gradients; in torch by
-        gradient checkpointing, if it is not "none".
+      size: side of the images in pixels; for "matmul" the side of the matrices.
+      batch: images.
+      dtype: of the networks' computation.
+      remat: of training, a choice of `lcm_jax.models.layers`: activations are recomputed for gradients; in torch by
+        gradient checkpointing, unless it is "none".
       alone: the sides do not fit on a card together, so one ends before the other begins.
     """
 
@@ -46,7 +46,7 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """`source`: as `lcm_jax.assets.resolve` or `architecture` know it; configs: of the training steps."""
+    """`source`: a name that `lcm_jax.assets.resolve` or `architecture` knows; configs: of the training steps."""
 
     source: str
     lcd: str = ""
@@ -65,63 +65,50 @@ HEADLINE_STEPS, HEADLINE_PAPER_HOURS = 4000, 32  # the LCM paper's run at 768 pi
 
 
 def cpu() -> list[Workload]:
-    """The embedded model, and a pass of Stable Diffusion 1.5; float32."""
-    f32 = "float32"
-    return [
-        Workload("matmul", "none", 2048, 1, f32),
-        Workload("sample", "shapes", 64, 4, f32),
-        Workload("lcd", "shapes", 64, 32, f32),
-        Workload("unet", "sd15", 512, 1, f32),
-        Workload("sample", "shapes", 64, 1, f32),
-        Workload("sample", "shapes", 64, 8, f32),
-        Workload("lora", "shapes", 64, 32, f32),
-        Workload("lcd", "shapes", 64, 8, f32),
-    ]
+    """The embedded model, and one pass of Stable Diffusion 1.5; float32."""
+    shapes = (("sample", 4), ("lcd", 32), ("sample", 1), ("sample", 8), ("lora", 32), ("lcd", 8))
+    found = [Workload("matmul", "none", 2048, 1, "float32")]
+    found += [Workload(kind, "shapes", 64, batch, "float32") for kind, batch in shapes]
+    return [*found[:3], Workload("unet", "sd15", 512, 1, "float32"), *found[3:]]
 
 
 def gpu() -> list[Workload]:
-    """All models, bfloat16; what the project's goals name comes first."""
-    bf16 = "bfloat16"
+    """All models, bfloat16; the workloads of the project's goals come first."""
 
-    def sample(model: str, size: int, batch: int) -> Workload:
-        return Workload("sample", model, size, batch, bf16)
+    def made(kind: str, model: str, size: int, batch: int) -> Workload:
+        if kind not in TRAINING:
+            return Workload(kind, model, size, batch, "bfloat16")
+        large = batch * size**2 > 8 * 512**2 or model == "sdxl"
+        remat = "block" if large and model != "shapes" else "none"
+        return Workload(kind, model, size, batch, "bfloat16", remat, alone=kind == "lcd" and large)
 
-    def training(kind: str, model: str, size: int, batch: int) -> Workload:
-        pixels = batch * size**2
-        remat = "none" if pixels <= 8 * 512**2 and model != "sdxl" else "block"
-        heavy = kind == "lcd" and (model == "sdxl" or pixels > 8 * 512**2)
-        return Workload(kind, model, size, batch, bf16, remat if model != "shapes" else "none", alone=heavy)
-
-    first = [
-        Workload("matmul", "none", 8192, 1, bf16),
-        HEADLINE,
-        sample("sd15", 512, 1),
-        sample("sd15", 512, 4),
-        training("lcd", "sd15", 512, 8),
-        sample("sdxl", 1024, 1),
-        training("lora", "sd15", 512, 8),
-        sample("sd15", 768, 4),
-        sample("sdxl", 1024, 4),
-        training("lora", "sdxl", 1024, 4),
-        training("lcd", "sdxl", 1024, 4),
-        sample("shapes", 64, 8),
-        training("lcd", "shapes", 64, 32),
-    ]
+    goals = (
+        ("sample", "sd15", 512, 1),
+        ("sample", "sd15", 512, 4),
+        ("lcd", "sd15", 512, 8),
+        ("sample", "sdxl", 1024, 1),
+        ("lora", "sd15", 512, 8),
+        ("sample", "sd15", 768, 4),
+        ("sample", "sdxl", 1024, 4),
+        ("lora", "sdxl", 1024, 4),
+        ("lcd", "sdxl", 1024, 4),
+        ("sample", "shapes", 64, 8),
+        ("lcd", "shapes", 64, 32),
+    )
     sizes = (("shapes", 64), ("sd15", 512), ("sd15", 768), ("sdxl", 1024))
-    rest = [sample(model, size, batch) for model, size in sizes for batch in (1, 4, 8)]
-    rest += [training(kind, model, size, batch) for model, size in sizes for kind in TRAINING for batch in (1, 4, 8)]
-    return list(dict.fromkeys(first + rest))
+    others = [("sample", *size, batch) for size in sizes for batch in (1, 4, 8)]
+    others += [(kind, *size, batch) for size in sizes for kind in TRAINING for batch in (1, 4, 8)]
+    product = Workload("matmul", "none", 8192, 1, "bfloat16")
+    return list(dict.fromkeys([product, HEADLINE, *(made(*one) for one in (*goals, *others))]))
 
 
 LISTS = {"cpu": cpu, "gpu": gpu}
 
 
 def chosen(device: str, only: Sequence[str], remat: str | None = None) -> list[Workload]:
-    """The device's workloads whose names hold one of `only` (all, if it is empty).
+    """The device's workloads whose names contain one of `only` (all, if it is empty).
 
-    remat: of every training step, in the place of the list's.
+    remat: of every training step, instead of the list's.
     """
     found = [w for w in LISTS[device]() if not only or any(part in w.name for part in only)]
-    if remat is None:
-        return found
-    return [dataclasses.replace(w, remat=remat) if w.kind in TRAINING else w for w in found]
+    return [dataclasses.replace(w, remat=remat) if remat and w.kind in TRAINING else w for w in found]

@@ -23,13 +23,11 @@ from lcm_jax.run import step as training_step
 Rows = Mapping[str, Any]
 
 
-def make_draw(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> Callable[[int], dict[str, torch.Tensor]]:
-    """step (from 0) -> the draws of `lcm_jax.train` at that step: posterior, noise, index, w.
-
-    teacher, student: of the run, with or without weights.
-    """
-    problem = training_step.make_problem(config, teacher, student)
-    shape = training_step.batch_shapes(config, teacher)["mean"].shape
+def make_draw(config: ConfigDict) -> Callable[[int], dict[str, torch.Tensor]]:
+    """step (from 0) -> the draws of `lcm_jax.train` at that step: posterior, noise, index, w."""
+    models = student_lib.shapes(config)
+    problem = training_step.make_problem(config, models.teacher, models.student)
+    shape = training_step.batch_shapes(config, models)["mean"].shape
     key = step_lib.named_key(config.seed, "draws")
     of_step = jax.jit(lambda step: objectives.draw(problem, jax.random.fold_in(key, step), shape))
 
@@ -44,12 +42,6 @@ def make_draw(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> Calla
         return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
 
     return draw
-
-
-def shapes(config: ConfigDict) -> tuple[Pipeline, Pipeline]:
-    """Teacher and student of a config, without weights."""
-    teacher = student_lib.load_teacher(config, weights=False)
-    return teacher, student_lib.load_student(config, teacher)
 
 
 def make_batches(

@@ -42,8 +42,8 @@ def made(config: ConfigDict, workdir: Path, say: Callable[[str], None]) -> bool:
     if state:
         for part in PARTS:
             getattr(trainer, part).load_state_dict(state[part])
-    pipeline = load_pipeline(source)
-    batch, draw = draws.make_batches(config, pipeline, encode, say), draws.make_draw(config, *draws.shapes(config))
+    pipeline, _ = load_pipeline(source)
+    batch, draw = draws.make_batches(config, pipeline, encode, say), draws.make_draw(config)
     say(f"torch: steps {len(losses) + 1} to {config.train.steps} into {workdir}")
     while len(losses) < config.train.steps:
         step = len(losses)
@@ -61,7 +61,7 @@ def prepared(config: ConfigDict, source: str) -> tuple[torch_lcd.Trainer, Callab
     teacher = UNet2DConditionModel.from_pretrained(source, subfolder="unet")
     scheduler = files.read_json(Path(source) / "scheduler" / "scheduler_config.json")
     encode = draws.make_encode(vae, text_encoder)
-    empty = encode(conditioning.tokens(load_pipeline(source), [""]))
+    empty = encode(conditioning.tokens(load_pipeline(source)[0], [""]))
     null = {name: torch.from_numpy(value) for name, value in empty.items()}
     method = torch_lcd.make_method(config, scheduler, vae.config.scaling_factor, "cpu")
     return torch_lcd.make_trainer(config, method, teacher, null), encode
