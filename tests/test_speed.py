@@ -35,7 +35,7 @@ def torch_flops(workload: Workload) -> float:
 @pytest.mark.slow
 def test_sampling_flops_of_both_sides_are_the_same():
     """Text encoder, 4 steps, decoding: counted in the jaxpr, and by torch while it runs."""
-    ours = jax_side._sampling_flops(jax_side._pipeline(SMALL["sample"]), SMALL["sample"])
+    ours = jax_side._sampling_flops(*jax_side._pipeline(SMALL["sample"]), SMALL["sample"])
     parity.close(torch_flops(SMALL["sample"]), ours, rtol=0.01)
 
 

@@ -38,11 +38,11 @@ def small(path: str, steps: int = STEPS):
 def our_losses(config, steps: int) -> list[float]:
     """The losses of `lcm_jax`'s step with its own encoders."""
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-    teacher = student_lib.load_teacher(config)
-    student = student_lib.load_student(config, teacher)
-    made = training_step.make(config, teacher, student, mesh)
-    batch = draws.make_batches(config, teacher, encoding.make_encode(teacher), print)
-    state, frozen = made.begin(student_lib.theta(student)), made.place_frozen(teacher, student)
+    models = student_lib.load(config)
+    made = training_step.make(config, models, mesh)
+    encode = encoding.make_encode(models.teacher, models.teacher_params)
+    batch = draws.make_batches(config, models.teacher, encode, print)
+    state, frozen = made.begin(models.trainable), made.place_frozen(models)
     losses = []
     for step in range(steps):
         rows = jax.tree.map(lambda x: x.numpy(), batch(step))
@@ -54,8 +54,8 @@ def our_losses(config, steps: int) -> list[float]:
 def torch_losses(config, steps: int) -> list[float]:
     source = assets.resolve(config.model.teacher)
     trainer, encode = torch_run.prepared(config, source)
-    batch = draws.make_batches(config, pretrained.load_pipeline(source), encode, print)
-    draw = draws.make_draw(config, *draws.shapes(config))
+    batch = draws.make_batches(config, pretrained.load_pipeline(source)[0], encode, print)
+    draw = draws.make_draw(config)
     return [float(torch_lcd.train_step(trainer, batch(step), draw(step))) for step in range(steps)]
 
 
@@ -81,12 +81,12 @@ def test_first_losses_of_adapters_are_the_same():
 def test_encoders_agree():
     """The latents and embeddings that each side makes of the same rows are the same."""
     source = assets.resolve("shapes")
-    pipeline = pretrained.load_pipeline(source)
+    pipeline, params = pretrained.load_pipeline(source)
     config = small("configs/shapes_lcm.py")
     _, torch_encode = torch_run.prepared(config, source)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     rows = {"pixels": pixels, **text.tokens(pipeline, ["a small red star", ""])}
-    theirs, ours = torch_encode(rows), jax.device_get(encoding.make_encode(pipeline)(rows))
+    theirs, ours = torch_encode(rows), jax.device_get(encoding.make_encode(pipeline, params)(rows))
     assert theirs.keys() == ours.keys()
     for name in ("mean", "logvar"):
         parity.close(theirs[name], np.moveaxis(ours[name], -1, 1), atol=2e-4, rtol=2e-4)
@@ -114,11 +114,11 @@ def test_a_stopped_torch_run_is_resumed_and_exported(tmp_path, monkeypatch):
 
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "a" / "export", safety_checker=None)
     assert pipeline.unet.config.time_cond_proj_dim == 256
-    ours = pretrained.load_pipeline(tmp_path / "a" / "export")
+    ours, params = pretrained.load_pipeline(tmp_path / "a" / "export")
     assert ours.configs["scheduler"]["_class_name"] == "LCMScheduler"
     assert ours.schedule.prediction_type == "v_prediction"
     kernel = pipeline.unet.conv_in.weight.detach().numpy()
-    np.testing.assert_array_equal(ours.params["unet"]["conv_in"]["kernel"], kernel.transpose(2, 3, 1, 0))
+    np.testing.assert_array_equal(params["unet"]["conv_in"]["kernel"], kernel.transpose(2, 3, 1, 0))
     saved = torch.load(tmp_path / "a" / torch_run.CHECKPOINT, weights_only=True)
     np.testing.assert_array_equal(kernel, saved["target"]["conv_in.weight"].numpy())
     monkeypatch.setattr(torch_run, "prepared", None)  # a finished run is kept
@@ -131,7 +131,7 @@ def test_adapters_share_the_weights_under_them():
     trainer, _ = torch_run.prepared(config, assets.resolve("shapes"))
     teacher, student = (dict(net.named_parameters()) for net in (trainer.teacher, trainer.student))
     assert teacher["conv_in.weight"] is student["conv_in.weight"]
-    ours = student_lib.theta(draws.shapes(config)[1])
+    ours = student_lib.shapes(config).trainable
     assert sum(p.numel() for p in trainer.theta) == sum(leaf.size for leaf in jax.tree.leaves(ours))
     assert [p.shape for p in trainer.averages] == [p.shape for p in trainer.theta]
     assert not set(map(id, trainer.averages)) & set(map(id, trainer.theta))
