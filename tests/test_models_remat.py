@@ -47,7 +47,7 @@ def fetch(tree, after=None):
 def arguments(side: int = 8) -> tuple:
     rng = np.random.default_rng(0)
     return tuple(
-        jnp.asarray(x, jnp.float32)
+        np.asarray(x, np.float32)
         for x in (
             rng.standard_normal((2, side, side, 4)),
             [3, 500],

@@ -9,7 +9,6 @@ import numpy as np
 import parity
 import pytest
 import torch
-from flax.traverse_util import flatten_dict
 from tiny_configs import UNETS, torch_model
 
 from lcm_jax.errors import UnsupportedConfig
@@ -19,11 +18,13 @@ from lcm_jax.pretrained import names
 
 SHAPES = {"even": (16, 16), "odd": (13, 22)}
 TIMESTEPS = {"even": np.array([999, 0], np.int32), "odd": np.array([281.25, 17.6], np.float32)}
-SLOW = pytest.mark.slow
-GRADIENTS = ("sd15-w", "sdxl-w", "ssd-1b")
 # The other cases have no layer or input that these, and the quick tests of LCD with w embeddings, do not have.
 QUICK = {("sd15", "odd"), *((name, "even") for name in ("sdxl", "ssd-1b", "tiny-sd", "prefixed"))}
-CASES = [pytest.param(name, shape, marks=() if (name, shape) in QUICK else SLOW) for name in UNETS for shape in SHAPES]
+CASES = [
+    pytest.param(name, shape, marks=() if (name, shape) in QUICK else pytest.mark.slow)
+    for name in UNETS
+    for shape in SHAPES
+]
 
 
 @functools.cache
@@ -85,24 +86,6 @@ def test_matches_diffusers(name, shape):
     parity.close(got, want, rtol=0, of_max=parity.NETWORK)
 
 
-@SLOW  # test_distill_objective.py has the gradient of a whole loss by every weight
-@pytest.mark.parametrize("name", GRADIENTS)
-def test_gradients_match_torch(name):
-    model, args = torch_unet(name), inputs(name, "odd")
-    target = np.random.default_rng(8).standard_normal((2, *SHAPES["odd"], 4)).astype(np.float32)
-    model.zero_grad()
-    torch.mean((torch_call(model, args).permute(0, 2, 3, 1) - torch.from_numpy(target)) ** 2).backward()
-    unet, params = ours(name)
-    want = flatten_dict(names.from_torch(unet, {n: p.grad for n, p in model.named_parameters()}), sep="/")
-    loss = lambda p: jnp.mean((unet.apply({"params": p}, **args) - target) ** 2)  # noqa: E731
-    gradient = jax.jit(jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0})  # compiles sooner
-    got = flatten_dict(gradient(params["params"]), sep="/")
-    assert got.keys() == want.keys()
-    for key, value in want.items():
-        parity.near(got[key], value, 1e-4, key)
-    assert all(np.any(value) for value in want.values())
-
-
 def test_scalar_timestep_is_broadcast_and_missing_w_is_zero():
     unet, params = ours("sd15-w")
     args = inputs("sd15-w", "even")
@@ -131,16 +114,7 @@ def test_bfloat16_keeps_statistics_and_softmax_in_float32():
             assert eqn.invars[0].aval.dtype == jnp.float32, eqn
         if eqn.primitive.name == "conv_general_dilated":
             assert eqn.outvars[0].aval.dtype == jnp.bfloat16, eqn
-    assert {"exp", "rsqrt", "reduce_sum"} <= seen
-
-
-def test_bfloat16_stays_close():
-    args, params = inputs("prefixed", "even"), ours("prefixed")[1]
-    got = jax.jit(from_config(UNETS["prefixed"], dtype=jnp.bfloat16).apply)(params, **args)
-    assert got.dtype == jnp.bfloat16
-    with torch.no_grad():
-        want = torch_call(torch_unet("prefixed"), args).permute(0, 2, 3, 1).numpy()
-    parity.near(got, want, 0.03)
+    assert {"exp", "rsqrt", "reduce_sum"} <= seen and jaxpr.outvars[0].aval.dtype == jnp.bfloat16
 
 
 REFUSED = {
