@@ -1,11 +1,11 @@
-"""Where one block of a UNet spends a TPU's memory traffic, forward and with its gradient, without a TPU.
+"""What causes the memory traffic of one UNet block on a TPU, forward and with its gradient; needs no TPU.
 
     python -m experiments.aot.block_bytes --model=sd15 --block=resnet [--images=8] [--chips=v5e:2x2]
         [--remat=none] [--attention=auto] [--thorough] [--lower=FILE]
 
-One chip, bfloat16, weights float32. Blocks: resnet, transformer (at the upper level), low (the transformer where the
-most of them are: 16x16 of SD 1.5, 32x32 of SDXL). Prints FLOPs, bytes, temporaries, roofline time and the operations
-that move the most. `--thorough` leaves out the options that make compiling quick.
+One chip, bfloat16, weights float32. Blocks: resnet, transformer (at the upper level), low (the transformer at the level
+that has most of them: 16x16 in SD 1.5, 32x32 in SDXL). Prints FLOPs, bytes, temporaries, roofline time and the
+operations that move the most. `--thorough` compiles without the options that make compiling quick.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ from lcm_jax.runtime import mesh as mesh_lib
 _MODEL = flags.DEFINE_enum("model", "sd15", ["sd15", "sdxl"], "widths")
 _BLOCK = flags.DEFINE_list("block", ["resnet", "transformer", "low"], "blocks to compile")
 _IMAGES = flags.DEFINE_integer("images", 8, "images on the chip")
-_CHIPS = flags.DEFINE_string("chips", "v5e:2x2", "its first chip is compiled for")
+_CHIPS = flags.DEFINE_string("chips", "v5e:2x2", "its first chip is the target")
 _REMAT = flags.DEFINE_string("remat", "none", "as train.remat")
 _ATTENTION = flags.DEFINE_string("attention", "auto", "as model.attention")
-_THOROUGH = flags.DEFINE_bool("thorough", False, "as a training run compiles")
-_LOWER = flags.DEFINE_string("lower", "", "file for the optimised programs' text")
+_THOROUGH = flags.DEFINE_bool("thorough", False, "compile as a training run does")
+_LOWER = flags.DEFINE_string("lower", "", "file to which the optimised programs are appended")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ SHAPES = {
 
 
 def block(name: str, shape: Shape, kernel: AttentionFn, choice: str) -> tuple:
-    """(module, arguments after the parameters, as shapes); choice: what is rematerialised."""
+    """(module, shapes of its arguments after the parameters); choice: what is recomputed for gradients."""
     dtype, n = jnp.bfloat16, _IMAGES.value
     x = jax.ShapeDtypeStruct((n, shape.side, shape.side, shape.width), dtype)
     if name == "resnet":
@@ -63,7 +63,7 @@ def block(name: str, shape: Shape, kernel: AttentionFn, choice: str) -> tuple:
 
 
 def programs(module) -> dict:
-    """Forward; and forward and backward, by weights and inputs, from a cotangent that is given."""
+    """The forward pass; and forward and backward, for weights and inputs, from a given cotangent."""
 
     def gradient(params, cotangent, *args):
         out, backward = jax.vjp(module.apply, params, *args)

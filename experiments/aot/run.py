@@ -1,13 +1,13 @@
-"""The table of what TPU slices would make of the published models' training: `lcm_jax.aot` for each row below.
+"""What TPU slices would make of the published models' training: `lcm_jax.aot` for each row below.
 
     python -m experiments.aot.run [--rows=sdxl] [--list]
 
-Every row is compiled in a process of its own and kept in rows/NAME.json; the same command goes on with the rows that
-are missing or whose settings have changed, and writes table.md from those that are there. A row takes 5 (SD1.5) to 25
-minutes (SDXL) and 8 to 24 GB of memory; libtpu, no TPU. What does not fit is kept, too, with what it would have needed.
+Every row is compiled in a process of its own and kept in rows/NAME.json; the same command compiles the rows that are
+missing or whose settings have changed, and writes table.md from those that exist. A row takes 5 (SD1.5) to 25 minutes
+(SDXL) and 8 to 24 GB of memory; it needs libtpu, but no TPU. A row that does not fit on the chip is kept, too, with
+the memory it would need.
 """
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,57 +16,26 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments import results
 from lcm_jax import files
+from lcm_jax.errors import LcmError, exit_code
 
 HERE = Path(__file__).parent
 SIXTEEN = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}
 
-# model -> (config, chip -> (images per chip, settings)). Adapters alone are trained in the "lora" ones: their base is
-# held once, so that more of the chip is left for pictures.
+FSDP = {"mesh.fsdp": 16}
+REMAT = FSDP | {"train.remat": "block"}
 LEAN = {"model.teacher_dtype": "bfloat16"}
+# Model -> (config, chip -> (images per chip, settings)). LoRA runs hold their base once, so more of the chip is left
+# for images.
 MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]]]] = {
-    "sdxl": (
-        "sdxl_lcm",
-        {
-            "v5e": (6, {"mesh.fsdp": 16, "train.remat": "block"}),
-            "v5p": (8, {"mesh.fsdp": 16}),
-            "v6e": (6, {"mesh.fsdp": 16, "train.remat": "block"}),
-        },
-    ),
-    "sd15": (
-        "sd15_lcm",
-        {
-            "v5e": (8, {"mesh.fsdp": 16}),
-            "v5p": (32, {"mesh.fsdp": 16}),
-            "v6e": (16, {"mesh.fsdp": 16}),
-        },
-    ),
-    "sdxl_lora": (
-        "sdxl_lcm_lora",
-        {
-            "v5e": (4, {"mesh.fsdp": 16, "train.remat": "block"} | LEAN),
-            "v5p": (8, {"mesh.fsdp": 16} | LEAN),
-            "v6e": (16, {"mesh.fsdp": 16, "train.remat": "block"} | LEAN),
-        },
-    ),
-    "sd15_lora": (
-        "sd15_lcm_lora",
-        {
-            "v5e": (8, {"mesh.fsdp": 16} | LEAN),
-            "v5p": (32, {"mesh.fsdp": 16} | LEAN),
-            "v6e": (16, {"mesh.fsdp": 16} | LEAN),
-        },
-    ),
-    "sd21": (
-        "sd21_lcm",
-        {
-            "v5e": (4, {"mesh.fsdp": 16}),
-            "v5p": (16, {"mesh.fsdp": 16}),
-            "v6e": (8, {"mesh.fsdp": 16}),
-        },
-    ),
+    "sdxl": ("sdxl_lcm", {"v5e": (6, REMAT), "v5p": (8, FSDP), "v6e": (6, REMAT)}),
+    "sd15": ("sd15_lcm", {"v5e": (8, FSDP), "v5p": (32, FSDP), "v6e": (16, FSDP)}),
+    "sdxl_lora": ("sdxl_lcm_lora", {"v5e": (4, REMAT | LEAN), "v5p": (8, FSDP | LEAN), "v6e": (16, REMAT | LEAN)}),
+    "sd15_lora": ("sd15_lcm_lora", {"v5e": (8, FSDP | LEAN), "v5p": (32, FSDP | LEAN), "v6e": (16, FSDP | LEAN)}),
+    "sd21": ("sd21_lcm", {"v5e": (4, FSDP), "v5p": (16, FSDP), "v6e": (8, FSDP)}),
 }
-# For weak scaling: the row of 16 v5e chips on more of them, fsdp as there.
+# For weak scaling: the row of 16 v5e chips on more of them, with the same fsdp.
 LARGER = {64: "v5e:8x8", 256: "v5e:16x16"}
 SCALED = ("sd15", "sdxl")
 
@@ -95,28 +64,19 @@ COLUMNS = (
 
 
 def rows() -> dict[str, dict[str, Any]]:
-    """Row name -> its config, topology and overrides; in the order in which they are worth having."""
+    """Row name -> its config, topology and overrides, the most interesting first."""
+
+    def row(model: str, chip: str, topology: str, chips: int) -> dict[str, Any]:
+        config, by_chip = MODELS[model]
+        images, settings = by_chip[chip]
+        settings = {"data.batch_size": images * chips} | settings
+        return {"model": model, "config": f"configs/{config}.py", "topology": topology, "settings": settings}
 
     def on_sixteen(models: Sequence[str]) -> dict[str, dict[str, Any]]:
-        return {
-            f"{model}-{chip}-16": _row(model, chip, topology, 16)
-            for chip, topology in SIXTEEN.items()
-            for model in models
-        }
+        return {f"{model}-{chip}-16": row(model, chip, SIXTEEN[chip], 16) for chip in SIXTEEN for model in models}
 
-    larger = {f"{model}-v5e-{n}": _row(model, "v5e", LARGER[n], n) for n in LARGER for model in SCALED}
+    larger = {f"{model}-v5e-{n}": row(model, "v5e", LARGER[n], n) for n in LARGER for model in SCALED}
     return on_sixteen(SCALED) | larger | on_sixteen([model for model in MODELS if model not in SCALED])
-
-
-def _row(model: str, chip: str, topology: str, chips: int) -> dict[str, Any]:
-    config, by_chip = MODELS[model]
-    images, settings = by_chip[chip]
-    return {
-        "model": model,
-        "config": f"configs/{config}.py",
-        "topology": topology,
-        "settings": {"data.batch_size": images * chips} | settings,
-    }
 
 
 def is_done(path: Path, row: dict[str, Any]) -> bool:
@@ -124,17 +84,10 @@ def is_done(path: Path, row: dict[str, Any]) -> bool:
 
 
 def run_row(path: Path, row: dict[str, Any]) -> None:
-    """Compiles one row in a process of its own, so that its memory returns, and keeps what came of it."""
+    """Compiles one row in a process of its own, which gives its memory back, and keeps the report."""
     out = path.with_suffix(".part")
-    command = [
-        sys.executable,
-        "-m",
-        "lcm_jax.aot",
-        f"--config={row['config']}",
-        f"--topology={row['topology']}",
-        f"--out={out}",
-        *(f"--config.{key}={value}" for key, value in row["settings"].items()),
-    ]
+    command = [sys.executable, "-m", "lcm_jax.aot", f"--config={row['config']}", f"--topology={row['topology']}"]
+    command += [f"--out={out}", *(f"--config.{key}={value}" for key, value in row["settings"].items())]
     print(" ".join(command[1:]), flush=True)
     done = subprocess.run(command, cwd=HERE.parents[1], stderr=subprocess.PIPE, text=True)
     if done.returncode == 0:
@@ -143,23 +96,21 @@ def run_row(path: Path, row: dict[str, Any]) -> None:
     elif "does not fit" in done.stderr:
         found = {"row": row, "report": None, "error": done.stderr.strip().splitlines()[-1]}
     else:
-        raise SystemExit(f"{path.stem} failed:\n{done.stderr[-3000:]}")
+        raise LcmError(f"{path.stem} failed:\n{done.stderr[-3000:]}")
     print(found.get("error", ""), flush=True)
-    with files.new_file(path) as partial:
-        partial.write_text(json.dumps(found, indent=2) + "\n")
+    files.write_atomic(path, results.to_json(found, 2))
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Markdown table of the kept rows, and weak scaling of those that are there on more chips."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(_cells(one)) + " |" for one in found.values()]
-    scaling = []
+    """Markdown table of the kept rows, and the weak scaling of models that have rows on more chips."""
+    lines = [results.table(COLUMNS, map(_cells, found.values()))]
     for model in SCALED:
-        speeds = {n: _speed(found.get(f"{model}-v5e-{n}")) for n in (16, *LARGER)}
-        if all(speeds.values()):
+        kept = {n: found.get(f"{model}-v5e-{n}") for n in (16, *LARGER)}
+        if all(one and one["report"] for one in kept.values()):
+            speeds = {n: one["report"]["images_per_second_per_device"] for n, one in kept.items()}
             parts = ", ".join(f"{n} chips {speeds[n] / speeds[16]:.1%}" for n in LARGER)
-            scaling.append(f"Weak scaling of {TITLES[model]}, images/s/chip against 16 v5e chips: {parts}.")
-    return "\n".join([*lines, "", *scaling]).rstrip() + "\n"
+            lines.append(f"Weak scaling of {TITLES[model]}, images/s/chip against 16 v5e chips: {parts}.\n")
+    return lines[0] + "\n" + "".join(lines[1:])
 
 
 def _cells(one: dict[str, Any]) -> list[str]:
@@ -185,34 +136,28 @@ def _cells(one: dict[str, Any]) -> list[str]:
     ]
 
 
-def _speed(one: dict[str, Any] | None) -> float | None:
-    return one["report"]["images_per_second_per_device"] if one and one["report"] else None
-
-
-_ROWS = flags.DEFINE_string("rows", "", "only rows whose name begins so, as sdxl-v5e")
+_ROWS = flags.DEFINE_string("rows", "", "only rows whose name starts like this, as sdxl-v5e")
 _LIST = flags.DEFINE_bool("list", False, "print the rows, compile nothing")
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    asked = {name: row for name, row in rows().items() if name.startswith(_ROWS.value)}
-    for name, row in asked.items():
-        path = HERE / "rows" / f"{name}.json"
-        if _LIST.value or is_done(path, row):
-            print(f"{name}: {'there' if is_done(path, row) else 'missing'}")
-            continue
-        run_row(path, row)
-        _write_table()
-    if not _LIST.value:
-        _write_table()
-
-
-def _write_table() -> None:
+def main() -> None:
     paths = {name: HERE / "rows" / f"{name}.json" for name in rows()}
+    for name, row in rows().items():
+        if not name.startswith(_ROWS.value):
+            continue
+        if _LIST.value or is_done(paths[name], row):
+            print(f"{name}: {'done' if is_done(paths[name], row) else 'missing'}")
+            continue
+        run_row(paths[name], row)
+        write_table(paths)
+    if not _LIST.value:
+        write_table(paths)
+
+
+def write_table(paths: dict[str, Path]) -> None:
     kept = {name: files.read_json(path) for name, path in paths.items() if path.is_file()}
-    with files.new_file(HERE / "table.md") as partial:
-        partial.write_text(table(kept))
+    files.write_atomic(HERE / "table.md", table(kept))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(lambda argv: exit_code(main))

@@ -52,18 +52,13 @@ def main() -> int:
     style = config.data.style
     folders = {"LCM": Path(config.model.student)}
     folders |= {name: args.workdir / part / "export" for part, (name, _) in RUNS.items()}
-    rows = embedded.styled_real_rows(args.count, style)
-    lines = {"renders in the style": embedded.real_images(embedded.GRID_IMAGES, style)["renders"]}
-    for name, folder in folders.items():
-        for scale in SCALES:
-            model, row = f"--model={folder}", f"--row=lcm:{STEPS}:{scale:g}"
-            rows += embedded.styled_rows(args.workdir / "evaluate", name, args.count, style, model, row)
-            request = f"--steps={STEPS}", f"--guidance_scale={scale:g}"
-            lines[f"{name} at scale {scale:g}"] = embedded.drawn(model, *request)
+    models = [(name, [f"--model={folder}"], "lcm", STEPS, s) for name, folder in folders.items() for s in SCALES]
+    rows, lines = embedded.styled(args.workdir / "evaluate", args.count, style, models)
     answers = {name: answer_to_w(folder) for name, folder in folders.items()}
     listed = ", ".join(f"{name} {value:.2f}" for name, value in answers.items())
     note = NOTE.format(count=args.count, references=REFERENCES, style=style, answers=listed)
-    embedded.write_styled(args.workdir, rows, lines, note, CONFIG, answers=answers, verdict=verdict(rows))
+    table = {"note": note, "config": CONFIG, "answers": answers, "verdict": verdict(rows), "rows": rows}
+    embedded.write_styled(args.workdir, table, lines)
     if args.publish:
         sources = {name: args.workdir / name for name in embedded.STYLED_RESULTS}
         sources |= {f"{part}_metrics.jsonl": args.workdir / part / "metrics.jsonl" for part in RUNS}

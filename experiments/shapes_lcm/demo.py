@@ -57,13 +57,9 @@ def main() -> int:
     table = {"note": note, "config": str(args.config), "rows": rows}
     (args.workdir / "table.json").write_text(results.to_json(table, 2))
 
-    def line(model: str, sampler: str, steps: int):
-        return embedded.drawn(
-            f"--model={model}", f"--sampler={sampler}", f"--steps={steps}", f"--guidance_scale={best:g}"
-        )
-
-    lines = {f"teacher, DDIM, steps {steps}": line("shapes", "ddim", steps) for steps in (50, 4, 2, 1)}
-    lines |= {f"LCM, steps {steps}": line(str(folder), "lcm", steps) for steps in (4, 2, 1)}
+    teacher, student = ["--model=shapes"], [f"--model={folder}"]
+    lines = {f"teacher, DDIM, {n} steps": embedded.generated(teacher, "ddim", n, best) for n in (50, 4, 2, 1)}
+    lines |= {f"LCM, {n} steps": embedded.generated(student, "lcm", n, best) for n in (4, 2, 1)}
     embedded.write_grid(args.workdir / "grid.png", lines)
     print("\n" + text)
     say(f"done. Table: {args.workdir}/table.md and table.json; images: {args.workdir}/grid.png; model: {folder}")

@@ -27,19 +27,6 @@ NOTE = (
 )
 
 
-def models(style: Path, lcm: Path) -> list[tuple[str, list[str], str, int]]:
-    """(name in the table, LoRA flags, sampler, steps) of every row."""
-    lcm_lora, styled = f"--lora={lcm}:1.0", f"--lora={style}:1.0"
-    return [
-        ("base teacher", [], "ddim", 50),
-        ("base + style LoRA 1.0", [styled], "ddim", 50),
-        ("base + style LoRA 1.0", [styled], "ddim", 4),
-        ("base + LCM-LoRA 1.0", [lcm_lora], "lcm", 4),
-        ("base + style LoRA 0.8 + LCM-LoRA 1.0", [f"--lora={style}:0.8", lcm_lora], "lcm", 4),
-        ("base + style LoRA 1.0 + LCM-LoRA 1.0", [styled, lcm_lora], "lcm", 4),
-    ]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     embedded.add_arguments(parser, "runs/shapes_lcm_lora")
@@ -54,18 +41,19 @@ def main() -> int:
         return 1
 
     say(f"generating {args.count} images per row")
-    style = train_style.STYLE
-    rows = embedded.styled_real_rows(args.count, style)
-    lines = {"renders in the style": embedded.real_images(embedded.GRID_IMAGES, style)["renders"]}
-    for name, loras, sampler, steps in models(style_file, args.workdir / "lcm" / "export"):
-        scale = embedded.best_guidance_scale() if sampler == "ddim" else 1.0
-        flags = ["--model=shapes", *loras]
-        row = f"--row={sampler}:{steps}:{scale:g}"
-        rows += embedded.styled_rows(args.workdir / "evaluate", name, args.count, style, *flags, row)
-        request = f"--sampler={sampler}", f"--steps={steps}", f"--guidance_scale={scale:g}"
-        lines[f"{name}, {steps} steps"] = embedded.drawn(*flags, *request)
-    note = NOTE.format(count=args.count, references=REFERENCES, style=style)
-    embedded.write_styled(args.workdir, rows, lines, note, CONFIG)
+    base, lcm, best = "--model=shapes", f"--lora={args.workdir}/lcm/export:1.0", embedded.best_guidance_scale()
+    weak, full = (f"--lora={style_file}:{weight}" for weight in (0.8, 1.0))
+    models = [
+        ("base teacher", [base], "ddim", 50, best),
+        ("base + style LoRA 1.0", [base, full], "ddim", 50, best),
+        ("base + style LoRA 1.0", [base, full], "ddim", 4, best),
+        ("base + LCM-LoRA 1.0", [base, lcm], "lcm", 4, 1.0),
+        ("base + style LoRA 0.8 + LCM-LoRA 1.0", [base, weak, lcm], "lcm", 4, 1.0),
+        ("base + style LoRA 1.0 + LCM-LoRA 1.0", [base, full, lcm], "lcm", 4, 1.0),
+    ]
+    rows, lines = embedded.styled(args.workdir / "evaluate", args.count, train_style.STYLE, models)
+    note = NOTE.format(count=args.count, references=REFERENCES, style=train_style.STYLE)
+    embedded.write_styled(args.workdir, {"note": note, "config": CONFIG, "rows": rows}, lines)
     if args.publish:
         sources = {name: args.workdir / name for name in embedded.STYLED_RESULTS}
         sources |= {f"{part}_metrics.jsonl": args.workdir / part / "metrics.jsonl" for part in ("style", "lcm")}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.shapes_teacher.loop import make_state, make_step, run
+from experiments.shapes_teacher.loop import make_state, make_step, noised, run
 from lcm_jax import assets
 from lcm_jax.data import shapes
 from lcm_jax.data.order import batch_indices
@@ -33,7 +33,6 @@ RANK = 16  # alpha equals the rank, so that weight 1.0 gives the model that was 
 STEPS, LEARNING_RATE = 800, 2e-3
 EXAMPLES = 4096
 BATCH = 32
-DROP_CAPTION = 0.1
 FILE = "style_lora.safetensors"
 
 
@@ -56,15 +55,10 @@ def latents(
 
 def loss_fn(unet: lora.Adapted, noise_schedule: schedule.NoiseSchedule, adapters: Any, batch: Any, key: jax.Array):
     """(loss, {}); batch: rows of `latents`, and the frozen "base" (UNet weights) and "null" [1 l d]."""
-    keys = jax.random.split(key, 4)
-    z = batch["mean"] + batch["std"] * jax.random.normal(keys[0], batch["mean"].shape)
-    eps = jax.random.normal(keys[1], z.shape)
-    t = jax.random.randint(keys[2], z.shape[:1], 0, noise_schedule.num_train_timesteps)
-    drop = jax.random.bernoulli(keys[3], DROP_CAPTION, t.shape)
+    z_t, t, velocity, drop = noised(noise_schedule, batch, key)
     text = jnp.where(drop[:, None, None], batch["null"], batch["text"])
-    z_t = schedule.add_noise(noise_schedule, z, eps, t)
     v = call(unet, {"base": batch["base"], "lora": adapters}, z_t, t, {"encoder_hidden_states": text})
-    return jnp.square(v - schedule.velocity(noise_schedule, z, eps, t)).mean(), {}
+    return jnp.square(v - velocity).mean(), {}
 
 
 def train(workdir: Path, steps: int = STEPS, rank: int = RANK, learning_rate: float = LEARNING_RATE) -> Path:

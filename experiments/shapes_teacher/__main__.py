@@ -1,4 +1,4 @@
-"""The whole embedded teacher with one command, resumable: scorer, VAE, UNet with text encoder, asset, teacher's rows.
+"""Makes the whole embedded teacher, resumable: scorer, VAE, UNet with text encoder, asset, the teacher's rows.
 
 python -m experiments.shapes_teacher --workdir=/tmp/shapes_teacher
 """

@@ -1,4 +1,4 @@
-"""Writes the trained parts as the asset lcm_jax/assets/shapes_teacher: a diffusers folder in float16.
+"""Writes the trained parts to the asset lcm_jax/assets/shapes_teacher, a diffusers folder in float16.
 
 python -m experiments.shapes_teacher.build --workdir=/tmp/shapes_teacher
 """

@@ -1,4 +1,4 @@
-"""The training loop that the parts of the embedded teacher share: resumable, one JSON line per logged step."""
+"""The training loop of all parts of the embedded teacher: resumable, with one JSON line per logged step."""
 
 import json
 import time
@@ -11,7 +11,10 @@ import numpy as np
 import optax
 from flax import struct
 
+from lcm_jax.diffusion import schedule
 from lcm_jax.runtime.checkpoints import Checkpoints
+
+DROP_CAPTION = 0.1
 
 
 class State(struct.PyTreeNode):
@@ -26,10 +29,28 @@ def make_state(params: Any, optimizer: optax.GradientTransformation) -> State:
     return State(np.int32(0), params, optimizer.init(params), jax.tree.map(np.copy, params))
 
 
+def noised(
+    noise_schedule: schedule.NoiseSchedule, batch: Any, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """z_t [b h w c] of a sample of each posterior, t [b], its velocity, and whether the caption is dropped [b].
+
+    batch: "mean" and "std" of the scaled posterior. t is uniform.
+    """
+    keys = jax.random.split(key, 4)
+    z = batch["mean"] + batch["std"] * jax.random.normal(keys[0], batch["mean"].shape)
+    eps = jax.random.normal(keys[1], z.shape)
+    t = jax.random.randint(keys[2], z.shape[:1], 0, noise_schedule.num_train_timesteps)
+    drop = jax.random.bernoulli(keys[3], DROP_CAPTION, t.shape)
+    return schedule.add_noise(noise_schedule, z, eps, t), t, schedule.velocity(noise_schedule, z, eps, t), drop
+
+
 def make_step(
     loss_fn: Callable, optimizer: optax.GradientTransformation, ema_decay: float
 ) -> Callable[[State, Any, jax.Array], tuple[State, dict]]:
-    """loss_fn(params, batch, key) -> (loss, metrics); the EMA's decay warms up as (1 + n) / (10 + n)."""
+    """The jitted step; the EMA's decay warms up as (1 + n) / (10 + n).
+
+    loss_fn: (params, batch, key) -> (loss, metrics).
+    """
 
     def step(state: State, batch: Any, key: jax.Array) -> tuple[State, dict]:
         key = jax.random.fold_in(key, state.step)
@@ -54,7 +75,7 @@ def run(
     log_every: int = 50,
     save_every: int = 500,
 ) -> State:
-    """Trains to `steps`, going on from the newest checkpoint in `workdir`; batch i is `batch_fn(i)`."""
+    """Trains to `steps` from the newest checkpoint in `workdir`; batch i is `batch_fn(i)`."""
     workdir.mkdir(parents=True, exist_ok=True)
     key = jax.random.key(seed)
     with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints, (workdir / "metrics.jsonl").open("a") as log:

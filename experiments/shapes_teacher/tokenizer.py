@@ -1,11 +1,12 @@
 """The embedded teacher's tokenizer in CLIP's format: byte-level BPE over lower-case words ending in "</w>".
 
-The vocabulary is CLIP's scheme in small: 256 byte characters, the same with "</w>", one entry per merge, and the two
-special tokens at the end. Every word of the captions is merged into one token; any other text falls into pieces.
+The vocabulary follows CLIP's scheme: 256 byte characters, the same with "</w>", one entry per merge, and the two
+special tokens at the end. Every word of the captions becomes one token; any other text is split into pieces.
 """
 
 import functools
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,13 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def words() -> list[str]:
-    """The captions' words in order of first use, multi-word positions taken apart."""
+    """The captions' words in order of first use."""
     text = "a at the and on background " + " ".join(" ".join(names) for names in shapes.ATTRIBUTES.values())
     return list(dict.fromkeys(text.split()))
 
 
 def merges() -> list[tuple[str, str]]:
-    """Merges that build each word from its left, most basic first, without repeats."""
+    """Merges that build each word from the left, without repeats; a merge stands behind those that it needs."""
     pairs: dict[tuple[str, str], None] = {}
     for word in words():
         pieces = [*word[:-1], word[-1] + "</w>"]
@@ -47,7 +48,7 @@ def _apply(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def alphabet() -> list[str]:
-    """One printable character per byte, as GPT-2 and CLIP have it: printable bytes first, the rest moved past 255."""
+    """One printable character per byte, as in GPT-2 and CLIP: printable bytes first, the others moved past 255."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = [256 + n for n in range(256 - len(printable))]
     return [chr(code) for code in printable + moved]
@@ -70,8 +71,6 @@ def write(folder: Path) -> None:
 
 @functools.cache
 def _tokenizer():
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         return load_tokenizer(Path(folder), LENGTH)

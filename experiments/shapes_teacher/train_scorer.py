@@ -1,14 +1,12 @@
-"""Trains the reader of shapes pictures (lcm_jax/metrics/networks/shapes.py) on renders of the train split.
+"""Trains the scorer of shapes images (lcm_jax/metrics/networks/shapes.py) on renders of the train split.
 
-    python experiments/shapes_teacher/train_scorer.py --out=lcm_jax/assets/shapes_scorer
+    python -m experiments.shapes_teacher.train_scorer --out=lcm_jax/assets/shapes_scorer
 
-Samples and VAE reconstructions are softer than renders, so each training picture may be blurred (Gaussian, or by
-dropping the high frequencies of 8 x 8 blocks as strong JPEG compression does), gets fine and coarse noise, and a small
-change of brightness and contrast. No sampled picture is ever seen. The sum of the heads' cross-entropies is minimised
-by AdamW. Accuracies on the held-out split, of the weights as stored (float16), are printed and kept in the config.
+Samples and VAE reconstructions are softer than renders, so a training image may be blurred (Gaussian, or by dropping
+the high frequencies of 8 x 8 blocks as strong JPEG compression does), and gets fine and coarse noise and a small change
+of brightness and contrast. The scorer never sees a sampled image. The sum of the heads' cross-entropies is minimised by
+AdamW. Accuracies of the stored weights (float16) on the held-out split are printed and kept in the config.
 """
-
-from __future__ import annotations
 
 import argparse
 import functools
@@ -21,7 +19,7 @@ import numpy as np
 import optax
 
 from lcm_jax.data import shapes
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import exit_code
 from lcm_jax.metrics import distances as frechet
 from lcm_jax.metrics.networks import shapes as shapes_scorer
 
@@ -29,7 +27,7 @@ BLUR_MAX = 1.6  # pixels, standard deviation
 
 
 def block_lowpass() -> np.ndarray:
-    """[6 64 64]: projections that keep the first 8, 7, .. 3 cosine modes of each run of eight pixels."""
+    """[6 64 64]: projections onto the first 8, 7, .. 3 cosine modes of each run of eight pixels."""
     n = np.arange(8)
     modes = np.cos(np.pi * (n[None] + 0.5) * n[:, None] / 8)
     modes /= np.linalg.norm(modes, axis=1, keepdims=True)
@@ -37,7 +35,7 @@ def block_lowpass() -> np.ndarray:
 
 
 def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Softer, noisier pictures [b 64 64 3] in [-1, 1] from sharp ones; one picture in four keeps its sharpness."""
+    """Softer, noisier images [b 64 64 3] in [-1, 1]; one in four keeps its sharpness."""
     keys = jax.random.split(key, 9)
     b, side = images.shape[0], images.shape[1]
     sigma = 0.05 + BLUR_MAX * jax.random.uniform(keys[0], (b, 1, 1)) * (jax.random.uniform(keys[1], (b, 1, 1)) < 0.5)
@@ -60,15 +58,11 @@ def cross_entropy(module, params, images, labels) -> jax.Array:
 
 
 def evaluate(scorer: shapes_scorer.Scorer, count: int) -> dict:
-    """Accuracies on `count` held-out renders and on the same pictures softened, and a Frechet distance of renders."""
+    """Accuracies on `count` held-out renders, sharp and softened, and a Frechet distance between renders."""
     specs = [shapes.spec(i, "heldout") for i in range(count)]
     images, labels = shapes.render_batch(specs), shapes.label_arrays(specs)
-    soft = np.concatenate(
-        [
-            np.asarray(augment(jax.random.key(i), shapes_scorer.to_float(images[i : i + 128])))
-            for i in range(0, count, 128)
-        ]
-    )
+    parts = (augment(jax.random.key(i), shapes_scorer.to_float(images[i : i + 128])) for i in range(0, count, 128))
+    soft = np.concatenate([np.asarray(part) for part in parts])
     read, features = shapes_scorer.score(images, scorer)
     read_soft, _ = shapes_scorer.score(soft, scorer)
     _, others = shapes_scorer.score(shapes.examples(count, count, "heldout")[0], scorer)
@@ -100,19 +94,12 @@ def train(args) -> shapes_scorer.Scorer:
     start, start_cpu, losses = time.perf_counter(), time.process_time(), []
     for n in range(args.steps):
         specs = [shapes.spec(i, "train") for i in range(n * args.batch_size, (n + 1) * args.batch_size)]
-        params, state, loss = step(
-            params,
-            state,
-            jax.random.fold_in(jax.random.key(args.seed + 1), n),
-            shapes.render_batch(specs),
-            shapes.label_arrays(specs),
-        )
+        key = jax.random.fold_in(jax.random.key(args.seed + 1), n)
+        params, state, loss = step(params, state, key, shapes.render_batch(specs), shapes.label_arrays(specs))
         losses.append(float(loss))
         if (n + 1) % 50 == 0:
-            print(
-                f"step {n + 1}/{args.steps}  loss {np.mean(losses[-50:]):.4f}  {time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
+            seconds = time.perf_counter() - start
+            print(f"step {n + 1}/{args.steps}  loss {np.mean(losses[-50:]):.4f}  {seconds:.0f} s", flush=True)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     # As stored: through float16.
     params = jax.tree.map(lambda p: np.asarray(p, np.float16).astype(np.float32), jax.device_get(params))
@@ -146,8 +133,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (LcmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(main))

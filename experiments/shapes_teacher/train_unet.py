@@ -1,8 +1,8 @@
 """The embedded teacher's UNet and CLIP text encoder, trained together on the latents of the VAE.
 
 v-prediction, mean squared error, t uniform; 10 % of the captions are "". From step 4,500 on some captions belong to
-another picture, as many a caption on the web does: that is what guidance is for, without it a sampler believes such
-captions, too. They are 15 % at first and 6 % from step 13,500 on: with 15 % to the end, one picture in thirty was of
+another image, as many captions on the web do: guidance is there to correct that, and without it a sampler follows such
+captions, too. They are 15 % at first and 6 % from step 13,500 on: with 15 % to the end, one image in thirty showed
 another caption even under guidance. The text encoder learns through the UNet's cross-attention. Adam, EMA 0.999; the
 rate is 1.5e-3, linear to almost 0 by step 13,500, and then 5e-4, linear to 0.
 
@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from experiments.shapes_teacher import tokenizer, train_vae
-from experiments.shapes_teacher.loop import make_state, make_step, run
+from experiments.shapes_teacher.loop import make_state, make_step, noised, run
 from lcm_jax.data import shapes
 from lcm_jax.data.order import batch_indices
 from lcm_jax.diffusion import schedule
@@ -63,9 +63,8 @@ UNET = {
 }
 EXAMPLES = 49_152
 BATCH = 32
-DROP_CAPTION = 0.1
-SWAPPED = {0: 0.0, 4_500: 0.15, 13_500: 0.06}  # from this step on: share of captions of another picture
-STEPS, DECAY, SECOND = 16_500, (9_500, 13_500), 13_500  # the rate's first decay, and where it begins again
+SWAPPED = {0: 0.0, 4_500: 0.15, 13_500: 0.06}  # from this step on: share of captions of another image
+STEPS, DECAY, SECOND = 16_500, (9_500, 13_500), 13_500  # the rate's first decay, and where it starts again
 
 
 def trained_vae(workdir: Path):
@@ -84,7 +83,7 @@ def encoder(module):
 
 
 def cache(workdir: Path) -> dict[str, np.ndarray]:
-    """Scaled posterior moments and token ids of the training pictures; made once, kept beside the run."""
+    """Scaled posterior moments and token ids of the training images; computed once, kept beside the run."""
     path = workdir / "latents.npz"
     if not path.exists():
         module, params = trained_vae(workdir)
@@ -101,16 +100,11 @@ def cache(workdir: Path) -> dict[str, np.ndarray]:
 
 
 def loss_fn(denoiser, text_encoder, noise_schedule, null_ids, params, batch, key):
-    keys = jax.random.split(key, 4)
-    z = batch["mean"] + batch["std"] * jax.random.normal(keys[0], batch["mean"].shape)
-    eps = jax.random.normal(keys[1], z.shape)
-    t = jax.random.randint(keys[2], z.shape[:1], 0, noise_schedule.num_train_timesteps)
-    drop = jax.random.bernoulli(keys[3], DROP_CAPTION, t.shape)
+    z_t, t, velocity, drop = noised(noise_schedule, batch, key)
     ids = jnp.where(drop[:, None], null_ids, batch["ids"])
     text = text_encoder.apply({"params": params["text_encoder"]}, ids).last_hidden_state
-    z_t = schedule.add_noise(noise_schedule, z, eps, t)
     v = denoiser.apply({"params": params["unet"]}, z_t, t, text)
-    return jnp.square(v - schedule.velocity(noise_schedule, z, eps, t)).mean(), {}
+    return jnp.square(v - velocity).mean(), {}
 
 
 def rate(step: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """The embedded teacher's AutoencoderKL: 64 px renders <-> 8 x 8 x 4 latents.
 
-loss = mean |x - y| + 4 mean (x - y)^2 + 0.5 mean |grad x - grad y| + 2e-4 KL (mean over latent values); edges count
-because shapes are told apart by them. Adam, 2e-3, cosine.
+    loss = mean |x - y| + 4 mean (x - y)^2 + 0.5 mean |grad x - grad y| + 2e-4 KL      (KL: mean over latent values)
+
+The gradients' term is there because shapes differ in their edges. Adam, 2e-3, cosine.
 
     python -m experiments.shapes_teacher.train_vae --workdir=/tmp/shapes_teacher
 """
@@ -23,7 +24,7 @@ CONFIG = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "layers_per_block": 1,
-    "norm_num_groups": 1,  # with a few channels a group, GroupNorm would take the colours away
+    "norm_num_groups": 1,  # with a few channels per group, GroupNorm would remove the colours
     "sample_size": 64,
     "force_upcast": False,
 }
