@@ -186,7 +186,7 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path, monkeypatch):
     (tmp_path / "b.png").symlink_to("/dev/zero")
     (tmp_path / "c.png").write_bytes(bytes(9))
     monkeypatch.setattr(parsing, "MAX_BYTES", 8)
-    for number, reason in enumerate(("a.png is no", "b.png is no", "c.png has 9 bytes, more than 8")):
+    for number, reason in enumerate(("a.png is no", "b.png is no", "c.png has 9 bytes, but at most 8 are read")):
         with pytest.raises(BadRecordError, match=reason):
             source[number]
 
