@@ -1,10 +1,10 @@
-"""Lines for the reader of an experiment's terminal."""
+"""What an experiment prints while it runs."""
 
 import time
 from collections.abc import Callable
 
 
 def teller() -> Callable[[str], None]:
-    """Prints lines, each with the seconds since now before it."""
+    """A function that prints a line with the seconds since this call before it."""
     begun = time.monotonic()
     return lambda text: print(f"[{time.monotonic() - begun:5.0f} s] {text}", flush=True)
