@@ -30,8 +30,8 @@ from lcm_jax.distill.student import merged, trainable, with_trainable
 from lcm_jax.errors import LcmError, exit_code
 from lcm_jax.pretrained import Pipeline, lora_files, save_pipeline, save_single_file, save_unet
 from lcm_jax.pretrained import diffusers_folder as saving
-from lcm_jax.pretrained.model import PipelineParams
-from lcm_jax.pretrained.single_file_saving import check_file, fold_w
+from lcm_jax.pretrained.model import PipelineParams, fold_w
+from lcm_jax.pretrained.safetensors_io import check_file
 from lcm_jax.run import config as config_lib
 from lcm_jax.run import models as student_lib
 from lcm_jax.run.model_card import model_card
@@ -135,7 +135,7 @@ def card_of(out: Path) -> Path:
 def check_out(out: Path, form: str, needed: int = 0) -> None:
     """Raises LcmError where `needed` bytes cannot be written to `out`."""
     if form != "single-file":
-        saving.check_target(out, needed)
+        saving.check_folder(out, needed)
         return
     check_file(out, needed)
     if card_of(out).exists():
@@ -145,7 +145,7 @@ def check_out(out: Path, form: str, needed: int = 0) -> None:
 def bytes_needed(student: Pipeline, params: PipelineParams, form: str, dtype: Any) -> int:
     """Bytes of the weights that `form` consists of, in `dtype`."""
     if form in ("pipeline", "merged", "single-file"):
-        tree = {part: params[part] for part in saving.names_of_parts(student)}
+        tree = {part: params[part] for part in student.parts}
     else:
         tree = trainable(student.unet, params["unet"])
     return sum(leaf.size for leaf in jax.tree.leaves(tree)) * jnp.dtype(dtype).itemsize

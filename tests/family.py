@@ -1,6 +1,6 @@
-"""The published Stable Diffusion family: config.json values as the hubs have them, and the sizes they must come to.
+"""The published Stable Diffusion family: config.json values from the hub, and the sizes of the models.
 
-UNETS, VAES, TEXT_ENCODERS: name -> config, without the keys that a file leaves out (the readers' defaults then count).
+UNETS, VAES, TEXT_ENCODERS: name -> config, without the keys that a file leaves out (whose defaults are the readers').
 UNET_SIZES, VAE_SIZES, TEXT_SIZES: name -> (parameters, keys of the state dict).
 """
 

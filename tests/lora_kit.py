@@ -1,4 +1,4 @@
-"""LoRA files with random factors in every format, and a comparison of what was read from two; for the tests of LoRA."""
+"""For the tests of LoRA: files with random factors in every format, and a comparison of two that were read."""
 
 import functools
 
@@ -28,7 +28,7 @@ def layer_names(module, targets=lora.DEFAULT_TARGETS):
 
 
 def factors(module, targets=lora.DEFAULT_TARGETS, rank=4, seed=0, rank_of=None):
-    """Torch name -> random (A, B) in torch's shapes; rank_of(name) where ranks are mixed."""
+    """Torch name -> random (A, B) in torch's shapes; rank_of: name -> rank, if ranks are mixed."""
     generator, table, found = np.random.default_rng(seed), lora_keys.layers(module), {}
     for name in layer_names(module, targets):
         out, fan, *window = table[name].torch_shape

@@ -485,7 +485,7 @@ CONTRACTS = [
         "pretrained/text.py",
         "[height, width, 0, 0, height, width]",
         "[width, height, 0, 0, width, height]",
-        ("test_pretrained_model.py",),
+        ("test_pretrained_text.py",),
         False,
     ),
     Mutant(
@@ -564,7 +564,7 @@ CONTRACTS = [
     Mutant(
         "an export without its tokenizers",
         "pretrained/diffusers_folder.py",
-        'texts |= {f"{slot}/{name}": content for name, content in tokens.files.items()}',
+        'texts |= {f"{slot}/{name}": content for name, content in tokenizer.files.items()}',
         "pass",
         ("test_pretrained_saving.py",),
         False,

@@ -19,8 +19,7 @@ from PIL import Image
 import lcm_jax
 from lcm_jax import export, pretrained, sample
 from lcm_jax.distill import state as state_lib
-from lcm_jax.pretrained import load_pipeline, load_unet
-from lcm_jax.pretrained import safetensors_io as weight_files
+from lcm_jax.pretrained import load_pipeline, load_unet, safetensors_io
 from lcm_jax.run import config as config_lib
 from lcm_jax.run import models as student
 from lcm_jax.runtime.checkpoints import Checkpoints
@@ -269,7 +268,7 @@ def error_of(capsys, *words) -> str:
         (["--verify", "--format=unet"], r"--verify draws pictures and --format=unet is no pipeline; use .*=pipeline"),
         (["--format=lora-peft"], r"--format=lora-peft: this run trained every weight .*use --format=pipeline or unet"),
         (["--format=merged"], r"--format=merged: this run trained every weight"),
-        (["--format=single-file"], r"out does not end in .safetensors; name the single file so"),
+        (["--format=single-file"], r"out does not end in .safetensors; choose a name that does"),
         (["--guidance_scale=8"], r"--guidance_scale=8 is folded into a single file only; use --format=single-file"),
     ],
 )
@@ -325,13 +324,13 @@ def test_a_full_disk_is_noticed_before_writing(run, tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize("form", ["pipeline", "unet"])
 def test_a_failed_write_leaves_nothing(run, tmp_path, capsys, monkeypatch, form):
-    write = weight_files.write_weights
+    write = safetensors_io.write_weights
 
     def fail(path, *rest):
         write(path, *rest)
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(weight_files, "write_weights", fail)
+    monkeypatch.setattr(safetensors_io, "write_weights", fail)
     error = error_of(capsys, f"--workdir={run[0]}", f"--out={tmp_path / 'out'}", f"--format={form}")
     assert "No space left on device" in error
     assert not any(tmp_path.iterdir())
@@ -341,7 +340,7 @@ def test_an_interrupted_write_leaves_nothing(run, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(weight_files, "write_weights", interrupt)
+    monkeypatch.setattr(safetensors_io, "write_weights", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export.main([f"--workdir={run[0]}", f"--out={tmp_path / 'out'}"])
     assert not any(tmp_path.iterdir())

@@ -74,7 +74,7 @@ def dimensions(shape):  # XLA may turn a weight round
 weights = {dimensions(leaf.shape) for leaf in jax.tree.leaves(dict(params))}
 for data, fsdp, chunk in ((2, 4, 3), (8, 1, 0)):
     mesh = m.make_mesh(data, fsdp)
-    pipeline, placed = load_pipeline(source, place=m.place(mesh))
+    pipeline, placed = load_pipeline(source, put=m.place(mesh))
     kernel = placed["vae"]["encoder"]["conv_in"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (3, 3, 3, 16 // fsdp)
     encode = encoding.make_encode(pipeline, placed, mesh, chunk)
@@ -107,7 +107,7 @@ noise = draw_noise(3, range(3), 2, (8, 8, 4))
 one = Generator(*host)
 want = images_of(one, noise)
 mesh = m.make_mesh(2, 4)
-several = Generator(*load_pipeline(source, place=m.place(mesh)), mesh)
+several = Generator(*load_pipeline(source, put=m.place(mesh)), mesh)
 weights = several.params["unet"]["conv_in"]["kernel"]
 assert weights.sharding.shard_shape(weights.shape) == (3, 3, 4, 8)
 images = images_of(several, noise)

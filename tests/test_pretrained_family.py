@@ -1,4 +1,4 @@
-"""Full size: key sets, shapes and parameter counts of the published family; one whole SD 1.5 folder there and back."""
+"""Full size: keys, shapes and parameter counts of the published family; a round trip of a whole SD 1.5 folder."""
 
 import gc
 import json
@@ -55,7 +55,7 @@ def test_text_encoder(name):
 
 
 def fill(model, seed):
-    """Small random weights: Gaussian of 0.02 everywhere, norms about 1."""
+    """Random weights: a Gaussian of 0.02, about 1 for norms."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, p in model.named_parameters():
@@ -64,7 +64,7 @@ def fill(model, seed):
 
 
 def torch_models():
-    """part -> function that makes the torch model, always with the same weights; one in memory at a time."""
+    """part -> function that makes the torch model, always with the same weights."""
     return {
         "unet": lambda: fill(diffusers.UNet2DConditionModel.from_config(family.SD15), 1),
         "vae": lambda: fill(diffusers.AutoencoderKL.from_config(family.VAES["sd15"]), 2),
@@ -94,7 +94,7 @@ def generate(pipeline, weights):
     return np.asarray(jax.jit(decode)(weights["vae"], z))
 
 
-def test_a_whole_sd15_folder_there_and_back(tmp_path):
+def test_a_round_trip_of_a_whole_sd15_folder(tmp_path):
     source = tmp_path / "source"
     for part, make in torch_models().items():
         make().save_pretrained(source / part)

@@ -1,6 +1,7 @@
-"""Keys of LoRA files: every spelling finds its layer, and files that are for no model, or no LoRA, are refused."""
+"""Keys of LoRA files: every spelling finds its layer; files for other models, or of other kinds, are refused."""
 
 import family
+import huggingface_hub
 import numpy as np
 import peft
 import pytest
@@ -9,7 +10,7 @@ from lora_kit import ATTENTION, TEXT, factors, pipeline, same_lora, save, tensor
 
 from lcm_jax.errors import LcmError
 from lcm_jax.models import unet as unet_lib
-from lcm_jax.pretrained import hub, lora_files, lora_keys
+from lcm_jax.pretrained import lora_files, lora_keys
 from lcm_jax.pretrained.lora_files import modules_of, read_lora
 
 DOWN, UP = np.zeros((4, 32), np.float32), np.zeros((32, 4), np.float32)
@@ -27,7 +28,7 @@ def test_no_two_layers_share_a_spelling(name):
 
 
 def test_names_of_trainers(tmp_path):
-    """Prefixes of peft's trainer, its adapter names, no prefix at all; and alpha in adapter_config.json."""
+    """Prefixes of peft's trainer, its adapter names, no prefix; and alpha in adapter_config.json."""
     modules = modules_of(pipeline("sd1"))
     found = factors(modules["unet"], rank=3)
     plain = read_lora(save(tmp_path / "x.safetensors", tensors_of("peft", found)), modules)
@@ -70,8 +71,8 @@ PEFT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     ("tensors", "metadata", "message"),
     [
         ({}, {}, "holds no tensors; download or save it again"),
-        ({"conv_in.weight": DOWN}, {}, r"holds no LoRA: none of its 1 keys \(conv_in.weight\) is a factor's"),
-        ({f"{STEM}.hada_w1_a": DOWN}, {}, rf"is a LoHa \({STEM}.hada_w1_a\), which is not read"),
+        ({"conv_in.weight": DOWN}, {}, r"holds no LoRA: none of its 1 keys \(conv_in.weight\) is a factor"),
+        ({f"{STEM}.hada_w1_a": DOWN}, {}, rf"is a LoHa \({STEM}.hada_w1_a\), which is not supported"),
         ({f"{STEM}.lokr_w1": DOWN}, {}, "is a LoKr"),
         (kohya(**{f"{STEM}.dora_scale": UP}), {}, "is a DoRA"),
         ({f"{PEFT}.lora_magnitude_vector": UP}, {}, "is a DoRA"),
@@ -106,7 +107,7 @@ PEFT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
             {},
             "for one layer; keep one adapter in the file",
         ),
-        (kohya("sdxl"), {}, r"attends to text of width 64; this model's has 32: take a LoRA for this model"),
+        (kohya("sdxl"), {}, r"attends to text of width 64; this model's has 32: use a LoRA for this model"),
         (
             {
                 f"{STEM.replace('attn1', 'attn2')[:-1]}k.lora_{x}.weight": np.zeros(s, np.float32)
@@ -129,7 +130,7 @@ PEFT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         (
             {f"{PEFT}.lora_A.weight": DOWN, f"{PEFT}.lora_B.weight": UP},
             {"lora_adapter_metadata": '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(": 1}}'},
-            r"'\(' is no pattern",
+            r"'\(' is not a pattern",
         ),
         (
             {f"{PEFT}.lora_A.weight": DOWN, f"{PEFT}.lora_B.weight": UP},
@@ -151,8 +152,8 @@ def test_files_that_are_refused(tensors, metadata, message, tmp_path):
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_unused_keys_can_be_left_out(tmp_path, caplog):
-    """A file with text encoders for a bare UNet, and a key of nowhere."""
+def test_unused_keys_can_be_ignored(tmp_path, caplog):
+    """A file with a text encoder for a UNet alone, and keys of no layer."""
     modules = modules_of(pipeline("sd1"))
     text = tensors_of("kohya", factors(modules["text_encoder"], TEXT[:1]), 4.0, part="te")
     extra = text | {"lora_unet_nowhere.lora_down.weight": DOWN, "lora_unet_mid_block_attentions_9_proj_in.alpha": UP}
@@ -176,22 +177,22 @@ def test_other_containers_are_refused(tmp_path, monkeypatch):
     tensors = {key: torch.from_numpy(np.asarray(x)) for key, x in kohya().items()}
     pickled = tmp_path / "pytorch_lora_weights.bin"
     torch.save(tensors, pickled)
-    refused(pickled, "is pickled, which can run code, and is not opened; convert once, where torch is: python -c")
+    refused(pickled, "is pickled, which can run code, and is not opened; convert it once, .* torch: python -c")
     refused(tmp_path, "is pickled")
     with pytest.raises(LcmError) as caught:
         read_lora(pickled, modules)
-    exec(str(caught.value).split('python -c "')[1].removesuffix('"'), {})  # the way out works
+    exec(str(caught.value).split('python -c "')[1].removesuffix('"'), {})  # the conversion works
     assert len(read_lora(tmp_path, modules).parts["unet"]) == len(kohya()) // 3
     renamed = pickled.rename(tmp_path / "renamed.safetensors")
     refused(renamed, "is pickled")
     (tmp_path / "empty.safetensors").touch()
-    refused(tmp_path / "empty.safetensors", "is empty; download or write it again")
+    refused(tmp_path / "empty.safetensors", r"\(0 bytes\) cannot be read as safetensors")
     (tmp_path / "short.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     refused(tmp_path / "short.safetensors", "cannot be read as safetensors")
     (tmp_path / "x.npz").write_bytes(b"something")
-    refused(tmp_path / "x.npz", "is not a .safetensors file")
-    refused(tmp_path / "nowhere.safetensors", "does not exist; give a LoRA's .safetensors file")
-    refused("runs/lora.safetensors", "does not exist; give a LoRA's .safetensors file")
+    refused(tmp_path / "x.npz", "cannot be read as safetensors")
+    refused(tmp_path / "nowhere.safetensors", "does not exist; give a .safetensors file, or owner/name/FILE")
+    refused("runs/lora.safetensors", "does not exist; give a .safetensors file, or owner/name/FILE")
     (tmp_path / "two").mkdir()
     refused(tmp_path / "two", "holds no LoRA file")
     save(tmp_path / "two" / "a.safetensors", kohya())
@@ -199,9 +200,11 @@ def test_other_containers_are_refused(tmp_path, monkeypatch):
     save(tmp_path / "two" / "b.safetensors", kohya())
     refused(tmp_path / "two", "holds a.safetensors, b.safetensors; name one of them")
 
-    asked = []
-    monkeypatch.setattr(hub, "_download", lambda name, patterns: asked.append((name, patterns)) or tmp_path / "two")
-    assert read_lora("owner/name/b.safetensors", modules).parts.keys() == {"unet"}
-    refused("owner/name/c.safetensors", "owner/name on the hub has no c.safetensors")
+    def snapshot_download(repository, *, allow_patterns):
+        assert (repository, allow_patterns) == ("owner/name", [lora_files.FILE_NAME])
+        return tmp_path / "two"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, file, revision: tmp_path / "two" / file)
     refused("owner/name", "name one of them")
-    assert asked[0] == ("owner/name", ["b.safetensors"]) and asked[2] == ("owner/name", [lora_files.FILE_NAME])
+    assert read_lora("owner/name/b.safetensors", modules).parts.keys() == {"unet"}

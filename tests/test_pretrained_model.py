@@ -6,7 +6,6 @@ import json
 import weakref
 
 import jax
-import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
@@ -63,21 +62,14 @@ def test_what_decides_images_makes_another_pipeline(other, what):
 
 
 def test_a_second_model_compiles_nothing_and_a_dropped_one_is_freed(other):
-    pipeline, params = load_pipeline(tiny.folder("micro lcm"), place=jax.device_put)
+    pipeline, params = load_pipeline(tiny.folder("micro lcm"), put=jax.device_put)
     text.encode(pipeline, params, ["a red circle"])
     text.null(pipeline, params)
     compiled = text._encode_tokens._cache_size()
-    pipeline, second = load_pipeline(other, place=jax.device_put)
+    pipeline, second = load_pipeline(other, put=jax.device_put)
     found = text.encode(pipeline, second, ["a red circle"]), text.null(pipeline, second)
     assert text._encode_tokens._cache_size() == compiled
     leaf = weakref.ref(jax.tree.leaves(second["text_encoder"])[0])
     del pipeline, second
     gc.collect()
     assert leaf() is None and found
-
-
-def test_time_ids_have_the_height_first():
-    """SDXL's order, for an image that is not square: original size, crop, target size."""
-    found = text.time_ids(64, 96, 2)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, [[64, 96, 0, 0, 64, 96]] * 2)

@@ -1,4 +1,4 @@
-"""Names and layouts: against torch's own state dicts, both ways, bit for bit; what does not fit is listed once."""
+"""Names and layouts against torch's own state dicts, both ways, bit for bit; what does not fit is listed."""
 
 import ml_dtypes
 import numpy as np
@@ -34,8 +34,8 @@ def arrays(state_dict):
     return {key: value.numpy() for key, value in state_dict.items()}
 
 
-def prefixed(key: str) -> str:
-    return key if key.startswith(("text_model.", "text_projection.")) else "text_model." + key
+def prefixed(case: str, key: str) -> str:
+    return key if "text" not in case or key.startswith(("text_model.", "text_projection.")) else "text_model." + key
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,9 @@ def prefixed(key: str) -> str:
         ("encoder/layers_11/layer_norm1/scale", "encoder.layers.11.layer_norm1.weight"),
         ("decoder/layers_3/conv_4/kernel", "decoder.layers.3.conv.4.weight"),
         ("post_quant_conv/kernel", "post_quant_conv.weight"),
+        ("encoder/layer_0/norm1/scale", "encoder.layer.0.norm1.weight"),
+        ("Mixed_5b/branch3x3dbl_2/bn/var", "Mixed_5b.branch3x3dbl_2.bn.running_var"),
+        ("embeddings/cls_token", "embeddings.cls_token"),
     ],
 )
 def test_torch_name(path, key):
@@ -65,7 +68,7 @@ def test_torch_name(path, key):
 @pytest.mark.parametrize("case", CASES)
 def test_key_set_and_shapes_are_torchs(case):
     module, state_dict = CASES[case]
-    expected = {prefixed(k) if "text" in case else k: tuple(v.shape) for k, v in state_dict.items()}
+    expected = {prefixed(case, key): tuple(value.shape) for key, value in state_dict.items()}
     assert {key: p.torch_shape for key, p in names.torch_table(module).items()} == expected
     assert names.num_params(module) == sum(v.numel() for v in state_dict.values())
 
@@ -76,12 +79,12 @@ def test_round_trip_is_bitwise(case):
     back = names.to_torch(module, names.from_torch(module, state_dict))
     assert len(back) == len(state_dict)
     for key, value in state_dict.items():
-        found = back[prefixed(key) if "text" in case else key]
+        found = back[prefixed(case, key)]
         assert found.flags.c_contiguous and np.array_equal(found, value.numpy()), key
 
 
 def test_layouts_of_square_weights():
-    """Square weights load without any complaint when a transpose is forgotten: they are compared as maps."""
+    """A forgotten transpose of a square weight raises no error, so these are compared as maps."""
     module, state_dict = CASES["unet sd1"]
     block = names.from_torch(module, state_dict)["down_blocks_0"]["attentions_0"]
     x = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
@@ -160,7 +163,7 @@ def test_text_encoder_prefix_and_buffers():
         assert all(np.array_equal(back["text_model." + key], value) for key, value in bare.items())
 
 
-def test_whatever_does_not_fit_is_listed_once():
+def test_everything_that_does_not_fit_is_listed():
     module, state_dict = CASES["unet sd1"]
     wrong = arrays(state_dict)
     gone = sorted(key for key in wrong if key.startswith("up_blocks.1.attentions"))[:12]

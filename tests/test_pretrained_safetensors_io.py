@@ -1,5 +1,6 @@
-"""Weight files: what torch writes is read in every spelling, what is damaged is named, nothing is unpickled."""
+"""Weight files: every spelling that torch writes is read, damaged files are named, and nothing is unpickled."""
 
+import fnmatch
 import json
 import re
 import shutil
@@ -14,13 +15,21 @@ import torch
 
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import load_unet, names
-from lcm_jax.pretrained import safetensors_io as weight_files
+from lcm_jax.pretrained.safetensors_io import (
+    DIFFUSERS_NAME,
+    check_file,
+    download_patterns,
+    open_weights,
+    save_file,
+    weights_size,
+    write_weights,
+)
 
-NAME = weight_files.DIFFUSERS_NAME
+NAME = DIFFUSERS_NAME
 
 
 def read_all(folder, variant=None, name=NAME):
-    with weight_files.open_weights(folder, name, variant) as weights:
+    with open_weights(folder, name, variant) as weights:
         return {key: weights.read(key) for key in weights.shapes}
 
 
@@ -42,11 +51,8 @@ def sharded(tmp_path_factory):
     return folder
 
 
-def test_single_file():
+def test_files_and_shards_written_by_torch(sharded):
     assert same(read_all(tiny.folder("sd1") / "unet"), tiny.torch_unet("sd1").state_dict())
-
-
-def test_shards_written_by_torch(sharded):
     assert len(list(sharded.glob("*.safetensors"))) >= 6
     assert same(read_all(sharded), tiny.torch_unet("sd1").state_dict())
     assert same(read_all(sharded, "fp16"), tiny.torch_unet("sd1").state_dict(), torch.float16)
@@ -64,7 +70,7 @@ def test_old_spelling_of_shards_and_index(sharded, tmp_path):
     assert same(read_all(tmp_path, "fp16"), tiny.torch_unet("sd1").state_dict(), torch.float16)
 
 
-def test_order_single_file_before_index(sharded, tmp_path):
+def test_a_single_file_is_read_before_an_index(sharded, tmp_path):
     target = shutil.copytree(sharded, tmp_path / "both")
     marked = {"only": torch.ones(2)}
     safetensors.torch.save_file(marked, target / f"{NAME}.safetensors")
@@ -74,15 +80,15 @@ def test_order_single_file_before_index(sharded, tmp_path):
 
 def test_variants_are_never_mixed_up(tmp_path):
     safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / f"{NAME}.safetensors")
-    with pytest.raises(LcmError, match=r"no variant 'fp16' .*\.fp16\.safetensors.*holds diffusion_pytorch_model.safet"):
+    with pytest.raises(LcmError, match=r"no variant 'fp16' .*\.fp16\.safetensors.*only diffusion_pytorch_model.safet"):
         read_all(tmp_path, "fp16")
     (tmp_path / f"{NAME}.safetensors").rename(tmp_path / f"{NAME}.fp16.safetensors")
-    with pytest.raises(LcmError, match=r"has no diffusion_pytorch_model.safetensors; .*name the variant"):
+    with pytest.raises(LcmError, match=r"has no diffusion_pytorch_model.safetensors, only .*name the variant"):
         read_all(tmp_path)
     assert read_all(tmp_path, "fp16").keys() == {"a"}
 
 
-def test_bin_only_folder_is_refused_and_the_way_out_works(tmp_path, monkeypatch):
+def test_a_folder_of_pickles_is_refused_and_the_conversion_works(tmp_path, monkeypatch):
     tiny.torch_unet("sd1").save_pretrained(tmp_path / "unet", safe_serialization=False)
     with pytest.raises(LcmError) as caught:
         load_unet(tmp_path / "unet")
@@ -94,7 +100,7 @@ def test_bin_only_folder_is_refused_and_the_way_out_works(tmp_path, monkeypatch)
     assert same(names.to_torch(module, params), tiny.torch_unet("sd1").state_dict())
 
 
-def test_bin_only_part_of_a_pipeline_names_the_whole_pipeline(tmp_path):
+def test_a_pickled_part_of_a_pipeline_names_the_whole_pipeline(tmp_path):
     folder = tiny.copy("sd1", tmp_path / "model")
     (folder / "unet" / f"{NAME}.safetensors").rename(folder / "unet" / f"{NAME}.bin")
     with pytest.raises(LcmError) as caught:
@@ -156,7 +162,7 @@ def test_written_files_are_torchs(tmp_path, dtype):
     values = {key: value.astype(jnp.dtype(dtype)) for key, value in values.items()}
     path = tmp_path / "x.safetensors"
     shapes = {key: value.shape for key, value in values.items()}
-    weight_files.write_weights(path, shapes, values.__getitem__, jnp.dtype(dtype))
+    write_weights(path, shapes, values.__getitem__, jnp.dtype(dtype))
     loaded = safetensors.torch.load_file(path)
     assert loaded.keys() == values.keys()
     for key, value in values.items():
@@ -165,28 +171,55 @@ def test_written_files_are_torchs(tmp_path, dtype):
     with safetensors.safe_open(path, framework="pt") as handle:
         assert handle.metadata() == {"format": "pt"}
     header = int.from_bytes(path.read_bytes()[:8], "little")
-    assert header % 8 == 0 and path.stat().st_size == 8 + header + weight_files.weights_size(shapes, jnp.dtype(dtype))
+    assert header % 8 == 0 and path.stat().st_size == 8 + header + weights_size(shapes, jnp.dtype(dtype))
 
 
 def test_the_writer_checks_every_tensor(tmp_path):
     square = np.arange(4, dtype=np.float32).reshape(2, 2)
     for i, (bad, what) in enumerate(
         [
-            (square.T, "contiguous"),  # strides that a writer of raw bytes would ignore
+            (square.T, "contiguous"),  # a writer of raw bytes would ignore its strides
             (square.astype(np.float64), "float64"),
             (square[:1], "instead of"),
             (square + np.nan, "not finite"),
         ]
     ):
         with pytest.raises(LcmError, match=what):
-            weight_files.write_weights(tmp_path / str(i), {"w": (2, 2)}, lambda key, bad=bad: bad, np.float32)
+            write_weights(tmp_path / str(i), {"w": (2, 2)}, lambda key, bad=bad: bad, np.float32)
     with pytest.raises(LcmError, match="int8"):
-        weight_files.write_weights(tmp_path / "int", {"w": (2, 2)}, lambda key: square, np.int8)
+        write_weights(tmp_path / "int", {"w": (2, 2)}, lambda key: square, np.int8)
 
 
-def test_download_patterns_take_one_variant_only():
-    import fnmatch
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.safetensors"
 
+    def save(tensor):
+        return save_file(path, {"a": (2,), "b": (2,)}, tensor, np.float32)
+
+    def interrupted(key):
+        assert not path.exists()
+        if key == "b":
+            raise KeyboardInterrupt
+        return np.ones(2, np.float32)
+
+    def made_meanwhile(key):
+        path.write_bytes(b"mine")
+        return np.ones(2, np.float32)
+
+    with pytest.raises(KeyboardInterrupt):
+        save(interrupted)
+    assert not any(tmp_path.iterdir())
+    for tensor in (made_meanwhile, pytest.fail):  # the second file is refused before anything is computed
+        with pytest.raises(LcmError, match="x.safetensors already exists; choose another name"):
+            save(tensor)
+        assert path.read_bytes() == b"mine" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(LcmError, match="does not end in .safetensors"):
+        check_file(tmp_path / "x")
+    with pytest.raises(LcmError, match=r"\d+ are free"):
+        check_file(tmp_path / "y.safetensors", 1 << 60)
+
+
+def test_download_patterns_are_of_one_variant():
     present = [
         "unet/diffusion_pytorch_model.safetensors",
         "unet/diffusion_pytorch_model.fp16.safetensors",
@@ -201,9 +234,9 @@ def test_download_patterns_take_one_variant_only():
         "unet/diffusion_pytorch_model.safetensors.fp16.index.json",
     ]
 
-    def taken(variant):
-        patterns = ["unet/" + pattern for pattern in weight_files.download_patterns(NAME, variant)]
+    def downloaded(variant):
+        patterns = ["unet/" + pattern for pattern in download_patterns(NAME, variant)]
         return {file for file in present if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)}
 
-    assert taken(None) == {present[0], present[2], present[8]}
-    assert taken("fp16") == {present[1], present[4], present[6], present[9], present[10]}
+    assert downloaded(None) == {present[0], present[2], present[8]}
+    assert downloaded("fp16") == {present[1], present[4], present[6], present[9], present[10]}

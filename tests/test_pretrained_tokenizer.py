@@ -1,4 +1,4 @@
-"""The tokenizer's files: ids, padding, length, and that every file travels."""
+"""The tokenizer: ids, padding, length, and its files."""
 
 import concurrent.futures
 import json
@@ -25,7 +25,7 @@ def test_ids_and_padding(tmp_path, kind, pad):
     assert ids[1].tolist() == [START, END] + [pad] * 75
 
 
-def test_the_exclamation_mark_is_the_pad_token_where_it_pads(tmp_path):
+def test_the_exclamation_mark_is_the_pad_token_if_it_pads(tmp_path):
     plain = load_tokenizer(tiny.write_tokenizer(tmp_path / "a", "sd1"), 77)
     pads = load_tokenizer(tiny.write_tokenizer(tmp_path / "b", "sdxl_2"), 77)
     assert tokenize(plain, ["hello!"])[0, 2] == VOCAB["!</w>"]
@@ -53,7 +53,7 @@ def test_a_config_without_length_takes_the_text_encoders(tmp_path):
     assert tokenize(load_tokenizer(folder, 77), ["a"]).shape == (1, 77)
 
 
-def test_added_tokens_that_the_vocabulary_has_change_nothing(tmp_path):
+def test_added_tokens_in_the_vocabulary_change_nothing(tmp_path):
     folder = tiny.write_tokenizer(tmp_path / "t")
     before = tokenize(load_tokenizer(folder, 77), ["a red square"])
     tiny.write_json(folder / "added_tokens.json", {tiny.START: START, tiny.END: END})
@@ -71,14 +71,14 @@ def test_added_tokens_that_the_vocabulary_has_change_nothing(tmp_path):
         {"init_inputs": ["x"]},
     ],
 )
-def test_the_config_names_no_other_files(tmp_path, entry):
+def test_a_config_that_names_other_files_is_refused(tmp_path, entry):
     folder = tiny.write_tokenizer(tmp_path / "t")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     tiny.write_json(folder / "tokenizer_config.json", config | entry)
     with pytest.raises(LcmError, match=f"tokenizer_config.json names other files as '{next(iter(entry))}'"):
         load_tokenizer(folder, 77)
-    told = {"name_or_path": "/a/folder", "special_tokens_map_file": "./special_tokens_map.json", "vocab_file": None}
-    tiny.write_json(folder / "tokenizer_config.json", config | told)  # as published ones have them; not opened
+    unused = {"name_or_path": "/a/folder", "special_tokens_map_file": "./special_tokens_map.json", "vocab_file": None}
+    tiny.write_json(folder / "tokenizer_config.json", config | unused)  # in published ones; transformers ignores them
     assert tokenize(load_tokenizer(folder, 77), ["a"]).shape == (1, 77)
 
 
@@ -98,13 +98,13 @@ def test_broken_files_are_named(tmp_path, name):
         load_tokenizer(folder, 77)
 
 
-def test_files_are_copied_as_they_are(tmp_path):
+def test_files_are_kept_as_they_are(tmp_path):
     folder = tiny.write_tokenizer(tmp_path / "t")
     assert load_tokenizer(folder, 77).files == {name: (folder / name).read_bytes() for name in FILES}
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_files_of_transformers_5_gain_those_that_transformers_4_reads(tmp_path, kind):
+def test_files_that_transformers_4_needs_are_derived_from_those_of_transformers_5(tmp_path, kind):
     original = tiny.write_tokenizer(tmp_path / "original", kind)
     modern = tmp_path / "modern"
     CLIPTokenizer.from_pretrained(str(original)).save_pretrained(str(modern))
@@ -122,7 +122,7 @@ def test_files_of_transformers_5_gain_those_that_transformers_4_reads(tmp_path, 
 
 
 def test_threads_share_a_tokenizer():
-    """Long and short captions at once: every thread gets what it would get alone."""
+    """With long and short captions at once, every thread gets what it would get alone."""
     tokenizer = load_tokenizer(tiny.folder("sd1") / "tokenizer", 77)
     captions = ["a red circle", "a blue square and " * 40, "x", "hello " * 30] * 100
     alone = [tokenize_counted(tokenizer, [caption]) for caption in captions]

@@ -1,4 +1,4 @@
-"""What a run's config makes of its models: pipelines, students, adapters; and what is refused before training."""
+"""The models of a config: pipelines, students, adapters; and what is refused before training."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ DIM = 16
 
 
 def make_lcm(teacher: Path, target: Path, dim: int | None = DIM, **record) -> Path:
-    """A pipeline as `teacher`, its UNet an LCM's with random weights; `record`: its lcm_config.json."""
+    """A copy of `teacher` with the UNet of an LCM with random weights; record: its lcm_config.json."""
     shutil.copytree(teacher, target)
     shutil.rmtree(target / "unet")
     config = UNet2DConditionModel.load_config(teacher / "unet") | {"time_cond_proj_dim": dim}
@@ -137,8 +137,8 @@ def test_lcf_has_no_teacher_unless_it_is_mixed_with_lcd(teacher, lcm):
     assert frozen.base is models.teacher_params["unet"]
 
 
-def test_what_tells_an_lcm(teacher, lcm, tmp_path):
-    """time_cond_proj_dim, a record, or LCMScheduler; the latter two tell one without w embedding."""
+def test_how_an_lcm_is_recognised(teacher, lcm, tmp_path):
+    """By time_cond_proj_dim, a record, or LCMScheduler; the latter two also without w embedding."""
     lcf = {"objective": "lcf", "distill__w_embedding_dim": 0, "sample__guidance_scale": 1.0}
     with pytest.raises(LcmError, match="is no Latent Consistency Model") as error:
         load(make_config(None, **lcf, model__student=str(teacher)))
@@ -147,8 +147,8 @@ def test_what_tells_an_lcm(teacher, lcm, tmp_path):
     assert not load(make_config(None, **lcf, model__student=str(recorded))).student.has_w_embedding
     scheduled = make_lcm(teacher, tmp_path / "scheduled", None)
     path = scheduled / "scheduler" / "scheduler_config.json"
-    told = {"_class_name": "LCMScheduler", "original_inference_steps": 40}
-    tiny.write_json(path, json.loads(path.read_text()) | told)
+    changes = {"_class_name": "LCMScheduler", "original_inference_steps": 40}
+    tiny.write_json(path, json.loads(path.read_text()) | changes)
     assert load(make_config(None, **lcf, model__student=str(scheduled), distill__solver_steps=40))
     with pytest.raises(LcmError, match=r"solver_steps = 50, but .* distilled with 40"):
         load(make_config(None, **lcf, model__student=str(scheduled)))
@@ -167,7 +167,7 @@ def test_what_tells_an_lcm(teacher, lcm, tmp_path):
         ({"model__prediction_type": "v_prediction"}, r"'v_prediction', but .* 'epsilon'"),
     ],
 )
-def test_lcf_goes_on_as_the_lcm_was_distilled(lcm, changes, words):
+def test_lcf_needs_the_constants_of_the_lcm(lcm, changes, words):
     lcf = {"objective": "lcf", "model__student": str(lcm), "distill__w_embedding_dim": DIM}
     with pytest.raises(LcmError, match=words) as error:
         load(make_config(None, **lcf | changes))
@@ -175,7 +175,7 @@ def test_lcf_goes_on_as_the_lcm_was_distilled(lcm, changes, words):
 
 
 def test_models_that_do_not_go_together(teacher, lcm, tmp_path):
-    with pytest.raises(LcmError, match=r"holds a single model, no pipeline"):
+    with pytest.raises(LcmError, match=r"holds a single model without model_index.json"):
         load(make_config(None, objective="lcf", model__student=str(lcm / "unet"), distill__w_embedding_dim=DIM))
     of_v = make_lcm(teacher, tmp_path / "v", prediction_type="v_prediction", solver_steps=50)
     with pytest.raises(LcmError, match=r"lcm_config.json says v_prediction, but .* used with epsilon"):
@@ -204,7 +204,7 @@ def test_another_vae_and_its_precision(teacher, tmp_path):
     assert load_pipeline(teacher)[0].vae.scaling_factor != 0.5
 
 
-def test_a_single_file_teacher_is_the_folder_it_was_made_from(teacher, tmp_path):
+def test_a_single_file_teacher_equals_the_folder_that_it_was_made_from(teacher, tmp_path):
     file = save_single_file(*load_pipeline(teacher), tmp_path / "teacher.safetensors", dtype=np.float32)
     with pytest.raises(LcmError, match=r"config\.model\.config = '.*': goes with a single \.safetensors file"):
         make_config(teacher, model__config=str(teacher))

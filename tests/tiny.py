@@ -1,8 +1,8 @@
-"""Tiny random models made by torch diffusers and transformers, and diffusers folders of them; for every test.
+"""Tiny random models made by torch diffusers and transformers, and diffusers folders of them.
 
-Models: `torch_unet(name)`, `torch_vae(name)`, `torch_text_encoder(name)`; all seeded, norms and biases randomised too
-(torch's ones and zeros would hide a swapped tensor), in eval mode. Folders: `folder(name)`, built once per process and
-never to be written into; `copy(name, target)` for tests that break things. Names of folders: `FOLDERS`.
+Models: `torch_unet(name)`, `torch_vae(name)`, `torch_text_encoder(name)`, all seeded and in eval mode, with random
+norms and biases (torch's ones and zeros would hide a swapped tensor). Folders: `folder(name)`, built once per process,
+read only; `copy(name, target)` for tests that change files. Names of folders: `FOLDERS`.
 """
 
 import atexit
@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
-# A model is built in whichever test is the first to ask for it, and that one may read what a program says on stderr.
+# A model is built in whichever test needs it first, and that test may read what a program writes to stderr.
 transformers_logging.disable_progress_bar()
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -50,7 +50,7 @@ UNETS = {
     "sd1": dict(_SD, attention_head_dim=4),
     "lcm": dict(_SD, attention_head_dim=4, time_cond_proj_dim=16),
     "micro lcm": dict(_MICRO, time_cond_proj_dim=16),
-    "micro": _MICRO,  # for programs, which do not care for depth: compiles in half the time of "small"
+    "micro": _MICRO,  # for programs, whose tests do not depend on depth: compiles in half the time of "small"
     "small": dict(_SD, attention_head_dim=2, block_out_channels=(16, 32)),
     "inpainting": dict(_MICRO, in_channels=9),
     "sd2": dict(_SD, attention_head_dim=(2, 4), use_linear_projection=True),
@@ -119,8 +119,8 @@ FOLDERS = {
     ),
 }
 
-# For the training program: 64 pixels are 8x8 latents. "teacher" has one level and compiles soonest; "deep teacher" has
-# all layers that default adapters are on.
+# For training: 64 pixels are 8x8 latents. "teacher" has one level and compiles fastest; "deep teacher" has all the
+# layers that the default adapters are on.
 TRAINING_FOLDERS = {
     "teacher": ("micro", "factor8", {"": ("clip", "sd1")}, "epsilon", "StableDiffusionPipeline"),
     "deep teacher": ("small", "factor8", {"": ("clip", "sd1")}, "epsilon", "StableDiffusionPipeline"),
@@ -132,7 +132,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def in_float64(model: torch.nn.Module, *args, **kwargs):
-    """A torch model's output for tensors, computed in float64: what differs from it is the other side's rounding."""
+    """A torch model's output for tensors, in float64: any difference is the rounding of the other side."""
 
     def widen(x):
         if isinstance(x, dict):
@@ -143,11 +143,11 @@ def in_float64(model: torch.nn.Module, *args, **kwargs):
         with torch.no_grad():
             return model.double()(*map(widen, args), **widen(kwargs))
     finally:
-        model.float()  # exactly the weights that it had
+        model.float()  # restores the weights exactly
 
 
 def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Every parameter drawn anew: matrices about 1/sqrt(fan in), norms' scales about 1, biases about 0."""
+    """Gives every parameter random values: matrices about 1/sqrt(fan in), norms' scales about 1, biases about 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -198,8 +198,11 @@ def vocabulary() -> tuple[dict[str, int], list[str]]:
 
 
 def write_tokenizer(target: Path, kind: str = "sd1") -> Path:
-    """The four files of a published tokenizer. Kinds: sd1 (pads with the end token), sd2 (pads with "!", but says so
-    in special_tokens_map.json only), sdxl_2 (pads with "!", said in both)."""
+    """The four files of a published tokenizer.
+
+    kind: "sd1" pads with the end token; "sd2" with "!", but only according to special_tokens_map.json; "sdxl_2" with
+    "!" according to both files.
+    """
     vocab, merges = vocabulary()
     special = {"bos_token": START, "eos_token": END, "unk_token": END}
     added = {
@@ -299,5 +302,5 @@ def folder(name: str) -> Path:
 
 
 def copy(name: str, target: Path) -> Path:
-    """A copy of `folder(name)` to break."""
+    """A copy of `folder(name)` to change."""
     return Path(shutil.copytree(folder(name), target))

@@ -1,15 +1,12 @@
-"""A whole model folder as one small record: modules, parameters, tokenizers, noise schedule.
+"""Diffusers folders of whole models, read and written.
 
     FOLDER/model_index.json  scheduler/  tokenizer[_2]/  text_encoder[_2]/  unet/  vae/
 
-What a config leaves out has diffusers' defaults; what does not fit (tensors, widths, classes) is refused. Safety
-checkers, feature extractors and Flax weights in the folder are not looked at.
+Reading: what a config leaves out has diffusers' defaults; what does not fit (tensors, widths, classes) is refused.
+Safety checkers, feature extractors and Flax weights are ignored.
 
-Writing model folders that diffusers and transformers, old and new, load without a further word.
-
-A folder is written beside its final name, seen onto the disk, and renamed: under the final name there is either nothing
-or all of it. Configs are written in full, text encoders with `text_model.` in their keys (transformers 4 reads nothing
-else), and dtypes in configs as float32 (transformers 5 would otherwise load the text encoder in another than the UNet).
+Writing: diffusers and transformers, old and new, load the folder without further arguments. It is written beside its
+final name, synced to disk, and renamed: under the final name there is either nothing or all of it.
 """
 
 import contextlib
@@ -17,84 +14,88 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from lcm_jax import assets, files
 from lcm_jax.diffusion import schedule
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
-from lcm_jax.models import clip, unet, vae
+from lcm_jax.models import clip
 from lcm_jax.models.config import DIFFUSERS_VERSION, to_config
-from lcm_jax.pretrained import hub, names, tokenizer
-from lcm_jax.pretrained import safetensors_io as weight_files
-from lcm_jax.pretrained.model import PARTS, RECORD, SCHEDULER, Config, Pipeline, PipelineParams, check_fit, parts_read
+from lcm_jax.pretrained import hub, names, safetensors_io
+from lcm_jax.pretrained.model import (
+    PARTS,
+    RECORD,
+    SCHEDULER,
+    TEXT_ENCODERS,
+    Config,
+    Pipeline,
+    PipelineParams,
+    check_fit,
+    make_module,
+    parts_read,
+)
+from lcm_jax.pretrained.names import Params, PutFn
+from lcm_jax.pretrained.tokenizer import load_tokenizer
 
-Dtype = Any
-
-_TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
-_CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "text_encoder": _TEXT_ENCODERS,
-    "text_encoder_2": _TEXT_ENCODERS,
-}
+_ENCODER_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_CLASSES = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny")}
+_SLACK = 1 << 20  # bytes for headers, configs and the file system's own rounding
 
 
 def load_folder(
     source: str | Path,
     variant: str | None = None,
-    dtype: Dtype = jnp.float32,
-    param_dtype: Dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     *,
     unet: str | Path | None = None,
     vae: str | Path | None = None,
-    place: names.Place | None = None,
+    put: PutFn | None = None,
     weights: bool | Collection[str] = True,
 ) -> tuple[Pipeline, PipelineParams]:
     """(pipeline, params) of a diffusers folder; see `load.load_pipeline`."""
-    read, dtype = parts_read(weights), jnp.dtype(dtype)  # modules with the same dtype must be equal
-    wanted = {"text_encoder", "text_encoder_2"} | {p for p, other in (("unet", unet), ("vae", vae)) if other is None}
-    folder = _folder(source, _pipeline_patterns(wanted, read, variant), bool(read))
-    index = _model_index(folder, str(source))
-    encoders = _encoder_slots(folder, index)
+    read, others = parts_read(weights), {"unet": unet, "vae": vae}
+    own = [part for part in PARTS if others.get(part) is None]
+    folder = _local(source, _pipeline_patterns(own, read, variant), bool(read))
+    index = _model_index(folder, source)
     configs = {"model_index": index, "scheduler": scheduler_config(folder, index)}
     noise = schedule.from_config(configs["scheduler"])
-    for one in (folder, unet or folder):
-        check_noise(one, noise, str(source), bool(read))
+    check_noise(folder, noise, str(source), bool(read))
+    if unet:
+        check_noise(unet, noise, str(source), bool(read))
 
-    modules: dict[str, Any] = dict.fromkeys(PARTS)
-    tokenizers: dict[str, Any] = dict.fromkeys(("tokenizer", "tokenizer_2"))
-    sources: dict[str, tuple[Path, str, str | None]] = {}
-    for part, other in (("unet", unet), ("vae", vae)):
-        own = folder / part if other is None else _part_folder(other, part, variant, part in read)
-        configs[part] = _config(own, part)
-        modules[part] = _module(part, configs[part], dtype)
-        sources[part] = own, weight_files.DIFFUSERS_NAME, variant
-    for part, (own, kind) in encoders.items():
-        configs[part] = _config(own, part) | ({"architectures": [kind]} if kind else {})
-        modules[part] = _module(part, configs[part], dtype)
-        sources[part] = own, weight_files.TRANSFORMERS_NAME, variant
-        slot = own.name.replace("text_encoder", "tokenizer")
-        length = modules[part].max_position_embeddings
-        if read:
-            tokenizers[part.replace("text_encoder", "tokenizer")] = tokenizer.load_tokenizer(folder / slot, length)
+    folders, tokenizers = {}, {"tokenizer": None, "tokenizer_2": None}
+    for part, other in others.items():
+        folders[part] = folder / part if other is None else _part_folder(other, part, variant, part in read)
+        configs[part] = _config(folders[part], part)
+    for part, (name, kind) in _encoders(folder, index).items():
+        folders[part] = folder / name
+        configs[part] = _config(folders[part], part) | {"architectures": [kind]}
+    modules = {part: make_module(part, configs[part], dtype) if part in folders else None for part in PARTS}
     check_fit(modules)
-    for part in (part for part in sources if part in read):  # all there, before minutes go into reading the first
-        weight_files.weight_files(*sources[part])
+    if read:
+        for part in TEXT_ENCODERS:
+            if part in folders:
+                where = folder / folders[part].name.replace("text_encoder", "tokenizer")
+                length = modules[part].max_position_embeddings
+                tokenizers[part.replace("text_encoder", "tokenizer")] = load_tokenizer(where, length)
+    for part in (part for part in folders if part in read):  # before minutes go into reading the first of them
+        safetensors_io.find_weights(folders[part], _weights_name(part), variant)
     params = {
-        part: _params(modules[part], *sources[part], param_dtype, place)
+        part: _params(part, modules[part], path, variant, param_dtype, put)
         if part in read
-        else _shapes(modules[part], param_dtype)
-        for part in sources
+        else names.param_shapes(modules[part], param_dtype)
+        for part, path in folders.items()
     }
-    record = folder_record(unet, bool(read)) if unet else _record(folder)
+    record = folder_record(unet or folder, bool(read))
     return Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record), params
 
 
@@ -102,141 +103,37 @@ def load_part(
     part: str,
     source: str | Path,
     variant: str | None,
-    dtype: Dtype,
-    param_dtype: Dtype,
-    place: names.Place | None,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    put: PutFn | None,
     weights: bool,
-) -> tuple[nn.Module, names.Params]:
+) -> tuple[nn.Module, Params]:
     """(module, params) of one part; see `load.load_unet`."""
     folder = _part_folder(source, part, variant, weights)
-    module = _module(part, _config(folder, part), jnp.dtype(dtype))
+    module = make_module(part, _config(folder, part), dtype)
     if not weights:
-        return module, _shapes(module, param_dtype)
-    return module, _params(module, folder, weight_files.DIFFUSERS_NAME, variant, param_dtype, place)
-
-
-def _folder(source: str | Path, patterns: Sequence[str], weights: bool) -> Path:
-    """The local folder of `source`. Where only configs are wanted and the hub cannot be asked: the package's own."""
-    patterns = [pattern for pattern in patterns if weights or ".safetensors" not in pattern]
-    try:
-        return hub.local_folder(source, patterns)
-    except LcmError:
-        embedded = None if weights else assets.architecture(str(source))
-        if embedded is None:
-            raise
-        return embedded
+        return module, names.param_shapes(module, param_dtype)
+    return module, _params(part, module, folder, variant, param_dtype, put)
 
 
 def folder_record(source: str | Path, weights: bool = True) -> Config:
     """Content of the `lcm_config.json` of a folder or hub repository; {} if it has none.
 
-    weights: False: if the hub cannot be asked, the package's own configs count.
+    weights: False: if the hub cannot be asked, the package's own configs are used.
     """
-    return _record(_folder(source, [RECORD], weights))
-
-
-def _record(folder: Path) -> Config:
-    return files.read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-
-
-def _shapes(module: nn.Module, dtype: Dtype) -> names.Params:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), names.abstract_params(module))
-
-
-def _part_folder(source: str | Path, part: str, variant: str | None, weights: bool = True) -> Path:
-    """Folder of one part: SOURCE/part where that is, else SOURCE itself."""
-    patterns = ["config.json", "model_index.json", RECORD, f"{part}/config.json"]
-    tensors = weight_files.download_patterns(weight_files.DIFFUSERS_NAME, variant)
-    patterns += [prefix + pattern for prefix in ("", f"{part}/") for pattern in tensors]
-    folder = _folder(source, patterns, weights)
-    inside = folder / part
-    if (inside / "config.json").is_file() or (folder / "model_index.json").is_file():
-        return inside
-    return folder
-
-
-def _pipeline_patterns(parts: set[str], read: set[str], variant: str | None) -> list[str]:
-    """Globs of what `parts` of a pipeline need: configs, and the weights of those that are `read`."""
-    patterns = ["model_index.json", RECORD, SCHEDULER]
-    patterns += [f"{slot}/{name}" for slot in ("tokenizer", "tokenizer_2") for name in ("*.json", "*.txt")]
-    for part in sorted(parts):
-        name = weight_files.TRANSFORMERS_NAME if part.startswith("text_encoder") else weight_files.DIFFUSERS_NAME
-        tensors = weight_files.download_patterns(name, variant) if part in read else []
-        patterns += [f"{part}/{file}" for file in ("config.json", *tensors)]
-    return patterns
-
-
-def _model_index(folder: Path, source: str) -> Config:
-    if not (folder / "model_index.json").is_file():
-        if (folder / "config.json").is_file():
-            raise LcmError(f"{source} holds a single model, no pipeline (no model_index.json); give its whole pipeline")
-        raise LcmError(f"{source} is no diffusers folder (no model_index.json); give the folder that holds that file")
-    index = files.read_json(folder / "model_index.json")
-    if "unet" not in index:
-        kind = index.get("_class_name")
-        raise LcmError(f"{source} is a {kind} without a unet; a model of the Stable Diffusion family is needed")
-    return index
-
-
-def _entry_class(index: Config, part: str) -> str | None:
-    """Class name that model_index gives a part (without "Flax"); None: the part is declared absent."""
-    entry = index.get(part)
-    if not (isinstance(entry, list) and len(entry) == 2 and entry[1]):
-        return None
-    return entry[1].removeprefix("Flax")
-
-
-def _encoder_slots(folder: Path, index: Config) -> dict[str, tuple[Path, str | None]]:
-    """Part -> (folder, class). A refiner's only encoder becomes "text_encoder_2" wherever its folder puts it."""
-    found = {}
-    for part in ("text_encoder", "text_encoder_2"):
-        kind = _entry_class(index, part)
-        if kind is not None:
-            if kind not in _TEXT_ENCODERS:
-                raise UnsupportedConfig(f"{part} in model_index.json", kind, _TEXT_ENCODERS)
-            found[part] = folder / part, kind
-    if not found:
-        raise LcmError(f"{folder} has no text encoder (text_encoder, text_encoder_2 in model_index.json); add one")
-    if list(found) == ["text_encoder"] and found["text_encoder"][1] == "CLIPTextModelWithProjection":
-        return {"text_encoder_2": found["text_encoder"]}
-    return found
-
-
-def _config(folder: Path, part: str) -> Config:
-    config = files.read_json(folder / "config.json")
-    kind = config.get("_class_name")
-    if isinstance(kind, str) and kind.removeprefix("Flax") not in _CLASSES[part]:
-        raise UnsupportedConfig(f"_class_name of {folder / 'config.json'}", kind, _CLASSES[part])
-    return config
-
-
-def _module(part: str, config: Config, dtype: Dtype) -> nn.Module:
-    return _FROM_CONFIG[part](config, dtype=dtype)
-
-
-_FROM_CONFIG: dict[str, Callable[..., nn.Module]] = {
-    "unet": unet.from_config,
-    "vae": vae.from_config,
-    "text_encoder": clip.from_config,
-    "text_encoder_2": clip.from_config,
-}
-
-
-def _params(
-    module: nn.Module, folder: Path, name: str, variant: str | None, dtype: Dtype, place: names.Place | None
-) -> names.Params:
-    with weight_files.open_weights(folder, name, variant) as weights:
-        return names.read_params(module, weights.shapes, weights.read, jnp.dtype(dtype), str(weights.source), place)
+    path = _local(source, [RECORD], weights) / RECORD
+    return files.read_json(path) if path.is_file() else {}
 
 
 def scheduler_config(folder: Path, index: Config) -> Config:
-    """The scheduler's config, with the class that model_index.json gives it where it names none itself.
+    """The scheduler's config; if it names no class, with that of model_index.json.
 
     Raises:
-      UnsupportedConfig: either class is none that `schedule.from_config` takes.
-      LcmError: the file is missing or no noise schedule, or diffusers, which goes by model_index.json, reads another.
+      UnsupportedConfig: one of the two classes is unknown to `schedule.from_config`.
+      LcmError: the file is missing or not a noise schedule, or diffusers, which goes by model_index.json, would read
+        another one.
     """
-    config, kind = files.read_json(folder / SCHEDULER), _entry_class(index, "scheduler")
+    config, kind = files.read_json(folder / SCHEDULER), _class_in_index(index, "scheduler")
     config = {"_class_name": kind, **config} if kind else config
     try:
         noise = schedule.from_config(config)
@@ -248,39 +145,127 @@ def scheduler_config(folder: Path, index: Config) -> Config:
     if theirs != noise:
         raise LcmError(
             f"{folder / SCHEDULER} names {config['_class_name']} and leaves betas out, but model_index.json names "
-            f"{kind}, which has others; write the betas that the model was trained with into it"
+            f"{kind}, whose defaults differ; write the betas that the model was trained with into it"
         )
     return config
 
 
 def check_noise(source: str | Path, noise: NoiseSchedule, model: str, weights: bool = True) -> None:
-    """Refuse a UNet from `source` if the scheduler or the record there says that it was trained on other noise.
+    """Refuses a UNet from `source` if the scheduler or the record there says that it was trained on other noise.
 
     Args:
-      source: folder or hub id.
-      noise: what the UNet would be used with, of `model`.
-      weights: False: where the hub cannot be asked, the package's own configs.
+      source: folder or hub id, of a pipeline or of its `unet/`.
+      noise: that the UNet would be used with, of the model named `model`.
+      weights: False: if the hub cannot be asked, the package's own configs are used.
+
+    Raises:
+      LcmError: it was trained on other noise.
     """
-    folder = _folder(source, ["model_index.json", SCHEDULER, RECORD], weights)
+    folder = _local(source, ["model_index.json", SCHEDULER, RECORD], weights)
     above = folder.absolute().parent
-    for place in (folder, above) if (above / "model_index.json").is_file() else (folder,):
+    for where in (folder, above) if (above / "model_index.json").is_file() else (folder,):
         index, record = (
-            files.read_json(place / name) if (place / name).is_file() else {} for name in ("model_index.json", RECORD)
+            files.read_json(where / name) if (where / name).is_file() else {} for name in ("model_index.json", RECORD)
         )
-        said = []
-        if (place / SCHEDULER).is_file():
-            theirs = schedule.from_config(scheduler_config(place, index))
-            said = [] if theirs == noise else [f"{SCHEDULER} says {theirs}"]
+        found = []
+        if (where / SCHEDULER).is_file():
+            theirs = schedule.from_config(scheduler_config(where, index))
+            found = [] if theirs == noise else [f"{SCHEDULER} says {theirs}"]
         if record.get("prediction_type", noise.prediction_type) != noise.prediction_type:
-            said.append(f"{RECORD} says {record['prediction_type']}")
-        if said:
+            found.append(f"{RECORD} says {record['prediction_type']}")
+        if found:
             raise LcmError(
-                f"{place}: {' and '.join(said)}, but {model} is used with {noise}; take the UNet and the rest from one "
-                "model, or correct what is wrong"
+                f"{where}: {' and '.join(found)}, but {model} is used with {noise}; take the UNet and the rest from "
+                "one model, or correct the wrong file"
             )
 
 
-_SLACK = 1 << 20  # bytes for headers, configs and the file system's own rounding
+def _local(source: str | Path, patterns: Sequence[str], weights: bool) -> Path:
+    """The local folder of `source`. If only configs are needed and the hub cannot be asked: the package's own."""
+    try:
+        return hub.local_folder(source, patterns)
+    except LcmError:
+        embedded = None if weights else assets.architecture(str(source))
+        if embedded is None:
+            raise
+        return embedded
+
+
+def _part_folder(source: str | Path, part: str, variant: str | None, weights: bool) -> Path:
+    """Folder of one part: SOURCE/part if there is one, else SOURCE itself."""
+    tensors = safetensors_io.download_patterns(_weights_name(part), variant) if weights else []
+    patterns = [prefix + pattern for prefix in ("", f"{part}/") for pattern in ("config.json", *tensors)]
+    folder = _local(source, ["model_index.json", RECORD, *patterns], weights)
+    inside = folder / part
+    if (inside / "config.json").is_file() or (folder / "model_index.json").is_file():
+        return inside
+    return folder
+
+
+def _pipeline_patterns(parts: Iterable[str], read: Collection[str], variant: str | None) -> list[str]:
+    """Globs of what `parts` of a pipeline need: configs, and the weights of those that are `read`."""
+    patterns = ["model_index.json", RECORD, SCHEDULER]
+    patterns += [f"{slot}/{name}" for slot in ("tokenizer", "tokenizer_2") for name in ("*.json", "*.txt")]
+    for part in parts:
+        tensors = safetensors_io.download_patterns(_weights_name(part), variant) if part in read else []
+        patterns += [f"{part}/{file}" for file in ("config.json", *tensors)]
+    return patterns
+
+
+def _weights_name(part: str) -> str:
+    return safetensors_io.TRANSFORMERS_NAME if part in TEXT_ENCODERS else safetensors_io.DIFFUSERS_NAME
+
+
+def _model_index(folder: Path, source: str | Path) -> Config:
+    if not (folder / "model_index.json").is_file():
+        if (folder / "config.json").is_file():
+            raise LcmError(f"{source} holds a single model without model_index.json; give the folder of its pipeline")
+        raise LcmError(f"{source} has no model_index.json; give a diffusers folder, which holds that file")
+    index = files.read_json(folder / "model_index.json")
+    if "unet" not in index:
+        kind = index.get("_class_name")
+        raise LcmError(f"{source} is a {kind} without a unet; a model of the Stable Diffusion family is needed")
+    return index
+
+
+def _class_in_index(index: Config, part: str) -> str | None:
+    """Class name that model_index gives a part (without "Flax"); None: the part is declared absent."""
+    entry = index.get(part)
+    if not (isinstance(entry, list) and len(entry) == 2 and entry[1]):
+        return None
+    return entry[1].removeprefix("Flax")
+
+
+def _encoders(folder: Path, index: Config) -> dict[str, tuple[str, str]]:
+    """Part -> (name of its folder, class). A refiner's only encoder is "text_encoder_2", whatever its folder's name."""
+    found = {}
+    for part in TEXT_ENCODERS:
+        kind = _class_in_index(index, part)
+        if kind is not None:
+            if kind not in _ENCODER_CLASSES:
+                raise UnsupportedConfig(f"{part} in model_index.json", kind, _ENCODER_CLASSES)
+            found[part] = part, kind
+    if not found:
+        raise LcmError(f"{folder} has no text encoder (text_encoder, text_encoder_2 in model_index.json); add one")
+    if list(found) == ["text_encoder"] and found["text_encoder"][1] == "CLIPTextModelWithProjection":
+        return {"text_encoder_2": found["text_encoder"]}
+    return found
+
+
+def _config(folder: Path, part: str) -> Config:
+    config, supported = files.read_json(folder / "config.json"), _CLASSES.get(part, _ENCODER_CLASSES)
+    kind = config.get("_class_name")
+    if isinstance(kind, str) and kind.removeprefix("Flax") not in supported:
+        raise UnsupportedConfig(f"_class_name of {folder / 'config.json'}", kind, supported)
+    return config
+
+
+def _params(
+    part: str, module: nn.Module, folder: Path, variant: str | None, dtype: DTypeLike, put: PutFn | None
+) -> Params:
+    with safetensors_io.open_weights(folder, _weights_name(part), variant) as weights:
+        return names.read_params(module, weights.shapes, weights.read, dtype, str(weights.source), put)
+
 
 _LCM_SCHEDULER = {
     "_class_name": "LCMScheduler",
@@ -297,7 +282,7 @@ _LCM_SCHEDULER = {
     "rescale_betas_zero_snr": False,
     "sample_max_value": 1.0,
     "set_alpha_to_one": False,
-    "steps_offset": 1,  # anything else makes StableDiffusionPipeline rewrite the config with a warning
+    "steps_offset": 1,  # StableDiffusionPipeline rewrites any other value, with a warning
     "thresholding": False,
     "timestep_scaling": 10.0,
     "timestep_spacing": "leading",
@@ -309,7 +294,10 @@ _LCM_KEYS = ("original_inference_steps", "timestep_scaling")
 def lcm_scheduler_config(source: Config, **overrides: Any) -> Config:
     """LCMScheduler's full config with the noise table and prediction type of a scheduler config `source`.
 
-    overrides: keys to set, e.g. original_inference_steps=100; unknown ones are refused by name.
+    overrides: values of LCMScheduler's keys, e.g. original_inference_steps=100.
+
+    Raises:
+      LcmError: LCMScheduler has no such key.
     """
     unknown = overrides.keys() - _LCM_SCHEDULER.keys()
     if unknown:
@@ -326,18 +314,18 @@ def save_pipeline(
     *,
     scheduler_config: Config | None = None,
     model_index_extra: Mapping[str, Any] | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     variant: str | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
 ) -> Path:
-    """Write a complete diffusers folder.
+    """Writes a complete diffusers folder.
 
     Args:
       out: the folder; must not exist, or be empty.
-      scheduler_config: scheduler/scheduler_config.json; None: LCMScheduler for a UNet with w embedding, else the
-        pipeline's own.
+      scheduler_config: content of scheduler/scheduler_config.json; None: an LCMScheduler's for a UNet with w embedding,
+        else the pipeline's own.
       model_index_extra: keys to add to model_index.json.
-      dtype: of all weights.
+      dtype: of all weights: float32, float16 or bfloat16.
       variant: suffix of the weight files, e.g. "fp16".
       extra_files: path inside the folder -> content, e.g. {"README.md": card}.
 
@@ -350,52 +338,43 @@ def save_pipeline(
       OSError: writing failed; nothing is left under `out`.
     """
     scheduler_config = _checked_scheduler(pipeline, scheduler_config)
-    parts = {part: getattr(pipeline, part) for part in names_of_parts(pipeline)}
-    texts = {
-        f"{part}/config.json": _json(_text_config(module, pipeline.configs.get(part, {})))
-        if isinstance(module, clip.CLIPTextModel)
-        else _json(to_config(module))
-        for part, module in parts.items()
+    texts = {  # configs with every key, because the defaults of the reading program may be others
+        f"{part}/config.json": _encoder_config(module, pipeline.configs.get(part, {}))
+        if part in TEXT_ENCODERS
+        else to_config(module)
+        for part, module in pipeline.parts.items()
     }
-    texts["scheduler/scheduler_config.json"] = _json(scheduler_config)
-    index = _written_index(pipeline, scheduler_config["_class_name"]) | dict(model_index_extra or {})
-    texts["model_index.json"] = _json(index)
-    for part, tokens in pipeline.tokenizers.items():
+    texts |= {SCHEDULER: scheduler_config}
+    texts |= {"model_index.json": _index(pipeline, scheduler_config["_class_name"]) | dict(model_index_extra or {})}
+    texts = {name: _json(config) for name, config in texts.items()}
+    for part, tokenizer in pipeline.tokenizers.items():
         slot = part.replace("text_encoder", "tokenizer")
-        if tokens is None:
+        if tokenizer is None:
             raise LcmError(f"the pipeline was loaded without its {slot}; load it with weights to save it")
-        texts |= {f"{slot}/{name}": content for name, content in tokens.files.items()}
+        texts |= {f"{slot}/{name}": content for name, content in tokenizer.files.items()}
     trees = {
-        f"{part}/{weight_files.single_file(_weights_name(module), variant)}": (module, params[part])
-        for part, module in parts.items()
+        f"{part}/{safetensors_io.file_name(_weights_name(part), variant)}": (module, params[part])
+        for part, module in pipeline.parts.items()
     }
     return _write(Path(out), trees, texts, extra_files or {}, dtype)
 
 
 def save_unet(
     unet: nn.Module,
-    params: names.Params,
+    params: Params,
     out: str | Path,
     *,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     variant: str | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
 ) -> Path:
-    """Write only a UNet, config and weights at the folder's root (the layout of `lcm-sdxl`). See `save_pipeline`."""
-    trees = {weight_files.single_file(weight_files.DIFFUSERS_NAME, variant): (unet, params)}
+    """Writes a UNet alone, config and weights at the folder's root (as `lcm-sdxl` has them). See `save_pipeline`."""
+    trees = {safetensors_io.file_name(_weights_name("unet"), variant): (unet, params)}
     return _write(Path(out), trees, {"config.json": _json(to_config(unet))}, extra_files or {}, dtype)
 
 
-def names_of_parts(pipeline: Pipeline) -> tuple[str, ...]:
-    """The parts with weights that the pipeline has."""
-    present = (part for part in ("text_encoder", "text_encoder_2") if getattr(pipeline, part) is not None)
-    return "unet", "vae", *present
-
-
-def check_target(out: str | Path, needed: int = 0) -> None:
-    """Refuse to write `needed` bytes to the folder `out` if it is in use or the disk too full.
-
-    A program calls it before its long work, too.
+def check_folder(out: str | Path, needed: int = 0) -> None:
+    """Checks that `needed` bytes can be written to the folder `out`. Programs also call it before their long work.
 
     Raises:
       LcmError: `out` is a file or not empty, or fewer than `needed` bytes are free.
@@ -406,16 +385,15 @@ def check_target(out: str | Path, needed: int = 0) -> None:
     files.check_space(out, needed)
 
 
-def _weights_name(module: nn.Module) -> str:
-    return weight_files.TRANSFORMERS_NAME if isinstance(module, clip.CLIPTextModel) else weight_files.DIFFUSERS_NAME
-
-
 def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
-def _text_config(module: clip.CLIPTextModel, source: Config) -> Config:
-    """The source's config (extra keys are harmless) with the module's fields; dtype in both spellings."""
+def _encoder_config(module: clip.CLIPTextModel, source: Config) -> Config:
+    """The source's config (extra keys are harmless) with the module's fields.
+
+    transformers 5 would load the encoder in the dtype of its config, beside a UNet in float32; both spellings count.
+    """
     kept = {key: value for key, value in source.items() if key != "_name_or_path"}
     return kept | clip.to_config(module) | {"dtype": "float32", "torch_dtype": "float32"}
 
@@ -427,19 +405,18 @@ def _checked_scheduler(pipeline: Pipeline, config: Config | None) -> Config:
             config = lcm_scheduler_config(config)
     if "_class_name" not in config:
         raise LcmError("the scheduler config has no _class_name; diffusers needs it, e.g. LCMScheduler")
-    made = schedule.from_config(config)
-    mine = pipeline.schedule
+    made, mine = schedule.from_config(config), pipeline.schedule
     if made != mine:
         raise LcmError(
             f"the scheduler config ({config['_class_name']}, {made.prediction_type}, {made.num_train_timesteps} steps) "
             f"has another noise table or prediction type than the model ({mine.prediction_type}, "
-            f"{mine.num_train_timesteps} steps); make it from the model's own by lcm_scheduler_config"
+            f"{mine.num_train_timesteps} steps); make it from the model's own with lcm_scheduler_config"
         )
     return config
 
 
-def _written_index(pipeline: Pipeline, scheduler_class: str) -> Config:
-    source = pipeline.configs.get("model_index", {})
+def _index(pipeline: Pipeline, scheduler_class: str) -> Config:
+    source = pipeline.configs["model_index"]
     index = {
         "_class_name": _pipeline_class(pipeline),
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -476,10 +453,10 @@ def _pipeline_class(pipeline: Pipeline) -> str:
 
 def _write(
     out: Path,
-    trees: Mapping[str, tuple[nn.Module, names.Params]],
+    trees: Mapping[str, tuple[nn.Module, Params]],
     texts: Mapping[str, str | bytes],
     extra: Mapping[str, str | bytes],
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> Path:
     outside = [name for name in extra if Path(name).is_absolute() or ".." in Path(name).parts]
     bad = outside + [name for name in extra if name in texts or name in trees]
@@ -487,7 +464,7 @@ def _write(
         raise LcmError(f"extra file {bad[0]!r} is one of the model's own or not inside the folder; rename it")
     leaves = {name: names.torch_leaves(module, params) for name, (module, params) in trees.items()}
     shapes = {name: {key: p.torch_shape for key, (p, _) in found.items()} for name, found in leaves.items()}
-    needed = sum(weight_files.weights_size(found, dtype) for found in shapes.values())
+    needed = sum(safetensors_io.weights_size(found, dtype) for found in shapes.values())
     needed += sum(len(text) for text in (*texts.values(), *extra.values())) + _SLACK
     with all_or_nothing(out, needed) as folder:
         for name, text in {**texts, **extra}.items():
@@ -497,24 +474,28 @@ def _write(
 
             def tensor(key: str, found=found) -> np.ndarray:
                 parameter, leaf = found[key]
-                return names.to_torch_layout(leaf, parameter, jnp.dtype(dtype))
+                return names.to_torch_layout(leaf, parameter, dtype)
 
-            weight_files.write_weights(folder / name, shapes[name], tensor, jnp.dtype(dtype))
+            safetensors_io.write_weights(folder / name, shapes[name], tensor, dtype)
     return out
 
 
 @contextlib.contextmanager
 def all_or_nothing(out: Path, needed: int) -> Iterator[Path]:
-    """A new folder beside `out` that takes its name when the block ends well, and is removed when it does not."""
-    check_target(out, needed)
+    """A new folder beside `out` that gets its name if the block ends well, and is removed if it does not.
+
+    Raises:
+      LcmError: `out` holds something, or fewer than `needed` bytes are free.
+    """
+    check_folder(out, needed)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
     folder.mkdir()
     try:
         yield folder
-        for place in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-            files.sync_folder(place)
+        for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+            files.sync_folder(path)
         os.rename(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

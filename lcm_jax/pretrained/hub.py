@@ -1,12 +1,22 @@
-"""From what a user types (a folder, or `owner/name` on the Hugging Face hub) to a local folder."""
+"""What a user types (a path, `owner/name` on the Hugging Face hub, an address there) -> a local folder or file."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lcm_jax.errors import LcmError
+from lcm_jax.pretrained.safetensors_io import SUFFIX
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_FILE = re.compile(
+    r"(?:https?://(?:huggingface\.co|hf\.co)/)?(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)/"
+    r"(?:(?:blob|resolve)/(?P<revision>[^/]+)/)?(?P<file>[^?]+\.safetensors)(?:\?.*)?"
+)
+
+
+def is_single_file(source: str | Path) -> bool:
+    """Whether `source` names one .safetensors file, here or on the hub (owner/name/FILE, or its address)."""
+    return str(source).split("?")[0].endswith(SUFFIX) and not Path(source).expanduser().is_dir()
 
 
 def local_folder(source: str | Path, patterns: Sequence[str]) -> Path:
@@ -29,17 +39,37 @@ def local_folder(source: str | Path, patterns: Sequence[str]) -> Path:
         )
     if not _HUB_ID.fullmatch(str(source)):
         raise LcmError(f"{source} does not exist; give a folder in diffusers format, or owner/name on the hub")
-    return _download(str(source), patterns)
-
-
-def _download(repository: str, patterns: Sequence[str]) -> Path:
-    import huggingface_hub  # here, because a run from a local folder needs none of it
+    import huggingface_hub  # here, because a run from a local folder does not need it
 
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(patterns)))
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client raises its own, httpx's, the system's and more
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LcmError(
-            f"no folder {repository} here, and it cannot be fetched from the hub ({type(error).__name__}: {reason}); "
-            "check name, access and network, or give a local folder"
-        ) from error
+        raise _not_fetched("folder", source, error) from error
+
+
+def local_file(source: str | Path) -> Path:
+    """The file `source`, or the local copy of a file on the hub: owner/name/FILE.safetensors, or its address.
+
+    Raises:
+      LcmError: neither a file nor such a name, or it cannot be fetched.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    match = _HUB_FILE.fullmatch(str(source))
+    if not match:
+        raise LcmError(f"{source} does not exist; give a .safetensors file, or owner/name/FILE.safetensors on the hub")
+    import huggingface_hub  # here, because a run from a local file does not need it
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(match["repository"], match["file"], revision=match["revision"]))
+    except Exception as error:  # the hub's client raises its own, httpx's, the system's and more
+        raise _not_fetched("file", source, error) from error
+
+
+def _not_fetched(kind: str, source: str | Path, error: Exception) -> LcmError:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return LcmError(
+        f"no {kind} {source} here, and it cannot be fetched from the hub ({type(error).__name__}: {reason}); check "
+        f"name, access and network, or give a local {kind}"
+    )

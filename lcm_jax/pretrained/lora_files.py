@@ -1,12 +1,12 @@
 """LoRA files: read in every format that circulates for the Stable Diffusion family, written as kohya's or peft's.
 
     lora = read_lora("pytorch_lora_weights.safetensors", modules_of(pipeline))
-    merged = merge_into(pipeline, params, [(lora, 0.8), (lcm_lora, 1.0)])
+    params = merge_into(pipeline, params, [(lora, 0.8), (lcm_lora, 1.0)])
 
 merged: W + sum_i weight_i * (alpha/rank)_i * B_i A_i
 
-How files name layers is in `lora_keys`. Torch's factors are A [r i], B [o r] of a linear layer and A [r i kh kw],
-B [o r 1 1] of a convolution; here they are in the layout of `models.lora`. A layer's alpha is its `.alpha` tensor, or
+`lora_keys` knows how files name layers. Torch's factors are A [r i], B [o r] of a linear layer and A [r i kh kw],
+B [o r 1 1] of a convolution; here they have the layout of `models.lora`. A layer's alpha is its `.alpha` tensor, or
 is in the header under `lora_adapter_metadata`, or in peft's adapter_config.json; without any of these it is the rank.
 """
 
@@ -14,40 +14,35 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from absl import logging
 from flax import linen as nn
 from flax import traverse_util
+from jax.typing import DTypeLike
 
 from lcm_jax import files
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.models.unet import UNet2DConditionModel
-from lcm_jax.pretrained import hub, lora_keys, names, noise_marks
-from lcm_jax.pretrained import safetensors_io as weight_files
-from lcm_jax.pretrained.diffusers_folder import check_target
+from lcm_jax.pretrained import hub, lora_keys, names, noise_marks, safetensors_io
 from lcm_jax.pretrained.model import Pipeline, PipelineParams
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 FORMATS = ("kohya", "peft")
 _PEFT_ONLY = ("time_embedding.cond_proj", "add_embedding.")  # diffusers takes their underscores for dots
 _DOWN = ("lora_down.weight", "lora_A.weight")
-
 _TRAINER_FILE, _TRAINER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factors:
     """One layer's adapter: lora_A [.. i r] and lora_B [.. r o], float32, in the layout of `models.lora`.
 
-    alpha: None where the file gives none; the scale is then 1.
+    alpha: None if the file does not give it; the scale is then 1.
     """
 
     lora_A: np.ndarray
@@ -66,9 +61,9 @@ class Factors:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraFile:
-    """What one file holds: part ("unet", "text_encoder", "text_encoder_2") -> layer's path -> Factors.
+    """Content of one file: part ("unet", "text_encoder", "text_encoder_2") -> layer's path -> Factors.
 
-    marks: what it says of the noise that its base was trained on.
+    marks: of the noise that its base was trained on.
     """
 
     parts: Mapping[str, Mapping[names.Path, Factors]]
@@ -87,32 +82,29 @@ class LoraFile:
 
 
 def modules_of(pipeline: Pipeline) -> dict[str, nn.Module]:
-    """The parts of a pipeline that a LoRA may be for."""
-    found = {part: getattr(pipeline, part) for part in ("unet", "text_encoder", "text_encoder_2")}
-    return {part: module for part, module in found.items() if module is not None}
+    """The parts of a pipeline that a LoRA may adapt."""
+    return {part: module for part, module in pipeline.parts.items() if part != "vae"}
 
 
 def read_lora(source: str | Path, modules: Mapping[str, nn.Module], ignore_unused: bool = False) -> LoraFile:
-    """Read a LoRA file for a model.
+    """Reads a LoRA file for a model.
 
     Args:
-      source: a .safetensors file, a folder or a hub repository `owner/name` that holds one (`owner/name/FILE` where
-        there are several).
+      source: a .safetensors file, a folder or a hub repository `owner/name` that holds one (`owner/name/FILE` if it
+        holds several).
       modules: the model's parts (`modules_of`); the layers' names and shapes are checked against them.
-      ignore_unused: go on without the tensors that belong to no layer of `modules`; their number is logged.
+      ignore_unused: ignore the tensors that belong to no layer of `modules`; their number is logged.
 
     Raises:
       LcmError: file missing, damaged, pickled, or not a LoRA; of another kind (LoHa, LoKr, DoRA); made for another
-        architecture; with keys of no layer, a factor without its partner, or an alpha that has to be there and is not.
+        architecture; keys of no layer, a factor without its partner, or a required alpha that is missing.
     """
     path = _locate(source)
-    _check_container(path)
-    with weight_files.open_weights(path.parent, path.stem) as weights:
-        metadata = _metadata(path)
-        marks = _marks(path, weights.shapes, metadata)
+    with safetensors_io.open_file(path) as weights:
+        marks = _marks(weights)
         shapes = {key: shape for key, shape in weights.shapes.items() if key not in noise_marks.KEYS}
         found = lora_keys.match(str(path), shapes, modules, ignore_unused)
-        alphas = _alphas(path, found, weights, metadata)
+        alphas = _alphas(path, found, weights)
         parts: dict[str, dict[names.Path, Factors]] = {}
         for layer, keys in found.items():
             a, b = (_factor(path, layer, role, keys[role], weights.read) for role in ("lora_A", "lora_B"))
@@ -122,23 +114,23 @@ def read_lora(source: str | Path, modules: Mapping[str, nn.Module], ignore_unuse
 
 
 def merge_into(pipeline: Pipeline, params: PipelineParams, loras: Sequence[tuple[LoraFile, float]]) -> PipelineParams:
-    """W + sum_i weight_i * scale_i * B_i A_i in every adapted layer; `params` stay as they are.
+    """The weights W + sum_i weight_i * scale_i * B_i A_i of every adapted layer; `params` are not changed.
 
     A LoRA that is marked for other noise than the pipeline's is merged with a warning.
 
     Raises:
-      LcmError: a weight that is not finite, or a LoRA for a part that the pipeline has not.
+      LcmError: a weight that is not finite, or a LoRA for a part that the pipeline does not have.
     """
     params, noise = dict(params), pipeline.schedule
     for one, weight in loras:
         if not math.isfinite(weight):
             raise LcmError(f"LoRA weight {weight} is not finite; 1 is the LoRA as it was trained")
         if one.marks is not None and not one.marks.agree_with(noise):
-            # No error: such LoRAs are in use, and the noise stays the model's.
-            logging.warning("%s is marked %s, but the model is used with %s", one.marks.source, one.marks.said, noise)
+            # Not an error: such LoRAs are in use, and the noise stays the model's.
+            logging.warning("%s is marked %s, but the model is used with %s", one.marks.source, one.marks.text, noise)
     for part in sorted({part for one, _ in loras for part in one.parts}):
         if part not in params:
-            raise LcmError(f"the LoRA is for a {part}, which this model has not; take the model that it was made for")
+            raise LcmError(f"the LoRA adapts a {part}, which this model does not have; use the model it was made for")
         adapters = [(one.tree(part), one.scales(part, weight)) for one, weight in loras if part in one.parts]
         params[part] = lora.merge(params[part], adapters)
     return params
@@ -152,18 +144,18 @@ def write_lora(
     alpha: float,
     rank: int,
     format: str = "kohya",
-    dtype: Any = np.float16,
+    dtype: DTypeLike = np.float16,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the adapters of a UNet to one file, which appears under its name when it is complete.
+    """Writes the adapters of a UNet to one file, which appears under its name when it is complete.
 
     Args:
-      path: of the file, which must not exist.
+      path: NAME.safetensors, which must not exist.
       tree: adapter tree of `unet`, every layer of rank `rank`.
       alpha: the trained alpha, for all layers; the scale is alpha / rank.
-      format: "kohya" (diffusers' names with underscores, an `.alpha` per layer: the published LCM-LoRAs; for diffusers,
-        ComfyUI and A1111) or "peft" (what diffusers saves: alpha in the header).
-      dtype: of all tensors, kohya's alphas included.
+      format: "kohya" (diffusers' names with underscores, an `.alpha` per layer, as in the published LCM-LoRAs: for
+        diffusers, ComfyUI and A1111) or "peft" (what diffusers saves: alpha in the header).
+      dtype: of all tensors, kohya's alphas included: float16, bfloat16 or float32.
       metadata: more text entries for the header.
 
     Returns:
@@ -173,122 +165,82 @@ def write_lora(
       LcmError: the file exists, too little disk space, unknown format or dtype, adapters that do not fit `unet`, are
         not of that rank, or are not finite in `dtype`.
     """
-    path, dtype = Path(path), np.dtype(dtype)
-    entries = _entries(tree, unet, format)
-    _check_writable(path, dtype, entries, alpha, rank)
-    header = _header(tree, unet, alpha, rank, format, metadata or {})
-    tensors = {}
-    for key, (parameter, leaf) in entries.items():
+    entries, header = _entries(tree, unet, format), dict(metadata or {})
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise LcmError(f"LoRA alpha {alpha} must be positive; alpha = rank is a scale of 1")
+    if not entries:
+        raise LcmError("there are no adapters to write")
+    for key, (parameter, _) in entries.items():
+        if key.endswith(_DOWN) and parameter.shape[-1] != rank:
+            raise LcmError(f"{key} is of rank {parameter.shape[-1]}, not {rank}; give the rank that was trained")
+    if format == "peft":
+        by_path = {kernel.path[:-1]: name for name, kernel in lora_keys.layers(unet).items()}
+        layers = sorted(by_path[path] for path in lora.by_layer(tree))
+        config = {"unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": layers}
+        header["lora_adapter_metadata"] = json.dumps(config, indent=2, sort_keys=True)
+
+    def tensor(key: str) -> np.ndarray:
+        parameter, leaf = entries[key]
         value = np.float64(alpha) if leaf is None else leaf
-        tensors[key] = names.to_torch_layout(value, parameter, dtype).reshape(parameter.torch_shape)
-        if not np.isfinite(tensors[key]).all():
-            raise LcmError(f"{key} has values that are not finite in {dtype}; write float32, or look at the run")
-    with files.new_file(path) as partial:
-        safetensors.numpy.save_file(tensors, partial, metadata=header)
-    return path
+        return names.to_torch_layout(value, parameter, dtype).reshape(parameter.torch_shape)
+
+    shapes = {key: parameter.torch_shape for key, (parameter, _) in entries.items()}
+    return safetensors_io.save_file(Path(path), shapes, tensor, dtype, header)
 
 
 def file_shapes(tree: Mapping[str, Any], unet: UNet2DConditionModel, format: str = "kohya") -> dict[str, names.Shape]:
-    """Key -> shape of every tensor of the file that `write_lora` writes; `tree` may be of shapes alone."""
-    return {
-        key: () if leaf is None else parameter.torch_shape
-        for key, (parameter, leaf) in _entries(tree, unet, format).items()
-    }
+    """Key -> shape of every tensor in the file that `write_lora` writes; `tree` may hold only shapes."""
+    return {key: parameter.torch_shape for key, (parameter, _) in _entries(tree, unet, format).items()}
 
 
 def _locate(source: str | Path) -> Path:
-    """The file that `source` stands for."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        return _in_folder(path)
-    owner, _, rest = str(source).partition("/")
-    name, _, file = rest.partition("/")
-    if not (owner and name) or name.endswith((".safetensors", *_PICKLED)):
-        raise LcmError(f"{source} does not exist; give a LoRA's .safetensors file, or owner/name[/FILE] on the hub")
-    try:
-        folder = hub.local_folder(f"{owner}/{name}", [file or FILE_NAME])
-    except LcmError as error:
-        raise LcmError(f"{source} does not exist here: {error}") from error
-    if not file:
-        return _in_folder(folder)
-    if not (folder / file).is_file():
-        raise LcmError(f"{owner}/{name} on the hub has no {file}; look up the name of its LoRA there")
-    return folder / file
-
-
-def _in_folder(folder: Path) -> Path:
-    """The folder's LoRA: by its usual name, or the only .safetensors file."""
+    if hub.is_single_file(source) or Path(source).expanduser().is_file():
+        return hub.local_file(source)
+    folder = hub.local_folder(source, [FILE_NAME])
     for name in (FILE_NAME, _TRAINER_FILE):
         if (folder / name).is_file():
             return folder / name
-    present = sorted(path for path in folder.glob("*") if path.suffix == ".safetensors")
-    if len(present) == 1:
-        return present[0]
-    if present:
-        raise LcmError(f"{folder} holds {lora_keys.some([path.name for path in present])}; name one of them")
-    pickled = sorted(path for path in folder.glob("*") if path.suffix in _PICKLED)
-    if pickled:
-        return pickled[0]  # refused with the way out
+    present = sorted(path for path in folder.glob("*") if path.suffix == safetensors_io.SUFFIX)
+    pickled = sorted(path for path in folder.glob("*") if path.suffix in safetensors_io.PICKLED)
+    if len(present) > 1:
+        raise LcmError(f"{folder} holds {names.some([path.name for path in present])}; name one of them")
+    if present or pickled:
+        return [*present, *pickled][0]  # opening a pickled one is refused, with the way out
     raise LcmError(f"{folder} holds no LoRA file ({FILE_NAME}); name the file")
 
 
-def _check_container(path: Path) -> None:
-    """Refuses what is no safetensors file, above all what would have to be unpickled."""
-    with path.open("rb") as stream:
-        start = stream.read(4)
-    if not start:
-        raise LcmError(f"{path} is empty; download or write it again")
-    if path.suffix in _PICKLED or start.startswith((b"PK\x03\x04", b"\x80\x02")):
-        raise LcmError(
-            f"{path} is pickled, which can run code, and is not opened; convert once, where torch is: python -c "
-            f"\"import torch, safetensors.torch as s; s.save_file({{k: v.contiguous() for k, v in torch.load('{path}', "
-            f"weights_only=True).items()}}, '{path.with_suffix('.safetensors')}')\""
-        )
-    if path.suffix != ".safetensors":
-        raise LcmError(f"{path} is not a .safetensors file; give one, or rename it if it is one")
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safetensors.safe_open(path, framework="np") as handle:
-        return handle.metadata() or {}
-
-
-def _marks(path: Path, keys: Mapping[str, Any], metadata: Mapping[str, str]) -> noise_marks.Marks | None:
+def _marks(weights: safetensors_io.Weights) -> noise_marks.Marks | None:
     try:
-        return noise_marks.read(path, keys, metadata)
-    except LcmError as error:  # the noise is the model's to say
+        return noise_marks.read(weights.source, weights.shapes, weights.metadata)
+    except LcmError as error:  # the model decides which noise is used
         logging.warning("%s", error)
         return None
 
 
-def _factor(path: Path, layer: lora_keys.Layer, role: str, key: str, read: Any) -> np.ndarray:
+def _factor(path: Path, layer: lora_keys.Layer, role: str, key: str, read: Callable[[str], np.ndarray]) -> np.ndarray:
     """A factor in the tree's layout, float32."""
     tensor = read(key)
     *window, fan, out = layer.kernel.shape
     shape = (*window, fan, tensor.shape[0]) if role == "lora_A" else (*(1 for _ in window), tensor.shape[1], out)
-    if tensor.dtype.kind in "iub":
-        raise LcmError(f"{path}: {key} is {tensor.dtype}; only floating-point factors can be read")
-    value = names.to_jax(tensor, names.Parameter(("kernel",), shape), np.float32)
+    value = names.read_leaf(tensor, names.Parameter(("kernel",), shape), np.float32, f"{path}: {key}")
     if not np.isfinite(value).all():
-        raise LcmError(f"{path}: {key} has values that are not finite; the file is broken, take another")
+        raise LcmError(f"{path}: {key} has values that are not finite; the file is broken, use another")
     return value
 
 
 def _alphas(
-    path: Path, found: lora_keys.Matched, weights: weight_files.Weights, metadata: Mapping[str, str]
+    path: Path, found: lora_keys.Matched, weights: safetensors_io.Weights
 ) -> dict[lora_keys.Layer, float | None]:
-    """Each layer's alpha, None where nothing says one."""
+    """Each layer's alpha; None if the file does not give it."""
     tensors = {layer: weights.read(keys["alpha"]) for layer, keys in found.items() if "alpha" in keys}
     in_file = {layer: float(alpha.reshape(())) for layer, alpha in tensors.items()}
-    configs = _adapter_configs(path, metadata)
-    trained = metadata.get("ss_network_alpha", "None")
+    configs = _adapter_configs(path, weights.metadata)
+    trained = weights.metadata.get("ss_network_alpha", "None")
     if trained != "None" and configs is None and len(in_file) < len(found):
         lacking = sorted(f"{layer.part}.{layer.name}" for layer in found.keys() - in_file.keys())
         raise LcmError(
             f"{path} was trained with alpha {trained} (ss_network_alpha) but {len(lacking)} layers have no "
-            f".alpha ({lora_keys.some(lacking)}); take the file as it was trained"
+            f".alpha ({names.some(lacking)}); use the file as it was trained"
         )
     if configs is None:
         return {layer: in_file.get(layer) for layer in found}
@@ -305,7 +257,7 @@ def _alphas(
 
 
 def _adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]] | None:
-    """Part -> peft's config of its adapter; None: the file says nothing of it."""
+    """Part -> peft's config of its adapter; None if neither the file nor its folder holds one."""
     if "lora_adapter_metadata" in metadata:
         try:
             entries = json.loads(metadata["lora_adapter_metadata"])
@@ -325,9 +277,9 @@ def _adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[
 
 
 def _config_alpha(path: Path, layer: lora_keys.Layer, config: Mapping[str, Any], rank: int) -> float:
-    """alpha that peft's config gives a layer of this rank."""
+    """The alpha in peft's config of a layer of this rank."""
     if config.get("use_dora"):
-        raise LcmError(f"{path} is a DoRA (use_dora), which is not read; take a plain LoRA, or convert it to one")
+        raise LcmError(f"{path} is a DoRA (use_dora), which is not supported; use a plain LoRA, or convert it to one")
     alpha = config.get("lora_alpha")
     try:
         for pattern, value in (config.get("alpha_pattern") or {}).items():
@@ -335,7 +287,7 @@ def _config_alpha(path: Path, layer: lora_keys.Layer, config: Mapping[str, Any],
                 alpha = value
                 break
     except re.error as error:
-        raise LcmError(f"{path}: alpha_pattern {pattern!r} is no pattern ({error}); save it again") from None
+        raise LcmError(f"{path}: alpha_pattern {pattern!r} is not a pattern ({error}); save it again") from None
     if not isinstance(alpha, int | float):
         raise LcmError(
             f"{path}: its metadata gives no lora_alpha for {layer.part}, so the strength is unknown; "
@@ -350,7 +302,7 @@ def _entries(
     """Key -> (its layout, leaf of `tree`; None for an alpha), sorted as safetensors sorts.
 
     Raises:
-      LcmError: unknown format; an adapter for no layer of `unet`, of another shape, or without a name in the format.
+      LcmError: unknown format; an adapter that fits no layer of `unet`, or whose layer has no name in the format.
     """
     if format not in FORMATS:
         raise LcmError(f"unknown LoRA format {format!r}; choose one of {', '.join(FORMATS)}")
@@ -358,7 +310,7 @@ def _entries(
     found: dict[str, tuple[names.Parameter, Any]] = {}
     for path, factors in lora.by_layer(tree).items():
         if path not in by_path:
-            raise LcmError(f"the adapter {'/'.join(path)} is for no layer of this UNet; take the UNet it was made for")
+            raise LcmError(f"the adapter {'/'.join(path)} fits no layer of this UNet; use the UNet it was made for")
         name, kernel = by_path[path]
         if format == "kohya" and name.startswith(_PEFT_ONLY):
             raise LcmError(f"diffusers cannot read kohya's name of {name}; write format='peft', or do not adapt it")
@@ -376,30 +328,3 @@ def _entries(
             found[f"{stem}.lora_up.weight"] = b, factors["lora_B"]
             found[f"{stem}.alpha"] = names.Parameter((*path, "alpha"), ()), None
     return dict(sorted(found.items()))
-
-
-def _check_writable(path: Path, dtype: np.dtype, entries: Mapping[str, Any], alpha: float, rank: int) -> None:
-    if path.exists():
-        raise LcmError(f"{path} already exists; choose another name or remove it first")
-    if dtype.name not in ("float32", "float16", "bfloat16"):
-        raise LcmError(f"a LoRA cannot be written as {dtype}; choose one of float32, float16, bfloat16")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise LcmError(f"LoRA alpha {alpha} must be positive; alpha = rank is a scale of 1")
-    if not entries:
-        raise LcmError("there are no adapters to write")
-    for key, (parameter, _) in entries.items():
-        if key.endswith(_DOWN) and parameter.shape[-1] != rank:
-            raise LcmError(f"{key} is of rank {parameter.shape[-1]}, not {rank}; give the rank that was trained")
-    check_target(path, sum(math.prod(p.torch_shape) for p, _ in entries.values()) * dtype.itemsize + 2**20)
-
-
-def _header(
-    tree: Mapping[str, Any], unet: UNet2DConditionModel, alpha: float, rank: int, format: str, extra: Mapping[str, str]
-) -> dict[str, str]:
-    header = {"format": "pt", **extra}
-    if format == "kohya":
-        return header
-    by_path = {kernel.path[:-1]: name for name, kernel in lora_keys.layers(unet).items()}
-    config = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(by_path[path] for path in lora.by_layer(tree))}
-    entries = {f"unet.{key}": value for key, value in config.items()}
-    return header | {"lora_adapter_metadata": json.dumps(entries, indent=2, sort_keys=True)}

@@ -1,6 +1,6 @@
-"""Names in LoRA files -> layers of a model, looked up in a table that is made from the model itself.
+"""Names in LoRA files -> layers of a model, by a table that is made from the model itself.
 
-A key is a layer's spelling and what the tensor is to it. With `down_blocks.0.attentions.1.proj_in` for example:
+A key is a layer's spelling and the tensor's role in it. With `down_blocks.0.attentions.1.proj_in` for example:
 
     unet.down_blocks.0.attentions.1.proj_in.lora_A.weight           peft, as diffusers saves today
     unet.down_blocks.0.attentions.1.proj_in.lora.down.weight        diffusers 0.21 to 0.25
@@ -9,14 +9,14 @@ A key is a layer's spelling and what the tensor is to it. With `down_blocks.0.at
     lora_unet_down_blocks_0_attentions_1_proj_in.lora_down.weight   kohya; text encoders lora_te_, lora_te1_, lora_te2_
     lora_unet_input_blocks_2_1_proj_in.lora_down.weight             kohya with the names of the original UNet (sgm, ldm)
 
-and lora_B, up, lora_up for the other factor, `.alpha` for the scale. Kohya's names cannot be split again at their
-underscores, so the table holds every spelling of every layer.
+and lora_B, up, lora_up for the other factor, `.alpha` for the scale. Kohya's underscores are ambiguous, so the names
+are not parsed: the table holds every spelling of every layer.
 """
 
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from absl import logging
@@ -26,7 +26,7 @@ from lcm_jax.errors import LcmError
 from lcm_jax.models.unet import UNet2DConditionModel
 from lcm_jax.pretrained import names, single_file_keys
 
-# What the pipeline calls a part -> prefixes of its layers: dotted names, and names with underscores for dots.
+# Part -> prefixes of its layers: of dotted names, and of names with underscores for dots.
 _DOTTED = {
     "unet": ("unet.", "", "base_model.model.", "base_model.model.unet.", "unet.base_model.model."),
     "text_encoder": ("text_encoder.",),
@@ -42,8 +42,8 @@ _DOWN = r"\.lora_A(?:\.\w+)?|\.lora_down|\.lora\.down|\.lora_linear_layer\.down|
 _UP = r"\.lora_B(?:\.\w+)?|\.lora_up|\.lora\.up|\.lora_linear_layer\.up|_lora\.up"
 _KEY = re.compile(rf"(?P<name>.+?)(?:(?P<lora_A>{_DOWN})\.weight|(?P<lora_B>{_UP})\.weight|(?P<alpha>\.alpha))")
 
-# Adapters of other kinds, by a word in their keys.
-OTHER_KINDS = {
+# Part of a key -> the kind of adapter that has it.
+_OTHER_KINDS = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
     "dora_scale": "DoRA",
@@ -52,13 +52,11 @@ OTHER_KINDS = {
 }
 
 _FAMILY = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}
-_LISTED = 10  # names in an error
-
 _TEXT_INPUT = re.compile(r".*attn2[._](?:processor[._])?to_[kv]")
 
 
 class Layer(NamedTuple):
-    """A layer that a file may adapt: the pipeline's part, the torch name in it, the kernel."""
+    """A layer that a file may adapt: part of the pipeline, torch name in it, kernel."""
 
     part: str
     name: str
@@ -76,9 +74,9 @@ def layers(module: nn.Module) -> Mapping[str, names.Parameter]:
 
 
 def spellings(modules: Mapping[str, nn.Module]) -> dict[str, Layer]:
-    """Everything that a file may call a layer -> the layer.
+    """Every spelling of every layer -> the layer.
 
-    modules: "unet", "text_encoder", "text_encoder_2" -> module, for the parts that there are.
+    modules: "unet", "text_encoder", "text_encoder_2" -> module, for the parts that the model has.
     """
     table = {}
     for part, module in modules.items():
@@ -120,27 +118,21 @@ def _variants(name: str) -> list[str]:
 
 
 def split(key: str) -> tuple[str, str] | None:
-    """(spelling of the layer, "lora_A" | "lora_B" | "alpha") of a key; None: it is no LoRA's."""
+    """(spelling of the layer, "lora_A" | "lora_B" | "alpha") of a key; None if it is not a LoRA's."""
     match = _KEY.fullmatch(key)
     return (match["name"], match.lastgroup) if match else None
-
-
-def some(found: Sequence[str]) -> str:
-    """The first of many names and how many more there are, for an error."""
-    more = len(found) - _LISTED
-    return ", ".join(found[:_LISTED]) + (f", and {more} more" if more > 0 else "")
 
 
 def match(
     source: str, shapes: Mapping[str, names.Shape], modules: Mapping[str, nn.Module], ignore_unused: bool
 ) -> Matched:
-    """Which layer each key of a file is for, both factors there and of the right shape.
+    """The layers that a file adapts, with their keys; both factors exist and have the right shape.
 
     Args:
       source: the file's name, for errors.
       shapes: key -> shape of every tensor in the file.
       modules: see `spellings`.
-      ignore_unused: leave out the keys that match no layer, and log their number.
+      ignore_unused: ignore the keys that match no layer, and log their number.
 
     Raises:
       LcmError: see `lora_files.read_lora`.
@@ -162,7 +154,7 @@ def match(
     halves = [key for keys in found.values() if not {"lora_A", "lora_B"} <= keys.keys() for key in keys.values()]
     if halves:
         raise LcmError(
-            f"{source}: {len(halves)} keys lack a factor of their layer ({some(sorted(halves))}); "
+            f"{source}: {len(halves)} keys lack a factor of their layer ({names.some(halves)}); "
             "the file is incomplete, download or save it again"
         )
     _check_shapes(source, shapes, found)
@@ -172,16 +164,16 @@ def match(
 def _check_kind(source: str, shapes: Mapping[str, names.Shape]) -> None:
     if not shapes:
         raise LcmError(f"{source} holds no tensors; download or save it again")
-    for word, kind in OTHER_KINDS.items():
+    for word, kind in _OTHER_KINDS.items():
         key = next((key for key in shapes if word in key), None)
         if key:
-            raise LcmError(f"{source} is a {kind} ({key}), which is not read; take a plain LoRA, or convert it to one")
+            raise LcmError(f"{source} is a {kind} ({key}), which is not supported; use a plain LoRA, or convert it")
     if not any((split(key) or ("", ""))[1].startswith("lora_") for key in shapes):
-        raise LcmError(f"{source} holds no LoRA: none of its {len(shapes)} keys ({some(sorted(shapes))}) is a factor's")
+        raise LcmError(f"{source} holds no LoRA: none of its {len(shapes)} keys ({names.some(shapes)}) is a factor")
 
 
 def _check_text_width(source: str, shapes: Mapping[str, names.Shape], modules: Mapping[str, nn.Module]) -> None:
-    """Says in one word what a LoRA for another family would otherwise show in hundreds of keys."""
+    """Reports a LoRA for another family in one line, before hundreds of its keys fail to match."""
     if "unet" not in modules:
         return
     found = set()
@@ -193,7 +185,7 @@ def _check_text_width(source: str, shapes: Mapping[str, names.Shape], modules: M
     if found - mine:
         raise LcmError(
             f"{source} is for a UNet that attends to text of width {_families(found - mine)}; this model's has "
-            f"{_families(mine)}: take a LoRA for this model, or the model of this LoRA"
+            f"{_families(mine)}: use a LoRA for this model, or the model of this LoRA"
         )
 
 
@@ -202,15 +194,15 @@ def _families(widths: set[int]) -> str:
 
 
 def _check_unused(source: str, shapes: Mapping[str, names.Shape], used: set[str], ignore_unused: bool) -> None:
-    unused = sorted(shapes.keys() - used)
+    unused = shapes.keys() - used
     if not unused:
         return
-    what = f"{source}: {len(unused)} of {len(shapes)} keys match no layer of this model ({some(unused)})"
+    what = f"{source}: {len(unused)} of {len(shapes)} keys match no layer of this model ({names.some(unused)})"
     if not used:
-        raise LcmError(f"{what}; it is for another architecture, or for parts that this model has not")
+        raise LcmError(f"{what}; it is for another architecture, or for parts that this model does not have")
     if not ignore_unused:
-        raise LcmError(f"{what}; is it for another architecture? ignore_unused goes on without them")
-    logging.warning("%s; they are not used", what)
+        raise LcmError(f"{what}; is it for another architecture? Set ignore_unused to load the rest")
+    logging.warning("%s; they are ignored", what)
 
 
 def _check_shapes(source: str, shapes: Mapping[str, names.Shape], found: Matched) -> None:
@@ -218,7 +210,8 @@ def _check_shapes(source: str, shapes: Mapping[str, names.Shape], found: Matched
     for layer, keys in found.items():
         out, fan, *window = wanted = layer.kernel.torch_shape
         a, b = shapes[keys["lora_A"]], shapes[keys["lora_B"]]
-        fits = len(a) > 1 and a[0] > 0 and _same(a, (a[0], fan, *window)) and _same(b, (out, a[0]))
+        same = names.same_but_for_1x1
+        fits = len(a) > 1 and a[0] > 0 and same(a, (a[0], fan, *window)) and same(b, (out, a[0]))
         if not fits:
             wrong.append(f"{layer.part}.{layer.name} {list(a)}, {list(b)} for {list(wanted)}")
         elif "alpha" in keys and math.prod(shapes[keys["alpha"]]) != 1:
@@ -226,14 +219,5 @@ def _check_shapes(source: str, shapes: Mapping[str, names.Shape], found: Matched
     if wrong:
         raise LcmError(
             f"{source}: {len(wrong)} of {len(found)} layers have other shapes than this model's "
-            f"({some(wrong)}); it is for another architecture"
+            f"({names.some(wrong)}); it is for another architecture"
         )
-
-
-def _same(found: names.Shape, wanted: names.Shape) -> bool:
-    """Equal, a 1x1 window written out or not."""
-
-    def matrix(shape: names.Shape) -> names.Shape:
-        return shape[:2] if shape[2:] == (1, 1) else shape
-
-    return matrix(found) == matrix(wanted)

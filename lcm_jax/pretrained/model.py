@@ -13,13 +13,19 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
+from lcm_jax.diffusion import guidance
 from lcm_jax.diffusion.consistency import SIGMA_DATA, TIMESTEP_SCALING
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError
-from lcm_jax.models import clip, unet
+from lcm_jax.models import clip, unet, vae
+from lcm_jax.models.clip import CLIPTextModel
+from lcm_jax.models.config import to_config
+from lcm_jax.models.unet import UNet2DConditionModel
 from lcm_jax.pretrained.names import Params
 from lcm_jax.pretrained.tokenizer import Tokenizer
 
@@ -73,10 +79,10 @@ class Pipeline:
       may_be_lcm: a LoRA or another UNet was put in, which may be distilled without saying so.
     """
 
-    unet: unet.UNet2DConditionModel
+    unet: UNet2DConditionModel
     vae: nn.Module
-    text_encoder: clip.CLIPTextModel | None
-    text_encoder_2: clip.CLIPTextModel | None
+    text_encoder: CLIPTextModel | None
+    text_encoder_2: CLIPTextModel | None
     tokenizer: Tokenizer | None
     tokenizer_2: Tokenizer | None
     schedule: NoiseSchedule
@@ -103,28 +109,34 @@ class Pipeline:
             "timestep_scaling": scheduler.get("timestep_scaling"),
             "set_alpha_to_one": scheduler.get("set_alpha_to_one"),
             "zero_null": self.configs["model_index"].get("force_zeros_for_empty_prompt"),
-        } | {key: self.record.get(key) for key in ("sigma_data", "w_min", "w_max")}
-        known |= {key: self.record[key] for key in ("solver_steps", "timestep_scaling") if key in self.record}
+        }
+        recorded = ("solver_steps", "timestep_scaling", "sigma_data", "w_min", "w_max")
+        known |= {key: self.record[key] for key in recorded if key in self.record}
         return Constants(**{key: value for key, value in known.items() if value is not None})
 
     @property
     def is_lcm(self) -> bool:
-        """Whether anything says that the model was distilled: w embedding, record or scheduler."""
+        """Whether the w embedding, the record or the scheduler shows that the model was distilled."""
         is_lcm_scheduler = self.configs["scheduler"].get("_class_name") == "LCMScheduler"
         return self.has_w_embedding or bool(self.record) or is_lcm_scheduler
 
     @property
     def is_xl(self) -> bool:
-        """SDXL and its refiner: context from hidden_states[-2], pooled text and sizes beside it."""
+        """Whether it is SDXL or its refiner: conditioned on hidden_states[-2], pooled text and sizes."""
         return self.text_encoder_2 is not None
 
     @property
     def has_w_embedding(self) -> bool:
-        """The UNet is conditioned on the guidance weight w: a latent consistency model."""
+        """Whether the UNet is conditioned on the guidance weight w, as a latent consistency model is."""
         return self.unet.time_cond_proj_dim is not None
 
     @property
-    def text_encoders(self) -> tuple[clip.CLIPTextModel | None, clip.CLIPTextModel | None]:
+    def parts(self) -> dict[str, nn.Module]:
+        """Part -> module, for the parts that the model has."""
+        return {part: module for part in PARTS if (module := getattr(self, part)) is not None}
+
+    @property
+    def text_encoders(self) -> tuple[CLIPTextModel | None, CLIPTextModel | None]:
         return self.text_encoder, self.text_encoder_2
 
     @property
@@ -152,15 +164,53 @@ class Pipeline:
         return GUIDANCE_SCALE if low <= GUIDANCE_SCALE <= high else (low + high) / 2.0
 
 
+_FROM_CONFIG = {
+    "unet": unet.from_config,
+    "vae": vae.from_config,
+    "text_encoder": clip.from_config,
+    "text_encoder_2": clip.from_config,
+}
+
+
+def make_module(part: str, config: Config, dtype: DTypeLike = jnp.float32) -> nn.Module:
+    """The module of a part's `config.json`.
+
+    Raises:
+      UnsupportedConfig: the config asks for something outside the Stable Diffusion family.
+    """
+    return _FROM_CONFIG[part](config, dtype=jnp.dtype(dtype))  # one spelling, so that equal modules are equal
+
+
 def in_half_precision(pipeline: Pipeline, half: bool = True) -> Pipeline:
-    """The pipeline whose networks compute in 16 bits, if `half`: a VAE that overflows in them (SDXL's) in float32."""
+    """The pipeline for networks in 16 bits, if `half`: a VAE that overflows in them (SDXL's) computes in float32."""
     if not (half and getattr(pipeline.vae, "force_upcast", False)):
         return pipeline
-    return dataclasses.replace(pipeline, vae=pipeline.vae.clone(dtype=np.dtype("float32")))
+    return dataclasses.replace(pipeline, vae=pipeline.vae.clone(dtype=jnp.dtype("float32")))
+
+
+def fold_w(pipeline: Pipeline, params: PipelineParams, w: float) -> tuple[Pipeline, PipelineParams]:
+    """The same model at one guidance weight w, without w embedding: for programs that cannot pass one.
+
+    linear_1(x + P e(w)) = W x + (b + W P e(w)): what the embedding adds becomes part of `linear_1`'s bias. Pure.
+
+    w: guidance_scale - 1, within the range that the model was distilled on.
+    """
+    if not pipeline.has_w_embedding:
+        raise LcmError("the UNet has no w embedding to fold (time_cond_proj_dim is null); leave w out")
+    tree = params["unet"]
+    time = {name: dict(leaves) for name, leaves in tree["time_embedding"].items()}
+    embedding = np.asarray(guidance.w_embedding(jnp.array([w]), pipeline.unet.time_cond_proj_dim), np.float64)[0]
+    added = embedding @ np.asarray(time.pop("cond_proj")["kernel"], np.float64)
+    added = added @ np.asarray(time["linear_1"]["kernel"], np.float64)
+    bias = np.asarray(time["linear_1"]["bias"])
+    time["linear_1"]["bias"] = (bias.astype(np.float64) + added).astype(bias.dtype)
+    module = pipeline.unet.clone(time_cond_proj_dim=None)
+    folded = dataclasses.replace(pipeline, unet=module, configs={**pipeline.configs, "unet": to_config(module)})
+    return folded, {**params, "unet": {**tree, "time_embedding": time}}
 
 
 def parts_read(weights: bool | Collection[str]) -> set[str]:
-    """Parts that `load_pipeline`'s argument `weights` asks for. Raises LcmError for an unknown part."""
+    """The parts that `load_pipeline`'s argument `weights` asks for. Raises LcmError for an unknown part."""
     read = set(PARTS if weights is True else weights or ())
     if read - set(PARTS):
         raise LcmError(f"weights of {', '.join(sorted(read - set(PARTS)))}: parts are {', '.join(PARTS)}")
@@ -168,13 +218,16 @@ def parts_read(weights: bool | Collection[str]) -> set[str]:
 
 
 def check_fit(modules: Mapping[str, Any]) -> None:
-    """The parts' widths agree, so that a mixed-up folder fails here and not inside a compiled program."""
-    encoders = [modules[part] for part in TEXT_ENCODERS if modules[part] is not None]
-    text = sum(encoder.hidden_size for encoder in encoders)
+    """Checks that the parts' widths agree, so that a mixed-up folder fails here, not inside a compiled program.
+
+    Raises:
+      LcmError: they do not.
+    """
+    text = sum(modules[part].hidden_size for part in TEXT_ENCODERS if modules[part] is not None)
     for width in set(modules["unet"].per_level("cross_attention_dim")) - {text}:
         raise LcmError(
             f"the UNet attends to text of width {width}, the text encoders give {text}; take both from the same model"
         )
     latent, channels = modules["vae"].latent_channels, modules["unet"].in_channels
-    if channels not in (latent, 2 * latent + 1):  # plain, or inpainting: latents, masked image's latents, mask
+    if channels not in (latent, 2 * latent + 1):  # inpainting: latents, masked image's latents, mask
         raise LcmError(f"the UNet takes {channels} channels, the VAE's latents have {latent}; choose another VAE")

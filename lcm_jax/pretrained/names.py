@@ -1,22 +1,24 @@
-"""Torch key <-> path in the parameter tree, and the layouts of both; one rule for every model.
+"""Torch key <-> path in the parameter tree, and the layouts of both; one rule for every network.
 
     down_blocks.0.resnets.1.conv1.weight   <->  down_blocks_0/resnets_1/conv1/kernel
 
-The Linen modules are named after torch's, so the table follows from the module's own tree (`jax.eval_shape` of its
-init): a list index is joined by an underscore, and
+Linen modules are named after torch's, so the table follows from a module's own tree (`jax.eval_shape` of its init): an
+underscore joins a list index to its list, and
 
-    convolution  weight [o i kh kw]  <->  kernel [kh kw i o]      norm       weight  <->  scale
-    linear       weight [o i]        <->  kernel [i o]            embedding  weight  <->  embedding, not transposed
+    convolution  weight [o i kh kw]  <->  kernel [kh kw i o]      norm         weight  <->  scale
+    linear       weight [o i]        <->  kernel [i o]            embedding    weight  <->  embedding, not transposed
+    batch norm   running_mean, running_var  <->  mean, var        other leaves keep their name
 
-Read, but never written: a text encoder's keys without `text_model.`, the VAE's old attention names, 1x1 convolutions in
-place of linear layers and the reverse, and buffers without meaning here.
+Read, but never written: a text encoder's keys without `text_model.`, the VAE's old attention names, 1x1 convolutions
+instead of linear layers and the reverse, and buffers that carry nothing.
 """
 
 import dataclasses
 import functools
 import math
+import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from jax.typing import DTypeLike
 
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models.clip import CLIPTextModel
@@ -32,18 +35,18 @@ from lcm_jax.models.unet import UNet2DConditionModel
 Params = dict[str, Any]
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
-Place = Callable[[np.ndarray], Any]  # what becomes of a tensor as soon as it is read and converted
+PutFn = Callable[[np.ndarray], Any]  # puts a tensor where it belongs, as `runtime.mesh.place` does on its shards
 
-# Torch module names that end in a number of their own, where every other one is an index into a module list.
-_NUMBERED = frozenset({"linear_1", "linear_2"})
+# Module names that end in a number of their own; every other number is an index into a module list.
+_NUMBERED = re.compile(r"linear_\d+|branch.*")
 
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "mean": "running_mean", "var": "running_var"}
 
 # VAEs saved before diffusers 0.14.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION_KEY = re.compile(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)")
 
-# Buffers and leftovers of training that carry nothing: positions 0..76, batch counts, an EMA's counters.
+# Buffers and leftovers of training: positions 0..76, batch counts, the counters of an EMA.
 _IGNORED = re.compile(r"(.*\.)?(position_ids|num_batches_tracked)|model_ema\..*")
 
 _LISTED = 10  # names of each kind in an error
@@ -64,8 +67,8 @@ class Parameter:
 def torch_name(path: Path) -> str:
     """The torch key of a leaf: ("ff", "net_0", "proj", "kernel") -> "ff.net.0.proj.weight"."""
     *modules, leaf = path
-    names = [name if name in _NUMBERED else re.sub(r"_(\d+)$", r".\1", name) for name in modules]
-    return ".".join([*names, _LEAVES[leaf]])
+    names = [name if _NUMBERED.fullmatch(name) else re.sub(r"_(\d+)$", r".\1", name) for name in modules]
+    return ".".join([*names, _LEAVES.get(leaf, leaf)])
 
 
 @functools.lru_cache(maxsize=16)
@@ -78,13 +81,13 @@ def abstract_params(module: nn.Module) -> Params:
     return jax.eval_shape(lambda key: module.init(key, *inputs), jax.random.key(0))["params"]
 
 
-def _inputs(module: nn.Module) -> tuple:
-    """Arguments with which `module` touches every parameter, as small as may be."""
+def _inputs(module: nn.Module) -> tuple[Any, ...]:
+    """The smallest arguments with which `module` uses all its parameters."""
     if isinstance(module, CLIPTextModel):
         return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     if not isinstance(module, UNet2DConditionModel):
-        return (array((1, 64, 64, 3)),)  # a VAE; 64 is a multiple of what any of them shrinks by
+        return (array((1, 64, 64, 3)),)  # a VAE; all of their factors divide 64
     widths = set(module.per_level("cross_attention_dim"))
     if len(widths) > 1:
         raise UnsupportedConfig("cross_attention_dim", module.cross_attention_dim, "one width for all levels")
@@ -100,7 +103,10 @@ def _inputs(module: nn.Module) -> tuple:
 
 @functools.lru_cache(maxsize=16)
 def torch_table(module: nn.Module) -> Mapping[str, Parameter]:
-    """Torch key -> Parameter for every parameter of `module`, with `text_model.` in a text encoder's keys."""
+    """Torch key -> Parameter for every parameter of `module`.
+
+    A text encoder's keys have the prefix `text_model.`, without which transformers 4 does not read them.
+    """
     table = {}
     for path, leaf in traverse_util.flatten_dict(abstract_params(module)).items():
         key = torch_name(path)
@@ -108,6 +114,11 @@ def torch_table(module: nn.Module) -> Mapping[str, Parameter]:
             key = "text_model." + key
         table[key] = Parameter(path, leaf.shape)
     return table
+
+
+def param_shapes(module: nn.Module, dtype: DTypeLike) -> Params:
+    """The module's parameter tree as `jax.ShapeDtypeStruct`s of `dtype`."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), abstract_params(module))
 
 
 def num_params(module: nn.Module) -> int:
@@ -119,46 +130,45 @@ def read_params(
     module: nn.Module,
     shapes: Mapping[str, Shape],
     read: Callable[[str], np.ndarray],
-    dtype: Any = np.float32,
+    dtype: DTypeLike = np.float32,
     what: str = "state dict",
-    place: Place | None = None,
+    put: PutFn | None = None,
 ) -> Params:
     """The parameter tree of `module` from torch tensors, converted one at a time.
 
     Args:
-      shapes: torch key -> shape of every tensor there is.
-      read: torch key -> tensor, called once for each that is needed.
+      shapes: torch key -> shape of every tensor in the file.
+      read: torch key -> tensor; called once for each tensor that is needed.
       dtype: of the result.
-      what: the tensors' origin, for the error.
-      place: takes each tensor before the next is read, as `runtime.mesh.place` to the devices, so that no full copy
-        of the model exists on the host; None: they stay there, numpy arrays.
+      what: origin of the tensors, for errors.
+      put: takes each tensor before the next is read, so that the host never holds a full copy of the model; None: the
+        tensors stay on the host as numpy arrays.
 
     Raises:
       LcmError: tensors missing, left over or of a wrong shape, all listed in one error; or not of floating point.
     """
     table = torch_table(module)
-    keys = _matched(table, shapes, what)
-    flat = {}
-    for key, parameter in table.items():
-        tensor = read(keys[key])
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise LcmError(f"{what}: {keys[key]} is {tensor.dtype}; only floating-point weights can be loaded")
-        flat[parameter.path] = placed(to_jax(tensor, parameter, dtype), place)
+    keys = _keys_in_file(table, shapes, what)
+    flat = {p.path: read_leaf(read(keys[key]), p, dtype, f"{what}: {keys[key]}", put) for key, p in table.items()}
     return traverse_util.unflatten_dict(flat)
 
 
-def placed(value: np.ndarray, place: Place | None) -> Any:
-    return value if place is None else place(value)
+def read_leaf(tensor: np.ndarray, parameter: Parameter, dtype: DTypeLike, what: str, put: PutFn | None = None) -> Any:
+    """A torch tensor in the tree's layout and `dtype`, put where it belongs. Raises LcmError for integers."""
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise LcmError(f"{what} is {tensor.dtype}; only floating-point weights can be loaded")
+    value = to_jax(tensor, parameter, dtype)
+    return value if put is None else put(value)
 
 
-def from_torch(module: nn.Module, state_dict: Mapping[str, Any], dtype: Any = np.float32) -> Params:
-    """`read_params` of a state dict in memory: values are whatever `np.asarray` takes (torch tensors on the CPU)."""
+def from_torch(module: nn.Module, state_dict: Mapping[str, Any], dtype: DTypeLike = np.float32) -> Params:
+    """`read_params` of a state dict in memory, whose values are whatever `np.asarray` takes (torch tensors on CPU)."""
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
     return read_params(module, shapes, lambda key: np.asarray(state_dict[key]), dtype)
 
 
 def to_torch(module: nn.Module, params: Params) -> dict[str, np.ndarray]:
-    """The state dict of a parameter tree, in the parameters' dtype: the way back of `from_torch`."""
+    """The state dict of a parameter tree, in the parameters' dtype: the inverse of `from_torch`."""
     leaves = torch_leaves(module, params)
     return {key: to_torch_layout(leaf, parameter) for key, (parameter, leaf) in leaves.items()}
 
@@ -172,25 +182,51 @@ def torch_leaves(module: nn.Module, params: Params) -> dict[str, tuple[Parameter
     table = torch_table(module)
     flat = traverse_util.flatten_dict(params)
     found = {"/".join(path): tuple(leaf.shape) for path, leaf in flat.items()}
-    wanted = {"/".join(p.path): p.shape for p in table.values()}
-    problems = _differences(wanted, found, lambda a, b: a == b)
-    if problems:
+    if problems := differences({"/".join(p.path): p.shape for p in table.values()}, found):
         raise LcmError(f"parameters do not fit {type(module).__name__}: {problems}")
     return {key: (parameter, flat[parameter.path]) for key, parameter in table.items()}
 
 
-def to_jax(tensor: np.ndarray, parameter: Parameter, dtype: Any) -> np.ndarray:
+def to_jax(tensor: np.ndarray, parameter: Parameter, dtype: DTypeLike) -> np.ndarray:
     """A torch tensor in the tree's layout and `dtype`, contiguous."""
     axes = np.argsort(_to_torch_axes(parameter.path[-1], len(parameter.shape)))
     return np.array(tensor.reshape(parameter.torch_shape).transpose(axes), dtype=dtype, order="C")
 
 
-def to_torch_layout(leaf: Any, parameter: Parameter, dtype: Any = None) -> np.ndarray:
-    """A leaf of the tree in torch's layout and `dtype` (its own where None), contiguous."""
+def to_torch_layout(leaf: Any, parameter: Parameter, dtype: DTypeLike | None = None) -> np.ndarray:
+    """A leaf of the tree in torch's layout, contiguous; dtype: None keeps the leaf's own."""
     value = np.asarray(leaf)
     axes = _to_torch_axes(parameter.path[-1], value.ndim)
     with np.errstate(over="ignore"):  # the writer refuses what became infinite
         return np.ascontiguousarray(value.transpose(axes), dtype=dtype or value.dtype)
+
+
+def differences(
+    wanted: Mapping[str, Shape], found: Mapping[str, Shape], same: Callable[[Shape, Shape], bool] = operator.eq
+) -> str:
+    """How the shapes by name that were found differ from the wanted ones, in one line; "" if they do not."""
+    kinds = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
+        "mis-shaped": [
+            f"{key} {list(found[key])} instead of {list(wanted[key])}"
+            for key in wanted.keys() & found.keys()
+            if not same(wanted[key], found[key])
+        ],
+    }
+    return ", ".join(f"{len(names)} {kind} ({some(names)})" for kind, names in kinds.items() if names)
+
+
+def same_but_for_1x1(a: Shape, b: Shape) -> bool:
+    """Equal shapes, whether or not a 1x1 window is written out: [o i] is [o i 1 1]."""
+    return _without_1x1(a) == _without_1x1(b)
+
+
+def some(names: Collection[str]) -> str:
+    """The first of many names in order, and how many more there are, for an error."""
+    listed: Sequence[str] = sorted(names)[:_LISTED]
+    more = len(names) - len(listed)
+    return ", ".join(listed) + (f", and {more} more" if more else "")
 
 
 def _to_torch_axes(leaf: str, ndim: int) -> tuple[int, ...]:
@@ -199,24 +235,23 @@ def _to_torch_axes(leaf: str, ndim: int) -> tuple[int, ...]:
     return {2: (1, 0), 4: (3, 2, 0, 1)}[ndim]
 
 
-def _matched(table: Mapping[str, Parameter], shapes: Mapping[str, Shape], what: str) -> dict[str, str]:
-    """Key of the table -> key in the file, where both agree on names and shapes."""
+def _keys_in_file(table: Mapping[str, Parameter], shapes: Mapping[str, Shape], what: str) -> dict[str, str]:
+    """Key of the table -> key in the file. Raises LcmError unless both agree on names and shapes."""
     keys, found = {}, {}
     for key, shape in shapes.items():
         if key not in table and _IGNORED.fullmatch(key):
             continue
-        name = _modern(key, table)
+        name = _current_name(key, table)
         if name in keys:  # the same tensor under an old and a new name
             name = key + " (a second time)"
         keys[name], found[name] = key, tuple(shape)
-    problems = _differences({key: p.torch_shape for key, p in table.items()}, found, _same_but_for_1x1)
-    if problems:
+    if problems := differences({key: p.torch_shape for key, p in table.items()}, found, same_but_for_1x1):
         raise LcmError(f"{what} does not fit its config: {problems}; take both from the same model")
     return keys
 
 
-def _modern(key: str, table: Mapping[str, Parameter]) -> str:
-    """`key` as the table spells it, or as it is where the table has no such thing."""
+def _current_name(key: str, table: Mapping[str, Parameter]) -> str:
+    """`key` as the table spells it; unchanged if the table does not have it."""
     if key in table:
         return key
     if "text_model." + key in table:
@@ -225,28 +260,5 @@ def _modern(key: str, table: Mapping[str, Parameter]) -> str:
     return old[1] + _OLD_ATTENTION[old[2]] + old[3] if old else key
 
 
-def _same_but_for_1x1(wanted: Shape, found: Shape) -> bool:
-    def matrix(shape: Shape) -> Shape:
-        return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
-
-    return matrix(wanted) == matrix(found)
-
-
-def _differences(wanted: Mapping[str, Shape], found: Mapping[str, Shape], same: Callable[[Shape, Shape], bool]) -> str:
-    """What is wrong, in one line; "" where nothing is."""
-    both = wanted.keys() & found.keys()
-    kinds = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - wanted.keys()),
-        "mis-shaped": [
-            f"{key} {list(found[key])} instead of {list(wanted[key])}"
-            for key in sorted(both)
-            if not same(wanted[key], found[key])
-        ],
-    }
-    return ", ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names)
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f", and {more} more" if more > 0 else "")
+def _without_1x1(shape: Shape) -> Shape:
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape

@@ -1,4 +1,4 @@
-"""What a .safetensors file says of the noise that its model, or the base of its LoRA, was trained on.
+"""What a .safetensors file records of the noise that its model, or the base of its LoRA, was trained on.
 
     keys      v_pred: v prediction  ztsnr: zero terminal SNR     (ComfyUI, A1111, Forge; presence counts, not content)
               edm_mean, edm_vpred.sigma_max, ...: no discrete table
@@ -8,8 +8,8 @@
               modelspec.architecture, ss_base_model_version: names that end in v
               lcm_config.json: our own record
 
-A key is a deliberate mark, by which other programs go. In a header "epsilon" and "False" are what writers put if they
-are not told otherwise: a key wins over them.
+A key is a deliberate mark, which other programs go by. In a header, "epsilon" and "False" are only the defaults of the
+programs that write it: a key overrides them.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _V = "v_prediction"
 _WORDS = {"epsilon": "epsilon", "eps": "epsilon", "sample": "sample"}
 _WORDS |= dict.fromkeys(("v", "v_pred", "v-pred", "vpred", "v_prediction", "v-prediction"), _V)
 _FLAGS = {"true": _V, "1": _V, "false": "epsilon", "0": "epsilon"}
-# Field of the header -> its words, and whether others say something that is not known here.
+# Field of the header -> (its words and what they mean, whether another word is an unknown prediction type).
 _FIELDS = {
     "modelspec.prediction_type": (_WORDS, True),
     "modelspec.predict_key": (_WORDS, True),
@@ -56,15 +56,22 @@ _ROUNDING = 0.04  # of sqrt(abar) in files of half precision or less; zero termi
 
 @dataclasses.dataclass(frozen=True)
 class Marks:
-    """prediction_type: None if nothing says it. said: what says it and zero_snr, in the file `source`."""
+    """The marks of one file.
+
+    Attributes:
+      source: the file.
+      prediction_type: None if no mark gives it.
+      zero_snr: whether it is marked for zero terminal SNR.
+      text: the marks themselves, for messages.
+    """
 
     source: Path
     prediction_type: str | None
     zero_snr: bool
-    said: str
+    text: str
 
     def agree_with(self, noise: schedule.NoiseSchedule) -> bool:
-        """What is not said agrees with everything."""
+        """Whether no mark contradicts `noise`."""
         zero = not self.zero_snr or noise.alphas_cumprod[-1] == 0
         return zero and self.prediction_type in (None, noise.prediction_type)
 
@@ -73,13 +80,13 @@ def read(source: Path, keys: Collection[str], metadata: Mapping[str, str]) -> Ma
     """The marks among a file's tensor names and in its header.
 
     Raises:
-      UnsupportedConfig: noise that is no discrete table, or a prediction type that is not known.
+      UnsupportedConfig: noise without a discrete table, or an unknown prediction type.
       LcmError: fields of the header contradict each other.
     """
     edm = sorted(key for key in keys if key.startswith("edm_"))
     if edm:
         raise UnsupportedConfig(f"noise schedule of {source}: key", edm[0], "the discrete ones of SD and SDXL")
-    said: dict[str, str | None] = {}
+    found: dict[str, str] = {}  # mark -> prediction type
     zero = ["key ztsnr"] if "ztsnr" in keys else []
     zero += [f"{field} {metadata[field]!r}" for field in _ZERO_SNR if metadata.get(field, "").lower() in ("true", "1")]
     for field, (words, strict) in _FIELDS.items():
@@ -93,22 +100,22 @@ def read(source: Path, keys: Collection[str], metadata: Mapping[str, str]) -> Ma
             known = [word for word, kind in words.items() if kind] or list(words)
             raise UnsupportedConfig(f"{field} in the header of {source}", text, known)
         if words.get(word):
-            said[f"{field} {text!r}"] = words[word]
+            found[f"{field} {text!r}"] = words[word]
     if "v_pred" in keys:
-        wrong = [where for where, kind in said.items() if kind != _V]
+        wrong = [mark for mark, kind in found.items() if kind != _V]
         if wrong:
-            logging.warning("%s has a key v_pred, but its header %s; taken for v_prediction", source, ", ".join(wrong))
-        said = {"key v_pred": _V} | {where: kind for where, kind in said.items() if kind == _V}
-    if len(set(said.values())) > 1:
+            logging.warning("%s has a key v_pred, but its header %s; v_prediction is used", source, ", ".join(wrong))
+        found = {"key v_pred": _V} | {mark: kind for mark, kind in found.items() if kind == _V}
+    if len(set(found.values())) > 1:
         raise LcmError(
-            f"the header of {source} contradicts itself: {', '.join(f'{where} ({said[where]})' for where in said)}; "
+            f"the header of {source} contradicts itself: {', '.join(f'{mark} ({found[mark]})' for mark in found)}; "
             "correct it, or add a key v_pred (an empty tensor) if the model predicts v"
         )
-    return Marks(source, next(iter(said.values()), None), bool(zero), ", ".join([*said, *zero]))
+    return Marks(source, next(iter(found.values()), None), bool(zero), ", ".join([*found, *zero]))
 
 
 def _recorded(metadata: Mapping[str, str]) -> str:
-    """The prediction type that our own record gives; a broken record is `single_file.read_record`'s to refuse."""
+    """The prediction type in our own record; `single_file.read_record` reports a broken one."""
     try:
         return str(json.loads(metadata[RECORD])["prediction_type"])
     except (KeyError, TypeError, json.JSONDecodeError):
@@ -116,7 +123,7 @@ def _recorded(metadata: Mapping[str, str]) -> str:
 
 
 def table(weights: Weights) -> tuple[str, np.ndarray] | None:
-    """(key, abar_t float64 [T]) of the noise table that a file holds; None: none, or zeros in its place."""
+    """(key, abar_t float64 [T]) of the noise table that a file holds; None: it has none, or only zeros."""
     for key in (key for key in _TABLES if key in weights.shapes):
         abar = _TABLES[key](np.asarray(weights.read(key), np.float64).reshape(-1))
         if abar.size > 1 and abar[0] > 0.5 > abar[-1] >= 0:
@@ -125,7 +132,7 @@ def table(weights: Weights) -> tuple[str, np.ndarray] | None:
 
 
 def fits(abar: np.ndarray, fields: Mapping[str, Any]) -> list[bool]:
-    """Which of `rescale_betas_zero_snr` False, True make a stored table, maybe rounded, of `schedule.noise_fields`."""
+    """With which `rescale_betas_zero_snr` the `schedule.noise_fields` make a stored table, perhaps rounded."""
     found = []
     for rescale in (False, True):
         wanted = schedule.from_config({**fields, "prediction_type": _V, "rescale_betas_zero_snr": rescale}).alphas

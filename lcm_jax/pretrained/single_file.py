@@ -6,120 +6,69 @@
     cond_stage_model.model.                    SD 2.x     OpenCLIP ViT-H
     conditioner.embedders.{0.transformer,1.model}.   SDXL  CLIP ViT-L, OpenCLIP bigG; refiner: embedders.0.model.
 
-Keys outside these prefixes (an EMA's copy, ...) are not looked at, but for the marks of `noise_marks`. A file holds
-neither tokenizers nor configs: the UNet's is read off its tensors, the others are known for each family, and a
-diffusers folder given as `config` has the last word. Noise is the exception: v prediction and zero terminal SNR that
-the file is marked with win over the folder's scheduler (with a warning), since the folder may be given for its
-tokenizers alone. If neither says a prediction type: for SD 2.x, as diffusers has it, v unless `global_step` is 875000
-(with a warning); else epsilon.
+Other keys (an EMA's copy, ...) are ignored, except for the marks of `noise_marks`. A file holds neither tokenizers nor
+configs: the UNet's config is inferred from its tensors, the others are those of the family's published model, and a
+diffusers folder given as `config` overrides both. Noise is the exception: marks of v prediction and zero terminal SNR
+override the folder's scheduler (with a warning), since the folder may be given for its tokenizers alone. If neither
+gives a prediction type: for SD 2.x, as in diffusers, v unless `global_step` is 875000 (with a warning); else epsilon.
 """
 
 import dataclasses
+import functools
 import json
-import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from absl import logging
-from flax import linen as nn
+from jax.typing import DTypeLike
 
-from lcm_jax import files
+from lcm_jax import assets, files
 from lcm_jax.diffusion import schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
-from lcm_jax.models import clip, unet, vae
+from lcm_jax.models import clip
+from lcm_jax.models.clip import CLIPTextModel
 from lcm_jax.models.config import to_config
-from lcm_jax.pretrained import diffusers_folder, hub, names, noise_marks, tokenizer
-from lcm_jax.pretrained import safetensors_io as weight_files
+from lcm_jax.models.vae import AutoencoderKL
+from lcm_jax.pretrained import diffusers_folder, hub, names, noise_marks, safetensors_io
 from lcm_jax.pretrained import single_file_keys as keys
-from lcm_jax.pretrained.model import RECORD, SCHEDULER, Pipeline, PipelineParams, check_fit, parts_read
-from lcm_jax.pretrained.names import Shape
-
-Config = dict[str, Any]
+from lcm_jax.pretrained.model import (
+    PARTS,
+    RECORD,
+    SCHEDULER,
+    Config,
+    Pipeline,
+    PipelineParams,
+    check_fit,
+    fold_w,
+    make_module,
+    parts_read,
+)
+from lcm_jax.pretrained.names import PutFn, Shape
+from lcm_jax.pretrained.safetensors_io import Weights
+from lcm_jax.pretrained.tokenizer import load_tokenizer
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-SUFFIX = ".safetensors"
-
-_HUB_FILE = re.compile(
-    r"(?:https?://(?:huggingface\.co|hf\.co)/)?(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)/"
-    r"(?:(?:blob|resolve)/(?P<revision>[^/]+)/)?(?P<file>[^?]+\.safetensors)(?:\?.*)?"
-)
-_SD2_BASE_STEPS = 875000  # the only mark by which diffusers tells SD 2.0 base (epsilon) from SD 2.x 768 (v)
-
-_TEXT = {
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "pad_token_id": 1,
-    "layer_norm_eps": 1e-5,
-    "max_position_embeddings": 77,
-    "model_type": "clip_text_model",
-    "vocab_size": 49408,
+_SD2_BASE_STEPS = 875000  # the only mark by which diffusers recognises SD 2.0 base (epsilon) among SD 2.x (v)
+# modelspec.architecture of the Stability AI model specification, by family (SD 2.x: and prediction type).
+_ARCHITECTURES = {
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2-512",
+    "sd2 v_prediction": "stable-diffusion-v2-768-v",
 }
-_VIT_L = _TEXT | {
-    "architectures": ["CLIPTextModel"],
-    "hidden_act": "quick_gelu",
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "projection_dim": 768,
-}
-_VIT_H = _TEXT | {
-    "architectures": ["CLIPTextModel"],
-    "hidden_act": "gelu",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 23,
-    "projection_dim": 512,
-}
-_BIG_G = _TEXT | {
-    "architectures": ["CLIPTextModelWithProjection"],
-    "hidden_act": "gelu",
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_attention_heads": 20,
-    "num_hidden_layers": 32,
-    "projection_dim": 1280,
-}
-_VAE_CONFIG = {
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
-_SCHEDULER = {
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-}
-_EULER = {"interpolation_type": "linear", "timestep_spacing": "leading", "use_karras_sigmas": False}
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A text encoder's place in a file. `key`, one that only it has, tells its family."""
+    """Where a text encoder is in a file; only its family has `key`."""
 
     prefix: str
     key: str
-    layout: Callable[[clip.CLIPTextModel], keys.Layout]
-    config: Config
+    layout: Callable[[CLIPTextModel], keys.Layout]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,49 +77,50 @@ class Family:
 
     Attributes:
       encoders: part -> Encoder.
-      context: width of the text that published UNets attend to.
-      hub: repository that has the tokenizers (the one that diffusers' loader takes).
-      pixels: size of the pictures; scaling_factor: of the VAE; model_index: its entries that count.
+      tokenizers: hub id of the model whose tokenizers are used (the one that diffusers' loader takes).
+      published: hub id of the model whose configs are used; they come with the package (lcm_jax.assets).
+      model_index: the entries of model_index.json that matter.
     """
 
     name: str
     encoders: Mapping[str, Encoder]
-    context: int
-    hub: str
-    pixels: int
-    scaling_factor: float
+    tokenizers: str
+    published: str
     model_index: Config
+
+    def config(self, part: str, kind: str = "v_prediction") -> Config:
+        """The published config of a part, or of "scheduler"; kind: prediction type, of which SD 2.x has two models."""
+        base = "-base" if self.name == "sd2" and kind == "epsilon" else ""
+        folder = assets.architecture(self.published + base)
+        return files.read_json(folder / (SCHEDULER if part == "scheduler" else f"{part}/config.json"))
 
 
 def _clip(prefix: str) -> Encoder:
-    # Some fine-tunes lack `text_model.`, so the key is told by its end.
-    return Encoder(prefix, "embeddings.token_embedding.weight", keys.clip_layout, _VIT_L)
+    # Some fine-tunes lack `text_model.`, so that only the end of the key counts.
+    return Encoder(prefix, "embeddings.token_embedding.weight", keys.clip_layout)
 
 
-def _open_clip(prefix: str, config: Config) -> Encoder:
-    return Encoder(prefix, "token_embedding.weight", keys.open_clip_layout, config)
+def _open_clip(prefix: str) -> Encoder:
+    return Encoder(prefix, "token_embedding.weight", keys.open_clip_layout)
 
 
+_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 FAMILIES = (
     Family(
         "sdxl",
         {
             "text_encoder": _clip("conditioner.embedders.0.transformer."),
-            "text_encoder_2": _open_clip("conditioner.embedders.1.model.", _BIG_G),
+            "text_encoder_2": _open_clip("conditioner.embedders.1.model."),
         },
-        2048,
-        "stabilityai/stable-diffusion-xl-base-1.0",
-        1024,
-        0.13025,
+        _SDXL,
+        _SDXL,
         {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
     ),
     Family(
         "sdxl-refiner",
-        {"text_encoder_2": _open_clip("conditioner.embedders.0.model.", _BIG_G)},
-        1280,
+        {"text_encoder_2": _open_clip("conditioner.embedders.0.model.")},
         "stabilityai/stable-diffusion-xl-refiner-1.0",
-        1024,
-        0.13025,
+        _SDXL,
         {
             "_class_name": "StableDiffusionXLImg2ImgPipeline",
             "force_zeros_for_empty_prompt": False,
@@ -180,140 +130,95 @@ FAMILIES = (
     Family(
         "sd1",
         {"text_encoder": _clip("cond_stage_model.transformer.")},
-        768,
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        512,
-        0.18215,
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
         {"_class_name": "StableDiffusionPipeline"},
     ),
     Family(
         "sd2",
-        {"text_encoder": _open_clip("cond_stage_model.model.", _VIT_H)},
-        1024,
+        {"text_encoder": _open_clip("cond_stage_model.model.")},
         "stabilityai/stable-diffusion-2-1",
-        768,
-        0.18215,
+        "stabilityai/stable-diffusion-2-1",
         {"_class_name": "StableDiffusionPipeline"},
     ),
 )
 
 
-def is_single_file(source: str | Path) -> bool:
-    """`source` names one .safetensors, here or on the hub (owner/name/FILE, or its address), and no folder."""
-    return str(source).split("?")[0].endswith(SUFFIX) and not Path(source).expanduser().is_dir()
-
-
 def load_single_file(
     source: str | Path,
     variant: str | None = None,
-    dtype: Any = jnp.float32,
-    param_dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     *,
     config: str | Path | None = None,
     unet: str | Path | None = None,
     vae: str | Path | None = None,
-    place: names.Place | None = None,
+    put: PutFn | None = None,
     weights: bool | Collection[str] = True,
 ) -> tuple[Pipeline, PipelineParams]:
-    """Load a checkpoint of SD 1.x, SD 2.x, SDXL or its refiner, also pruned or with 9 channels (inpainting).
+    """(pipeline, params) of a checkpoint of SD 1.x, SD 2.x, SDXL or its refiner, also pruned or for inpainting.
 
     Args:
       source: file, or on the hub `owner/name/FILE.safetensors` or its address.
       variant: of the folders `unet` and `vae`; a single file has none.
-      dtype, param_dtype: as `load_pipeline`.
-      config: diffusers folder or hub id of the family. Its tokenizers are taken, and each config that it has, but for
-        what the tensors themselves settle (input channels, w embedding). None: tokenizers of the family's repository on
-        the hub, configs as the module's docstring says.
-      unet, vae, place, weights: as `load_pipeline`; the file must be there, as its header says what it holds.
+      dtype, param_dtype: as in `load_pipeline`.
+      config: diffusers folder or hub id of the family. Its tokenizers are used, and each config that it has, except for
+        what the tensors themselves decide (input channels, w embedding). None: tokenizers of the family's repository
+        on the hub, configs as the module's docstring says.
+      unet, vae, put, weights: as in `load_pipeline`; the file must exist, because its header shows what it holds.
 
     Raises:
-      LcmError: no such file, unknown family (names the keys looked for), tokenizers not to be had, tensors that do not
+      LcmError: no such file, unknown family (names the keys looked for), tokenizers not available, tensors that do not
         fit the configs.
       UnsupportedConfig: a config asks for something outside the Stable Diffusion family.
     """
     if variant is not None and unet is None and vae is None:
         raise LcmError(f"{source} is a single file and has no variant {variant!r}; leave the variant out")
-    path = local_file(source)
-    with weight_files.open_weights(path.parent, path.stem) as stored:
-        read, dtype = parts_read(weights), jnp.dtype(dtype)  # modules with the same dtype must be equal
-
-        def no_tensor(key: str) -> np.ndarray:
-            return np.broadcast_to(np.float32(0), stored.shapes[key])
-
+    path, read = hub.local_file(source), parts_read(weights)
+    with safetensors_io.open_file(path) as stored:
         family = _family(stored.shapes, path)
         folder = _config_folder(config, family, path)
-        given = None if config is None else folder
         replaced = {
-            part: diffusers_folder.load_part(part, other, variant, dtype, param_dtype, place, part in read)
+            part: diffusers_folder.load_part(part, other, variant, dtype, param_dtype, put, part in read)
             for part, other in (("unet", unet), ("vae", vae))
             if other
         }
-        configs = _configs(given, family, stored, _metadata(path), {part: m for part, (m, _) in replaced.items()})
+        configs = _configs(None if config is None else folder, family, stored)
+        configs |= {part: to_config(module) for part, (module, _) in replaced.items()}
         noise = schedule.from_config(configs["scheduler"])
         if unet:
             diffusers_folder.check_noise(unet, noise, str(path), "unet" in read)
-        modules = dict.fromkeys(("text_encoder", "text_encoder_2"))
-        modules |= {part: _FROM_CONFIG[part](configs[part], dtype=dtype) for part in ("unet", "vae", *family.encoders)}
+        modules: dict[str, Any] = dict.fromkeys(PARTS)
+        modules |= {part: make_module(part, configs[part], dtype) for part in ("unet", "vae", *family.encoders)}
         modules |= {part: module for part, (module, _) in replaced.items()}
         tokenizers = dict.fromkeys(("tokenizer", "tokenizer_2"))
         for part in family.encoders:
-            length = modules[part].max_position_embeddings
             slot = part.replace("text_encoder", "tokenizer")
-            tokenizers[slot] = tokenizer.load_tokenizer(_slot(folder, slot), length)
+            tokenizers[slot] = load_tokenizer(_slot(folder, slot), modules[part].max_position_embeddings)
         check_fit(modules)
         params = {part: tree for part, (_, tree) in replaced.items()}
         for part, (layout, prefix) in layouts(family, modules, stored.shapes).items():
-            if part not in params:
+            if part not in replaced:
                 what = f"{part.replace('_', ' ')} of {path}"
-                tensor, put = (stored.read, place) if part in read else (no_tensor, _shape)
-                source = prefix, stored.shapes, tensor
-                params[part] = keys.read_part(modules[part], layout, *source, param_dtype, what, put)
+                keys.check_part(layout, prefix, stored.shapes, what)
+                params[part] = (
+                    keys.read_part(modules[part], layout, prefix, stored.read, param_dtype, what, put)
+                    if part in read
+                    else names.param_shapes(modules[part], param_dtype)
+                )
     record = diffusers_folder.folder_record(unet, "unet" in read) if unet else read_record(path)
     return Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record), params
 
 
-def _shape(value: np.ndarray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(value.shape, value.dtype)
-
-
 def read_record(source: str | Path) -> Config:
-    """What a file that `save_single_file` wrote says of its distillation (metadata `lcm_config.json`), else {}."""
-    path = local_file(source)
-    with weight_files.open_weights(path.parent, path.stem):  # says what is wrong with a file that cannot be read
-        text = _metadata(path).get(RECORD, "{}")
+    """What a file that `save_single_file` wrote records of its distillation (metadata `lcm_config.json`), else {}."""
+    path = hub.local_file(source)
+    with safetensors_io.open_file(path) as stored:
+        text = stored.metadata.get(RECORD, "{}")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise LcmError(f"{path}: its metadata {RECORD} is not valid JSON ({error}); write it again") from None
-
-
-def local_file(source: str | Path) -> Path:
-    """The file `source`, or the local copy of a file on the hub.
-
-    Raises:
-      LcmError: neither there nor to be fetched.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    match = _HUB_FILE.fullmatch(str(source))
-    if not match:
-        raise LcmError(f"{source} does not exist; give a .safetensors file, or owner/name/FILE.safetensors on the hub")
-    import huggingface_hub  # here, because a run from a local file needs none of it
-
-    try:
-        return Path(huggingface_hub.hf_hub_download(match["repository"], match["file"], revision=match["revision"]))
-    except Exception as error:  # the hub's client raises its own, httpx's, the system's and more
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LcmError(
-            f"no file {source} here, and it cannot be fetched from the hub ({type(error).__name__}: {reason}); "
-            "check name, access and network, or give a local file"
-        ) from error
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safetensors.safe_open(path, framework="np") as handle:
-        return handle.metadata() or {}
 
 
 def _family(shapes: Mapping[str, Shape], path: Path) -> Family:
@@ -327,7 +232,7 @@ def _family(shapes: Mapping[str, Shape], path: Path) -> Family:
     encoders = [f"{e.prefix}...{e.key}" for family in FAMILIES for e in family.encoders.values()]
     sample = ", ".join(sorted(shapes)[:3]) or "nothing"
     raise LcmError(
-        f"{path} is no checkpoint of a known family (SD 1.x, SD 2.x, SDXL, SDXL refiner): it needs "
+        f"{path} is not a checkpoint of a known family (SD 1.x, SD 2.x, SDXL, SDXL refiner): it needs "
         f"{', '.join(looked_for)} and a text encoder under {' or '.join(dict.fromkeys(encoders))}; it holds {sample}, "
         "...; give a whole checkpoint of one of these, or a diffusers folder"
     )
@@ -339,7 +244,7 @@ def _holds(shapes: Mapping[str, Shape], encoder: Encoder) -> bool:
 
 
 def _check_known(family: Family, shapes: Mapping[str, Shape], path: Path) -> None:
-    """Refuse what has the family's text encoder but another kind of model."""
+    """Refuses what has the family's text encoder but another kind of model."""
     label = UNET + "label_emb.0.0.weight" in shapes
     if label != family.name.startswith("sdxl"):
         raise LcmError(
@@ -349,104 +254,92 @@ def _check_known(family: Family, shapes: Mapping[str, Shape], path: Path) -> Non
 
 
 def _config_folder(config: str | Path | None, family: Family, path: Path) -> Path:
-    slots = [f"{slot}/{name}" for slot in ("tokenizer", "tokenizer_2") for name in ("*.json", "*.txt")]
+    """The folder of `config`, or of the family's tokenizers."""
+    tokenizers = [f"{slot}/{name}" for slot in ("tokenizer", "tokenizer_2") for name in ("*.json", "*.txt")]
     if config is not None:
-        parts = ("unet", "vae", "text_encoder", "text_encoder_2")
-        patterns = ["model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in parts)]
-        return hub.local_folder(config, patterns + slots)
+        configs = ["model_index.json", SCHEDULER, *(f"{part}/config.json" for part in PARTS)]
+        return hub.local_folder(config, configs + tokenizers)
     try:
-        return hub.local_folder(family.hub, slots)
+        return hub.local_folder(family.tokenizers, tokenizers)
     except LcmError as error:
         raise LcmError(
-            f"{path} holds no tokenizer, and that of its family ({family.name}) is not to be had: {error}; "
+            f"{path} holds no tokenizer, and that of its family ({family.name}) is not available: {error}; "
             f"give config=, a local folder of a {family.name} model in diffusers format"
         ) from error
 
 
 def _slot(folder: Path, name: str) -> Path:
-    """`folder/name`; a refiner's only encoder and tokenizer may also stand under the first name."""
-    place = folder / name
-    return place if place.is_dir() else folder / name.removesuffix("_2")
+    """`folder/name`; a refiner's only encoder and tokenizer may also be under the first name."""
+    return folder / name if (folder / name).is_dir() else folder / name.removesuffix("_2")
 
 
-def _configs(
-    folder: Path | None, family: Family, weights: weight_files.Weights, metadata: Mapping[str, str], replaced: Mapping
-) -> dict[str, Config]:
-    """Part -> config: the folder's where it has one, else the family's; also "scheduler" and "model_index"."""
+def _configs(folder: Path | None, family: Family, weights: Weights) -> dict[str, Config]:
+    """Part -> config: the folder's if it has one, else the family's; also "scheduler" and "model_index"."""
 
-    def of(place: str, known: Callable[[], Config]) -> Config:
-        path = None if folder is None else folder / place
-        return files.read_json(path) if path is not None and path.is_file() else known()
+    def of(name: str, default: Callable[[], Config]) -> Config:
+        return files.read_json(folder / name) if folder is not None and (folder / name).is_file() else default()
 
-    shapes = {key.removeprefix(UNET): shape for key, shape in weights.shapes.items() if key.startswith(UNET)}
     index = of("model_index.json", lambda: family.model_index)
-    given = folder is not None and (folder / SCHEDULER).is_file()
-    given = diffusers_folder.scheduler_config(folder, index) if given else None
-    configs = {"model_index": index, "scheduler": _scheduler(family, weights, metadata, given, folder)}
-    is_base = family.name == "sd2" and configs["scheduler"].get("prediction_type", "epsilon") == "epsilon"
-    pixels = 512 if is_base else family.pixels
-    configs["vae"] = of(
-        "vae/config.json",
-        lambda: _VAE_CONFIG | {"sample_size": pixels, "scaling_factor": family.scaling_factor},
-    )
-    config = of("unet/config.json", lambda: keys.unet_config(shapes) | {"sample_size": pixels // 8})
-    configs["unet"] = config | keys.file_fields(shapes)
-    for part, encoder in family.encoders.items():
-        place = f"{part}/config.json" if folder is None else f"{_slot(folder, part).name}/config.json"
-        known = encoder.config
-        configs[part] = of(place, lambda known=known: known) | {"architectures": known["architectures"]}
-    return configs | {part: to_config(module) for part, module in replaced.items()}
+    has_scheduler = folder is not None and (folder / SCHEDULER).is_file()
+    given = diffusers_folder.scheduler_config(folder, index) if has_scheduler else None
+    configs = {"model_index": index, "scheduler": _scheduler(family, weights, given, folder)}
+    known = functools.partial(family.config, kind=configs["scheduler"].get("prediction_type", "epsilon"))
+    shapes = {key.removeprefix(UNET): shape for key, shape in weights.shapes.items() if key.startswith(UNET)}
+    size = {"sample_size": known("unet")["sample_size"]}
+    configs["unet"] = of("unet/config.json", lambda: keys.unet_config(shapes) | size) | keys.file_fields(shapes)
+    configs["vae"] = of("vae/config.json", lambda: known("vae"))
+    for part in family.encoders:
+        name = part if folder is None else _slot(folder, part).name
+        config = of(f"{name}/config.json", functools.partial(known, part))
+        configs[part] = config | {"architectures": known(part)["architectures"]}
+    return configs
 
 
-def _scheduler(
-    family: Family,
-    weights: weight_files.Weights,
-    metadata: Mapping[str, str],
-    given: Config | None,
-    folder: Path | None,
-) -> Config:
+def _scheduler(family: Family, weights: Weights, given: Config | None, folder: Path | None) -> Config:
     """The scheduler's config: `given`, that of `folder`, unless the file is marked otherwise.
 
     Raises:
-      LcmError: marks and `given` contradict each other, and the marks do not settle it.
+      LcmError: marks and `given` contradict each other, and neither overrides the other.
     """
-    source, marks = weights.source, noise_marks.read(weights.source, weights.shapes, metadata)
+    source, marks = weights.source, noise_marks.read(weights.source, weights.shapes, weights.metadata)
     config = published_scheduler(family, marks.prediction_type or _guess(family, weights)) if given is None else given
     fields = schedule.noise_fields(config)
-    says, rescale = fields["prediction_type"], bool(fields["rescale_betas_zero_snr"])
-    kind = marks.prediction_type or says
-    if kind not in (says, "v_prediction"):
+    own, rescale = fields["prediction_type"], bool(fields["rescale_betas_zero_snr"])
+    kind = marks.prediction_type or own
+    if kind not in (own, "v_prediction"):
         raise LcmError(
-            f"{source} is marked {marks.said}, but {SCHEDULER} of {folder} says {says}; correct the one that "
+            f"{source} is marked {marks.text}, but {SCHEDULER} of {folder} says {own}; correct the one that "
             "is wrong, or give config= a folder without a scheduler"
         )
-    said, zero = marks.said, marks.zero_snr or rescale
+    text, zero = marks.text, marks.zero_snr or rescale
     stored = noise_marks.table(weights)
     if stored is not None:
         key, fits = stored[0], noise_marks.fits(stored[1], fields)
         if not fits:
             raise LcmError(
-                f"{source} holds a noise table ({key}) other than {'the published one' if given is None else folder}; "
+                f"{source} holds another noise table ({key}) than {'the published one' if given is None else folder}; "
                 f"give config= a folder whose scheduler has it, or remove {key} if it is left over from another model"
             )
         if fits == [True]:
-            said, zero = ", ".join([*filter(None, [said]), f"{key} (zero terminal SNR)"]), True
+            text, zero = ", ".join([*filter(None, [text]), f"{key} (zero terminal SNR)"]), True
         elif zero and True not in fits:
-            logging.warning("%s holds a noise table (%s) without zero terminal SNR, taken for left over", source, key)
+            logging.warning(
+                "%s holds a noise table (%s) without zero terminal SNR, which is ignored as left over", source, key
+            )
     if zero and kind == "epsilon" and not rescale:
         raise LcmError(
-            f"{source} is marked {said}, which goes with v prediction, but "
+            f"{source} is marked {text}, which goes with v prediction, but "
             f"{'nothing says so' if given is None else f'{SCHEDULER} of {folder} says epsilon'}; add an empty "
             "tensor v_pred to the file if its model predicts v, else remove the mark"
         )
-    if (kind, zero) == (says, rescale):
+    if (kind, zero) == (own, rescale):
         return config
     made = published_scheduler(family, kind) | fields | {"prediction_type": kind, "rescale_betas_zero_snr": zero}
     if given is not None:
         logging.warning(
-            "%s is marked %s, but %s of %s says %s: the marks are taken, %s",
+            "%s is marked %s, but %s of %s says %s; the marks are used: %s",
             source,
-            said,
+            text,
             SCHEDULER,
             folder,
             schedule.from_config(given),
@@ -456,22 +349,22 @@ def _scheduler(
 
 
 def published_scheduler(family: Family, kind: str) -> Config:
-    """The scheduler as the family's models are published, with a prediction type."""
-    config = _SCHEDULER | {"prediction_type": kind}
-    if family.name.startswith("sdxl"):
-        return {"_class_name": "EulerDiscreteScheduler"} | config | _EULER
-    return {"_class_name": "PNDMScheduler" if kind == "epsilon" else "DDIMScheduler"} | config
+    """The scheduler as the family's models are published; kind: its prediction type."""
+    config = family.config("scheduler", kind) | {"prediction_type": kind}
+    if kind != "epsilon" and config["_class_name"] == "PNDMScheduler":
+        config["_class_name"] = "DDIMScheduler"  # PNDM's has no zero terminal SNR
+    return config
 
 
-def _guess(family: Family, weights: weight_files.Weights) -> str:
-    """The prediction type of a file that does not say it."""
+def _guess(family: Family, weights: Weights) -> str:
+    """The prediction type of a file without a mark."""
     if family.name != "sd2" or weights.shapes[UNET + "input_blocks.0.0.weight"][1] == 9:
         return "epsilon"
     steps = int(weights.read("global_step").item()) if "global_step" in weights.shapes else None
     kind = "epsilon" if steps == _SD2_BASE_STEPS else "v_prediction"
     logging.warning(
-        "%s: an SD 2.x file does not say what it predicts; taken for %s (global_step %s), as diffusers does. For the "
-        "other kind give config=, the diffusers folder of the model it comes from",
+        "%s: an SD 2.x file does not record its prediction type; %s is used (global_step %s), as in diffusers. For the "
+        "other type give config=, the diffusers folder of the model it comes from",
         weights.source,
         kind,
         steps,
@@ -479,17 +372,9 @@ def _guess(family: Family, weights: weight_files.Weights) -> str:
     return kind
 
 
-_FROM_CONFIG: dict[str, Callable[..., nn.Module]] = {
-    "unet": unet.from_config,
-    "vae": vae.from_config,
-    "text_encoder": clip.from_config,
-    "text_encoder_2": clip.from_config,
-}
-
-
 def layouts(family: Family, modules: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None) -> dict[str, tuple]:
-    """Part -> (layout, prefix). shapes: those of a file to be read, which may lack `text_model.`."""
-    if not isinstance(modules["vae"], vae.AutoencoderKL):
+    """Part -> (layout, prefix). shapes: of a file to be read, whose keys may lack `text_model.`."""
+    if not isinstance(modules["vae"], AutoencoderKL):
         kind = type(modules["vae"]).__name__
         raise UnsupportedConfig("VAE of a single file", kind, "AutoencoderKL; export a diffusers folder")
     found = {"unet": (keys.unet_layout(modules["unet"]), UNET), "vae": (keys.vae_layout(modules["vae"]), VAE)}
@@ -500,3 +385,107 @@ def layouts(family: Family, modules: Mapping[str, Any], shapes: Mapping[str, Sha
             layout = dataclasses.replace(layout, tensors=tensors)
         found[part] = layout, prefix
     return found
+
+
+def save_single_file(
+    pipeline: Pipeline,
+    params: PipelineParams,
+    out: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float16,
+    metadata: Mapping[str, str] | None = None,
+    w: float | None = None,
+) -> Path:
+    """Writes SD 1.x, SD 2.x, SDXL or its refiner as one file that A1111, ComfyUI and diffusers' from_single_file load.
+
+    Args:
+      out: NAME.safetensors; must not exist; appears when it is complete.
+      dtype: of all weights: float16, bfloat16 or float32.
+      metadata: for the file's header, beside `modelspec.*`; `read_record` reads its `lcm_config.json`.
+      w: for a UNet with w embedding: guidance weight to fold (see `fold_w`). None: the embedding is written too, as
+        `time_embed.cond_proj.weight`, which those three programs do not use.
+
+    Returns:
+      `out`.
+
+    Raises:
+      LcmError: `out` exists or is not named .safetensors, too little disk space (before anything is written);
+        parameters that do not fit their modules or are not finite in `dtype`.
+      UnsupportedConfig: a part that these files cannot hold.
+    """
+    out, dtype = Path(out), jnp.dtype(dtype)
+    if w is not None:
+        pipeline, params = fold_w(pipeline, params, w)
+    family, noise = family_of(pipeline), pipeline.schedule
+    _warn(pipeline, family, out)
+    tensors: dict[str, Callable[[], np.ndarray]] = {}
+    shapes: dict[str, Shape] = {}
+    for part, (layout, prefix) in layouts(family, pipeline.parts).items():
+        tensor = keys.write_part(getattr(pipeline, part), layout, params[part], dtype)
+        shapes |= {prefix + key: stored.shape for key, stored in layout.tensors.items()}
+        tensors |= {prefix + key: functools.partial(tensor, key) for key in layout.tensors}
+    kind = noise.prediction_type
+    # ComfyUI goes by these keys for SDXL: by presence, not content.
+    for key, marked in (("v_pred", kind == "v_prediction"), ("ztsnr", noise.alphas_cumprod[-1] == 0)):
+        if marked:
+            shapes[key], tensors[key] = (0,), lambda: np.zeros(0, dtype)
+    if not _is_published(noise, family):  # A1111 goes by this table
+        shapes["alphas_cumprod"] = noise.alphas_cumprod.shape
+        tensors["alphas_cumprod"] = lambda: noise.alphas_cumprod.astype(dtype)
+    header = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": _ARCHITECTURES.get(f"{family.name} {kind}", _ARCHITECTURES[family.name]),
+        "modelspec.prediction_type": "v" if kind == "v_prediction" else kind,
+    }
+    return safetensors_io.save_file(out, shapes, lambda key: tensors[key](), dtype, header | dict(metadata or {}))
+
+
+def family_of(pipeline: Pipeline) -> Family:
+    """The family as which a pipeline is written. Activations tell CLIP from OpenCLIP.
+
+    Raises:
+      UnsupportedConfig: no family has these text encoders.
+    """
+
+    def kind(config: Config) -> tuple[str, str]:
+        return config["hidden_act"], config["architectures"][0]
+
+    kinds = {family.name: {part: kind(family.config(part)) for part in family.encoders} for family in FAMILIES}
+    found = {part: kind(clip.to_config(getattr(pipeline, part))) for part in pipeline.tokenizers}
+    for family in FAMILIES:
+        if found == kinds[family.name]:
+            return family
+    supported = "; ".join(f"{name}: {list(kinds[name].values())}" for name in kinds)
+    raise UnsupportedConfig("text encoders of a single file", list(found.values()), supported)
+
+
+def _is_published(noise: schedule.NoiseSchedule, family: Family) -> bool:
+    """Whether the noise table is the family's, perhaps with zero terminal SNR: what keys can mark."""
+    config = published_scheduler(family, "v_prediction")
+    tables = (schedule.from_config({**config, "rescale_betas_zero_snr": zero}).alphas_cumprod for zero in (False, True))
+    return any(np.array_equal(table, noise.alphas_cumprod) for table in tables)
+
+
+def _warn(pipeline: Pipeline, family: Family, out: Path) -> None:
+    """Warns of what a reader of the file cannot know without `config`."""
+    factor, published = pipeline.vae.scaling_factor, make_module("vae", family.config("vae")).scaling_factor
+    if factor != published:
+        logging.warning(
+            "%s cannot record that its VAE's scaling_factor is %s: programs use %s for %s; read it with config=",
+            out,
+            factor,
+            published,
+            family.name,
+        )
+    if not _is_published(pipeline.schedule, family):
+        logging.warning(
+            "%s has another noise table than %s (%s): ComfyUI and diffusers ignore it; read it with config=",
+            out,
+            family.name,
+            pipeline.schedule,
+        )
+    kind = pipeline.schedule.prediction_type
+    if kind == "sample" or (kind == "v_prediction" and family.name == "sd1"):
+        logging.warning("%s: ComfyUI takes every %s for epsilon; set %s by hand there", out, family.name, kind)
+    if pipeline.has_w_embedding:
+        logging.warning("%s has a w embedding, which A1111, ComfyUI and diffusers do not use; fold one w for them", out)

@@ -2,12 +2,12 @@
 
     UNet      time_embed.{0,2}  label_emb.0.{0,2}  out.{0,2}  middle_block.{0,1,2}: resnet, transformer, resnet
               input_blocks.N    0: conv_in; then one per resnet (.0) with its transformer (.1), or downsampler (.0.op)
-              output_blocks.N   one per resnet (.0) with its transformer (.1); a level's last has the upsampler, too
+              output_blocks.N   one per resnet (.0) with its transformer (.1); a level's last also has the upsampler
     VAE       encoder.down.I.block.J  decoder.up.I.block.J (I counts from the image, so backwards)  mid.{block_1,attn_1}
     CLIP      transformers' own names
     OpenCLIP  transformer.resblocks.I  positional_embedding  ln_final; q, k, v stacked in attn.in_proj_{weight,bias}
 
-An LCM's w embedding is `time_embed.cond_proj.weight`. The prefixes before these names are the file's business.
+An LCM's w embedding is `time_embed.cond_proj.weight`. `single_file` knows the prefixes before these names.
 """
 
 import dataclasses
@@ -15,19 +15,18 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from jax.typing import DTypeLike
 
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models.clip import CLIPTextModel
 from lcm_jax.models.unet import UNet2DConditionModel
 from lcm_jax.models.vae import AutoencoderKL
 from lcm_jax.pretrained import names
-from lcm_jax.pretrained.names import Params, Shape
+from lcm_jax.pretrained.names import Params, PutFn, Shape
 
-_LISTED = 8  # keys of each kind in an error
 _SD1_HEADS = 8  # at every width
 _HEAD_CHANNELS = 64  # of SD 2.x and SDXL, at every width
 
@@ -66,8 +65,8 @@ class Stored:
 
     Attributes:
       keys: torch keys of the parameters in it, stacked along axis 0: one, or q, k and v.
-      shape: as written. Read: also with trailing 1x1 more or fewer.
-      transposed: [in out], where torch's linear layers have [out in].
+      shape: as written; a trailing 1x1 may be missing or added in what is read.
+      transposed: whether it is [in out], unlike torch's linear layers, [out in].
     """
 
     keys: tuple[str, ...]
@@ -77,7 +76,7 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a part is stored: key in the file, less its prefix -> Stored; `ignored` keys carry nothing for the module."""
+    """How a part is stored: key in the file, without its prefix -> Stored; `ignored` keys carry nothing for us."""
 
     tensors: Mapping[str, Stored]
     ignored: re.Pattern
@@ -109,8 +108,8 @@ def unet_layout(module: UNet2DConditionModel) -> Layout:
             resnet(f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n + j}.0")
             modules[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{n + j}.1"
         n += count + 1
-        place = 2 if module.up_depths(i) else 1
-        modules[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{place}.conv"
+        after = 2 if module.up_depths(i) else 1
+        modules[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{after}.conv"
     return _renamed(module, modules, "(?!)")
 
 
@@ -147,8 +146,8 @@ def clip_layout(module: CLIPTextModel) -> Layout:
 def open_clip_layout(module: CLIPTextModel) -> Layout:
     """OpenCLIP's keys after `...model.`.
 
-    SD 2.x reads the layer before the last: its module has 23 layers, files of SD 2.x a 24th that nothing uses. It is
-    not written: ComfyUI and A1111 take files without (diffusers' own script writes none either).
+    SD 2.x reads the layer before the last: its module has 23 layers, and its files a 24th that nothing uses. It is not
+    written: ComfyUI and A1111 read files without it (diffusers' own script does not write it either).
     """
     modules = {
         "text_model.embeddings.token_embedding": "token_embedding",
@@ -185,7 +184,7 @@ def _renamed(module: nn.Module, modules: Mapping[str, str], ignored: str) -> Lay
 
 
 def _exchanged(key: str, modules: Mapping[str, str]) -> str:
-    """`key` with the longest leading module that `modules` knows exchanged; the rest is named alike on both sides."""
+    """`key` with its longest leading module in `modules` renamed; both sides name the rest alike."""
     parts = key.split(".")
     for n in range(len(parts) - 1, 0, -1):
         head = ".".join(parts[:n])
@@ -194,64 +193,48 @@ def _exchanged(key: str, modules: Mapping[str, str]) -> str:
     raise LcmError(f"{key} has no name in a single-file checkpoint; export a diffusers folder")
 
 
+def check_part(layout: Layout, prefix: str, shapes: Mapping[str, Shape], what: str) -> None:
+    """Checks that the keys of a file that begin with `prefix` are those of a part.
+
+    Raises:
+      LcmError: tensors missing, left over or of a wrong shape, listed with the file's names.
+    """
+    wanted = {key: stored.shape for key, stored in layout.tensors.items()}
+    found = {key.removeprefix(prefix): tuple(shape) for key, shape in shapes.items() if key.startswith(prefix)}
+    found = {key: shape for key, shape in found.items() if key in wanted or not layout.ignored.fullmatch(key)}
+    if problems := names.differences(wanted, found, names.same_but_for_1x1):
+        raise LcmError(
+            f"{what} does not fit its config: under {prefix} {problems}; give config= the diffusers folder of the "
+            "file's model"
+        )
+
+
 def read_part(
     module: nn.Module,
     layout: Layout,
     prefix: str,
-    shapes: Mapping[str, Shape],
     read: Callable[[str], np.ndarray],
-    dtype: Any,
+    dtype: DTypeLike,
     what: str,
-    place: names.Place | None = None,
+    put: PutFn | None = None,
 ) -> Params:
-    """The parameter tree of `module` from the keys of a file that begin with `prefix`; see `names.read_params`.
+    """The parameter tree of `module` from the keys that begin with `prefix`; see `names.read_params`.
 
     Raises:
-      LcmError: tensors missing, left over or of a wrong shape, listed with the file's names; or not of floating point.
+      LcmError: tensors that are not floating point.
     """
-    _check(layout, prefix, shapes, what)
     table = names.torch_table(module)
     flat = {}
     for key, stored in layout.tensors.items():
         tensor = read(prefix + key)
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise LcmError(f"{what}: {prefix + key} is {tensor.dtype}; only floating-point weights can be loaded")
         tensor = tensor.T if stored.transposed else tensor
         for name, piece in zip(stored.keys, np.split(tensor, len(stored.keys)), strict=True):
-            flat[table[name].path] = names.placed(names.to_jax(piece, table[name], dtype), place)
+            flat[table[name].path] = names.read_leaf(piece, table[name], dtype, f"{what}: {prefix}{key}", put)
     return traverse_util.unflatten_dict(flat)
 
 
-def _check(layout: Layout, prefix: str, shapes: Mapping[str, Shape], what: str) -> None:
-    found = {key.removeprefix(prefix): tuple(shape) for key, shape in shapes.items() if key.startswith(prefix)}
-    wanted = layout.tensors
-    kinds = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "unexpected": sorted(key for key in found.keys() - wanted.keys() if not layout.ignored.fullmatch(key)),
-        "mis-shaped": [
-            f"{key} {list(found[key])} instead of {list(wanted[key].shape)}"
-            for key in sorted(wanted.keys() & found.keys())
-            if _matrix(found[key]) != _matrix(wanted[key].shape)
-        ],
-    }
-    problems = [
-        f"{len(keys)} {kind} ({', '.join(keys[:_LISTED])}{', ...' if len(keys) > _LISTED else ''})"
-        for kind, keys in kinds.items()
-        if keys
-    ]
-    if problems:
-        raise LcmError(
-            f"{what} does not fit its config: under {prefix} {', '.join(problems)}; give config= the diffusers folder "
-            "that the file's model has"
-        )
-
-
-def _matrix(shape: Shape) -> Shape:
-    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
-
-
-def write_part(module: nn.Module, layout: Layout, params: Params, dtype: Any) -> Callable[[str], np.ndarray]:
-    """Key of the file, less its prefix -> tensor in `dtype`, contiguous, converted when called.
+def write_part(module: nn.Module, layout: Layout, params: Params, dtype: DTypeLike) -> Callable[[str], np.ndarray]:
+    """Function of a key of the file, without its prefix: its tensor in `dtype`, contiguous, converted when called.
 
     Raises:
       LcmError: `params` is not the tree of `module`.
@@ -268,15 +251,15 @@ def write_part(module: nn.Module, layout: Layout, params: Params, dtype: Any) ->
 
 
 def unet_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The `config.json` of a UNet of the family (SD 1.x, 2.x, XL, and their pruned forms), read off its tensors.
+    """The `config.json` of a UNet of the family (SD 1.x, 2.x, XL, and their pruned forms), inferred from its tensors.
 
-    What tensors do not show is as published: 8 heads where projections are convolutions (SD 1.x), else 64 channels a
+    What tensors do not show is as published: 8 heads if projections are convolutions (SD 1.x), else 64 channels a
     head; 32 groups. `sample_size` is left out.
 
     shapes: key after `model.diffusion_model.` -> shape.
 
     Raises:
-      UnsupportedConfig: blocks that no config of diffusers can spell.
+      UnsupportedConfig: blocks that no config of diffusers can describe.
     """
     levels, n = [[]], 1
     while (down := f"input_blocks.{n}.0.op.weight" in shapes) or f"input_blocks.{n}.0.out_layers.3.weight" in shapes:
@@ -292,9 +275,9 @@ def unet_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     mid = _depth("middle_block", shapes)
     depths = [_level_depth(entry) for entry in down_depths]
     if not any(down_depths[-1]):
-        depths[-1] = mid or 1  # the last level has none of its own: its entry is the middle's
+        depths[-1] = mid or 1  # the last level has no transformers: its entry is the middle's
     elif mid not in (0, down_depths[-1][0]):
-        raise UnsupportedConfig("transformer blocks in the middle", mid, f"{down_depths[-1][0]}, as the last level has")
+        raise UnsupportedConfig("transformer blocks in the middle", mid, f"{down_depths[-1][0]}, as in the last level")
     proj_in = next(shape for key, shape in shapes.items() if key.endswith("1.proj_in.weight"))
     context = next(shape for key, shape in shapes.items() if key.endswith(".attn2.to_k.weight"))[1]
     linear = len(proj_in) == 2
@@ -329,13 +312,13 @@ def unet_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 
 def file_fields(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The fields of a UNet's config that its tensors settle whatever a config of the family says."""
+    """The fields of a UNet's config that its tensors decide, whatever a config of the family says."""
     cond = shapes.get("time_embed.cond_proj.weight")
     return {"in_channels": shapes["input_blocks.0.0.weight"][1], "time_cond_proj_dim": cond and cond[1]}
 
 
 def _depth(block: str, shapes: Mapping[str, Shape]) -> int:
-    """Transformer blocks beside a resnet."""
+    """Number of transformer blocks beside a resnet."""
     depth = 0
     while f"{block}.1.transformer_blocks.{depth}.norm1.weight" in shapes:
         depth += 1
@@ -352,7 +335,7 @@ def _heads(width: int) -> int:
 def _level_depth(entry: list[int]) -> int | list[int]:
     if any(entry) and not all(entry):
         raise UnsupportedConfig("transformer blocks of one level", entry, "attention after every resnet or after none")
-    return _uniform(entry) or 1  # a level without attention does not look at its entry
+    return _uniform(entry) or 1  # a level without attention ignores its entry
 
 
 def _uniform(values: list) -> Any:

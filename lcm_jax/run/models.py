@@ -26,7 +26,7 @@ from lcm_jax.models import lora
 from lcm_jax.pretrained import Pipeline, hub, load_pipeline, load_unet, read_record
 from lcm_jax.pretrained.diffusers_folder import check_noise
 from lcm_jax.pretrained.model import SCHEDULER, PipelineParams, in_half_precision
-from lcm_jax.pretrained.names import Place
+from lcm_jax.pretrained.names import PutFn
 from lcm_jax.run import config as config_lib
 from lcm_jax.run import data as training_data
 
@@ -49,14 +49,14 @@ class Models:
         return trainable(self.student.unet, self.student_params["unet"])
 
 
-def load(config: ConfigDict, place: Place | None = None) -> Models:
-    """Teacher and student with their weights; place: see `load_pipeline`.
+def load(config: ConfigDict, put: PutFn | None = None) -> Models:
+    """Teacher and student with their weights; put: see `load_pipeline`.
 
     Raises:
       LcmError: a model cannot be loaded, or is not of the kind that the config needs.
     """
-    teacher = load_teacher(config, place)
-    return Models(*teacher, *load_student(config, *teacher, place))
+    teacher = load_teacher(config, put)
+    return Models(*teacher, *load_student(config, *teacher, put))
 
 
 def shapes(config: ConfigDict) -> Models:
@@ -73,25 +73,23 @@ def shapes(config: ConfigDict) -> Models:
 
 
 def load_teacher(
-    config: ConfigDict, place: Place | None = None, weights: bool | Collection[str] = True
+    config: ConfigDict, put: PutFn | None = None, weights: bool | Collection[str] = True
 ) -> tuple[Pipeline, PipelineParams]:
     """The teacher of the run. If no loss needs the teacher (plain LCF) its UNet is the student's, read once.
 
-    place, weights: see `load_pipeline`.
+    put, weights: see `load_pipeline`.
     """
     model = config.model
     source = assets.resolve(model.teacher or model.student)
     unet = None if config_lib.needs_teacher(config) or model.teacher is None else assets.resolve(model.student)
     dtype = jnp.dtype("float32" if model.dtype == "auto" else model.dtype)
     vae, configs = (name and assets.resolve(name) for name in (model.vae, model.config))
-    pipeline, params = load_pipeline(
-        source, dtype=dtype, unet=unet, vae=vae, config=configs, place=place, weights=weights
-    )
+    pipeline, params = load_pipeline(source, dtype=dtype, unet=unet, vae=vae, config=configs, put=put, weights=weights)
     return in_half_precision(pipeline, dtype.itemsize < 4), params
 
 
 def load_student(
-    config: ConfigDict, teacher: Pipeline, teacher_params: PipelineParams, place: Place | None = None
+    config: ConfigDict, teacher: Pipeline, teacher_params: PipelineParams, put: PutFn | None = None
 ) -> tuple[Pipeline, PipelineParams]:
     """The teacher's pipeline with the UNet that training starts from, and the constants of the run.
 
@@ -101,7 +99,7 @@ def load_student(
     Args:
       config: of the run.
       teacher, teacher_params: from `load_teacher`.
-      place: takes each parameter that is not the teacher's, see `load_pipeline`.
+      put: takes each parameter that is not the teacher's, see `load_pipeline`.
 
     Raises:
       LcmError: `config.model.student` cannot be loaded, is not an LCM though LCF needs one, was distilled with other
@@ -112,17 +110,17 @@ def load_student(
         weights = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
         source = assets.resolve(config.model.student)
         check_noise(source, teacher.schedule, config.model.teacher, weights)
-        unet, params = load_unet(source, dtype=unet.dtype, place=place, weights=weights)
+        unet, params = load_unet(source, dtype=unet.dtype, put=put, weights=weights)
     dim = config.distill.w_embedding_dim
     if OBJECTIVES[config.objective].needs_lcm:
         _check_lcm(config, unet)
     if config.lora.rank and dim and unet.time_cond_proj_dim is None:
         raise LcmError(f"config.distill.w_embedding_dim = {dim}: {config_lib.W_EMBEDDING_OF_A_LORA}")
-    unet, params = student_of(unet, params, dim, place)
+    unet, params = student_of(unet, params, dim, put)
     if config.lora.rank:
         targets = tuple(config.lora.targets) or lora.DEFAULT_TARGETS
         key = named_key(config.seed, "lora")
-        unet, params = adapt(unet, params, key, config.lora.rank, config.lora.alpha, targets, place)
+        unet, params = adapt(unet, params, key, config.lora.rank, config.lora.alpha, targets, put)
     student = dataclasses.replace(teacher, unet=unet)
     return dataclasses.replace(student, record=record(config, student)), {**teacher_params, "unet": params}
 

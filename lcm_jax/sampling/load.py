@@ -77,9 +77,7 @@ def load_with_loras(
             "model_config", model_config, f"is for a single .safetensors file, which {source} is not; remove it"
         )
     config, dtype = model_config and assets.resolve(model_config), jnp.dtype(dtype)
-    pipeline, params = load_pipeline(
-        assets.resolve(source), variant, dtype, unet=unet, vae=vae, config=config, place=put
-    )
+    pipeline, params = load_pipeline(assets.resolve(source), variant, dtype, unet=unet, vae=vae, config=config, put=put)
     pipeline = in_half_precision(pipeline, dtype == jnp.float16)
     if unet is not None:
         pipeline = dataclasses.replace(pipeline, may_be_lcm=True)
