@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import features
 from lcm_jax.metrics.networks import clip
-from lcm_jax.pretrained import text as tokenizer
+from lcm_jax.pretrained.tokenizer import tokenize
 from lcm_jax.runtime import mesh as mesh_lib
 
 
@@ -60,13 +60,13 @@ def load_clip(path: str | Path | None, *, mesh: Mesh | None = None, batch_size: 
     def embed(captions: Sequence[str]) -> np.ndarray:
         if not len(captions):
             raise LcmError("no captions to embed: give at least one")
-        ids = tokenizer.tokenize(text.tokenizer, captions)
+        ids = tokenize(text.tokenizer, captions)
         parts = features.filled(ids, pictures.batch_size)
         pending = [compiled(params, mesh_lib.spread(mesh, part)) for part in parts]
         return np.concatenate([np.asarray(part) for part in pending])[: len(ids)]
 
     # The tokenizer's table counts as preprocessing.
-    words = json.dumps(text.tokenizer.get_vocab(), sort_keys=True)
+    words = json.dumps(text.tokenizer.vocabulary(), sort_keys=True)
     whole = features.Network(pictures.name, pictures.dim, None, None, text.params, pictures.hash + words)
     return ClipPair(features.weights_hash(whole), pictures, embed)
 

@@ -19,8 +19,8 @@ from lcm_jax.models import clip
 from lcm_jax.models import clip as clip_vision
 from lcm_jax.models.config import RUN_FIELDS
 from lcm_jax.pretrained import names
-from lcm_jax.pretrained import safetensors_io as weight_files
-from lcm_jax.pretrained import text as tokenizer
+from lcm_jax.pretrained.safetensors_io import TRANSFORMERS_NAME, open_weights
+from lcm_jax.pretrained.tokenizer import load_tokenizer
 
 RESIZES = ("processor", "cmmd")
 _TEXT = ("text_model.", "text_projection.")
@@ -54,7 +54,7 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
     processor = resizing.read_processor(folder)
     if resize == "cmmd":
         processor = dataclasses.replace(processor, size=(side, side), crop=None, square_first=True)
-    with weight_files.open_weights(folder, weight_files.TRANSFORMERS_NAME) as stored:
+    with open_weights(folder, TRANSFORMERS_NAME) as stored:
         shapes = {
             key: shape
             for key, shape in stored.shapes.items()
@@ -90,8 +90,8 @@ def load_text(path: str | Path | None) -> TextTower:
     known = {f.name for f in dataclasses.fields(clip.CLIPTextModel)} - RUN_FIELDS | clip.CLIPTextModel.FIXED.keys()
     text = {key: value for key, value in clip_vision.tower(config, "text").items() if key in known}
     module = clip.from_config(text | {"architectures": ["CLIPTextModelWithProjection"]})
-    words = tokenizer.load_tokenizer(folder, module.max_position_embeddings)
-    with weight_files.open_weights(folder, weight_files.TRANSFORMERS_NAME) as stored:
+    words = load_tokenizer(folder, module.max_position_embeddings)
+    with open_weights(folder, TRANSFORMERS_NAME) as stored:
         shapes = {key: shape for key, shape in stored.shapes.items() if key.startswith(_TEXT)}
         params = names.read_params(module, shapes, stored.read, what=str(stored.source))
     return TextTower(module, params, words)

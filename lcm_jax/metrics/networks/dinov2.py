@@ -30,7 +30,7 @@ from lcm_jax.metrics.networks import weights
 from lcm_jax.metrics.networks.network import Network
 from lcm_jax.models.config import RUN_FIELDS, module_fields
 from lcm_jax.models.layers import LayerNorm, Run, multi_head_attention
-from lcm_jax.pretrained import safetensors_io as weight_files
+from lcm_jax.pretrained.safetensors_io import TRANSFORMERS_NAME, open_weights
 
 SIDE = 224
 RESIZES = ("square", "processor")
@@ -210,7 +210,7 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
     processor = resizing.Processor((SIDE, SIDE), None, resizing.IMAGENET_MEAN, resizing.IMAGENET_STD)
     if resize == "processor":
         processor = resizing.read_processor(folder)
-    with weight_files.open_weights(folder, weight_files.TRANSFORMERS_NAME) as stored:
+    with open_weights(folder, TRANSFORMERS_NAME) as stored:
         params = read(module, stored.shapes, stored.read, str(stored.source))
 
     def apply(params, x):

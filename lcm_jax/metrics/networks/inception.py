@@ -26,7 +26,7 @@ from lcm_jax.errors import LcmError
 from lcm_jax.metrics import resizing
 from lcm_jax.metrics.networks import torch_file, weights
 from lcm_jax.metrics.networks.network import Network
-from lcm_jax.pretrained import safetensors_io as weight_files
+from lcm_jax.pretrained.safetensors_io import open_file
 
 SIDE, DIM = 299, 2048
 NORM_EPS = 1e-3
@@ -242,7 +242,7 @@ def read(path: Path) -> dict:
     weights.check_named_hash("inception", path)
     table = weights.torch_table(FIDInception(), (1, 75, 75, 3))
     if path.suffix == ".safetensors":
-        with weight_files.open_weights(path.parent, path.stem) as stored:
+        with open_file(path) as stored:
             return weights.read_params(table, _used(stored.shapes), stored.read, str(path))
     tensors = torch_file.read(path)
     return weights.read_params(table, _used({k: v.shape for k, v in tensors.items()}), tensors.__getitem__, str(path))

@@ -1,10 +1,6 @@
 """Published torch weights -> parameter trees of the feature networks, and where to get the files.
 
-    encoder.layer.0.norm1.weight   ->  encoder/layer_0/norm1/scale          list index joined by an underscore
-    Mixed_5b.branch1x1.bn.weight   ->  Mixed_5b/branch1x1/bn/scale          running_mean, running_var: mean, var
-    embeddings.cls_token           ->  embeddings/cls_token                 parameters without a module of their own
-
-The layouts are those of pretrained/names.py; its table of names serves the models that are trained and exported.
+Names and layouts follow the rule of pretrained/names.py.
 """
 
 from __future__ import annotations
@@ -23,7 +19,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from lcm_jax.errors import LcmError
-from lcm_jax.pretrained.names import Parameter, to_jax
+from lcm_jax.pretrained.names import Parameter, differences, read_leaf, torch_name
 
 # Where the usual files are, and what they must be: kind -> (how to get it, sha256 of the file).
 SOURCES = {
@@ -45,10 +41,7 @@ SOURCES = {
     ),
 }
 
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "mean": "running_mean", "var": "running_var"}
-_IN_LIST = re.compile(r"(layers?)_(\d+)")
 _NAMED_HASH = re.compile(r"-([0-9a-f]{8,64})\.\w+")  # torch hub's way: NAME-<first digits of its sha256>.pth
-_LISTED = 5
 
 
 def existing(kind: str, path: str | Path | None) -> Path:
@@ -76,23 +69,12 @@ def check_named_hash(kind: str, path: Path) -> None:
         )
 
 
-def torch_key(path: tuple[str, ...]) -> str:
-    """The key of a leaf: ("encoder", "layer_0", "norm1", "scale") -> "encoder.layer.0.norm1.weight"."""
-    *modules, leaf = path
-    return ".".join(
-        [
-            *(_IN_LIST.sub(r"\1.\2", name) if _IN_LIST.fullmatch(name) else name for name in modules),
-            _LEAVES.get(leaf, leaf),
-        ]
-    )
-
-
 @functools.lru_cache(maxsize=8)
 def torch_table(module: nn.Module, input_shape: tuple[int, ...]) -> Mapping[str, Parameter]:
     """Torch key -> Parameter of a network that takes one float32 array of `input_shape`."""
     tree = jax.eval_shape(lambda key: module.init(key, jnp.zeros(input_shape)), jax.random.key(0))["params"]
     flat = traverse_util.flatten_dict(tree)
-    return {torch_key(path): Parameter(path, leaf.shape) for path, leaf in flat.items()}
+    return {torch_name(path): Parameter(path, leaf.shape) for path, leaf in flat.items()}
 
 
 def read_params(
@@ -101,33 +83,13 @@ def read_params(
     read: Callable[[str], np.ndarray],
     what: str,
 ) -> dict[str, Any]:
-    """The float32 tree of `table` from tensors with the keys of `shapes`, all of which must belong to it.
+    """The float32 tree of `table`; every tensor in `shapes` must belong to it.
 
     Raises:
       LcmError: tensors missing, left over, of a wrong shape or not of floating point.
     """
     wanted = {key: parameter.torch_shape for key, parameter in table.items()}
-    problems = {
-        "missing": sorted(wanted.keys() - shapes.keys()),
-        "unexpected": sorted(shapes.keys() - wanted.keys()),
-        "mis-shaped": sorted(
-            f"{key} {list(shapes[key])} instead of {list(wanted[key])}"
-            for key in wanted.keys() & shapes.keys()
-            if tuple(shapes[key]) != wanted[key]
-        ),
-    }
-    if any(problems.values()):
-        told = ", ".join(f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in problems.items() if keys)
-        raise LcmError(f"{what} holds another network: {told}; take weights and config from the same model")
-    flat = {}
-    for key, parameter in table.items():
-        tensor = read(key)
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise LcmError(f"{what}: {key} is {tensor.dtype}; only floating-point weights can be loaded")
-        flat[parameter.path] = to_jax(tensor, parameter, np.float32)
+    if problems := differences(wanted, {key: tuple(shape) for key, shape in shapes.items()}):
+        raise LcmError(f"{what} holds another network: {problems}; take weights and config from the same model")
+    flat = {p.path: read_leaf(read(key), p, np.float32, f"{what}: {key}") for key, p in table.items()}
     return traverse_util.unflatten_dict(flat)
-
-
-def _some(keys: list[str]) -> str:
-    more = len(keys) - _LISTED
-    return ", ".join(keys[:_LISTED]) + (f", and {more} more" if more > 0 else "")
