@@ -35,6 +35,8 @@ from lcm_jax.pretrained.model import (
     RECORD,
     SCHEDULER,
     TEXT_ENCODERS,
+    TOKENIZER_OF,
+    TOKENIZER_PATTERNS,
     Config,
     Pipeline,
     PipelineParams,
@@ -68,26 +70,23 @@ def load_folder(
     index = _model_index(folder, source)
     configs = {"model_index": index, "scheduler": scheduler_config(folder, index)}
     noise = schedule.from_config(configs["scheduler"])
-    check_noise(folder, noise, str(source), bool(read))
-    if unet:
-        check_noise(unet, noise, str(source), bool(read))
+    for origin in filter(None, (folder, unet)):
+        check_noise(origin, noise, str(source), bool(read))
 
-    folders, tokenizers = {}, {"tokenizer": None, "tokenizer_2": None}
+    folders, encoders = {}, _encoders(folder, index)
     for part, other in others.items():
         folders[part] = folder / part if other is None else _part_folder(other, part, variant, part in read)
         configs[part] = _config(folders[part], part)
-    for part, (name, kind) in _encoders(folder, index).items():
+    for part, (name, kind) in encoders.items():
         folders[part] = folder / name
         configs[part] = _config(folders[part], part) | {"architectures": [kind]}
     modules = {part: make_module(part, configs[part], dtype) if part in folders else None for part in PARTS}
     check_fit(modules)
-    if read:
-        for part in TEXT_ENCODERS:
-            if part in folders:
-                where = folder / folders[part].name.replace("text_encoder", "tokenizer")
-                length = modules[part].max_position_embeddings
-                tokenizers[part.replace("text_encoder", "tokenizer")] = load_tokenizer(where, length)
-    for part in (part for part in folders if part in read):  # before minutes go into reading the first of them
+    tokenizers = dict.fromkeys(TOKENIZER_OF.values())
+    for part, (name, _) in encoders.items() if read else ():
+        tokenizer = folder / name.replace("text_encoder", "tokenizer")
+        tokenizers[TOKENIZER_OF[part]] = load_tokenizer(tokenizer, modules[part].max_position_embeddings)
+    for part in (part for part in folders if part in read):  # all of them, before minutes go into reading the first
         safetensors_io.find_weights(folders[part], _weights_name(part), variant)
     params = {
         part: _params(part, modules[part], path, variant, param_dtype, put)
@@ -163,19 +162,19 @@ def check_noise(source: str | Path, noise: NoiseSchedule, model: str, weights: b
     """
     folder = _local(source, ["model_index.json", SCHEDULER, RECORD], weights)
     above = folder.absolute().parent
-    for where in (folder, above) if (above / "model_index.json").is_file() else (folder,):
+    for root in (folder, above) if (above / "model_index.json").is_file() else (folder,):
         index, record = (
-            files.read_json(where / name) if (where / name).is_file() else {} for name in ("model_index.json", RECORD)
+            files.read_json(root / name) if (root / name).is_file() else {} for name in ("model_index.json", RECORD)
         )
         found = []
-        if (where / SCHEDULER).is_file():
-            theirs = schedule.from_config(scheduler_config(where, index))
+        if (root / SCHEDULER).is_file():
+            theirs = schedule.from_config(scheduler_config(root, index))
             found = [] if theirs == noise else [f"{SCHEDULER} says {theirs}"]
         if record.get("prediction_type", noise.prediction_type) != noise.prediction_type:
             found.append(f"{RECORD} says {record['prediction_type']}")
         if found:
             raise LcmError(
-                f"{where}: {' and '.join(found)}, but {model} is used with {noise}; take the UNet and the rest from "
+                f"{root}: {' and '.join(found)}, but {model} is used with {noise}; take the UNet and the rest from "
                 "one model, or correct the wrong file"
             )
 
@@ -205,7 +204,7 @@ def _part_folder(source: str | Path, part: str, variant: str | None, weights: bo
 def _pipeline_patterns(parts: Iterable[str], read: Collection[str], variant: str | None) -> list[str]:
     """Globs of what `parts` of a pipeline need: configs, and the weights of those that are `read`."""
     patterns = ["model_index.json", RECORD, SCHEDULER]
-    patterns += [f"{slot}/{name}" for slot in ("tokenizer", "tokenizer_2") for name in ("*.json", "*.txt")]
+    patterns += TOKENIZER_PATTERNS
     for part in parts:
         tensors = safetensors_io.download_patterns(_weights_name(part), variant) if part in read else []
         patterns += [f"{part}/{file}" for file in ("config.json", *tensors)]
@@ -348,10 +347,9 @@ def save_pipeline(
     texts |= {"model_index.json": _index(pipeline, scheduler_config["_class_name"]) | dict(model_index_extra or {})}
     texts = {name: _json(config) for name, config in texts.items()}
     for part, tokenizer in pipeline.tokenizers.items():
-        slot = part.replace("text_encoder", "tokenizer")
         if tokenizer is None:
-            raise LcmError(f"the pipeline was loaded without its {slot}; load it with weights to save it")
-        texts |= {f"{slot}/{name}": content for name, content in tokenizer.files.items()}
+            raise LcmError(f"the pipeline was loaded without its {TOKENIZER_OF[part]}; load it with weights to save it")
+        texts |= {f"{TOKENIZER_OF[part]}/{name}": content for name, content in tokenizer.files.items()}
     trees = {
         f"{part}/{safetensors_io.file_name(_weights_name(part), variant)}": (module, params[part])
         for part, module in pipeline.parts.items()
@@ -408,9 +406,8 @@ def _checked_scheduler(pipeline: Pipeline, config: Config | None) -> Config:
     made, mine = schedule.from_config(config), pipeline.schedule
     if made != mine:
         raise LcmError(
-            f"the scheduler config ({config['_class_name']}, {made.prediction_type}, {made.num_train_timesteps} steps) "
-            f"has another noise table or prediction type than the model ({mine.prediction_type}, "
-            f"{mine.num_train_timesteps} steps); make it from the model's own with lcm_scheduler_config"
+            f"the scheduler config ({config['_class_name']}) has other noise ({made}) than the model ({mine}); make it "
+            "from the model's own with lcm_scheduler_config"
         )
     return config
 

@@ -33,6 +33,9 @@ Config = dict[str, Any]
 PipelineParams = Mapping[str, Params]  # part -> parameter tree
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+TOKENIZER_OF = dict(zip(TEXT_ENCODERS, TOKENIZERS, strict=True))
+TOKENIZER_PATTERNS = [f"{name}/{file}" for name in TOKENIZERS for file in ("*.json", "*.txt")]  # on the hub
 PARTS = ("unet", "vae", *TEXT_ENCODERS)
 ENCODERS = PARTS[1:]  # what images and captions are encoded with
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -75,8 +78,8 @@ class Pipeline:
       tokenizer, tokenizer_2: beside each text encoder, or None; None as well if no weights were read.
       schedule: noise table and prediction type.
       configs: part -> raw JSON; also "scheduler" and "model_index".
-      record: content of `lcm_config.json`, or of what stands for it in a file's header; {} if there is none.
-      may_be_lcm: a LoRA or another UNet was put in, which may be distilled without saying so.
+      record: content of `lcm_config.json`, or of its copy in a single file's header; {} if there is none.
+      may_be_lcm: whether a LoRA or another UNet was put in, which may be distilled without any record of it.
     """
 
     unet: UNet2DConditionModel
@@ -98,7 +101,7 @@ class Pipeline:
 
     @functools.cached_property
     def _content(self) -> tuple[Any, ...]:
-        return *(getattr(self, name) for name in (*PARTS, "tokenizer", "tokenizer_2", "schedule")), self.constants
+        return *(getattr(self, name) for name in (*PARTS, *TOKENIZERS, "schedule")), self.constants
 
     @functools.cached_property
     def constants(self) -> Constants:
@@ -142,8 +145,7 @@ class Pipeline:
     @property
     def tokenizers(self) -> dict[str, Tokenizer]:
         """Text encoder's name -> its tokenizer."""
-        pairs = {"text_encoder": self.tokenizer, "text_encoder_2": self.tokenizer_2}
-        return {name: tokenizer for name, tokenizer in pairs.items() if getattr(self, name) is not None}
+        return {name: getattr(self, TOKENIZER_OF[name]) for name in TEXT_ENCODERS if getattr(self, name) is not None}
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -178,7 +180,7 @@ def make_module(part: str, config: Config, dtype: DTypeLike = jnp.float32) -> nn
     Raises:
       UnsupportedConfig: the config asks for something outside the Stable Diffusion family.
     """
-    return _FROM_CONFIG[part](config, dtype=jnp.dtype(dtype))  # one spelling, so that equal modules are equal
+    return _FROM_CONFIG[part](config, dtype=jnp.dtype(dtype))  # one form, so that modules compare equal
 
 
 def in_half_precision(pipeline: Pipeline, half: bool = True) -> Pipeline:

@@ -38,6 +38,8 @@ from lcm_jax.pretrained.model import (
     PARTS,
     RECORD,
     SCHEDULER,
+    TOKENIZER_OF,
+    TOKENIZER_PATTERNS,
     Config,
     Pipeline,
     PipelineParams,
@@ -164,7 +166,7 @@ def load_single_file(
       dtype, param_dtype: as in `load_pipeline`.
       config: diffusers folder or hub id of the family. Its tokenizers are used, and each config that it has, except for
         what the tensors themselves decide (input channels, w embedding). None: tokenizers of the family's repository
-        on the hub, configs as the module's docstring says.
+        on the hub, configs as described above (module docstring).
       unet, vae, put, weights: as in `load_pipeline`; the file must exist, because its header shows what it holds.
 
     Raises:
@@ -191,10 +193,10 @@ def load_single_file(
         modules: dict[str, Any] = dict.fromkeys(PARTS)
         modules |= {part: make_module(part, configs[part], dtype) for part in ("unet", "vae", *family.encoders)}
         modules |= {part: module for part, (module, _) in replaced.items()}
-        tokenizers = dict.fromkeys(("tokenizer", "tokenizer_2"))
+        tokenizers = dict.fromkeys(TOKENIZER_OF.values())
         for part in family.encoders:
-            slot = part.replace("text_encoder", "tokenizer")
-            tokenizers[slot] = load_tokenizer(_slot(folder, slot), modules[part].max_position_embeddings)
+            name = TOKENIZER_OF[part]
+            tokenizers[name] = load_tokenizer(_subfolder(folder, name), modules[part].max_position_embeddings)
         check_fit(modules)
         params = {part: tree for part, (_, tree) in replaced.items()}
         for part, (layout, prefix) in layouts(family, modules, stored.shapes).items():
@@ -255,12 +257,11 @@ def _check_known(family: Family, shapes: Mapping[str, Shape], path: Path) -> Non
 
 def _config_folder(config: str | Path | None, family: Family, path: Path) -> Path:
     """The folder of `config`, or of the family's tokenizers."""
-    tokenizers = [f"{slot}/{name}" for slot in ("tokenizer", "tokenizer_2") for name in ("*.json", "*.txt")]
     if config is not None:
         configs = ["model_index.json", SCHEDULER, *(f"{part}/config.json" for part in PARTS)]
-        return hub.local_folder(config, configs + tokenizers)
+        return hub.local_folder(config, configs + TOKENIZER_PATTERNS)
     try:
-        return hub.local_folder(family.tokenizers, tokenizers)
+        return hub.local_folder(family.tokenizers, TOKENIZER_PATTERNS)
     except LcmError as error:
         raise LcmError(
             f"{path} holds no tokenizer, and that of its family ({family.name}) is not available: {error}; "
@@ -268,7 +269,7 @@ def _config_folder(config: str | Path | None, family: Family, path: Path) -> Pat
         ) from error
 
 
-def _slot(folder: Path, name: str) -> Path:
+def _subfolder(folder: Path, name: str) -> Path:
     """`folder/name`; a refiner's only encoder and tokenizer may also be under the first name."""
     return folder / name if (folder / name).is_dir() else folder / name.removesuffix("_2")
 
@@ -289,7 +290,7 @@ def _configs(folder: Path | None, family: Family, weights: Weights) -> dict[str,
     configs["unet"] = of("unet/config.json", lambda: keys.unet_config(shapes) | size) | keys.file_fields(shapes)
     configs["vae"] = of("vae/config.json", lambda: known("vae"))
     for part in family.encoders:
-        name = part if folder is None else _slot(folder, part).name
+        name = part if folder is None else _subfolder(folder, part).name
         config = of(f"{name}/config.json", functools.partial(known, part))
         configs[part] = config | {"architectures": known(part)["architectures"]}
     return configs

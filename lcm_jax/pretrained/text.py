@@ -4,8 +4,8 @@
     SDXL          encoder_hidden_states = concat of both encoders' penultimate hidden states (before it),
                   text_embeds = second encoder's pooled output, time_ids = sizes and crop, height first
 
-The null text is "" encoded, except for SDXL models whose model_index says `force_zeros_for_empty_prompt`: zeros. A
-negative prompt takes its place, encoded, even if it is "". Encoders read 77 tokens; what is cut off is counted.
+The null text is "" encoded, or zeros for SDXL models with `force_zeros_for_empty_prompt` in model_index.json. A
+negative prompt, even "", is encoded and used instead. Encoders read 77 tokens; those that are cut off are counted.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
-"""CLIP's tokenizer: the files of a `tokenizer/` folder, read by transformers (which needs no torch for it).
+"""CLIP's tokenizer: the files of a `tokenizer/` folder, read by transformers (which does not need torch for it).
 
-Every file counts. SD 2.x pads with "!" (id 0) only because special_tokens_map.json says so, and padding is attended,
+Every file matters. SD 2.x pads with "!" (id 0) only because special_tokens_map.json says so, and padding is attended,
 so a lost file changes every image; tokenizer_config.json carries the length of 77.
 """
 
@@ -73,7 +73,9 @@ def load_tokenizer(folder: Path, length: int) -> Tokenizer:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever the parsers of five files raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LcmError(f"{folder} is no CLIP tokenizer ({reason}); copy its files from the original model") from error
+        raise LcmError(
+            f"{folder} is not a CLIP tokenizer ({reason}); copy its files from the original model"
+        ) from error
     files = _saved_files(folder)
     digest = hashlib.sha256()
     for name in sorted(files):
