@@ -1,7 +1,7 @@
 """The whole family, at toy widths, through a step of `train`, `lcm_jax.export` and torch diffusers.
 
-Random weights in each architecture's own structure. One large step, so that the w embedding, which starts at zero,
-counts in what is compared.
+Random weights in the structure of each architecture. One large step, because the w embedding starts at zero and has to
+matter in the comparison.
 """
 
 import functools
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow  # test_configs.py traces these steps, test_export
 
 
 def run(teacher: Path, workdir: Path, **changes) -> tuple[config_lib.ConfigDict, dict]:
-    """A run of one step: (its config, the target's weights)."""
+    """(config, weights of the target) of a run of one step."""
     config = config_lib.default_config()
     config.model.teacher = str(teacher)
     config.data.source, config.data.resolution = "shapes", 64
@@ -60,7 +60,7 @@ def inputs(unet) -> tuple[np.ndarray, np.ndarray, dict]:
 
 
 def torch_output(unet, z, t, cond, w) -> np.ndarray:
-    """diffusers' output [2 8 8 4] for w, None where the UNet has no such input."""
+    """diffusers' output [2 8 8 4]; w: None if the UNet has no w embedding."""
     cond = {key: torch.from_numpy(value) for key, value in cond.items()}
     embedding = None if w is None else torch.from_numpy(np.array(guidance.w_embedding(w, tiny_family.W_DIM)))
     with torch.no_grad():
@@ -102,32 +102,32 @@ def test_trained_and_exported_it_is_the_same_model_in_diffusers(name, tmp_path):
     assert pipe.scheduler.config.prediction_type == tiny_family.FAMILY[name][1]
 
 
-def our_pictures(out: Path, *options: str) -> np.ndarray:
+def our_images(out: Path, *options: str) -> np.ndarray:
     """The PNG files of `lcm_jax.sample`: two prompts, two steps; int [2 64 64 3]."""
     words = [*(f"--prompt={prompt}" for prompt in PROMPTS), "--num_images=1", "--batch_size=2", "--steps=2", "--seed=3"]
     assert sample.main([f"--out={out}", *words, *options]) == 0
     return np.stack([np.asarray(Image.open(path)).astype(int) for path in sorted(out.glob("*.png"))])
 
 
-def check_pictures(pipe, ours: np.ndarray, monkeypatch, guidance_scale: float) -> None:
+def check_images(pipe, ours: np.ndarray, monkeypatch, guidance_scale: float) -> None:
     noise = draw_noise(3, [0, 0], 2, (8, 8, 4))
     theirs = diffusers_pictures(pipe, monkeypatch, PROMPTS, noise, 64, guidance_scale=guidance_scale)
     difference = np.abs(ours - theirs).max()
     print(f"largest difference {difference}/255")
-    assert ((theirs > 0) & (theirs < 255)).mean() > 0.5  # pictures, not saturation
+    assert ((theirs > 0) & (theirs < 255)).mean() > 0.5  # images, not saturation
     assert difference <= 2
 
 
-def test_sdxl_draws_the_same_pictures_in_diffusers(tmp_path, monkeypatch):
+def test_sdxl_generates_the_same_images_in_diffusers(tmp_path, monkeypatch):
     run(tiny_family.folder("sdxl", short=True), tmp_path / "run")
     out = exported(tmp_path / "run", tmp_path / "out")
-    ours = our_pictures(tmp_path / "pictures", f"--model={out}", "--guidance_scale=8")
+    ours = our_images(tmp_path / "images", f"--model={out}", "--guidance_scale=8")
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(out)
-    check_pictures(pipe, ours, monkeypatch, 8.0)
+    check_images(pipe, ours, monkeypatch, 8.0)
 
 
 def test_a_student_without_w_as_a_bare_unet_beside_another_vae(tmp_path, monkeypatch):
-    """As diffengine's results are used: their UNet, the half-precision VAE, the teacher's pipeline, LCMScheduler."""
+    """As with diffengine's results: their UNet, the half-precision VAE, the teacher's pipeline, LCMScheduler."""
     changes = {"distill.w_embedding_dim": 0, "sample.guidance_scale": 1.0, "model.vae": str(tiny_family.vae_folder())}
     base, vae = tiny_family.folder("sdxl", short=True), tiny_family.vae_folder()
     run(base, tmp_path / "run", **changes)
@@ -136,11 +136,11 @@ def test_a_student_without_w_as_a_bare_unet_beside_another_vae(tmp_path, monkeyp
     assert not any(info.values()) and unet.config.time_cond_proj_dim is None
 
     options = [f"--model={base}", f"--unet={out}", f"--vae={vae}", "--guidance_scale=1"]
-    ours = our_pictures(tmp_path / "pictures", *options)
+    ours = our_images(tmp_path / "images", *options)
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(
         base, unet=unet, vae=diffusers.AutoencoderKL.from_pretrained(vae)
     )
     pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
-    check_pictures(pipe, ours, monkeypatch, 1.0)
-    own = our_pictures(tmp_path / "own", *options[:2], options[3])
+    check_images(pipe, ours, monkeypatch, 1.0)
+    own = our_images(tmp_path / "own", *options[:2], options[3])
     assert np.abs(own - ours).max() > 8  # the VAE counts

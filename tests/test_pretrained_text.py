@@ -12,10 +12,11 @@ import torch
 from lcm_jax.pretrained import load_pipeline, text
 
 CAPTIONS = ["a red circle", "hello", "small blue square on the left", ""]
+SIZE = (64, 96)  # height and width in pixels, not square, so that a swap is noticed
 
 
 def encoded_by_torch(folder) -> tuple[dict, dict]:
-    """(conditioning of the captions [4 ...], of the null text [1 ...]) in float64."""
+    """(conditioning of the captions [4 ...], of the null text [1 ...]) in float64, with SDXL's sizes in the first."""
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder).to(torch.float64)
     with torch.no_grad():
         hidden, null, *pooled = pipe.encode_prompt(
@@ -23,14 +24,15 @@ def encoded_by_torch(folder) -> tuple[dict, dict]:
         )
     cond, empty = {"encoder_hidden_states": hidden.numpy()}, {"encoder_hidden_states": null[:1].numpy()}
     if pooled:
-        cond |= {"text_embeds": pooled[0].numpy()}
+        sizes = pipe._get_add_time_ids(SIZE, (0, 0), SIZE, torch.float64, 32).numpy()
+        cond |= {"text_embeds": pooled[0].numpy(), "time_ids": sizes.repeat(4, 0)}
         empty |= {"text_embeds": pooled[1][:1].numpy()}
     return cond, empty
 
 
 @pytest.mark.parametrize(("name", "zeros"), [("sd1", None), ("sd2", None), ("sdxl", True), ("sdxl", False)])
-def test_captions_and_null_text_are_encoded_as_in_diffusers(name, zeros, tmp_path):
-    """SD's null text is "" encoded; SDXL's is zeros, or "" encoded, as model_index.json says."""
+def test_captions_sizes_and_null_text_are_encoded_as_in_diffusers(name, zeros, tmp_path):
+    """SD's null text is "" encoded; SDXL's is zeros, or "" encoded, according to model_index.json."""
     folder = tiny.copy(name, tmp_path / "model")
     if zeros is not None:
         index = json.loads((folder / "model_index.json").read_text())
@@ -38,18 +40,13 @@ def test_captions_and_null_text_are_encoded_as_in_diffusers(name, zeros, tmp_pat
     pipeline, params = load_pipeline(folder)
     cond, null = encoded_by_torch(folder)
     assert all(np.any(value) != bool(zeros) for value in null.values())
+    sizes = {"time_ids": text.time_ids(*SIZE, 4)} if pipeline.is_xl else {}
+    empty = {key: value[3:] for key, value in cond.items() if key != "time_ids"}
     for got, want in (
-        (text.encode(pipeline, params, CAPTIONS), cond),
+        (text.encode(pipeline, params, CAPTIONS) | sizes, cond),
         (text.null(pipeline, params), null),
-        (text.null(pipeline, params, ""), {key: value[3:] for key, value in cond.items()}),  # never zeros
+        (text.null(pipeline, params, ""), empty),  # a negative prompt of "" is not the null text
     ):
-        assert got.keys() == want.keys()
+        assert got.keys() == want.keys() and {value.dtype for value in got.values()} == {np.dtype(np.float32)}
         for key, value in want.items():
             parity.close(got[key], value, rtol=0, of_max=parity.NETWORK, what=key)
-
-
-def test_time_ids_have_the_height_first():
-    """SDXL's order, for an image that is not square: original size, crop, target size."""
-    found = text.time_ids(64, 96, 2)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, [[64, 96, 0, 0, 64, 96]] * 2)
