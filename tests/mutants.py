@@ -564,7 +564,7 @@ CONTRACTS = [
     Mutant(
         "an export without its tokenizers",
         "pretrained/diffusers_folder.py",
-        'texts |= {f"{slot}/{name}": content for name, content in tokenizer.files.items()}',
+        'texts |= {f"{TOKENIZER_OF[part]}/{name}": content for name, content in tokenizer.files.items()}',
         "pass",
         ("test_pretrained_saving.py",),
         False,
