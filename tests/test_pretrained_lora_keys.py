@@ -190,7 +190,7 @@ def test_other_containers_are_refused(tmp_path, monkeypatch):
     (tmp_path / "short.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     refused(tmp_path / "short.safetensors", "cannot be read as safetensors")
     (tmp_path / "x.npz").write_bytes(b"something")
-    refused(tmp_path / "x.npz", "cannot be read as safetensors")
+    refused(tmp_path / "x.npz", "x.npz is not a .safetensors file")
     refused(tmp_path / "nowhere.safetensors", "does not exist; give a .safetensors file, or owner/name/FILE")
     refused("runs/lora.safetensors", "does not exist; give a .safetensors file, or owner/name/FILE")
     (tmp_path / "two").mkdir()

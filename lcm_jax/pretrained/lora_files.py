@@ -195,7 +195,10 @@ def file_shapes(tree: Mapping[str, Any], unet: UNet2DConditionModel, format: str
 
 def _locate(source: str | Path) -> Path:
     if hub.is_single_file(source) or Path(source).expanduser().is_file():
-        return hub.local_file(source)
+        path = hub.local_file(source)
+        if path.suffix not in (safetensors_io.SUFFIX, *safetensors_io.PICKLED):
+            raise LcmError(f"{path} is not a .safetensors file; give one, or rename it if it is one")
+        return path
     folder = hub.local_folder(source, [FILE_NAME])
     for name in (FILE_NAME, _TRAINER_FILE):
         if (folder / name).is_file():
