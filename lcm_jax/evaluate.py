@@ -6,33 +6,29 @@
     python -m lcm_jax.evaluate --model=DIR --source=webdataset --path=COCO.tar --count=5000 --row=ddim:50:7.5 \\
                                --metric=fid:pt_inception-2015-12-05-6726825d.pth --out=table
 
-Picture i of every row is of caption i, from noise that depends on (seed, i) alone. OUT/rows/ keeps each row as soon as
-it is there: the same command goes on where it was stopped, and measures anew what would come out otherwise now. Other
-models' rows may be added to OUT by further commands; seed, prompts, number and size of pictures must be the same.
-OUT/table.md, table.json and plot.png are made of all of them. Latency is of sampler and VAE, the compiler's time apart.
+Image i of every row is of caption i, from noise that depends on (seed, i) alone. Each row is written to OUT/rows/ as
+soon as it is measured: the same command resumes where it was stopped, and measures only rows whose numbers would differ
+now. Further commands may add rows of other models to OUT, with the same seed, prompts, number and size of images.
+OUT/table.md, table.json and plot.png are made of all rows. Latency is of sampler and VAE, without compiling.
 """
 
 import argparse
 import dataclasses
-import functools
 import math
 import os
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 
 from lcm_jax.data.sources import SOURCES, open_source
 from lcm_jax.diffusion.timesteps import SPACINGS
 from lcm_jax.errors import BadArgument, LcmError, exit_code, flags_named
 from lcm_jax.metrics import inputs, measures, plot, table
-from lcm_jax.metrics import rows as rows_lib
-from lcm_jax.metrics.measures import Measure, Reference, Spec
-from lcm_jax.metrics.rows import EvaluatedModel
+from lcm_jax.metrics.inputs import FolderImages, Inputs, SourceImages
+from lcm_jax.metrics.measures import Reference, Spec
+from lcm_jax.metrics.rows import Evaluation, comparison, model_about
 from lcm_jax.metrics.shapes import Endpoints
 from lcm_jax.pretrained import Pipeline
 from lcm_jax.pretrained.text import truncated
@@ -43,13 +39,13 @@ from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.load import load
 from lcm_jax.sampling.request import MAX_STEPS, SAMPLERS, Request, make_request, warnings
 
-SOURCE_COUNT = 2000  # pictures per row where captions come from a data source
+SOURCE_COUNT = 2000  # images per row if captions are from a data source
 SOURCE_FLAGS = ("path", "split", "image_key", "caption_key", "style")
 
 
 @dataclasses.dataclass(frozen=True)
 class RowRequest:
-    """A row as the command line asks for it; without a guidance scale the model's own default is taken."""
+    """A row of the command line; guidance_scale: None is the model's default."""
 
     sampler: str
     steps: int
@@ -62,57 +58,40 @@ class RowRequest:
 
 def parser() -> argparse.ArgumentParser:
     p = flags.Parser(prog="python -m lcm_jax.evaluate", description=__doc__.splitlines()[0])
+    add = p.add_argument
     flags.add_model_flags(p)
     flags.add_image_flags(p)
-    p.add_argument("--name", help="of the model in the table; default: what --model, --unet and --lora say")
-    p.add_argument(
-        "--row",
-        action="append",
-        required=True,
-        metavar="SAMPLER:STEPS[:SCALE]",
-        help="rows of the table; of lists with commas every combination; several times",
-    )
-    p.add_argument(
-        "--metric",
-        action="append",
-        default=[],
-        metavar="NAME[:WEIGHTS]",
-        help=f"{', '.join(measures.KINDS)}; several times; none: latency alone",
-    )
-    p.add_argument("--prompts", type=Path, help="text file, one prompt per line")
-    p.add_argument("--source", choices=tuple(SOURCES), help="data source of captions, and of reference pictures")
-    p.add_argument("--path", help="of the data source")
-    p.add_argument("--split", help="of the data source; default of shapes: heldout, else train")
-    p.add_argument("--image_key", help="of the data source: what holds the picture")
-    p.add_argument("--caption_key", help="of the data source: what holds the caption")
-    p.add_argument("--style", help="of the source shapes")
-    p.add_argument(
-        "--count", type=int, help=f"pictures per row; default: one of each prompt, {SOURCE_COUNT} of a source"
-    )
-    p.add_argument(
-        "--reference",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="FILE.npz|FOLDER",
-        help="statistics, or pictures, to compare with; several times; default: the source's",
-    )
-    p.add_argument("--references", type=int, help="pictures of the source to compare with; default: --count")
-    p.add_argument("--spacing", choices=SPACINGS, default="trailing", help="timesteps of the baselines")
-    p.add_argument("--endpoint_steps", type=int, default=50, help="of the teacher's ODE: --metric=shapes, one step")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--batch_size", type=int, default=16, help="pictures drawn at once")
-    p.add_argument("--timings", type=int, default=10, help="batches, at least, that a latency is the median of")
-    p.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True, help="plot.png, with matplotlib")
-    p.add_argument("--out", type=Path, required=True, help="folder for the table; one that was begun goes on")
+    add("--name", help="of the model in the table; default: the values of --model, --unet, --vae and --lora")
+    rows_help = "rows of the table; lists with commas give every combination; may be given several times"
+    add("--row", action="append", required=True, metavar="SAMPLER:STEPS[:SCALE]", help=rows_help)
+    metrics_help = f"{', '.join(measures.KINDS)}; may be given several times; default: latency alone"
+    add("--metric", action="append", default=[], metavar="NAME[:WEIGHTS]", help=metrics_help)
+    add("--prompts", type=Path, help="text file, one prompt per line")
+    add("--source", choices=tuple(SOURCES), help="data source of captions, and of reference images")
+    add("--path", help="of the data source")
+    add("--split", help="of the data source; default: heldout for shapes, else train")
+    add("--image_key", help="of the data source: what holds the image")
+    add("--caption_key", help="of the data source: what holds the caption")
+    add("--style", help="of the source shapes")
+    add("--count", type=int, help=f"images per row; default: one of each prompt, {SOURCE_COUNT} of a source")
+    reference_help = "statistics or images to compare with; may be given several times; default: the source's images"
+    add("--reference", action="append", type=Path, default=[], metavar="FILE.npz|FOLDER", help=reference_help)
+    add("--references", type=int, help="number of the source's images to compare with; default: --count")
+    add("--spacing", choices=SPACINGS, default="trailing", help="of the timesteps of samplers other than lcm")
+    add("--endpoint_steps", type=int, default=50, help="steps of the teacher's ODE for the one-step error of shapes")
+    add("--seed", type=int, default=0)
+    add("--batch_size", type=int, default=16, help="images generated at once")
+    add("--timings", type=int, default=10, help="the least number of batches that a latency is the median of")
+    add("--plot", action=argparse.BooleanOptionalAction, default=True, help="plot.png, with matplotlib")
+    add("--out", type=Path, required=True, help="folder of the table; may have rows already")
     return p
 
 
 def parse_rows(texts: Sequence[str]) -> list[RowRequest]:
-    """ "lcm:1,2:8" -> lcm with 1 and with 2 steps at guidance scale 8; each row once.
+    """SAMPLERS:STEPS[:SCALES] of each, lists with commas -> every combination, each row once.
 
     Raises:
-      LcmError: an unknown sampler, steps or a scale that are no numbers or out of range.
+      LcmError: an unknown sampler; steps or a scale that are not numbers or out of range.
     """
     rows = []
     for text in texts:
@@ -126,7 +105,7 @@ def parse_rows(texts: Sequence[str]) -> list[RowRequest]:
             raise LcmError(f"--row={text}: write SAMPLER:STEPS or SAMPLER:STEPS:SCALE, as lcm:1,2,4:8") from None
         for sampler in words[0].split(","):
             if sampler not in SAMPLERS:
-                raise LcmError(f"--row={text}: sampler {sampler!r} is unknown; choose of {', '.join(SAMPLERS)}")
+                raise LcmError(f"--row={text}: sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
             rows += [RowRequest(sampler, n, scale) for scale in scales for n in steps]
     for row in rows:
         if not 1 <= row.steps <= MAX_STEPS:
@@ -137,7 +116,7 @@ def parse_rows(texts: Sequence[str]) -> list[RowRequest]:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raises LcmError for what is wrong with a command line whatever the model."""
+    """Raises LcmError for what is wrong with a command line for any model."""
     flags.check_counts(args, "count", "references", "batch_size", "timings", "endpoint_steps")
     flags.check_seed(args.seed)
     if (args.prompts is None) == (args.source is None):
@@ -147,24 +126,23 @@ def check_flags(args: argparse.Namespace) -> None:
             raise LcmError(f"--{flag} is of a data source; give --source, too, or leave it out")
     for path in args.reference:
         if not path.exists() or not (path.is_dir() or path.suffix == ".npz"):
-            raise LcmError(f"--reference={path}: no .npz of statistics and no folder of pictures is there")
+            raise LcmError(f"--reference={path} is neither a .npz of statistics nor a folder of images; give one")
     folders = sum(path.is_dir() for path in args.reference)
     if folders > 1:
-        raise LcmError("--reference: one folder of pictures at most; put them together")
+        raise LcmError(f"--reference: {folders} folders of images are given, one at most; put the images together")
     if folders and args.references is not None:
         raise LcmError(
-            f"--references={args.references} is of --source's pictures, but --reference gives a folder, "
-            "all of which are taken; leave one of them out"
+            f"--references={args.references} is of --source's images, but --reference gives a folder, all images of "
+            "which are used; leave one of them out"
         )
     if args.plot:
         plot.check()
 
 
-def read_inputs(args: argparse.Namespace) -> inputs.Inputs:
-    """The captions of the command line. Raises LcmError: none, fewer than --count, or a source that cannot be read."""
+def read_inputs(args: argparse.Namespace) -> Inputs:
+    """The captions. Raises LcmError: none, fewer than --count, or a source that cannot be read."""
     if args.prompts is not None:
-        lines = flags.read_lines("prompts", args.prompts)
-        return inputs.of_prompts(lines, args.count, f"--prompts={args.prompts}")
+        return inputs.of_prompts(flags.read_lines("prompts", args.prompts), args.count, f"--prompts={args.prompts}")
     count = args.count or SOURCE_COUNT
     given = {key: getattr(args, key) for key in SOURCE_FLAGS if getattr(args, key) is not None}
     if args.source == "shapes":
@@ -176,44 +154,30 @@ def read_inputs(args: argparse.Namespace) -> inputs.Inputs:
     return inputs.of_source(source, count, " ".join(word for word in words if word))
 
 
-def read_reference(args: argparse.Namespace, found: inputs.Inputs, specs: Sequence[Spec]) -> Reference:
-    """What the command line compares with.
+def read_reference(args: argparse.Namespace, found: Inputs, specs: Sequence[Spec]) -> Reference:
+    """What to compare with: files of statistics, and images of a folder, else of the source of the captions.
 
     Raises:
-      LcmError: an empty folder, fewer pictures than --references, or no metric of `specs` compares with any.
+      LcmError: an empty folder, fewer images than --references, or no metric of `specs` needs a reference.
     """
     if args.reference and not any(spec.name in measures.NEEDS_REFERENCE for spec in specs):
         raise LcmError(
-            f"--reference={args.reference[0]}: no --metric compares with pictures; give one of "
+            f"--reference={args.reference[0]}: no --metric compares with images; give one of "
             f"{', '.join(measures.NEEDS_REFERENCE)}, or leave it out"
         )
-    statistics = tuple(path for path in args.reference if not path.is_dir())
-    folder = next((path for path in args.reference if path.is_dir()), None)
-    cache = args.out / "references"
-    if folder is not None:
-        paths = inputs.picture_files(folder)
-        about = functools.cache(lambda: inputs.files_about(paths, folder))
-        return Reference(statistics, lambda h, w: inputs.file_pictures(paths, h, w), about, cache)
-    if found.source is None:
-        return Reference(statistics, None, dict, cache)
-    count, source = args.references or len(found.captions), found.source
-    if count > len(source):
-        raise LcmError(f"--references={count}: the source has {len(source)} records; give no more")
-    about = functools.cache(lambda: inputs.source_about(source, count, found.origin))
-    return Reference(statistics, lambda h, w: inputs.source_pictures(source, count, h, w), about, cache)
+    images = next((FolderImages(path) for path in args.reference if path.is_dir()), None)
+    if images is None and found.source is not None:
+        count = args.references or len(found.captions)
+        if count > len(found.source):
+            raise LcmError(f"--references={count}: the source has {len(found.source)} records; give no more")
+        images = SourceImages(found.source, count, found.name)
+    return Reference(tuple(path for path in args.reference if not path.is_dir()), images, args.out / "references")
 
 
-def load_model(args: argparse.Namespace) -> EvaluatedModel:
-    """The model of the command line."""
-    generator = flags.load_model(args)
-    name = args.name or " + ".join([args.model, *filter(None, (args.unet, args.vae)), *args.lora])
-    return EvaluatedModel(name, generator, generator.whole_batch(args.batch_size))
-
-
-def make_requests(asked: Sequence[RowRequest], pipeline: Pipeline, args: argparse.Namespace) -> list[Request]:
-    """The request of every row, each once; warnings to stderr. Raises LcmError: not for this model."""
+def make_requests(rows: Sequence[RowRequest], pipeline: Pipeline, args: argparse.Namespace) -> list[Request]:
+    """The request of every row, each once; warnings go to stderr. Raises LcmError: the model cannot do it."""
     found, requests = {}, {}
-    for row in asked:
+    for row in rows:
         try:
             request = make_request(
                 pipeline,
@@ -232,112 +196,93 @@ def make_requests(asked: Sequence[RowRequest], pipeline: Pipeline, args: argpars
     return list(requests)
 
 
-def load_teacher(specs: Sequence[Spec], model: Generator, endpoint_steps: int) -> Generator | None:
-    """Whose guided ODE one step is compared with, if the shapes are measured. Raises LcmError: it does not fit."""
+def load_endpoints(
+    args: argparse.Namespace, specs: Sequence[Spec], generator: Generator, captions: Sequence[str], request: Request
+) -> Endpoints | None:
+    """The endpoints of the teacher's ODE, if shapes are measured. Raises LcmError: it does not fit the model."""
     path = next((spec.path or "shapes" for spec in specs if spec.name == "shapes"), None)
     if path is None:
         return None
-    generator = load(path, mesh=model.mesh)
-    teacher, student = generator.pipeline, model.pipeline
-    if teacher.has_w_embedding:
+    teacher = load(path, mesh=generator.mesh)
+    if teacher.pipeline.has_w_embedding:
         raise LcmError(f"--metric=shapes:{path} is distilled itself (it has a w embedding); give its teacher")
-    latents, its = ((one.unet.in_channels, one.vae.factor) for one in (teacher, student))
-    if latents != its:
+    (channels, factor), own = ((p.unet.in_channels, p.vae.factor) for p in (teacher.pipeline, generator.pipeline))
+    if (channels, factor) != own:
         raise LcmError(
-            f"--metric=shapes:{path} has latents of {latents[0]} channels at 1/{latents[1]} size, the "
-            f"model's are {its[0]} at 1/{its[1]}; give the model's teacher"
+            f"--metric=shapes:{path} has latents of {channels} channels at 1/{factor} size, the model's are {own[0]} "
+            f"at 1/{own[1]}; give the model's teacher"
         )
-    timesteps = teacher.schedule.num_train_timesteps
-    if endpoint_steps > timesteps:
-        raise LcmError(f"--endpoint_steps={endpoint_steps}: the teacher has {timesteps} timesteps; give no more")
-    return generator
+    timesteps = teacher.pipeline.schedule.num_train_timesteps
+    if args.endpoint_steps > timesteps:
+        raise LcmError(f"--endpoint_steps={args.endpoint_steps}: the teacher has {timesteps} timesteps; give no more")
+    return Endpoints(teacher, captions, args.endpoint_steps, args.seed, request)
 
 
 def run(args: argparse.Namespace) -> list[Path]:
-    """Measures what the command line asks for and is not there yet; returns the files of the table."""
+    """Measures the rows that are missing; returns the files of the table."""
     args.out = args.out.expanduser()
     check_flags(args)
-    asked, specs = parse_rows(args.row), measures.parse(args.metric)
+    rows, specs = parse_rows(args.row), measures.parse(args.metric)
     found = read_inputs(args)
     reference = read_reference(args, found, specs)
-    model = load_model(args)
-    generator, mesh = model.generator, model.generator.mesh
-    requests = make_requests(asked, generator.pipeline, args)
-    size = requests[0].height, requests[0].width
-    report_lengths(generator.pipeline, found)
-    style = args.style or "plain"
-    measured = [measures.load(s, found.captions, size, reference, mesh, model.batch_size, style) for s in specs]
+    generator = flags.load_model(args)
+    requests = make_requests(rows, generator.pipeline, args)
+    report_captions(generator.pipeline, found)
+
+    mesh, batch_size = generator.mesh, generator.whole_batch(args.batch_size)
+    size, style = (requests[0].height, requests[0].width), args.style or "plain"
+    measured = [measures.load(s, found.captions, size, reference, mesh, batch_size, style) for s in specs]
     measures.check_used(reference, measured)
-    teacher = load_teacher(specs, generator, args.endpoint_steps)
+    endpoints = load_endpoints(args, specs, generator, found.captions, requests[0])
     program = {key: getattr(args, key) for key in ("dtype", "negative_prompt", "tiled", "fsdp", "timings")}
-    program |= {"batch_size": model.batch_size, "device": f"{mesh.size} x {jax.devices()[0].device_kind}"}
-    shared = rows_lib.comparison(found, args.seed, size, measured, teacher, args.endpoint_steps)
-    about = {"model": rows_lib.model_about(generator), "program": program}
+    program |= {"batch_size": batch_size, "device": f"{mesh.size} x {jax.devices()[0].device_kind}"}
+    evaluation = Evaluation(
+        model=args.name or " + ".join([args.model, *filter(None, (args.unet, args.vae)), *args.lora]),
+        generator=generator,
+        batch_size=batch_size,
+        captions=found.captions,
+        seed=args.seed,
+        measures=measured,
+        endpoints=endpoints,
+        timings=args.timings,
+        comparison=comparison(found, args.seed, size, measured, endpoints),
+        state={"model": model_about(generator), "program": program},
+    )
     with locked(args.out) as out:
-        before = table.kept(out)
-        table.check_comparable(out, before, shared)
-        todo = [request for request in requests if not rows_lib.is_there(before, model, request, shared, about)]
-        if todo:
-            measure(out, todo, model, found, measured, teacher, shared, about, args)
-        return write(out, model, table.plain(about), args.plot)
+        kept = table.read_rows(out)
+        table.check_comparable(out, kept, evaluation.comparison)
+        missing = [request for request in requests if not evaluation.is_measured(kept, request)]
+        if missing:
+            measure(out, evaluation, missing)
+        return write(out, evaluation, args.plot)
 
 
-def measure(
-    out: Path,
-    requests: Sequence[Request],
-    model: EvaluatedModel,
-    found: inputs.Inputs,
-    measured: Sequence[Measure],
-    teacher: Generator | None,
-    shared: Mapping[str, Any],
-    about: Mapping[str, Any],
-    args: argparse.Namespace,
-) -> None:
-    """Measures rows, and keeps each."""
-    for one in measured:
+def measure(out: Path, evaluation: Evaluation, requests: Sequence[Request]) -> None:
+    """Measures rows, and writes each to the folder."""
+    for one in evaluation.measures:
         say(f"{one.name}: {one.about['network']}")
-        one.prepare()
-    ends = None
-    if teacher is not None and any(request.settings.steps == 1 for request in requests):
-        ends = Endpoints(teacher, found.captions, args.endpoint_steps, args.seed, requests[0])
-    numbers = [0] * model.batch_size
-    nothing = np.zeros_like(model.generator.noise(0, numbers, 1, requests[0].height, requests[0].width)[0])
-    model.generator.decode(nothing)  # compiled before any clock runs
-    with Progress(len(requests) * len(found.captions), 0, "images") as progress:
+    evaluation.prepare(requests[0])
+    with Progress(len(requests) * len(evaluation.captions), 0, "images") as progress:
         for number, request in enumerate(requests, 1):
-            row = rows_lib.measured(
-                model,
-                found.captions,
-                request,
-                measured,
-                ends,
-                seed=args.seed,
-                timings=args.timings,
-                shared=shared,
-                about=about,
-                advance=progress.move,
+            row = evaluation.measure(request, progress.move)
+            aside = table.save_row(out, row)
+            shown = {table.COLUMNS[key]: value for key, value in row.values.items() if value is not None}
+            values = [f"{column.title} {column.form.format(value)}" for column, value in shown.items()]
+            say(
+                f"row {number} of {len(requests)}: {row.sampler}, {row.steps} steps, scale {row.guidance_scale:g}: "
+                + ", ".join([*values, f"{row.milliseconds:.1f} ms per image"])
             )
-            aside = table.keep(out, row)
-            values = ", ".join(
-                f"{table.COLUMNS[key].title} {table.COLUMNS[key].form.format(value)}"
-                for key, value in row.values.items()
-                if value is not None
-            )
-            of = f"row {number} of {len(requests)}: {row.sampler}, {row.steps} steps, scale {row.guidance_scale:g}: "
-            say(of + ", ".join(filter(None, (values, f"{row.milliseconds:.1f} ms per image"))))
             if aside:
-                say(f"the previous row was of other images and had more metrics; it was moved to {aside}")
+                say(f"the previous row was of other images; it was moved to {aside}")
 
 
-def write(out: Path, model: EvaluatedModel, about: Mapping[str, Any], with_plot: bool) -> list[Path]:
-    """table.json, table.md and plot.png of all rows in the folder that belong together."""
-    kept = table.kept(out)
-    current = table.states(table.read(out)) | {model.name: about}
-    rows = [row for row in kept if table.belongs(row, current)]
-    for name, number in Counter(row.model for row in kept if not table.belongs(row, current)).items():
+def write(out: Path, evaluation: Evaluation, with_plot: bool) -> list[Path]:
+    """Writes table.json, table.md and plot.png of the rows in the folder that go together."""
+    rows, others = table.newest(out, evaluation.model, table.plain(evaluation.state))
+    for model, count in others.items():
         say(
-            f"{number} rows of {name} are of another state of it or other flags, and are left out of the table; ask "
-            "for them again to measure them anew"
+            f"{count} rows of {model} are of other weights or flags and are left out of the table; evaluate them again "
+            "to include them"
         )
     table.write(out, rows)
     if with_plot:
@@ -345,16 +290,16 @@ def write(out: Path, model: EvaluatedModel, about: Mapping[str, Any], with_plot:
     return [out / name for name in ("table.md", "table.json", "plot.png")[: 2 + with_plot]]
 
 
-def report_lengths(pipeline: Pipeline, found: inputs.Inputs) -> None:
-    """Warns on stderr of captions that are cut, and of records that could not be read."""
-    if found.left_out:
-        say(f"warning: {found.left_out} records of {found.origin} cannot be read; others stand in for them")
+def report_captions(pipeline: Pipeline, found: Inputs) -> None:
+    """Warns on stderr about captions that are cut, and about unusable records."""
+    if found.skipped:
+        say(f"warning: {found.skipped} records of {found.name} are unusable; the next ones replace them")
     cut = truncated(pipeline, found.captions)
     if cut:
         caption, (length, kept) = max(cut.items(), key=lambda item: item[1][0])
         say(
             f"warning: {len(cut)} captions are longer than {kept} tokens and are cut; the longest, of {length}, begins "
-            f"{caption[:60]!r}"
+            f"with {caption[:60]!r}"
         )
 
 

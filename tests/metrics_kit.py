@@ -1,4 +1,4 @@
-"""Tiny folders of feature networks with random weights, and pictures to put into them."""
+"""Tiny folders of feature networks with random weights, and images to put into them."""
 
 import functools
 import json
@@ -31,7 +31,7 @@ PREPROCESSOR = {
 }
 
 
-def pictures(count, height=40, width=40, seed=0):
+def images(count, height=40, width=40, seed=0):
     """Noise on a gradient, uint8 [count height width 3]."""
     rng = np.random.default_rng(seed)
     ramp = np.linspace(0, 120, width)[:, None] + rng.uniform(0, 80, (count, 1, 1, 3))
@@ -58,7 +58,7 @@ def torch_dinov2(**changes) -> transformers.Dinov2Model:
 
 
 def write_dinov2(folder: Path, model: transformers.Dinov2Model, published: bool = True) -> Path:
-    """published: keys as in the files of the hub; else those of the modules of today's transformers."""
+    """published: keys as in the files of the hub; else as in the modules of today's transformers."""
     model.save_pretrained(folder)  # writes the published keys
     if not published:
         save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})

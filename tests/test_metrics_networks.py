@@ -1,4 +1,4 @@
-"""Feature networks against torch on random weights, from files as they are published; and what their readers refuse."""
+"""Feature networks against torch with random weights, in files like the published ones; what their readers refuse."""
 
 import pickle
 import struct
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from lcm_jax.errors import LcmError
-from lcm_jax.metrics import features
+from lcm_jax.metrics.features import load_extractor, weights_hash
 from lcm_jax.metrics.networks import clip, dinov2, inception, torch_file, weights
-from lcm_jax.models import clip as clip_vision
+from lcm_jax.models.clip import vision_from_config
 
 ATOL = 1e-4
 
@@ -96,21 +96,21 @@ def inception_file(inception_state, tmp_path_factory):
 
 
 def test_inception_matches_torch(inception_state, inception_file):
-    network = features.Network("", 0, *[None] * 2, inception.read(inception_file), "")
-    count = sum(leaf.size for leaf in jax.tree.leaves(network.params))
+    params = inception.read(inception_file)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == 21_785_568 + 2 * 17_216  # torchvision's Inception-v3 without its heads, and the norms' statistics
     x = np.random.default_rng(1).uniform(-1, 1, (2, 107, 91, 3)).astype(np.float32)
     want = torch_inception(inception_state, torch.from_numpy(x.transpose(0, 3, 1, 2))).numpy()
-    got = jax.jit(lambda p, x: inception.FIDInception().apply({"params": p}, x))(network.params, x)
+    got = jax.jit(lambda p, x: inception.FIDInception().apply({"params": p}, x))(params, x)
     assert want.shape == (2, 2048) and np.abs(want).mean() > 0.05
     parity.close(got, want, rtol=0, atol=ATOL * np.abs(want).max())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("resize", inception.RESIZES)
-def test_inception_features_of_pictures(resize, inception_state, inception_file):
-    extractor = features.load_extractor("inception", inception_file, resize=resize, batch_size=2)
-    images = metrics_kit.pictures(3, 120, 160)
+def test_inception_features_of_images(resize, inception_state, inception_file):
+    extractor = load_extractor("inception", inception_file, resize=resize, batch_size=2)
+    images = metrics_kit.images(3, 120, 160)
     x = inception.RESIZES[resize][1](images).transpose(0, 3, 1, 2)
     want = torch_inception(inception_state, torch.from_numpy(np.ascontiguousarray(x))).numpy()
     parity.close(extractor(images / 255), want, rtol=0, atol=ATOL * np.abs(want).max())
@@ -123,10 +123,10 @@ def test_inception_variants_have_names_and_hashes_of_their_own(inception_file):
         "inception-2015/pytorch-bilinear-299",
         "inception-2015/clean-bicubic-299",
     ]
-    images = metrics_kit.pictures(1, 330, 310)
+    images = metrics_kit.images(1, 330, 310)
     inputs = [n.prepare(images) for n in networks]
     assert all(x.shape == (1, 299, 299, 3) and x.dtype == np.float32 and -1 <= x.min() < x.max() <= 1 for x in inputs)
-    assert len({features.weights_hash(n) for n in networks}) == 3
+    assert len({weights_hash(n) for n in networks}) == 3
     white = [n.prepare(np.full((1, 20, 20, 3), 255, np.uint8)).max() for n in networks]
     parity.close(white, [127 / 128, 1.0, 127 / 128], rtol=1e-6)
 
@@ -138,25 +138,7 @@ def test_inception_reads_safetensors_alike(inception_state, inception_file, tmp_
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_files_of_torch_save(zipped, tmp_path):
-    base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
-    state = {
-        "plain": base,
-        "transposed": base.t(),
-        "part": base[1:3, 2:],
-        "half": base.half(),
-        "count": torch.tensor(3),
-        "empty": torch.zeros(0, 2),
-    }
-    torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
-    read = torch_file.read(tmp_path / "w.pth")
-    assert set(read) == set(state)
-    for key, value in state.items():
-        np.testing.assert_array_equal(read[key], value.numpy(), strict=True)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_that_wants_more_than_tensors_is_refused(zipped, tmp_path):
+def test_torch_file_refuses_more_than_tensors(zipped, tmp_path):
     class Evil:
         def __reduce__(self):
             return print, ("run",)
@@ -210,7 +192,7 @@ def op_tensor(sizes, strides, offset=0, storage=None):
 
 
 def write_state(path, tensor, numbers=4, key=b"X\x01\x00\x00\x00w", zipped=True, declared=None):
-    """A file of torch.save whose one entry is made by these operations, and whose storage "0" is 0, 1, 2, ..."""
+    """A file of torch.save whose one entry these operations make, and whose storage "0" is 0, 1, 2, ..."""
     state, values = b"\x80\x02}(" + key + tensor + b"u.", np.arange(numbers, dtype=np.float32).tobytes()
     if zipped:
         with zipfile.ZipFile(path, "w") as archive:
@@ -224,7 +206,7 @@ def write_state(path, tensor, numbers=4, key=b"X\x01\x00\x00\x00w", zipped=True,
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_tensor_lies_inside_its_storage(zipped, tmp_path):
+def test_torch_file_tensor_lies_inside_its_storage(zipped, tmp_path):
     rng, outcomes = np.random.default_rng(0), []
     for _ in range(250):
         dims = rng.integers(0, 4)
@@ -238,12 +220,12 @@ def test_a_tensor_lies_inside_its_storage(zipped, tmp_path):
             zipped=zipped,
         )
         good = offset >= 0 and (sizes >= 0).all() and (strides >= 0).all()
-        if good:  # every index that it has, one by one
-            places = offset + sum((np.indices(sizes)[d] * strides[d] for d in range(dims)), np.zeros(sizes, int))
-            good = ((places >= 0) & (places < numbers)).all() and places.nbytes // 2 <= path.stat().st_size
+        if good:  # every one of its indices
+            indices = offset + sum((np.indices(sizes)[d] * strides[d] for d in range(dims)), np.zeros(sizes, int))
+            good = ((indices >= 0) & (indices < numbers)).all() and indices.nbytes // 2 <= path.stat().st_size
         outcomes.append(good)
         if good:
-            np.testing.assert_array_equal(torch_file.read(path)["w"], places.astype(np.float32), strict=True)
+            np.testing.assert_array_equal(torch_file.read(path)["w"], indices.astype(np.float32), strict=True)
         else:
             with pytest.raises(LcmError, match="cannot be read as weights"):
                 torch_file.read(path)
@@ -253,7 +235,7 @@ def test_a_tensor_lies_inside_its_storage(zipped, tmp_path):
 @pytest.mark.parametrize(
     "tensor, why",
     [
-        (op_tensor([2, 2], [1000, -1000]), "below 0"),  # its last element is its first, the others are somewhere else
+        (op_tensor([2, 2], [1000, -1000]), "below 0"),  # its last element is its first, the others lie elsewhere
         (op_tensor([-2, -2], [1, 1]), "below 0"),
         (op_tensor([2], [-1], 3), "below 0"),
         (op_tensor([2], [1], -1), "below 0"),
@@ -275,7 +257,7 @@ def test_a_tensor_lies_inside_its_storage(zipped, tmp_path):
         (op_tensor([2], [1], 0, op_storage(-1)), "below 0"),
         (op_tensor([2], [1], 0, op_storage(4.0)), "only int"),
         (op_tensor([2], [1], 0, op_storage(4, 0)), "only str"),
-        (op_tensor([2], [1], 0, op_storage(4, view=[[op_text("0"), 0, 4]])), "else than a whole storage"),
+        (op_tensor([2], [1], 0, op_storage(4, view=[[op_text("0"), 0, 4]])), "other than a whole storage"),
         (op_tensor([2], [1], 0, op_value(5)), "only Storage"),
         (op_tensor([2], [1]) + b"}(" + op_text("strides") + op_value([2**40]) + b"ub", "only dict"),  # set later
         (op_name("torch._utils", "_rebuild_tensor_v2") + b"}b", "only dict"),
@@ -284,16 +266,16 @@ def test_a_tensor_lies_inside_its_storage(zipped, tmp_path):
         (b"\x96" + struct.pack("<Q", 2**40), "bytearray8"),
     ],
 )
-def test_numbers_of_a_torch_file_that_cannot_be(tensor, why, tmp_path):
+def test_torch_file_refuses_impossible_numbers(tensor, why, tmp_path):
     with pytest.raises(LcmError, match=why) as caught:
         torch_file.read(write_state(tmp_path / "w.pth", tensor))
     assert str(tmp_path / "w.pth") in str(caught.value) and "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600 + len(str(tmp_path))
 
 
-def test_nesting_of_a_torch_file_has_no_price(tmp_path):
-    deep = b")" + b"\x85" * 100_000  # ((((...)))): its hash and its print go down in C's stack
-    wide = b")" + b"q\x01h\x01h\x01\x86" * 60  # a pair of pairs of pairs ...: 2^60 in whoever walks through it
+def test_torch_file_of_deep_nesting(tmp_path):
+    deep = b")" + b"\x85" * 100_000  # ((((...)))): hashing or printing it would overflow C's stack
+    wide = b")" + b"q\x01h\x01h\x01\x86" * 60  # a pair of pairs of pairs ...: 2^60 nodes for whoever walks through it
     for number, bad in enumerate((deep, wide)):
         of = op_tensor([2], [1], 0, op_storage(key=bad))
         for tensor, key in ((bad + b"Q", op_text("w")), (of, op_text("w")), (bad, op_text("w")), (op_value(1), bad)):
@@ -304,14 +286,14 @@ def test_nesting_of_a_torch_file_has_no_price(tmp_path):
     np.testing.assert_array_equal(torch_file.read(path)["w"], [0, 1])
 
 
-def test_counts_and_names_in_containers_of_torch(tmp_path):
+def test_torch_file_counts_and_names(tmp_path):
     for declared in (-1, 3, 5, 2**62):
-        with pytest.raises(LcmError, match="has not the 4 numbers"):
+        with pytest.raises(LcmError, match="does not have the 4 numbers"):
             torch_file.read(write_state(tmp_path / "w.pth", op_tensor([2], [1]), zipped=False, declared=declared))
     path = write_state(tmp_path / "w.pth", op_tensor([2], [1]))
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("a/data/0", bytes(16))
-    with pytest.raises(LcmError, match="1 names twice"):
+    with pytest.raises(LcmError, match="1 repeated names"):
         torch_file.read(path)
     path.unlink()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -323,10 +305,11 @@ def test_counts_and_names_in_containers_of_torch(tmp_path):
 
 @pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_state_of_a_module_in_every_protocol(protocol, zipped, tmp_path):
+def test_torch_file_in_every_protocol(protocol, zipped, tmp_path):
     state = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 2), torch.nn.BatchNorm2d(5)).state_dict()
     state["tied"], state["past its end"] = state["0.weight"].permute(2, 0, 3, 1), state["0.bias"][5:]
     state["repeated"], state["row"] = torch.ones(1).expand(3, 4), state["0.weight"][1:2, :, ::2]
+    state["half"], state["count"], state["empty"] = state["0.weight"].half(), torch.tensor(3), torch.zeros(0, 2)
     torch.save(state, tmp_path / "w.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     read = torch_file.read(tmp_path / "w.pth")
     assert list(read) == list(state)
@@ -335,11 +318,11 @@ def test_state_of_a_module_in_every_protocol(protocol, zipped, tmp_path):
 
 
 @pytest.mark.parametrize("kind", weights.SOURCES)
-def test_missing_weights_tell_where_and_which(kind, tmp_path):
+def test_missing_weights_are_reported_with_source_and_hash(kind, tmp_path):
     where, digest = weights.SOURCES[kind]
     for path, what in ((None, "no weights are given"), (tmp_path / "none", "none does not exist")):
         with pytest.raises(LcmError) as caught:
-            features.load_extractor(kind, path)
+            load_extractor(kind, path)
         assert what in str(caught.value) and where in str(caught.value) and digest in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -367,7 +350,7 @@ def test_dinov2_matches_transformers(changes, published, tmp_path):
         x = np.random.default_rng(2).standard_normal((2, height, width, 3)).astype(np.float32)
         with torch.no_grad():
             want = model(torch.from_numpy(x.transpose(0, 3, 1, 2))).pooler_output.numpy()
-        got = network.apply(network.params, x)
+        got = jax.jit(network.module.apply)({"params": network.params}, x)
         assert want.std() > 0.3
         parity.close(got, want, rtol=0, atol=ATOL)
 
@@ -395,15 +378,15 @@ def test_published_networks_have_their_size():
         "patch_size": 14,
     }
     config = {"model_type": "clip", "projection_dim": 768, "vision_config": vision}
-    table = clip._vision_table(clip_vision.vision_from_config(config))
+    table = clip._vision_table(vision_from_config(config))
     texts = 123_060_480 + 768 * 768  # text tower and its projection; the last number is the logit scale
     assert sum(np.prod(p.shape) for p in table.values()) + texts + 1 == 427_616_513
 
 
-def test_dinov2_resizes_of_pictures(tmp_path):
+def test_dinov2_resizes(tmp_path):
     folder = metrics_kit.write_dinov2(tmp_path, metrics_kit.torch_dinov2())
     square, processor = dinov2.load(folder), dinov2.load(folder, "processor")
-    images = metrics_kit.pictures(1, 50, 60)
+    images = metrics_kit.images(1, 50, 60)
     assert square.prepare(images).shape == (1, 224, 224, 3) and processor.prepare(images).shape == (1, 28, 28, 3)
     assert square.name == "dinov2-2x32/square-bicubic" and processor.name == "dinov2-2x32/processor-bicubic"
     with pytest.raises(LcmError, match="resize='clean'.*square, processor"):

@@ -17,13 +17,13 @@ SIZES = [(64, 64), (40, 61), (70, 33), (24, 24)]
 BLENDED = 8 * 255 * parity.EPS  # values up to 255, blended twice in float32; the oracles are float64
 
 
-def pictures(height, width, count=2, seed=0):
+def random_images(height, width, count=2, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), np.uint8)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_bilinear_at_pixel_centres_is_torchs(size):
-    images = pictures(*size)
+    images = random_images(*size)
     nchw = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float64))
     want = torch.nn.functional.interpolate(nchw, (29, 29), mode="bilinear", align_corners=False)
     got = resizing.bilinear(images, 29, centres=True)
@@ -32,8 +32,8 @@ def test_bilinear_at_pixel_centres_is_torchs(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_bilinear_of_tensorflow_1_pixel_by_pixel(size):
-    images, side = pictures(*size, count=1), 29
+def test_bilinear_of_tensorflow_1(size):
+    images, side = random_images(*size, count=1), 29
     height, width = size
     want = np.empty((side, side, 3))
     for i in range(side):
@@ -46,8 +46,8 @@ def test_bilinear_of_tensorflow_1_pixel_by_pixel(size):
     parity.close(resizing.bilinear(images, side, centres=False)[0], want, rtol=0, atol=BLENDED)
 
 
-def test_the_two_bilinears_differ_and_agree_where_nothing_is_resized():
-    images = pictures(64, 64)
+def test_bilinear_variants_differ_unless_nothing_is_resized():
+    images = random_images(64, 64)
     a, b = (resizing.bilinear(images, 29, centres=c) for c in (False, True))
     assert np.abs(a - b).mean() > 10
     for centres in (False, True):
@@ -55,9 +55,9 @@ def test_the_two_bilinears_differ_and_agree_where_nothing_is_resized():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_clean_bicubic_is_torchs_antialiased(size):
+def test_bicubic_float_is_torchs_antialiased(size):
     # torch's antialias follows Pillow's filter (a = -0.5, support grows with the shrinking).
-    images = pictures(*size)
+    images = random_images(*size)
     nchw = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float64))
     want = torch.nn.functional.interpolate(nchw, (29, 29), mode="bicubic", antialias=True).clamp(0, 255)
     got = resizing.bicubic_float(images, 29)
@@ -78,14 +78,14 @@ def test_processor_is_transformers(size, kind, tmp_path):
         "square": lambda: BitImageProcessorPil(size={"height": 30, "width": 27}, do_center_crop=False, resample=2),
     }[kind]()
     theirs.save_pretrained(tmp_path)
-    images = pictures(*size)
+    images = random_images(*size)
     want = theirs([Image.fromarray(image) for image in images], return_tensors="np")["pixel_values"]
     got = resizing.read_processor(tmp_path)(images)
     assert got.dtype == np.float32
     parity.close(got, want.transpose(0, 2, 3, 1), atol=1e-5)
 
 
-def test_early_configs_and_those_of_whole_processors(tmp_path):
+def test_read_processor_of_early_and_whole_configs(tmp_path):
     early = {
         "crop_size": 28,
         "do_center_crop": True,
@@ -100,9 +100,9 @@ def test_early_configs_and_those_of_whole_processors(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(early))
     first = resizing.read_processor(tmp_path)
     assert first == resizing.Processor(28, (28, 28), (0.5,) * 3, (0.25,) * 3)
-    unsaid = {key: value for key, value in early.items() if key != "do_center_crop"}
+    no_crop_flag = {key: value for key, value in early.items() if key != "do_center_crop"}
     for kind, crop in (("CLIPImageProcessor", (28, 28)), ("BitImageProcessor", (28, 28)), ("ViTImageProcessor", None)):
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(unsaid | {"image_processor_type": kind}))
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(no_crop_flag | {"image_processor_type": kind}))
         assert resizing.read_processor(tmp_path).crop == crop
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(early))
     (tmp_path / "preprocessor_config.json").rename(tmp_path / "processor_config.json")
@@ -110,30 +110,27 @@ def test_early_configs_and_those_of_whole_processors(tmp_path):
     assert resizing.read_processor(tmp_path) == first
 
 
-def test_centre_square_first_is_cmmds_reading():
+def test_processor_crops_to_the_square_first():
     processor = resizing.Processor((28, 28), None, (0.0,) * 3, (1.0,) * 3, square_first=True)
-    image = pictures(41, 60, count=1)[0]
+    image = random_images(41, 60, count=1)[0]
     want = np.asarray(Image.fromarray(image).crop((9, 0, 50, 41)).resize((28, 28), Image.Resampling.BICUBIC)) / 255
     parity.close(processor(image[None])[0], want, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"do_resize": False}, "do_resize=False"),
-        ({"resample": 1}, "resample=1"),
-        ({"rescale_factor": 1 / 127.5}, "rescale_factor=0.0078"),
-    ],
-)
-def test_refusals(change, message, tmp_path):
+def test_refusals(tmp_path):
     config = {"size": 28, "crop_size": 28, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     with pytest.raises(LcmError, match="preprocessor_config.json is missing"):
         resizing.read_processor(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | change))
-    with pytest.raises(UnsupportedConfig, match=message):
-        resizing.read_processor(tmp_path)
+    for change, message in (
+        ({"do_resize": False}, "do_resize=False"),
+        ({"resample": 1}, "resample=1"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor=0.0078"),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UnsupportedConfig, match=message):
+            resizing.read_processor(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 28, "crop_size": 28}))
     with pytest.raises(LcmError, match="image_mean"):
         resizing.read_processor(tmp_path)
-    with pytest.raises(LcmError, match="centre of 30 x 30 in pictures of 28 x 28"):
-        resizing.Processor(28, (30, 30), (0.0,) * 3, (1.0,) * 3)(pictures(40, 40))
+    with pytest.raises(LcmError, match="centre of 30 x 30 in images of 28 x 28"):
+        resizing.Processor(28, (30, 30), (0.0,) * 3, (1.0,) * 3)(random_images(40, 40))

@@ -1,12 +1,11 @@
-"""Table 1: its layout, which rows it has, and what is refused before any training; how experiments keep results."""
+"""Table 1: its layout, which rows it has, and what is refused before any training."""
 
 import dataclasses
-import json
 
 import pytest
 from PIL import Image
 
-from experiments import embedded, measuring, results
+from experiments import embedded, measuring
 from experiments.table1 import run
 from lcm_jax import evaluate
 from lcm_jax.errors import LcmError
@@ -85,22 +84,6 @@ def test_evaluated(tmp_path, monkeypatch):
     assert stopped.value.code == 2
 
 
-def test_publish_table(tmp_path):
-    """A published table has a line per row, what rows share once, and loses nothing."""
-    found = [row(sampler, n, 3.0, 0.5, 9.0) for sampler in ("ddim", "lcm") for n in (1, 2)]
-    found[1] = dataclasses.replace(found[1], comparison=COMPARISON | {"metrics": {"fid": {"sha256": "1"}}})
-    table.write(tmp_path, found)
-    results.publish_table(tmp_path / "published.json", tmp_path)
-    text = (tmp_path / "published.json").read_text()
-    kept = json.loads(text)
-    assert [line.strip()[:9] for line in text.splitlines()].count('{"model":') == 4 and text.count('"float32"') == 2
-    again = [
-        {"comparison": kept["comparison"], **one, "settings": kept["models"][one["model"]] | one["settings"]}
-        for one in kept["rows"]
-    ]
-    assert again == json.loads((tmp_path / "table.json").read_text())["rows"]
-
-
 def test_recorded_rows():
     """Only for counts that were measured; fewer images than a Frechet distance needs are refused."""
     for count in (256, 2000):
@@ -123,8 +106,8 @@ def test_what_a_metric_lacks_is_reported_before_any_training(monkeypatch, tmp_pa
     monkeypatch.setattr(run.stage, "made", lambda *args: pytest.fail("trained"))
     for metric, wrong in (
         (f"--metric=fid:{torn} --reference={folder}", "torn.pth"),
-        (f"--metric=shapes --reference={folder}", "no --metric compares with pictures"),
-        ("--metric=shapes --height=32 --width=32", "scorer reads pictures of 64 x 64, these are 32"),
+        (f"--metric=shapes --reference={folder}", "no --metric compares with images"),
+        ("--metric=shapes --height=32 --width=32", "scorer reads images of 64 x 64, these are 32"),
         ("--metric=shapes", "not a caption of the shapes set"),
     ):
         monkeypatch.setattr("sys.argv", ["run", "--no-plot", f"--evaluate=--prompts={prompts} {metric}"])

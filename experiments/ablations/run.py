@@ -60,8 +60,8 @@ def main() -> int:
         figure.write(rows, list(study.variants), out / "figure.png")
     if args.publish:
         here = Path(__file__).parent
-        results.publish(here, {f"{args.study}.md": out / "study.md", f"{args.study}.png": out / "figure.png"})
-        results.publish_table(here / f"{args.study}.json", out)
+        sources = {"md": out / "study.md", "png": out / "figure.png", "json": out / "table.json"}
+        results.publish(here, {f"{args.study}.{suffix}": source for suffix, source in sources.items()})
     say(f"done: {out}/study.md and table.json")
     return 0
 

@@ -57,8 +57,7 @@ def main() -> int:
     files.write_atomic(out / "result.md", text)
     print("\n" + text)
     if args.publish:
-        results.publish(Path(__file__).parent, {name: out / name for name in ("result.md", "plot.png")})
-        results.publish_table(Path(__file__).with_name("table.json"), out)
+        results.publish(Path(__file__).parent, {name: out / name for name in ("result.md", "plot.png", "table.json")})
     say(f"done: {out}/result.md and table.json")
     return 0
 

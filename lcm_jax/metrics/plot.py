@@ -1,4 +1,4 @@
-"""The plot of a table: every quality against steps and time per image; of none, time per image against steps."""
+"""The plot of a table: each quality against steps and against time per image; without any, time against steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INCHES = (4.5, 3.0)  # of one panel
 
 
 def check() -> None:
-    """Raises LcmError where matplotlib is not installed; to be called before long work."""
+    """Raises LcmError if matplotlib is not installed; to be called before long work."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -27,7 +27,7 @@ def check() -> None:
 
 
 def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of one model, sampler and guidance scale, by falling names, each by rising steps: what a line joins."""
+    """Label of a line -> its rows, by steps: those of one model, sampler and guidance scale."""
     found: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.steps):
         found.setdefault(f"{row.model}, {sampler_of(row)}, scale {row.guidance_scale:g}", []).append(row)
@@ -35,14 +35,14 @@ def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def panels(rows: Sequence[Row]) -> list[str]:
-    """Keys of the values that are drawn: those of several numbers of steps, unless the rows have but one."""
+    """Keys of the values to plot: those with several numbers of steps, or all if there are none."""
     steps = {key: {row.steps for row in rows if row.values.get(key) is not None} for key in columns(rows)}
     several = [key for key, seen in steps.items() if len(seen) > 1]
     return several or list(steps)
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
-    """A PNG with a line of two panels for every quality; axes of steps and time are logarithmic."""
+    """Writes a PNG with two panels side by side for each quality; axes of steps and time are logarithmic."""
     from matplotlib.figure import Figure
 
     keys, lines = panels(rows), series(rows)
@@ -63,7 +63,6 @@ def write(rows: Sequence[Row], path: Path) -> None:
 
 
 def _quality(key: str, left: Axes, right: Axes, rows: Sequence[Row], lines: Mapping[str, Sequence[Row]]) -> None:
-    """One value against steps (left) and against time (right)."""
     for name, members in lines.items():
         shown = [row for row in members if row.values.get(key) is not None]
         values = [row.values[key] for row in shown]
@@ -77,7 +76,6 @@ def _quality(key: str, left: Axes, right: Axes, rows: Sequence[Row], lines: Mapp
 
 
 def _latency(panel: Axes, rows: Sequence[Row], lines: Mapping[str, Sequence[Row]]) -> None:
-    """Time per image against steps."""
     for name, members in lines.items():
         steps, times = [row.steps for row in members], [row.milliseconds for row in members]
         panel.plot(steps, times, marker="o", markersize=4, label=name)

@@ -1,10 +1,10 @@
-"""How pictures are brought to a feature network's size, each way as the library does that made the metric's numbers.
+"""Resizes images to a feature network's size, each way like the library that made the metric's published numbers.
 
     bilinear          no antialiasing; TensorFlow 1's source positions or torch's
     bicubic_float     Pillow's antialiased bicubic on float planes, clipped to 0..255 (clean-fid)
     Processor         Pillow on 8 bits, centre crop, mean and deviation: transformers' image processors
 
-Pictures are uint8 [b h w 3]; results float32 [b s s 3]. All on the host, planes and pictures in parallel threads.
+Images are uint8 [b h w 3], results float32 [b s s 3]. All on the host, with planes and images in parallel threads.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.files import read_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_FILTERS = {2: Image.Resampling.BILINEAR, 3: Image.Resampling.BICUBIC}  # Pillow's numbers, as the configs have them
+_FILTERS = {2: Image.Resampling.BILINEAR, 3: Image.Resampling.BICUBIC}  # Pillow's numbers, as in the configs
 
 
 def bilinear(images: np.ndarray, side: int, centres: bool) -> np.ndarray:
     """[b h w 3] -> float32 [b side side 3] in 0..255, between the two nearest rows and columns.
 
-    centres: output i lies at (i + 1/2) in / out - 1/2 (torch, align_corners=False), else at i in / out (TensorFlow 1).
-    Neither averages when it shrinks.
+    Neither variant averages when it shrinks.
+
+    Args:
+      images: to resize.
+      side: of the result.
+      centres: output i is at (i + 1/2) in / out - 1/2 (torch, align_corners=False), else at i in / out (TensorFlow 1).
     """
     x = images
     for axis in (1, 2):
@@ -48,8 +52,8 @@ def bicubic_float(images: np.ndarray, side: int) -> np.ndarray:
     """[b h w 3] -> float32 [b side side 3] in 0..255: Pillow's bicubic, no rounding to 8 bits between its passes."""
 
     def plane(values: np.ndarray) -> np.ndarray:
-        picture = Image.fromarray(values.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
-        return np.asarray(picture).clip(0, 255)
+        resized = Image.fromarray(values.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
+        return np.asarray(resized).clip(0, 255)
 
     planes = images.transpose(0, 3, 1, 2).reshape(-1, *images.shape[1:3])
     return _parallel(plane, planes).reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
@@ -57,13 +61,13 @@ def bicubic_float(images: np.ndarray, side: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """What an image processor of transformers does to a picture of 8 bits.
+    """What an image processor of transformers does to an image of 8 bits.
 
     Attributes:
-      size: shorter side after the resize (an int; the longer is cut to an integer), or (height, width).
-      crop: (height, width) of the centre that is kept; None: all.
+      size: shorter side after the resize (the longer one is rounded down), or (height, width).
+      crop: (height, width) of the centre that is kept; None: everything is.
       mean, std: per channel, of values in 0..1.
-      square_first: cut the centre square out before the resize (CMMD).
+      square_first: crop to the centre square before the resize (CMMD).
       resample: Pillow's number of the filter.
     """
 
@@ -99,7 +103,7 @@ def read_processor(folder: Path) -> Processor:
 
     Raises:
       LcmError: the file is missing or unreadable.
-      UnsupportedConfig: it asks for something that is not done here.
+      UnsupportedConfig: a setting that is not implemented.
     """
     file = folder / "preprocessor_config.json"
     if not file.is_file() and (folder / "processor_config.json").is_file():
@@ -115,14 +119,14 @@ def read_processor(folder: Path) -> Processor:
     if abs(scale * 255 - 1) > 1e-6:
         raise UnsupportedConfig("rescale_factor", scale, "1/255")
     kind = config.get("image_processor_type", config.get("feature_extractor_type", "CLIP"))
-    crops = str(kind).startswith(("CLIP", "Bit"))  # what these two do unless told otherwise
+    crops = str(kind).startswith(("CLIP", "Bit"))  # the default of these two
     try:
         crop = _size(config["crop_size"]) if config.get("do_center_crop", crops) else None
         crop = (crop, crop) if isinstance(crop, int) else crop
         mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
         return Processor(_size(config["size"]), crop, mean, std, resample=resample)
     except (KeyError, TypeError) as error:
-        raise LcmError(f"{file} lacks what says how pictures are prepared ({error}); download it again") from error
+        raise LcmError(f"{file} does not describe how to prepare images ({error}); download it again") from error
 
 
 def _size(value: int | Mapping[str, Any]) -> int | tuple[int, int]:
@@ -136,15 +140,15 @@ def _centre(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     (height, width), (h, w) = images.shape[1:3], size
     if h > height or w > width:
         raise LcmError(
-            f"a centre of {h} x {w} in pictures of {height} x {width}: the preprocessor's crop is larger "
-            "than its resize; correct its config"
+            f"a centre of {h} x {w} in images of {height} x {width}: the preprocessor's crop is larger than its "
+            "resize; correct its config"
         )
     top, left = (height - h) // 2, (width - w) // 2
     return images[:, top : top + h, left : left + w]
 
 
 def _parallel(function: Callable[[np.ndarray], np.ndarray], items: np.ndarray) -> np.ndarray:
-    """`function` of each item, stacked. Pillow works without the interpreter's lock, so threads help."""
+    """`function` of each item, stacked. Pillow releases the interpreter's lock, so threads help."""
     if len(items) == 1:
         return function(items[0])[None]
     with concurrent.futures.ThreadPoolExecutor(min(len(items), os.cpu_count() or 1)) as pool:

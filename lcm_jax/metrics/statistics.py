@@ -1,32 +1,32 @@
 """Feature statistics and feature sets with their origin: gathered, saved to .npz, compared, and never mixed.
 
-    NAME.npz   name, hash: of the extractor;  resolution: [h w] of the pictures;  count
+    NAME.npz   name, hash: of the extractor;  resolution: [h w] of the images;  count
                mu [d], sigma [d d]            statistics, float64, under the keys of pytorch-fid's files
                features [n d]                 a feature set, float32 (CMMD needs the features themselves)
 
-A distance is a number only between sets of one extractor (hash) and of pictures of one size: a picture that was once
-smaller is smoother, and the network sees it.
+Distances are only defined between sets of one extractor (hash) and of images of one size: an image that was enlarged is
+smoother, and the network sees it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from lcm_jax.errors import LcmError
 from lcm_jax.files import new_file
-from lcm_jax.metrics import distances as cmmd_lib
-from lcm_jax.metrics import distances as frechet
+from lcm_jax.metrics import distances
+from lcm_jax.metrics.distances import FeatureStatistics
 from lcm_jax.metrics.features import Extractor
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What features were computed by (extractor's name and hash) and from (height, width of the pictures)."""
+    """What features were computed by (extractor's name and hash) and from (height, width of the images)."""
 
     name: str
     hash: str
@@ -36,7 +36,7 @@ class Origin:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
     origin: Origin
-    stats: frechet.FeatureStatistics
+    stats: FeatureStatistics
 
     @property
     def count(self) -> int:
@@ -46,54 +46,53 @@ class Statistics:
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureSet:
     origin: Origin
-    features: np.ndarray  # float32 [n d]
+    parts: tuple[np.ndarray, ...]  # float32 [n_i d]
+
+    @property
+    def features(self) -> np.ndarray:
+        """float32 [n d]."""
+        return np.concatenate(self.parts)
 
     @property
     def count(self) -> int:
-        return len(self.features)
+        return sum(map(len, self.parts))
 
 
 def gather(extractor: Extractor, batches: Iterable[np.ndarray], start: Statistics | None = None) -> Statistics:
-    """Statistics of the features of all pictures of `batches`, each [b h w 3], after those of `start`.
+    """Statistics of the features of all images in `batches`, each [b h w 3], added to those of `start`.
 
     One batch at a time is in memory; sums are float64.
 
     Raises:
-      LcmError: pictures of different sizes, none at all, or `start` is of another extractor.
+      LcmError: images of different sizes, no images, or `start` is of another extractor.
     """
-    gathered = start
+    for origin, features in _features(extractor, batches, start):
+        start = Statistics(origin, distances.update(None if start is None else start.stats, features))
+    return start
+
+
+def feature_set(extractor: Extractor, batches: Iterable[np.ndarray], start: FeatureSet | None = None) -> FeatureSet:
+    """The features of all images in `batches`, added to those of `start`. Raises: as `gather`."""
+    for origin, features in _features(extractor, batches, start):
+        start = FeatureSet(origin, (*(start.parts if start else ()), features))
+    return start
+
+
+def _features(
+    extractor: Extractor, batches: Iterable[np.ndarray], start: Statistics | FeatureSet | None
+) -> Iterator[tuple[Origin, np.ndarray]]:
+    first = None if start is None else start.origin
     for images in batches:
-        origin = Origin(extractor.name, extractor.hash, tuple(images.shape[1:3]))
-        if gathered is not None:
-            check_same(gathered.origin, origin)
-        stats = frechet.update(None if gathered is None else gathered.stats, extractor(images))
-        gathered = Statistics(origin, stats)
-    if gathered is None:
-        raise LcmError("no pictures to take statistics of: give at least one batch")
-    return gathered
-
-
-def feature_set(extractor: Extractor, batches: Iterable[np.ndarray]) -> FeatureSet:
-    """The features of all pictures of `batches`. Raises: as `gather`."""
-    origin, found = None, []
-    for images in batches:
-        this = Origin(extractor.name, extractor.hash, tuple(images.shape[1:3]))
-        check_same(origin or this, this)
-        origin = this
-        found.append(extractor(images))
-    if origin is None:
-        raise LcmError("no pictures to take features of: give at least one batch")
-    return FeatureSet(origin, np.concatenate(found))
-
-
-def merge(a: Statistics, b: Statistics) -> Statistics:
-    """Statistics of both sets together. Raises LcmError where their origins differ."""
-    check_same(a.origin, b.origin)
-    return Statistics(a.origin, frechet.merge(a.stats, b.stats))
+        origin = Origin(extractor.name, extractor.hash, images.shape[1:3])
+        first = first or origin
+        check_same(first, origin)
+        yield origin, extractor(images)
+    if first is None:
+        raise LcmError("no images to take features of: give at least one batch")
 
 
 def check_same(a: Origin, b: Origin) -> None:
-    """Raises LcmError, which names what differs, unless both are of one extractor and one size of pictures."""
+    """Raises LcmError, which names the difference, unless both are of one extractor and one size of images."""
     if a.name != b.name:
         raise LcmError(f"features of {a.name} and of {b.name} do not mix; compute both with one extractor")
     if a.hash != b.hash:
@@ -103,72 +102,65 @@ def check_same(a: Origin, b: Origin) -> None:
         )
     if a.resolution != b.resolution:
         (h, w), (h2, w2) = a.resolution, b.resolution
-        raise LcmError(f"pictures of {h} x {w} and of {h2} x {w2} do not mix; bring all to one size first")
+        raise LcmError(f"images of {h} x {w} and of {h2} x {w2} do not mix; bring all to one size first")
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Squared Frechet distance: FID on inception features, FD-DINOv2 on dinov2's.
+    """Squared Frechet distance: FID of inception features, FD-DINOv2 of dinov2's.
 
     Raises:
-      LcmError: origins differ, or a set has no more pictures than features have dimensions.
+      LcmError: the origins differ, or a set has no more images than features have dimensions.
     """
     check_same(a.origin, b.origin)
-    for s in (a, b):
-        dim = s.stats.origin.size
-        if s.count <= dim:
-            raise LcmError(
-                f"{s.count} pictures are too few for the Frechet distance of {s.origin.name}, whose "
-                f"features have {dim} dimensions: give at least {dim + 1}"
-            )
-    return frechet.frechet_distance(a.stats, b.stats)
+    return distances.frechet_distance(a.stats, b.stats)
 
 
 def cmmd(a: FeatureSet, b: FeatureSet) -> float:
-    """`cmmd.cmmd` of two feature sets of one CLIP. Raises LcmError also where their origins differ."""
+    """`distances.cmmd` of two feature sets of one CLIP. Raises LcmError also if their origins differ."""
     check_same(a.origin, b.origin)
-    return cmmd_lib.cmmd(a.features, b.features)
+    return distances.cmmd(a.features, b.features)
 
 
-def save(path: str | Path, what: Statistics | FeatureSet) -> None:
-    """Write an .npz, under its name only when complete.
+def save(path: str | Path, found: Statistics | FeatureSet) -> None:
+    """Writes an .npz, completely or not at all.
 
     Raises:
-      LcmError: the name does not end in .npz; statistics of one picture, which have no covariance.
+      LcmError: the name does not end in .npz; statistics of one image, which have no covariance.
     """
     path = Path(path)
     if path.suffix != ".npz":
         raise LcmError(f"{path}: features and statistics are saved as .npz")
-    if isinstance(what, Statistics):
-        arrays = {"mu": what.stats.mean, "sigma": what.stats.covariance}
+    if isinstance(found, Statistics):
+        arrays = {"mu": found.stats.mean, "sigma": found.stats.covariance}
     else:
-        arrays = {"features": np.asarray(what.features, np.float32)}
-    origin = what.origin
+        arrays = {"features": np.asarray(found.features, np.float32)}
     with new_file(path) as partial, partial.open("wb") as stream:
-        np.savez(stream, name=origin.name, hash=origin.hash, resolution=origin.resolution, count=what.count, **arrays)
+        np.savez(stream, **dataclasses.asdict(found.origin), count=found.count, **arrays)
 
 
 def load(path: str | Path, extractor: Extractor | None = None) -> Statistics:
-    """The statistics in an .npz, of a feature set as well.
+    """The statistics in an .npz, also of a feature set.
 
-    extractor: whose they must be, where it is known: so that this is found before long work.
+    Args:
+      path: of the file.
+      extractor: whose they must be; None: of any extractor.
 
     Raises:
-      LcmError: no such file, no statistics with an origin, or another extractor's.
+      LcmError: the file is missing, is not of this layout, or is of another extractor.
     """
     origin, arrays = _read(path, extractor)
     if "features" in arrays:
-        return Statistics(origin, frechet.statistics(arrays["features"]))
+        return Statistics(origin, distances.statistics(arrays["features"]))
     mean, covariance, count = arrays["mu"], arrays["sigma"], int(arrays["count"])
-    stats = frechet.FeatureStatistics(count, mean, np.zeros_like(mean), covariance * (count - 1))
-    return Statistics(origin, stats)
+    return Statistics(origin, FeatureStatistics(count, mean, np.zeros_like(mean), covariance * (count - 1)))
 
 
 def load_features(path: str | Path, extractor: Extractor | None = None) -> FeatureSet:
-    """The feature set in an .npz. Raises: as `load`; also where the file has statistics alone."""
+    """The feature set in an .npz. Raises: as `load`; also if the file has statistics alone."""
     origin, arrays = _read(path, extractor)
     if "features" not in arrays:
         raise LcmError(f"{path} holds statistics alone, and the features themselves are needed; save a feature set")
-    return FeatureSet(origin, arrays["features"])
+    return FeatureSet(origin, (arrays["features"],))
 
 
 def _read(path: str | Path, extractor: Extractor | None) -> tuple[Origin, dict[str, np.ndarray]]:
@@ -186,10 +178,10 @@ def _read(path: str | Path, extractor: Extractor | None) -> tuple[Origin, dict[s
     missing = {"name", "hash", "resolution", "count"} - arrays.keys()
     if missing or not ("features" in arrays or {"mu", "sigma"} <= arrays.keys()):
         raise LcmError(
-            f"{path} does not say which network its statistics are of (it has {', '.join(arrays)}); they "
-            "cannot be compared, compute them anew from the pictures"
+            f"{path} does not record which network its statistics are of (it has {', '.join(arrays)}), so they cannot "
+            "be compared; compute them again from the images"
         )
-    if wrong := _misshapen(arrays):
+    if wrong := _malformed(arrays):
         raise LcmError(f"{path}: {wrong}; compute the statistics again")
     resolution = tuple(int(n) for n in arrays["resolution"])
     origin = Origin(str(arrays["name"]), str(arrays["hash"]), resolution)
@@ -201,19 +193,17 @@ def _read(path: str | Path, extractor: Extractor | None) -> tuple[Origin, dict[s
     return origin, arrays
 
 
-def _misshapen(arrays: dict[str, np.ndarray]) -> str | None:
-    """What array has not the shape or kind of numbers of the module's layout; None: all have."""
-    numbers = {"resolution": "iu", "count": "iu"}
-    shapes = {"name": (), "hash": (), "resolution": (2,), "count": ()}
+def _malformed(arrays: dict[str, np.ndarray]) -> str | None:
+    """What is wrong with the first array whose shape or kind of numbers is not that of the layout; None: nothing."""
+    layout = {"name": ("U", ()), "hash": ("U", ()), "resolution": ("iu", (2,)), "count": ("iu", ())}
     if "features" in arrays:
-        numbers["features"], shapes["features"] = "f", (arrays["features"].shape + (0, 0))[:2]
+        layout["features"] = "f", (arrays["features"].shape + (0, 0))[:2]
     else:
         dim = (arrays["mu"].shape + (0,))[0]
-        numbers |= {"mu": "f", "sigma": "f"}
-        shapes |= {"mu": (dim,), "sigma": (dim, dim)}
-    for key, shape in shapes.items():
+        layout |= {"mu": ("f", (dim,)), "sigma": ("f", (dim, dim))}
+    for key, (kinds, shape) in layout.items():
         if arrays[key].shape != shape:
             return f"its {key} has the shape {list(arrays[key].shape)}, {list(shape)} is expected"
-        if arrays[key].dtype.kind not in numbers.get(key, "U"):
+        if arrays[key].dtype.kind not in kinds:
             return f"its {key} is of {arrays[key].dtype}, which is of another kind than is saved"
     return None

@@ -1,17 +1,22 @@
-"""The rows of an evaluation, each kept in a file of its own as soon as it is there, and the table made of them.
+"""The rows of an evaluation, each kept in a file as soon as it is measured, and the table made of them.
 
-    FOLDER/rows/<sampler>_<steps>_<scale>_<model>.json     one `Row`; <sampler>-<spacing> where it is not trailing
-    FOLDER/rows/before/<the same name>_<hash>.json         what a row of other pictures replaced, if it had more metrics
-    FOLDER/table.json, FOLDER/table.md                     all of them that belong together
+    FOLDER/rows/<sampler>_<steps>_<scale>_<model>.json   one `Row`; <sampler>-<spacing> unless the spacing is trailing
+    FOLDER/rows/before/<the same name>_<hash>.json       a row that was replaced by one of other images
+    FOLDER/table.json, FOLDER/table.md                   all rows that go together
 
-Rows are compared with each other, so all of a folder share seed, prompts, number of pictures and resolution, and
-measure a thing with the same network against the same reference (`Row.comparison`). What a number also depends on, and
-may differ from row to row, is in `Row.settings`: a row is taken as it is only where both are what they would be now.
-Metrics that are asked for later are added to those that a row has.
+Two records decide which numbers may stand side by side:
+
+    Row.comparison   seed, prompts, number and size of the images, and for each metric its network and reference. All
+                     rows of a folder share it: a command that differs in it is refused.
+    Row.settings     what else a row depends on: "model" (hashes) and "program" (flags), the state of its model, and
+                     "sampling". Rows are measured again if it has changed; a table has one state of each model.
+
+Metrics that a later command asks for are added to the row.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -22,21 +27,20 @@ from typing import Any
 from lcm_jax import files
 from lcm_jax.errors import LcmError
 
-FLAGS = {
+FLAGS = {  # of `Row.comparison`, but for its metrics
     "seed": "--seed",
     "pictures": "--count",
     "prompts": "--prompts or --source",
     "height": "--height",
     "width": "--width",
 }
-FLAGS_OF_ROWS = ("dtype", "spacing", "negative_prompt", "tiled")  # which the notes name
-STATE = ("model", "program")  # of `Row.settings`: what rows of one model share in a table
-LATENCY = ("batch_size", "device", "fsdp", "timings")  # of a program: the time depends on it, the pictures do not
+NOTED = ("dtype", "spacing", "negative_prompt", "tiled")  # flags in the notes
+LATENCY = ("batch_size", "device", "fsdp", "timings")  # flags on which the time depends, but not the images
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A measured value: its title, how it is written, and which way is better."""
+    """A measured value: its title, its format, and which way is better."""
 
     title: str
     form: str
@@ -54,23 +58,19 @@ COLUMNS = {
 }
 
 
-VALUES = {"shapes": ("caption_accuracy", "shapes_frechet", "endpoint_error")}  # of a metric, if not one of its name
-
-
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one sampler, number of steps and guidance scale gave.
+    """Measurements of one model, sampler, number of steps and guidance scale.
 
     Attributes:
       model: its name in the table.
-      evaluations: of the UNet, for one picture.
-      values: by key of `COLUMNS`; None where it does not apply.
-      milliseconds: per picture, median over batches, text encoding not included.
+      evaluations: of the UNet, for one image.
+      values: by key of `COLUMNS`; None if it does not apply.
+      milliseconds: per image, median over batches, without text encoding.
       quartiles: of the same.
-      timings: batches behind them.
-      compile_seconds: what the first batch took longer: the sampler's compilation, or reading a compiled one.
-      comparison: what all rows of a table share; "metrics": by name, the network and reference behind it.
-      settings: what else the numbers depend on: "model" and "program" of a command, "sampling" of the row.
+      timings: number of these batches.
+      compile_seconds: by which the first batch took longer: compiling the sampler, or reading a compiled one.
+      comparison, settings: see the module.
     """
 
     model: str
@@ -86,142 +86,123 @@ class Row:
     comparison: Mapping[str, Any]
     settings: Mapping[str, Any]
 
+    @property
+    def state(self) -> dict[str, Any]:
+        return {key: value for key, value in self.settings.items() if key != "sampling"}
+
 
 def plain(value: Any) -> Any:
     """`value` as it comes back from JSON."""
     return json.loads(json.dumps(value))
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two records are equal apart from "from", a path for the reader whose content a hash identifies."""
+    return _without_from(a) == _without_from(b)
+
+
+def _without_from(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_from(item) for key, item in value.items() if key != "from"}
+    return value
+
+
 def sampler_of(row: Row) -> str:
-    """The row's sampler, with the spacing of its timesteps if a baseline's and not trailing: "ddim-leading"."""
+    """The row's sampler; of a baseline also the spacing of its timesteps unless it is trailing: "ddim-leading"."""
     spacing = row.settings.get("sampling", {}).get("spacing", "trailing")
     return row.sampler if row.sampler == "lcm" or spacing == "trailing" else f"{row.sampler}-{spacing}"
 
 
-def file_of(folder: Path, row: Row) -> Path:
-    """Where a row is kept."""
-    name = hashlib.sha256(row.model.encode()).hexdigest()[:12]
-    return folder / "rows" / f"{sampler_of(row)}_{row.steps}_{row.guidance_scale:g}_{name}.json"
+def save_row(folder: Path, row: Row) -> Path | None:
+    """Writes a row's file; it replaces the row of the same model, sampler, steps and scale.
 
-
-def keep(folder: Path, row: Row) -> Path | None:
-    """Writes the row's file, whole or not at all; one of the same model, sampler, steps and scale is replaced.
-
-    That one's values of metrics that the new row has not are taken over where both are of the same pictures. Where
-    they are not, the old file is kept aside, and its new place returned.
+    If both rows are of the same images, the new one takes over the values of metrics that it lacks. Otherwise the old
+    file is moved aside, and its new path is returned.
     """
-    path, aside = file_of(folder, row), None
+    name = hashlib.sha256(row.model.encode()).hexdigest()[:12]
+    path = folder / "rows" / f"{sampler_of(row)}_{row.steps}_{row.guidance_scale:g}_{name}.json"
+    aside = None
     if path.exists():
-        old = _read(path)
-        row = with_metrics_of(row, old)
-        if old.comparison["metrics"].keys() - row.comparison["metrics"].keys():
+        old = _read_row(path)
+        if same(_images(old), _images(row)):
+            metrics = {**old.comparison["metrics"], **row.comparison["metrics"]}
+            comparison = {**row.comparison, "metrics": metrics}
+            row = dataclasses.replace(row, values={**old.values, **row.values}, comparison=comparison)
+        else:
             text = path.read_bytes()
             aside = path.parent / "before" / f"{path.stem}_{hashlib.sha256(text).hexdigest()[:8]}.json"
-            files.write_text(aside, text)
-    with files.new_file(path) as partial:
-        partial.write_text(json.dumps(dataclasses.asdict(row), indent=1) + "\n", encoding="utf-8")
+            files.write_atomic(aside, text)
+    files.write_atomic(path, json.dumps(dataclasses.asdict(row), indent=1) + "\n")
     return aside
 
 
-def kept(folder: Path) -> list[Row]:
-    """The rows that a folder keeps, in the order of model, sampler, scale and steps.
+def _images(row: Row) -> dict[str, Any]:
+    """What a row's images depend on."""
+    program = {key: value for key, value in row.settings["program"].items() if key not in LATENCY}
+    return {**row.comparison, "metrics": None, "settings": {**row.settings, "program": program}}
 
-    Raises:
-      LcmError: a file that is no row.
-    """
-    rows = [_read(path) for path in sorted((folder / "rows").glob("*.json"))]
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of a folder's files, ordered by model, sampler, scale and steps. Raises LcmError for another file."""
+    rows = [_read_row(path) for path in (folder / "rows").glob("*.json")]
     return sorted(rows, key=lambda row: (row.model, sampler_of(row), row.guidance_scale, row.steps))
 
 
-def read(folder: Path) -> list[Row]:
-    """The rows of a folder's table as it was written last, in its order; [] where there is none.
-
-    Raises:
-      LcmError: table.json is no table.
-    """
-    path = folder / "table.json"
-    try:
-        return [_row(found) for found in files.read_json(path)["rows"]] if path.exists() else []
-    except (TypeError, KeyError):
-        raise LcmError(f"{path} is no table of lcm_jax.evaluate; delete it, and it is made again") from None
-
-
-def _read(path: Path) -> Row:
+def _read_row(path: Path) -> Row:
     try:
         return _row(files.read_json(path))
     except (TypeError, KeyError):
-        raise LcmError(f"{path} is no row of a table; delete it, and it is measured again") from None
+        raise LcmError(f"{path} is not a row of a table; delete it, and it will be measured again") from None
 
 
 def _row(found: Mapping[str, Any]) -> Row:
     return Row(**{**found, "quartiles": tuple(found["quartiles"])})
 
 
-def with_metrics_of(row: Row, old: Row) -> Row:
-    """`row` with the values of metrics that `old` has alone, where their pictures are the same."""
-    if _pictures(old) != _pictures(row):
-        return row
-    metrics = row.comparison["metrics"]
-    added = {name: about for name, about in old.comparison["metrics"].items() if name not in metrics}
-    keys = {key for name in added for key in VALUES.get(name, (name,))}
-    values = {key: value for key, value in old.values.items() if key in keys} | dict(row.values)
-    return dataclasses.replace(row, values=values, comparison={**row.comparison, "metrics": added | dict(metrics)})
-
-
-def _pictures(row: Row) -> Any:
-    """What a row's pictures depend on."""
-    drawn = {key: value for key, value in row.comparison.items() if key != "metrics"}
-    program = {key: value for key, value in row.settings["program"].items() if key not in LATENCY}
-    return same_origin([drawn, {**row.settings, "program": program}])
-
-
 def check_comparable(folder: Path, rows: Sequence[Row], comparison: Mapping[str, Any]) -> None:
-    """Raises LcmError where a folder's rows were drawn or measured otherwise: they must not stand in one table."""
+    """Raises LcmError if a row of the folder has another `comparison` than this command's."""
     for row in rows:
         name = f"{row.model}, {row.sampler}, {row.steps} steps"
         for key, flag in FLAGS.items():
             before, now = row.comparison[key], comparison[key]
-            if same_origin(before) != same_origin(now):
+            if not same(before, now):
                 raise LcmError(
-                    f"--out={folder} holds a row ({name}) of {key} {_short(before)}, this command's is "
-                    f"{_short(now)}; rows of one table share it: give the same {flag}, or another --out"
+                    f"--out={folder} holds a row ({name}) of {key} {_short(before)}, this command's is {_short(now)}; "
+                    f"rows of one table share it: give the same {flag}, or another --out"
                 )
         for metric in row.comparison["metrics"].keys() & comparison["metrics"].keys():
-            if same_origin(row.comparison["metrics"][metric]) != same_origin(comparison["metrics"][metric]):
+            if not same(row.comparison["metrics"][metric], comparison["metrics"][metric]):
                 raise LcmError(
-                    f"--out={folder} holds a row ({name}) whose {metric} was measured with another network, "
-                    "reference or --endpoint_steps; give the same ones, or another --out"
+                    f"--out={folder} holds a row ({name}) whose {metric} was measured with another network, reference "
+                    "or --endpoint_steps; give the same ones, or another --out"
                 )
-
-
-def same_origin(value: Any) -> Any:
-    """`value` without what is for the reader alone: the path ("from") of what a hash tells apart."""
-    if isinstance(value, Mapping):
-        return {key: same_origin(item) for key, item in value.items() if key != "from"}
-    return [same_origin(item) for item in value] if isinstance(value, list) else value
 
 
 def _short(value: Any) -> str:
-    """A value for a message: of several things, the one that tells prompts apart."""
     return f"{value['from']} (sha256 {value['sha256'][:12]})" if isinstance(value, Mapping) else str(value)
 
 
 def is_current(row: Row, comparison: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether measuring the row again would give nothing else and nothing more."""
-    has = row.comparison["metrics"]
-    of_row = {**row.comparison, "metrics": {name: has[name] for name in comparison["metrics"] if name in has}}
-    return same_origin([of_row, row.settings]) == same_origin([dict(comparison), settings])
+    """Whether measuring the row again would give the same values and no more."""
+    metrics = row.comparison["metrics"]
+    wanted = {name: metrics.get(name) for name in comparison["metrics"]}
+    return same({**row.comparison, "metrics": wanted}, comparison) and same(row.settings, settings)
 
 
-def states(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Of each model of a table, by name: what all its rows share of `Row.settings`."""
-    return {row.model: {part: row.settings[part] for part in STATE} for row in rows}
+def newest(folder: Path, model: str, state: Mapping[str, Any]) -> tuple[list[Row], dict[str, int]]:
+    """(rows of a folder that go together, {model: how many others it has}).
 
-
-def belongs(row: Row, current: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether the row is of its model's `current` state, of `states`, or of a model that has none yet."""
-    state = current.get(row.model)
-    return state is None or all(same_origin(row.settings[part]) == same_origin(state[part]) for part in STATE)
+    Those rows go together that are of their model's newest state: `state` for the `model` of this command, for others
+    the one in the table as it was written last.
+    """
+    states = {row.model: row.state for row in read(folder)} | {model: state}
+    rows, others = [], collections.Counter()
+    for row in read_rows(folder):
+        if same(row.state, states.get(row.model, row.state)):
+            rows.append(row)
+        else:
+            others[row.model] += 1
+    return rows, others
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -230,17 +211,10 @@ def columns(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], latency: bool = True) -> str:
-    """The table as Markdown, and what its numbers are of; latency: with the times, and what they are of."""
+    """The table as Markdown with its notes; latency: with the times."""
     keys = columns(rows)
-    heads = [
-        "model",
-        "sampler",
-        "steps",
-        "guidance scale",
-        "network evaluations",
-        *(COLUMNS[key].title for key in keys),
-        *(("ms per image", "compile s") if latency else ()),
-    ]
+    heads = ["model", "sampler", "steps", "guidance scale", "network evaluations", *(COLUMNS[k].title for k in keys)]
+    heads += ["ms per image", "compile s"] if latency else []
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         values = (row.values.get(key) for key in keys)
@@ -252,56 +226,96 @@ def markdown(rows: Sequence[Row], latency: bool = True) -> str:
 
 
 def notes(rows: Sequence[Row], latency: bool = True) -> list[str]:
-    """What the numbers of a table are of, one line each; latency: the times, too."""
+    """How the numbers of a table were measured, one line each; latency: the times, too."""
     shared = rows[0].comparison
     lines = [
-        f"{shared['pictures']} pictures per row, {shared['width']} x {shared['height']} pixels, seed "
-        f"{shared['seed']}, the same initial noise in every row; prompts: {_short(shared['prompts'])}."
+        f"{shared['pictures']} images per row, {shared['width']} x {shared['height']} pixels, seed {shared['seed']}, "
+        f"the same initial noise in every row; prompts: {_short(shared['prompts'])}."
     ]
     metrics = {name: about for row in rows for name, about in row.comparison["metrics"].items()}
     for name, about in metrics.items():
         lines.append(f"- {name}: " + "; ".join(f"{key} {_note(value)}" for key, value in about.items()) + ".")
-    lines.append("- " + "; ".join(filter(None, (_of_rows(rows, key) for key in FLAGS_OF_ROWS))) + ".")
-    if not latency:
-        return lines
-    timed = {(row.settings["program"]["batch_size"], row.settings["program"]["device"]) for row in rows}
-    where = ", ".join(f"batches of {size} on {device}" for size, device in sorted(timed))
-    lines.append(
-        f"- ms per image: median of {min(row.timings for row in rows)} or more batches, sampler and VAE, without the "
-        f"text encoder; {where}. compile: the sampler's, once."
-    )
+    lines.append("- " + "; ".join(filter(None, (_flag_note(rows, key) for key in NOTED))) + ".")
+    if latency:
+        timed = {(row.settings["program"]["batch_size"], row.settings["program"]["device"]) for row in rows}
+        batches = ", ".join(f"batches of {size} on {device}" for size, device in sorted(timed))
+        lines.append(
+            f"- ms per image: median of {min(row.timings for row in rows)} or more batches, sampler and VAE, without "
+            f"the text encoder; {batches}. compile: the sampler's, once."
+        )
     return lines
 
 
-def _of_rows(rows: Sequence[Row], key: str) -> str:
-    """What the rows were drawn with, by model where they differ: "dtype float32 (a), bfloat16 (b)".
-
-    Empty where the flag is of none of them.
-    """
-    found: dict[str, list[str]] = {}
+def _flag_note(rows: Sequence[Row], key: str) -> str:
+    """A flag's value, by model if they differ: "dtype float32 (a), bfloat16 (b)"; "" if no row depends on it."""
+    found: dict[str, dict[str, None]] = {}
     for row in rows:
         if key == "spacing" and row.sampler == "lcm":  # its timesteps are those it was distilled at
             continue
-        part = row.settings["sampling" if key == "spacing" else "program"]
-        names = found.setdefault("none" if part[key] is None else str(part[key]), [])
-        if row.model not in names:
-            names.append(row.model)
+        value = row.settings["sampling" if key == "spacing" else "program"][key]
+        found.setdefault("none" if value is None else str(value), {})[row.model] = None
     if len(found) < 2:
         return f"{key} {next(iter(found))}" if found else ""
-    return f"{key} " + ", ".join(f"{value} ({', '.join(names)})" for value, names in found.items())
+    return f"{key} " + ", ".join(f"{value} ({', '.join(models)})" for value, models in found.items())
 
 
 def _note(value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{key} {_note(item)}" for key, item in value.items())
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # a hash: enough to tell apart
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # of a hash, enough to identify it
 
 
 def write(folder: Path, rows: Sequence[Row]) -> None:
-    """table.json and table.md."""
-    shared = {key: value for key, value in rows[0].comparison.items() if key != "metrics"}
-    whole = {**shared, "notes": notes(rows), "rows": [dataclasses.asdict(row) for row in rows]}
-    texts = {"table.json": json.dumps(whole, indent=1) + "\n", "table.md": markdown(rows)}
-    for name, text in texts.items():
-        with files.new_file(folder / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+    """table.md, and table.json with a line for each row.
+
+    The comparison of the first row and the state of each model stand at the top; rows hold what differs from them.
+    """
+    comparison, states, lines = rows[0].comparison, {}, []
+    for row in rows:
+        found = dataclasses.asdict(row)
+        state = states.setdefault(row.model, row.state)
+        found["settings"] = {key: value for key, value in row.settings.items() if state.get(key) != value}
+        if row.comparison == comparison:
+            del found["comparison"]
+        lines.append(found)
+    whole = {**comparison, "notes": notes(rows), "models": states, "rows": lines}
+    files.write_atomic(folder / "table.json", to_json(whole, 2))
+    files.write_atomic(folder / "table.md", markdown(rows))
+
+
+def read(folder: Path) -> list[Row]:
+    """The rows of a folder's table.json, in its order, also of older versions; [] if there is none.
+
+    Raises:
+      LcmError: another file.
+    """
+    path = folder / "table.json"
+    if not path.exists():
+        return []
+    found = files.read_json(path)
+    try:
+        shared = found.get("comparison", found)
+        comparison = {key: shared[key] for key in (*FLAGS, "metrics") if key in shared}
+        states = found.get("models", {})
+        return [
+            _row({"comparison": comparison, **row, "settings": {**states.get(row["model"], {}), **row["settings"]}})
+            for row in found["rows"]
+        ]
+    except (TypeError, KeyError, AttributeError):
+        raise LcmError(f"{path} is not a table of lcm_jax.evaluate; delete it, and it will be made again") from None
+
+
+def to_json(value: Any, depth: int) -> str:
+    """JSON with a line for each item of objects and lists down to `depth` levels."""
+    return _lines(value, depth, "\n") + "\n"
+
+
+def _lines(value: Any, depth: int, newline: str) -> str:
+    if depth == 0 or not value or not isinstance(value, (Mapping, list, tuple)):
+        return json.dumps(value)
+    inner = newline + " "
+    if isinstance(value, Mapping):
+        items, ends = [f"{json.dumps(str(key))}: {_lines(item, depth - 1, inner)}" for key, item in value.items()], "{}"
+    else:
+        items, ends = [_lines(item, 0, inner) for item in value], "[]"
+    return f"{ends[0]}{inner}{f',{inner}'.join(items)}{newline}{ends[1]}"

@@ -1,14 +1,17 @@
-"""A CLIP folder in transformers' format as metrics use it: the picture tower as features, the text tower beside it.
+"""A CLIP folder in transformers' format as two networks: one takes images, the other token ids of captions.
 
-Folders: CLIPModel (both towers, tokenizer), or CLIPVisionModelWithProjection (pictures only).
+Folders: CLIPModel (both towers, tokenizer), or CLIPVisionModelWithProjection (images only).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 from lcm_jax.errors import LcmError
 from lcm_jax.files import read_json
@@ -16,31 +19,21 @@ from lcm_jax.metrics import resizing
 from lcm_jax.metrics.networks import weights
 from lcm_jax.metrics.networks.network import Network
 from lcm_jax.models import clip
-from lcm_jax.models import clip as clip_vision
 from lcm_jax.models.config import RUN_FIELDS
 from lcm_jax.pretrained import names
 from lcm_jax.pretrained.safetensors_io import TRANSFORMERS_NAME, open_weights
-from lcm_jax.pretrained.tokenizer import load_tokenizer
+from lcm_jax.pretrained.tokenizer import Tokenizer, load_tokenizer
 
 RESIZES = ("processor", "cmmd")
 _TEXT = ("text_model.", "text_projection.")
 _VISION = ("vision_model.", "visual_projection.")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TextTower:
-    """Module, float32 parameters and tokenizer of a CLIPModel's text half, with its projection."""
-
-    module: clip.CLIPTextModel
-    params: Mapping[str, Any]
-    tokenizer: Any
-
-
 def load(path: str | Path | None, resize: str | None = None) -> Network:
-    """The picture tower: projected embeddings, not normalised.
+    """The image tower: projected embeddings, not normalised.
 
-    resize: "processor" (default), what the folder's preprocessor says; "cmmd", the centre square first, then to the
-    network's side by the same filter.
+    resize: "processor" (default), what the folder's preprocessor does; "cmmd", the centre square first, then the resize
+      to the network's side by the same filter.
 
     Raises:
       LcmError: no such folder or variant, files missing or damaged, or another network's.
@@ -49,7 +42,7 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
     if resize not in RESIZES:
         raise LcmError(f"resize={resize!r} of clip features is unknown; choose one of {', '.join(RESIZES)}")
     folder = weights.existing("clip", path)
-    module = clip_vision.vision_from_config(read_json(folder / "config.json"))
+    module = clip.vision_from_config(read_json(folder / "config.json"))
     side = module.image_size
     processor = resizing.read_processor(folder)
     if resize == "cmmd":
@@ -61,37 +54,44 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
             if key.startswith(_VISION) and not key.endswith(".position_ids")
         }
         params = weights.read_params(_vision_table(module), shapes, stored.read, str(stored.source))
-
-    def apply(params, x):
-        return module.apply({"params": params}, x).image_embeds
-
-    label = f"clip-{module.num_hidden_layers}x{module.hidden_size}-patch{module.patch_size}/{resize}-{side}"
-    return Network(label, module.projection_dim, processor, apply, params, repr(processor))
+    name = f"clip-{module.num_hidden_layers}x{module.hidden_size}-patch{module.patch_size}/{resize}-{side}"
+    return Network(name, module.projection_dim, module, params, processor, repr(processor), _image_embeds)
 
 
-def _vision_table(module: clip_vision.CLIPVisionModel) -> dict[str, names.Parameter]:
+def _vision_table(module: clip.CLIPVisionModel) -> dict[str, names.Parameter]:
+    """Torch key -> Parameter of an image tower, with the keys of a CLIPModel."""
     table = weights.torch_table(module, (1, module.image_size, module.image_size, module.num_channels))
     return {key if key.startswith(_VISION) else f"vision_model.{key}": value for key, value in table.items()}
 
 
-def load_text(path: str | Path | None) -> TextTower:
-    """The text tower of a CLIPModel's folder.
+def load_text(path: str | Path | None) -> tuple[Network, Tokenizer]:
+    """The text tower of a CLIPModel's folder, which takes token ids: projected embeddings, not normalised.
 
     Raises:
-      LcmError: no such folder, pictures only, or files missing or damaged.
+      LcmError: no such folder, images only, or files missing or damaged.
     """
     folder = weights.existing("clip", path)
     config = read_json(folder / "config.json")
     if config.get("model_type") != "clip":
         raise LcmError(
-            f"{folder} holds a {config.get('model_type')}, and a CLIP score needs texts, too: give the "
-            "folder of a whole CLIPModel"
+            f"{folder} holds a {config.get('model_type')}, and a CLIP score needs texts, too: give the folder of a "
+            "whole CLIPModel"
         )
     known = {f.name for f in dataclasses.fields(clip.CLIPTextModel)} - RUN_FIELDS | clip.CLIPTextModel.FIXED.keys()
-    text = {key: value for key, value in clip_vision.tower(config, "text").items() if key in known}
+    text = {key: value for key, value in clip.tower(config, "text").items() if key in known}
     module = clip.from_config(text | {"architectures": ["CLIPTextModelWithProjection"]})
-    words = load_tokenizer(folder, module.max_position_embeddings)
+    tokenizer = load_tokenizer(folder, module.max_position_embeddings)
     with open_weights(folder, TRANSFORMERS_NAME) as stored:
         shapes = {key: shape for key, shape in stored.shapes.items() if key.startswith(_TEXT)}
         params = names.read_params(module, shapes, stored.read, what=str(stored.source))
-    return TextTower(module, params, words)
+    vocabulary = json.dumps(tokenizer.vocabulary(), sort_keys=True)
+    network = Network("clip-text", module.projection_dim, module, params, np.asarray, vocabulary, _pooled)
+    return network, tokenizer
+
+
+def _image_embeds(output: Any) -> jax.Array:
+    return output.image_embeds
+
+
+def _pooled(output: Any) -> jax.Array:
+    return output.pooled

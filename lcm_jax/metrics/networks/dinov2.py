@@ -1,20 +1,20 @@
 """DINOv2's vision transformer (Oquab et al. 2023, arXiv:2304.07193): transformers' Dinov2Model, class token as feature.
 
-    x   = [class token, patches of p x p projected] + position embedding, resized to the picture's grid
+    x   = [class token, patches of p x p projected] + position embedding, resized to the image's grid
     x  += lambda1 * MHA(LN1(x));  x += lambda2 * MLP(LN2(x))        per layer; MLP with GELU, or SwiGLU in the giant
     feature = LN(x) at the class token
 
-FD-DINOv2 is the Frechet distance of these features, of the large network (Stein et al. 2023, arXiv:2306.04675, who
-resize the whole picture to 224 x 224). Position embeddings are resized from their 37 x 37 grid by torch's bicubic
-(a = -0.75, pixel centres, no antialiasing) to the exact grid, as transformers does; Meta's own code adds 0.1 to the
-grid before it divides, which moves features by little, but not by nothing.
+FD-DINOv2 is the Frechet distance between features of the large network (Stein et al. 2023, arXiv:2306.04675, who resize
+the whole image to 224 x 224). Position embeddings are resized from their 37 x 37 grid by torch's bicubic (a = -0.75,
+pixel centres, no antialiasing) to the exact grid, as in transformers. Meta's own code adds 0.1 to the grid before it
+divides, which changes features slightly.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,7 +35,7 @@ from lcm_jax.pretrained.safetensors_io import TRANSFORMERS_NAME, open_weights
 SIDE = 224
 RESIZES = ("square", "processor")
 
-# Published files -> names of today's transformers, which are the modules' names here.
+# Published files -> names of today's transformers, after which the modules here are named.
 _RENAMED = (
     (re.compile(r"^dinov2\."), ""),
     (re.compile(r"\.attention\.attention\.(query|key|value)\."), r".attention.\1_proj."),
@@ -46,9 +46,9 @@ _RENAMED = (
 
 
 def cubic_weights(size: int, grid: int) -> np.ndarray:
-    """Matrix [size grid] that resizes a line of `grid` values as torch's bicubic does without antialiasing.
+    """Matrix [size grid], float64, that resizes a line of `grid` values as torch's bicubic without antialiasing.
 
-    Cubic convolution (Keys 1981) with a = -0.75; rows beyond the border repeat it. float64.
+    Cubic convolution (Keys 1981) with a = -0.75; values beyond the border repeat it.
     """
     a, out = -0.75, np.zeros((size, grid))
     for i in range(size):
@@ -160,7 +160,7 @@ class Encoder(nn.Module):
 
 
 class Dinov2Model(nn.Module):
-    """Normalised pictures [b h w 3] -> class token features [b d]. Fields: transformers' Dinov2Config."""
+    """Normalised images [b h w 3] -> class token features [b d]. Fields: transformers' Dinov2Config."""
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -190,7 +190,7 @@ class Dinov2Model(nn.Module):
 
 
 def from_config(config: Mapping[str, Any]) -> Dinov2Model:
-    """The network of a `config.json`. Raises UnsupportedConfig where it is no DINOv2 of the kind built here."""
+    """The network of a `config.json`. Raises UnsupportedConfig if it is not a DINOv2 of the kind built here."""
     known = {f.name for f in dataclasses.fields(Dinov2Model)} - RUN_FIELDS | Dinov2Model.FIXED.keys()
     kept = {key: value for key, value in config.items() if key in known}
     return Dinov2Model(**module_fields(Dinov2Model, kept, Dinov2Model.FIXED))
@@ -212,16 +212,14 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
         processor = resizing.read_processor(folder)
     with open_weights(folder, TRANSFORMERS_NAME) as stored:
         params = read(module, stored.shapes, stored.read, str(stored.source))
-
-    def apply(params, x):
-        return module.apply({"params": params}, x)
-
-    label = f"dinov2-{module.num_hidden_layers}x{module.hidden_size}/{resize}-bicubic"
-    return Network(label, module.hidden_size, processor, apply, params, repr(processor))
+    name = f"dinov2-{module.num_hidden_layers}x{module.hidden_size}/{resize}-bicubic"
+    return Network(name, module.hidden_size, module, params, processor, repr(processor))
 
 
-def read(module: Dinov2Model, shapes: Mapping[str, tuple], read_tensor, what: str) -> dict:
-    """The parameter tree from published keys, or from today's transformers'."""
+def read(
+    module: Dinov2Model, shapes: Mapping[str, tuple], read_tensor: Callable[[str], np.ndarray], what: str
+) -> dict[str, Any]:
+    """The parameter tree from published keys, or from those of today's transformers."""
     found = {}  # name here -> (key in the file, which half of its rows or None)
     for key in shapes:
         name = key
@@ -244,4 +242,4 @@ def read(module: Dinov2Model, shapes: Mapping[str, tuple], read_tensor, what: st
 
     side = module.image_size // module.patch_size * module.patch_size
     table = weights.torch_table(module, (1, side, side, 3))
-    return weights.read_params(table, {name: shape(*where) for name, where in found.items()}, tensor, what)
+    return weights.read_params(table, {name: shape(*entry) for name, entry in found.items()}, tensor, what)

@@ -1,12 +1,12 @@
 """Inception-v3 as FID has used it since 2017: TensorFlow's graph of 2015-12-05 up to pool_3, 2048 features.
 
-Names and shapes are those of the torch ports (pytorch-fid, torch-fidelity), whose weight file is read. What this graph
-does otherwise than torchvision's Inception-v3 (Szegedy et al. 2015, arXiv:1512.00567):
+Names and shapes are those of the torch ports (pytorch-fid, torch-fidelity), whose weight file is read. This graph
+differs from torchvision's Inception-v3 (Szegedy et al. 2015, arXiv:1512.00567):
 
     average pools leave the zeros at the border out of the mean;  Mixed_7c pools by maximum, not by mean
     inputs are (x - 128) / 128 of x in 0..255
 
-The resize to 299 x 299 is a part of the metric (resize variants):
+The resize to 299 x 299 is part of the metric (resize variants):
 
     tf1       bilinear, source position i * in / out, no antialiasing: the original graph, torch-fidelity
     pytorch   bilinear, pixel centres, no antialiasing, inputs 2 x - 1 of x in 0..1: pytorch-fid
@@ -15,6 +15,7 @@ The resize to 299 x 299 is a part of the metric (resize variants):
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import jax
@@ -79,7 +80,7 @@ class Mixed(nn.Module):
     """Branches side by side, joined along channels: chains of units, then the pool.
 
     Attributes:
-      branches: each a chain of units; a last entry that is a pair of units applies both and joins them.
+      branches: each a chain of units; if its last entry is a pair of units, both are applied and joined.
       pool: "mean" or "max" of 3 x 3 with stride 1, before the unit `branch_pool`; "shrink": max with stride 2, alone.
       pool_features: of `branch_pool`.
     """
@@ -100,89 +101,47 @@ class Mixed(nn.Module):
         if self.pool == "shrink":
             outputs.append(nn.max_pool(x, (3, 3), (2, 2)))
         else:
-            mean = self.pool == "mean"
-            y = (
-                nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
-                if mean
-                else nn.max_pool(x, (3, 3), padding="SAME")
-            )
+            average = functools.partial(nn.avg_pool, count_include_pad=False)
+            y = (average if self.pool == "mean" else nn.max_pool)(x, (3, 3), padding="SAME")
             outputs.append(_apply(_unit("branch_pool", self.pool_features), y))
         return jnp.concatenate(outputs, axis=-1)
 
 
-def _a(pool_features: int) -> dict:
-    return dict(
-        branches=(
-            (_unit("branch1x1", 64),),
-            _chain("branch5x5", (48,), (64, 5)),
-            _chain("branch3x3dbl", (64,), (96, 3), (96, 3)),
-        ),
-        pool="mean",
-        pool_features=pool_features,
+def _a(name: str, pool_features: int) -> Mixed:
+    five, three = _chain("branch5x5", (48,), (64, 5)), _chain("branch3x3dbl", (64,), (96, 3), (96, 3))
+    return Mixed(((_unit("branch1x1", 64),), five, three), "mean", pool_features, name=name)
+
+
+def _b(name: str) -> Mixed:
+    return Mixed(
+        ((_unit("branch3x3", 384, 3, 2),), _chain("branch3x3dbl", (64,), (96, 3), (96, 3, 2))), "shrink", name=name
     )
 
 
-def _b() -> dict:
-    return dict(
-        branches=((_unit("branch3x3", 384, 3, 2),), _chain("branch3x3dbl", (64,), (96, 3), (96, 3, 2))), pool="shrink"
-    )
-
-
-def _c(c7: int) -> dict:
+def _c(name: str, c7: int) -> Mixed:
     row, column = (1, 7), (7, 1)
-    return dict(
-        branches=(
-            (_unit("branch1x1", 192),),
-            _chain("branch7x7", (c7,), (c7, row), (192, column)),
-            _chain("branch7x7dbl", (c7,), (c7, column), (c7, row), (c7, column), (192, row)),
-        ),
-        pool="mean",
-        pool_features=192,
-    )
+    seven = _chain("branch7x7", (c7,), (c7, row), (192, column))
+    double = _chain("branch7x7dbl", (c7,), (c7, column), (c7, row), (c7, column), (192, row))
+    return Mixed(((_unit("branch1x1", 192),), seven, double), "mean", 192, name=name)
 
 
-def _d() -> dict:
-    return dict(
-        branches=(
-            _chain("branch3x3", (192,), (320, 3, 2)),
-            _chain("branch7x7x3", (192,), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)),
-        ),
-        pool="shrink",
-    )
+def _d(name: str) -> Mixed:
+    three = _chain("branch3x3", (192,), (320, 3, 2))
+    seven = _chain("branch7x7x3", (192,), (192, (1, 7)), (192, (7, 1)), (192, 3, 2))
+    return Mixed((three, seven), "shrink", name=name)
 
 
-def _e(pool: str) -> dict:
+def _e(name: str, pool: str) -> Mixed:
     def split(name: str) -> tuple[Unit, Unit]:
         return _unit(f"{name}a", 384, (1, 3)), _unit(f"{name}b", 384, (3, 1))
 
-    return dict(
-        branches=(
-            (_unit("branch1x1", 320),),
-            (*_chain("branch3x3", (384,)), split("branch3x3_2")),
-            (*_chain("branch3x3dbl", (448,), (384, 3)), split("branch3x3dbl_3")),
-        ),
-        pool=pool,
-        pool_features=192,
-    )
-
-
-_MIXED = {
-    "Mixed_5b": _a(32),
-    "Mixed_5c": _a(64),
-    "Mixed_5d": _a(64),
-    "Mixed_6a": _b(),
-    "Mixed_6b": _c(128),
-    "Mixed_6c": _c(160),
-    "Mixed_6d": _c(160),
-    "Mixed_6e": _c(192),
-    "Mixed_7a": _d(),
-    "Mixed_7b": _e("mean"),
-    "Mixed_7c": _e("max"),
-}
+    three = *_chain("branch3x3", (384,)), split("branch3x3_2")
+    double = *_chain("branch3x3dbl", (448,), (384, 3)), split("branch3x3dbl_3")
+    return Mixed(((_unit("branch1x1", 320),), three, double), pool, 192, name=name)
 
 
 class FIDInception(nn.Module):
-    """Normalised pictures [b h w 3] -> pool_3 features [b 2048]; 299 x 299 in the metric, any size from 75 works."""
+    """Normalised images [b h w 3] -> pool_3 features [b 2048]; 299 x 299 in the metric, any size from 75 works."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -193,8 +152,12 @@ class FIDInception(nn.Module):
         x = ConvNorm(80, (1, 1), name="Conv2d_3b_1x1")(x)
         x = ConvNorm(192, (3, 3), same=False, name="Conv2d_4a_3x3")(x)
         x = nn.max_pool(x, (3, 3), (2, 2))
-        for name, block in _MIXED.items():
-            x = Mixed(**block, name=name)(x)
+        for block in (
+            *(_a("Mixed_5b", 32), _a("Mixed_5c", 64), _a("Mixed_5d", 64)),
+            *(_b("Mixed_6a"), _c("Mixed_6b", 128), _c("Mixed_6c", 160), _c("Mixed_6d", 160), _c("Mixed_6e", 192)),
+            *(_d("Mixed_7a"), _e("Mixed_7b", "mean"), _e("Mixed_7c", "max")),
+        ):
+            x = block(x)
         return x.mean((1, 2))
 
 
@@ -210,7 +173,7 @@ def _clean(images: np.ndarray) -> np.ndarray:
     return (resizing.bicubic_float(images, SIDE) - 128) / 128
 
 
-# variant -> (part of the extractor's name, function)
+# variant -> (part of the network's name, function, the same in words for the hash)
 RESIZES = {
     "tf1": ("tf1-bilinear", _tf1, "tf1 bilinear 299; (x - 128) / 128"),
     "pytorch": ("pytorch-bilinear", _pytorch, "half-pixel bilinear 299; x / 127.5 - 1"),
@@ -229,16 +192,11 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
         raise LcmError(f"resize={resize!r} of inception features is unknown; choose one of {', '.join(RESIZES)}")
     label, prepare, words = RESIZES[resize]
     params = read(weights.existing("inception", path))
-    module = FIDInception()
-
-    def apply(params, x):
-        return module.apply({"params": params}, x)
-
-    return Network(f"inception-2015/{label}-{SIDE}", DIM, prepare, apply, params, words)
+    return Network(f"inception-2015/{label}-{SIDE}", DIM, FIDInception(), params, prepare, words)
 
 
 def read(path: Path) -> dict:
-    """The parameter tree in a .pth or .safetensors file with the torch ports' keys; the classifier is left out."""
+    """The parameter tree of a .pth or .safetensors file with the torch ports' keys; the classifier is left out."""
     weights.check_named_hash("inception", path)
     table = weights.torch_table(FIDInception(), (1, 75, 75, 3))
     if path.suffix == ".safetensors":

@@ -1,12 +1,12 @@
-"""Reads pictures of the shapes set: which shape, colour, size, position and background a one-object picture shows.
+"""Scorer of shapes images: which shape, colour, size, position and background the image of one object shows.
 
 A small convolutional classifier with one head per attribute on a common feature vector, trained on renders only
-(experiments/shapes_teacher/train_scorer.py), never on samples. Two measures of sampled pictures follow from it:
+(experiments/shapes_teacher/train_scorer.py), never on samples. It gives two measures of generated images:
 
-    caption accuracy = share of pictures whose attributes, all five, are those of their caption
-    Frechet distance = between the features of samples and those of held-out renders (metrics/frechet.py)
+    caption accuracy = share of images whose attributes, all five, are those of their caption
+    Frechet distance = between the features of generated images and those of held-out renders (metrics/distances.py)
 
-The features are the values that enter the last nonlinearity, so that they are not cut off at zero.
+The features are the inputs of the last nonlinearity, which would cut them off at zero.
 """
 
 from __future__ import annotations
@@ -14,28 +14,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import pathlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 
 from lcm_jax import assets
-from lcm_jax.data import shapes
+from lcm_jax.data.shapes import ATTRIBUTES, RESOLUTION
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import kernels as compiler
+from lcm_jax.files import write_atomic
+from lcm_jax.metrics.networks.network import Network, filled
+from lcm_jax.runtime import kernels
 
-ASSET = pathlib.Path(assets.__file__).resolve().parent / "shapes_scorer"
-WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
+ASSET = Path(assets.__file__).resolve().parent / "shapes_scorer"
+WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 
 
 class ShapesScorer(nn.Module):
-    """Pictures [b 64 64 3] in [-1, 1] to (logits {attribute: [b classes]}, features [b feature_dim])."""
+    """Images [b 64 64 3] in [-1, 1] -> (logits {attribute: [b classes]}, features [b feature_dim])."""
 
     channels: tuple[int, ...] = (24, 48, 64, 96)
     feature_dim: int = 64
@@ -49,10 +52,10 @@ class ShapesScorer(nn.Module):
             x = nn.gelu(nn.GroupNorm(num_groups=8, name=f"down_norm_{level}")(x))
             h = nn.GroupNorm(num_groups=8, name=f"norm_{level}")(nn.Conv(width, (3, 3), name=f"conv_{level}")(x))
             x = x + nn.gelu(h)
-        x = x.reshape(x.shape[0], -1)  # keeps where things are
+        x = x.reshape(x.shape[0], -1)  # unlike a mean, keeps positions
         features = nn.Dense(self.feature_dim, name="features")(x)
         h = nn.gelu(features)
-        logits = {name: nn.Dense(len(words), name=f"head_{name}")(h) for name, words in shapes.ATTRIBUTES.items()}
+        logits = {name: nn.Dense(len(words), name=f"head_{name}")(h) for name, words in ATTRIBUTES.items()}
         return logits, features
 
 
@@ -61,13 +64,13 @@ class Scorer:
     """The module, its parameters (float32), and the stored config (widths, attribute words, measured accuracy)."""
 
     module: ShapesScorer
-    params: Mapping
-    config: Mapping
+    params: Mapping[str, Any]
+    config: Mapping[str, Any]
 
 
-def load_scorer(folder: str | pathlib.Path = ASSET) -> Scorer:
-    """The scorer stored in a folder; default: the one that comes with the package."""
-    folder = pathlib.Path(folder)
+def load_scorer(folder: str | Path = ASSET) -> Scorer:
+    """The scorer of a folder; default: the package's own. Raises LcmError if it is missing or does not fit."""
+    folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG_NAME).read_text())
         tensors = safetensors.numpy.load_file(folder / WEIGHTS_NAME)
@@ -75,92 +78,95 @@ def load_scorer(folder: str | pathlib.Path = ASSET) -> Scorer:
         raise LcmError(
             f"no readable scorer in {folder}: {error}; train one with experiments/shapes_teacher/train_scorer.py"
         ) from error
-    stored = {name: tuple(words) for name, words in config["attributes"].items()}
-    if stored != shapes.ATTRIBUTES:
+    if {name: tuple(words) for name, words in config["attributes"].items()} != ATTRIBUTES:
         raise LcmError(
-            f"the scorer in {folder} was trained for other attribute words than data/shapes.py has: "
-            "train it again with experiments/shapes_teacher/train_scorer.py"
+            f"the scorer in {folder} was trained for other attribute words than data/shapes.py has; train it again "
+            "with experiments/shapes_teacher/train_scorer.py"
         )
     module = ShapesScorer(tuple(config["channels"]), config["feature_dim"])
-    params: dict = {}
-    for name, value in tensors.items():
-        layer, leaf = name.split(".")
-        params.setdefault(layer, {})[leaf] = value.astype(np.float32)
-    want = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, shapes.RESOLUTION, shapes.RESOLUTION, 3)))
-    want_shapes = {f"{a}.{b}": v.shape for a, leaves in want["params"].items() for b, v in leaves.items()}
-    wrong = sorted(
-        k for k in want_shapes.keys() | tensors.keys() if k not in tensors or want_shapes.get(k) != tensors[k].shape
-    )
-    if wrong:
+    tree = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, RESOLUTION, RESOLUTION, 3)))["params"]
+    wanted = {name: leaf.shape for name, leaf in flatten_dict(tree, sep=".").items()}
+    found = {name: value.shape for name, value in tensors.items()}
+    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         raise LcmError(f"the scorer in {folder} has missing, unexpected or mis-shaped tensors: {', '.join(wrong)}")
+    params = unflatten_dict({name: value.astype(np.float32) for name, value in tensors.items()}, sep=".")
     return Scorer(module, params, config)
 
 
-def save_scorer(folder: str | pathlib.Path, scorer: Scorer) -> None:
-    """Writes weights (float16) and config, each under its final name only when complete."""
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"{layer}.{leaf}": np.asarray(value, np.float16)
-        for layer, leaves in scorer.params.items()
-        for leaf, value in leaves.items()
-    }
+def save_scorer(folder: str | Path, scorer: Scorer) -> None:
+    """Writes weights (float16) and config."""
+    tensors = {name: np.asarray(value, np.float16) for name, value in flatten_dict(scorer.params, sep=".").items()}
     config = {
         "_class_name": "ShapesScorer",
         "channels": list(scorer.module.channels),
         "feature_dim": scorer.module.feature_dim,
-        "attributes": {name: list(words) for name, words in shapes.ATTRIBUTES.items()},
+        "attributes": {name: list(words) for name, words in ATTRIBUTES.items()},
         **scorer.config,
     }
-    for name, content in (
-        (WEIGHTS_NAME, safetensors.numpy.save(tensors, {"format": "np"})),
-        (CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode()),
-    ):
-        partial = folder / (name + ".partial")
-        partial.write_bytes(content)
-        partial.replace(folder / name)
+    write_atomic(Path(folder) / WEIGHTS_NAME, safetensors.numpy.save(tensors, {"format": "np"}))
+    write_atomic(Path(folder) / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+
+
+def load(path: str | Path | None, resize: str | None = None) -> Network:
+    """The scorer as a network of features. Raises LcmError: as `load_scorer`; any `resize` but "none"."""
+    if resize not in (None, "none"):
+        raise LcmError(f"the shapes scorer does not resize images; resize={resize!r} must be left out")
+    scorer = load_scorer(ASSET if path is None else path)
+    name, dim = f"shapes-scorer/none-{RESOLUTION}", scorer.module.feature_dim
+    return Network(name, dim, scorer.module, scorer.params, _prepare, "x / 127.5 - 1", _features)
+
+
+def _prepare(images: np.ndarray) -> np.ndarray:
+    height, width = images.shape[1:3]
+    if (height, width) != (RESOLUTION, RESOLUTION):
+        raise LcmError(f"images of {height} x {width}: the shapes scorer reads {RESOLUTION} x {RESOLUTION}")
+    return images.astype(np.float32) / 127.5 - 1.0
+
+
+def _features(output: tuple[dict[str, jax.Array], jax.Array]) -> jax.Array:
+    return output[1]
 
 
 def to_float(images: np.ndarray | jax.Array) -> jax.Array:
-    """Pictures as float32 in [-1, 1]: from uint8 0..255, or from float in [-1, 1] (clipped)."""
+    """Images as float32 in [-1, 1]: from uint8 0..255, or from float in [-1, 1] (clipped)."""
     if images.dtype == np.uint8:
         return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1.0
     return jnp.clip(jnp.asarray(images).astype(jnp.float32), -1.0, 1.0)
 
 
 @functools.cache
-def _compiled(module: ShapesScorer) -> Callable:
-    """(params, pictures [b 64 64 3]) -> (logits {attribute: [b classes]}, features [b d]), jitted."""
-    return jax.jit(
-        lambda params, images: module.apply({"params": params}, to_float(images)), compiler_options=compiler.inference()
-    )
+def _program() -> Callable:
+    """(module, params, images) -> its output, jitted. Not made at import: the compiler's options need a device."""
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=kernels.inference())
+    def read(module: ShapesScorer, params: Any, images: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        return module.apply({"params": params}, to_float(images))
+
+    return read
 
 
 def score(
     images: np.ndarray, scorer: Scorer | None = None, batch_size: int = 64
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Predicted class indices {attribute: int32 [n]} and features float32 [n d] of any number of pictures.
+    """Predicted class indices {attribute: int32 [n]} and features float32 [n d] of images [n 64 64 3].
 
-    Pictures [n 64 64 3], uint8 or float in [-1, 1]. The last batch is filled up, so one program serves all counts.
+    Args:
+      images: uint8, or float in [-1, 1].
+      scorer: None: the package's own.
+      batch_size: images per call; the last call is padded, so that one program serves all n.
+
+    Raises:
+      LcmError: another shape or type.
     """
     images = np.asarray(images)
-    side = shapes.RESOLUTION
-    if images.ndim != 4 or images.shape[0] == 0 or images.shape[1:] != (side, side, 3):
-        raise LcmError(f"pictures of shape {images.shape}: the scorer reads [n {side} {side} 3]")
+    if images.ndim != 4 or len(images) == 0 or images.shape[1:] != (RESOLUTION, RESOLUTION, 3):
+        raise LcmError(f"images of shape {images.shape}: the scorer reads [n {RESOLUTION} {RESOLUTION} 3]")
     if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
-        raise LcmError(f"pictures of type {images.dtype}: give uint8 in 0..255 or float in [-1, 1]")
+        raise LcmError(f"images of type {images.dtype}: give uint8 in 0..255 or float in [-1, 1]")
     scorer = scorer or _packaged()
-    predicted: dict[str, list[np.ndarray]] = {name: [] for name in shapes.ATTRIBUTES}
-    features = []
-    for start in range(0, len(images), batch_size):
-        part = images[start : start + batch_size]
-        count = len(part)
-        full = np.concatenate([part, np.repeat(part[-1:], batch_size - count, axis=0)])
-        logits, f = _compiled(scorer.module)(scorer.params, full)
-        features.append(np.asarray(f)[:count])
-        for name, value in logits.items():
-            predicted[name].append(np.asarray(value).argmax(-1)[:count].astype(np.int32))
-    return {name: np.concatenate(v) for name, v in predicted.items()}, np.concatenate(features)
+    batches = [jax.device_get(_program()(scorer.module, scorer.params, part)) for part in filled(images, batch_size)]
+    logits, features = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *batches)
+    return {name: value.argmax(-1).astype(np.int32) for name, value in logits.items()}, features
 
 
 @functools.cache
@@ -168,26 +174,27 @@ def _packaged() -> Scorer:
     return load_scorer()
 
 
+def caption_accuracy(predicted: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> float:
+    """Share (0..1) of images with all attributes right.
+
+    Args:
+      predicted: class indices [n] or logits [n classes] of each attribute.
+      labels: class indices [n] of each attribute, as from `data.shapes.label_arrays` (which takes captions, too).
+    """
+    return float(np.mean(np.all(list(_right(predicted, labels).values()), axis=0)))
+
+
+def attribute_accuracies(predicted: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Share (0..1) of images with this attribute right, for each attribute; arguments as for `caption_accuracy`."""
+    return {name: float(np.mean(right)) for name, right in _right(predicted, labels).items()}
+
+
 def _right(predicted: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """{attribute: bool [n]}: is it read right. `predicted`: class indices [n] or logits [n classes]."""
     right = {}
-    for name in shapes.ATTRIBUTES:
+    for name in ATTRIBUTES:
         p, want = np.asarray(predicted[name]), np.asarray(labels[name])
         p = p.argmax(-1) if p.ndim == 2 else p
         if p.shape != want.shape:
             raise LcmError(f"{p.shape[0]} predictions of {name} for {want.shape[0]} labels: give as many of both")
         right[name] = p == want
     return right
-
-
-def caption_accuracy(predicted: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> float:
-    """Share (0..1) of pictures with all attributes right; `predicted` holds class indices [n] or logits [n classes].
-
-    `labels` as of `data.shapes.label_arrays`, which takes captions, too.
-    """
-    return float(np.mean(np.all(list(_right(predicted, labels).values()), axis=0)))
-
-
-def attribute_accuracies(predicted: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Share (0..1) of pictures with this attribute right, for each attribute; arguments as `caption_accuracy`."""
-    return {name: float(np.mean(r)) for name, r in _right(predicted, labels).items()}

@@ -1,8 +1,8 @@
-"""Tensors in a file of `torch.save`, read without torch and without running what the file says.
+"""Reads the tensors in a file of `torch.save` without torch and without executing anything in the file.
 
-A pickle may call any function by name, and Python's reader of pickles trusts their sizes, indices and nesting. So the
-few operations that a state dict of plain tensors needs are carried out here; a file with any other operation or name is
-refused, and no number of it is used before it is known to lie inside of what it counts. Both layouts of torch are read:
+A pickle may call any function by name, and Python's unpickler trusts its sizes, indices and nesting. So this module
+interprets only the few operations that a state dict of plain tensors needs. It refuses any other operation or name, and
+checks every number of the file against its bounds before it uses it. Both layouts of torch are read:
 
     zip (torch >= 1.6)   NAME/data.pkl, NAME/data/KEY: bytes of storage KEY, uncompressed
     before               pickles: magic, protocol, system, the object, [KEY, ...]; per KEY: int64 count, bytes
@@ -34,23 +34,12 @@ _STORAGES = {
     "IntStorage": "<i4",
     "ByteStorage": "|u1",
 }
+_DAMAGE = zipfile.BadZipFile, EOFError, LookupError, ValueError, TypeError, RuntimeError, struct.error, OverflowError
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_LITERALS = {
-    "INT",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "LONG",
-    "LONG1",
-    "LONG4",
-    "BINFLOAT",
-    "SHORT_BINUNICODE",
-    "BINUNICODE",
-    "BINUNICODE8",
-    "BINSTRING",
-    "SHORT_BINSTRING",
-}
-_MOST_DIMENSIONS = 64  # of NumPy and of torch
+_INTEGERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
+_TEXTS = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"}
+_LITERALS = _INTEGERS | _TEXTS | {"BINFLOAT"}
+_MAX_DIMENSIONS = 64  # of NumPy and of torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +51,7 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A tensor of which the bytes are not read yet; offset and strides count elements."""
+    """A tensor whose bytes are not read yet; offset and strides count elements."""
 
     storage: _Storage
     offset: int
@@ -74,26 +63,17 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """Key -> tensor of the state dict in `path`, read-only.
 
     Raises:
-      LcmError: the file is damaged, or holds something else than a state dict of plain tensors; it is named.
+      LcmError: the file, which is named, is damaged or holds anything but a state dict of plain tensors.
     """
     try:
         content = path.read_bytes()
         state, raw = _zipped(content) if zipfile.is_zipfile(io.BytesIO(content)) else _before_zip(content)
         return {key: _array(tensor, raw(tensor.storage), len(content)) for key, tensor in state.items()}
-    except (
-        zipfile.BadZipFile,
-        EOFError,
-        LookupError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        struct.error,
-        OverflowError,
-    ) as error:
+    except _DAMAGE as error:
         reason = " ".join(str(error).split())[:300]
         raise LcmError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as weights of torch.save: {reason}; fetch "
-            "it again, or give the same tensors as .safetensors"
+            f"{path} ({path.stat().st_size} bytes) cannot be read as weights of torch.save: {reason}; fetch it again, "
+            "or give the same tensors as .safetensors"
         ) from error
 
 
@@ -102,7 +82,7 @@ def _zipped(content: bytes) -> tuple[dict[str, _Tensor], Callable[[_Storage], by
     names = archive.namelist()
     inside = [name for name in names if name.endswith("/data.pkl")]
     if len(inside) != 1 or len(set(names)) != len(names):
-        raise LcmError(f"a zip with {len(inside)} files data.pkl and {len(names) - len(set(names))} names twice")
+        raise LcmError(f"a zip with {len(inside)} files data.pkl and {len(names) - len(set(names))} repeated names")
     if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
         raise LcmError("a zip with compressed files, which torch.save does not write")
     root = inside[0].removesuffix("data.pkl")
@@ -113,7 +93,7 @@ def _zipped(content: bytes) -> tuple[dict[str, _Tensor], Callable[[_Storage], by
 def _before_zip(content: bytes) -> tuple[dict[str, _Tensor], Callable[[_Storage], bytes]]:
     stream = io.BytesIO(content)
     if _load(stream) != _MAGIC:
-        raise LcmError("it does not begin as torch's files do")
+        raise LcmError("it does not begin like a file of torch")
     _load(stream), _load(stream)  # protocol and system
     state = _state(stream)
     storages = {tensor.storage.key: tensor.storage for tensor in state.values()}
@@ -121,27 +101,23 @@ def _before_zip(content: bytes) -> tuple[dict[str, _Tensor], Callable[[_Storage]
     for key in _all(str, _load(stream)):
         storage = storages[key]
         if struct.unpack("<q", stream.read(8)) != (storage.count,):
-            raise LcmError(f"storage {key[:80]} has not the {storage.count} numbers that its tensors are of")
+            raise LcmError(f"storage {key[:80]} does not have the {storage.count} numbers that its tensors declare")
         found[key] = stream.read(storage.count * storage.dtype.itemsize)
     return state, lambda storage: found[storage.key]
 
 
 def _array(tensor: _Tensor, raw: bytes, most: int) -> np.ndarray:
-    """The tensor as a view of its storage's bytes `raw`, of at most `most` bytes itself.
-
-    All that a tensor counts by is 0 or more, so its first element is at its offset, and its last at the offset and the
-    sum of (size - 1) * stride. More bytes than the file has come of strides that meet elements again and again.
-    """
+    """The tensor, of at most `most` bytes, as a view of its storage's bytes `raw`."""
     storage, count, dtype = tensor.storage, tensor.storage.count, tensor.storage.dtype
     dims = list(zip(tensor.shape, tensor.strides, strict=True))
     if len(raw) != count * dtype.itemsize:
         raise LcmError(f"storage {storage.key[:80]} has {len(raw)} bytes, {count} numbers of {dtype} are declared")
     if 0 in tensor.shape:
         return np.zeros(tensor.shape, dtype)
-    last = tensor.offset + sum((n - 1) * s for n, s in dims)
+    last = tensor.offset + sum((n - 1) * s for n, s in dims)  # sizes, strides and offset are at least 0
     if last >= count:
         raise LcmError(f"a tensor that ends at number {last} in a storage of {count}")
-    if math.prod(tensor.shape) * dtype.itemsize > most:
+    if math.prod(tensor.shape) * dtype.itemsize > most:  # strides may visit an element again and again
         raise LcmError(f"a tensor of shape {list(tensor.shape)} in a storage of {count} numbers repeats them too often")
     strides = [s * dtype.itemsize if n > 1 else 0 for n, s in dims]
     return np.ndarray(tensor.shape, dtype, raw, tensor.offset * dtype.itemsize, strides)  # checks the bounds again
@@ -155,23 +131,23 @@ def _state(stream: BinaryIO) -> dict[str, _Tensor]:
 
 
 def _load(stream: BinaryIO) -> Any:
-    """The object of the pickle at which `stream` stands, which stands behind it then.
+    """The object of the pickle at the position of `stream`, which then is at its end.
 
-    What the file has nested is never hashed, compared or printed: neither its depth nor its size has a bound.
+    Nested objects of the file are never hashed, compared or printed: neither their depth nor their size has a bound.
     """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
 
-    def taken(count: int) -> list[Any]:
+    def pop(count: int) -> list[Any]:
         if not 0 <= count <= len(stack):
-            raise LcmError("its pickle takes more than it has")
+            raise LcmError("its pickle takes more objects than it has")
         items = stack[len(stack) - count :]
         del stack[len(stack) - count :]
         return items
 
     def since_mark() -> list[Any]:
-        return taken(len(stack) - marks.pop())
+        return pop(len(stack) - marks.pop())
 
     for operation, value, _ in pickletools.genops(stream):
         match operation.name:
@@ -194,27 +170,27 @@ def _load(stream: BinaryIO) -> Any:
             case "TUPLE":
                 stack.append(tuple(since_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
-                stack.append(tuple(taken(int(name[-1]))))
+                stack.append(tuple(pop(int(name[-1]))))
             case "EMPTY_LIST":
                 stack.append([])
             case "APPEND" | "APPENDS" as name:
-                items = taken(1) if name == "APPEND" else since_mark()
+                items = pop(1) if name == "APPEND" else since_mark()
                 _all(list, stack[-1:])[0].extend(items)
             case "EMPTY_DICT":
                 stack.append({})
             case "SETITEM" | "SETITEMS" as name:
-                items = taken(2) if name == "SETITEM" else since_mark()
+                items = pop(2) if name == "SETITEM" else since_mark()
                 _all(dict, stack[-1:])[0].update(_pairs(items))
             case "GLOBAL":
                 stack.append(_named(value))
             case "STACK_GLOBAL":
-                stack.append(_named(" ".join(_all(str, taken(2)))))
+                stack.append(_named(" ".join(_all(str, pop(2)))))
             case "REDUCE":
-                function, arguments = taken(2)
+                function, arguments = pop(2)
                 if function not in _CALLED or type(arguments) is not tuple:
-                    raise LcmError("it calls what cannot be called")
+                    raise LcmError("it calls a function that cannot be called here")
                 stack.append(function(*arguments))
-            case "BUILD":  # attributes of a dict, as `_metadata` of a module's: they are left out
+            case "BUILD":  # attributes of a dict, as the `_metadata` of a module: skipped
                 stack.pop()
                 _all(dict, stack[-1:])
             case "BINPERSID":
@@ -225,14 +201,14 @@ def _load(stream: BinaryIO) -> Any:
 
 
 def _all(kind: type, values: Any) -> Any:
-    """`values`, which must be a sequence of nothing but this type: a file may have put anything in its place."""
+    """`values`, which must be a list or tuple of this type alone: a file may hold anything instead."""
     if type(values) not in (list, tuple) or not all(type(value) is kind for value in values):
         raise LcmError(f"it has values of another type where only {kind.__name__.strip('_')} can be")
     return values
 
 
 def _indices(values: Any) -> tuple[int, ...]:
-    if len(_all(int, values)) > _MOST_DIMENSIONS or not all(0 <= value < 2**63 for value in values):
+    if len(_all(int, values)) > _MAX_DIMENSIONS or not all(0 <= value < 2**63 for value in values):
         raise LcmError("an offset, count, size or stride is below 0 or above 2^63, or a tensor has too many of them")
     return tuple(values)
 
@@ -242,7 +218,7 @@ def _pairs(items: list[Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _ordered(items: Any = ()) -> dict[str, Any]:
-    """An OrderedDict; Python 2 gave it its items as [[key, value], ...]."""
+    """An OrderedDict; in files of Python 2 its items are [[key, value], ...]."""
     return dict(_pairs([part for item in items for part in item]))
 
 
@@ -254,7 +230,7 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _T
 def _storage(pid: Any) -> _Storage:
     """("storage", type, key, device, count[, view of another storage])."""
     if type(pid) is not tuple or len(pid) < 5 or not isinstance(pid[1], np.dtype) or pid[5:] not in ((), (None,)):
-        raise LcmError("it refers to something else than a whole storage of numbers")
+        raise LcmError("it refers to something other than a whole storage of numbers")
     return _Storage(*_all(str, [pid[2]]), pid[1], *_indices([pid[4]]))
 
 

@@ -21,7 +21,7 @@ from flax import traverse_util
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained.names import Parameter, differences, read_leaf, torch_name
 
-# Where the usual files are, and what they must be: kind -> (how to get it, sha256 of the file).
+# The usual files: kind -> (how to get it, sha256 of the file).
 SOURCES = {
     "inception": (
         "the file https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -45,27 +45,27 @@ _NAMED_HASH = re.compile(r"-([0-9a-f]{8,64})\.\w+")  # torch hub's way: NAME-<fi
 
 
 def existing(kind: str, path: str | Path | None) -> Path:
-    """`path` where it is. Raises LcmError, which tells where to get the weights of `kind` and their sha256."""
+    """`path`, expanded. Raises LcmError, which names the source of the weights and their sha256, if it is missing."""
     found = None if path is None else Path(path).expanduser()
     if found is None or not found.exists():
         what = "no weights are given" if found is None else f"{found} does not exist"
-        where, digest = SOURCES[kind]
-        raise LcmError(f"features of {kind!r}: {what}; fetch {where} (sha256 {digest}), and give its path")
+        source, digest = SOURCES[kind]
+        raise LcmError(f"features of {kind!r}: {what}; fetch {source} (sha256 {digest}), and give its path")
     return found
 
 
 def check_named_hash(kind: str, path: Path) -> None:
-    """Raises LcmError where a file's name tells the beginning of its sha256 and the content has another."""
-    told = _NAMED_HASH.search(path.name)
-    if told is None:
+    """Raises LcmError if a file's name contains the beginning of a sha256 that its content does not have."""
+    named = _NAMED_HASH.search(path.name)
+    if named is None:
         return
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if not digest.startswith(told[1]):
-        where, published = SOURCES[kind]
+    if not digest.startswith(named[1]):
+        source, published = SOURCES[kind]
         raise LcmError(
-            f"{path} ({path.stat().st_size} bytes) has sha256 {digest}, its name says {told[1]}...: damaged "
-            f"or truncated; fetch {where} (sha256 {published}) again"
+            f"{path} ({path.stat().st_size} bytes) has sha256 {digest}, its name says {named[1]}...: damaged or "
+            f"truncated; fetch {source} (sha256 {published}) again"
         )
 
 
