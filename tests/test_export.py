@@ -1,4 +1,4 @@
-"""`python -m lcm_jax.export`: what is written, that diffusers draws the same from it, and what is refused."""
+"""`python -m lcm_jax.export`: what it writes, that diffusers generates the same images from it, and its refusals."""
 
 import dataclasses
 import json
@@ -14,14 +14,15 @@ import pytest
 import tiny
 import torch
 from diffusers.schedulers import scheduling_lcm
+from ml_collections import ConfigDict
 from PIL import Image
 
 import lcm_jax
 from lcm_jax import export, pretrained, sample
-from lcm_jax.distill import state as state_lib
-from lcm_jax.pretrained import load_pipeline, load_unet, safetensors_io
-from lcm_jax.run import config as config_lib
-from lcm_jax.run import models as student
+from lcm_jax.distill.state import TrainState, create
+from lcm_jax.pretrained import load_pipeline, load_unet
+from lcm_jax.run import models
+from lcm_jax.run.config import default_config, resolve, to_json
 from lcm_jax.runtime.checkpoints import Checkpoints
 from lcm_jax.sampling import verify
 from lcm_jax.sampling.generator import draw_noise
@@ -31,8 +32,8 @@ PROMPTS = ("a red circle", "hello")
 TABLE = "| steps | accuracy |\n|---|---|\n| 4 | 0.93 |\n"
 
 
-def make_config(teacher, **changes) -> config_lib.ConfigDict:
-    config = config_lib.default_config()
+def make_config(teacher, **changes) -> ConfigDict:
+    config = default_config()
     config.model.teacher = teacher and str(teacher)
     config.data.source, config.data.resolution = "shapes", 64
     config.train.steps = 7
@@ -40,17 +41,15 @@ def make_config(teacher, **changes) -> config_lib.ConfigDict:
     config.distill.w_min, config.distill.w_max = 2.0, 8.0
     config.sample.prompts = PROMPTS
     config.update_from_flattened_dict(changes)
-    return config_lib.resolve(config)
+    return resolve(config)
 
 
-def make_run(
-    workdir: Path, teacher: Path | None, steps=STEPS_SAVED, spoil=None, **changes
-) -> dict[int, state_lib.TrainState]:
-    """A workdir as training leaves it. The weights of each checkpoint differ, its EMA's from them, and w is in use."""
+def make_run(workdir: Path, teacher: Path | None, steps=STEPS_SAVED, spoil=None, **changes) -> dict[int, TrainState]:
+    """A workdir as training leaves it. All checkpoints and their EMA have different weights, and w has an effect."""
     config = make_config(teacher, **changes)
     workdir.mkdir(parents=True)
-    (workdir / "config.json").write_text(config_lib.to_json(config))
-    begun = student.load(config).trainable
+    (workdir / "config.json").write_text(to_json(config))
+    begun = models.load(config).trainable
     states = {}
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         for step in steps:
@@ -61,7 +60,7 @@ def make_run(
                 if "cond_proj" in tree.get("time_embedding", {}):
                     tree["time_embedding"]["cond_proj"]["kernel"] *= 10.0
                 trees.append(spoil(tree) if spoil else tree)
-            state = state_lib.create(trees[0], optax.sgd(0.1)).replace(step=np.int32(step), ema_params=trees[1])
+            state = create(trees[0], optax.sgd(0.1)).replace(step=np.int32(step), ema_params=trees[1])
             checkpoints.save(step, state)
             states[step] = state
     return states
@@ -83,7 +82,7 @@ def exported(run, tmp_path_factory) -> Path:
     return out
 
 
-def kernel(state: state_lib.TrainState, part: str) -> np.ndarray:
+def kernel(state: TrainState, part: str) -> np.ndarray:
     return np.asarray(getattr(state, part)["time_embedding"]["cond_proj"]["kernel"])
 
 
@@ -91,8 +90,8 @@ def torch_kernel(unet) -> np.ndarray:
     return unet.time_embedding.cond_proj.weight.detach().numpy().T
 
 
-def diffusers_pictures(pipe, monkeypatch, prompts, noise, size, **options) -> np.ndarray:
-    """uint8 pictures as int [b h w 3], the scheduler's noise replaced by noise[1:] ([steps b h w c])."""
+def diffusers_images(pipe, monkeypatch, prompts, noise, size, **options) -> np.ndarray:
+    """uint8 images as int [b h w 3], the scheduler's noise replaced by noise[1:] ([steps b h w c])."""
     pipe.set_progress_bar_config(disable=True)
     start, *between = (torch.from_numpy(n.transpose(0, 3, 1, 2).copy()) for n in noise)
     draws = iter(between)
@@ -104,7 +103,7 @@ def diffusers_pictures(pipe, monkeypatch, prompts, noise, size, **options) -> np
     return np.stack([np.asarray(image).astype(int) for image in images])
 
 
-def test_diffusers_draws_what_our_sampler_draws(exported, tmp_path, monkeypatch):
+def test_diffusers_generates_the_images_of_sample(exported, tmp_path, monkeypatch):
     """The PNG files of lcm_jax.sample against LatentConsistencyModelPipeline.from_pretrained."""
     words = [f"--prompt={prompt}" for prompt in PROMPTS]
     options = ["--num_images=2", "--batch_size=4", "--seed=3", "--steps=4", "--guidance_scale=8"]
@@ -115,33 +114,33 @@ def test_diffusers_draws_what_our_sampler_draws(exported, tmp_path, monkeypatch)
     assert type(pipe.scheduler) is diffusers.LCMScheduler
     noise = draw_noise(3, [0, 1, 0, 1], 4, (8, 8, 4))
     prompts = [prompt for prompt in PROMPTS for _ in range(2)]
-    theirs = diffusers_pictures(pipe, monkeypatch, prompts, noise, 16, guidance_scale=8.0)
-    assert ((theirs > 0) & (theirs < 255)).mean() > 0.5  # pictures, not saturation
+    theirs = diffusers_images(pipe, monkeypatch, prompts, noise, 16, guidance_scale=8.0)
+    assert ((theirs > 0) & (theirs < 255)).mean() > 0.5  # images, not saturation
     difference = np.abs(ours - theirs).max()
     print(f"largest difference {difference}/255")
     assert difference <= 2
-    other = diffusers_pictures(pipe, monkeypatch, prompts, noise, 16, guidance_scale=3.0)
-    assert np.abs(other - theirs).max() > 8  # w is in use
+    other = diffusers_images(pipe, monkeypatch, prompts, noise, 16, guidance_scale=3.0)
+    assert np.abs(other - theirs).max() > 8  # w has an effect
 
 
-def test_verify_measures_the_difference_and_fails_on_another_model(run, exported, tmp_path, capsys):
+def test_verify(run, exported, tmp_path, capsys):
     out = tmp_path / "model"
     assert export.main([f"--workdir={run[0]}", f"--out={out}", "--verify"]) == 0
-    said = capsys.readouterr().out
-    print(said)
-    pixel = re.search(r"4 pictures, 4 steps, guidance scale 8, .* pixel difference (\d+)/255, .* (\S+)\n", said)
+    output = capsys.readouterr().out
+    print(output)
+    pixel = re.search(r"4 images, 4 steps, guidance scale 8, .* pixel difference (\d+)/255, .* (\S+)\n", output)
     assert int(pixel[1]) <= 2 and float(pixel[2]) < 2e-3
 
     record = json.loads((out / pretrained.RECORD).read_text())
     tiny.write_json(out / pretrained.RECORD, record | {"timestep_scaling": 1e-3})  # ours now has other scalings
     assert export.report_difference(out, record) == 1
-    assert re.search(r"(?m)^error: the pictures differ by \d+/255, more than 2/255", capsys.readouterr().err)
+    assert re.search(r"(?m)^error: the images differ by \d+/255, more than 2/255", capsys.readouterr().err)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["sd2", "sdxl"])
-def test_the_rest_of_the_family(teacher, tmp_path, capsys):
-    """v prediction; and SDXL's two encoders, sizes and own pipeline class."""
+def test_v_prediction_and_sdxl(teacher, tmp_path, capsys):
+    """v prediction; and SDXL, with two encoders, sizes and a pipeline class of its own."""
     make_run(tmp_path / "run", tiny.folder(teacher), steps=(3,), **{"distill.solver_steps": 20})
     out = tmp_path / "model"
     assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={out}", "--verify"]) == 0
@@ -153,7 +152,7 @@ def test_the_rest_of_the_family(teacher, tmp_path, capsys):
     assert scheduler["prediction_type"] == record["prediction_type"] == prediction_type
 
 
-def test_the_folder_says_what_inference_must_match(run, exported):
+def test_record_and_scheduler(run, exported):
     record = json.loads((exported / pretrained.RECORD).read_text())
     assert record == {
         "objective": "lcd",
@@ -179,7 +178,7 @@ def test_the_folder_says_what_inference_must_match(run, exported):
         assert copied.read_bytes() == original.read_bytes()
 
 
-def test_the_model_card(exported):
+def test_model_card(exported):
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n") and card.count("---\n") == 2
     for words in (
@@ -205,7 +204,7 @@ def test_the_model_card(exported):
         (["--step=3", "--weights=ema", "--dtype=bfloat16"], 3, "ema_params", "bfloat16"),
     ],
 )
-def test_unet_format_holds_the_weights_asked_for(run, tmp_path, options, step, part, dtype):
+def test_unet_format_has_the_chosen_weights(run, tmp_path, options, step, part, dtype):
     workdir, states = run
     out = tmp_path / "unet"
     assert export.main([f"--workdir={workdir}", f"--out={out}", "--format=unet", *options]) == 0
@@ -226,7 +225,7 @@ def test_unet_format_holds_the_weights_asked_for(run, tmp_path, options, step, p
     assert (record["step"], record["weights"]) == (step, "ema" if part == "ema_params" else "online")
 
 
-def test_the_card_of_a_unet_shows_code_that_runs(run, exported, tmp_path, monkeypatch):
+def test_model_card_of_a_unet_runs(run, exported, tmp_path, monkeypatch):
     """The example of the model card, with the teacher's folder filled in, loads what the whole export is."""
     out = tmp_path / "unet"
     assert export.main([f"--workdir={run[0]}", f"--out={out}", "--format=unet"]) == 0
@@ -243,7 +242,7 @@ def test_the_card_of_a_unet_shows_code_that_runs(run, exported, tmp_path, monkey
 
 
 def error_of(capsys, *words) -> str:
-    """The line that the program says on stderr when it exits with 2."""
+    """The line on stderr of a program that exits with 2."""
     try:
         code = export.main(list(words))
     except SystemExit as exit:
@@ -265,18 +264,21 @@ def error_of(capsys, *words) -> str:
         (["--weights=both"], r"argument --weights: invalid choice: 'both'"),
         (["--out=FULL"], r"full already exists and is not empty; choose another folder"),
         (["--table=NOWHERE"], r"--table=NOWHERE: cannot be read \(No such file or directory\)"),
-        (["--verify", "--format=unet"], r"--verify draws pictures and --format=unet is no pipeline; use .*=pipeline"),
+        (
+            ["--verify", "--format=unet"],
+            r"--verify generates images and --format=unet is not a pipeline; .*=pipeline",
+        ),
         (["--format=lora-peft"], r"--format=lora-peft: this run trained every weight .*use --format=pipeline or unet"),
         (["--format=merged"], r"--format=merged: this run trained every weight"),
         (["--format=single-file"], r"out does not end in .safetensors; choose a name that does"),
         (["--guidance_scale=8"], r"--guidance_scale=8 is folded into a single file only; use --format=single-file"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_any_work(run, tmp_path, capsys, monkeypatch, options, message):
+def test_refusals_before_any_work(run, tmp_path, capsys, monkeypatch, options, message):
     def no_work(*_, **__):
-        raise AssertionError("the teacher is loaded already")
+        raise AssertionError("the teacher is loaded")
 
-    monkeypatch.setattr(student, "load_pipeline", no_work)
+    monkeypatch.setattr(models, "load_pipeline", no_work)
     for name in ("empty", "broken", "invalid", "untrained", "full"):
         (tmp_path / name).mkdir()
     config = json.loads((run[0] / "config.json").read_text())
@@ -293,28 +295,28 @@ def test_what_cannot_be_done_is_said_before_any_work(run, tmp_path, capsys, monk
     assert not out.exists() and [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
-def test_verify_without_torch_names_the_extra(run, tmp_path, capsys, monkeypatch):
+def test_verify_without_torch(run, tmp_path, capsys, monkeypatch):
     find = verify.importlib.util.find_spec
     monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
     error = error_of(capsys, f"--workdir={run[0]}", f"--out={tmp_path / 'out'}", "--verify")
     assert error == "error: --verify needs torch; pip install lcm_jax[torch], or leave --verify out\n"
 
 
-def test_a_checkpoint_of_another_model_is_refused(run, tmp_path, capsys):
+def test_checkpoint_of_another_model_is_refused(run, tmp_path, capsys):
     workdir = Path(shutil.copytree(run[0], tmp_path / "run"))
-    (workdir / "config.json").write_text(config_lib.to_json(make_config(tiny.folder("sd2"))))
+    (workdir / "config.json").write_text(to_json(make_config(tiny.folder("sd2"))))
     error = error_of(capsys, f"--workdir={workdir}", f"--out={tmp_path / 'out'}")
     assert "is not of the student that its config.json describes" in error and "proj_in/kernel" in error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_teacher_that_is_gone_is_named(run, tmp_path, capsys):
+def test_missing_teacher_is_named(run, tmp_path, capsys):
     workdir = Path(shutil.copytree(run[0], tmp_path / "run"))
-    (workdir / "config.json").write_text(config_lib.to_json(make_config(tmp_path / "moved" / "teacher")))
+    (workdir / "config.json").write_text(to_json(make_config(tmp_path / "moved" / "teacher")))
     assert "moved/teacher does not exist" in error_of(capsys, f"--workdir={workdir}", f"--out={tmp_path / 'out'}")
 
 
-def test_a_full_disk_is_noticed_before_writing(run, tmp_path, capsys, monkeypatch):
+def test_full_disk_is_reported_before_writing(run, tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     error = error_of(capsys, f"--workdir={run[0]}", f"--out={tmp_path / 'out'}")
@@ -322,31 +324,7 @@ def test_a_full_disk_is_noticed_before_writing(run, tmp_path, capsys, monkeypatc
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("form", ["pipeline", "unet"])
-def test_a_failed_write_leaves_nothing(run, tmp_path, capsys, monkeypatch, form):
-    write = safetensors_io.write_weights
-
-    def fail(path, *rest):
-        write(path, *rest)
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(safetensors_io, "write_weights", fail)
-    error = error_of(capsys, f"--workdir={run[0]}", f"--out={tmp_path / 'out'}", f"--format={form}")
-    assert "No space left on device" in error
-    assert not any(tmp_path.iterdir())
-
-
-def test_an_interrupted_write_leaves_nothing(run, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(safetensors_io, "write_weights", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        export.main([f"--workdir={run[0]}", f"--out={tmp_path / 'out'}"])
-    assert not any(tmp_path.iterdir())
-
-
-def test_weights_that_do_not_fit_the_dtype_are_refused(tmp_path, capsys):
+def test_weights_beyond_the_dtype_are_refused(tmp_path, capsys):
     """float16 ends at 65504."""
 
     def spoil(tree):
@@ -359,7 +337,7 @@ def test_weights_that_do_not_fit_the_dtype_are_refused(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_the_scale_that_is_verified_and_the_default():
+def test_default_guidance_scale():
     lcm, teacher = (load_pipeline(tiny.folder(name), weights=False)[0] for name in ("lcm", "sd1"))
     for record, scale in (({"w_min": 2.0, "w_max": 14.0}, 8.0), ({"w_min": 0.0, "w_max": 4.0}, 3.0), ({}, 8.0)):
         assert dataclasses.replace(lcm, record=record).default_guidance_scale() == scale

@@ -15,7 +15,7 @@ import pytest
 import tiny_family
 import torch
 from PIL import Image
-from test_export import diffusers_pictures
+from test_export import diffusers_images
 
 from lcm_jax import export, sample, train
 from lcm_jax.diffusion import denoiser, guidance
@@ -111,7 +111,7 @@ def our_images(out: Path, *options: str) -> np.ndarray:
 
 def check_images(pipe, ours: np.ndarray, monkeypatch, guidance_scale: float) -> None:
     noise = draw_noise(3, [0, 0], 2, (8, 8, 4))
-    theirs = diffusers_pictures(pipe, monkeypatch, PROMPTS, noise, 64, guidance_scale=guidance_scale)
+    theirs = diffusers_images(pipe, monkeypatch, PROMPTS, noise, 64, guidance_scale=guidance_scale)
     difference = np.abs(ours - theirs).max()
     print(f"largest difference {difference}/255")
     assert ((theirs > 0) & (theirs < 255)).mean() > 0.5  # images, not saturation

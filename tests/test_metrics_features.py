@@ -59,6 +59,7 @@ def test_second_extractor_compiles_nothing_and_a_dropped_one_is_freed(extractor)
     first = extractor(images)
     program = features._program(extractor.mesh)
     compiled = program._cache_size()
+    assert compiled > 0
     other = make_extractor(linear(scale=2.0), batch_size=4)
     assert other.hash != extractor.hash
     parity.close(other(images), 2 * first, rtol=1e-6)

@@ -319,11 +319,11 @@ def test_torch_file_in_every_protocol(protocol, zipped, tmp_path):
 
 @pytest.mark.parametrize("kind", weights.SOURCES)
 def test_missing_weights_are_reported_with_source_and_hash(kind, tmp_path):
-    where, digest = weights.SOURCES[kind]
+    source, digest = weights.SOURCES[kind]
     for path, what in ((None, "no weights are given"), (tmp_path / "none", "none does not exist")):
         with pytest.raises(LcmError) as caught:
             load_extractor(kind, path)
-        assert what in str(caught.value) and where in str(caught.value) and digest in str(caught.value)
+        assert what in str(caught.value) and source in str(caught.value) and digest in str(caught.value)
         assert "\n" not in str(caught.value)
 
 

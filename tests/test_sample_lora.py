@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_export import diffusers_pictures
+from test_export import diffusers_images
 from test_sample import PROMPT, arrays, draw
 
 from lcm_jax import sample
@@ -38,7 +38,7 @@ def theirs(name, monkeypatch, prepare=lambda pipe: None, folder=None, prompt=PRO
     if "negative_prompt" in options:
         options["negative_prompt"] = [options["negative_prompt"]] * 2
     noise = draw_noise(SEED, [0, 1], STEPS, (8, 8, 4))
-    pictures = diffusers_pictures(pipe, monkeypatch, [prompt] * 2, noise, 16, **options)
+    pictures = diffusers_images(pipe, monkeypatch, [prompt] * 2, noise, 16, **options)
     assert ((pictures > 0) & (pictures < 255)).mean() > 0.5  # pictures, not saturation
     return pictures
 

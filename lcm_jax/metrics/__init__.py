@@ -1,1 +1,1 @@
-"""Measures of sampled pictures: feature networks, distances between feature sets, and a reader of shapes pictures."""
+"""Measures of generated images: feature networks, distances between feature sets, and tables of them."""

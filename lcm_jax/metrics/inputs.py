@@ -27,11 +27,11 @@ from lcm_jax.errors import LcmError
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Captions, and where they are from.
+    """Captions and their origin.
 
     Attributes:
       captions: one for each image of a row.
-      name: of where they are from: "--prompts=a.txt", or source and path.
+      name: of their origin: "--prompts=a.txt", or source and path.
       source: of the captions, with images; None if they are from a file.
       skipped: unusable records among those that were read.
     """

@@ -1,4 +1,4 @@
-"""How well a model generates the shapes set: are images what their captions say, and is one step where the ODE ends.
+"""How well a model generates the shapes set: its images by their captions, and one step by the end of the ODE.
 
     caption accuracy   share of images whose five attributes are those of their caption
     Frechet distance   to 2,048 held-out renders in the scorer's features; comparable only among sets of one count
