@@ -13,11 +13,11 @@ OUT/table.md, table.json and plot.png are made of all rows. Latency is of sample
 """
 
 import argparse
+import contextlib
 import dataclasses
-import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -37,7 +37,7 @@ from lcm_jax.runtime.workdir import locked
 from lcm_jax.sampling import flags
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.load import load
-from lcm_jax.sampling.request import MAX_STEPS, SAMPLERS, Request, make_request, warnings
+from lcm_jax.sampling.request import SAMPLERS, Request, check_guidance_scale, check_steps, make_request, warnings
 
 SOURCE_COUNT = 2000  # images per row if captions are from a data source
 SOURCE_FLAGS = ("path", "split", "image_key", "caption_key", "style")
@@ -108,11 +108,18 @@ def parse_rows(texts: Sequence[str]) -> list[RowRequest]:
                 raise LcmError(f"--row={text}: sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
             rows += [RowRequest(sampler, n, scale) for scale in scales for n in steps]
     for row in rows:
-        if not 1 <= row.steps <= MAX_STEPS:
-            raise LcmError(f"{row}: {row.steps} steps are out of range; choose 1 to {MAX_STEPS}")
-        if row.guidance_scale is not None and not 1.0 <= row.guidance_scale < math.inf:
-            raise LcmError(f"{row}: guidance scale 1 is no guidance; use 1 or more")
+        with _errors_of(row):
+            check_steps(row.steps)
+            check_guidance_scale(row.guidance_scale)
     return list(dict.fromkeys(rows))
+
+
+@contextlib.contextmanager
+def _errors_of(row: RowRequest) -> Iterator[None]:
+    try:
+        yield
+    except BadArgument as error:
+        raise LcmError(f"{row}: {error.at('--')}") from None
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -178,7 +185,7 @@ def make_requests(rows: Sequence[RowRequest], pipeline: Pipeline, args: argparse
     """The request of every row, each once; warnings go to stderr. Raises LcmError: the model cannot do it."""
     found, requests = {}, {}
     for row in rows:
-        try:
+        with _errors_of(row):
             request = make_request(
                 pipeline,
                 **dataclasses.asdict(row),
@@ -187,8 +194,6 @@ def make_requests(rows: Sequence[RowRequest], pipeline: Pipeline, args: argparse
                 width=args.width,
                 negative_prompt=args.negative_prompt,
             )
-        except BadArgument as error:
-            raise LcmError(f"{row}: {error.at('--')}") from None
         found |= dict.fromkeys(warnings(pipeline, request))
         requests[request] = None
     for warning in found:

@@ -326,10 +326,10 @@ def test_metrics_by_networks_of_folders(lcm, prompts, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--row=lcm:0:8"], r"--row=lcm:0:8: 0 steps are out of range; choose 1 to 50"),
+        (["--row=lcm:0:8"], r"--row=lcm:0:8: --steps=0: out of range; choose 1 to 50"),
         (["--row=lcm:21:8"], r"--row=lcm:21:8: --steps=21: out of range; choose 1 to 20"),
-        (["--row=lcm:2:0.5"], r"--row=lcm:2:0.5: guidance scale 1 is no guidance"),
-        (["--row=lcm:2:nan"], r"guidance scale 1 is no guidance"),
+        (["--row=lcm:2:0.5"], r"--row=lcm:2:0.5: --guidance_scale=0.5: 1 is no guidance"),
+        (["--row=lcm:2:nan"], r"--guidance_scale=nan: 1 is no guidance"),
         (["--row=lcm:two"], r"--row=lcm:two: write SAMPLER:STEPS or SAMPLER:STEPS:SCALE"),
         (["--row=lcm"], r"--row=lcm: write SAMPLER:STEPS"),
         (["--row=euler:2"], r"--row=euler:2: sampler 'euler' is unknown; choose one of lcm"),

@@ -44,7 +44,7 @@ def make_config(teacher, **changes) -> ConfigDict:
     return resolve(config)
 
 
-def make_run(workdir: Path, teacher: Path | None, steps=STEPS_SAVED, spoil=None, **changes) -> dict[int, TrainState]:
+def make_run(workdir: Path, teacher: Path | None, steps=STEPS_SAVED, **changes) -> dict[int, TrainState]:
     """A workdir as training leaves it. All checkpoints and their EMA have different weights, and w has an effect."""
     config = make_config(teacher, **changes)
     workdir.mkdir(parents=True)
@@ -59,7 +59,7 @@ def make_run(workdir: Path, teacher: Path | None, steps=STEPS_SAVED, spoil=None,
                 tree = jax.tree.map(lambda x: x + 0.02 * rng.standard_normal(x.shape, np.float32), begun)  # noqa: B023
                 if "cond_proj" in tree.get("time_embedding", {}):
                     tree["time_embedding"]["cond_proj"]["kernel"] *= 10.0
-                trees.append(spoil(tree) if spoil else tree)
+                trees.append(tree)
             state = create(trees[0], optax.sgd(0.1)).replace(step=np.int32(step), ema_params=trees[1])
             checkpoints.save(step, state)
             states[step] = state
@@ -264,10 +264,7 @@ def error_of(capsys, *words) -> str:
         (["--weights=both"], r"argument --weights: invalid choice: 'both'"),
         (["--out=FULL"], r"full already exists and is not empty; choose another folder"),
         (["--table=NOWHERE"], r"--table=NOWHERE: cannot be read \(No such file or directory\)"),
-        (
-            ["--verify", "--format=unet"],
-            r"--verify generates images and --format=unet is not a pipeline; .*=pipeline",
-        ),
+        (["--verify", "--format=unet"], r"--verify generates images and --format=unet is not a pipeline; .*=pipeline"),
         (["--format=lora-peft"], r"--format=lora-peft: this run trained every weight .*use --format=pipeline or unet"),
         (["--format=merged"], r"--format=merged: this run trained every weight"),
         (["--format=single-file"], r"out does not end in .safetensors; choose a name that does"),
@@ -302,18 +299,15 @@ def test_verify_without_torch(run, tmp_path, capsys, monkeypatch):
     assert error == "error: --verify needs torch; pip install lcm_jax[torch], or leave --verify out\n"
 
 
-def test_checkpoint_of_another_model_is_refused(run, tmp_path, capsys):
+def test_missing_or_other_teacher_is_refused(run, tmp_path, capsys):
     workdir = Path(shutil.copytree(run[0], tmp_path / "run"))
-    (workdir / "config.json").write_text(to_json(make_config(tiny.folder("sd2"))))
-    error = error_of(capsys, f"--workdir={workdir}", f"--out={tmp_path / 'out'}")
-    assert "is not of the student that its config.json describes" in error and "proj_in/kernel" in error
-    assert not (tmp_path / "out").exists()
-
-
-def test_missing_teacher_is_named(run, tmp_path, capsys):
-    workdir = Path(shutil.copytree(run[0], tmp_path / "run"))
-    (workdir / "config.json").write_text(to_json(make_config(tmp_path / "moved" / "teacher")))
-    assert "moved/teacher does not exist" in error_of(capsys, f"--workdir={workdir}", f"--out={tmp_path / 'out'}")
+    for teacher, message in (
+        (tiny.folder("sd2"), r"is not of the student that its config.json describes .*proj_in/kernel"),
+        (tmp_path / "moved" / "teacher", r"moved/teacher does not exist"),
+    ):
+        (workdir / "config.json").write_text(to_json(make_config(teacher)))
+        assert re.search(message, error_of(capsys, f"--workdir={workdir}", f"--out={tmp_path / 'out'}"))
+        assert not (tmp_path / "out").exists()
 
 
 def test_full_disk_is_reported_before_writing(run, tmp_path, capsys, monkeypatch):
@@ -322,19 +316,6 @@ def test_full_disk_is_reported_before_writing(run, tmp_path, capsys, monkeypatch
     error = error_of(capsys, f"--workdir={run[0]}", f"--out={tmp_path / 'out'}")
     assert re.search(r"out needs \d+ bytes, 1000 are free; make room", error)
     assert not any(tmp_path.iterdir())
-
-
-def test_weights_beyond_the_dtype_are_refused(tmp_path, capsys):
-    """float16 ends at 65504."""
-
-    def spoil(tree):
-        tree["conv_in"]["bias"] = tree["conv_in"]["bias"] + 1e5
-        return tree
-
-    make_run(tmp_path / "run", tiny.folder("sd1"), steps=(3,), spoil=spoil)
-    error = error_of(capsys, f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--dtype=float16")
-    assert "conv_in.bias" in error and "not finite in float16" in error
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_default_guidance_scale():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors
 import tiny
-from test_export import diffusers_images, make_run
+from test_export import diffusers_images, error_of, make_run
 from test_sample import arrays, draw
 
 from lcm_jax import export, pretrained
@@ -140,13 +140,6 @@ def test_model_card_of_a_lora_runs(form, teacher, exports, monkeypatch, ours):
     names = {}
     exec(code.split("image = ")[0], names)
     assert np.abs(theirs(names["pipe"], monkeypatch) - ours[form]).max() <= 2
-
-
-def error_of(capsys, *words) -> str:
-    assert export.main(list(words)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 @pytest.mark.parametrize(
