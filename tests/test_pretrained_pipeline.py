@@ -69,12 +69,6 @@ def test_dtypes_and_variant(tmp_path):
         load_pipeline(folder, "bf16")
 
 
-def test_shards(tmp_path):
-    folder = tiny.build("sd1", tmp_path / "shards", max_shard_size="500KB")
-    assert (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
-    assert_same_weights(*load_pipeline(folder), "unet", tiny.torch_unet("sd1"))
-
-
 def test_old_folders_written_by_flax_and_with_a_safety_checker(sd1):
     edit(
         sd1 / "model_index.json",
@@ -234,13 +228,6 @@ def test_a_unet_of_other_noise_is_refused(sd1, tmp_path):
     tiny.write_json(sd1 / "lcm_config.json", {"prediction_type": "epsilon"})
     with pytest.raises(LcmError, match="model: lcm_config.json says epsilon, but .* used with v_prediction"):
         load_pipeline(sd1, weights=False)
-
-
-def test_a_truncated_file_is_named(sd1):
-    path = sd1 / "vae" / "diffusion_pytorch_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(LcmError, match="vae/diffusion_pytorch_model.safetensors .* truncated"):
-        load_pipeline(sd1)
 
 
 def test_sources_that_do_not_exist(tmp_path):

@@ -22,7 +22,6 @@ from lcm_jax.models.config import to_config
 from lcm_jax.pretrained import (
     diffusers_folder,
     load_pipeline,
-    load_unet,
     load_vae,
     safetensors_io,
     save_pipeline,
@@ -168,13 +167,6 @@ def test_half_precision_variant(saved, tmp_path):
         load_pipeline(out)
 
 
-def test_bfloat16_is_written_and_read_back(saved, tmp_path):
-    pipeline, params = saved("sd1")[0]
-    out = save_unet(pipeline.unet, params["unet"], tmp_path / "unet", dtype=jnp.bfloat16)
-    original, found = params["unet"]["conv_in"]["kernel"], load_unet(out)[1]["conv_in"]["kernel"]
-    np.testing.assert_array_equal(found, original.astype(jnp.bfloat16).astype(np.float32))
-
-
 def test_unet_alone_has_its_files_at_the_root(saved, tmp_path):
     pipeline, params = saved("lcm")[0]
     out = save_unet(pipeline.unet, params["unet"], tmp_path / "u", extra_files={"README.md": "card"})
@@ -297,25 +289,8 @@ def test_an_interrupted_save_leaves_nothing(saved, tmp_path, monkeypatch):
     assert left_in(tmp_path) == []
 
 
-def test_weights_that_are_not_finite_are_not_written(saved, tmp_path):
-    pipeline, params = saved("sd1")[0]
-    params = {**params["unet"], "conv_out": dict(params["unet"]["conv_out"])}
-    params["conv_out"]["bias"] = params["conv_out"]["bias"] + np.float32(1e5)
-    with pytest.raises(LcmError, match="conv_out.bias has values that are not finite in float16"):
-        save_unet(pipeline.unet, params, tmp_path / "out", dtype=jnp.float16)
-    params["conv_out"]["bias"] = params["conv_out"]["bias"] * np.nan
-    with pytest.raises(LcmError, match="not finite in float32"):
-        save_unet(pipeline.unet, params, tmp_path / "out")
-    assert left_in(tmp_path) == []
-
-
 def test_device_arrays_are_saved_like_host_arrays(saved, tmp_path):
     pipeline, params = saved("sd1")[0]
     out = save_unet(pipeline.unet, jax.device_put(params["unet"]), tmp_path / "u")
     name = "diffusion_pytorch_model.safetensors"
     assert (out / name).read_bytes() == (saved("sd1")[1] / "unet" / name).read_bytes()
-
-
-def test_parameters_of_another_module_are_refused(saved, tmp_path):
-    with pytest.raises(LcmError, match="1 missing .time_embedding/cond_proj/kernel"):
-        save_unet(saved("lcm")[0][0].unet, saved("sd1")[0][1]["unet"], tmp_path / "out")
