@@ -37,7 +37,15 @@ from lcm_jax.runtime.workdir import locked
 from lcm_jax.sampling import flags
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.load import load
-from lcm_jax.sampling.request import SAMPLERS, Request, check_guidance_scale, check_steps, make_request, warnings
+from lcm_jax.sampling.request import (
+    SAMPLERS,
+    Request,
+    check_guidance_scale,
+    check_numbers,
+    check_steps,
+    make_request,
+    warnings,
+)
 
 SOURCE_COUNT = 2000  # images per row if captions are from a data source
 SOURCE_FLAGS = ("path", "split", "image_key", "caption_key", "style")
@@ -124,8 +132,8 @@ def _errors_of(row: RowRequest) -> Iterator[None]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises LcmError for what is wrong with a command line for any model."""
-    flags.check_counts(args, "count", "references", "batch_size", "timings", "endpoint_steps")
-    flags.check_seed(args.seed)
+    counted = ("count", "references", "batch_size", "timings", "endpoint_steps")
+    check_numbers(args.seed, **{flag: getattr(args, flag) for flag in counted})
     if (args.prompts is None) == (args.source is None):
         raise LcmError("captions come from --prompts=FILE or from --source=NAME; give one of them")
     for flag in (*SOURCE_FLAGS, "references"):

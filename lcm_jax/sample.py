@@ -4,9 +4,8 @@
     python -m lcm_jax.sample --model=BASE --lora=LCM_LORA --lora=STYLE.safetensors:0.8 --out=images --prompt="..."
 
 One prompt gives `--num_images` images; image i of a prompt depends on (seed, i) alone, not on how many are generated.
-`--guidance_scale` is the user's: a UNet with w embedding is conditioned on w = guidance_scale - 1. Any other is guided
-by a second pass with the negative prompt, at scale 1 not at all; for an LCM of that kind 1 is the default, and 2 about
-the most.
+A UNet with w embedding is conditioned on w = guidance_scale - 1. Any other is guided by a second pass with the negative
+prompt, or not at all at scale 1, the default of an LCM without w embedding; its images suffer above 2.
 """
 
 import argparse
@@ -17,11 +16,19 @@ from typing import Any
 
 from lcm_jax.diffusion.timesteps import SPACINGS
 from lcm_jax.errors import BadArgument, LcmError, exit_code
-from lcm_jax.pretrained import text
+from lcm_jax.pretrained.text import truncated
 from lcm_jax.sampling import flags
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.png import not_finite, to_uint8, write_png
-from lcm_jax.sampling.request import SAMPLERS, Request, check_guidance_scale, check_steps, make_request, warnings
+from lcm_jax.sampling.request import (
+    SAMPLERS,
+    Request,
+    check_guidance_scale,
+    check_numbers,
+    check_steps,
+    make_request,
+    warnings,
+)
 
 
 def parser() -> flags.Parser:
@@ -47,14 +54,13 @@ def parser() -> flags.Parser:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of a command line. Raises LcmError for what is wrong with it whatever the model."""
+    """The prompts of a command line. Raises LcmError for what is wrong with any model, before one is loaded."""
     prompts = list(args.prompt)
     if args.prompts is not None:
         prompts += flags.read_lines("prompts", args.prompts)
     if not prompts:
         raise LcmError('no prompt; give --prompt="..." or --prompts=FILE with one per line')
-    flags.check_counts(args, "num_images", "batch_size")
-    flags.check_seed(args.seed)
+    check_numbers(args.seed, num_images=args.num_images, batch_size=args.batch_size)
     check_steps(args.steps)
     check_guidance_scale(args.guidance_scale)
     if args.out.exists() and not args.out.is_dir():
@@ -62,8 +68,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def words_of(args: argparse.Namespace, request: Request) -> dict[str, Any]:
-    """What each image carries of the command line."""
+def about_images(args: argparse.Namespace, request: Request) -> dict[str, Any]:
+    """What each image records of the command line."""
     return {
         "model": args.model,
         **{key: getattr(args, key) for key in ("unet", "vae") if getattr(args, key)},
@@ -84,10 +90,10 @@ def run(args: argparse.Namespace) -> list[Path]:
     model = flags.load_model(args)
     keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt")
     request = make_request(model.pipeline, **{key: getattr(args, key) for key in keys})
-    report(model, request, prompts)
+    warn(model, request, prompts)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    words, written = words_of(args, request), []
+    about, written = about_images(args, request), []
     jobs = [(prompt, number) for prompt in prompts for number in range(args.num_images)]
     files = [args.out / f"{p:04d}_{i:04d}.png" for p in range(len(prompts)) for i in range(args.num_images)]
     for images in model.batches(request, jobs, args.seed, args.batch_size):
@@ -95,7 +101,7 @@ def run(args: argparse.Namespace) -> list[Path]:
         bad = not_finite(images)
         for n, image in enumerate(to_uint8(images), first):
             if n - first not in bad:
-                write_png(files[n], image, {"prompt": jobs[n][0], "image": jobs[n][1], **words})
+                write_png(files[n], image, {"prompt": jobs[n][0], "image": jobs[n][1], **about})
                 written.append(files[n])
         if bad:
             raise LcmError(
@@ -105,11 +111,11 @@ def run(args: argparse.Namespace) -> list[Path]:
     return written
 
 
-def report(model: Generator, request: Request, prompts: Sequence[str]) -> None:
-    """Warns on stderr of what will probably disappoint, and of prompts that are too long."""
+def warn(model: Generator, request: Request, prompts: Sequence[str]) -> None:
+    """Prints `request.warnings`, and prompts that are too long, on stderr."""
     found = warnings(model.pipeline, request)
     texts = [*prompts, *([request.negative_prompt] if request.negative_prompt else [])]
-    for prompt, (length, kept) in text.truncated(model.pipeline, texts).items():
+    for prompt, (length, kept) in truncated(model.pipeline, texts).items():
         found.append(f"a prompt of {length} tokens is cut to {kept}, {length - kept} are lost: {prompt[:60]!r}...")
     for warning in found:
         print(f"warning: {warning}", file=sys.stderr)

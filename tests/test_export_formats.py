@@ -13,7 +13,7 @@ import pytest
 import safetensors
 import tiny
 from test_export import diffusers_images, error_of, make_run
-from test_sample import arrays, draw
+from test_sample import arrays, generate
 
 from lcm_jax import export, pretrained
 from lcm_jax.models import lora
@@ -61,7 +61,7 @@ def ours(teacher, exports, tmp_path_factory) -> dict[str, np.ndarray]:
     }
     out = tmp_path_factory.mktemp("images")
     return {
-        form: arrays(draw(model, out / form, *words, *OPTIONS, prompt=PROMPT))
+        form: arrays(generate(model, out / form, *words, *OPTIONS, prompt=PROMPT))
         for form, (model, *words) in sources.items()
     }
 
@@ -203,7 +203,7 @@ def test_model_card_of_an_sdxl_unet_runs(tmp_path, monkeypatch):
     exec(code.replace("torch.float16", "torch.float32"), names)  # half precision is for accelerators
     assert type(names["pipe"]) is diffusers.StableDiffusionXLPipeline
     options = (f"--unet={out}", f"--vae={tmp_path / 'vae'}", *OPTIONS)
-    images = arrays(draw(tiny.folder("sdxl"), tmp_path / "out", *options, prompt=PROMPT))
+    images = arrays(generate(tiny.folder("sdxl"), tmp_path / "out", *options, prompt=PROMPT))
     difference = np.abs(images - theirs(names["pipe"], monkeypatch, 16)).max()
     print(f"largest difference {difference}/255")
     assert difference <= 2
@@ -229,9 +229,9 @@ def test_single_file_with_and_without_w(tmp_path, capsys, monkeypatch):
     assert "models/checkpoints" in card and "`guidance_scale` 5 folded in" in card
 
     config = f"--model_config={folder}"
-    whole = arrays(draw(tmp_path / "whole", tmp_path / "a", "--guidance_scale=5", *OPTIONS, prompt=PROMPT))
-    with_w = draw(tmp_path / "w.safetensors", tmp_path / "b", config, "--guidance_scale=5", *OPTIONS, prompt=PROMPT)
-    without = draw(tmp_path / "folded.safetensors", tmp_path / "c", config, *OPTIONS, prompt=PROMPT)
+    whole = arrays(generate(tmp_path / "whole", tmp_path / "a", "--guidance_scale=5", *OPTIONS, prompt=PROMPT))
+    with_w = generate(tmp_path / "w.safetensors", tmp_path / "b", config, "--guidance_scale=5", *OPTIONS, prompt=PROMPT)
+    without = generate(tmp_path / "folded.safetensors", tmp_path / "c", config, *OPTIONS, prompt=PROMPT)
     assert np.abs(arrays(with_w) - whole).max() <= 1 and np.abs(arrays(without) - whole).max() <= 1
     assert without["0000_0000.png"].text["guidance_scale"] == "1.0" and not capsys.readouterr().err
 

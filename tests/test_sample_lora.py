@@ -13,16 +13,14 @@ import lora_kit
 import numpy as np
 import pytest
 import tiny
-import torch
 from test_export import diffusers_images
-from test_sample import PROMPT, arrays, draw
+from test_sample import PROMPT, arrays, generate
 
 from lcm_jax import sample
-from lcm_jax.errors import LcmError
-from lcm_jax.pretrained import RECORD, load_pipeline, save_single_file
-from lcm_jax.pretrained import text as text_lib
+from lcm_jax.errors import BadArgument
+from lcm_jax.pretrained import RECORD, load_pipeline, save_single_file, text
 from lcm_jax.sampling.generator import draw_noise
-from lcm_jax.sampling.load import add_loras, load_with_loras, parse_lora
+from lcm_jax.sampling.load import add_loras, parse_lora
 from lcm_jax.sampling.request import make_request, warnings
 
 SEED, STEPS = 5, 3
@@ -30,21 +28,21 @@ OPTIONS = (f"--seed={SEED}", f"--steps={STEPS}", "--num_images=2", "--batch_size
 LONG = "hello " * 80  # 82 tokens with start and end
 
 
-def theirs(name, monkeypatch, prepare=lambda pipe: None, folder=None, prompt=PROMPT, **options) -> np.ndarray:
-    """What diffusers draws of the two pictures; `prepare` changes the pipeline first."""
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder or tiny.folder(name))
+def theirs(name, monkeypatch, prepare=lambda pipe: None, **options) -> np.ndarray:
+    """What diffusers generates for the two images; `prepare` changes the pipeline first."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tiny.folder(name))
     pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
     prepare(pipe)
     if "negative_prompt" in options:
         options["negative_prompt"] = [options["negative_prompt"]] * 2
     noise = draw_noise(SEED, [0, 1], STEPS, (8, 8, 4))
-    pictures = diffusers_images(pipe, monkeypatch, [prompt] * 2, noise, 16, **options)
-    assert ((pictures > 0) & (pictures < 255)).mean() > 0.5  # pictures, not saturation
-    return pictures
+    images = diffusers_images(pipe, monkeypatch, [PROMPT] * 2, noise, 16, **options)
+    assert ((images > 0) & (images < 255)).mean() > 0.5  # images, not saturation
+    return images
 
 
-def same(ours, pictures, what) -> None:
-    difference = np.abs(arrays(ours) - pictures).max()
+def check_same(ours, images, what) -> None:
+    difference = np.abs(arrays(ours) - images).max()
     print(f"{what}: largest difference {difference}/255")
     assert difference <= 2, what
 
@@ -63,7 +61,7 @@ def lora_files(tmp_path_factory) -> tuple[Path, Path]:
 def test_loras_are_merged_as_diffusers_adds_them(lora_files, tmp_path, monkeypatch):
     """Two at once with weights, one pass a step by default; a LoRA for the text encoder counts."""
     one, two = lora_files
-    ours = draw(tiny.folder("sd1"), tmp_path / "out", f"--lora={one}:0.5", f"--lora={two}", *OPTIONS)
+    ours = generate(tiny.folder("sd1"), tmp_path / "out", f"--lora={one}:0.5", f"--lora={two}", *OPTIONS)
     assert ours["0000_0000.png"].text["guidance_scale"] == "1.0"
     assert ours["0000_0000.png"].text["lora"] == f"{one}:0.5, {two}"
 
@@ -72,8 +70,8 @@ def test_loras_are_merged_as_diffusers_adds_them(lora_files, tmp_path, monkeypat
             pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
         pipe.set_adapters(["one", "two"], [0.5, 1.0])
 
-    same(ours, theirs("sd1", monkeypatch, add, guidance_scale=1.0), "two LoRAs")
-    alone = arrays(draw(tiny.folder("sd1"), tmp_path / "alone", f"--lora={one}:0.5", *OPTIONS))
+    check_same(ours, theirs("sd1", monkeypatch, add, guidance_scale=1.0), "two LoRAs")
+    alone = arrays(generate(tiny.folder("sd1"), tmp_path / "alone", f"--lora={one}:0.5", *OPTIONS))
     assert np.abs(alone - arrays(ours)).max() > 8
 
 
@@ -90,56 +88,37 @@ def test_loras_are_merged_as_diffusers_adds_them(lora_files, tmp_path, monkeypat
 )
 def test_guidance_between_1_and_2_is_diffusers_two_passes(name, negative, tmp_path, monkeypatch):
     """SDXL: no negative prompt is zeros, "" is encoded; SD: both are "" encoded."""
-    words = () if negative is None else (f"--negative_prompt={negative}",)
-    ours = draw(tiny.folder(name), tmp_path, "--guidance_scale=1.5", *words, *OPTIONS)
+    more = () if negative is None else (f"--negative_prompt={negative}",)
+    ours = generate(tiny.folder(name), tmp_path, "--guidance_scale=1.5", *more, *OPTIONS)
     options = {} if negative is None else {"negative_prompt": negative}
-    same(ours, theirs(name, monkeypatch, guidance_scale=1.5, **options), f"{name}, {negative!r}")
+    check_same(ours, theirs(name, monkeypatch, guidance_scale=1.5, **options), f"{name}, {negative!r}")
     assert ours["0000_0000.png"].text.get("negative_prompt") == negative
 
 
-def test_what_null_texts_are():
+def test_null_is_the_empty_text_or_zeros():
     for name in ("sd1", "sdxl"):
         pipeline, params = load_pipeline(tiny.folder(name))
-        unset, empty, other = (text_lib.null(pipeline, params, text) for text in (None, "", "blue"))
-        encoded = text_lib.encode(pipeline, params, [""])
+        unset, empty, other = (text.null(pipeline, params, prompt) for prompt in (None, "", "blue"))
+        encoded = text.encode(pipeline, params, [""])
         for key, value in encoded.items():
             np.testing.assert_array_equal(empty[key], value)
             np.testing.assert_array_equal(unset[key], np.zeros_like(value) if name == "sdxl" else value)
             assert np.abs(other[key] - value).max() > 0.01
     index = pipeline.configs["model_index"] | {"force_zeros_for_empty_prompt": False}
     pipeline = dataclasses.replace(pipeline, configs={**pipeline.configs, "model_index": index})
-    np.testing.assert_array_equal(text_lib.null(pipeline, params)["text_embeds"], encoded["text_embeds"])
-
-
-@pytest.mark.slow
-def test_the_negative_prompt_is_the_teachers_too(tmp_path):
-    options = ("--sampler=ddim", "--guidance_scale=5", *OPTIONS)
-    ours = draw(tiny.folder("sd1"), tmp_path, "--negative_prompt=a blue square", *options)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(tiny.folder("sd1"))
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    noise = draw_noise(SEED, [0, 1], 1, (8, 8, 4))[0]
-    pictures = pipe(
-        [PROMPT] * 2,
-        negative_prompt=["a blue square"] * 2,
-        height=16,
-        width=16,
-        num_inference_steps=STEPS,
-        guidance_scale=5.0,
-        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
-    ).images
-    same(ours, np.stack([np.asarray(picture).astype(int) for picture in pictures]), "ddim")
+    np.testing.assert_array_equal(text.null(pipeline, params)["text_embeds"], encoded["text_embeds"])
 
 
 @pytest.mark.slow
 def test_a_single_file_is_a_model(tmp_path):
     folder = tiny.folder("sd1")
     path = save_single_file(*load_pipeline(folder), tmp_path / "model.safetensors", dtype=np.float32)
-    ours = draw(path, tmp_path / "a", f"--model_config={folder}", *OPTIONS)
-    np.testing.assert_array_equal(arrays(ours), arrays(draw(folder, tmp_path / "b", *OPTIONS)))
+    ours = generate(path, tmp_path / "a", f"--model_config={folder}", *OPTIONS)
+    np.testing.assert_array_equal(arrays(ours), arrays(generate(folder, tmp_path / "b", *OPTIONS)))
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("given", "expected"),
     [
         ("FILE", ("FILE", 1.0)),
         ("FILE:0.8", ("FILE", 0.8)),
@@ -149,31 +128,24 @@ def test_a_single_file_is_a_model(tmp_path):
         ("owner/name/x.safetensors:.5", ("owner/name/x.safetensors", 0.5)),
         ("ODD:name", ("ODD:name", 1.0)),
         ("ODD:name:2", ("ODD:name", 2.0)),
-    ],
-)
-def test_what_follows_the_last_colon_is_a_weight_if_it_is_a_number(tmp_path, text, expected):
-    for name in ("file", "odd:name"):
-        (tmp_path / name).touch()
-
-    def real(text):
-        return text.replace("FILE", str(tmp_path / "file")).replace("ODD", str(tmp_path / "odd"))
-
-    assert parse_lora(real(text)) == (real(expected[0]), expected[1])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
         ("FILE:nan", "weight nan is not finite"),
         ("FILE:", "does not exist"),
         ("nothing", "nothing does not exist"),
         ("/no/such:2", "/no/such does not exist; give a .safetensors file, a folder, or owner/name"),
     ],
 )
-def test_bad_lora_options(tmp_path, text, message):
-    (tmp_path / "file").touch()
-    with pytest.raises(LcmError, match=message):
-        parse_lora(text.replace("FILE", str(tmp_path / "file")))
+def test_parse_lora_takes_a_number_after_the_last_colon_as_weight(tmp_path, given, expected):
+    for name in ("file", "odd:name"):
+        (tmp_path / name).touch()
+
+    def real(text):
+        return text.replace("FILE", str(tmp_path / "file")).replace("ODD", str(tmp_path / "odd"))
+
+    if isinstance(expected, str):
+        with pytest.raises(BadArgument, match=expected):
+            parse_lora(real(given))
+    else:
+        assert parse_lora(real(given)) == (real(expected[0]), expected[1])
 
 
 def lora_with_record(folder: Path, record: dict, **tensors) -> Path:
@@ -185,9 +157,9 @@ def lora_with_record(folder: Path, record: dict, **tensors) -> Path:
     return folder
 
 
-def test_the_constants_are_the_loras(lora_files, tmp_path):
+def test_add_loras_joins_the_records(lora_files, tmp_path):
     """Without a record 50 steps and 10, the published LCM-LoRAs'; else the record's, in file or folder."""
-    pipeline, params = load_with_loras(str(tiny.folder("sd1")))
+    pipeline, params = load_pipeline(tiny.folder("sd1"))
     assert pipeline.record == {} and not pipeline.is_lcm
 
     def constants(*sources):
@@ -201,29 +173,25 @@ def test_the_constants_are_the_loras(lora_files, tmp_path):
     found = lora_kit.factors(pipeline.unet, ("to_q",), rank=2)
     path = lora_kit.save(tmp_path / "b.safetensors", lora_kit.tensors_of("kohya", found, alpha=2.0), **header)
     assert constants(path) == (25, 10.0)
-    with pytest.raises(LcmError, match=r"solver_steps is 20 for \S+, 25 for \S+; they cannot go together"):
+    with pytest.raises(BadArgument, match=r"^lora=.*solver_steps is 20 for \S+, 25 for \S+; they cannot go together"):
         constants(folder, path)
     other = lora_with_record(tmp_path / "v", {"prediction_type": "v_prediction"})
-    with pytest.raises(LcmError, match="prediction_type is epsilon for the model, v_prediction for"):
+    with pytest.raises(BadArgument, match="prediction_type is epsilon for the model, v_prediction for"):
         constants(other)
 
 
-def test_keys_of_no_layer_are_refused_unless_asked(tmp_path, capsys, caplog):
+def test_loras_that_do_not_fit_are_refused(tmp_path, capsys, caplog):
+    """Of another architecture, or with keys of no layer, which --ignore_unused allows."""
     extra = {"unet.nowhere.lora_A.weight": np.ones((2, 3), np.float32)}
-    folder = lora_with_record(tmp_path / "lora", {}, **extra)
-    words = [f"--model={tiny.folder('sd1')}", f"--out={tmp_path / 'out'}", "--prompt=a", f"--lora={folder}", *OPTIONS]
-    assert sample.main(words) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and "unet.nowhere.lora_A.weight" in error and not (tmp_path / "out").exists()
-    assert sample.main([*words, "--ignore_unused"]) == 0
+    fits, more = lora_with_record(tmp_path / "lora", {}), lora_with_record(tmp_path / "more", {}, **extra)
+    options = [f"--out={tmp_path / 'out'}", "--prompt=a", *OPTIONS]
+    for model, lora, word in (("sdxl", fits, "architecture"), ("sd1", more, "unet.nowhere.lora_A.weight")):
+        assert sample.main([f"--model={tiny.folder(model)}", f"--lora={lora}", *options]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and word in error
+    assert not (tmp_path / "out").exists()
+    assert sample.main([f"--model={tiny.folder('sd1')}", f"--lora={more}", *options, "--ignore_unused"]) == 0
     assert "1 of" in caplog.text and "unet.nowhere" in caplog.text
-
-
-def test_a_lora_of_another_architecture_is_refused(tmp_path, capsys):
-    words = [f"--model={tiny.folder('sdxl')}", f"--out={tmp_path / 'out'}", "--prompt=a"]
-    assert sample.main([*words, f"--lora={lora_with_record(tmp_path / 'lora', {})}"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "architecture" in error
 
 
 def warned(pipeline, guidance_scale=1.0, **options) -> str:
@@ -240,16 +208,16 @@ def test_warnings():
     assert warned(teacher, 7.5, sampler="ddim") == warned(lcm, 8.0) == ""
     assert "has no effect at guidance scale 1" in warned(plain, negative_prompt="b")
     assert warned(plain, 1.5, negative_prompt="b") == ""
-    assert "nothing says that this is a Latent Consistency Model" in warned(teacher)
+    assert "this may not be a Latent Consistency Model" in warned(teacher)
     assert warned(dataclasses.replace(teacher, may_be_lcm=True)) == ""
     scheduler = teacher.configs["scheduler"] | {"_class_name": "LCMScheduler"}
     by_scheduler = dataclasses.replace(teacher, configs={**teacher.configs, "scheduler": scheduler})
     assert by_scheduler.is_lcm and warned(by_scheduler) == ""
 
 
-def test_warnings_and_cut_prompts_are_on_stderr_and_pictures_come(lora_files, tmp_path, capsys):
-    words = ("--guidance_scale=3", f"--negative_prompt={LONG}", f"--lora={lora_files[0]}", *OPTIONS)
-    assert len(draw(tiny.folder("sd1"), tmp_path, *words, prompt=f"a red {LONG}")) == 2
+def test_warnings_and_cut_prompts_are_on_stderr_and_images_are_made(lora_files, tmp_path, capsys):
+    options = ("--guidance_scale=3", f"--negative_prompt={LONG}", f"--lora={lora_files[0]}", *OPTIONS)
+    assert len(generate(tiny.folder("sd1"), tmp_path, *options, prompt=f"a red {LONG}")) == 2
     first, *cut = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert "oversaturated" in first
     assert [
@@ -257,11 +225,11 @@ def test_warnings_and_cut_prompts_are_on_stderr_and_pictures_come(lora_files, tm
     ] == [("84", "7"), ("82", "5")]
 
 
-def test_captions_are_counted_where_no_program_does(caplog):
+def test_encode_logs_captions_that_are_cut(caplog):
     pipeline, params = load_pipeline(tiny.folder("sdxl"))
     exact = "hello " * 75
-    assert text_lib.truncated(pipeline, [exact, LONG, LONG, "a"]) == {LONG: (82, 77)}
-    text_lib.encode(pipeline, params, [exact, "a"])
+    assert text.truncated(pipeline, [exact, LONG, LONG, "a"]) == {LONG: (82, 77)}
+    text.encode(pipeline, params, [exact, "a"])
     assert not caplog.text
-    text_lib.encode(pipeline, params, ["a", LONG])
+    text.encode(pipeline, params, ["a", LONG])
     assert "1 of 2 captions are longer than 77 tokens and were cut; the longest, of 82" in caplog.text

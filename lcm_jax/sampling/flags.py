@@ -1,4 +1,4 @@
-"""Flags that the programs share which load a model and generate with it."""
+"""Command-line flags that the programs share that load a model and generate images with it."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ from lcm_jax.sampling.load import load
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad command line in one line, as the programs report everything else."""
+    """Reports a bad command line in one line, as the programs report all errors."""
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
@@ -44,7 +44,7 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
 
 
 def add_image_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--negative_prompt", help="what guidance leads away from; only for a UNet without w embedding")
+    p.add_argument("--negative_prompt", help="text that guidance moves away from; only for a UNet without w embedding")
     p.add_argument("--height", type=int, help="pixels; default: the model's")
     p.add_argument("--width", type=int, help="pixels; default: the model's")
 
@@ -71,18 +71,6 @@ def mesh_of(fsdp: int) -> Mesh:
     if fsdp != -1 and (fsdp < 1 or count % fsdp):
         raise BadArgument("fsdp", fsdp, f"does not divide the {count} devices; choose a divisor, or -1 for all")
     return make_mesh(fsdp=count if fsdp == -1 else fsdp)
-
-
-def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**32:
-        raise BadArgument("seed", seed, f"out of range; choose 0 to {2**32 - 1}")
-
-
-def check_counts(args: argparse.Namespace, *flags: str) -> None:
-    """Raises BadArgument for a flag that is given and below 1."""
-    for flag in flags:
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise BadArgument(flag, getattr(args, flag), "must be at least 1")
 
 
 def read_text(flag: str, path: Path) -> str:

@@ -1,8 +1,8 @@
-"""A model on its devices, called for images: text, noise, the sampler's loop, the decoder.
+"""A model on its devices that generates images: text, noise, the sampler's loop, the decoder.
 
     images = model("a red star", steps=4, guidance_scale=8, seed=0)      Pillow images
 
-    cond = model.encode(["a red star"])                                  the same in arrays
+    cond = model.encode(["a red star"])                                  the same as arrays
     noise = model.noise(seed=0, numbers=[0], steps=4, height=64, width=64)
     z = model.latents(cond, noise, 8.0, Settings(steps=4))
     images = model.decode(z)
@@ -12,7 +12,7 @@ Image i depends on (seed, i) alone, not on how many are generated together. `gui
     UNet with w embedding     one pass a step, conditioned on w
     without                   guidance scale 1: one pass; else two, cond + w (cond - null), null of the negative prompt
 
-Weights are arguments of the compiled programs: models of one architecture share them.
+Weights are arguments of the compiled programs, so models of one architecture share the programs.
 """
 
 import functools
@@ -30,24 +30,33 @@ from PIL import Image
 from lcm_jax.diffusion import samplers
 from lcm_jax.diffusion.denoiser import call, guided_output, student_output
 from lcm_jax.diffusion.schedule import NoiseSchedule
-from lcm_jax.errors import BadArgument, LcmError
+from lcm_jax.errors import LcmError
 from lcm_jax.models import tiling
 from lcm_jax.pretrained import text
 from lcm_jax.pretrained.model import Pipeline, PipelineParams
 from lcm_jax.runtime import kernels
-from lcm_jax.runtime import mesh as mesh_lib
+from lcm_jax.runtime.mesh import batch_sharding, place, replicated
 from lcm_jax.sampling.png import not_finite, to_uint8
-from lcm_jax.sampling.request import Plan, Request, Settings, is_guided, make_plan, make_request, warnings
+from lcm_jax.sampling.request import (
+    Plan,
+    Request,
+    Settings,
+    check_numbers,
+    is_guided,
+    make_plan,
+    make_request,
+    warnings,
+)
 
 Conditioning = Mapping[str, jax.Array]
 
 
 def draw_noise(seed: int, numbers: Sequence[int], steps: int, shape: Sequence[int]) -> np.ndarray:
-    """Standard normal noise [steps b h w c]: entry 0 starts the sampler, the others come between an LCM's steps.
+    """Standard normal noise [steps b h w c]: entry 0 starts the sampler, the others are added between an LCM's steps.
 
-    The noise of image number i is keyed by (seed, i), and its first entries are the same for every number of steps.
+    The noise of image i is a function of (seed, i); its first entries are the same for every number of steps.
 
-    shape: of a latent, [h w c].
+    numbers: i of each image, [b]. shape: of a latent, [h w c].
     """
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(numbers, jnp.uint32))
 
@@ -94,10 +103,10 @@ def latents(
 
 
 def _fill(tree: Any, mesh: Mesh | None) -> Any:
-    """Rows [b ...] -> [a multiple of the mesh's devices ...], split over them; the last row is repeated."""
+    """Rows [b ...] -> split over the mesh, the last row repeated up to a multiple of the devices."""
     if mesh is None:
         return tree
-    sharding, devices = mesh_lib.batch_sharding(mesh), mesh.size
+    sharding, devices = batch_sharding(mesh), mesh.size
 
     def fill(rows: jax.Array) -> jax.Array:
         last = np.minimum(np.arange(-(-rows.shape[0] // devices) * devices), rows.shape[0] - 1)
@@ -108,8 +117,8 @@ def _fill(tree: Any, mesh: Mesh | None) -> Any:
 
 @functools.lru_cache
 def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
-    """(latents, decode), jitted for a mesh; what is static in them is equal for models of one architecture."""
-    options = {"out_shardings": mesh and mesh_lib.replicated(mesh), "compiler_options": kernels.inference()}
+    """(latents, decode), jitted for a mesh; their static arguments are equal for models of one architecture."""
+    options = {"out_shardings": mesh and replicated(mesh), "compiler_options": kernels.inference()}
 
     @functools.partial(jax.jit, static_argnames=("unet", "schedule", "plan", "guided"), **options)
     def sample(unet, schedule, plan, params, cond, null, noise, scale, guided):
@@ -127,8 +136,8 @@ def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
 class Generator:
     """A pipeline with its weights on the devices.
 
-    On a mesh the images of a batch are split over all devices, padded if their number does not divide; results are
-    whole on every process.
+    On a mesh the images of a batch are split over all devices, padded to a multiple of them; results are whole on every
+    process.
     """
 
     def __init__(self, pipeline: Pipeline, params: PipelineParams, mesh: Mesh | None = None, tiled: bool = False):
@@ -136,11 +145,11 @@ class Generator:
 
         Args:
           pipeline, params: from `load_pipeline`; the UNet's weights may be given to `latents` instead.
-          mesh: of the devices that generate, weights by its rule; None: the default device.
+          mesh: of the devices that share the work, weights sharded by its rule; None: the default device.
           tiled: decode large images in overlapping tiles, for less memory (`models.tiling`).
         """
         self.pipeline = pipeline if mesh is None else kernels.on_mesh(pipeline, mesh)
-        self.params = jax.tree.map(jax.device_put if mesh is None else mesh_lib.place(mesh), dict(params))
+        self.params = jax.tree.map(jax.device_put if mesh is None else place(mesh), dict(params))
         self.mesh, self.tiled = mesh, tiled
         self._sample, self._decode = _programs(mesh)
         self._null: dict[str | None, Conditioning] = {}
@@ -160,29 +169,25 @@ class Generator:
         spacing: str = "trailing",
         batch_size: int = 4,
     ) -> list[Image.Image]:
-        """`num_images` images of each prompt, in order; logs a warning for what will probably disappoint.
+        """`num_images` images of each prompt, in order; logs `request.warnings`.
 
         Args:
           prompts: one prompt, or several.
           steps: of the sampler: 1 to 8 for an LCM, 50 for its teacher.
           guidance_scale: w + 1; 1 is no guidance. None: the model's own.
           seed: 0 .. 2^32 - 1; image i of a prompt depends on (seed, i) alone.
-          negative_prompt: what guidance leads away from; only for a UNet without w embedding.
+          negative_prompt: text that guidance moves away from; only for a UNet without w embedding.
           num_images: of each prompt.
           height, width: pixels; None: the model's own.
           sampler: one of `request.SAMPLERS`. spacing: of the timesteps of those other than "lcm".
           batch_size: images generated at once.
 
         Raises:
-          BadArgument: the model cannot do it.
+          BadArgument: a value is wrong, or the model cannot do it.
           LcmError: images that are not finite.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-            if value < 1:
-                raise BadArgument(name, value, "must be at least 1")
-        if not 0 <= seed < 2**32:
-            raise BadArgument("seed", seed, f"out of range; choose 0 to {2**32 - 1}")
+        check_numbers(seed, num_images=num_images, batch_size=batch_size)
         request = make_request(
             self.pipeline,
             sampler=sampler,
@@ -209,9 +214,9 @@ class Generator:
     def batches(
         self, request: Request, jobs: Sequence[tuple[str, int]], seed: int, batch_size: int
     ) -> Iterator[np.ndarray]:
-        """Images of (prompt, number) jobs, float32 in [0, 1], [b H W 3], in order; b is `batch_size`, the last smaller.
+        """Images of (prompt, number) jobs in order, float32 in [0, 1], [b H W 3]; b is `whole_batch(batch_size)`.
 
-        A batch is rounded up to a multiple of the devices, and the last one is padded: one size, one compilation.
+        The last batch is generated padded to the same size, so that it compiles nothing, and yielded cut.
         """
         size = self.whole_batch(batch_size)
         for start in range(0, len(jobs), size):
@@ -220,12 +225,12 @@ class Generator:
             yield self.generate(request, prompts, numbers, seed)[: len(some)]
 
     def whole_batch(self, batch_size: int) -> int:
-        """`batch_size`, rounded up so that every device has as many images."""
+        """`batch_size`, rounded up to a multiple of the devices."""
         devices = 1 if self.mesh is None else self.mesh.size
         return math.ceil(batch_size / devices) * devices
 
     def generate(self, request: Request, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> np.ndarray:
-        """One batch of images float32 in [0, 1], [b H W 3], of prompts and the images' numbers, [b] each."""
+        """One batch of images, float32 in [0, 1], [b H W 3], for prompts and image numbers, [b] each."""
         steps = request.settings.steps if request.settings.sampler == "lcm" else 1
         noise = self.noise(seed, numbers, steps, request.height, request.width)
         cond = self.encode(prompts)

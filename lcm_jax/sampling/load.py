@@ -1,4 +1,4 @@
-"""A model to sample from: a pipeline from anywhere, with LoRAs merged and other parts put in."""
+"""A model to generate images with: a pipeline from anywhere, with LoRAs merged and parts exchanged."""
 
 import dataclasses
 import math
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lcm_jax import assets
-from lcm_jax.errors import BadArgument, LcmError
+from lcm_jax.errors import BadArgument
 from lcm_jax.pretrained import is_single_file, load_pipeline, lora_files, read_record
 from lcm_jax.pretrained.model import Pipeline, PipelineParams, in_half_precision
-from lcm_jax.runtime import mesh as mesh_lib
+from lcm_jax.runtime.mesh import place
 from lcm_jax.sampling.generator import Generator
 
 CONSTANTS = ("solver_steps", "timestep_scaling", "sigma_data", "prediction_type")  # in which records must agree
@@ -54,60 +54,53 @@ def load(
     Raises:
       LcmError: the model cannot be loaded, or a LoRA does not fit it.
     """
-    pairs = [parse_lora(lora) if isinstance(lora, str) else lora for lora in loras]
-    put = jax.device_put if mesh is None else mesh_lib.place(mesh)
-    pipeline, params = load_with_loras(str(source), pairs, unet, vae, variant, model_config, dtype, put, ignore_unused)
-    return Generator(pipeline, params, mesh, tiled)
-
-
-def load_with_loras(
-    source: str,
-    loras: Sequence[Lora] = (),
-    unet: str | None = None,
-    vae: str | None = None,
-    variant: str | None = None,
-    model_config: str | None = None,
-    dtype: Any = "float32",
-    put: Any = None,
-    ignore_unused: bool = False,
-) -> tuple[Pipeline, PipelineParams]:
-    """(pipeline, params) for `load`; put: takes each parameter as soon as it is read, see `load_pipeline`."""
+    source, dtype = str(source), jnp.dtype(dtype)
     if model_config is not None and not is_single_file(source):
         raise BadArgument(
             "model_config", model_config, f"is for a single .safetensors file, which {source} is not; remove it"
         )
-    config, dtype = model_config and assets.resolve(model_config), jnp.dtype(dtype)
-    pipeline, params = load_pipeline(assets.resolve(source), variant, dtype, unet=unet, vae=vae, config=config, put=put)
+    pairs = [parse_lora(lora) if isinstance(lora, str) else lora for lora in loras]
+    pipeline, params = load_pipeline(
+        assets.resolve(source),
+        variant,
+        dtype,
+        unet=unet,
+        vae=vae,
+        config=model_config and assets.resolve(model_config),
+        put=jax.device_put if mesh is None else place(mesh),
+    )
     pipeline = in_half_precision(pipeline, dtype == jnp.float16)
     if unet is not None:
         pipeline = dataclasses.replace(pipeline, may_be_lcm=True)
-    return add_loras(pipeline, params, loras, ignore_unused) if loras else (pipeline, params)
+    if pairs:
+        pipeline, params = add_loras(pipeline, params, pairs, ignore_unused)
+    return Generator(pipeline, params, mesh, tiled)
 
 
 def add_loras(
     pipeline: Pipeline, params: PipelineParams, loras: Sequence[Lora], ignore_unused: bool = False
 ) -> tuple[Pipeline, PipelineParams]:
-    """The model with LoRAs merged; its record is what the records of model and LoRAs say together.
+    """The model with LoRAs merged; its record joins those of the model and the LoRAs.
 
     A LoRA without a record leaves the model's as it is: 50 solver steps and timestep scaling 10, those of the published
-    LCM-LoRAs, unless the model says otherwise.
+    LCM-LoRAs, unless the model records others.
 
     Raises:
       LcmError: a file that cannot be used (`lora_files.read_lora`), or records that contradict each other.
     """
     modules = lora_files.modules_of(pipeline)
     read = [(lora_files.read_lora(source, modules, ignore_unused), weight) for source, weight in loras]
+    of_loras = {source: read_record(source) for source, _ in loras}
     own = {**pipeline.record, "prediction_type": pipeline.schedule.prediction_type}
-    records = {"the model": own, **{source: read_record(source) for source, _ in loras}}
     for key in CONSTANTS:
-        said = {name: one[key] for name, one in records.items() if key in one}
-        if len(set(said.values())) > 1:
-            values = ", ".join(f"{value} for {name}" for name, value in said.items())
-            raise LcmError(f"--lora: {key} is {values}; they cannot go together, use LoRAs made for this model")
-    records["the model"] = dict(pipeline.record)
-    together = {key: value for one in records.values() for key, value in one.items()}
+        values = {name: record[key] for name, record in {"the model": own, **of_loras}.items() if key in record}
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{value} for {name}" for name, value in values.items())
+            problem = f"{key} is {listed}; they cannot go together, use LoRAs made for this model"
+            raise BadArgument("lora", ", ".join(of_loras), problem)
+    joined = {key: value for record in (pipeline.record, *of_loras.values()) for key, value in record.items()}
     merged = lora_files.merge_into(pipeline, params, read)
-    return dataclasses.replace(pipeline, record=together, may_be_lcm=True), merged
+    return dataclasses.replace(pipeline, record=joined, may_be_lcm=True), merged
 
 
 def parse_lora(text: str) -> Lora:

@@ -14,7 +14,7 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def not_finite(images: np.ndarray) -> list[int]:
-    """Which of images [b H W 3] hold values that are not finite: they would look black."""
+    """Indices of images [b H W 3] with values that are not finite, which would look black."""
     return np.flatnonzero(~np.isfinite(images).all((1, 2, 3))).tolist()
 
 
@@ -28,9 +28,9 @@ def grid(images: np.ndarray, columns: int) -> np.ndarray:
     return cells.reshape(rows * height, columns * width, channels)
 
 
-def write_png(path: Path, image: np.ndarray, words: Mapping[str, Any]) -> None:
-    """A PNG of uint8 [H W 3] that carries `words` in its text chunks."""
+def write_png(path: Path, image: np.ndarray, about: Mapping[str, Any]) -> None:
+    """Writes uint8 [H W 3] as a PNG, with `about` in its text chunks."""
     info = PngImagePlugin.PngInfo()
-    for key, value in words.items():
+    for key, value in about.items():
         info.add_itxt(key, str(value))
     Image.fromarray(image).save(path, pnginfo=info)

@@ -1,4 +1,4 @@
-"""What is asked of a model: defaults filled in from its constants, refused before anything is compiled if it cannot be.
+"""A request for images, completed from the model's constants and checked before anything is compiled.
 
 request = make_request(pipeline, steps=4, guidance_scale=8)
 """
@@ -21,7 +21,7 @@ MAX_STEPS = 50
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to sample. Everything else, such as the grid of an LCM or its scalings, is the model's (`Constants`).
+    """How to sample. Everything else, such as the solver grid of an LCM, comes from the model (`Constants`).
 
     spacing: of the timesteps of samplers other than "lcm", one of `timesteps.SPACINGS`.
     """
@@ -33,7 +33,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A sampler bound to its timesteps and options: equal by content, so that it can be static under jit."""
+    """A sampler bound to its timesteps and options; equal by content, so that it can be a static argument of jit."""
 
     sampler: str
     timesteps: tuple[int, ...]
@@ -47,7 +47,7 @@ class Plan:
         hook: samplers.Hook | None = None,
         loop: Callable = samplers.scan,
     ) -> Any:
-        """The latent [b h w c] from noise [steps b h w c]: entry 0 is the start, the others come between steps."""
+        """The latent [b h w c] from noise [steps b h w c]: entry 0 is the start, the others are added between steps."""
         sampler, t = samplers.SAMPLERS[self.sampler], np.array(self.timesteps, np.int32)
         return sampler(model, noise[0], noise[1:], schedule, t, hook, **dict(self.options), loop=loop)
 
@@ -74,13 +74,13 @@ def make_plan(pipeline: Pipeline, settings: Settings) -> Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of a model, complete and checked.
+    """A request for images, complete and checked.
 
     Attributes:
       settings: sampler and steps.
       guidance_scale: the user's, w + 1.
       height, width: of the images, in pixels.
-      negative_prompt: what guidance leads away from; None: the model's own null text.
+      negative_prompt: text that guidance moves away from; None: the model's null text.
     """
 
     settings: Settings
@@ -101,10 +101,10 @@ def make_request(
     width: int | None = None,
     negative_prompt: str | None = None,
 ) -> Request:
-    """A request with the model's own guidance scale and size if none are given.
+    """A request with the model's default guidance scale and size for those that are None.
 
     Raises:
-      BadArgument: the model cannot do it.
+      BadArgument: a value is wrong, or the model cannot do it.
     """
     if sampler not in SAMPLERS:
         raise BadArgument("sampler", sampler, f"choose one of {', '.join(SAMPLERS)}")
@@ -113,12 +113,12 @@ def make_request(
     check_steps(steps, min(MAX_STEPS, pipeline.constants.solver_steps) if sampler == "lcm" else MAX_STEPS)
     check_guidance_scale(guidance_scale)
     scale = pipeline.default_guidance_scale(sampler) if guidance_scale is None else guidance_scale
-    own_height, own_width = pipeline.default_size
-    height, width = own_height if height is None else height, own_width if width is None else width
-    factor = pipeline.vae.factor
-    for name, side in (("height", height), ("width", width)):
+    size, factor = [], pipeline.vae.factor
+    for name, side, default in zip(("height", "width"), (height, width), pipeline.default_size, strict=True):
+        side = default if side is None else side
         if side < factor or side % factor:
             raise BadArgument(name, side, f"not a multiple of the VAE's factor {factor}; use one")
+        size.append(side)
     if negative_prompt is not None and pipeline.has_w_embedding:
         raise BadArgument(
             "negative_prompt",
@@ -126,7 +126,7 @@ def make_request(
             "this UNet has a w embedding: guidance against the null text was distilled in, so there is no second pass "
             "for another text; leave it out, or use an LCM-LoRA on the base model",
         )
-    return Request(Settings(sampler, steps, spacing), float(scale), height, width, negative_prompt)
+    return Request(Settings(sampler, steps, spacing), float(scale), *size, negative_prompt)
 
 
 def check_steps(steps: int, most: int = MAX_STEPS) -> None:
@@ -141,8 +141,17 @@ def check_guidance_scale(scale: float | None) -> None:
         raise BadArgument("guidance_scale", f"{scale:g}", "1 is no guidance; use 1 or more")
 
 
+def check_numbers(seed: int, **counts: int | None) -> None:
+    """Raises BadArgument for a seed outside 0 .. 2^32 - 1, or a count below 1."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise BadArgument(name, count, "must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise BadArgument("seed", seed, f"out of range; choose 0 to {2**32 - 1}")
+
+
 def warnings(pipeline: Pipeline, request: Request) -> list[str]:
-    """What will probably disappoint, one line each."""
+    """Reasons why the images will probably disappoint, one line each."""
     scale, sampler, constants = request.guidance_scale, request.settings.sampler, pipeline.constants
     low, high = constants.w_min + 1.0, constants.w_max + 1.0
     found = []
@@ -158,8 +167,8 @@ def warnings(pipeline: Pipeline, request: Request) -> list[str]:
         found.append("a negative prompt has no effect at guidance scale 1, which is one pass; use a scale above 1")
     if sampler == "lcm" and not (pipeline.is_lcm or pipeline.may_be_lcm):
         found.append(
-            "nothing says that this is a Latent Consistency Model (no w embedding, lcm_config.json, LCMScheduler or "
-            "LoRA): if it is not, few steps give blurred images; use the sampler ddim, or add an LCM-LoRA"
+            "this may not be a Latent Consistency Model (no w embedding, lcm_config.json, LCMScheduler or LoRA); if it "
+            "is not, few steps give blurred images: use the sampler ddim, or add an LCM-LoRA"
         )
     return found
 

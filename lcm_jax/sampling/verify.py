@@ -1,7 +1,7 @@
-"""The same images by torch diffusers and by lcm_jax: what `lcm_jax.export --verify` measures.
+"""Generates the same images with torch diffusers and with lcm_jax: what `lcm_jax.export --verify` compares.
 
-Both programs read the written folder, start from the same latents and add the same noise between the steps, in float32.
-This is the only module that imports torch, and only when it is called.
+Both read the exported folder, start from the same latents and add the same noise between the steps, in float32. This
+is the only module that imports torch, and only when it is called.
 """
 
 import dataclasses
@@ -20,14 +20,17 @@ from lcm_jax.sampling.request import make_request
 
 NEEDS = ("torch", "diffusers")
 STEPS = 4
-LARGEST_PIXEL = 2  # of 255: two roundings may differ; anything beyond is another image
+LARGEST_PIXEL = 2  # of 255: two roundings may differ; anything more is another image
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The largest over all images. pixel: of uint8 values; value: of the floats in [0, 1] before rounding.
+    """The largest difference over all images.
 
-    guidance_scale: that was used, the model's default.
+    Attributes:
+      pixel: of uint8 values.
+      value: of the floats in [0, 1] before rounding.
+      guidance_scale: of the images, the model's default.
     """
 
     pixel: int
@@ -47,7 +50,7 @@ def check_installed() -> None:
 
 
 def compare(folder: str | Path, prompts: Sequence[str], steps: int = STEPS, seed: int = 0) -> Difference:
-    """Generates one image per prompt with either program from the folder of an LCM, and compares them."""
+    """Generates one image per prompt with each of the two from the folder of an LCM, and compares them."""
     model = load(folder)
     request = make_request(model.pipeline, steps=steps)
     size, numbers = (request.height, request.width), range(len(prompts))
@@ -63,9 +66,9 @@ def compare(folder: str | Path, prompts: Sequence[str], steps: int = STEPS, seed
 def diffusers_images(
     folder: str | Path, prompts: Sequence[str], noise: np.ndarray, scale: float, size: tuple[int, int]
 ) -> np.ndarray:
-    """Images in [0, 1], [b h w 3], of the pipeline that the folder's model_index.json names.
+    """Images in [0, 1], [b h w 3], of the diffusers pipeline that the folder's model_index.json names.
 
-    noise [steps b h w c]: entry 0 are the initial latents, the others what LCMScheduler would have drawn.
+    noise: [steps b h w c]; entry 0 holds the initial latents, the others replace LCMScheduler's random numbers.
     """
     import torch
     from diffusers import DiffusionPipeline
