@@ -44,7 +44,7 @@ from lcm_jax.data.records import BadRecord, BadRecordError
 from lcm_jax.data.rows import CaptionDropout, Examples, FixedDraws, ImageRows
 from lcm_jax.errors import LcmError, exit_code
 from lcm_jax.run import config as config_lib
-from lcm_jax.run import data as training_data
+from lcm_jax.run import data as run_data
 
 WIDTH = 100
 BAR = 40  # columns of the longest bar
@@ -94,13 +94,13 @@ def inspect(config: ConfigDict, options: Options) -> Report:
       LcmError: a bad config or source, a wrong `out`; none of a group's records can be used.
     """
     config_lib.validate(config, models=False)
-    training_data.picture_sizes(config)
+    run_data.image_sizes(config)
     if options.out and options.out.suffix.lower() != ".png":
         raise LcmError(f"--out={options.out}: the contact sheet is a PNG; choose a name that ends in .png")
     if options.out and options.out.is_dir():
         raise LcmError(f"--out={options.out} is a folder; name a file in it")
-    parts = training_data.open_parts(config)
-    cached = training_data.is_cached(parts[0])  # if one is, all are
+    parts = run_data.open_parts(config)
+    cached = run_data.is_cached(parts[0])  # if one is, all are
     rows = [rows_of(config, part) for part in parts]
     total, bad, read = sum(part.weight for part in parts), 0.0, 0
     for stream, (part, examples) in enumerate(zip(parts, rows, strict=True)):
@@ -125,11 +125,11 @@ def inspect(config: ConfigDict, options: Options) -> Report:
         yield from write_sheet(options.out, *first_rows(examples, order, options.count))
 
 
-def rows_of(config: ConfigDict, part: training_data.Part) -> Examples:
+def rows_of(config: ConfigDict, part: run_data.Part) -> Examples:
     """The part's rows, with captions instead of token ids."""
-    if training_data.is_cached(part):
+    if run_data.is_cached(part):
         return part.source
-    return training_data.pictures(config, part.source, keep_caption)
+    return run_data.image_rows(config, part.source, keep_caption)
 
 
 def keep_caption(captions: Sequence[str]) -> dict[str, np.ndarray]:
@@ -138,14 +138,14 @@ def keep_caption(captions: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def as_training(
-    config: ConfigDict, parts: Sequence[training_data.Part], rows: Sequence[Examples]
+    config: ConfigDict, parts: Sequence[run_data.Part], rows: Sequence[Examples]
 ) -> tuple[tuple[Examples, ...], Order]:
-    """The rows with a run's draws, and their order: see `training_data.open_examples`."""
+    """The rows with a run's draws, and their order: see `run_data.open_examples`."""
     examples = [FixedDraws(row, config.seed) if config.data.encode == "start" else row for row in rows]
     if config.data.caption_dropout:
         null = {CAPTION: np.array("")}
         examples = [CaptionDropout(row, null, config.data.caption_dropout) for row in examples]
-    return tuple(examples), training_data.order_of(config, parts, examples)
+    return tuple(examples), run_data.order_of(config, parts, examples)
 
 
 def first_indices(order: Order, count: int) -> list[ExampleIndex]:
@@ -192,9 +192,9 @@ def first_rows(
     return rows, bad
 
 
-def of_part(config: ConfigDict, part: training_data.Part, examples: Examples, sample: Sample, weight: float) -> Report:
+def of_part(config: ConfigDict, part: run_data.Part, examples: Examples, sample: Sample, weight: float) -> Report:
     """The report on one part of the data; `weight`: its share of the mixture."""
-    cached, report, size = training_data.is_cached(part), part.report, config.data.batch_size
+    cached, report, size = run_data.is_cached(part), part.report, config.data.batch_size
     yield heading(part.name + (f", {100 * weight:.3g} % of the mixture" if weight < 1 else ""))
     counts = [("records", f"{report.total:,}", "")]
     counts += [(str(rule), f"{-n:,}", f"({missing:,} missing)" * bool(missing)) for rule, n, missing in report.rules]
@@ -219,7 +219,7 @@ def of_part(config: ConfigDict, part: training_data.Part, examples: Examples, sa
     yield ""
 
 
-def of_sizes(config: ConfigDict, part: training_data.Part, rows: ImageRows, sample: Sample) -> Report:
+def of_sizes(config: ConfigDict, part: run_data.Part, rows: ImageRows, sample: Sample) -> Report:
     """Sizes of all records if they have the fields, otherwise of the sample's images."""
     data, source, targets = config.data, part.source, np.array(rows.sizes)
 

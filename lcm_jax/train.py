@@ -6,7 +6,7 @@ The workdir receives config.json, metrics.jsonl, TensorBoard events, sample grid
 command on the same workdir resumes from the newest checkpoint, bit for bit as if it had never stopped. It is the same
 command on one device, on many (config.mesh) and in many processes (docs/clusters.md).
 
-    --aot_report        compile the step for these devices, report what it takes and how fast it could be, and end
+    --aot_report        compile the step for these devices, report its memory and how fast it could be, and end
     --profile=10:13     write a trace of these steps to WORKDIR/profile
 """
 
@@ -28,27 +28,27 @@ from ml_collections import ConfigDict, config_flags
 from lcm_jax.cost import chips, roofline
 from lcm_jax.data import encoding, loader
 from lcm_jax.data.loader import BadRecordFile, BadRecordLog
-from lcm_jax.distill import objective as objectives
+from lcm_jax.distill.objective import Frozen, student_weights
 from lcm_jax.distill.state import TrainState
 from lcm_jax.distill.step import named_key
 from lcm_jax.errors import LcmError
 from lcm_jax.files import write_atomic
 from lcm_jax.pretrained.model import Pipeline, PipelineParams
-from lcm_jax.run import config as config_lib
 from lcm_jax.run import data as run_data
 from lcm_jax.run import models as run_models
 from lcm_jax.run import report
 from lcm_jax.run import step as run_step
+from lcm_jax.run.config import flag_help, parse_flags, prepare_workdir, resolve, to_json, validate
 from lcm_jax.runtime import boards, distributed, lost, profiling, waiting
-from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.checkpoints import Checkpoints
+from lcm_jax.runtime.mesh import check_batch, make_mesh, place, process_rows, put_batch, report_unsharded
 from lcm_jax.runtime.telemetry import RunInfo, Telemetry
 from lcm_jax.runtime.workdir import StopSignal, locked, same_as_before
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.png import grid, to_uint8
 from lcm_jax.sampling.request import Settings
 
-READ_HERE = 20.0  # seconds that one of several processes has for a batch, to stop with the others
+READ_HERE = 20.0  # seconds that one of several processes may take to read a batch, so that it stops with the others
 GRID_COLUMNS = 4  # images per prompt in a sample grid
 
 
@@ -69,7 +69,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> TrainSt
         workdir = stack.enter_context(locked(workdir))  # first: config.json belongs to the process that runs
         with distributed.together():
             lost.check(workdir, config.checkpoint.every)  # before config.json is written
-            config_lib.prepare_workdir(workdir, config)
+            prepare_workdir(workdir, config)
             parts = run_data.open_parts(config)
             program = run_step.make(config, run_models.shapes(config), mesh)
 
@@ -83,7 +83,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> TrainSt
 
         # ---- Models. The UNets' weights move into the state and the frozen arrays; only the other parts stay beside.
         with distributed.together():
-            models = run_models.load(config, mesh_lib.place(mesh))
+            models = run_models.load(config, place(mesh))
         run_data.check_caches(config, parts, models.teacher, models.teacher_params)
         state = program.begin(models.trainable) if state is None else state
         frozen = program.place_frozen(models)
@@ -92,22 +92,22 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> TrainSt
         del models
         make_grid = sample_grid(config, program, student, params, frozen, mesh)
         encode = encoding.make_encode(teacher, params, mesh, config.data.encode_chunk)
-        say(mesh_lib.report_unsharded(mesh, (program.state, program.frozen)))
+        say(report_unsharded(mesh, (program.state, program.frozen)))
 
         # ---- Data.
         first = step = int(state.step)
-        watch = run_data.Watch(BadRecordLog(config.data.max_bad_fraction, BadRecordFile(workdir)), say)
-        examples, order = run_data.open_examples(config, parts, teacher, encode, watch)
-        same_as_before(workdir, "data.json", run_data.describe(order))
+        log = run_data.DataLog(BadRecordLog(config.data.max_bad_fraction, BadRecordFile(workdir)), say)
+        examples, order = run_data.open_examples(config, parts, teacher, encode, log)
+        same_as_before(workdir, "data.json", {"records": [list(groups) for groups in order.streams]})
         stop = StopSignal()
         batches = loader.batches(
             examples,
             order,
             step,
-            bad_records=watch.bad_records,
-            put=lambda rows: mesh_lib.put_batch(mesh, watch.captions(rows)),
+            bad_records=log.bad_records,
+            put=lambda rows: put_batch(mesh, log.count_cut_tokens(rows)),
             workers=0 if config.data.encode == "start" else config.data.workers,  # rows in memory stay in this process
-            rows=mesh_lib.process_rows(mesh, config.data.batch_size, jax.process_index()),
+            rows=process_rows(mesh, config.data.batch_size, jax.process_index()),
             stop=lambda: stop,
         )
         stack.enter_context(contextlib.closing(batches))
@@ -126,7 +126,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> TrainSt
         profiled = stack.enter_context(profiling.Profile(workdir, profile, step))
         stack.enter_context(stop)
         key = jax.jit(lambda: named_key(config.seed, "draws"), out_shardings=program.key.sharding)()
-        alone, failure, late = jax.process_count() == 1, None, False  # late: no data are read ahead any more
+        alone, failure, late = jax.process_count() == 1, None, False  # late: no data are read ahead any longer
 
         @contextlib.contextmanager
         def survived() -> Iterator[None]:
@@ -185,7 +185,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> TrainSt
         if step < config.train.steps and (step > 0 or not failure or not alone):
             save()
         with telemetry.pause("checkpoint"):
-            checkpoints.wait()  # here, where a signal still waits for it
+            checkpoints.wait()  # before `stop` is left, so that a first signal does not interrupt it
         telemetry.saved(checkpoints.whole)
         if checkpoints.whole == step < config.train.steps:
             why = "an error" if failure else stop.name
@@ -198,15 +198,15 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> TrainSt
 
 def prepared(config: ConfigDict, profile: str = "") -> tuple[ConfigDict, Mesh]:
     """The config, checked and resolved, and the mesh over all devices that it asks for."""
-    config_lib.validate(config)
+    validate(config)
     profiling.check(profile, config.train.steps)
-    config = config_lib.resolve(config)
+    config = resolve(config)
     if config.log.wandb:
         boards.import_wandb()  # fails now, not when everything has been read
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.slices)
-    mesh_lib.check_batch(mesh, config.data.batch_size, config.train.accumulation_steps)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.slices)
+    check_batch(mesh, config.data.batch_size, config.train.accumulation_steps)
     return config, mesh
 
 
@@ -224,7 +224,7 @@ def read_here(batches: loader.Prefetched, number: int, failure: Exception | None
 
 def contents(config: ConfigDict, step: int) -> dict[str, Any]:
     """What a checkpoint records beside its arrays: the position in the data, which is the step, and the config."""
-    return {"step": step, "images": step * config.data.batch_size, "config": json.loads(config_lib.to_json(config))}
+    return {"step": step, "images": step * config.data.batch_size, "config": json.loads(to_json(config))}
 
 
 def speed_limits(program: run_step.TrainingStep, mesh: Mesh) -> dict[str, float]:
@@ -238,12 +238,12 @@ def sample_grid(
     program: run_step.TrainingStep,
     student: Pipeline,
     params: PipelineParams,
-    frozen: objectives.Frozen,
+    frozen: Frozen,
     mesh: Mesh,
 ) -> Callable[[Any], np.ndarray] | None:
-    """trained weights -> image [h w 3] uint8 with a row per prompt of `config.sample`, always from the same noise.
+    """A function: trained weights -> image uint8 [h w 3] with a row for each prompt of `config.sample`; fixed noise.
 
-    params: of the parts other than the UNet. None instead of a function if the config asks for no images.
+    None if the config asks for no images. params: of the parts other than the UNet.
     """
     if not config.sample.every or not config.sample.prompts:
         return None
@@ -254,16 +254,16 @@ def sample_grid(
     cond = generator.encode(captions)
     settings, scale = Settings(steps=config.sample.steps), config.sample.guidance_scale
 
-    def draw(trained: Any) -> np.ndarray:
-        weights = objectives.student_weights(program.problem, frozen, trained)
+    def make_grid(trained: Any) -> np.ndarray:
+        weights = student_weights(program.problem, frozen, trained)
         images = generator.decode(generator.latents(cond, noise, scale, settings, unet_params=weights))
         return grid(to_uint8(images), GRID_COLUMNS)
 
-    return draw
+    return make_grid
 
 
 def aot_report(config: ConfigDict, workdir: str | Path) -> None:
-    """Compiles the step for the devices at hand and reports what it takes there; also in WORKDIR/aot_report.json.
+    """Compiles the step for these devices and reports its memory and speed, also in WORKDIR/aot_report.json.
 
     Raises:
       LcmError: as `train`; the step does not fit.
@@ -276,14 +276,14 @@ def aot_report(config: ConfigDict, workdir: str | Path) -> None:
 
 
 def say(line: str) -> None:
-    """Prints a line on stderr, from one process of all; "": none."""
+    """Prints a line on stderr, unless it is empty, from the first process only."""
     if line and jax.process_index() == 0:
         print(line, file=sys.stderr, flush=True)
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, config_lib.flag_help("configs/shapes_lcm.py"))
+_CONFIG = config_flags.DEFINE_config_file("config", None, flag_help("configs/shapes_lcm.py"))
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: metrics, samples, checkpoints")
-_REPORT = flags.DEFINE_bool("aot_report", False, "compile the step, report what it takes and how fast it could be")
+_REPORT = flags.DEFINE_bool("aot_report", False, "compile the step, report its memory and speed, and end")
 _PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST, steps to write a trace of, to WORKDIR/profile")
 distributed.define_flags()
 
@@ -304,4 +304,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(distributed.end_process_after(main), flags_parser=config_lib.parse_flags)
+    app.run(distributed.end_process_after(main), flags_parser=parse_flags)

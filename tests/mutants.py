@@ -59,7 +59,7 @@ UNET = ("test_models_unet.py::test_matches_diffusers[prefixed-even]",)
 VAE = ("test_models_vae.py::test_kl_decode[sd]", "test_models_vae.py::test_kl_encode")
 LORA_FILES = ("test_pretrained_lora_files.py::test_one_file_gives_the_model_that_diffusers_gives",)
 RESIZING = ("test_metrics_resizing.py",)
-TEACHER = ("test_sample.py::test_the_teacher_draws_what_diffusers_draws",)
+TEACHER = ("test_sample.py::test_the_teacher_generates_the_images_of_diffusers",)
 
 NUMBERS = [
     # The schedule and what converts with it.
@@ -132,7 +132,7 @@ NUMBERS = [
         "diffusion/samplers.py",
         "final = np.float32(1) if set_alpha_to_one else schedule.alphas_cumprod[0]",
         "final = np.float32(1)",
-        ("test_diffusion_samplers.py::test_stable_diffusion_offsets",),
+        ("test_diffusion_samplers.py::test_ddim_and_dpm_solvers_equal_diffusers_with_offsets",),
     ),
     Mutant(
         "dpm_solver_pp: noise levels one timestep off",
@@ -518,7 +518,7 @@ CONTRACTS = [
         "train.py",
         "order,\n            step,",
         "order,\n            0,",
-        ("test_train.py::test_stopped_and_gone_on_is_bitwise_the_same_as_never_stopped",),
+        ("test_train.py::test_stopped_and_resumed_is_bitwise_the_same_as_never_stopped",),
         False,
     ),
     Mutant(
@@ -534,7 +534,7 @@ CONTRACTS = [
         "train.py",
         "telemetry.settle()  # a step whose loss",
         "pass  # a step whose loss",
-        ("test_train.py::test_more_steps_go_on_until_one_is_not_finite",),
+        ("test_train.py::test_more_steps_resume_until_one_is_not_finite",),
         False,
     ),
     Mutant(

@@ -1,16 +1,16 @@
-"""The training step in float64 on eight fake devices against one: how far their states lie apart, and what it moves.
+"""The training step in float64 on eight fake devices and on one: how far their states differ, and which arrays move.
 
     python tests/run_step_process.py TEACHER CASES STEPS SMALL
 
-`jnp.float32` is float64 here before the package is read, so that all that the step computes is, casts inside the
-networks, too; what two programs differ in is then no rounding. CASES is JSON, {case: [[data, fsdp, slices], options]},
-null for one device; SMALL is the number of elements from which weights are split, of which a tiny model has no large
-ones. Prints one JSON object, for each case
+`jnp.float32` becomes float64 before the package is imported, so that the step computes everything in float64, casts
+inside the networks included, and differences between two programs are not rounding. CASES is JSON, {case: [[data, fsdp,
+slices], options]}, null for one device; SMALL is the number of elements from which weights are sharded, because a tiny
+model has no large ones. Prints one JSON object with, for each case,
 
     distances      the largest relative L2 distance among the arrays of the first gradient and of the last state; losses
     moved          [[kind, axes of the mesh, dimensions], ...] of all collectives in the compiled step
     weights        dimensions of the weights, and of their shards
-    same_text      whether the step that is lowered from shapes alone is the one of the weights
+    same_text      whether the step lowered from shapes alone is the same program as that of the weights
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ jax.config.update("jax_enable_x64", True)
 jnp.float32 = jnp.float64
 
 from lcm_jax.cost import hlo  # noqa: E402
-from lcm_jax.run import config as config_lib  # noqa: E402
-from lcm_jax.run import models as student_lib  # noqa: E402
-from lcm_jax.run import step as training_step  # noqa: E402
-from lcm_jax.runtime import kernels as attention  # noqa: E402
-from lcm_jax.runtime import mesh as mesh_lib  # noqa: E402
+from lcm_jax.run import models as run_models  # noqa: E402
+from lcm_jax.run import step as run_step  # noqa: E402
+from lcm_jax.run.config import resolve  # noqa: E402
+from lcm_jax.runtime import kernels  # noqa: E402
+from lcm_jax.runtime.mesh import abstract_state, make_mesh, param_sharding, place, state_shardings  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 BATCH = 32  # two rows for each device in each of two parts: no activation has the shape of a weight
@@ -45,7 +45,7 @@ def make_config(teacher, options):
     config = runpy.run_path(str(ROOT / "configs" / "shapes_lcm.py"))["get_config"]()
     config.model.teacher = teacher
     config.data.batch_size = BATCH
-    config = config_lib.resolve(config).unlock()
+    config = resolve(config).unlock()
     config.model.dtype = config.model.teacher_dtype = config.train.mu_dtype = "float64"
     for name, value in options.items():
         section, key = name.split(".")
@@ -64,8 +64,8 @@ def double(models):
     return dataclasses.replace(models, **trees)
 
 
-def moved(models):
-    """The student's weights, moved from the teacher's: conditioning on w counts, too."""
+def perturbed(models):
+    """The student's weights, unlike the teacher's, so that conditioning on w has an effect."""
     rng = np.random.default_rng(1)
     weights = jax.tree.map(lambda x: x * (1 + 0.05 * rng.normal(size=x.shape)), models.student_params["unet"])
     projection = weights["time_embedding"]["cond_proj"]["kernel"]
@@ -90,19 +90,19 @@ def named(parts):
 def run(teacher, steps, sizes=None, options=None):
     """(gradient, losses and parts of the last state by name, what the compiled step is)."""
     config = make_config(teacher, options or {})
-    mesh = mesh_lib.make_mesh(*sizes) if sizes else mesh_lib.make_mesh(devices=jax.devices()[:1])
-    models = double(student_lib.load(config, mesh_lib.place(mesh)))
-    program = training_step.make(config, models, mesh)
-    of_shapes = training_step.make(config, double(student_lib.shapes(config)), mesh)
+    mesh = make_mesh(*sizes) if sizes else make_mesh(devices=jax.devices()[:1])
+    models = double(run_models.load(config, place(mesh)))
+    program = run_step.make(config, models, mesh)
+    of_shapes = run_step.make(config, double(run_models.shapes(config)), mesh)
     lowered = program.lower()
     step = lowered.compile()
-    state, frozen = program.begin(moved(models)), program.place_frozen(models)
+    state, frozen = program.begin(perturbed(models)), program.place_frozen(models)
     shards = {dimensions(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves((state, frozen))}
     key, parts = jax.device_put(jax.random.key(3), program.key.sharding), {}
     for n in range(steps):
         state, metrics = step(state, frozen, make_batch(program, n), key)
         parts |= named({f"loss {n + 1}": metrics["loss"]})
-        if n == 0:  # the first moment is the gradient, but for a factor
+        if n == 0:  # the first moment is the gradient, up to a factor
             parts |= named({"gradient": state.opt_state[1][0].mu})
     parts |= named({"params": state.params, "ema_params": state.ema_params, "moments": state.opt_state[1][0][1:]})
     whole = {dimensions(x.shape) for x in jax.tree.leaves((state, frozen))}
@@ -114,7 +114,7 @@ def run(teacher, steps, sizes=None, options=None):
 
 
 def dimensions(shape):
-    """Without ones, in any order: XLA may turn an array round."""
+    """Without ones, in any order: XLA may transpose an array."""
     return tuple(sorted(size for size in shape if size > 1))
 
 
@@ -138,15 +138,15 @@ def distances(one, other):
 
 
 def main(teacher, cases, steps, small):
-    for function in (mesh_lib.param_sharding, mesh_lib.state_shardings, mesh_lib.abstract_state):
+    for function in (param_sharding, state_shardings, abstract_state):
         function.__defaults__ = (int(small),)
-    attention.CHUNK_LOGITS = LOGITS
+    kernels.CHUNK_LOGITS = LOGITS
     one, _ = run(teacher, int(steps))
-    told = {}
+    found = {}
     for case, (sizes, options) in json.loads(cases).items():
         other, about = run(teacher, int(steps), sizes, options)
-        told[case] = {"distances": distances(one, other), **about}
-    print(json.dumps(told))
+        found[case] = {"distances": distances(one, other), **about}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

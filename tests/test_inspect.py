@@ -25,7 +25,7 @@ from lcm_jax.data.order import Order
 from lcm_jax.data.records import BadRecord
 from lcm_jax.errors import LcmError
 from lcm_jax.run import config as config_lib
-from lcm_jax.run import data as training_data
+from lcm_jax.run import data as run_data
 
 ROOT = Path(__file__).parents[1]
 SIZES = [(40, 60), (90, 60), (64, 64), (130, 65), (50, 200), (64, 96), (70, 70), (33, 32), (128, 80), (300, 310)]
@@ -122,7 +122,7 @@ def test_folder(folder):
 
 def test_first_captions_are_the_runs(folder):
     config = make_config(source="folder", path=str(folder))
-    (part,) = training_data.open_parts(config)
+    (part,) = run_data.open_parts(config)
     order = Order(config.seed, 4, ((9,),))
     records = [part.source[i.rank] for i in order.batch(0) + order.batch(1) if i.rank != BROKEN]
     expected = [f'"{inspect.one_line(record.captions[0], 96)}"' for record in records[:3]]
@@ -154,7 +154,7 @@ def test_fields_filters_and_the_run_that_would_stop(tmp_path):
 def test_buckets(folder):
     config = make_config(source="folder", path=str(folder), aspect_buckets=True, bucket_step=16, batch_size=3)
     text = inspected(config)
-    buckets = np.array(training_data.picture_sizes(config))
+    buckets = np.array(run_data.image_sizes(config))
     sizes = np.array([size for number, size in enumerate(SIZES) if number != EMPTY])
     away = abs(np.log(sizes[:, :1] / sizes[:, 1:]) - np.log(buckets[:, 0] / buckets[:, 1]))
     counts = np.bincount(away.argmin(1), minlength=len(buckets))
@@ -194,7 +194,7 @@ def test_sheet_shows_what_the_loader_gives(tmp_path, encode, buckets):
     text = inspected(config, out=out, count=11)
     assert f"contact sheet: {out}, the first 11 images of a run, row by row" in text
     rows = list(itertools.islice(trained_on(config), 11))
-    examples = inspect.rows_of(config, training_data.open_parts(config)[0])
+    examples = inspect.rows_of(config, run_data.open_parts(config)[0])
     assert pickle.loads(pickle.dumps(examples)).groups == examples.groups  # as worker processes need
     assert not buckets or 0 in examples.groups[:-1]  # a bucket without images
     sheet = np.asarray(Image.open(out))
@@ -207,7 +207,7 @@ def test_sheet_shows_what_the_loader_gives(tmp_path, encode, buckets):
         assert below.min() < 128  # there is text
     shapes = {row["pixels"].shape for row in rows}
     assert len(shapes) > 1 if buckets else len(shapes) == 1
-    (part,) = training_data.open_parts(config)
+    (part,) = run_data.open_parts(config)
     first, _ = inspect.first_rows(*inspect.as_training(config, [part], [inspect.rows_of(config, part)]), 11)
     captions = [str(row[inspect.CAPTION]) for row in first]
     assert [len(caption) for caption in captions] == [int(row["length"]) for row in rows]
@@ -216,12 +216,12 @@ def test_sheet_shows_what_the_loader_gives(tmp_path, encode, buckets):
 
 def trained_on(config):
     """Rows of a run one by one, made by training's own functions; {"pixels", "length" of the caption}."""
-    (part,) = training_data.open_parts(config)
+    (part,) = run_data.open_parts(config)
     rows = dataclasses.replace(inspect.rows_of(config, part), tokenize=lengths)
     if config.data.encode == "start":
-        watch = training_data.Watch(loader.BadRecordLog(0.0), print)
-        rows = training_data.encode_at_start(rows, dict, config.seed, watch)
-    rows = training_data.CaptionDropout(rows, {"length": np.int32(0)}, config.data.caption_dropout)
+        log = run_data.DataLog(loader.BadRecordLog(0.0), print)
+        rows = run_data.encode_at_start(rows, dict, config.seed, log)
+    rows = run_data.CaptionDropout(rows, {"length": np.int32(0)}, config.data.caption_dropout)
     order = Order(config.seed, config.data.batch_size, (tuple(rows.groups),))
     with contextlib.closing(loader.batches([rows], order, put=lambda batch: batch)) as batches:
         for batch in batches:

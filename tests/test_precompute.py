@@ -1,13 +1,8 @@
 """`lcm_jax.precompute`: the cache equals encoding at the start of a run, trains the same, and survives being killed."""
 
-import functools
-import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,24 +12,24 @@ import numpy as np
 import parity
 import pytest
 import tiny
+import training_processes as runs
 from PIL import Image
 
 from configs import shapes_lcm
 from lcm_jax import files, precompute, train
 from lcm_jax.data import cache, encoding, loader, shapes
 from lcm_jax.data.order import draws_at
-from lcm_jax.distill import step as step_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.precompute import Options
-from lcm_jax.run import data as training_data
-from lcm_jax.run import models as student_lib
-from lcm_jax.runtime import distributed, telemetry, waiting
+from lcm_jax.run import data as run_data
+from lcm_jax.run.models import load_teacher
+from lcm_jax.runtime import distributed, waiting
 
-ROOT = Path(__file__).parents[1]
 STEPS = 3
-EXAMPLES = 160  # two batches of the encoders, and a half
-DRAWN = {"num_examples": EXAMPLES, "crop": "random", "flip": 0.5}
-OPTIONS = ["--shard_size=16", *(f"--config.data.{key}={value}" for key, value in DRAWN.items())]
+EXAMPLES = 160  # two and a half batches of the encoders
+RANDOM = {"num_examples": EXAMPLES, "crop": "random", "flip": 0.5}
+OPTIONS = Options(shard_size=16)
+PROGRAM = ("-m", "lcm_jax.precompute", "--config=configs/shapes_lcm.py")
 
 
 @pytest.fixture(scope="module")
@@ -58,35 +53,46 @@ def snapshot(folder) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
+def log() -> run_data.DataLog:
+    return run_data.DataLog(loader.BadRecordLog(0.01), print)
+
+
+def expected_rows(config):
+    """(the rows that a run makes before training begins, the image rows they are made from, encode)."""
+    pipeline, params = load_teacher(config)
+    (part,) = run_data.open_parts(config)
+
+    def tokenize(captions):
+        return run_data.tokenize_captions(pipeline.tokenizers, captions)
+
+    images = run_data.image_rows(config, part.source, tokenize, time_ids=pipeline.is_xl)
+    encode = encoding.make_encode(pipeline, params)
+    return run_data.encode_at_start(images, encode, config.seed, log()), images, encode
+
+
 @pytest.fixture(scope="module")
-def drawn(teacher, tmp_path_factory) -> Path:
-    """A cache of token ids, of random flips, in shards of 16 rows."""
-    out = tmp_path_factory.mktemp("drawn") / "cache"
-    precompute.latents(make_config(teacher, **DRAWN), out, Options(shard_size=16))
+def expected(teacher):
+    return expected_rows(make_config(teacher, **RANDOM))
+
+
+@pytest.fixture(scope="module")
+def random_cache(teacher, tmp_path_factory) -> Path:
+    """A cache of token ids, with random flips, in shards of 16 rows."""
+    out = tmp_path_factory.mktemp("random") / "cache"
+    precompute.latents(make_config(teacher, **RANDOM), out, OPTIONS)
     return out
 
 
 @pytest.fixture(scope="module")
 def centred(teacher, tmp_path_factory) -> dict[str, Path]:
-    """Caches of the whole pictures, with ids and with embeddings."""
+    """Caches of whole images, with ids and with embeddings."""
     root = tmp_path_factory.mktemp("centred")
     for text in cache.TEXTS:
         precompute.latents(make_config(teacher), root / text, Options(text=text, shard_size=64))
     return {text: root / text for text in cache.TEXTS}
 
 
-def expected_rows(config):
-    """What the run itself makes before training begins."""
-    pipeline, params = student_lib.load_teacher(config)
-    (part,) = training_data.open_parts(config)
-    watch = training_data.Watch(loader.BadRecordLog(0.01), lambda line: None)
-    tokenize = training_data.Tokenize(pipeline.tokenizers)
-    pictures = training_data.pictures(config, part.source, tokenize, time_ids=pipeline.is_xl)
-    encode = encoding.make_encode(pipeline, params)
-    return training_data.encode_at_start(pictures, encode, config.seed, watch), pictures, encode
-
-
-def assert_rows(cached, group, rank, expected):
+def check_row(cached, group, rank, expected):
     found = cached.row(group, rank)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -94,114 +100,88 @@ def assert_rows(cached, group, rank, expected):
         parity.close(found[name], value, rtol=1e-5, atol=1e-5, what=f"{name} of {rank}")
 
 
-def test_a_cache_equals_encoding_at_the_start(teacher, tmp_path):
-    config = make_config(teacher, **DRAWN)
-    rows, pictures, _ = expected_rows(config)
-    precompute.latents(config, tmp_path / "cache", Options(text="embeddings"))
-    cached = cache.open(tmp_path / "cache")
-    assert cached.groups == rows.groups == (EXAMPLES,)
+def moments(row):
+    return {name: row[name] for name in ("mean", "logvar")}
+
+
+def test_latents_equal_encoding_at_the_start(teacher, random_cache, expected, tmp_path):
+    rows, images, _ = expected
+    precompute.latents(make_config(teacher, **RANDOM), tmp_path / "cache", Options(text="embeddings"))
+    embeddings, ids = cache.open(tmp_path / "cache"), cache.open(random_cache)
+    assert embeddings.groups == ids.groups == rows.groups == (EXAMPLES,)
     for rank in range(EXAMPLES):
-        assert_rows(cached, 0, rank, rows.row(0, rank, None))
-        assert cached.where(0, rank) == ("shapes/train/plain", str(rank))
-        assert cached.about(0, rank)["caption"] == shapes.example(rank, "train")[1]
-
-
-def test_ids_are_those_of_the_captions(drawn, teacher):
-    cached, (rows, pictures, _) = cache.open(drawn), expected_rows(make_config(teacher, **DRAWN))
-    for rank in range(0, EXAMPLES, 7):
-        moments = {name: rows.row(0, rank, None)[name] for name in ("mean", "logvar")}
-        ids = pictures.row(0, rank, draws_at(0, rank))["text_encoder"]
-        assert_rows(cached, 0, rank, moments | {"text_encoder": ids})
+        row = rows.row(0, rank, None)
+        check_row(embeddings, 0, rank, row)
+        assert embeddings.where(0, rank) == ("shapes/train/plain", str(rank))
+        assert embeddings.about(0, rank)["caption"] == shapes.example(rank, "train")[1]
+        if rank % 7 == 0:
+            text = images.row(0, rank, draws_at(0, rank))["text_encoder"]
+            check_row(ids, 0, rank, moments(row) | {"text_encoder": text})
 
 
 @pytest.mark.slow
-def test_variants_are_further_draws_one_after_another(drawn, teacher, tmp_path):
-    config = make_config(teacher, **DRAWN)
-    precompute.latents(config, tmp_path / "cache", Options(variants=2, shard_size=64))
-    two, one = cache.open(tmp_path / "cache"), cache.open(drawn)
+def test_variants_are_further_random_rows(random_cache, expected, teacher, tmp_path):
+    precompute.latents(make_config(teacher, **RANDOM), tmp_path / "cache", Options(variants=2, shard_size=64))
+    two, one, (_, images, encode) = cache.open(tmp_path / "cache"), cache.open(random_cache), expected
     assert two.groups == (2 * EXAMPLES,)
-    _, pictures, encode = expected_rows(config)
     for rank in range(EXAMPLES):
-        assert_rows(two, 0, 2 * rank, one.row(0, rank))
+        check_row(two, 0, 2 * rank, one.row(0, rank))
         assert two.where(0, 2 * rank) == two.where(0, 2 * rank + 1) == one.where(0, rank)
-    draws = [pictures.row(0, rank, draws_at(0, EXAMPLES + rank)) for rank in range(64)]
-    pixels = encoding.encode_rows(encode, {"pixels": np.stack([row["pixels"] for row in draws])}, 64)
-    for rank, row in enumerate(draws):
-        moments = {name: pixels[name][rank] for name in ("mean", "logvar")}
-        assert_rows(two, 0, 2 * rank + 1, moments | {"text_encoder": row["text_encoder"]})
+    rows = [images.row(0, rank, draws_at(0, EXAMPLES + rank)) for rank in range(64)]
+    encoded = encoding.encode_rows(encode, {"pixels": np.stack([row["pixels"] for row in rows])}, 64)
+    for rank, row in enumerate(rows):
+        of_row = {name: encoded[name][rank] for name in ("mean", "logvar")}
+        check_row(two, 0, 2 * rank + 1, of_row | {"text_encoder": row["text_encoder"]})
 
 
-def test_sdxl_in_half_precision_is_rounded_from_the_same_but_for_its_sizes(tmp_path):
-    """Two crops and flips of each of 20 wide pictures."""
+def test_half_precision_of_sdxl_is_rounded_except_its_sizes(tmp_path):
+    """Two crops and flips of each of 20 wide images."""
     for i in range(20):
         wide = np.concatenate([shapes.example(i, "train")[0], shapes.example(i + 20, "train")[0]], axis=1)
         Image.fromarray(wide).save(tmp_path / f"{i:02d}.png")
         (tmp_path / f"{i:02d}.txt").write_text("a red circle")
-    data = DRAWN | {"source": "folder", "path": str(tmp_path), "num_examples": 4096, "resolution": 32}
+    data = RANDOM | {"source": "folder", "path": str(tmp_path), "num_examples": 4096, "resolution": 32}
     config = make_config(tiny.folder("sdxl"), **data)
     precompute.latents(config, tmp_path / "cache", Options(text="embeddings", dtype="float16", variants=2))
     cached, (rows, _, _) = cache.open(tmp_path / "cache"), expected_rows(config)
     for rank in range(20):
-        found, expected = cached.row(0, 2 * rank), rows.row(0, rank, None)
-        assert found.keys() == expected.keys() == {"mean", "logvar", "encoder_hidden_states", "text_embeds", "time_ids"}
-        np.testing.assert_array_equal(found.pop("time_ids"), expected["time_ids"])
+        found, row = cached.row(0, 2 * rank), rows.row(0, rank, None)
+        assert found.keys() == row.keys() == {"mean", "logvar", "encoder_hidden_states", "text_embeds", "time_ids"}
+        np.testing.assert_array_equal(found.pop("time_ids"), row["time_ids"])
         for name, value in found.items():
             assert value.dtype == np.float32 and (value == value.astype(np.float16)).all()
-            parity.close(value, expected[name], rtol=1.5 * parity.HALF, atol=1e-4)  # rounded: half a unit
+            parity.close(value, row[name], rtol=1.5 * parity.HALF, atol=1e-4)  # rounded: half a unit
     crops = [tuple(cached.row(0, rank)["time_ids"][2:4]) for rank in range(40)]
     assert len(set(crops)) > 10 and sum(a != b for a, b in zip(crops[::2], crops[1::2], strict=True)) > 10
 
 
-def run(config, workdir):
-    """The losses of a training, and how often its step was traced."""
-    traces, make_step = [], step_lib.make_step
-
-    def counting(*args):
-        step = make_step(*args)
-
-        @functools.wraps(step)  # a program of the same name, so the cached one
-        def traced(state, frozen, batch, key):
-            traces.append(jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), batch))
-            return step(state, frozen, batch, key)
-
-        return traced
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_lib, "make_step", counting)
-        train.train(config, workdir)
-    return [record["loss"] for record in telemetry.read_metrics(workdir)], traces
-
-
 @pytest.mark.slow
-def test_training_from_a_cache_is_training_from_pictures(teacher, centred, tmp_path):
+def test_training_from_a_cache_is_training_from_images(teacher, centred, tmp_path):
     """With half of the captions dropped; and the step is one program for all."""
-    losses, traces = run(make_config(teacher, caption_dropout=0.5), tmp_path / "pictures")
-    assert len(set(losses)) == len(losses) == STEPS and len(traces) == 1
+
+    def losses(name, **data):
+        with runs.traces() as traced:
+            train.train(make_config(teacher, caption_dropout=0.5, **data), tmp_path / name)
+        return [loss for _, loss, _ in runs.logged(tmp_path / name)], traced
+
+    want, traces = losses("images")
+    assert len(set(want)) == len(want) == STEPS and len(traces) == 1
     for text, path in centred.items():
-        config = make_config(teacher, source="latents", path=str(path), caption_dropout=0.5)
-        found, again = run(config, tmp_path / text)
-        parity.close(found, losses, rtol=1e-5, atol=1e-5)
+        found, again = losses(text, source="latents", path=str(path))
+        parity.close(found, want, rtol=1e-5, atol=1e-5)
         assert again == traces
 
 
 @pytest.mark.slow
-def test_the_same_crops_and_flips_are_trained_on(teacher, drawn, tmp_path):
-    losses, _ = run(make_config(teacher, **DRAWN, encode="start"), tmp_path / "pictures")
-    found, _ = run(make_config(teacher, **DRAWN | {"source": "latents", "path": str(drawn)}), tmp_path / "cache")
-    parity.close(found, losses, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.slow
 def test_a_cache_can_be_held_in_memory(teacher, centred):
-    """Its captions are encoded once then, at the start."""
+    """Then its captions are encoded once, at the start."""
     config = make_config(teacher, source="latents", path=str(centred["ids"]), encode="start")
-    watch = training_data.Watch(loader.BadRecordLog(0, print), print)
-    pipeline, params = student_lib.load_teacher(config)
+    pipeline, params = load_teacher(config)
     encode = encoding.make_encode(pipeline, params)
-    (rows,), order = training_data.open_examples(config, training_data.open_parts(config), pipeline, encode, watch)
+    (rows,), order = run_data.open_examples(config, run_data.open_parts(config), pipeline, encode, log())
     assert order.streams == ((EXAMPLES,),)
     for rank in range(0, EXAMPLES, 20):
-        assert_rows(cache.open(centred["embeddings"]), 0, rank, rows.row(0, rank, None))
+        check_row(cache.open(centred["embeddings"]), 0, rank, rows.row(0, rank, None))
 
 
 def refused(function, *words):
@@ -214,9 +194,9 @@ def test_a_run_of_other_models_or_sizes_refuses_the_cache(teacher, centred, tmp_
     def other(path=centred["ids"], model=teacher, **data):
         return lambda: train.train(make_config(model, source="latents", path=str(path), **data), tmp_path / "run")
 
-    def changed(part, damage):
+    def changed(part, change):
         folder = Path(shutil.copytree(teacher, tmp_path / part))
-        damage(folder)
+        change(folder)
         return folder
 
     def scale_vae(folder):
@@ -237,7 +217,7 @@ def test_a_run_of_other_models_or_sizes_refuses_the_cache(teacher, centred, tmp_
     refused(other(resolution=128), "resolution 64", "128", "set the cache's resolution")
     refused(other(aspect_buckets=True, bucket_step=16), "sizes [[64, 64]]", "aspect_buckets")
     model = changed("vae", scale_vae)
-    mine = encoding.fingerprint(*student_lib.load_teacher(make_config(model)), 64, ((64, 64),))
+    mine = cache.fingerprint(*load_teacher(make_config(model)), 64, ((64, 64),))
     refused(other(model=model), f"vae {made['vae'][:12]}", mine["vae"][:12], "precompute again")
     model = changed("tokenizer", pad_otherwise)
     refused(other(model=model), f"tokenizers {{text_encoder: {made['tokenizers']['text_encoder'][:12]}")
@@ -247,53 +227,49 @@ def test_a_run_of_other_models_or_sizes_refuses_the_cache(teacher, centred, tmp_
     refused(other(flip=0.25), "config.data.flip = 0.0", "0.25", "precompute again")
 
 
-def test_mixtures_are_of_caches_of_one_kind(teacher, centred, tmp_path):
+def test_mixtures_are_of_caches_of_one_kind(teacher, centred, folder):
     def parts(*mixture):
-        return training_data.open_parts(make_config(teacher, source="mixture", mixture=mixture, num_examples=4096))
+        return run_data.open_parts(make_config(teacher, source="mixture", mixture=mixture, num_examples=4096))
 
     ids, embeddings = (f"1 latents {centred[text]}" for text in cache.TEXTS)
     assert [part.weight for part in parts(ids, f"3 latents {centred['ids']}")] == [1, 3]
     refused(lambda: parts(ids, embeddings), "embeddings and ids", "--text")
     refused(lambda: parts(ids, "1 latents"), "without a folder")
-    (tmp_path / "a.png").write_bytes((ROOT / "tests/test_precompute.py").read_bytes())
-    (tmp_path / "a.txt").write_text("a red circle")
-    refused(lambda: parts(ids, f"1 folder {tmp_path}"), "ids and pictures")
+    refused(lambda: parts(ids, f"1 folder {folder}"), "ids and images")
 
 
 def test_aspect_buckets_are_groups(teacher, tmp_path):
-    config = make_config(teacher, aspect_buckets=True, bucket_step=16)
-    sizes = training_data.picture_sizes(config)
+    config = make_config(teacher, aspect_buckets=True, bucket_step=16, num_examples=20)
+    sizes = run_data.image_sizes(config)
     precompute.latents(config, tmp_path / "cache", Options())
-    cached = cache.open(tmp_path / "cache")
-    square = sizes.index((64, 64))
-    assert len(sizes) > 1 and cached.groups == tuple(EXAMPLES * (i == square) for i in range(len(sizes)))
-    rows, _, _ = expected_rows(make_config(teacher))
-    moments = {name: rows.row(0, 5, None)[name] for name in ("mean", "logvar")}
-    assert_rows(cached, square, 5, moments | {"text_encoder": cached.row(square, 5)["text_encoder"]})
+    cached, square = cache.open(tmp_path / "cache"), sizes.index((64, 64))
+    assert len(sizes) > 1 and cached.groups == tuple(20 * (i == square) for i in range(len(sizes)))
+    rows, _, _ = expected_rows(make_config(teacher, num_examples=20))
+    text = cached.row(square, 5)["text_encoder"]
+    check_row(cached, square, 5, moments(rows.row(0, 5, None)) | {"text_encoder": text})
 
 
-def test_what_cannot_be_precomputed(teacher, drawn, tmp_path):
-    def latents(out=tmp_path / "cache", options=None, **data):
-        return lambda: precompute.latents(make_config(teacher, **(DRAWN | data)), out, options or Options())
+def test_latents_refuses_what_cannot_be_one_cache(teacher, random_cache, tmp_path):
+    def latents(out=tmp_path / "cache", options=OPTIONS, **data):
+        return lambda: precompute.latents(make_config(teacher, **(RANDOM | data)), out, options)
 
     refused(latents(source="mixture", mixture=("1 shapes",)), "mixture", "each part on its own", "latents DIR")
-    refused(latents(source="latents", path=str(drawn)), "encoded already")
+    refused(latents(source="latents", path=str(random_cache)), "encoded already")
     refused(latents(resolution=60), "resolution = 60", "factor 8")
-    refused(latents(drawn.parent), str(drawn.parent), "other things")
-    again = Options(shard_size=16)
-    refused(latents(drawn, again, flip=0.25), "data.flip: 0.5 there, 0.25 now", "another folder")
-    refused(latents(drawn, again, resolution=32), "fingerprint.resolution: 64 there, 32 now")
-    refused(latents(drawn), "shard_size: 16 there, 4096 now")
+    refused(latents(random_cache.parent), str(random_cache.parent), "other things")
+    refused(latents(random_cache, flip=0.25), "data.flip: 0.5 there, 0.25 now", "another folder")
+    refused(latents(random_cache, resolution=32), "fingerprint.resolution: 64 there, 32 now")
+    refused(latents(random_cache, Options()), "shard_size: 16 there, 4096 now")
     refused(lambda: Options(text="words"), "--text=words", "ids, embeddings")
     refused(lambda: Options(variants=0), "--variants=0")
 
 
-def test_no_weights_of_the_unet_are_read_and_sizes_are_checked_first(teacher, drawn, tmp_path):
+def test_no_weights_of_the_unet_are_read_and_sizes_are_checked_first(teacher, random_cache, tmp_path):
     model = shutil.copytree(teacher, tmp_path / "model")
     for path in (model / "unet").glob("*.safetensors"):
         path.unlink()
-    precompute.latents(make_config(model, **DRAWN), tmp_path / "cache", Options(shard_size=16))
-    assert snapshot(tmp_path / "cache") == snapshot(drawn)
+    precompute.latents(make_config(model, **RANDOM), tmp_path / "cache", OPTIONS)
+    assert snapshot(tmp_path / "cache") == snapshot(random_cache)
     for path in (model / "vae").glob("*.safetensors"):
         path.unlink()
     refused(lambda: precompute.latents(make_config(model, resolution=60), tmp_path / "b", Options()), "factor 8")
@@ -301,140 +277,99 @@ def test_no_weights_of_the_unet_are_read_and_sizes_are_checked_first(teacher, dr
 
 
 @pytest.mark.parametrize("mine", [None, "SIGINT: stopped; ..."])
-def test_a_process_whose_files_are_written_stops_with_the_others(teacher, tmp_path, monkeypatch, mine):
-    monkeypatch.setattr(precompute, "write", lambda job: mine)
+def test_a_process_that_has_written_its_files_stops_with_the_others(teacher, tmp_path, monkeypatch, mine):
+    monkeypatch.setattr(precompute.CacheWriter, "write", lambda self: mine)
     monkeypatch.setattr(distributed, "any_process", lambda flag: True)
-    with pytest.raises(precompute.Stopped, match=mine or "SIGTERM: stopped; the same command goes on"):
-        precompute.latents(make_config(teacher, **DRAWN), tmp_path / "cache", Options(shard_size=16))
+    with pytest.raises(precompute.Stopped, match=mine or "SIGTERM: stopped; the same command resumes"):
+        precompute.latents(make_config(teacher, num_examples=4), tmp_path / "cache", OPTIONS)
     assert not (tmp_path / "cache" / "manifest.json").exists()
 
 
-def test_one_of_several_that_fails_says_so_at_once_and_stops_the_others(monkeypatch, capsys):
+def test_a_process_that_fails_reports_it_at_once_and_stops_the_others(monkeypatch, capsys):
     asked = []
 
-    def fail(job):
+    def fail(self):
         raise LcmError("too many records cannot be used")
 
-    monkeypatch.setattr(precompute, "write_shards", fail)
+    monkeypatch.setattr(precompute.CacheWriter, "write_shards", fail)
     monkeypatch.setattr(distributed, "ask_to_stop", lambda: asked.append(True))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    refused(lambda: precompute.write(None), "too many records")
-    said = "process 0 of 2 failed: too many records cannot be used; the others stop at their next batch\n"
-    assert capsys.readouterr().err == said and asked == [True]
+    refused(precompute.CacheWriter(*[None] * 8).write, "too many records")
+    line = "process 0 of 2 failed: too many records cannot be used; the others stop at their next batch\n"
+    assert capsys.readouterr().err == line and asked == [True]
 
 
 SLOW = """
-import sys, time
-from absl import app, flags
-from lcm_jax.run import config as config_lib
-from lcm_jax import precompute
-move = precompute.Progress.move
+import runpy, time
+from absl import flags
+from lcm_jax.runtime.telemetry import Progress
+move = Progress.move
 def slowly(self, count):
     move(self, count)
     time.sleep(4 if flags.FLAGS.process_id == 0 else 0)
-precompute.Progress.move = slowly
-precompute.config_flags.DEFINE_config_file("config", None, "")
-flags.DEFINE_string("out", None, "")
-flags.DEFINE_string("text", "ids", "")
-flags.DEFINE_integer("variants", 1, "")
-flags.DEFINE_string("dtype", "float32", "")
-flags.DEFINE_integer("shard_size", 4, "")
-precompute.distributed.define_flags()
-app.run(precompute.main, flags_parser=config_lib.parse_flags)
+Progress.move = slowly
+runpy.run_module("lcm_jax.precompute", run_name="__main__")
 """
 
 
-def two(*options: str) -> list[subprocess.Popen]:
+def start_two(teacher, out, *options: str):
     """Two processes, the first of which takes four seconds and more for each batch."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    where = ["--num_processes=2", f"--coordinator=127.0.0.1:{port}", "--config=configs/shapes_lcm.py", *options]
-    environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": str(ROOT)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", SLOW, f"--process_id={index}", *where],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for index in range(2)
-    ]
-
-
-def end(processes: list[subprocess.Popen], code: int) -> list[str]:
-    try:
-        said = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [code, code], said
-    return said
+    program = ("-c", SLOW, *PROGRAM[2:], f"--config.model.teacher={teacher}", f"--out={out}")
+    return runs.start(*options, program=program, processes=2)
 
 
 @pytest.mark.slow
 def test_one_of_two_processes_fails(teacher, folder, tmp_path):
-    for name in ("00", "01", "02", "03", "04", "06", "07", "08", "09", "10", "11"):  # 05 of process 1: rows 4 to 7
+    for path in set(folder.iterdir()) - set(folder.glob("05.*")):  # 05 is of process 1: rows 4 to 7
         for copy in range(20):
-            for suffix in (".png", ".txt"):
-                shutil.copy(folder / f"{name}{suffix}", folder / f"more-{copy:02d}-{name}{suffix}")
-    said = end(
-        two(
-            f"--config.model.teacher={teacher}",
-            f"--out={tmp_path / 'cache'}",
-            "--config.data.source=folder",
-            f"--config.data.path={folder}",
-            "--config.data.max_bad_fraction=0.0",
-        ),
-        2,
-    )
-    assert "process 1 of 2 failed: " in said[1] and "the others stop at their next batch" in said[1]
-    assert "error: process 1 of 2: " in said[0] and "05.png" in said[0] and "05.png" in said[1]
+            shutil.copy(path, folder / f"more-{copy:02d}-{path.name}")
+    data = "--config.data.source=folder", f"--config.data.path={folder}", "--config.data.max_bad_fraction=0.0"
+    first, second = runs.ended(start_two(teacher, tmp_path / "cache", "--shard_size=4", *data), code=2)
+    assert "process 1 of 2 failed: " in second and "the others stop at their next batch" in second
+    assert "error: process 1 of 2: " in first and "05.png" in first and "05.png" in second
     assert len(list((tmp_path / "cache").glob("latents-*"))) < 20, "of 58; the first process stopped early"
 
 
 @pytest.mark.slow
 def test_a_signal_when_one_of_two_processes_has_written_its_files(teacher, tmp_path):
     out = tmp_path / "cache"
-    processes = two(
-        f"--config.model.teacher={teacher}", f"--out={out}", "--shard_size=10", "--config.data.num_examples=100"
-    )
+    processes = start_two(teacher, out, "--shard_size=10", "--config.data.num_examples=100")
     while all(process.poll() is None for process in processes) and not all(
         (out / "progress" / f"{cache.shard_name(0, number)}.json").exists() for number in range(1, 10, 2)
     ):
         time.sleep(0.1)
     processes[0].send_signal(signal.SIGTERM)
-    for said in end(processes, 1):
-        assert said.splitlines()[-1] == "SIGTERM: stopped; the same command goes on from the last whole file", said
+    for output in runs.ended(processes, code=1):
+        assert "SIGTERM: stopped; the same command resumes after the last complete file" in output
 
 
-def test_a_finished_cache_is_left_alone(teacher, drawn, capsys):
-    before = snapshot(drawn)
-    precompute.latents(make_config(teacher, **DRAWN), drawn, Options(shard_size=16))
-    assert "is complete already" in capsys.readouterr().err and snapshot(drawn) == before
+def test_a_finished_cache_is_left_alone_if_its_shards_are_there(teacher, random_cache, tmp_path, capsys):
+    before, copied = snapshot(random_cache), Path(shutil.copytree(random_cache, tmp_path / "cache"))
+    precompute.latents(make_config(teacher, **RANDOM), random_cache, OPTIONS)
+    assert "is complete already" in capsys.readouterr().err and snapshot(random_cache) == before
+    next(copied.glob("*array_record*")).unlink()
+    refused(lambda: precompute.latents(make_config(teacher, **RANDOM), copied, OPTIONS), "is missing")
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Pictures with captions, one of them truncated."""
-    (tmp_path / "pictures").mkdir()
+    """Images with captions, one of them truncated."""
+    (tmp_path / "images").mkdir()
     for i in range(12):
-        path = tmp_path / "pictures" / f"{i:02d}.png"
+        path = tmp_path / "images" / f"{i:02d}.png"
         Image.fromarray(shapes.example(i, "train")[0]).save(path)
         path.with_suffix(".txt").write_text("a red circle")
         if i == 5:
             path.write_bytes(path.read_bytes()[:400])
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
-def test_unusable_records_are_left_out_and_listed(teacher, folder, tmp_path, capsys):
+def test_unusable_records_are_left_out_and_listed(teacher, folder, tmp_path):
     config, out = make_config(teacher, source="folder", path=str(folder), num_examples=4096), tmp_path / "cache"
     config.data.max_bad_fraction = 0.0
     refused(lambda: precompute.latents(config, out, Options(variants=2, shard_size=5)), "05.png", "max_bad_fraction")
     assert not (out / "manifest.json").exists()
-    config.data.max_bad_fraction = 0.1  # the same command otherwise goes on
+    config.data.max_bad_fraction = 0.1  # the same command resumes otherwise
     precompute.latents(config, out, Options(variants=2, shard_size=5))
     cached = cache.open(out)
     (line,) = (out / "bad_records.jsonl").read_text().splitlines()
@@ -442,12 +377,11 @@ def test_unusable_records_are_left_out_and_listed(teacher, folder, tmp_path, cap
     assert cached.groups == (22,) and cached.manifest["examples"] == [12]
     keys = [cached.where(0, rank)[1] for rank in range(22)]
     assert len(set(keys)) == 11 and keys[::2] == keys[1::2] == sorted(keys[::2])
-    assert "11 of" not in capsys.readouterr().err
 
 
-def test_a_signal_is_heard_while_a_file_hangs(teacher, folder, tmp_path, monkeypatch):
+def test_a_signal_is_noticed_while_a_file_hangs(teacher, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(waiting, "PATIENCE", 0.3)
-    said, read, answered = [], files.read_regular, threading.Event()
+    lines, read, answered = [], files.read_regular, threading.Event()
 
     def hanging(path, *args):
         if path.name == "07.png":
@@ -457,25 +391,20 @@ def test_a_signal_is_heard_while_a_file_hangs(teacher, folder, tmp_path, monkeyp
     monkeypatch.setattr(files, "read_regular", hanging)
 
     def say(line):
-        said.append(line)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if "waiting for" in line:
+            lines.append(line)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(waiting, "say", say)
     config, out = make_config(teacher, source="folder", path=str(folder), num_examples=4096), tmp_path / "out"
     config.data.max_bad_fraction = 0.1
-    with pytest.raises(precompute.Stopped, match="SIGTERM: stopped; the same command goes on"):
+    with pytest.raises(precompute.Stopped, match="SIGTERM: stopped; the same command resumes"):
         precompute.latents(config, out, Options(shard_size=4))
-    assert "07.png" in said[0] and [path.name for path in out.glob("latents-*")] == [cache.shard_name(0, 0)]
+    assert "07.png" in lines[0] and [path.name for path in out.glob("latents-*")] == [cache.shard_name(0, 0)]
     answered.set()  # the thread that reads it ends
 
 
-def test_a_finished_cache_whose_shards_are_gone_is_not_complete(teacher, drawn, tmp_path):
-    out = Path(shutil.copytree(drawn, tmp_path / "cache"))
-    next(out.glob("*array_record*")).unlink()
-    refused(lambda: precompute.latents(make_config(teacher, **DRAWN), out, Options(shard_size=16)), "is missing")
-
-
-def test_a_signal_drops_the_shard_under_way(teacher, drawn, tmp_path, monkeypatch):
+def test_a_signal_drops_the_unfinished_shard(teacher, random_cache, tmp_path, monkeypatch):
     move, out = precompute.Progress.move, tmp_path / "cache"
 
     def stopping(self, count):
@@ -485,48 +414,34 @@ def test_a_signal_drops_the_shard_under_way(teacher, drawn, tmp_path, monkeypatc
 
     monkeypatch.setattr(precompute.Progress, "move", stopping)
     with pytest.raises(precompute.Stopped, match="SIGTERM"):
-        precompute.latents(make_config(teacher, **DRAWN), out, Options(shard_size=16))
+        precompute.latents(make_config(teacher, **RANDOM), out, OPTIONS)
     shards = sorted(p.name for p in out.glob("latents-*"))
     assert shards == [cache.shard_name(0, i) for i in range(3)] and not list(out.glob(".*.partial"))
     refused(lambda: cache.open(out), "same lcm_jax.precompute command again")
-    refused(lambda: precompute.latents(make_config(teacher, **DRAWN), out, Options()), "16 there, 4096 now")
-    precompute.latents(make_config(teacher, **DRAWN), out, Options(shard_size=16))
-    assert snapshot(out) == snapshot(drawn)
+    refused(lambda: precompute.latents(make_config(teacher, **RANDOM), out, Options()), "16 there, 4096 now")
+    precompute.latents(make_config(teacher, **RANDOM), out, OPTIONS)
+    assert snapshot(out) == snapshot(random_cache)
 
 
-def start(*options: str) -> subprocess.Popen:
-    environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # as conftest.py: the same cached programs
-    return subprocess.Popen(
-        [sys.executable, "-m", "lcm_jax.precompute", *options],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def test_killed_and_gone_on_is_byte_for_byte_the_same_as_never_killed(teacher, tmp_path):
-    """By another process, while which no other may write; and with what a kill in the middle of a shard leaves."""
-    whole, out = tmp_path / "whole", tmp_path / "cache"
-    config = make_config(teacher, **DRAWN)
-    process = start("--config=configs/shapes_lcm.py", f"--config.model.teacher={teacher}", f"--out={out}", *OPTIONS)
+def test_killed_and_resumed_is_byte_for_byte_the_same(teacher, random_cache, tmp_path):
+    """By another process; no other may write beside it. Includes what a kill in the middle of a shard leaves."""
+    out, config = tmp_path / "cache", make_config(teacher, **RANDOM)
+    options = [f"--config.data.{key}={value}" for key, value in RANDOM.items()]
+    options += [f"--config.model.teacher={teacher}", f"--out={out}", "--shard_size=16"]
+    (process,) = runs.start(*options, program=PROGRAM)
     while process.poll() is None and not list(out.glob("progress/latents-*")):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGSTOP)
-    refused(lambda: precompute.latents(config, out, Options(shard_size=16)), "in use by another process", str(out))
+    refused(lambda: precompute.latents(config, out, OPTIONS), "in use by another process", str(out))
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (out / "manifest.json").exists()
+    runs.ended([process], -signal.SIGKILL)
+    assert not (out / "manifest.json").exists()
     assert 1 <= len(list(out.glob("progress/latents-*"))) < EXAMPLES // 16
     (out / f".{cache.shard_name(0, 9)}.12345678.partial").write_bytes(b"half a shard")
-    precompute.latents(config, out, Options(shard_size=16))
-    precompute.latents(config, whole, Options(shard_size=16))
-    assert snapshot(out) == snapshot(whole) and json.loads((out / "manifest.json").read_text())["faults"] == 0
+    precompute.latents(config, out, OPTIONS)
+    assert snapshot(out) == snapshot(random_cache)
 
 
-def test_what_the_command_says(teacher, tmp_path):
-    process = start("--config=configs/shapes_lcm.py", f"--out={tmp_path / 'cache'}", "--variants=0")
-    _, said = process.communicate()
-    (line,) = said.splitlines()
-    assert process.returncode == 2 and line.startswith("error: --variants=0") and not (tmp_path / "cache").exists()
+def test_the_program_reports_a_bad_option_in_one_line(tmp_path):
+    (output,) = runs.ended(runs.start(f"--out={tmp_path / 'cache'}", "--variants=0", program=PROGRAM), code=2)
+    assert output.startswith("error: --variants=0") and output.count("\n") == 1 and not (tmp_path / "cache").exists()

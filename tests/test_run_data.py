@@ -5,10 +5,6 @@ import functools
 import io
 import itertools
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -18,19 +14,17 @@ import numpy as np
 import parity
 import pytest
 import tiny
+import training_processes as runs
 from PIL import Image
 
 from lcm_jax import train
-from lcm_jax.data import encoding, loader
+from lcm_jax.data import cache, encoding, loader
 from lcm_jax.data.records import BadRecord
 from lcm_jax.errors import LcmError
-from lcm_jax.pretrained import load_pipeline
-from lcm_jax.pretrained import text as conditioning
-from lcm_jax.run import config as config_lib
-from lcm_jax.run import data as training_data
-from lcm_jax.runtime import checkpoints as checkpoint
+from lcm_jax.pretrained import load_pipeline, text
+from lcm_jax.run import data as run_data
+from lcm_jax.run.config import default_config, resolve, to_json, validate
 
-ROOT = Path(__file__).parents[1]
 COUNT = 44
 
 
@@ -47,36 +41,28 @@ def pipeline(loaded):
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory) -> dict[str, str]:
     """Source -> where it holds the same COUNT records."""
-    root, found = tmp_path_factory.mktemp("sources"), data_kit.records(COUNT)
-    return {name: write(root / name, found) for name, write in data_kit.WRITERS.items()}
+    root, records = tmp_path_factory.mktemp("sources"), data_kit.records(COUNT)
+    return {name: write(root / name, records) for name, write in data_kit.WRITERS.items()}
 
 
 def config_of(source: str, path: str | None, **changes):
-    config = config_lib.default_config()
+    config = default_config()
     config.model.teacher = str(tiny.folder("sd1"))
     config.data.source, config.data.path = source, path
     config.data.resolution, config.data.batch_size = 64, 8
     config.data.flip = 0.5
     config.update_from_flattened_dict({f"data.{key}": value for key, value in changes.items()})
-    config_lib.validate(config)
-    return config_lib.resolve(config)
+    validate(config)
+    return resolve(config)
 
 
-def silent_watch(share: float = 1.0, told: list | None = None, lines: list | None = None) -> training_data.Watch:
-    told, lines = [] if told is None else told, [] if lines is None else lines
-    return training_data.Watch(loader.BadRecordLog(share, told.append), lines.append)
-
-
-def taken(config, pipeline, steps: int, *, start: int = 0, watch=None, encode=None) -> list[dict[str, np.ndarray]]:
+def batches_of(config, pipeline, steps: int, *, start: int = 0, log=None, encode=None) -> list[dict[str, np.ndarray]]:
     """Batches of the config's data on the host, before they are encoded."""
-    watch = watch or silent_watch()
-    parts = training_data.open_parts(config)
-    examples, order = training_data.open_examples(config, parts, pipeline, encode or (lambda rows: rows), watch)
-    with contextlib.closing(
-        loader.batches(
-            examples, order, start, bad_records=watch.bad_records, put=watch.captions, workers=config.data.workers
-        )
-    ) as batches:
+    log = log or run_data.DataLog(loader.BadRecordLog(1.0), print)
+    parts = run_data.open_parts(config)
+    examples, order = run_data.open_examples(config, parts, pipeline, encode, log)
+    options = {"bad_records": log.bad_records, "put": log.count_cut_tokens, "workers": config.data.workers}
+    with contextlib.closing(loader.batches(examples, order, start, **options)) as batches:
         return list(itertools.islice(batches, steps))
 
 
@@ -86,66 +72,46 @@ def same(a, b) -> bool:
     )
 
 
+def texts(batches) -> set[bytes]:
+    """The different captions of batches."""
+    return {ids.tobytes() for batch in batches for ids in batch["text_encoder"]}
+
+
 @pytest.fixture(scope="module")
 def reference(paths, pipeline):
-    return taken(config_of("webdataset", paths["webdataset"]), pipeline, 12)
+    return batches_of(config_of("webdataset", paths["webdataset"]), pipeline, 12)
 
 
 @pytest.mark.parametrize("source", data_kit.WRITERS)
 def test_the_same_records_give_the_same_batches(paths, pipeline, reference, source):
-    assert same(taken(config_of(source, paths[source]), pipeline, 12), reference)
+    assert same(batches_of(config_of(source, paths[source]), pipeline, 12), reference)
     first = reference[0]
     assert first["pixels"].shape == (8, 64, 64, 3) and first["pixels"].dtype == np.uint8
     assert first["text_encoder"].shape == (8, 77) and set(first) == {"pixels", "text_encoder"}
-    assert not same(taken(config_of(source, paths[source], flip=0.0), pipeline, 12), reference)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def read_by(processes: int, config, folder: Path, start: int, steps: int, workers: int) -> dict[str, np.ndarray]:
-    """The batches [steps b ...] that so many real processes read together."""
-    folder.mkdir()
-    (folder / "config.json").write_text(config_lib.to_json(config))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "OMP_NUM_THREADS": "1"}
-    port = free_port()
-    running = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(ROOT / "tests" / "data_process.py"),
-                str(folder / "config.json"),
-                *map(str, (i, processes, port, start, steps, workers)),
-                str(folder / f"{i}.npz"),
-            ],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(processes)
-    ]
-    for process in running:
-        _, said = process.communicate(timeout=240)
-        assert process.returncode == 0, said[-2000:]
-    parts = [np.load(folder / f"{i}.npz") for i in range(processes)]
-    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0].files}
+    assert not same(batches_of(config_of(source, paths[source], flip=0.0), pipeline, 12), reference)
 
 
 @pytest.mark.slow
-def test_real_processes_share_the_batches_and_go_on_for_each_other(paths, reference, tmp_path):
-    """One stream by 2 processes, by 4, and by 2 that stop at batch 5, from where one with two workers goes on."""
-    config = config_of("webdataset", paths["webdataset"])
-    whole = {name: np.stack([batch[name] for batch in reference]) for name in reference[0]}
-    two = read_by(2, config, tmp_path / "two", 0, 5, 0)
-    four = read_by(4, config, tmp_path / "four", 2, 6, 0)
-    rest = read_by(1, config, tmp_path / "rest", 5, 7, 2)
-    for name, value in whole.items():
-        np.testing.assert_array_equal(two[name], value[:5])
-        np.testing.assert_array_equal(four[name], value[2:8])
-        np.testing.assert_array_equal(rest[name], value[5:])
+def test_real_processes_share_the_batches_and_resume_for_each_other(paths, reference, tmp_path):
+    """One stream by 2 processes, by 4, and by 2 that stop at batch 5, from which one with two workers resumes."""
+    (tmp_path / "config.json").write_text(to_json(config_of("webdataset", paths["webdataset"])))
+
+    def read(processes: int, start: int, steps: int, workers: int) -> dict[str, np.ndarray]:
+        """The batches [steps b ...] that so many processes read together."""
+        out = tmp_path / str(processes)
+        out.mkdir()
+        options = f"--out={out}", f"--start={start}", f"--steps={steps}", f"--workers={workers}"
+        program = ("tests/data_process.py", f"--config={tmp_path / 'config.json'}")
+        runs.ended(runs.start(*options, program=program, processes=processes))
+        parts = [np.load(out / f"{index}.npz") for index in range(processes)]
+        return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0].files}
+
+    two, four, rest = read(2, 0, 5, 0), read(4, 2, 6, 0), read(1, 5, 7, 2)
+    for name in reference[0]:
+        whole = np.stack([batch[name] for batch in reference])
+        np.testing.assert_array_equal(two[name], whole[:5])
+        np.testing.assert_array_equal(four[name], whole[2:8])
+        np.testing.assert_array_equal(rest[name], whole[5:])
 
 
 DAMAGED = 2000
@@ -154,8 +120,8 @@ DAMAGED = 2000
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory) -> tuple[str, list[dict], dict[str, str]]:
     """Shards of 2,000 records, ten of them unusable: (pattern, the good records, key -> word of the reason)."""
-    found = data_kit.records(DAMAGED)
-    whole = found[7]["image"]
+    records = data_kit.records(DAMAGED)
+    whole = records[7]["image"]
     bad = {
         "truncated": [100, 1101],
         "known format": [202, 1203],
@@ -164,103 +130,84 @@ def damaged(tmp_path_factory) -> tuple[str, list[dict], dict[str, str]]:
         "UTF-8": [508, 1509],
     }
     for number in bad["truncated"]:
-        found[number]["image"] = found[number]["image"][:-400]
-    for number in bad["known format"]:  # a page in the place of the picture
-        found[number]["image"] = b"<html><body>404 not found</body></html>" + whole[40:60]
+        records[number]["image"] = records[number]["image"][:-400]
+    for number in bad["known format"]:  # a web page instead of the image
+        records[number]["image"] = b"<html><body>404 not found</body></html>" + whole[40:60]
     stream = io.BytesIO()
-    Image.open(io.BytesIO(found[9]["image"])).save(stream, "PNG")
-    found[9]["image"] = stream.getvalue()  # a PNG named .jpg is a good picture
+    Image.open(io.BytesIO(records[9]["image"])).save(stream, "PNG")
+    records[9]["image"] = stream.getvalue()  # a PNG named .jpg is a good image
     for number in bad["0 bytes"]:
-        found[number]["image"] = b""
+        records[number]["image"] = b""
     for number in bad["occurs already"]:
-        found[number]["key"] = found[number - 300]["key"]
+        records[number]["key"] = records[number - 300]["key"]
     folder = tmp_path_factory.mktemp("damaged")
     for shard, part in enumerate(np.array_split(np.arange(DAMAGED), 4)):
-        entries = [entry for number in part for entry in data_kit.members(found[number])]
+        entries = [entry for number in part for entry in data_kit.members(records[number])]
         for number in bad["UTF-8"]:
             name = f"{number:09d}.txt"
             entries = [(n, b"caf\xe9 \xff" if n == name else content) for n, content in entries]
         data_kit.write_tar(folder / f"{shard:05d}.tar", entries)
-    reasons = {found[number]["key"]: word for word, numbers in bad.items() for number in numbers}
+    reasons = {records[number]["key"]: word for word, numbers in bad.items() for number in numbers}
     numbers = {number for numbers in bad.values() for number in numbers}
-    good = [record for number, record in enumerate(found) if number not in numbers]
+    good = [record for number, record in enumerate(records) if number not in numbers]
     return str(folder / "*.tar"), good, reasons
 
 
 def test_damaged_records_are_named_and_nothing_good_is_lost(damaged, pipeline):
     pattern, good, reasons = damaged
-    told: list[BadRecord] = []
+    bad: list[BadRecord] = []
     config = config_of("webdataset", pattern, crop="center", flip=0.0, batch_size=50)
-    batches = taken(config, pipeline, 40, watch=silent_watch(0.01, told))
-    reason_of = {fault.key: fault.reason for fault in told}
-    assert reason_of.keys() == reasons.keys() and len(told) == len(reasons)
-    for key, word in reasons.items():
-        assert word in reason_of[key]
-    assert all(fault.shard.endswith(".tar") for fault in told)
-    words = Counter(ids.tobytes() for batch in batches for ids in batch["text_encoder"])
-    captions = conditioning.tokens(pipeline, [record["text"] for record in good])["text_encoder"]
-    pixels = Counter(picture.tobytes() for batch in batches for picture in batch["pixels"])
-    replaced = [fault for fault in told if "truncated" in fault.reason or "known format" in fault.reason]
-    epoch = DAMAGED - (len(told) - len(replaced))  # what the index leaves out is in no epoch
-    first_epoch = list(itertools.chain.from_iterable(batch["pixels"] for batch in batches))[:epoch]
-    counts = Counter(picture.tobytes() for picture in first_epoch)
+    batches = batches_of(config, pipeline, 40, log=run_data.DataLog(loader.BadRecordLog(0.01, bad.append), print))
+    reason_of = {record.key: record.reason for record in bad}
+    assert reason_of.keys() == reasons.keys() and len(bad) == len(reasons)
+    assert all(word in reason_of[key] for key, word in reasons.items())
+    assert all(record.shard.endswith(".tar") for record in bad)
+    replaced = [record for record in bad if "truncated" in record.reason or "known format" in record.reason]
+    epoch = DAMAGED - (len(bad) - len(replaced))  # what the index leaves out is in no epoch
+    images = [image.tobytes() for batch in batches for image in batch["pixels"]]
+    counts = Counter(images[:epoch])
     assert len(counts) == len(good) and sorted(counts.values())[-len(replaced) - 1 :] == [1] + [2] * len(replaced)
-    assert set(counts) == set(pixels) and words.keys() == {ids.tobytes() for ids in captions}
+    captions = text.tokens(pipeline, [record["text"] for record in good])["text_encoder"]
+    assert set(counts) == set(images) and texts(batches) == {ids.tobytes() for ids in captions}
 
 
 @pytest.mark.slow
-def test_a_training_on_damaged_shards_finishes_and_lists_them(damaged, tmp_path, capsys):
+def test_too_many_damaged_records_stop_a_training_that_loses_nothing(damaged, tmp_path, capsys):
+    """The index finds 6 of the 10; the run stops at the 8th, is saved there, and resumes if it may; it lists all 10."""
     pattern, _, reasons = damaged
     config = config_of("webdataset", pattern)
     with config.unlocked():
         config.model.teacher = config.model.student = str(tiny.folder("teacher"))
         config.data.batch_size, config.data.workers, config.train.steps = 50, 1, 41
-        config.distill.w_embedding_dim, config.sample.every, config.log.every = 16, 0, 10
-    state = train.train(config, tmp_path / "run")
-    assert int(state.step) == 41
-    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
-    assert {fault["key"] for fault in listed} == set(reasons) and len(listed) == len(reasons)
-    said = capsys.readouterr().err
-    assert all(said.count(fault["reason"]) >= 1 for fault in listed) and "1994 records" in said
-
-
-@pytest.mark.slow
-def test_too_many_damaged_records_stop_a_training_that_loses_nothing(damaged, tmp_path):
-    """The index finds 6 of the 10; the run stops at the 8th, is saved there, and goes on when it may."""
-    config = config_of("webdataset", damaged[0])
-    with config.unlocked():
-        config.model.teacher = config.model.student = str(tiny.folder("teacher"))
-        config.data.batch_size, config.train.steps, config.data.max_bad_fraction = 50, 41, 7 / DAMAGED
+        config.data.max_bad_fraction = 7 / DAMAGED
         config.distill.w_embedding_dim, config.sample.every, config.log.every = 16, 0, 10
     with pytest.raises(LcmError, match=r"could not be used.*raise max_bad_fraction \(now 0\.0035\)"):
         train.train(config, tmp_path / "run")
-    (step,) = checkpoint.list_steps(tmp_path / "run" / "checkpoints")
+    (step,) = runs.saved_steps(tmp_path / "run")
     assert 0 < step < 41
-    with config.unlocked():
-        config.data.max_bad_fraction = 0.01
-        config.train.steps = 30
-    assert int(train.train(config, tmp_path / "run").step) == 30
-    config.train.steps = 31
-    more = data_kit.records(1)[0] | {"key": "one_more"}
-    shards = Path(damaged[0]).parent
-    data_kit.write_tar(shards / "zzzz.tar", data_kit.members(more))
+    config.data.max_bad_fraction = 0.01
+    assert int(train.train(config, tmp_path / "run").step) == 41
+    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
+    assert {record["key"] for record in listed} == set(reasons) and len(listed) == len(reasons)
+    printed = capsys.readouterr().err
+    assert all(record["reason"] in printed for record in listed) and "1994 records" in printed
+    config.train.steps = 42
+    more = Path(pattern).with_name("zzzz.tar")
+    data_kit.write_tar(more, data_kit.members(data_kit.records(1)[0] | {"key": "one_more"}))
     try:
-        with pytest.raises(LcmError, match=r"data\.json says that records .*1994.*1995.* the data have changed"):
+        with pytest.raises(LcmError, match=r"data\.json has records .*1994.*1995.* the data have changed"):
             train.train(config, tmp_path / "run")
     finally:
-        (shards / "zzzz.tar").unlink()
+        more.unlink()
 
 
 def test_a_mixture_has_the_shares_of_its_weights(paths, pipeline):
     few = config_of("folder", paths["folder"], filters=("pwatermark <= 0",))
-    own = {ids.tobytes() for batch in taken(few, pipeline, 5) for ids in batch["text_encoder"]}
-    assert len(own) == 5
+    assert len(texts(batches_of(few, pipeline, 5))) == 5
     mixed = config_of("mixture", None, mixture=("3 shapes", f"1 folder {paths['folder']}"), num_examples=20)
-    batches = taken(mixed, pipeline, 20)
-    shapes = config_of("shapes", None, num_examples=20)
-    rendered = {ids.tobytes() for batch in taken(shapes, pipeline, 5) for ids in batch["text_encoder"]}
-    counts = [sum(ids.tobytes() in rendered for ids in batch["text_encoder"]) for batch in batches]
-    assert counts == [6] * 20
+    rendered = texts(batches_of(config_of("shapes", None, num_examples=20), pipeline, 5))
+    batches = batches_of(mixed, pipeline, 20)
+    assert [sum(ids.tobytes() in rendered for ids in batch["text_encoder"]) for batch in batches] == [6] * 20
 
 
 @pytest.mark.parametrize(
@@ -274,54 +221,48 @@ def test_a_mixture_has_the_shares_of_its_weights(paths, pipeline):
         ("1 folder /nowhere", "/nowhere"),
     ],
 )
-def test_mixtures_that_cannot_be(pipeline, entry, words):
+def test_open_parts_refuses_bad_mixtures(entry, words):
     with pytest.raises(LcmError, match=words):
-        training_data.open_parts(config_of("mixture", None, mixture=(entry,)))
+        run_data.open_parts(config_of("mixture", None, mixture=(entry,)))
 
 
-def test_each_part_of_a_mixture_takes_the_keys_that_are_its_own(paths, tmp_path):
+def test_open_parts_gives_each_source_its_own_keys(paths, tmp_path):
     parts = (f"1 webdataset {paths['webdataset']}", f"1 folder {paths['folder']}")
     mixed = config_of("mixture", None, mixture=parts, index_dir=str(tmp_path))
-    assert [len(part.source) for part in training_data.open_parts(mixed)] == [COUNT, COUNT]
+    assert [len(part.source) for part in run_data.open_parts(mixed)] == [COUNT, COUNT]
     assert len(list(tmp_path.glob("*.npz"))) == 3
     with pytest.raises(LcmError, match=r"config\.data\.split = 'test': the source 'webdataset' or 'folder' does not"):
-        training_data.open_parts(config_of("mixture", None, mixture=parts, split="test"))
+        run_data.open_parts(config_of("mixture", None, mixture=parts, split="test"))
 
 
 def test_buckets_keep_aspect_ratios_and_lose_nothing(paths, pipeline):
     config = config_of("huggingface", paths["huggingface"], aspect_buckets=True, bucket_step=16, batch_size=4, flip=0.0)
-    (part,) = training_data.open_parts(config)
-    rows = training_data.pictures(config, part.source, training_data.Tokenize(pipeline.tokenizers))
-    per_epoch = sum(-(-size // 4) for size in rows.groups)
-    batches = taken(config, pipeline, per_epoch)
-    shapes = Counter(batch["pixels"].shape[1:3] for batch in batches)
+    (part,) = run_data.open_parts(config)
+    rows = run_data.image_rows(config, part.source, functools.partial(run_data.tokenize_captions, pipeline.tokenizers))
+    batches = batches_of(config, pipeline, sum(-(-size // 4) for size in rows.groups))
+    shapes = {batch["pixels"].shape[1:3] for batch in batches}
     assert len(shapes) == 3 and all(abs(h * w / 64**2 - 1) < 0.2 for h, w in shapes)
-    assert {h / w > 1 for h, w in shapes} == {True, False}
-    seen = {ids.tobytes() for batch in batches for ids in batch["text_encoder"]}
-    assert len(seen) == COUNT
-    again = taken(config, pipeline, 3, start=4)
-    assert same(batches[4:7], again)
+    assert {h / w > 1 for h, w in shapes} == {True, False} and len(texts(batches)) == COUNT
+    assert same(batches[4:7], batches_of(config, pipeline, 3, start=4))
 
 
-def test_sdxl_rows_carry_their_conditions(paths):
+def test_sdxl_rows_have_time_ids(paths):
     pipeline, _ = load_pipeline(tiny.folder("sdxl"))
     config = config_of("folder", paths["folder"], crop="center", flip=0.0, width_key="pwatermark")
-    (batch,) = taken(config, pipeline, 1)
+    (batch,) = batches_of(config, pipeline, 1)
     assert set(batch) == {"pixels", "text_encoder", "text_encoder_2", "time_ids"}
-    known = {(72, 96), (101, 70), (64, 64), (90, 130)}  # a watermark score is no width: the pictures' own size
-    for ids in batch["time_ids"]:
-        height, width, top, left, *target = ids
+    sizes = {(72, 96), (101, 70), (64, 64), (90, 130)}  # a watermark score is not a width: the images' own sizes
+    for height, width, top, left, *target in batch["time_ids"]:
         scale = 64 / min(height, width)
-        assert (height, width) in known and target == [64, 64]
-        middle = (height * scale - 64) / 2, (width * scale - 64) / 2
-        parity.close((top, left), middle, atol=1)  # whole pixels
+        assert (height, width) in sizes and target == [64, 64]
+        parity.close((top, left), ((height * scale - 64) / 2, (width * scale - 64) / 2), atol=1)  # whole pixels
 
 
-def test_encoded_at_the_start_equals_encoded_when_asked_for(paths, loaded, pipeline):
+def test_encode_at_start_equals_encoding_by_step(paths, loaded, pipeline):
     options = {"crop": "center", "flip": 0.0, "batch_size": 4}
     encode = encoding.make_encode(*loaded)
-    at_start = taken(config_of("folder", paths["folder"], encode="start", **options), pipeline, 12, encode=encode)
-    by_step = taken(config_of("folder", paths["folder"], **options), pipeline, 12)
+    at_start = batches_of(config_of("folder", paths["folder"], encode="start", **options), pipeline, 12, encode=encode)
+    by_step = batches_of(config_of("folder", paths["folder"], **options), pipeline, 12)
     for early, late in zip(at_start, by_step, strict=True):
         late = encoding.encode_rows(encode, late, 4)
         assert early.keys() == late.keys() == {"mean", "logvar", "encoder_hidden_states"}
@@ -330,37 +271,34 @@ def test_encoded_at_the_start_equals_encoded_when_asked_for(paths, loaded, pipel
 
 
 @pytest.mark.parametrize("encode_at", ["step", "start"])
-def test_dropped_captions_are_those_of_nothing(paths, loaded, pipeline, encode_at):
-    encode = encoding.make_encode(*loaded)
+def test_dropped_captions_are_empty_ones(paths, loaded, pipeline, encode_at):
     options = {"encode": encode_at, "caption_dropout": 0.5, "batch_size": 44}
-    (batch,) = taken(config_of("folder", paths["folder"], **options), pipeline, 1, encode=encode)
-    if encode_at == "step":
-        text, null = batch["text_encoder"], conditioning.tokens(pipeline, [""])["text_encoder"]
-    else:
-        text, null = batch["encoder_hidden_states"], jax.device_get(conditioning.encode(*loaded, [""]))
-        null = null["encoder_hidden_states"]
-    dropped = np.array([np.allclose(row, null[0], atol=1e-5) for row in text])
+    config = config_of("folder", paths["folder"], **options)
+    (batch,) = batches_of(config, pipeline, 1, encode=encoding.make_encode(*loaded))
+    name = "text_encoder" if encode_at == "step" else "encoder_hidden_states"
+    null = text.tokens(pipeline, [""]) if encode_at == "step" else jax.device_get(text.encode(*loaded, [""]))
+    dropped = np.array([np.allclose(row, null[name][0], atol=1e-5) for row in batch[name]])
     assert 10 < dropped.sum() < 34
 
 
-def test_captions_that_are_cut_are_told(tmp_path, pipeline):
-    found = data_kit.records(8)
-    for record in found[:3]:
+def test_data_log_reports_captions_that_are_cut(tmp_path, pipeline):
+    records = data_kit.records(8)
+    for record in records[:3]:
         record["text"] = "red circle " * 60
     lines: list[str] = []
-    config = config_of("folder", data_kit.imagefolder(tmp_path / "x", found))
-    taken(config, pipeline, 1, watch=silent_watch(lines=lines))
+    config = config_of("folder", data_kit.imagefolder(tmp_path / "x", records))
+    batches_of(config, pipeline, 1, log=run_data.DataLog(loader.BadRecordLog(0.0), lines.append))
     assert any("3 of 8 captions were longer" in line and "tokens were cut off" in line for line in lines), lines
 
 
-def test_a_model_s_fingerprint_tells_models_and_sizes_apart(loaded):
-    print_of = functools.partial(encoding.fingerprint, resolution=64, sizes=((64, 64),))
+def test_fingerprint_distinguishes_models(loaded):
+    fingerprint = functools.partial(cache.fingerprint, resolution=64, sizes=((64, 64),))
     pipeline, params = loaded
-    one = print_of(pipeline, params)
-    assert one == print_of(*load_pipeline(tiny.folder("sd1"))) == json.loads(json.dumps(one))
-    other = print_of(*load_pipeline(tiny.folder("sdxl")))
+    one = fingerprint(pipeline, params)
+    assert one == fingerprint(*load_pipeline(tiny.folder("sd1"))) == json.loads(json.dumps(one))
+    other = fingerprint(*load_pipeline(tiny.folder("sdxl")))
     assert {key for key in one if one[key] != other[key]} >= {"tokenizers", "text_encoders", "time_ids"}
     kernel = params["vae"]["quant_conv"]["kernel"]
     vae = {**params["vae"], "quant_conv": {**params["vae"]["quant_conv"], "kernel": kernel + 1e-6}}
-    other = print_of(pipeline, {**params, "vae": vae})
+    other = fingerprint(pipeline, {**params, "vae": vae})
     assert {key for key in one if one[key] != other[key]} == {"vae"}

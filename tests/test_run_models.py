@@ -140,7 +140,7 @@ def test_lcf_has_no_teacher_unless_it_is_mixed_with_lcd(teacher, lcm):
 def test_how_an_lcm_is_recognised(teacher, lcm, tmp_path):
     """By time_cond_proj_dim, a record, or LCMScheduler; the latter two also without w embedding."""
     lcf = {"objective": "lcf", "distill__w_embedding_dim": 0, "sample__guidance_scale": 1.0}
-    with pytest.raises(LcmError, match="is no Latent Consistency Model") as error:
+    with pytest.raises(LcmError, match="is not a Latent Consistency Model") as error:
         load(make_config(None, **lcf, model__student=str(teacher)))
     assert all(sign in str(error.value) for sign in ("time_cond_proj_dim", RECORD, "LCMScheduler", "scheduler_config"))
     recorded = make_lcm(teacher, tmp_path / "recorded", None, solver_steps=50)
@@ -186,7 +186,7 @@ def test_models_that_do_not_go_together(teacher, lcm, tmp_path):
         load(make_config(teacher, lora__rank=4, model__student=str(plain)))
     with pytest.raises(LcmError, match="is a Latent Consistency Model itself"):
         load(make_config(lcm, **LORA | {"distill__w_embedding_dim": DIM}, model__student=str(plain)))
-    with pytest.raises(LcmError, match=r"'epsilon', but the model's scheduler_config.json says 'v_prediction'"):
+    with pytest.raises(LcmError, match=r"'epsilon', but the model's scheduler_config.json has 'v_prediction'"):
         load(make_config(tiny.folder("sd2"), model__prediction_type="epsilon"))
 
 

@@ -1,4 +1,4 @@
-"""The step that `training_step.make` makes: the same on every mesh and by every switch; what it moves; what it is."""
+"""The step of `run.step.make`: the same numbers on every mesh and with every switch, and which arrays move."""
 
 import json
 import os
@@ -10,11 +10,10 @@ import parity
 import pytest
 import tiny
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-QUICK = {  # (data, fsdp, slices), None: one device; options
+CASES = {  # (data, fsdp, slices), None: one device; options
     "all": ((2, 4, 1), {"train.remat": "block", "train.accumulation_steps": 2, "model.attention": "chunked"}),
-}
-SLOW = {
     "data 8": ((8, 1, 1), {}),
     "data 2, fsdp 4": ((2, 4, 1), {}),
     "fsdp 8": ((1, 8, 1), {}),
@@ -28,8 +27,9 @@ SLOW = {
 EXACT = 1e-10  # float64: far above its rounding, far below that of anything in float32
 
 
-def told(teacher: Path | str, cases: dict, steps: int = 2, small: int = 64) -> dict:
-    options = str(teacher), json.dumps(cases), str(steps), str(small)
+def measured(teacher: Path | str, cases, steps: int = 2, small: int = 64) -> dict:
+    """What run_step_process.py prints."""
+    options = str(teacher), json.dumps({case: CASES[case] for case in cases}), str(steps), str(small)
     program = [sys.executable, str(ROOT / "tests" / "run_step_process.py"), *options]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(program, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -37,49 +37,31 @@ def told(teacher: Path | str, cases: dict, steps: int = 2, small: int = 64) -> d
     return json.loads(done.stdout)
 
 
-def check(case: str, distances: dict, moved: list, weights: list, same_text: bool) -> None:
-    """Raises AssertionError unless a case computes what one device does, and moves weights and gradients alone."""
-    print(case, distances)
-    assert {"gradient", "loss 2", "params", "ema_params", "moments"} < distances.keys()
-    parity.close(max(distances.values()), 0, atol=EXACT)
-    assert same_text, "the step of shapes and that of weights differ"
-    data, fsdp, slices = (QUICK | SLOW)[case][0] or (1, 1, 1)
-    whole, shards = ({tuple(shape) for shape in shapes} for shapes in weights)
-    for kind, axes, shape in moved:
-        if kind == "all-gather":
-            assert axes == ["fsdp"] and tuple(shape) in whole, (axes, shape)
-        else:  # norms, the loss, and its bins and their counts [5] are no weights
-            assert kind in ("all-reduce", "reduce-scatter"), (kind, axes, shape)
-            assert tuple(shape) in whole | shards | {(), (5,)}, (kind, axes, shape)
-    kinds = {kind for kind, *_ in moved}
-    assert ("all-gather" in kinds) == (fsdp > 1) and bool(kinds) == (data * fsdp * slices > 1)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> Path:
-    return tiny.build("teacher", tmp_path_factory.mktemp("step") / "teacher")
-
-
-@pytest.mark.slow
-def test_a_sharded_step_with_all_switches_is_the_step(teacher):
-    for case, about in told(teacher, QUICK).items():
-        check(case, **about)
-
-
-@pytest.mark.slow
-def test_each_mesh_and_each_switch(teacher):
-    found = told(teacher, SLOW)
-    assert found.keys() == SLOW.keys()
+@pytest.mark.parametrize("cases", [["all"], [case for case in CASES if case != "all"]], ids=["all switches", "each"])
+def test_a_step_is_that_of_one_device_and_moves_weights_and_gradients_alone(cases, tmp_path):
+    found = measured(tiny.build("teacher", tmp_path / "teacher"), cases)
+    assert list(found) == cases
     for case, about in found.items():
-        check(case, **about)
+        distances = about["distances"]
+        print(case, distances)
+        assert {"gradient", "loss 2", "params", "ema_params", "moments"} < distances.keys()
+        parity.close(max(distances.values()), 0, atol=EXACT)
+        assert about["same_text"], "the step of shapes and that of weights differ"
+        data, fsdp, slices = CASES[case][0] or (1, 1, 1)
+        whole, shards = ({tuple(shape) for shape in shapes} for shapes in about["weights"])
+        for kind, axes, shape in about["moved"]:
+            if kind == "all-gather":
+                assert axes == ["fsdp"] and tuple(shape) in whole, (axes, shape)
+            else:  # norms, the loss, and its bins and their counts [5] are not weights
+                assert kind in ("all-reduce", "reduce-scatter"), (kind, axes, shape)
+                assert tuple(shape) in whole | shards | {(), (5,)}, (kind, axes, shape)
+        kinds = {kind for kind, *_ in about["moved"]}
+        assert ("all-gather" in kinds) == (fsdp > 1) and bool(kinds) == (data * fsdp * slices > 1)
 
 
-@pytest.mark.slow
 def test_twenty_steps_of_the_shapes_model():
-    """The embedded teacher, weights split by the rule as it is; Adam has had time to make much of little."""
-    cases = {name: (QUICK | SLOW)[name] for name in ("all", "data 8", "fsdp 8")}
-    for case, about in told("shapes", cases, steps=20, small=2**16).items():
-        del about["moved"], about["weights"]
-        print(case, about)
+    """The embedded teacher, its weights sharded by the rule; after 20 steps Adam has amplified small differences."""
+    for case, about in measured("shapes", ("all", "data 8", "fsdp 8"), steps=20, small=2**16).items():
+        print(case, about["distances"])
         assert about["same_text"]
         parity.close(max(about["distances"].values()), 0, atol=1e-8)

@@ -1,4 +1,4 @@
-"""The training loop when what is beside the step fails or hangs: the state is saved first. The step is a counter."""
+"""The training loop if something besides the step fails or hangs: the state is saved first. The step is a counter."""
 
 import dataclasses
 import os
@@ -21,12 +21,12 @@ from lcm_jax.data.order import Order
 from lcm_jax.data.rows import Arrays
 from lcm_jax.errors import LcmError
 from lcm_jax.run.models import Models
-from lcm_jax.runtime import checkpoints as checkpoint
+from lcm_jax.runtime.checkpoints import list_steps
 from lcm_jax.runtime.telemetry import read_jsonl, read_metrics
 
 ROWS = Arrays(({"label": np.arange(64, dtype=np.int32)},))
 ORDER = Order(0, 4, (ROWS.groups,))
-STEPS, BAD = 12, 5  # of a run; done when it fails
+STEPS, BAD = 12, 5  # of a run; steps done when it fails
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +62,7 @@ class Program:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """options -> the run in tmp_path / "run", whose state adds up its data's labels."""
+    """options -> the run in tmp_path / "run", whose state is the sum of its data's labels."""
     for name, value in {
         "run.models.shapes": lambda _: None,
         "run.models.load": lambda *_: MODELS,
@@ -72,7 +72,7 @@ def run(tmp_path, monkeypatch):
         "run.step.make": lambda *_: Program(),
         "run.step.as_batch": lambda batch: batch,
         "data.encoding.make_encode": lambda *_: jax.jit(lambda rows: rows["label"].sum()),
-        "runtime.mesh.report_unsharded": lambda *_: "",
+        "train.report_unsharded": lambda *_: "",
         "data.loader.CLOSE": 0.1,
     }.items():
         monkeypatch.setattr(f"lcm_jax.{name}", value)
@@ -88,22 +88,22 @@ def run(tmp_path, monkeypatch):
 
 
 def saved(run) -> list[int]:
-    return checkpoint.list_steps(run.workdir / "checkpoints")
+    return list_steps(run.workdir / "checkpoints")
+
+
+ROW = Arrays.row
 
 
 def check_resumed(run, monkeypatch) -> None:
-    """The same command ends as if nothing had been."""
+    """The same command ends as if nothing had failed."""
     monkeypatch.setattr(Arrays, "row", ROW)
     labels = [index.rank for step in range(STEPS) for index in ORDER.batch(step)]
     assert int(run().ema_params["labels"]) == sum(labels)
     assert [record["step"] for record in read_metrics(run.workdir)] == [*range(1, STEPS + 1)]
 
 
-ROW = Arrays.row
-
-
 def bad_row(monkeypatch, call, step=BAD) -> None:
-    """`call` is what reading a row of the batch after `step` steps does."""
+    """Reading one row of the batch after `step` steps calls `call`."""
     bad = ORDER.batch(step)[1].rank
     monkeypatch.setattr(
         Arrays, "row", lambda self, group, rank, draws: call() if rank == bad else ROW(self, group, rank, draws)
@@ -133,7 +133,7 @@ def failing(error):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_what_the_data_raise_is_raised_after_the_state_is_saved(run, monkeypatch, capsys, error):
+def test_an_error_of_the_data_is_raised_after_the_state_is_saved(run, monkeypatch, capsys, error):
     bad_row(monkeypatch, failing(error))
     with pytest.raises(RuntimeError if isinstance(error, StopIteration) else type(error)):
         run()
@@ -150,12 +150,12 @@ def test_before_the_first_step_there_is_nothing_to_save(run, monkeypatch, capsys
     check_resumed(run, monkeypatch)
 
 
-def test_a_signal_is_heard_while_data_hang(run, monkeypatch):
-    event, said = threading.Event(), []
+def test_a_signal_is_noticed_while_data_hang(run, monkeypatch):
+    event, lines = threading.Event(), []
     bad_row(monkeypatch, event.wait)
 
     def say(line):
-        said.append(line)
+        lines.append(line)
         if f"step {BAD + 1};" in line:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -163,11 +163,11 @@ def test_a_signal_is_heard_while_data_hang(run, monkeypatch):
     monkeypatch.setattr(loader.waiting, "say", say)
     assert int(run().step) == BAD
     event.set()
-    assert saved(run) == [BAD] and any(line.startswith(f"SIGTERM: saved step {BAD};") for line in said)
+    assert saved(run) == [BAD] and any(line.startswith(f"SIGTERM: saved step {BAD};") for line in lines)
     check_resumed(run, monkeypatch)
 
 
-def test_what_fails_beside_the_data_does_not_lose_the_state(run, monkeypatch):
+def test_an_error_besides_the_data_does_not_lose_the_state(run, monkeypatch):
     monkeypatch.setattr(train, "sample_grid", lambda *_: failing(MemoryError()))
     with pytest.raises(MemoryError):
         run(**{"sample.every": 3})
@@ -193,30 +193,29 @@ def test_a_trace_that_cannot_be_written(run, monkeypatch):
     assert saved(run) == [1]
 
 
-def test_every_checkpoint_is_known_to_a_start_without_checkpoints(run, monkeypatch, tmp_path):
-    """Though metrics.jsonl has no line yet; as of a run that is killed."""
-    seen = []
-    monkeypatch.setattr(train.StopSignal, "agreed", lambda self: seen.append(events(run)) or False)
-    run(**{"checkpoint.every": 2, "log.every": 100, "train.steps": 9})
-    assert any(("saved", step) in found for found in seen for step in (2, 4, 6))
-    assert events(run)[-2:] == [("saved", 9), ("stop", 9)]
-    assert not list((run.workdir / "checkpoints").glob(".*"))
-    (run.workdir / "metrics.jsonl").write_text("")
-    (run.workdir / "checkpoints").rename(tmp_path / "away")
-    with pytest.raises(LcmError, match="has step 9, but .*checkpoints holds no checkpoint"):
-        run()
-
-
 def events(run) -> list[tuple[str, int]]:
     return [(event["event"], event["step"]) for event in read_jsonl(run.workdir / "events.jsonl")]
 
 
-def test_an_end_in_order_is_known_to_a_start_without_checkpoints(run, monkeypatch, tmp_path):
-    bad_row(monkeypatch, failing(MemoryError()))
+def test_a_start_without_checkpoints_knows_that_there_were_some(run, monkeypatch, tmp_path):
+    """Even if metrics.jsonl has no line yet, as after a kill; and after an error."""
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train.StopSignal, "agreed", lambda self: seen.append(events(run)) or False)
+        run(**{"checkpoint.every": 2, "log.every": 100, "train.steps": 9})
+    assert any(("saved", step) in found for found in seen for step in (2, 4, 6))
+    assert events(run)[-2:] == [("saved", 9), ("stop", 9)]
+    assert not list((run.workdir / "checkpoints").glob(".*"))
+    (run.workdir / "metrics.jsonl").write_text("")
+
+    def check_refused(step):
+        (run.workdir / "checkpoints").rename(tmp_path / "away")
+        with pytest.raises(LcmError, match=f"has step {step}, but .*checkpoints holds no checkpoint"):
+            run()
+        (tmp_path / "away").rename(run.workdir / "checkpoints")
+
+    check_refused(9)
+    bad_row(monkeypatch, failing(MemoryError()), step=10)
     with pytest.raises(MemoryError):
         run()
-    (run.workdir / "checkpoints").rename(tmp_path / "away")
-    with pytest.raises(LcmError, match=f"has step {BAD}, but .*checkpoints holds no checkpoint"):
-        run()
-    (tmp_path / "away").rename(run.workdir / "checkpoints")
-    check_resumed(run, monkeypatch)
+    check_refused(10)

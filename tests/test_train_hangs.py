@@ -1,18 +1,18 @@
 """`python -m lcm_jax.train` whose workers are stopped or killed, and whose TensorBoard blocks, fails or dies."""
 
-import os
 import signal
 import subprocess
 import time
 from pathlib import Path
 
-import data_kit
-import psutil
 import pytest
 import tiny
-from test_train import PROGRAM, ROOT, arguments, logged, saved_steps
+import training_processes as runs
+from test_train import ROOT, arguments
+from training_processes import logged
 
 pytestmark = pytest.mark.slow
+ENDLESS = ("--config.train.steps=100000", "--config.checkpoint.every=100000", "--config.log.every=1")
 BOARDS = {
     "blocks": ("tensorboardX", "SummaryWriter.add_scalar", "__import__('time').sleep(1e9)"),
     "fails": ("tensorboardX", "SummaryWriter.add_scalar", "1 / 0"),
@@ -25,50 +25,24 @@ def teacher(tmp_path_factory) -> Path:
     return tiny.build("teacher", tmp_path_factory.mktemp("train") / "teacher")
 
 
-def start(workdir: Path, teacher: Path, *more: str, path: Path = ROOT) -> subprocess.Popen:
-    options = arguments(
-        workdir,
-        teacher,
-        "--config.train.steps=100000",
-        "--config.checkpoint.every=100000",
-        "--config.log.every=1",
-        *more,
-    )
-    environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": str(path)}
-    return subprocess.Popen(
-        [*PROGRAM, *options], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
 def reach(process: subprocess.Popen, workdir: Path, step: int) -> None:
     while process.poll() is None and not [line for line in logged(workdir) if line[0] >= step]:
         time.sleep(0.05)
 
 
 def end(process: subprocess.Popen, workdir: Path, code: int) -> str:
-    """What it said; nothing that was trained is lost."""
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == code, said
-    assert saved_steps(workdir) == [logged(workdir)[-1][0]], said
-    return said
+    """Its output; no trained step is lost."""
+    (output,) = runs.ended([process], code)
+    assert runs.saved_steps(workdir) == [logged(workdir)[-1][0]], output
+    return output
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_workers(teacher, tmp_path, number):
-    data_kit.imagefolder(tmp_path / "data", data_kit.records(16))
-    workdir = tmp_path / "run"
-    process = start(
-        workdir,
-        teacher,
-        "--config.data.source=folder",
-        f"--config.data.path={tmp_path / 'data'}",
-        "--config.data.encode=step",
-        "--config.data.num_examples=4096",
-        "--config.data.workers=2",
-    )
+    workdir, options = tmp_path / "run", runs.folder_data(tmp_path / "data", workers=2)
+    (process,) = runs.start(*arguments(workdir, teacher, *ENDLESS, *options))
     reach(process, workdir, 5)
-    children = psutil.Process(process.pid).children(recursive=True)
-    workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    workers = runs.workers_of(process)
     for worker in workers:
         worker.send_signal(number)
     if number == signal.SIGSTOP:
@@ -86,14 +60,14 @@ def test_workers(teacher, tmp_path, number):
 
 @pytest.mark.parametrize("kind", BOARDS)
 def test_boards(teacher, tmp_path, kind):
-    module, method, what = BOARDS[kind]
+    module, method, code = BOARDS[kind]
     (tmp_path / "sitecustomize.py").write_text(
-        f"import {module}\n\ndef broken(*_, **__):\n    {what}\n\n{module}.{method} = broken\n"
+        f"import {module}\n\ndef broken(*_, **__):\n    {code}\n\n{module}.{method} = broken\n"
     )
     workdir = tmp_path / "run"
-    process = start(workdir, teacher, path=f"{tmp_path}:{ROOT}")
+    (process,) = runs.start(*arguments(workdir, teacher, *ENDLESS), path=f"{tmp_path}:{ROOT}")
     reach(process, workdir, 40)  # more than tensorboardX's own queue holds
     process.send_signal(signal.SIGTERM)
-    lines = [line for line in end(process, workdir, 0).splitlines() if not line.startswith("step ")]
-    (about,) = [line for line in lines if line.startswith("TensorBoard ")]
-    assert ("did not end" if kind == "blocks" else "ended (ZeroDivisionError") in about and "Traceback" not in lines
+    output = end(process, workdir, 0)
+    (line,) = [line for line in output.splitlines() if line.startswith("TensorBoard ")]
+    assert ("did not end" if kind == "blocks" else "ended (ZeroDivisionError") in line and "Traceback" not in output

@@ -1,44 +1,55 @@
-"""Runs of `python -m lcm_jax.train` on fake devices and in several processes, and what their workdirs hold."""
+"""Runs of programs on fake devices and in several processes, and what the workdirs of trainings hold."""
 
+import contextlib
+import functools
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+import psutil
+import pytest
 from test_runtime_distributed import LAUNCHER, LIMIT, explicit, free_port
 
-from lcm_jax.runtime import checkpoints as checkpoint
-from lcm_jax.runtime import telemetry
+from lcm_jax.run import step as run_step
+from lcm_jax.runtime import checkpoints, telemetry
 
 ROOT = Path(__file__).parents[1]
+TRAIN = ("-m", "lcm_jax.train")
 
 
 def start(
-    workdir: Path, *options: str, devices: int = 1, processes: int = 1, launcher: Callable = explicit
+    *options: object,
+    program: Sequence[str] = TRAIN,
+    devices: int = 1,
+    processes: int = 1,
+    launcher: Callable = explicit,
+    path: object = ROOT,
 ) -> list[subprocess.Popen]:
-    """The run's processes, each on `devices` fake devices; their output, compilations included, goes to files.
+    """The program's processes, each on `devices` fake devices; their output, compilations included, goes to files.
 
-    launcher: (port, index, count) -> (options, environment) of one of several.
+    launcher: (port, index, count) -> (options, environment) of one of several. path: PYTHONPATH.
     """
-    kept = {
+    environment = {
         name: value for name, value in os.environ.items() if name.startswith("JAX_") or not name.startswith(LAUNCHER)
     }  # the tests' own settings of jax stay
-    kept |= {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_LOG_COMPILES": "1"}
-    command = [sys.executable, "-m", "lcm_jax.train", f"--workdir={workdir}", f"--init_timeout={LIMIT}", *options]
+    environment |= {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_LOG_COMPILES": "1", "PYTHONPATH": str(path)}
+    environment["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # as conftest.py: the same cached programs
+    command = [sys.executable, *program, f"--init_timeout={LIMIT}", *map(str, options)]
     port, started = free_port(), []
     for index in range(processes):
-        where, environment = launcher(port, index, processes) if processes > 1 else ([], {})
-        said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        more, variables = launcher(port, index, processes) if processes > 1 else ([], {})
+        output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         started.append(
             subprocess.Popen(
-                [*command, *where], cwd=ROOT, env=kept | environment, stdout=said, stderr=subprocess.STDOUT
+                [*command, *more], cwd=ROOT, env=environment | variables, stdout=output, stderr=subprocess.STDOUT
             )
         )
-        started[-1].said = said
+        started[-1].output = output
     return started
 
 
@@ -50,38 +61,79 @@ def finish(processes: Sequence[subprocess.Popen], limit: float = 4 * LIMIT) -> l
     finally:
         for process in processes:
             process.kill()
-    return [(process.wait(), said_by(process)) for process in processes]
+    return [(process.wait(), output_of(process)) for process in processes]
 
 
-def said_by(process: subprocess.Popen) -> str:
-    with process.said:
-        process.said.seek(0)
-        return process.said.read()
+def output_of(process: subprocess.Popen) -> str:
+    with process.output:
+        process.output.seek(0)
+        return process.output.read()
 
 
 def ended(processes: Sequence[subprocess.Popen], code: int = 0) -> list[str]:
     """The output of each; all ended with `code`."""
-    codes, said = zip(*finish(processes), strict=True)
-    assert set(codes) == {code}, "\n-----\n".join(said)
-    return list(said)
+    codes, outputs = zip(*finish(processes), strict=True)
+    assert set(codes) == {code}, "\n-----\n".join(outputs)
+    return list(outputs)
 
 
-def run(workdir: Path, *options: str, devices: int = 1, processes: int = 1) -> str:
-    """The run to its end, without an error: the output of its first process."""
-    return ended(start(workdir, *options, devices=devices, processes=processes))[0]
+def folder_data(folder: Path, workers: int) -> tuple[str, ...]:
+    """Options of a run whose `workers` processes read image files, which are written to `folder`."""
+    import data_kit  # takes seconds
+
+    data = {"source": "folder", "path": data_kit.imagefolder(folder, data_kit.records(16)), "encode": "step"}
+    data |= {"num_examples": 4096, "workers": workers}
+    return tuple(f"--config.data.{key}={value}" for key, value in data.items())
+
+
+def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The processes that read data for it."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
 def saved(workdir: Path, step: int, *parts: str) -> dict[str, np.ndarray]:
-    """Arrays of a checkpoint by name."""
-    trees = {part: checkpoint.load_subtree(workdir / "checkpoints", step, part) for part in parts}
+    """Arrays of a checkpoint by name; parts: by default all that changes."""
+    parts = parts or ("params", "ema_params", "opt_state")
+    trees = {part: checkpoints.load_subtree(workdir / "checkpoints", step, part) for part in parts}
     leaves = jax.tree_util.tree_leaves_with_path(trees)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
-def losses(workdir: Path) -> list[float]:
-    return [record["loss"] for record in telemetry.read_metrics(workdir)]
+def saved_steps(workdir: Path) -> list[int]:
+    return checkpoints.list_steps(workdir / "checkpoints")
 
 
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    """L2 distance over the norm of `b`."""
-    return float(np.linalg.norm((a - b).ravel().astype(np.float64)) / max(np.linalg.norm(b.ravel()), 1e-30))
+def logged(workdir: Path) -> list[tuple[int, float, float]]:
+    """(step, loss, gradient norm) of each line of metrics.jsonl."""
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in telemetry.read_metrics(workdir)]
+
+
+def check_same(workdir: Path, other: Path, step: int) -> dict[str, np.ndarray]:
+    """Both runs logged the same and, bit for bit, saved the same state, which is returned."""
+    assert logged(workdir) == logged(other)
+    mine, theirs = saved(workdir, step), saved(other, step)
+    assert mine.keys() == theirs.keys() and any(name.startswith("opt_state") for name in mine)
+    for name, value in mine.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    return mine
+
+
+@contextlib.contextmanager
+def traces() -> Iterator[list]:
+    """A list that receives, each time a training step is traced, the shapes and dtypes of its batch."""
+    found, make_step = [], run_step.make_step
+
+    def counting(*args):
+        step = make_step(*args)
+
+        @functools.wraps(step)  # a program of the same name, so the cached one
+        def traced(state, frozen, batch, key):
+            found.append(jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), batch))
+            return step(state, frozen, batch, key)
+
+        return traced
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_step, "make_step", counting)
+        yield found

@@ -8,7 +8,7 @@ A record is one row: its arrays as little-endian bytes one after another, in the
 and shapes, then a JSON object {"key", "shard", "caption"} that says what it was made from. The manifest:
 
     format, made_by      version of this layout; the package that wrote it
-    fingerprint          what determines how images and captions are encoded, see `check_fit`
+    fingerprint          what determines how images and captions are encoded, see `fingerprint`
     text                 "ids": token ids, encoded during training; "embeddings": encoded already
     arrays               [{"name", "dtype", "shapes": [of a row, for each group]}]
     groups               [{"rows", "shards": [{"file", "rows", "bytes"}]}]
@@ -46,6 +46,7 @@ from flax.traverse_util import flatten_dict
 from lcm_jax import files
 from lcm_jax.data.records import BadRecord, BadRecordError
 from lcm_jax.errors import BadArgument, LcmError
+from lcm_jax.pretrained.model import Pipeline, PipelineParams, weights_hash
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -215,13 +216,31 @@ def _check_numbers(manifest: Mapping[str, Any], path: Path) -> None:
         raise LcmError(f"the rows or shapes in {path / MANIFEST} are not those of a cache; copy the cache again")
 
 
-def check_fit(manifest: Mapping[str, Any], fingerprint: Mapping[str, Any], path: str | Path) -> None:
+def fingerprint(
+    pipeline: Pipeline, params: PipelineParams, resolution: int, sizes: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    """What determines how images and captions are encoded: a cache and the run that reads it must agree in it.
+
+    {"resolution", "sizes" (h, w of each group), "time_ids", "scaling_factor", "vae", "tokenizers", "text_encoders"};
+    models and tokenizers are hashes of their weights and vocabularies. Values are as JSON returns them.
+    """
+    return {
+        "resolution": resolution,
+        "sizes": [list(size) for size in sizes],
+        "time_ids": pipeline.is_xl,
+        "scaling_factor": pipeline.vae.scaling_factor,
+        "vae": weights_hash(params["vae"]),
+        "tokenizers": {name: t.vocabulary_hash() for name, t in pipeline.tokenizers.items()},
+        "text_encoders": {name: weights_hash(params[name]) for name in pipeline.tokenizers},
+    }
+
+
+def check_fit(manifest: Mapping[str, Any], wanted: Mapping[str, Any], path: str | Path) -> None:
     """Refuses a cache that was encoded by other models, or in another size, than the run's.
 
     Args:
       manifest: of the cache.
-      fingerprint: of the run, see `lcm_jax.data.encoding.fingerprint`. The text encoders count only if the cache holds
-        embeddings.
+      wanted: `fingerprint` of the run. The text encoders count only if the cache holds embeddings.
       path: of the cache, for the message.
 
     Raises:
@@ -231,10 +250,10 @@ def check_fit(manifest: Mapping[str, Any], fingerprint: Mapping[str, Any], path:
     for key, remedy in _REMEDIES.items():
         if key == "text_encoders" and manifest["text"] == "ids":
             continue
-        if made.get(key) != fingerprint[key]:
+        if made.get(key) != wanted[key]:
             raise LcmError(
                 f"the latent cache {path} was made with {key} {short(made.get(key))}, the run has "
-                f"{short(fingerprint[key])}; {remedy}, or precompute again"
+                f"{short(wanted[key])}; {remedy}, or precompute again"
             )
 
 

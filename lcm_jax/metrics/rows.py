@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from lcm_jax.data.encoding import weights_hash
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics.inputs import Inputs
 from lcm_jax.metrics.measures import Measure
 from lcm_jax.metrics.shapes import Endpoints
 from lcm_jax.metrics.table import Row, is_current, plain
+from lcm_jax.pretrained.model import weights_hash
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.png import not_finite, to_uint8
 from lcm_jax.sampling.request import Request, evaluations

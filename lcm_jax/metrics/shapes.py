@@ -18,11 +18,11 @@ import jax
 import numpy as np
 
 from lcm_jax.data import shapes
-from lcm_jax.data.encoding import weights_hash
 from lcm_jax.diffusion import solvers
 from lcm_jax.diffusion.denoiser import guided_output
 from lcm_jax.metrics.distances import FeatureStatistics, frechet_distance, statistics
 from lcm_jax.metrics.networks import shapes as scorer
+from lcm_jax.pretrained.model import weights_hash
 from lcm_jax.runtime import kernels
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.request import Request

@@ -9,13 +9,17 @@ the weights of a model are freed when nobody holds them any more.
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from lcm_jax.diffusion import guidance
@@ -209,6 +213,18 @@ def fold_w(pipeline: Pipeline, params: PipelineParams, w: float) -> tuple[Pipeli
     module = pipeline.unet.clone(time_cond_proj_dim=None)
     folded = dataclasses.replace(pipeline, unet=module, configs={**pipeline.configs, "unet": to_config(module)})
     return folded, {**params, "unet": {**tree, "time_embedding": time}}
+
+
+def weights_hash(params: Params) -> str:
+    """SHA-256 (hex) of a tree's names, dtypes, shapes and bytes: what latent caches and tables record of weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(flatten_dict(params, sep="/").items()):
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:  # its shards are on several processes
+            value = multihost_utils.process_allgather(value, tiled=True)
+        array = np.ascontiguousarray(jax.device_get(value))
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def parts_read(weights: bool | Collection[str]) -> set[str]:

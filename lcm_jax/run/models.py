@@ -4,12 +4,12 @@
     LCD           model.teacher                                      model.student, else the teacher's
     LCF           model.teacher, else model.student                  model.student, an LCM
 
-The student is the teacher's pipeline with a UNet of its own, which has a w embedding if it is conditioned on w and is
-`Adapted` in a LoRA run, and with the constants of the run. `train`, `export` and `aot` build it from the config alone.
+The student is the teacher's pipeline with another UNet and the record of the run. Its UNet has a w embedding if it is
+conditioned on w, and is `Adapted` in a LoRA run. `train`, `export` and `aot` build it from the config alone.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -27,15 +27,15 @@ from lcm_jax.pretrained import Pipeline, hub, load_pipeline, load_unet, read_rec
 from lcm_jax.pretrained.diffusers_folder import check_noise
 from lcm_jax.pretrained.model import SCHEDULER, PipelineParams, in_half_precision
 from lcm_jax.pretrained.names import PutFn
-from lcm_jax.run import config as config_lib
-from lcm_jax.run import data as training_data
+from lcm_jax.run.config import W_EMBEDDING_OF_A_LORA, needs_teacher
+from lcm_jax.run.data import check_sizes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Models:
-    """Teacher and student of a run, with weights or shapes beside them.
+    """Teacher and student of a run, with their weights or shapes.
 
-    Parts other than the UNet are the same in both, and so are their weights.
+    They share all parts except the UNet.
     """
 
     teacher: Pipeline
@@ -50,20 +50,20 @@ class Models:
 
 
 def load(config: ConfigDict, put: PutFn | None = None) -> Models:
-    """Teacher and student with their weights; put: see `load_pipeline`.
+    """Teacher and student with their weights; put: see `load_pipeline`. They must have passed `shapes`.
 
     Raises:
-      LcmError: a model cannot be loaded, or is not of the kind that the config needs.
+      LcmError: a model cannot be loaded.
     """
     teacher = load_teacher(config, put)
     return Models(*teacher, *load_student(config, *teacher, put))
 
 
 def shapes(config: ConfigDict) -> Models:
-    """Teacher and student without weights: models that do not fit are found before minutes go into reading them.
+    """Teacher and student without weights, checked, so that unfit models are refused before minutes of reading.
 
     Raises:
-      LcmError: a model cannot be loaded, is not of the kind that the config needs, or does not fit the other.
+      LcmError: a model cannot be loaded, is not what the config needs, or does not fit the other.
     """
     teacher = load_teacher(config, weights=False)
     _check_teacher(config, teacher[0])
@@ -75,13 +75,13 @@ def shapes(config: ConfigDict) -> Models:
 def load_teacher(
     config: ConfigDict, put: PutFn | None = None, weights: bool | Collection[str] = True
 ) -> tuple[Pipeline, PipelineParams]:
-    """The teacher of the run. If no loss needs the teacher (plain LCF) its UNet is the student's, read once.
+    """The teacher of the run. If no loss needs one (plain LCF), its UNet is the student's, which is read once.
 
     put, weights: see `load_pipeline`.
     """
     model = config.model
     source = assets.resolve(model.teacher or model.student)
-    unet = None if config_lib.needs_teacher(config) or model.teacher is None else assets.resolve(model.student)
+    unet = None if needs_teacher(config) or model.teacher is None else assets.resolve(model.student)
     dtype = jnp.dtype("float32" if model.dtype == "auto" else model.dtype)
     vae, configs = (name and assets.resolve(name) for name in (model.vae, model.config))
     pipeline, params = load_pipeline(source, dtype=dtype, unet=unet, vae=vae, config=configs, put=put, weights=weights)
@@ -91,22 +91,22 @@ def load_teacher(
 def load_student(
     config: ConfigDict, teacher: Pipeline, teacher_params: PipelineParams, put: PutFn | None = None
 ) -> tuple[Pipeline, PipelineParams]:
-    """The teacher's pipeline with the UNet that training starts from, and the constants of the run.
+    """The teacher's pipeline with the UNet that training starts from, and the record of the run.
 
-    In a LoRA run its UNet is an `Adapted` one with params["unet"] = {"base", "lora"}, "base" being the teacher's own
-    tree if training starts from the teacher; see `distill.student`.
+    In a LoRA run that UNet is `Adapted` and params["unet"] = {"base", "lora"}; "base" is the teacher's own tree if
+    training starts from the teacher. See `distill.student`.
 
     Args:
       config: of the run.
       teacher, teacher_params: from `load_teacher`.
-      put: takes each parameter that is not the teacher's, see `load_pipeline`.
+      put: for each parameter that the teacher does not have, see `load_pipeline`.
 
     Raises:
-      LcmError: `config.model.student` cannot be loaded, is not an LCM though LCF needs one, was distilled with other
-        constants than the config's, or has another w embedding than the config asks for.
+      LcmError: `config.model.student` cannot be loaded, is not an LCM although LCF needs one, or was distilled with
+        other constants or another w embedding than the config's.
     """
     unet, params = teacher.unet, teacher_params["unet"]
-    if config_lib.needs_teacher(config) and config.model.student not in (None, config.model.teacher):
+    if needs_teacher(config) and config.model.student not in (None, config.model.teacher):
         weights = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
         source = assets.resolve(config.model.student)
         check_noise(source, teacher.schedule, config.model.teacher, weights)
@@ -115,7 +115,7 @@ def load_student(
     if OBJECTIVES[config.objective].needs_lcm:
         _check_lcm(config, unet)
     if config.lora.rank and dim and unet.time_cond_proj_dim is None:
-        raise LcmError(f"config.distill.w_embedding_dim = {dim}: {config_lib.W_EMBEDDING_OF_A_LORA}")
+        raise LcmError(f"config.distill.w_embedding_dim = {dim}: {W_EMBEDDING_OF_A_LORA}")
     unet, params = student_of(unet, params, dim, put)
     if config.lora.rank:
         targets = tuple(config.lora.targets) or lora.DEFAULT_TARGETS
@@ -126,12 +126,12 @@ def load_student(
 
 
 def record(config: ConfigDict, student: Pipeline) -> dict[str, Any]:
-    """What inference must match of the run: the first part of `lcm_config.json`.
+    """What sampling must match of the run: the first part of `lcm_config.json`.
 
-    w_embedding_dim 0 is a student without w embedding; w_min and w_max are then what it averages over, if it does.
+    A student without w embedding has w_embedding_dim 0; w_min and w_max are then the range that it averages over.
     """
     distill, dim = config.distill, student.unet.time_cond_proj_dim or 0
-    uses_w = dim or config_lib.needs_teacher(config)
+    uses_w = dim or needs_teacher(config)
     lora = {key: config.lora[key] for key in ("rank", "alpha")} | {"targets": list(config.lora.targets)}
     return {
         "objective": config.objective,
@@ -146,18 +146,18 @@ def record(config: ConfigDict, student: Pipeline) -> dict[str, Any]:
 
 
 def _check_teacher(config: ConfigDict, teacher: Pipeline) -> None:
-    """Raises LcmError where config and teacher do not go together."""
-    training_data.check_sizes(config, teacher)
+    """Raises LcmError if the config cannot be run with this teacher."""
+    check_sizes(config, teacher)
     found, asked = teacher.schedule.prediction_type, config.model.prediction_type
     if asked not in (None, found):
         raise LcmError(
-            f"config.model.prediction_type = {asked!r}, but the model's scheduler_config.json says {found!r}, and its "
-            "UNet was trained so; leave it None, or correct that file if it is wrong"
+            f"config.model.prediction_type = {asked!r}, but the model's scheduler_config.json has {found!r}; leave it "
+            "None, or correct that file if the UNet was trained otherwise"
         )
-    if config_lib.needs_teacher(config) and teacher.has_w_embedding:
+    if needs_teacher(config) and teacher.has_w_embedding:
         raise LcmError(
-            f"config.model.teacher = {config.model.teacher!r} is a Latent Consistency Model itself "
-            "(it has a w embedding); give the diffusion model that it was made from"
+            f"config.model.teacher = {config.model.teacher!r} is a Latent Consistency Model itself (it has a w "
+            "embedding); give the diffusion model that it was distilled from"
         )
     if teacher.unet.in_channels != teacher.vae.latent_channels:
         raise LcmError(
@@ -167,7 +167,7 @@ def _check_teacher(config: ConfigDict, teacher: Pipeline) -> None:
 
 
 def _check_student(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> None:
-    """Raises LcmError where the student's UNet cannot take what the teacher's takes."""
+    """Raises LcmError if the student's UNet does not take the teacher's inputs."""
     for field in ("in_channels", "out_channels", "addition_embed_type", "cross_attention_dim"):
         has, needs = (sorted(map(str, {*unet.per_level(field)})) for unet in (student.unet, teacher.unet))
         if has != needs:
@@ -178,36 +178,33 @@ def _check_student(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> 
 
 
 def _check_lcm(config: ConfigDict, unet: Any) -> None:
-    """Raises LcmError unless `config.model.student` is an LCM, and was distilled as the config would go on with it."""
-    name = config.model.student
-    source = assets.resolve(name)
-    record, scheduler = read_record(source), _lcm_scheduler(source)
-    has = unet.time_cond_proj_dim
-    if has is None and not record and not scheduler:
-        raise LcmError(
-            f"config.model.student = {name!r} is no Latent Consistency Model, which LCF fine-tunes: that has "
-            "time_cond_proj_dim in unet/config.json, or an lcm_config.json, or LCMScheduler in "
-            f'{SCHEDULER}; distil one first (config.objective = "lcd")'
-        )
-    if has is None and config.distill.w_embedding_dim:
-        raise LcmError(
-            f"config.distill.w_embedding_dim = {config.distill.w_embedding_dim}: config.model.student = {name!r} is an "
-            "LCM without w embedding; set 0"
-        )
-    _check_constants(config, record, scheduler, has_w_embedding=has is not None)
+    """Raises LcmError unless `config.model.student` is an LCM that was distilled with the config's constants.
 
-
-def _check_constants(
-    config: ConfigDict, record: Mapping[str, Any], scheduler: Mapping[str, Any], has_w_embedding: bool
-) -> None:
-    """Raises LcmError where the config contradicts what the LCM was distilled with, as far as its files say."""
+    If its files do not record them, timestep scaling and sigma_data are those of the published LCMs, and any number of
+    solver steps is accepted.
+    """
     distill, name = config.distill, config.model.student
-    known = {
+    source, has_w_embedding = assets.resolve(name), unet.time_cond_proj_dim is not None
+    record, path = read_record(source), hub.local_folder(source, [SCHEDULER]) / SCHEDULER
+    scheduler = files.read_json(path) if path.is_file() else {}
+    scheduler = scheduler if scheduler.get("_class_name") == "LCMScheduler" else {}
+    if not (has_w_embedding or record or scheduler):
+        raise LcmError(
+            f"config.model.student = {name!r} is not a Latent Consistency Model, which LCF fine-tunes: it has no "
+            f"time_cond_proj_dim in unet/config.json, no lcm_config.json, and no LCMScheduler in {SCHEDULER}; distil "
+            'one first (config.objective = "lcd")'
+        )
+    if distill.w_embedding_dim and not has_w_embedding:
+        raise LcmError(
+            f"config.distill.w_embedding_dim = {distill.w_embedding_dim}: config.model.student = {name!r} is an LCM "
+            "without w embedding; set 0"
+        )
+    made_with = {
         "solver_steps": record.get("solver_steps", scheduler.get("original_inference_steps", distill.solver_steps)),
         "timestep_scaling": record.get("timestep_scaling", scheduler.get("timestep_scaling", TIMESTEP_SCALING)),
         "sigma_data": record.get("sigma_data", SIGMA_DATA),
     }
-    for key, value in known.items():
+    for key, value in made_with.items():
         if distill[key] != value:
             raise LcmError(
                 f"config.distill.{key} = {distill[key]!r}, but config.model.student = {name!r} was distilled with "
@@ -219,10 +216,3 @@ def _check_constants(
             f"config.distill.w_min = {distill.w_min:g}, w_max = {distill.w_max:g}: config.model.student = {name!r} was "
             f"distilled on w in [{low:g}, {high:g}]; stay within"
         )
-
-
-def _lcm_scheduler(source: str) -> Mapping[str, Any]:
-    """The scheduler config of a pipeline that samples with LCMScheduler; {} where there is no such."""
-    path = hub.local_folder(source, [SCHEDULER]) / SCHEDULER
-    config = files.read_json(path) if path.is_file() else {}
-    return config if config.get("_class_name") == "LCMScheduler" else {}
