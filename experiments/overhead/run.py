@@ -65,8 +65,8 @@ def opened(config: ConfigDict, workdir: Path, steps: int) -> Iterator[tuple[Any,
     made = training_step.make(config, models, mesh)
     frozen, key = made.place_frozen(models), step_lib.named_key(config.seed, "draws")
     encode = encoding.make_encode(teacher, models.teacher_params, mesh)
-    watch = training_data.Watch(loader.BadRecordLog(0.0, print), lambda line: print(line, file=sys.stderr))
-    examples, order = training_data.open_examples(config, training_data.open_parts(config), teacher, encode, watch)
+    log = training_data.DataLog(loader.BadRecordLog(0.0, print), lambda line: print(line, file=sys.stderr))
+    examples, order = training_data.open_examples(config, training_data.open_parts(config), teacher, encode, log)
 
     def loss_alone(*args: Any) -> tuple[Any, jax.Array]:
         state, metrics = made.step(*args)
@@ -75,10 +75,10 @@ def opened(config: ConfigDict, workdir: Path, steps: int) -> Iterator[tuple[Any,
     lean_step = jax.jit(loss_alone, donate_argnums=0)
 
     def put(rows: encoding.Rows) -> dict[str, jax.Array]:
-        return mesh_lib.put_batch(mesh, watch.captions(rows))
+        return mesh_lib.put_batch(mesh, log.count_cut_tokens(rows))
 
     with (
-        contextlib.closing(loader.batches(examples, order, bad_records=watch.bad_records, put=put)) as batches,
+        contextlib.closing(loader.batches(examples, order, bad_records=log.bad_records, put=put)) as batches,
         Telemetry(
             workdir,
             RunInfo(

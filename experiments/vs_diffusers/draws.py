@@ -55,14 +55,14 @@ def make_batches(
       encode: rows {"pixels", "text_encoder"} or without pixels -> {"mean", "logvar", "encoder_hidden_states"}.
       say: prints a line.
     """
-    watch = training_data.Watch(loader.BadRecordLog(0.0, lambda record: say(str(record))), say)
+    log = training_data.DataLog(loader.BadRecordLog(0.0, lambda record: say(str(record))), say)
     parts = training_data.open_parts(config)
-    examples, order = training_data.open_examples(config, parts, teacher, encode, watch)
+    examples, order = training_data.open_examples(config, parts, teacher, encode, log)
     batches = loader.Batches(tuple(examples), order, 0, range(order.batch_size))
 
     def batch(step: int) -> dict[str, Any]:
         rows, _ = batches[step]
-        tensors = {name: torch.from_numpy(np.array(value)) for name, value in watch.captions(rows).items()}
+        tensors = {name: torch.from_numpy(np.array(value)) for name, value in log.count_cut_tokens(rows).items()}
         moments = {name: tensors.pop(name) for name in ("mean", "logvar")}
         return {**moments, "cond": tensors}
 
