@@ -26,7 +26,7 @@ from lcm_jax.sampling.request import make_plan, make_request, warnings
 
 RECORD = {"w_min": 2.0, "w_max": 8.0, "solver_steps": 20, "timestep_scaling": 10.0, "sigma_data": 0.5}
 PROMPT = "a small red circle"
-ONE = ("--num_images=1", "--batch_size=2", "--seed=5", "--steps=3")  # the first of `three`, by the same program
+ONE = ("--num_images=1", "--batch_size=2", "--seed=5", "--steps=3")  # the first of `three`
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,10 @@ def test_images_record_prompt_seed_and_settings(three, lcm):
 def test_an_image_depends_on_its_number_alone(three, lcm, tmp_path):
     seen = arrays(three)
     assert len(np.unique(seen.reshape(3, -1), axis=0)) == 3
-    np.testing.assert_array_equal(arrays(generate(lcm, tmp_path / "one", *ONE))[0], seen[0])
+    # Batches of one are another program, whose sums may round differently.
+    assert np.abs(arrays(generate(lcm, tmp_path / "one", *ONE))[0] - seen[0]).max() <= 1
     alone = generate(lcm, tmp_path / "alone", "--num_images=3", "--batch_size=1", *ONE[2:])
-    assert np.abs(arrays(alone) - seen).max() <= 1  # another program: sums may round differently
+    assert np.abs(arrays(alone) - seen).max() <= 1
     other = generate(lcm, tmp_path / "other", *ONE, "--seed=6")
     assert np.abs(arrays(other)[0] - seen[0]).max() > 8
 
@@ -102,7 +103,7 @@ def test_unet_and_vae_are_exchanged(three, lcm, tmp_path):
     unet = shutil.copytree(lcm / "unet", tmp_path / "unet")
     shutil.copy(lcm / pretrained.RECORD, unet)
     images = generate(tiny.folder("sd1"), tmp_path / "out", f"--unet={unet}", *ONE)
-    np.testing.assert_array_equal(arrays(images)[0], arrays(three)[0])
+    assert np.abs(arrays(images)[0] - arrays(three)[0]).max() <= 1  # a batch of one, as above
     assert images["0000_0000.png"].text["unet"] == str(unet)
 
     vae = tmp_path / "vae"
@@ -262,6 +263,22 @@ def test_three_lines_give_the_images_of_the_program(three, lcm):
         model(PROMPT, steps=21)
     with pytest.raises(BadArgument, match="^seed=-1: out of range"):
         model(PROMPT, seed=-1)
+
+
+def test_nothing_is_computed_that_is_thrown_away(lcm, monkeypatch):
+    """One image is a batch of one, and a w embedding needs no null text."""
+    sizes = []
+
+    def generate(self, request, prompts, numbers, seed, generate=Generator.generate):
+        sizes.append(len(prompts))
+        return generate(self, request, prompts, numbers, seed)
+
+    monkeypatch.setattr(Generator, "generate", generate)
+    monkeypatch.setattr("lcm_jax.pretrained.text.null", None)
+    model = lcm_jax.load(lcm)
+    assert len(model(PROMPT, steps=1)) == 1 and sizes == [1]
+    assert len(model(PROMPT, steps=1, num_images=3, batch_size=2)) == 3 and sizes == [1, 2, 2]
+    assert model([]) == []
 
 
 def test_the_record_decides_how_an_lcm_is_sampled(lcm):

@@ -72,7 +72,7 @@ def latents(
     plan: Plan,
     params: Any,
     cond: Conditioning,
-    null: Conditioning,
+    null: Conditioning | None,
     noise: jax.Array,
     guidance_scale: jax.Array,
     guided: bool = True,
@@ -84,7 +84,7 @@ def latents(
     Args:
       unet, schedule, plan: static: the network, its noise table, and the sampler bound to its timesteps.
       params: the UNet's weights.
-      cond: of the captions [b ...]. null: of the null text [1 ...].
+      cond: of the captions [b ...]. null: of the null text [1 ...]; None: not guided.
       noise: [steps b h w c] from `draw_noise`.
       guidance_scale: scalar; a UNet with w embedding is conditioned on w = guidance_scale - 1.
       guided: for a UNet without w embedding: two passes a step (classifier-free guidance) instead of one.
@@ -216,9 +216,10 @@ class Generator:
     ) -> Iterator[np.ndarray]:
         """Images of (prompt, number) jobs in order, float32 in [0, 1], [b H W 3]; b is `whole_batch(batch_size)`.
 
-        The last batch is generated padded to the same size, so that it compiles nothing, and yielded cut.
+        The last batch is generated padded to the same size, so that it compiles nothing, and yielded cut. Fewer jobs
+        than `batch_size` are one batch of their own size.
         """
-        size = self.whole_batch(batch_size)
+        size = self.whole_batch(min(batch_size, max(len(jobs), 1)))
         for start in range(0, len(jobs), size):
             some = jobs[start : start + size]
             prompts, numbers = zip(*(some + [some[-1]] * (size - len(some))), strict=True)
@@ -270,6 +271,7 @@ class Generator:
           unet_params: used instead of the model's own UNet weights.
         """
         pipeline = self.pipeline
+        guided = is_guided(pipeline, guidance_scale)
         if pipeline.is_xl:
             height, width = (side * pipeline.vae.factor for side in noise.shape[2:4])
             cond = {**cond, "time_ids": text.time_ids(height, width, noise.shape[1])}
@@ -279,10 +281,10 @@ class Generator:
             make_plan(pipeline, settings),
             self.params["unet"] if unet_params is None else unet_params,
             cond,
-            self.null(negative_prompt),
+            self.null(negative_prompt) if guided else None,
             noise,
             guidance_scale,
-            is_guided(pipeline, guidance_scale),
+            guided,
         )
 
     def decode(self, z: jax.Array) -> np.ndarray:
