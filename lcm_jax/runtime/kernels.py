@@ -14,7 +14,7 @@ How the networks of a pipeline run on a mesh: which attention, where weights are
 
 Models know none of it; they take functions. None of it changes what they compute.
 
-What XLA's compiler is told beside the program, by platform: `compiler_options` of `jax.jit`.
+Options of XLA's compiler by platform: `compiler_options` of `jax.jit`.
 
 On a CPU, XLA hands whole subgraphs to YNNPACK, whose convolutions and exponentials are slower than XLA's own, its sums
 of gradients faster. Our side of the workloads of experiments/speed on 2 cores, by these options' value: sampling the
@@ -309,7 +309,7 @@ def _known(platform: str, options: dict[str, Options]) -> Options:
 
 @functools.cache
 def _has_ynnpack() -> bool:
-    """Whether this jaxlib knows the option: it is experimental, and where it is gone there is nothing to mend."""
+    """Whether this jaxlib knows the option: it is experimental, and a jaxlib without it does not need it."""
     try:
         jax.jit(lambda: 0, compiler_options=_INFERENCE["cpu"]).lower().compile()
     except jax.errors.JaxRuntimeError:
