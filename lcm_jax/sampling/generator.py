@@ -75,7 +75,6 @@ def latents(
     null: Conditioning | None,
     noise: jax.Array,
     guidance_scale: jax.Array,
-    guided: bool = True,
     hook: samplers.Hook | None = None,
     loop: Callable = samplers.scan,
 ) -> Any:
@@ -84,10 +83,10 @@ def latents(
     Args:
       unet, schedule, plan: static: the network, its noise table, and the sampler bound to its timesteps.
       params: the UNet's weights.
-      cond: of the captions [b ...]. null: of the null text [1 ...]; None: not guided.
+      cond: of the captions [b ...]. null: of the null text [1 ...], for classifier-free guidance, two passes a step;
+        None: one pass.
       noise: [steps b h w c] from `draw_noise`.
       guidance_scale: scalar; a UNet with w embedding is conditioned on w = guidance_scale - 1.
-      guided: for a UNet without w embedding: two passes a step (classifier-free guidance) instead of one.
       hook, loop: see `diffusion.samplers`.
     """
     batch = noise.shape[1]
@@ -97,7 +96,7 @@ def latents(
         t = jnp.broadcast_to(t, (batch,))
         if unet.time_cond_proj_dim is not None:
             return student_output(unet, params, x, t, cond, w)
-        return guided_output(unet, params, x, t, cond, null, w) if guided else call(unet, params, x, t, cond)
+        return guided_output(unet, params, x, t, cond, null, w) if null else call(unet, params, x, t, cond)
 
     return plan(model, noise, schedule, hook, loop)
 
@@ -120,11 +119,11 @@ def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
     """(latents, decode), jitted for a mesh; their static arguments are equal for models of one architecture."""
     options = {"out_shardings": mesh and replicated(mesh), "compiler_options": kernels.inference()}
 
-    @functools.partial(jax.jit, static_argnames=("unet", "schedule", "plan", "guided"), **options)
-    def sample(unet, schedule, plan, params, cond, null, noise, scale, guided):
+    @functools.partial(jax.jit, static_argnames=("unet", "schedule", "plan"), **options)
+    def sample(unet, schedule, plan, params, cond, null, noise, scale):
         rows = noise.shape[1]
         cond, noise = _fill(cond, mesh), _fill(noise.swapaxes(0, 1), mesh).swapaxes(0, 1)
-        return latents(unet, schedule, plan, params, cond, null, noise, scale, guided)[:rows]
+        return latents(unet, schedule, plan, params, cond, null, noise, scale)[:rows]
 
     @functools.partial(jax.jit, static_argnames="vae", **options)
     def decode(vae, params, z):
@@ -271,7 +270,6 @@ class Generator:
           unet_params: used instead of the model's own UNet weights.
         """
         pipeline = self.pipeline
-        guided = is_guided(pipeline, guidance_scale)
         if pipeline.is_xl:
             height, width = (side * pipeline.vae.factor for side in noise.shape[2:4])
             cond = {**cond, "time_ids": text.time_ids(height, width, noise.shape[1])}
@@ -281,10 +279,9 @@ class Generator:
             make_plan(pipeline, settings),
             self.params["unet"] if unet_params is None else unet_params,
             cond,
-            self.null(negative_prompt) if guided else None,
+            self.null(negative_prompt) if is_guided(pipeline, guidance_scale) else None,
             noise,
             guidance_scale,
-            guided,
         )
 
     def decode(self, z: jax.Array) -> np.ndarray:
