@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from PIL import Image, PngImagePlugin
 
 from experiments import measuring, results
-from lcm_jax import assets, files, sample
+from lcm_jax import assets, foreign, sample
 from lcm_jax.data import shapes
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import shapes as shapes_metric
@@ -196,7 +196,7 @@ def asset_hash(folder: str | Path) -> str:
 
 def teacher_record() -> dict[str, Any]:
     """shapes_teacher/teacher_rows.json. Raises LcmError if it was measured on another teacher."""
-    record, found = files.read_json(RECORD), asset_hash(assets.path("shapes"))
+    record, found = foreign.read_json(RECORD), asset_hash(assets.path("shapes"))
     if record["asset"] != found:
         raise LcmError(
             f"{RECORD.name} was measured on asset {record['asset'][:12]}, this one is {found[:12]}; run "

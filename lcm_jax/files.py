@@ -1,7 +1,6 @@
 """Files as all of the package reads and writes them: complete or not at all, and synced to the disk."""
 
 import contextlib
-import json
 import os
 import posixpath
 import resource
@@ -16,23 +15,6 @@ from lcm_jax.errors import LcmError
 
 _OTHER_FILES = 512  # that a process has open besides its data: libraries, sockets, logs
 _MOST_FILES = 2**16
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      LcmError: no such file, or it does not hold one JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LcmError(f"{path} is missing; the folder is incomplete, copy or download it again") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LcmError(f"{path} is not valid JSON ({error}); copy or download it again") from None
-    if not isinstance(value, dict):
-        raise LcmError(f"{path} holds a {type(value).__name__}, not a JSON object; copy or download it again")
-    return value
 
 
 def inside(folder: Path, name: Any) -> Path:

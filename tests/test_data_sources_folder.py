@@ -153,7 +153,7 @@ def test_every_unusable_record_is_listed_with_its_reason(tmp_path):
     assert [record.key for record in records(source)] == ["a.png"]
     found = bad_records(source, root)
     broken = {line: found.pop(("metadata.jsonl", f"line {line}")) for line in (3, 5, 10)}
-    assert all(reason.startswith("broken JSON") for reason in broken.values()), broken
+    assert all(reason.startswith("its description ") for reason in broken.values()), broken
     assert found == {
         ("metadata.jsonl", "line 4"): "no file_name",
         ("metadata.jsonl", "line 6"): "no image gone.png",

@@ -189,7 +189,7 @@ def test_every_unusable_record_is_listed_with_its_reason(tmp_path):
     assert found["000000004"] == "the caption is not UTF-8 (byte 3)"
     assert found["000000005"] == "no image among its members (.json .txt)"
     assert found["000000006"] == "no caption"
-    assert found["000000007"].startswith("broken JSON") and found["000000008"] == "broken JSON (a list, not an object)"
+    assert "not valid JSON" in found["000000007"] and "holds a list, not a JSON object" in found["000000008"]
     assert found["000000009"] == "no image among its members (.jqg .json .txt)"
     assert found["notes"] == "no image among its members (.md)"
     assert len(found) == 10 and {bad.shard for bad in source.bad_records} == {str(tmp_path / "a.tar")}

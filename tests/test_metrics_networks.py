@@ -155,7 +155,7 @@ def test_torch_file_refuses_more_than_tensors(zipped, tmp_path):
     good = tmp_path / "good.pth"
     torch.save({"a": torch.zeros(200)}, good, _use_new_zipfile_serialization=zipped)
     good.write_bytes(good.read_bytes()[:-300])
-    with pytest.raises(LcmError, match=r"good.pth .* cannot be read as weights"):
+    with pytest.raises(LcmError, match=r"good.pth .* cannot be read as a file of torch.save"):
         torch_file.read(good)
     (tmp_path / "other.pth").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(LcmError, match="other.pth"):
@@ -227,7 +227,7 @@ def test_torch_file_tensor_lies_inside_its_storage(zipped, tmp_path):
         if good:
             np.testing.assert_array_equal(torch_file.read(path)["w"], indices.astype(np.float32), strict=True)
         else:
-            with pytest.raises(LcmError, match="cannot be read as weights"):
+            with pytest.raises(LcmError, match="cannot be read as a file of torch.save"):
                 torch_file.read(path)
     assert 60 < sum(outcomes) < 190
 
@@ -293,13 +293,13 @@ def test_torch_file_counts_and_names(tmp_path):
     path = write_state(tmp_path / "w.pth", op_tensor([2], [1]))
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("a/data/0", bytes(16))
-    with pytest.raises(LcmError, match="1 repeated names"):
+    with pytest.raises(LcmError, match="two of its members have one name"):
         torch_file.read(path)
     path.unlink()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", b"\x80\x02}.")
         archive.writestr("a/data/0", bytes(1 << 20))
-    with pytest.raises(LcmError, match="compressed"):
+    with pytest.raises(LcmError, match="declare .* bytes, at most"):
         torch_file.read(path)
 
 

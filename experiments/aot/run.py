@@ -17,7 +17,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments import results
-from lcm_jax import files
+from lcm_jax import files, foreign
 from lcm_jax.errors import LcmError, exit_code
 
 HERE = Path(__file__).parent
@@ -80,7 +80,7 @@ def rows() -> dict[str, dict[str, Any]]:
 
 
 def is_done(path: Path, row: dict[str, Any]) -> bool:
-    return path.is_file() and files.read_json(path)["row"] == row
+    return path.is_file() and foreign.read_json(path)["row"] == row
 
 
 def run_row(path: Path, row: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ def run_row(path: Path, row: dict[str, Any]) -> None:
     print(" ".join(command[1:]), flush=True)
     done = subprocess.run(command, cwd=HERE.parents[1], stderr=subprocess.PIPE, text=True)
     if done.returncode == 0:
-        found = {"row": row, "report": files.read_json(out)}
+        found = {"row": row, "report": foreign.read_json(out)}
         out.unlink()
     elif "does not fit" in done.stderr:
         found = {"row": row, "report": None, "error": done.stderr.strip().splitlines()[-1]}
@@ -155,7 +155,7 @@ def main() -> None:
 
 
 def write_table(paths: dict[str, Path]) -> None:
-    kept = {name: files.read_json(path) for name, path in paths.items() if path.is_file()}
+    kept = {name: foreign.read_json(path) for name, path in paths.items() if path.is_file()}
     files.write_atomic(HERE / "table.md", table(kept))
 
 

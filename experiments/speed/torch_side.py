@@ -24,7 +24,7 @@ from experiments.speed import side
 from experiments.speed.side import Prepared
 from experiments.speed.workloads import TRAINING, Workload
 from experiments.vs_diffusers import torch_lcd
-from lcm_jax import assets, files
+from lcm_jax import assets, foreign
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -178,7 +178,7 @@ def _pipeline(workload: Workload) -> StableDiffusionPipeline | StableDiffusionXL
 
 def _config(workload: Workload, part: str) -> dict[str, Any]:
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    return files.read_json(Path(side.source_folder(workload.model)) / part / name)
+    return foreign.read_json(Path(side.source_folder(workload.model)) / part / name)
 
 
 def _text_encoder(kind: type, workload: Workload, part: str) -> torch.nn.Module:

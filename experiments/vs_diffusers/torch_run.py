@@ -12,7 +12,7 @@ from transformers import CLIPTextModel
 
 from experiments import stage
 from experiments.vs_diffusers import draws, torch_lcd
-from lcm_jax import assets, files
+from lcm_jax import assets, files, foreign
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import load_pipeline
 from lcm_jax.pretrained import text as conditioning
@@ -59,7 +59,7 @@ def prepared(config: ConfigDict, source: str) -> tuple[torch_lcd.Trainer, Callab
     vae = AutoencoderKL.from_pretrained(source, subfolder="vae")
     text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder").eval()
     teacher = UNet2DConditionModel.from_pretrained(source, subfolder="unet")
-    scheduler = files.read_json(Path(source) / "scheduler" / "scheduler_config.json")
+    scheduler = foreign.read_json(Path(source) / "scheduler" / "scheduler_config.json")
     encode = draws.make_encode(vae, text_encoder)
     empty = encode(conditioning.tokens(load_pipeline(source)[0], [""]))
     null = {name: torch.from_numpy(value) for name, value in empty.items()}

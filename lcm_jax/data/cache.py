@@ -43,7 +43,7 @@ import ml_dtypes  # noqa: F401  numpy knows bfloat16 by it
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from lcm_jax import files
+from lcm_jax import files, foreign
 from lcm_jax.data.records import BadRecord, BadRecordError
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained.model import Pipeline, PipelineParams, weights_hash
@@ -111,9 +111,9 @@ class Cached:
     def about(self, group: int, rank: int) -> dict[str, str]:
         """{"key", "shard", "caption"} of the record that a row was made from. Raises BadRecordError."""
         try:
-            return json.loads(self._read(group, rank)[self._sizes[group] :])
-        except ValueError as error:
-            raise BadRecordError(f"the row's description cannot be read ({error})") from None
+            return foreign.json_object(self._read(group, rank)[self._sizes[group] :], "the row's description")
+        except LcmError as error:
+            raise BadRecordError(str(error)) from None
 
     def where(self, group: int, rank: int) -> tuple[str, str]:
         """(shard, key) of the record that a row was made from; (cache, row) if that cannot be read."""
@@ -194,7 +194,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"has no {MANIFEST}, so it is not a latent cache or not finished; if it is unfinished, run the same "
             "lcm_jax.precompute command again to resume it",
         )
-    manifest = files.read_json(path / MANIFEST)
+    manifest = foreign.read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise LcmError(
             f"{path} is a latent cache of format {manifest.get('format')!r}, this version reads {FORMAT}; "
@@ -323,7 +323,7 @@ def begin(out: Path, plan: Mapping[str, Any]) -> bool:
       LcmError: `out` was finished, and shards are missing.
     """
     known, saved = out / PLAN, out / MANIFEST
-    before = files.read_json(saved if saved.exists() else known) if saved.exists() or known.exists() else plan
+    before = foreign.read_json(saved if saved.exists() else known) if saved.exists() or known.exists() else plan
     if different := differences(before, plan):
         listed = "; ".join(f"{key}: {old} there, {new} now" for key, (old, new) in different.items())
         raise BadArgument("out", out, f"was made with other settings ({listed}); use the same, or another folder")
@@ -417,7 +417,7 @@ def read_note(out: Path, shard: Shard) -> tuple[int, int, list[BadRecord]] | Non
     path = out / shard.name
     if not (out / shard.note).exists() or not path.exists():
         return None
-    found = files.read_json(out / shard.note)
+    found = foreign.read_json(out / shard.note)
     if path.stat().st_size != found["bytes"]:
         return None
     return found["rows"], found["bytes"], [BadRecord(*record) for record in found["faults"]]

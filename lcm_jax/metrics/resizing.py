@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from lcm_jax.errors import LcmError, UnsupportedConfig
-from lcm_jax.files import read_json
+from lcm_jax.foreign import read_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _FILTERS = {2: Image.Resampling.BILINEAR, 3: Image.Resampling.BICUBIC}  # Pillow's numbers, as in the configs

@@ -11,17 +11,19 @@ smoother, and the network sees it.
 from __future__ import annotations
 
 import dataclasses
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from lcm_jax import foreign
 from lcm_jax.errors import LcmError
 from lcm_jax.files import new_file
 from lcm_jax.metrics import distances
 from lcm_jax.metrics.distances import FeatureStatistics
 from lcm_jax.metrics.features import Extractor
+
+MAX_BYTES = 2**34  # of a file: features of a million images have 8 GB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,14 +169,8 @@ def _read(path: str | Path, extractor: Extractor | None) -> tuple[Origin, dict[s
     path = Path(path)
     if not path.is_file():
         raise LcmError(f"{path} does not exist; compute the statistics first")
-    try:
-        stored = np.load(path, allow_pickle=False)
-        if not isinstance(stored, np.lib.npyio.NpzFile):
-            raise ValueError("it holds one array alone")
-        with stored:
-            arrays = {key: stored[key] for key in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise LcmError(f"{path} cannot be read as .npz ({error}); compute the statistics again") from error
+    with foreign.reading(path, "an .npz", "compute the statistics again"):
+        arrays = foreign.read_npz(path, MAX_BYTES)
     missing = {"name", "hash", "resolution", "count"} - arrays.keys()
     if missing or not ("features" in arrays or {"mu", "sigma"} <= arrays.keys()):
         raise LcmError(

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcm_jax import files
+from lcm_jax import files, foreign
 from lcm_jax.errors import LcmError
 
 FLAGS = {  # of `Row.comparison`, but for its metrics
@@ -150,7 +150,7 @@ def read_rows(folder: Path) -> list[Row]:
 
 def _read_row(path: Path) -> Row:
     try:
-        return _row(files.read_json(path))
+        return _row(foreign.read_json(path))
     except (TypeError, KeyError):
         raise LcmError(f"{path} is not a row of a table; delete it, and it will be measured again") from None
 
@@ -292,7 +292,7 @@ def read(folder: Path) -> list[Row]:
     path = folder / "table.json"
     if not path.exists():
         return []
-    found = files.read_json(path)
+    found = foreign.read_json(path)
     try:
         shared = found.get("comparison", found)
         comparison = {key: shared[key] for key in (*FLAGS, "metrics") if key in shared}

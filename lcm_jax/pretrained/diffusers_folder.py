@@ -23,7 +23,7 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from lcm_jax import assets, files
+from lcm_jax import assets, files, foreign
 from lcm_jax.diffusion import schedule
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
@@ -121,7 +121,7 @@ def folder_record(source: str | Path, weights: bool = True) -> Config:
     weights: False: if the hub cannot be asked, the package's own configs are used.
     """
     path = _local(source, [RECORD], weights) / RECORD
-    return files.read_json(path) if path.is_file() else {}
+    return foreign.read_json(path) if path.is_file() else {}
 
 
 def scheduler_config(folder: Path, index: Config) -> Config:
@@ -132,7 +132,7 @@ def scheduler_config(folder: Path, index: Config) -> Config:
       LcmError: the file is missing or not a noise schedule, or diffusers, which goes by model_index.json, would read
         another one.
     """
-    config, kind = files.read_json(folder / SCHEDULER), _class_in_index(index, "scheduler")
+    config, kind = foreign.read_json(folder / SCHEDULER), _class_in_index(index, "scheduler")
     config = {"_class_name": kind, **config} if kind else config
     try:
         noise = schedule.from_config(config)
@@ -164,7 +164,7 @@ def check_noise(source: str | Path, noise: NoiseSchedule, model: str, weights: b
     above = folder.absolute().parent
     for root in (folder, above) if (above / "model_index.json").is_file() else (folder,):
         index, record = (
-            files.read_json(root / name) if (root / name).is_file() else {} for name in ("model_index.json", RECORD)
+            foreign.read_json(root / name) if (root / name).is_file() else {} for name in ("model_index.json", RECORD)
         )
         found = []
         if (root / SCHEDULER).is_file():
@@ -220,7 +220,7 @@ def _model_index(folder: Path, source: str | Path) -> Config:
         if (folder / "config.json").is_file():
             raise LcmError(f"{source} holds a single model without model_index.json; give the folder of its pipeline")
         raise LcmError(f"{source} has no model_index.json; give a diffusers folder, which holds that file")
-    index = files.read_json(folder / "model_index.json")
+    index = foreign.read_json(folder / "model_index.json")
     if "unet" not in index:
         kind = index.get("_class_name")
         raise LcmError(f"{source} is a {kind} without a unet; a model of the Stable Diffusion family is needed")
@@ -252,7 +252,7 @@ def _encoders(folder: Path, index: Config) -> dict[str, tuple[str, str]]:
 
 
 def _config(folder: Path, part: str) -> Config:
-    config, supported = files.read_json(folder / "config.json"), _CLASSES.get(part, _ENCODER_CLASSES)
+    config, supported = foreign.read_json(folder / "config.json"), _CLASSES.get(part, _ENCODER_CLASSES)
     kind = config.get("_class_name")
     if isinstance(kind, str) and kind.removeprefix("Flax") not in supported:
         raise UnsupportedConfig(f"_class_name of {folder / 'config.json'}", kind, supported)

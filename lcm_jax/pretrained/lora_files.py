@@ -24,7 +24,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from lcm_jax import files
+from lcm_jax import foreign
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.models.unet import UNet2DConditionModel
@@ -262,12 +262,10 @@ def _alphas(
 def _adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]] | None:
     """Part -> peft's config of its adapter; None if neither the file nor its folder holds one."""
     if "lora_adapter_metadata" in metadata:
-        try:
-            entries = json.loads(metadata["lora_adapter_metadata"])
-        except json.JSONDecodeError as error:
-            raise LcmError(f"{path}: its lora_adapter_metadata is not JSON ({error}); save it again") from None
+        where = f"{path}: its lora_adapter_metadata"
+        entries = foreign.json_object(metadata["lora_adapter_metadata"], where, "save it again")
     elif path.name == _TRAINER_FILE:
-        entries = files.read_json(path.with_name(_TRAINER_CONFIG))
+        entries = foreign.read_json(path.with_name(_TRAINER_CONFIG))
     else:
         return None
     configs: dict[str, dict[str, Any]] = {}

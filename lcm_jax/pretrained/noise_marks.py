@@ -13,7 +13,6 @@ programs that write it: a key overrides them.
 """
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from lcm_jax import foreign
 from lcm_jax.diffusion import schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.pretrained.model import RECORD
@@ -117,8 +117,8 @@ def read(source: Path, keys: Collection[str], metadata: Mapping[str, str]) -> Ma
 def _recorded(metadata: Mapping[str, str]) -> str:
     """The prediction type in our own record; `single_file.read_record` reports a broken one."""
     try:
-        return str(json.loads(metadata[RECORD])["prediction_type"])
-    except (KeyError, TypeError, json.JSONDecodeError):
+        return str(foreign.json_object(metadata[RECORD], RECORD)["prediction_type"])
+    except (KeyError, LcmError):
         return ""
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import safetensors
 from jax.typing import DTypeLike
 
-from lcm_jax import files
+from lcm_jax import files, foreign
 from lcm_jax.errors import LcmError
 
 DIFFUSERS_NAME = "diffusion_pytorch_model"
@@ -92,13 +92,14 @@ def _index_names(name: str, variant: str | None) -> tuple[str, ...]:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = files.read_json(index).get("weight_map")
+    weight_map = foreign.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise LcmError(f"{index} has no weight_map; download it again")
+    if wrong := [name for name in weight_map.values() if not isinstance(name, str)]:
+        raise LcmError(f"{index} names {wrong[0]!r} as a shard, which is no text; download it again")
     names = sorted(set(weight_map.values()))
-    foreign = [name for name in names if Path(name).name != name]
-    if foreign:
-        raise LcmError(f"{index} names {foreign[0]!r}, which is not beside it; put all shards into the index's folder")
+    if outside := [name for name in names if Path(name).name != name]:
+        raise LcmError(f"{index} names {outside[0]!r}, which is not beside it; put all shards into the index's folder")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise LcmError(

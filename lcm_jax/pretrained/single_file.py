@@ -15,7 +15,6 @@ gives a prediction type: for SD 2.x, as in diffusers, v unless `global_step` is 
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import numpy as np
 from absl import logging
 from jax.typing import DTypeLike
 
-from lcm_jax import assets, files
+from lcm_jax import assets, foreign
 from lcm_jax.diffusion import schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip
@@ -94,7 +93,7 @@ class Family:
         """The published config of a part, or of "scheduler"; kind: prediction type, of which SD 2.x has two models."""
         base = "-base" if self.name == "sd2" and kind == "epsilon" else ""
         folder = assets.architecture(self.published + base)
-        return files.read_json(folder / (SCHEDULER if part == "scheduler" else f"{part}/config.json"))
+        return foreign.read_json(folder / (SCHEDULER if part == "scheduler" else f"{part}/config.json"))
 
 
 def _clip(prefix: str) -> Encoder:
@@ -217,10 +216,7 @@ def read_record(source: str | Path) -> Config:
     path = hub.local_file(source)
     with safetensors_io.open_file(path) as stored:
         text = stored.metadata.get(RECORD, "{}")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise LcmError(f"{path}: its metadata {RECORD} is not valid JSON ({error}); write it again") from None
+    return foreign.json_object(text, f"{path}: its metadata {RECORD}", "write it again")
 
 
 def _family(shapes: Mapping[str, Shape], path: Path) -> Family:
@@ -278,7 +274,7 @@ def _configs(folder: Path | None, family: Family, weights: Weights) -> dict[str,
     """Part -> config: the folder's if it has one, else the family's; also "scheduler" and "model_index"."""
 
     def of(name: str, default: Callable[[], Config]) -> Config:
-        return files.read_json(folder / name) if folder is not None and (folder / name).is_file() else default()
+        return foreign.read_json(folder / name) if folder is not None and (folder / name).is_file() else default()
 
     index = of("model_index.json", lambda: family.model_index)
     has_scheduler = folder is not None and (folder / SCHEDULER).is_file()

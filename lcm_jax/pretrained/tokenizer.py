@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lcm_jax.errors import LcmError
-from lcm_jax.files import read_json
+from lcm_jax.foreign import read_json
 
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 OPTIONAL_FILES = ("tokenizer.json", "added_tokens.json")

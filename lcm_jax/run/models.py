@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from lcm_jax import assets, files
+from lcm_jax import assets, foreign
 from lcm_jax.diffusion.consistency import SIGMA_DATA, TIMESTEP_SCALING
 from lcm_jax.distill import OBJECTIVES
 from lcm_jax.distill.step import named_key
@@ -186,7 +186,7 @@ def _check_lcm(config: ConfigDict, unet: Any) -> None:
     distill, name = config.distill, config.model.student
     source, has_w_embedding = assets.resolve(name), unet.time_cond_proj_dim is not None
     record, path = read_record(source), hub.local_folder(source, [SCHEDULER]) / SCHEDULER
-    scheduler = files.read_json(path) if path.is_file() else {}
+    scheduler = foreign.read_json(path) if path.is_file() else {}
     scheduler = scheduler if scheduler.get("_class_name") == "LCMScheduler" else {}
     if not (has_w_embedding or record or scheduler):
         raise LcmError(

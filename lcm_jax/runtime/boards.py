@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lcm_jax import foreign
 from lcm_jax.errors import LcmError
 from lcm_jax.files import write_atomic
 
@@ -200,7 +201,7 @@ class WeightsAndBiases:
 
     def __init__(self, workdir: Path, project: str, config: Mapping[str, Any] | None = None) -> None:
         self._wandb, path = import_wandb(), workdir / WANDB_FILE
-        saved = json.loads(path.read_text()) if path.exists() else {}
+        saved = foreign.read_json(path, "delete it to begin another run there") if path.exists() else {}
         known = saved.get("id") if saved.get("project") == project else None
         self._run = self._wandb.init(
             project=project,

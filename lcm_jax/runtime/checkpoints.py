@@ -45,7 +45,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import SingleDeviceSharding
 
-from lcm_jax import files
+from lcm_jax import files, foreign
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import distributed, waiting
 
@@ -375,8 +375,8 @@ def _metric(folder: Path, step: int, best: str) -> float | None:
     if not best or not path.exists():
         return None
     try:
-        return json.loads(path.read_bytes()).get(best)
-    except (OSError, ValueError, AttributeError) as error:
+        return foreign.read_json(path).get(best)
+    except (OSError, LcmError) as error:
         _warn(f"{path} cannot be read ({_first_line(error)}); that checkpoint does not count as the best")
         return None
 
@@ -473,7 +473,7 @@ def find_damage(folder: Path, step: int, under: str = "") -> str | None:
     """
     with _reading(folder / str(step)) as path:
         try:
-            content = json.loads((path / DIGESTS_FILE).read_bytes())
+            content = foreign.json_object((path / DIGESTS_FILE).read_bytes(), DIGESTS_FILE)
             entries = content["files"]
             if content["sha256"] != _sha256_of_entries(entries):
                 raise ValueError

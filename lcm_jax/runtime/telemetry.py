@@ -53,7 +53,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from lcm_jax import files
+from lcm_jax import files, foreign
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import boards, waiting
 
@@ -436,10 +436,10 @@ def _parse_jsonl(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     lines, found = data.splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise ValueError
-        except (ValueError, RecursionError):
+            record = foreign.json_object(line, path)
+            if not isinstance(record.get("step"), int):
+                raise LcmError(f"{path} has no step")
+        except LcmError:
             if number < len(lines) or data.endswith(b"\n"):
                 raise LcmError(
                     f"{path} line {number} is not a JSON object with a step; repair or remove that line"

@@ -35,7 +35,7 @@ from typing import Any
 import jax
 from filelock import FileLock, LeaseCompromise, SoftFileLease, SoftFileLock, Timeout
 
-from lcm_jax import files
+from lcm_jax import files, foreign
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import distributed
 
@@ -45,15 +45,9 @@ CONFIG_FILE = "config.json"
 def read_config(workdir: str | os.PathLike[str]) -> dict:
     """The workdir's config.json as a nested dict. Raises LcmError if there is none or it is not JSON."""
     path = Path(workdir) / CONFIG_FILE
-    try:
-        saved = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise LcmError(f"{path} does not exist; give the workdir of a run of lcm_jax.train") from None
-    except (ValueError, OSError) as error:
-        raise LcmError(f"{path} cannot be read ({error}); restore it or choose another workdir") from error
-    if not isinstance(saved, dict):
-        raise LcmError(f"{path} does not hold a config; restore it or choose another workdir")
-    return saved
+    if not path.exists():
+        raise LcmError(f"{path} does not exist; give the workdir of a run of lcm_jax.train")
+    return foreign.read_json(path, "restore it or choose another workdir")
 
 
 def _begun(workdir: Path) -> bool:
@@ -106,7 +100,7 @@ def same_as_before(workdir: Path, name: str, found: dict) -> None:
     with distributed.together():
         path = workdir / name
         if path.exists() and _begun(workdir):
-            for key, before in json.loads(path.read_text()).items():
+            for key, before in foreign.read_json(path, "restore it or choose another workdir").items():
                 if before != found.get(key):
                     raise LcmError(
                         f"{path} has {key} = {before} for this run, now it is {found.get(key)}: the data have changed; "

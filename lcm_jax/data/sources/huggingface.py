@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from lcm_jax import files
+from lcm_jax import files, foreign
 from lcm_jax.data.records import BadRecord, BadRecordError, Record
-from lcm_jax.data.sources.parsing import captions_of, one_line, read_file
+from lcm_jax.data.sources.parsing import captions_of, read_file
 from lcm_jax.errors import BadArgument, LcmError
+from lcm_jax.foreign import one_line
 
 KEY_COLUMNS = ("key", "__key__", "id")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -195,11 +196,11 @@ def _named_files(folder: Path) -> Iterator[str]:
     """Names in the JSON files of a folder of `save_to_disk`: splits, which are folders in it, and files in those."""
     places = [folder] if (folder / "state.json").is_file() else []
     if (folder / "dataset_dict.json").is_file():
-        splits = files.read_json(folder / "dataset_dict.json")["splits"]
+        splits = foreign.read_json(folder / "dataset_dict.json")["splits"]
         yield from splits
         places += [folder / split for split in splits]
     for part_folder in places:
-        yield from (part["filename"] for part in files.read_json(part_folder / "state.json")["_data_files"])
+        yield from (part["filename"] for part in foreign.read_json(part_folder / "state.json")["_data_files"])
 
 
 def _check_arrow(folder: Path, table: Any) -> None:
@@ -238,7 +239,9 @@ def _parquet(datasets: Any, path: Path, split: str) -> tuple[tuple[str, int], ..
         return tuple((file, pyarrow.parquet.read_metadata(file).num_rows) for file in files)
     except (OSError, pyarrow.ArrowException) as error:
         raise BadArgument(
-            "path", path, f"not all of its files are parquet ({one_line(error)}); copy them again, or change the source"
+            "path",
+            path,
+            f"not all of its files are parquet ({one_line(error)}); copy them again, or change the source",
         ) from None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lcm_jax import files
+from lcm_jax import files, foreign
 from lcm_jax.data.records import BadRecordError
 from lcm_jax.errors import LcmError
 
@@ -59,12 +59,9 @@ def captions_of(value: Any) -> tuple[str, ...]:
 def json_object(content: bytes) -> dict[str, Any]:
     """One JSON object. Raises BadRecordError."""
     try:
-        value = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON
-        raise BadRecordError(f"broken JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise BadRecordError(f"broken JSON (a {type(value).__name__}, not an object)")
-    return value
+        return foreign.json_object(content, "its description", "repair or remove it")
+    except LcmError as error:
+        raise BadRecordError(str(error)) from None
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
@@ -92,8 +89,3 @@ def row_of(columns: Mapping[str, np.ndarray], number: int) -> dict[str, float]:
     """The numbers of one row of `columns`, without those that it lacks."""
     values = {name: float(column[number]) for name, column in columns.items()}
     return {name: value for name, value in values.items() if value == value}  # NaN is not equal to itself
-
-
-def one_line(error: BaseException) -> str:
-    """The message of another package's error, without line breaks."""
-    return " ".join(str(error).split())[:300]

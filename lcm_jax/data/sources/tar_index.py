@@ -26,20 +26,20 @@ import json
 import os
 import stat
 import tarfile
-import zipfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from lcm_jax import files
+from lcm_jax import files, foreign
 from lcm_jax.data.records import BadRecordError
 from lcm_jax.data.sources import parsing
 from lcm_jax.errors import BadArgument, LcmError
 
 VERSION = 1  # of the sidecar; one of another version is replaced
 
+MAX_INDEX = 2**32  # bytes
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20  # bytes searched at once for the next header after damage
 _LONGEST_PADDING = 1 << 20  # bytes of zeros that may end a tar; with more, its end was never written
@@ -110,8 +110,9 @@ def read(shard: Path, sidecar: Path, image_key: str | None, caption_key: str | N
     if not stat.S_ISREG(state.st_mode):
         raise LcmError(f"tar shard {shard} is not a regular file; remove it")
     try:
-        with np.load(sidecar, allow_pickle=False) as arrays:
-            header = json.loads(arrays["header"].tobytes())
+        with foreign.reading(sidecar, "an index"):
+            arrays = foreign.read_npz(sidecar, MAX_INDEX)
+            header = foreign.json_object(arrays["header"].tobytes(), sidecar)
             if header["made_of"] != [VERSION, state.st_size, state.st_mtime_ns, image_key, caption_key]:
                 return None
             found = ShardIndex(
@@ -125,7 +126,7 @@ def read(shard: Path, sidecar: Path, image_key: str | None, caption_key: str | N
                 tuple((str(key), str(reason)) for key, reason in header["faults"]),
             )
             return found if _fits(found) else None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):  # no sidecar, or other bytes
+    except (OSError, LcmError):  # no sidecar, or other bytes
         return None
 
 

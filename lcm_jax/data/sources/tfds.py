@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from lcm_jax import files
 from lcm_jax.data.records import BadRecord, BadRecordError, Record
-from lcm_jax.data.sources.parsing import captions_of, one_line
+from lcm_jax.data.sources.parsing import captions_of
 from lcm_jax.errors import BadArgument, LcmError
+from lcm_jax.foreign import one_line
 
 CAPTION_FEATURES = ("captions", "caption", "text")
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from lcm_jax.errors import LcmError
-from lcm_jax.files import read_json
+from lcm_jax.foreign import read_json
 from lcm_jax.metrics import resizing
 from lcm_jax.metrics.networks import weights
 from lcm_jax.metrics.networks.network import Network

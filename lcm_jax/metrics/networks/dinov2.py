@@ -24,7 +24,7 @@ import numpy as np
 from flax import linen as nn
 
 from lcm_jax.errors import LcmError
-from lcm_jax.files import read_json
+from lcm_jax.foreign import read_json
 from lcm_jax.metrics import resizing
 from lcm_jax.metrics.networks import weights
 from lcm_jax.metrics.networks.network import Network

@@ -26,7 +26,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 
-from lcm_jax import assets
+from lcm_jax import assets, foreign
 from lcm_jax.data.shapes import ATTRIBUTES, RESOLUTION
 from lcm_jax.errors import LcmError
 from lcm_jax.files import write_atomic
@@ -72,9 +72,9 @@ def load_scorer(folder: str | Path = ASSET) -> Scorer:
     """The scorer of a folder; default: the package's own. Raises LcmError if it is missing or does not fit."""
     folder = Path(folder)
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text())
+        config = foreign.read_json(folder / CONFIG_NAME)
         tensors = safetensors.numpy.load_file(folder / WEIGHTS_NAME)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, LcmError, SafetensorError) as error:
         raise LcmError(
             f"no readable scorer in {folder}: {error}; train one with experiments/shapes_teacher/train_scorer.py"
         ) from error

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from lcm_jax import files, foreign
 from lcm_jax.errors import LcmError
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -34,11 +35,11 @@ _STORAGES = {
     "IntStorage": "<i4",
     "ByteStorage": "|u1",
 }
-_DAMAGE = zipfile.BadZipFile, EOFError, LookupError, ValueError, TypeError, RuntimeError, struct.error, OverflowError
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _INTEGERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
 _TEXTS = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"}
 _LITERALS = _INTEGERS | _TEXTS | {"BINFLOAT"}
+MAX_BYTES = 2**34  # of a file: all of it is read into memory
 _MAX_DIMENSIONS = 64  # of NumPy and of torch
 
 
@@ -65,24 +66,18 @@ def read(path: Path) -> dict[str, np.ndarray]:
     Raises:
       LcmError: the file, which is named, is damaged or holds anything but a state dict of plain tensors.
     """
-    try:
-        content = path.read_bytes()
+    remedy = "fetch it again, or give the same tensors as .safetensors"
+    with foreign.reading(path, "a file of torch.save", remedy):
+        content = files.read_regular(path, MAX_BYTES)
         state, raw = _zipped(content) if zipfile.is_zipfile(io.BytesIO(content)) else _before_zip(content)
         return {key: _array(tensor, raw(tensor.storage), len(content)) for key, tensor in state.items()}
-    except _DAMAGE as error:
-        reason = " ".join(str(error).split())[:300]
-        raise LcmError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as weights of torch.save: {reason}; fetch it again, "
-            "or give the same tensors as .safetensors"
-        ) from error
 
 
 def _zipped(content: bytes) -> tuple[dict[str, _Tensor], Callable[[_Storage], bytes]]:
-    archive = zipfile.ZipFile(io.BytesIO(content))
-    names = archive.namelist()
-    inside = [name for name in names if name.endswith("/data.pkl")]
-    if len(inside) != 1 or len(set(names)) != len(names):
-        raise LcmError(f"a zip with {len(inside)} files data.pkl and {len(names) - len(set(names))} repeated names")
+    archive = foreign.open_zip(io.BytesIO(content), most=len(content))
+    inside = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(inside) != 1:
+        raise LcmError(f"a zip with {len(inside)} files data.pkl")
     if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
         raise LcmError("a zip with compressed files, which torch.save does not write")
     root = inside[0].removesuffix("data.pkl")
