@@ -83,7 +83,11 @@ def run(args: argparse.Namespace) -> int:
     check_options(args, config, form)
 
     # The student, and the trained weights instead of those that training started from.
-    models = load(config)
+    try:
+        models = load(config)
+    except LcmError as error:
+        saved = args.workdir / "config.json"
+        raise LcmError(f"{error} ({saved} names it: if it was moved, change that, its digests are compared)") from error
     known = check_same(args.workdir, MODELS_FILE, models.digests)
     student, params = models.student, dict(models.student_params)
     del models

@@ -258,7 +258,7 @@ def prepare(config: ConfigDict, out: Path, options: Options) -> CacheWriter:
 
     return CacheWriter(
         out=out,
-        plan=make_plan(config, options, pipeline, params, rows.groups),
+        plan=make_plan(config, options, pipeline, params, rows.groups) | {"records": part.source.digest()},
         shards=cache.shards_of(examples.groups, options.shard_size),
         examples=examples,
         batch=batch,

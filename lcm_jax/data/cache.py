@@ -14,6 +14,7 @@ and shapes, then a JSON object {"key", "shard", "caption"} that says what it was
     groups               [{"rows", "shards": [{"file", "rows", "bytes"}]}]
     examples             records in each group
     variants             rows of one record (other crops, flips and captions), one after another
+    records              digest of the records that the rows were made from, see `records.Source`
     data, seed, ...      what the rows were made from, and how
     faults               number of records that could not be used
 
@@ -349,12 +350,17 @@ def begin(out: Path, plan: Mapping[str, Any]) -> bool:
 
 
 def differences(before: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """{key: (value before, value now)} of the values in which two plans differ."""
+    """{key: (value before, value now)} of the values in which two plans differ.
+
+    The records' digest says whether the data are the same, wherever they are now; older plans have none.
+    """
+    begun = before.get("records")
+    skipped = {"records"} if begun is None else {"data.path"} if begun == plan.get("records") else set()
     old, new = (
         flatten_dict({key: tree.get(key) for key in plan if key not in _NOT_COMPARED}, sep=".")
         for tree in (before, plan)
     )
-    pairs = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())}
+    pairs = {key: (old.get(key), new.get(key)) for key in sorted((old.keys() | new.keys()) - skipped)}
     return {key: (short(a), short(b)) for key, (a, b) in pairs.items() if a != b}
 
 

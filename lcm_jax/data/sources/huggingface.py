@@ -93,9 +93,10 @@ class HuggingFace:
 
     def digest(self) -> str:
         rows = np.arange(len(self)) if self._rows is None else self._rows
-        keys = _as_bytes(self._table.data.column(self._key)) if self._key else ()
+        chunks = self._table.data.column(self._key).chunks if self._key else ()
+        keys = b"\0".join(b"\0".join(_as_bytes(chunk)) for chunk in chunks if len(chunk))
         sizes = (size for name in (self._image, self._caption) for size in _sizes(self._table.data.column(name)))
-        return digest_of(self.split, rows, b"\0".join(keys), *sizes)
+        return digest_of(self.split, rows, keys, *sizes)
 
     def _row(self, number: int) -> int:
         if not 0 <= number < len(self):

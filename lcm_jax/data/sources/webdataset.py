@@ -108,7 +108,7 @@ class TarSource:
         return self._shards[shard], key
 
     def digest(self) -> str:
-        keys = b"\0".join(key for keys in self._keys for key in keys.tolist())
+        keys = b"\0".join(b"\0".join(keys.tolist()) for keys in self._keys if len(keys))
         return digest_of(keys, self._spans[:, 1::2], self._is_json)
 
     def _shard_and_key(self, number: int) -> tuple[int, str]:
