@@ -609,7 +609,8 @@ def markdown() -> str:
         "Written by `python -m lcm_jax.run.config > docs/config.md` from the table in `lcm_jax/run/config.py`.",
         "",
         "A config file (`configs/*.py`) starts from `default_config()`; the command line overrides it, as",
-        "`--config.train.steps=2000`. Resuming a run with another value is refused, except for keys marked *.",
+        "`--config.train.steps=2000`. Resuming a run with another value is refused, except for keys marked *, and",
+        "paths to which the models or data of the run were moved.",
     ]
     for section in dict.fromkeys(_section(key) for key in KEYS):
         lines += ["", f"## {section or 'The run'}", "", "| key | default | values | meaning |", "|---|---|---|---|"]

@@ -330,8 +330,8 @@ def _sizes(column: Any) -> Iterator[np.ndarray]:
     kind, types = column.type, pyarrow.types
     if types.is_struct(kind):  # {bytes, path}
         yield from _sizes(compute.struct_field(column, "bytes")) if "bytes" in kind.names else ()
-    elif not types.is_null(kind):
-        of_lists = types.is_list(kind) or types.is_large_list(kind)
+    elif not types.is_null(kind):  # texts, images or lists of texts
+        of_lists = types.is_nested(kind)
         sizes = compute.list_value_length(column) if of_lists else compute.binary_length(column)
         yield sizes.fill_null(-1).to_numpy().astype(np.int64)
         yield from _sizes(compute.list_flatten(column)) if of_lists else ()
