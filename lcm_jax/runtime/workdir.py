@@ -98,9 +98,10 @@ def prepare_workdir(
                     f"workdir {workdir} holds a run with another config ({listed}); use the same values or another "
                     f"workdir.{link}".rstrip(".")
                 )
+    different = distributed.broadcast_from_first(lambda: different)  # links may differ between machines
     if not different:
         write_config(workdir, config)
-    return dict(different)
+    return {key: (old, new) for key, (old, new) in different.items()}
 
 
 def _has_digest(workdir: Path, name: str) -> bool:
