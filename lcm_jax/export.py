@@ -32,11 +32,11 @@ from lcm_jax.pretrained import RECORD, Pipeline, lora_files, save_pipeline, save
 from lcm_jax.pretrained.diffusers_folder import all_or_nothing, check_folder, lcm_scheduler_config
 from lcm_jax.pretrained.model import PipelineParams, fold_w
 from lcm_jax.pretrained.safetensors_io import check_file
-from lcm_jax.run.config import validate
+from lcm_jax.run.config import MODELS_FILE, from_saved, validate
 from lcm_jax.run.model_card import model_card
-from lcm_jax.run.models import load_student, load_teacher
+from lcm_jax.run.models import load
 from lcm_jax.runtime.checkpoints import difference, list_steps, load_subtree
-from lcm_jax.runtime.workdir import read_config
+from lcm_jax.runtime.workdir import check_same, read_config
 from lcm_jax.sampling import flags, verify
 
 WEIGHTS = {"ema": "ema_params", "online": "params"}  # a user's name -> name in the training state
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
       LcmError, OSError: nothing is left under `args.out`.
     """
     # What to export.
-    config = ConfigDict(read_config(args.workdir))
+    config = from_saved(read_config(args.workdir), args.workdir / "config.json")
     try:
         validate(config)
     except LcmError as error:
@@ -83,7 +83,14 @@ def run(args: argparse.Namespace) -> int:
     check_options(args, config, form)
 
     # The student, and the trained weights instead of those that training started from.
-    student, params = load_student(config, *load_teacher(config))
+    try:
+        models = load(config)
+    except LcmError as error:
+        saved = args.workdir / "config.json"
+        raise LcmError(f"{error} ({saved} names it: if it was moved, change that, its digests are compared)") from error
+    known = check_same(args.workdir, MODELS_FILE, models.digests)
+    student, params = models.student, dict(models.student_params)
+    del models
     expected = jax.eval_shape(lambda trained: trained, trainable(student.unet, params["unet"]))
     params["unet"] = with_trainable(student.unet, params["unet"], expected)  # frees the initial weights
     check_out(args.out, form, bytes_needed(student, params, form, dtype))
@@ -105,6 +112,12 @@ def run(args: argparse.Namespace) -> int:
     record |= {"step": step, "weights": args.weights, "lcm_jax": lcm_jax.__version__}
     if args.guidance_scale is not None:
         student, params, record = fold_guidance(student, params, record, args.guidance_scale)
+    if not known:
+        print(
+            f"warning: {args.workdir} has no {MODELS_FILE}, which would tell whether {config.model.teacher} is what it "
+            "was when the run began",
+            file=sys.stderr,
+        )
     if record["sigma_data"] != SIGMA_DATA:
         print(
             f"warning: sigma_data is {record['sigma_data']:g}, diffusers' LCMScheduler always uses {SIGMA_DATA:g}; "

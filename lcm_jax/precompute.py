@@ -90,9 +90,9 @@ class Options:
         for name, choices in {"text": cache.TEXTS, "dtype": cache.DTYPES}.items():
             if getattr(self, name) not in choices:
                 raise LcmError(f"--{name}={getattr(self, name)}: must be one of {', '.join(choices)}")
-        for name in ("variants", "shard_size"):
-            if getattr(self, name) < 1:
-                raise LcmError(f"--{name}={getattr(self, name)}: must be at least 1")
+        for name, most in {"variants": 10**4, "shard_size": 10**8}.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise LcmError(f"--{name}={getattr(self, name)}: must be at least 1, at most {most}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +258,7 @@ def prepare(config: ConfigDict, out: Path, options: Options) -> CacheWriter:
 
     return CacheWriter(
         out=out,
-        plan=make_plan(config, options, pipeline, params, rows.groups),
+        plan=make_plan(config, options, pipeline, params, rows.groups) | {"records": part.source.digest()},
         shards=cache.shards_of(examples.groups, options.shard_size),
         examples=examples,
         batch=batch,

@@ -38,12 +38,21 @@ from lcm_jax.run import data as run_data
 from lcm_jax.run import models as run_models
 from lcm_jax.run import report
 from lcm_jax.run import step as run_step
-from lcm_jax.run.config import flag_help, parse_flags, prepare_workdir, resolve, to_json, validate
+from lcm_jax.run.config import (
+    DATA_FILE,
+    MODELS_FILE,
+    flag_help,
+    parse_flags,
+    prepare_workdir,
+    resolve,
+    to_json,
+    validate,
+)
 from lcm_jax.runtime import boards, distributed, lost, profiling, waiting
 from lcm_jax.runtime.checkpoints import Checkpoints
 from lcm_jax.runtime.mesh import check_batch, make_mesh, place, process_rows, put_batch, report_unsharded
 from lcm_jax.runtime.telemetry import RunInfo, Telemetry
-from lcm_jax.runtime.workdir import StopSignal, locked, same_as_before
+from lcm_jax.runtime.workdir import StopSignal, check_same, locked, same_as_before, write_config
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.png import grid, to_uint8
 from lcm_jax.sampling.request import Settings
@@ -69,8 +78,9 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> TrainSt
         workdir = stack.enter_context(locked(workdir))  # first: config.json belongs to the process that runs
         with distributed.together():
             lost.check(workdir, config.checkpoint.every)  # before config.json is written
-            prepare_workdir(workdir, config)
+            moved = prepare_workdir(workdir, config)
             parts = run_data.open_parts(config)
+            check_same(workdir, DATA_FILE, sources := run_data.digests(parts))
             program = run_step.make(config, run_models.shapes(config), mesh)
 
         # ---- Resume.
@@ -84,6 +94,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> TrainSt
         # ---- Models. The UNets' weights move into the state and the frozen arrays; only the other parts stay beside.
         with distributed.together():
             models = run_models.load(config, place(mesh))
+        same_as_before(workdir, MODELS_FILE, models.digests)
         run_data.check_caches(config, parts, models.teacher, models.teacher_params)
         state = program.begin(models.trainable) if state is None else state
         frozen = program.place_frozen(models)
@@ -98,7 +109,11 @@ def train(config: ConfigDict, workdir: str | Path, profile: str = "") -> TrainSt
         first = step = int(state.step)
         log = run_data.DataLog(BadRecordLog(config.data.max_bad_fraction, BadRecordFile(workdir)), say)
         examples, order = run_data.open_examples(config, parts, teacher, encode, log)
-        same_as_before(workdir, "data.json", {"records": [list(groups) for groups in order.streams]})
+        same_as_before(workdir, DATA_FILE, {"records": [list(groups) for groups in order.streams], **sources})
+        for key, (old, new) in moved.items():
+            say(f"config.{key} = {new!r} is the same as {old!r} was, by its digests; the run goes on")
+        if moved:
+            write_config(workdir, to_json(config))
         stop = StopSignal()
         batches = loader.batches(
             examples,

@@ -266,3 +266,27 @@ def test_bad_records_are_listed_once(tmp_path):
     assert json.loads((out / "bad_records.jsonl").read_text()) == {"shard": "a.tar", "key": "1", "reason": "truncated"}
     cached = cache.open(out)
     assert cached.manifest["faults"] == 1 and cached.bad_records() == [bad]
+
+
+def test_plans_are_of_the_same_records_wherever_they_are():
+    plan = {"records": "12", "seed": 0, "data": {"path": "/new", "crop": "center"}}
+    moved = plan | {"data": {"path": "/old", "crop": "center"}}
+    assert cache.differences(moved, plan) == {}
+    assert set(cache.differences(moved | {"records": "34"}, plan)) == {"records", "data.path"}
+    without = {key: value for key, value in moved.items() if key != "records"}
+    assert set(cache.differences(without, plan)) == {"data.path"}
+
+
+def test_a_digest_is_of_the_records_and_not_of_the_place(written, tmp_path, monkeypatch):
+    moved = shutil.copytree(written, tmp_path / "moved")
+    first = cache.open(written).digest()
+    assert cache.open(moved).digest() == first
+    change_manifest(moved, lambda manifest: manifest.update(made_by="a later version"))
+    assert cache.open(moved).digest() == first
+    change_manifest(moved, lambda manifest: manifest.update(seed=5))
+    assert cache.open(moved).digest() != first
+    packed = cache.pack
+    monkeypatch.setattr(
+        cache, "pack", lambda row, kinds, about: packed(row, kinds, about | {"caption": "a blue star!"})
+    )
+    assert cache.open(write(tmp_path / "other")).digest() != first

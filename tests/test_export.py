@@ -256,7 +256,7 @@ def error_of(capsys, *words) -> str:
     ("options", "message"),
     [
         (["--workdir=EMPTY"], r"config.json does not exist; give the workdir of a run"),
-        (["--workdir=BROKEN"], r"config.json cannot be read .*restore it"),
+        (["--workdir=BROKEN"], r"config.json is not valid JSON .*restore it"),
         (["--workdir=INVALID"], r"is not a config of this lcm_jax: config.train.steps = 0: must be at least 1"),
         (["--workdir=UNTRAINED"], r"no checkpoint in .*train until the first is saved"),
         (["--step=5"], r"--step=5: no such checkpoint in .*; present: 3, 7"),
@@ -308,6 +308,15 @@ def test_missing_or_other_teacher_is_refused(run, tmp_path, capsys):
         (workdir / "config.json").write_text(to_json(make_config(teacher)))
         assert re.search(message, error_of(capsys, f"--workdir={workdir}", f"--out={tmp_path / 'out'}"))
         assert not (tmp_path / "out").exists()
+
+
+def test_models_that_changed_since_the_run_began_are_refused(run, tmp_path, capsys):
+    workdir = Path(shutil.copytree(run[0], tmp_path / "run"))
+    entry = {"digest": "12", "name": "teacher owner/name@1a"}
+    tiny.write_json(workdir / "models.json", {"text_encoder": entry})
+    error = error_of(capsys, f"--workdir={workdir}", f"--out={tmp_path / 'out'}")
+    assert "models.json: text_encoder was teacher owner/name@1a (digest 12) when this run began" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_full_disk_is_reported_before_writing(run, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """The table of keys: values, docs and the command line; what a resumed run may change."""
 
+import itertools
 import json
 import runpy
 import subprocess
@@ -173,8 +174,88 @@ def test_differences(shapes):
     different = config_lib.differences(saved, shapes)
     assert different["train.lr_decay_steps"] == (400, 9) and different["sample.prompts"][1] == ["x"]
     assert set(different) == {"train.lr_decay_steps", "sample.prompts"}
-    del saved["distill"]["huber_c"]
-    assert config_lib.differences(saved, shapes)["distill.huber_c"] == ("<absent>", 0.001)
+
+
+def test_a_config_of_another_version_differs_only_in_what_the_run_would_do(shapes, capsys):
+    """Absent and null keys, and whole sections, count as their defaults; unknown keys are told."""
+    saved = json.loads(config_lib.to_json(config_lib.resolve(shapes)))
+    del saved["distill"]["huber_c"], saved["model"]["student"], saved["model"]["dtype"], saved["lora"]
+    saved["train"]["mu_dtype"], saved["checkpoint"] = None, None
+    assert config_lib.differences(saved, shapes) == {} and capsys.readouterr().err == ""
+    shapes.distill.huber_c, shapes.lora.alpha = 0.5, 3.0
+    assert config_lib.differences(saved, shapes) == {"distill.huber_c": (0.001, 0.5), "lora.alpha": (64.0, 3.0)}
+    saved["distill"] |= {"huber_c": 0.5, "schedule": {"kind": "cosine"}}
+    saved |= {"lora": {"alpha": 3}, "future": {}}
+    assert config_lib.differences(saved, shapes) == {}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("WARNING: config.json has keys") and line.endswith("distill.schedule.kind = 'cosine'")
+
+
+@pytest.mark.parametrize("path", ["{}/", "./{}", "x/../{}", "{}/.", "link", "HOME", "~/{}", "ROOT/{}"])
+def test_paths_are_compared_as_places(shapes, tmp_path, monkeypatch, path):
+    for folder in ("home/set", "set"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("set")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = path.replace("HOME", str(tmp_path / "set")).replace("ROOT", str(tmp_path)).format("set")
+    for key in ("model.teacher", "model.student", "model.vae", "model.config", "data.path"):
+        before = ConfigDict(shapes.to_dict())
+        before.update_from_flattened_dict({"model.student": "other", key: "set"})
+        now = ConfigDict(before.to_dict())
+        now.update_from_flattened_dict({key: path})
+        saved = json.loads(config_lib.to_json(before))
+        assert config_lib.differences(saved, now) == {}, key
+        now.update_from_flattened_dict({key: "home/set"})
+        different = config_lib.differences(saved, now)
+        assert different == {key: ("set", "home/set")} and list(config_lib.moved(different)) == [key]
+        if key in ("model.vae", "model.config", "data.path"):
+            now.update_from_flattened_dict({key: None})
+            assert not config_lib.moved(config_lib.differences(saved, now)), "not moved, but left out"
+
+
+def test_parts_of_a_mixture_are_compared_as_places(shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shapes.data.mixture = ("1 folder a", "2 shapes")
+    saved = json.loads(config_lib.to_json(shapes))
+
+    def found(*parts: str) -> tuple[bool, bool]:
+        """(the mixture is another one, it may only have been moved)"""
+        shapes.data.mixture = parts
+        different = config_lib.differences(saved, shapes)
+        return bool(different), bool(config_lib.moved(different))
+
+    assert found("1  folder ./a/", "2 shapes") == found(f"1 folder {tmp_path}/b/../a", "2 shapes") == (False, False)
+    assert found("1 folder /b", "2 shapes") == (True, True)
+    assert found("3 folder a", "2 shapes") == found("1 tfds a", "2 shapes") == found("1 folder a") == (True, False)
+
+
+def test_patterns_are_places_too(shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shapes.data.path = "a/{000..099}.tar"
+    saved = json.loads(config_lib.to_json(shapes))
+    for path, different in (("./a//{000..099}.tar", 0), (f"{tmp_path}/a/{{000..099}}.tar", 0), ("a/{000..098}.tar", 1)):
+        shapes.data.path = path
+        assert len(config_lib.differences(saved, shapes)) == different
+
+
+@pytest.mark.parametrize("value", [5, [], "x", {"steps": [1]}, {"steps": {"a": 1}}, {"learning_rate": float("nan")}])
+def test_a_config_json_of_other_types_is_one_line(shapes, value):
+    saved = json.loads(config_lib.to_json(shapes)) | {"train": value}
+    with pytest.raises(LcmError, match="^runs/config.json .*train.*restore it or choose another workdir$"):
+        config_lib.from_saved(saved, "runs/config.json")
+    for path in ("a\0b", "\ud800"):
+        saved = json.loads(config_lib.to_json(shapes)) | {"data": {"path": path}}
+        assert config_lib.differences(saved, shapes)["data.path"] == (path, None)
+
+
+def test_every_number_has_a_range():
+    numbers = [key for key in config_lib.KEYS if type(key.default) in (int, float)]
+    for key, value in itertools.product(
+        numbers, (10**30, 10**5000, -(10**30), True, float("nan"), float("inf"), "3", [1])
+    ):
+        with pytest.raises(LcmError, match=rf"^config.{key.name} = [^\n]*: must be [^\n]*$"):
+            key.validate(value)
 
 
 def test_docs_are_the_table():

@@ -302,3 +302,41 @@ def test_fingerprint_distinguishes_models(loaded):
     vae = {**params["vae"], "quant_conv": {**params["vae"]["quant_conv"], "kernel": kernel + 1e-6}}
     other = fingerprint(pipeline, {**params, "vae": vae})
     assert {key for key in one if one[key] != other[key]} == {"vae"}
+
+
+def digest(source: str, path: str | None, **changes) -> str:
+    (entry,) = run_data.digests(run_data.open_parts(config_of(source, path, **changes))).values()
+    return entry["digest"]
+
+
+@pytest.mark.parametrize("source", data_kit.WRITERS)
+def test_a_digest_tells_other_records_and_not_where_they_are(paths, source, tmp_path):
+    """Removed and added, in another order, another picture or caption of the same key; then the same elsewhere."""
+    begun, write = data_kit.records(6), data_kit.WRITERS[source]
+    other = begun[5] | {"key": "000000099"}
+    others = {
+        "replaced": [*begun[:5], other],
+        "ordered": [begun[0] | {"key": begun[1]["key"]}, begun[1] | {"key": begun[0]["key"]}, *begun[2:]],
+        "picture": [*begun[:5], begun[5] | {"image": begun[4]["image"]}],
+        "caption": [*begun[:5], begun[5] | {"text": "a text of another length"}],
+        "same": begun,
+    }
+    first = digest(source, write(tmp_path / "begun", begun))
+    found = {name: digest(source, write(tmp_path / name, records)) for name, records in others.items()}
+    blind = {"tfds": {"replaced", "ordered", "caption"}}.get(
+        source, set()
+    )  # no keys, and sizes of many records at once
+    assert {name for name in others if found[name] == first} - blind == {"same"}
+    assert digest(source, paths[source]) != digest(source, paths[source], filters=("width >= 80",)) != first
+
+
+def test_digests_of_a_mixture_of_parquet_without_keys_and_of_shapes(tmp_path):
+    rows = [{key: value for key, value in record.items() if key != "key"} for record in data_kit.records(4)]
+    one = data_kit.parquet(tmp_path / "one", rows)
+    two = data_kit.parquet(tmp_path / "two", [rows[1], rows[0], *rows[2:]])
+    assert digest("huggingface", one) != digest("huggingface", two)
+    mixture = (f"1 huggingface {one}", f"1 huggingface {two}", "1 shapes")
+    found = run_data.digests(run_data.open_parts(config_of("mixture", None, mixture=mixture)))
+    assert [entry["name"] for entry in found.values()] == [f"huggingface {one}", f"huggingface {two}", "shapes"]
+    assert len({entry["digest"] for entry in found.values()}) == 3
+    assert digest("shapes", None) != digest("shapes", None, num_examples=7)

@@ -4,10 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 from diffusers import UNet2DConditionModel
 
@@ -213,3 +215,62 @@ def test_a_single_file_teacher_equals_the_folder_that_it_was_made_from(teacher, 
     assert models.student == expected.student and same(models.student_params["unet"], expected.student_params["unet"])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), models.student_params)
     assert run_models.shapes(config).student_params == shapes
+
+
+def changed(path: Path, change) -> None:
+    """Changes a JSON file in place."""
+    tiny.write_json(path, change(json.loads(path.read_text())))
+
+
+def one_weight(folder: Path) -> None:
+    """Changes one number in the middle of the folder's largest tensor."""
+    (path,) = folder.glob("*.safetensors")
+    tensors = safetensors.numpy.load_file(path)
+    largest = max(tensors.values(), key=lambda tensor: tensor.size).reshape(-1)
+    largest[largest.size // 2 + 1] += 1
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_digests_are_of_what_is_computed_with(teacher, lcm, tmp_path):
+    """Each part on its own; files that hold the same otherwise have the same digests."""
+
+    def digests(folder=None, **changes):
+        config = make_config(folder or tmp_path / "model", distill__w_embedding_dim=DIM, **changes)
+        return {part: entry["digest"] for part, entry in run_models.load(config).digests.items()}
+
+    def changes(part: str, change) -> set[str]:
+        """The parts whose digests differ after `change` of the folder of `part`."""
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        shutil.copytree(teacher, tmp_path / "model")
+        change(tmp_path / "model" / part)
+        found = digests()
+        return {name for name in begun.keys() | found.keys() if begun.get(name) != found.get(name)}
+
+    begun = digests(teacher)
+    assert set(begun) == {"unet", "vae", "text_encoder", "tokenizer", "scheduler", "student"}
+    assert changes("unet", one_weight) == {"unet", "student"}
+    assert changes("vae", one_weight) == {"vae"} and changes("text_encoder", one_weight) == {"text_encoder"}
+    assert changes("vae", lambda f: changed(f / "config.json", lambda c: c | {"scaling_factor": 0.5})) == {"vae"}
+    beta = lambda f: changed(f / "scheduler_config.json", lambda c: c | {"beta_end": 0.013})  # noqa: E731
+    assert changes("scheduler", beta) == {"scheduler"}
+    special = lambda f: changed(f / "tokenizer_config.json", lambda c: c | {"pad_token": "!"})  # noqa: E731
+    assert changes("tokenizer", special) == {"tokenizer"}
+
+    def written_anew(folder: Path) -> None:
+        changed(folder / "config.json", lambda c: c | {"_diffusers_version": "9", "_name_or_path": "elsewhere"})
+        (folder.parent / "README.md").write_text("another")
+        (path,) = folder.glob("*.safetensors")
+        tensors = {key: value.copy() for key, value in sorted(safetensors.numpy.load_file(path).items(), reverse=True)}
+        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt", "about": "more"})
+
+    assert changes("unet", written_anew) == set()
+    other = digests(model__student=str(lcm))
+    assert {part for part in begun if begun[part] != other[part]} == {"student"}
+
+
+def test_names_in_models_json_have_the_revision_on_the_hub(teacher, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "1a2b"
+    shutil.copytree(teacher, snapshot)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(snapshot))
+    found = run_models.load(make_config("owner/name")).digests
+    assert {entry["name"] for entry in found.values()} == {"teacher owner/name@1a2b", "student owner/name@1a2b"}

@@ -67,6 +67,12 @@ def test_resuming_continues_the_run_of_the_project(tmp_path, wandb):
     assert records == [record for record in read_metrics(tmp_path) if record["step"] > 7]
     train(tmp_path, 10, 15, "other")
     assert wandb.calls[2]["id"] is None
+    before = (tmp_path / "wandb.json").read_bytes()
+    for content in ('["run2"]', '{"project": "other", "id": 2}', "{"):
+        (tmp_path / "wandb.json").write_text(content)
+        with pytest.raises(LcmError, match="wandb.json .*; delete it to begin another run there"):
+            boards.WeightsAndBiases(tmp_path, "other")
+    (tmp_path / "wandb.json").write_bytes(before)
     assert json.loads((tmp_path / "wandb.json").read_text()) == {"project": "other", "id": "run2"}
 
 

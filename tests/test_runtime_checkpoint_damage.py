@@ -167,3 +167,12 @@ def test_files_added_later_do_not_matter(folder):
     (folder / "15" / "notes.txt").write_text("the good one")
     with Checkpoints(folder) as checkpoints:
         assert bits(checkpoints.restore(make_state(0))) == bits(make_state(15))
+
+
+@pytest.mark.parametrize("content", ['{"loss": "x"}', '{"loss": [1]}', '{"loss": 1' + "0" * 400 + "}", "[1]", "{"])
+def test_metrics_of_other_types_are_told_and_do_not_count(tmp_path, capsys, content):
+    (tmp_path / "5").mkdir()
+    (tmp_path / "5" / "metrics.json").write_text(content)
+    assert checkpoints_module.tidy(tmp_path, "loss") == [(5, None)]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "5/metrics.json cannot be read" in line and line.endswith("does not count as the best")

@@ -146,6 +146,26 @@ def test_cut_jsonl_keeps_what_it_cuts(tmp_path):
     assert path.read_bytes() == damaged
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metrics.jsonl", '{"step": true, "loss": 1}'),
+        ("metrics.jsonl", '{"step": 1}'),
+        ("metrics.jsonl", '{"step": 1, "loss": "1"}'),
+        ("metrics.jsonl", '{"step": 1, "loss": 1' + "0" * 400 + "}"),
+        ("events.jsonl", '{"step": 1}'),
+        ("events.jsonl", '{"event": "start", "step": 1}'),
+        ("events.jsonl", '{"event": "stop", "step": 1, "time": [2]}'),
+        ("events.jsonl", '{"event": "steps", "step": 1, "time": 2, "from": 0, "seconds": null}'),
+        ("events.jsonl", "[" * 10_000),
+    ],
+)
+def test_a_line_of_other_types_is_one_line(tmp_path, name, line):
+    (tmp_path / name).write_text(line + "\n")
+    with pytest.raises(LcmError, match=f"{name} .*; repair or remove th(e|at) line$"):
+        Telemetry(tmp_path, RunInfo(20, batch_size=8, start_step=5))
+
+
 @pytest.mark.parametrize("bad", [1, 7, 10, 20])
 def test_nan_stops_and_is_never_logged(tmp_path, bad):
     with pytest.raises(LcmError, match=f"loss of step {bad} is nan; training stopped"):

@@ -72,6 +72,46 @@ def test_prepare_workdir_refuses_a_broken_config_json(tmp_path, config, content)
         config_lib.prepare_workdir(tmp_path, config)
 
 
+def test_moved_models_and_data_go_on_where_their_digests_can_be_compared(tmp_path, config):
+    config_lib.prepare_workdir(tmp_path, config)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    config.model.teacher = "b/teacher"
+    with pytest.raises(LcmError, match=r"model.teacher: 'a/teacher' there, 'b/teacher' now.*put a link in its old pl"):
+        config_lib.prepare_workdir(tmp_path, config)
+    workdir.same_as_before(tmp_path, "models.json", {"unet": workdir.digest_entry("12", "teacher a/teacher")})
+    moved = config_lib.prepare_workdir(tmp_path, config)
+    assert moved == {"model.teacher": ("a/teacher", "b/teacher"), "model.student": ("a/teacher", "b/teacher")}
+    assert read_config(tmp_path)["model"]["teacher"] == "a/teacher", "written before anything is compared"
+    config.seed = 5
+    with pytest.raises(LcmError, match="seed: 0 there, 5 now"):
+        config_lib.prepare_workdir(tmp_path, config)
+
+
+def test_same_as_before_compares_digests_and_not_places(tmp_path, capsys):
+    def check(**found):
+        workdir.same_as_before(tmp_path, "models.json", found)
+        return json.loads((tmp_path / "models.json").read_text())
+
+    check(unet=workdir.digest_entry("99", "teacher /x"))
+    check(unet=workdir.digest_entry("12", "teacher /a"))  # the run had not begun
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    moved = workdir.digest_entry("12", "teacher /b")
+    assert check(unet=moved) == {"unet": moved} and capsys.readouterr().err == ""
+    with pytest.raises(LcmError) as refused:
+        check(unet=workdir.digest_entry("34", "teacher /c"))
+    assert str(refused.value) == (
+        f"{tmp_path}/models.json: unet was teacher /b (digest 12) when this run began, and is teacher /c (digest 34) "
+        f"now; restore what it began with, choose another workdir, or delete {tmp_path}/models.json to go on all the "
+        "same"
+    )
+    assert check(unet=moved, records=[[4]]) == {"unet": moved, "records": [[4]]}
+    assert "does not tell with which records this run began" in capsys.readouterr().err
+    for content in (b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"unet": 5}', b'{"unet": {"digest": [1]}}'):
+        (tmp_path / "models.json").write_bytes(content)
+        with pytest.raises(LcmError, match="models.json"):
+            check(unet=moved)
+
+
 def test_folders_that_are_not_a_workdir(tmp_path, config):
     (tmp_path / "file").write_text("")
     with pytest.raises(LcmError, match="is a file"), locked(tmp_path / "file"):

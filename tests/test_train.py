@@ -298,6 +298,46 @@ def test_the_workdir_of_another_run_is_refused_with_both_values_and_left_alone(w
     assert snapshot(whole) == before
 
 
+def test_a_run_goes_on_only_with_the_models_and_data_it_was_begun_with(whole, teacher, tmp_path, capsys, monkeypatch):
+    """Also where they have been moved; config.json then has the new place."""
+    workdir, moved = Path(shutil.copytree(whole, tmp_path / "run")), Path(shutil.copytree(teacher, tmp_path / "moved"))
+    more = (*IMAGES, f"--config.train.steps={STEPS + 9}")
+    before = snapshot(workdir)
+    weights = moved / "vae" / "diffusion_pytorch_model.safetensors"
+    begun = weights.read_bytes()
+    weights.write_bytes(begun[:-1] + bytes([begun[-1] ^ 1]))
+    words = [
+        "models.json: vae was teacher",
+        f"now; restore what it began with, choose another workdir, or delete {workdir}",
+    ]
+    refused(capsys, words, workdir, moved, *more)
+    weights.write_bytes(begun)
+    data = json.loads(before["data.json"])
+    assert data["records"] == [[64]] and data["source 1"]["name"] == "shapes"
+    tiny.write_json(workdir / "data.json", data | {"source 1": {"digest": "1", "name": "folder x"}})
+    refused(capsys, ["data.json: source 1 was folder x (digest 1) when this run began"], workdir, moved, *more)
+    (workdir / "data.json").write_bytes(before["data.json"])
+    assert snapshot(workdir) == before
+
+    def loop():
+        raise LcmError("the loop begins")
+
+    monkeypatch.setattr(train, "StopSignal", loop)
+    assert command(workdir, moved, *more) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "error: the loop begins" and len([line for line in lines if "the run goes on" in line]) == 2
+    assert json.loads((workdir / "config.json").read_text())["model"]["teacher"] == str(moved)
+    assert json.loads((workdir / "models.json").read_text())["vae"]["name"] == f"teacher {moved}"
+    for name in ("models.json", "data.json"):  # as an older version left it
+        (workdir / name).unlink()
+    assert command(workdir, moved, *more) == 2
+    printed = capsys.readouterr().err
+    assert (
+        "models.json does not tell with which scheduler, student," in printed and "which records, source 1" in printed
+    )
+    assert (workdir / "models.json").exists()
+
+
 def test_a_missing_flag_is_one_line_of_the_program():
     done = subprocess.run([sys.executable, *runs.TRAIN, "--workdir=x"], cwd=ROOT, capture_output=True, text=True)
     (line,) = done.stderr.strip().splitlines()

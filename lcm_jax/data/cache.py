@@ -14,6 +14,7 @@ and shapes, then a JSON object {"key", "shard", "caption"} that says what it was
     groups               [{"rows", "shards": [{"file", "rows", "bytes"}]}]
     examples             records in each group
     variants             rows of one record (other crops, flips and captions), one after another
+    records              digest of the records that the rows were made from, see `records.Source`
     data, seed, ...      what the rows were made from, and how
     faults               number of records that could not be used
 
@@ -44,7 +45,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lcm_jax import files, foreign
-from lcm_jax.data.records import BadRecord, BadRecordError
+from lcm_jax.data.records import BadRecord, BadRecordError, digest_of
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained.model import Pipeline, PipelineParams, weights_hash
 
@@ -66,6 +67,7 @@ _REMEDIES = {  # for each part of a fingerprint that may differ from a run's
     "text_encoders": "use a teacher with the text encoders of the cache",
 }
 _OPTIONS = "group_size:1,uncompressed"  # one read for one record; noise does not compress
+_SAMPLED = 64  # rows of each group that `Cached.digest` looks at
 _RECORD_OVERHEAD = 1 << 10  # bytes of a record beside its arrays, about
 _SHARD_OVERHEAD = 1 << 18  # array_record pads its files to whole blocks
 _NOT_COMPARED = ("made_by", "arrays")  # of two plans: the version may change, and the arrays follow from the rest
@@ -127,6 +129,17 @@ class Cached:
         """The records that could not be encoded."""
         path = self.path / BAD_RECORDS
         return [BadRecord(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def digest(self) -> str:
+        """`digest_of` the manifest, and of what some rows of each group were made from, evenly spaced."""
+        found = [json.dumps(self.manifest | {"made_by": None}, sort_keys=True)]
+        for group, rows in enumerate(self.groups):
+            for rank in np.unique(np.linspace(0, max(rows - 1, 0), min(rows, _SAMPLED), dtype=np.int64)):
+                try:
+                    found.append(self._read(group, int(rank))[self._sizes[group] :])
+                except BadRecordError:
+                    found.append(b"")
+        return digest_of(*found)
 
     @functools.cached_property
     def _readers(self) -> list[Any]:
@@ -337,12 +350,17 @@ def begin(out: Path, plan: Mapping[str, Any]) -> bool:
 
 
 def differences(before: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """{key: (value before, value now)} of the values in which two plans differ."""
+    """{key: (value before, value now)} of the values in which two plans differ.
+
+    The records' digest says whether the data are the same, wherever they are now; older plans have none.
+    """
+    begun = before.get("records")
+    skipped = {"records"} if begun is None else {"data.path"} if begun == plan.get("records") else set()
     old, new = (
         flatten_dict({key: tree.get(key) for key in plan if key not in _NOT_COMPARED}, sep=".")
         for tree in (before, plan)
     )
-    pairs = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())}
+    pairs = {key: (old.get(key), new.get(key)) for key in sorted((old.keys() | new.keys()) - skipped)}
     return {key: (short(a), short(b)) for key, (a, b) in pairs.items() if a != b}
 
 

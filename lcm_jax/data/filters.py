@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lcm_jax.data import images
-from lcm_jax.data.records import BadRecord, BadRecordError, Record, Source
+from lcm_jax.data.records import BadRecord, BadRecordError, Record, Source, digest_of
 from lcm_jax.errors import BadArgument, LcmError
 
 SIZE_FIELDS = ("side", "aspect")
@@ -90,6 +90,9 @@ class Selection:
 
     def where(self, number: int) -> tuple[str, str]:
         return self.source.where(int(self.numbers[number]))
+
+    def digest(self) -> str:
+        return digest_of(self.source.digest(), self.numbers)
 
 
 def parse(text: str) -> Rule:

@@ -8,6 +8,7 @@ number and is listed in `bad_records`; one that proves unusable when it is read 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -67,3 +68,22 @@ class Source(Protocol):
     def where(self, number: int) -> tuple[str, str]:
         """(shard, key) of record `number`, for messages; the record is not read."""
         ...
+
+    def digest(self) -> str:
+        """`digest_of` the records in their order: keys, and what else is known without reading them.
+
+        That is the size of images and captions in bytes, so that other content under an old key is noticed unless it
+        has the same size. Where the data are, and when they were copied there, does not count.
+        """
+        ...
+
+
+def digest_of(*parts: str | bytes | np.ndarray) -> str:
+    """SHA-256 (hex) of all parts and their sizes."""
+    found = hashlib.sha256()
+    for part in parts:
+        content = part.encode(errors="surrogatepass") if isinstance(part, str) else part
+        content = content.tobytes() if isinstance(content, np.ndarray) else content
+        found.update(b"%d " % len(content))
+        found.update(content)
+    return found.hexdigest()

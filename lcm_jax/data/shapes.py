@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lcm_jax.data.records import BadRecord, Record
+from lcm_jax.data.records import BadRecord, Record, digest_of
 from lcm_jax.errors import BadArgument, LcmError
 
 RESOLUTION = 64
@@ -370,6 +370,9 @@ class ShapesSource:
 
     def where(self, number: int) -> tuple[str, str]:
         return f"shapes/{self.split}/{self.style}", str(number)
+
+    def digest(self) -> str:
+        return digest_of(self.split, self.style, str(self.num_examples))
 
 
 def open(*, num_examples: int = 4096, style: str = "plain", split: str = "train") -> ShapesSource:

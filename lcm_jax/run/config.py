@@ -64,14 +64,21 @@ def one_of(choices: Collection[str | None]) -> Check:
     return Check(lambda value: value in choices, f"one of {', '.join(str(c) or repr(c) for c in choices)}")
 
 
-def at_least(low: float, note: str = "") -> Check:
-    return Check(lambda value: value >= low, f"at least {low}{note}")
+def between(low: float, high: float, note: str = "") -> Check:
+    """The upper bounds are beyond any use, so that a slip of the keyboard ends before memory is taken for it."""
+    return Check(lambda value: low <= value <= high, f"at least {low}{note}, at most {high}")
 
 
-POSITIVE = Check(lambda value: value > 0, "greater than 0")
+MOST_STEPS, MOST_IMAGES, MOST_PIXELS, MOST_DEVICES = 10**9, 10**6, 2**14, 2**20
+STEPS, STEPS_OR_NEVER = between(1, MOST_STEPS), between(0, MOST_STEPS)
+WIDTH = between(0, 2**14)
+WEIGHT = between(0, 10**6)
+SCALE = between(1e-9, 10**9)  # whose square float32 still holds
 SHARE = Check(lambda value: 0 <= value <= 1, "in [0, 1]")
 DECAY = Check(lambda value: 0 <= value < 1, "in [0, 1)")
-MESH_AXIS = Check(lambda value: value >= 1 or value == -1, "at least 1, or -1 for the rest of the devices")
+MESH_AXIS = Check(
+    lambda value: 1 <= value <= MOST_DEVICES or value == -1, f"at least 1, at most {MOST_DEVICES}, or -1 for the rest"
+)
 MODEL = Check(lambda value: value != "", "a folder, a hub id, or None")
 
 # What the type of a key's default says of its values.
@@ -79,7 +86,7 @@ TYPES = {
     type(None): Check(lambda value: value is None or isinstance(value, str), "a string or None"),
     bool: Check(lambda value: type(value) is bool, "True or False"),
     int: Check(lambda value: type(value) is int, "an integer"),
-    float: Check(lambda value: type(value) in (int, float) and math.isfinite(value), "a finite number"),
+    float: Check(lambda value: type(value) in (int, float) and abs(value) < math.inf, "a finite number"),
     str: Check(lambda value: type(value) is str, "a string"),
     tuple: Check(  # JSON makes a list of it
         lambda value: isinstance(value, tuple | list) and all(isinstance(part, str) for part in value),
@@ -87,6 +94,7 @@ TYPES = {
     ),
 }
 MAY_CHANGE = True  # when a run resumes: such a key changes nothing that is trained, but for rounding
+MODELS_FILE, DATA_FILE = "models.json", "data.json"  # of a workdir: digests of what the run began with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +107,7 @@ class Key:
       check: what a value must be beyond that type; None: nothing more.
       meaning: one line.
       may_change: a resumed run may have another value than the run began with.
+      place_of: of a path: the file of the workdir that tells whether the same thing is at another place.
     """
 
     name: str
@@ -106,12 +115,29 @@ class Key:
     check: Check | None
     meaning: str
     may_change: bool = False
+    place_of: str = ""
+
+    def same(self, old: Any, new: Any) -> bool:
+        """Whether two values, as JSON returns them, mean the same: paths that name one place do."""
+        return old == new or (bool(self.place_of) and _place(self.name, old) == _place(self.name, new))
+
+    def is_moved(self, old: Any, new: Any) -> bool:
+        """Whether two values differ in nothing but where something is, so that it may be the same thing."""
+        if self.name == "data.mixture":
+            old, new = _place(self.name, old), _place(self.name, new)
+            return isinstance(old, list) and [part[:-1] for part in old] == [part[:-1] for part in new]
+        return bool(self.place_of) and isinstance(old, str) and isinstance(new, str)
 
     def validate(self, value: Any) -> None:
         """Raises LcmError unless `value` has the key's type and passes its check."""
-        for check in (TYPES[type(self.default)], self.check):
-            if check is not None and not check.accepts(value):
-                raise _refusal(self.name, value, f"must be {check.must_be}")
+        self.check_type(value)
+        if self.check is not None and not self.check.accepts(value):
+            raise _refusal(self.name, value, f"must be {self.check.must_be}")
+
+    def check_type(self, value: Any) -> None:
+        """Raises LcmError unless `value` has the key's type."""
+        if not (kind := TYPES[type(self.default)]).accepts(value):
+            raise _refusal(self.name, value, f"must be {kind.must_be}")
 
     def values(self) -> str:
         """What a value must be, in words."""
@@ -119,6 +145,20 @@ class Key:
         if self.check is None:
             return kind
         return self.check.must_be if isinstance(self.default, str | None) else f"{kind}, {self.check.must_be}"
+
+
+def _place(name: str, value: Any) -> Any:
+    """A path without what does not matter: `~`, `./`, `..`, links, a slash at its end; of a mixture in each part.
+
+    What is no path (a hub id) or does not exist (a pattern, or what was moved) is treated alike.
+    """
+    if name == "data.mixture" and isinstance(value, list):
+        words = [part.split(maxsplit=2) for part in value if isinstance(part, str)]
+        return [(*part[:2], *(_place("", path) for path in part[2:])) for part in words]
+    try:
+        return os.path.realpath(os.path.expanduser(value)) if isinstance(value, str) else value
+    except ValueError:  # a character that no path has
+        return value
 
 
 # The defaults are those of the published full fine-tune of a Stable Diffusion teacher.
@@ -134,16 +174,34 @@ KEYS = (
     Key(
         "mesh.slices",
         1,
-        at_least(1),
+        between(1, MOST_DEVICES),
         "slices of a multi-slice TPU pod, each of data * fsdp devices; only gradients cross between them",
         MAY_CHANGE,
     ),
     Key("mesh.data", -1, MESH_AXIS, "copies of the model in a slice", MAY_CHANGE),
     Key("mesh.fsdp", 1, MESH_AXIS, "devices that share one copy of weights, optimiser, EMA and teacher", MAY_CHANGE),
-    Key("model.teacher", None, MODEL, "diffusers folder, hub id, FILE.safetensors, or 'shapes' (the embedded one)"),
-    Key("model.config", None, MODEL, "for FILE.safetensors: folder or hub id with its tokenizers and configs"),
-    Key("model.student", None, MODEL, "what training starts from; None: the teacher; lcf needs it: the LCM"),
-    Key("model.vae", None, MODEL, "VAE instead of the teacher's, as SDXL's for half precision"),
+    Key(
+        "model.teacher",
+        None,
+        MODEL,
+        "diffusers folder, hub id, FILE.safetensors, or 'shapes' (the embedded one)",
+        place_of=MODELS_FILE,
+    ),
+    Key(
+        "model.config",
+        None,
+        MODEL,
+        "for FILE.safetensors: folder or hub id with its tokenizers and configs",
+        place_of=MODELS_FILE,
+    ),
+    Key(
+        "model.student",
+        None,
+        MODEL,
+        "what training starts from; None: the teacher; lcf needs it: the LCM",
+        place_of=MODELS_FILE,
+    ),
+    Key("model.vae", None, MODEL, "VAE instead of the teacher's, as SDXL's for half precision", place_of=MODELS_FILE),
     Key(
         "model.prediction_type",
         None,
@@ -160,7 +218,7 @@ KEYS = (
         MAY_CHANGE,
     ),
     Key("data.source", None, one_of((None, *SOURCES)), "kind of the training data; a run must name one"),
-    Key("data.path", None, None, "where the source's files are: folder, pattern, name or hub id"),
+    Key("data.path", None, None, "where the source's files are: folder, pattern, name or hub id", place_of=DATA_FILE),
     Key("data.split", "train", None, "of huggingface, tfds and shapes"),
     Key("data.image_key", None, None, "column of the images; None: as the format calls it"),
     Key("data.caption_key", None, None, "column of the captions; None: as the format calls it"),
@@ -174,41 +232,58 @@ KEYS = (
     Key("data.height_key", "height", None, "field with a record's original height in pixels, likewise"),
     Key("data.index_dir", None, None, "of webdataset: folder for indices of shards; None: beside them", MAY_CHANGE),
     Key("data.style", "plain", one_of(shapes.STYLES), "of shapes: how the objects are rendered"),
-    Key("data.num_examples", 4096, at_least(1), "of shapes: distinct images, an epoch"),
-    Key("data.mixture", (), None, 'of mixture: parts "WEIGHT SOURCE PATH", as "3 webdataset /a/{00..99}.tar"'),
+    Key("data.num_examples", 4096, between(1, 10**8), "of shapes: distinct images, an epoch"),
+    Key(
+        "data.mixture",
+        (),
+        None,
+        'of mixture: parts "WEIGHT SOURCE PATH", as "3 webdataset /a/{00..99}.tar"',
+        place_of=DATA_FILE,
+    ),
     Key("data.filters", (), None, 'records to use, as "side >= 512", "aspect <= 2", "pwatermark <= 0.5 or missing"'),
     Key("data.max_bad_fraction", 0.01, SHARE, "share of unusable records above which a run stops", MAY_CHANGE),
-    Key("data.batch_size", 32, at_least(1), "images per step over all devices and hosts"),
+    Key("data.batch_size", 32, between(1, MOST_IMAGES), "images per step over all devices and hosts"),
     Key(
-        "data.resolution", 512, at_least(1), "side in pixels of the square images, or of a square of the buckets' area"
+        "data.resolution",
+        512,
+        between(1, MOST_PIXELS),
+        "side in pixels of the square images, or of a square of the buckets' area",
     ),
     Key("data.aspect_buckets", False, None, "keep aspect ratios: all images of a batch have one size of that area"),
-    Key("data.bucket_step", 64, at_least(1), "the sides of buckets are multiples of this, in pixels"),
-    Key("data.bucket_max_aspect", 2.0, at_least(1), "a bucket's longest to shortest side"),
+    Key("data.bucket_step", 64, between(1, MOST_PIXELS), "the sides of buckets are multiples of this, in pixels"),
+    Key("data.bucket_max_aspect", 2.0, between(1, 100), "a bucket's longest to shortest side"),
     Key("data.crop", "random", one_of(("random", "center")), "of an image whose shorter side was resized"),
     Key("data.flip", 0.0, SHARE, "probability that an image is mirrored"),
     Key("data.resize_filter", "lanczos", None, "lanczos, bicubic, bilinear, box: Pillow's; area: OpenCV's"),
     Key("data.decoder", "pillow", one_of(images.FILTERS), "pillow: the reference; opencv: faster, needs OpenCV"),
     Key("data.caption_dropout", 0.0, SHARE, "probability that a caption is replaced by ''"),
-    Key("data.encode_chunk", 0, at_least(0), "images that a device encodes at a time; 0: all of its batch", MAY_CHANGE),
+    Key(
+        "data.encode_chunk",
+        0,
+        between(0, MOST_IMAGES),
+        "images that a device encodes at a time; 0: all of its batch",
+        MAY_CHANGE,
+    ),
     Key("data.encode", "step", one_of(("step", "start")), "step: encode in each step; start: once, held in memory"),
-    Key("data.workers", 0, at_least(0), "processes that read and decode; 0: threads of the training's", MAY_CHANGE),
-    Key("train.steps", 10_000, at_least(1), "length of the run; may be raised later on the same workdir", MAY_CHANGE),
-    Key("train.learning_rate", 8e-6, POSITIVE, "peak rate, after the warm-up and before the decay"),
-    Key("train.lr_warmup_steps", 0, at_least(0), "linear from 0 over the first steps"),
-    Key("train.lr_decay_start", 0, at_least(0), "first step of the decay, if lr_decay_steps > 0"),
+    Key(
+        "data.workers", 0, between(0, 1024), "processes that read and decode; 0: threads of the training's", MAY_CHANGE
+    ),
+    Key("train.steps", 10_000, STEPS, "length of the run; may be raised later on the same workdir", MAY_CHANGE),
+    Key("train.learning_rate", 8e-6, between(1e-12, 10), "peak rate, after the warm-up and before the decay"),
+    Key("train.lr_warmup_steps", 0, STEPS_OR_NEVER, "linear from 0 over the first steps"),
+    Key("train.lr_decay_start", 0, STEPS_OR_NEVER, "first step of the decay, if lr_decay_steps > 0"),
     Key(
         "train.lr_decay_steps",
         0,
-        at_least(0),
+        STEPS_OR_NEVER,
         "linear to 0 in this many steps; 0: no decay; independent of train.steps",
     ),
     Key("train.ema_decay", 0.95, DECAY, "target = decay * target + (1 - decay) * student; 0: the student itself"),
-    Key("train.weight_decay", 0.0, at_least(0), "AdamW's decoupled decay, on every parameter"),
+    Key("train.weight_decay", 0.0, between(0, 1000), "AdamW's decoupled decay, on every parameter"),
     Key("train.adam_b1", 0.9, DECAY, "AdamW's decay of the first moment"),
     Key("train.adam_b2", 0.999, DECAY, "AdamW's decay of the second moment"),
-    Key("train.adam_eps", 1e-8, POSITIVE, "AdamW's epsilon"),
-    Key("train.max_grad_norm", 1.0, at_least(0), "global norm to which gradients are clipped; 0: no clipping"),
+    Key("train.adam_eps", 1e-8, between(1e-20, 1), "AdamW's epsilon"),
+    Key("train.max_grad_norm", 1.0, between(0, 10**12), "global norm to which gradients are clipped; 0: no clipping"),
     Key("train.mu_dtype", "float32", one_of(DTYPES), "dtype of AdamW's first moment; bfloat16: half its memory"),
     Key(
         "train.remat",
@@ -220,7 +295,7 @@ KEYS = (
     Key(
         "train.accumulation_steps",
         1,
-        at_least(1),
+        between(1, MOST_IMAGES),
         "parts in which a batch goes through the networks; a step is still one update",
         MAY_CHANGE,
     ),
@@ -233,43 +308,50 @@ KEYS = (
     Key(
         "distill.solver_steps",
         50,
-        Check(lambda value: 1 <= value <= MAX_SOLVER_STEPS, f"in 1..{MAX_SOLVER_STEPS}"),
+        between(1, MAX_SOLVER_STEPS),
         "points of the solver's grid; the skip k is 1000 // solver_steps",
     ),
-    Key("distill.w_min", 2.0, at_least(0), "w is uniform in [w_min, w_max]"),
-    Key("distill.w_max", 14.0, None, "w is uniform in [w_min, w_max]"),
+    Key("distill.w_min", 2.0, between(0, 1000), "w is uniform in [w_min, w_max]"),
+    Key("distill.w_max", 14.0, between(0, 1000), "w is uniform in [w_min, w_max]"),
     Key("distill.loss", "huber", one_of(("huber", "l2")), "distance of prediction and target; huber: pseudo-Huber"),
-    Key("distill.huber_c", 0.001, POSITIVE, "pseudo-Huber's c: sqrt(d^2 + c^2) - c"),
+    Key("distill.huber_c", 0.001, SCALE, "pseudo-Huber's c: sqrt(d^2 + c^2) - c"),
     Key(
         "distill.w_embedding_dim",
         256,
-        Check(lambda value: value == 0 or (value >= 4 and value % 2 == 0), "0, or even and at least 4"),
+        Check(
+            lambda value: value == 0 or (4 <= value <= 2**14 and value % 2 == 0),
+            f"0, or even and at least 4, at most {2**14}",
+        ),
         "width of the embedding of w, the UNet's time_cond_proj_dim; 0: student without w",
     ),
-    Key("distill.timestep_scaling", 10.0, POSITIVE, "s of the boundary scalings: c_skip and c_out depend on s * t"),
-    Key("distill.sigma_data", 0.5, POSITIVE, "of the boundary scalings"),
-    Key("distill.lcd_weight", 0.0, at_least(0), "of lcf: weight of an added LCD loss; keeps guidance, needs a teacher"),
-    Key("lora.rank", 0, at_least(0), "of the adapters, which alone are trained then (LCM-LoRA: 64); 0: all weights"),
-    Key("lora.alpha", 64.0, POSITIVE, "adapters are scaled by alpha / rank"),
+    Key("distill.timestep_scaling", 10.0, SCALE, "s of the boundary scalings: c_skip and c_out depend on s * t"),
+    Key("distill.sigma_data", 0.5, SCALE, "of the boundary scalings"),
+    Key("distill.lcd_weight", 0.0, WEIGHT, "of lcf: weight of an added LCD loss; keeps guidance, needs a teacher"),
+    Key("lora.rank", 0, WIDTH, "of the adapters, which alone are trained then (LCM-LoRA: 64); 0: all weights"),
+    Key("lora.alpha", 64.0, SCALE, "adapters are scaled by alpha / rank"),
     Key("lora.targets", (), None, "ends of the adapted layers' torch names, as \"to_q\"; (): the LCM-LoRA report's 14"),
     Key(
         "checkpoint.every",
         1000,
-        at_least(1),
+        STEPS,
         "steps between checkpoints; the last step, and a stop by signal, save one as well",
         MAY_CHANGE,
     ),
-    Key("checkpoint.keep", 3, at_least(1), "newest checkpoints that stay on disk", MAY_CHANGE),
+    Key("checkpoint.keep", 3, STEPS, "newest checkpoints that stay on disk", MAY_CHANGE),
     Key(
-        "checkpoint.keep_every", 0, at_least(0), "checkpoints of steps that this divides also stay; 0: none", MAY_CHANGE
+        "checkpoint.keep_every",
+        0,
+        STEPS_OR_NEVER,
+        "checkpoints of steps that this divides also stay; 0: none",
+        MAY_CHANGE,
     ),
     Key("checkpoint.best", "", one_of(("", *METRICS)), "metric whose lowest value's checkpoint also stays", MAY_CHANGE),
-    Key("log.every", 10, at_least(1), "steps between lines in metrics.jsonl and TensorBoard", MAY_CHANGE),
+    Key("log.every", 10, STEPS, "steps between lines in metrics.jsonl and TensorBoard", MAY_CHANGE),
     Key("log.wandb", "", None, "project on Weights & Biases that gets the same numbers; '': none", MAY_CHANGE),
-    Key("log.spike", 0.0, at_least(0), "stop if the loss is this many times its running mean; 0: never", MAY_CHANGE),
-    Key("sample.every", 1000, at_least(0), "steps between sample grids; 0: none", MAY_CHANGE),
-    Key("sample.steps", 4, at_least(1), "sampling steps of the grids"),
-    Key("sample.guidance_scale", 8.0, at_least(1, " (1 = no guidance, w = 0)"), "w + 1 of the grids"),
+    Key("log.spike", 0.0, WEIGHT, "stop if the loss is this many times its running mean; 0: never", MAY_CHANGE),
+    Key("sample.every", 1000, STEPS_OR_NEVER, "steps between sample grids; 0: none", MAY_CHANGE),
+    Key("sample.steps", 4, between(1, MAX_SOLVER_STEPS), "sampling steps of the grids"),
+    Key("sample.guidance_scale", 8.0, between(1, 1000, " (1 = no guidance, w = 0)"), "w + 1 of the grids"),
     Key("sample.prompts", (), None, "captions of the grids, whose noise stays the same through the run"),
 )
 
@@ -322,7 +404,11 @@ def validate(config: ConfigDict, models: bool = True) -> None:
 
 
 def _refusal(name: str, value: Any, remedy: str) -> LcmError:
-    return LcmError(f"config.{name} = {value!r}: {remedy}")
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes out no integers of thousands of digits
+        shown = "a number of thousands of digits"
+    return LcmError(f"config.{name} = {shown}: {remedy}")
 
 
 def _check_data(data: ConfigDict) -> None:
@@ -415,26 +501,69 @@ def _check_guidance(config: ConfigDict) -> None:
         )
 
 
-def differences(saved: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
+def from_saved(saved: Mapping[str, Any], where: object) -> ConfigDict:
+    """The config in a workdir's config.json, resolved.
+
+    A key that is absent or null, as an older version left it, has its default. One that is unknown is told on stderr.
+
+    Args:
+        saved: nested dict from the file.
+        where: the file, for messages.
+
+    Raises:
+        LcmError: it is not the config of a run.
+    """
+    values, remedy = {}, "restore it or choose another workdir"
+    for key in KEYS:
+        value: Any = saved
+        for part in key.name.split("."):
+            if not isinstance(value, Mapping):
+                raise LcmError(f"{where} holds {str(value)[:80]!r} where keys such as {key.name} should be; {remedy}")
+            if (value := value.get(part)) is None:
+                break
+        values[key.name] = key.default if value is None else value
+        try:
+            key.check_type(values[key.name])
+        except LcmError as error:
+            raise LcmError(f"{where} is not a config of this lcm_jax: {error}; {remedy}") from error
+    sections = {_section(key) for key in KEYS}
+    given = flatten_dict(saved, sep=".")
+    unknown = {name: value for name, value in given.items() if name not in values and name not in sections}
+    if unknown and jax.process_index() == 0:
+        listed = ", ".join(f"{name} = {str(value)[:80]!r}" for name, value in sorted(unknown.items()))
+        print(f"WARNING: {where} has keys that this lcm_jax does not know, and ignores: {listed}", file=sys.stderr)
+    return resolve(ConfigDict(unflatten_dict(values, sep=".")))
+
+
+def differences(
+    saved: Mapping[str, Any], config: ConfigDict, where: object = workdir.CONFIG_FILE
+) -> dict[str, tuple[Any, Any]]:
     """Keys in which a resumed run must not differ from its beginning, but does.
 
     Args:
-        saved: nested dict read from the workdir's config.json.
-        config: the resolved config of this command.
+        saved: nested dict read from the workdir's config.json, see `from_saved`.
+        config: of this command.
+        where: the file, for messages.
 
     Returns:
-        {dotted key: (saved value, present value)}; "<absent>" stands for a key that one side lacks. Keys that a resumed
-        run may change are left out.
+        {dotted key: (saved value, present value)}. Keys that a resumed run may change, and paths to the same place, are
+        left out.
     """
-    before, now = (flatten_dict(tree, sep=".") for tree in (saved, json.loads(to_json(config))))
-    names = sorted((before.keys() | now.keys()) - {key.name for key in KEYS if key.may_change})
-    pairs = {name: (before.get(name, "<absent>"), now.get(name, "<absent>")) for name in names}
-    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+    both = from_saved(saved, where), resolve(config)
+    before, now = (flatten_dict(json.loads(to_json(part)), sep=".") for part in both)
+    pairs = {key: (before[key.name], now[key.name]) for key in KEYS if not key.may_change}
+    return {key.name: pair for key, pair in pairs.items() if not key.same(*pair)}
 
 
-def prepare_workdir(folder: str | os.PathLike[str], config: ConfigDict) -> None:
+def moved(different: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:
+    """Of `differences`: {key of a path: the file of the workdir that tells whether the same thing is there}."""
+    return {key.name: key.place_of for key in KEYS if key.name in different and key.is_moved(*different[key.name])}
+
+
+def prepare_workdir(folder: str | os.PathLike[str], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """`workdir.prepare_workdir` for a resolved config: a run that resumes must agree with it, see `differences`."""
-    workdir.prepare_workdir(folder, to_json(config), lambda saved: differences(saved, config))
+    where = os.path.join(folder, workdir.CONFIG_FILE)
+    return workdir.prepare_workdir(folder, to_json(config), lambda saved: differences(saved, config, where), moved)
 
 
 def flag_help(example: str) -> str:
@@ -480,7 +609,8 @@ def markdown() -> str:
         "Written by `python -m lcm_jax.run.config > docs/config.md` from the table in `lcm_jax/run/config.py`.",
         "",
         "A config file (`configs/*.py`) starts from `default_config()`; the command line overrides it, as",
-        "`--config.train.steps=2000`. Resuming a run with another value is refused, except for keys marked *.",
+        "`--config.train.steps=2000`. Resuming a run with another value is refused, except for keys marked *, and",
+        "paths to which the models or data of the run were moved.",
     ]
     for section in dict.fromkeys(_section(key) for key in KEYS):
         lines += ["", f"## {section or 'The run'}", "", "| key | default | values | meaning |", "|---|---|---|---|"]

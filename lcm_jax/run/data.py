@@ -30,6 +30,7 @@ from lcm_jax.pretrained.model import Pipeline, PipelineParams
 from lcm_jax.pretrained.text import tokens
 from lcm_jax.pretrained.tokenizer import tokenize_counted
 from lcm_jax.run.config import default_config
+from lcm_jax.runtime.workdir import digest_entry
 
 ROW_KEYS = ("filters", "caption_key", "crop", "flip", "resize_filter", "decoder")  # of config.data: what rows contain
 WEIGHT_UNIT = 10_000  # weights of a mixture are rounded to this part of their sum
@@ -115,6 +116,11 @@ def _options(config: ConfigDict, names: Sequence[str]) -> dict[str, Any]:
             sources = " or ".join(map(repr, names))
             raise LcmError(f"config.data.{key} = {value!r}: the source {sources} does not use it; leave it out")
     return given
+
+
+def digests(parts: Sequence[Part]) -> dict[str, dict[str, str]]:
+    """Entries of the workdir's data.json that say whether the records are those that the run began with."""
+    return {f"source {i}": digest_entry(part.source.digest(), part.name) for i, part in enumerate(parts, 1)}
 
 
 def is_cached(part: Part) -> bool:

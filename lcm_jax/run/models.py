@@ -9,39 +9,49 @@ conditioned on w, and is `Adapted` in a LoRA run. `train`, `export` and `aot` bu
 """
 
 import dataclasses
+import hashlib
+import json
+import zlib
 from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from lcm_jax import assets, foreign
+from lcm_jax.diffusion import schedule
 from lcm_jax.diffusion.consistency import SIGMA_DATA, TIMESTEP_SCALING
 from lcm_jax.distill import OBJECTIVES
 from lcm_jax.distill.step import named_key
 from lcm_jax.distill.student import adapt, student_of, trainable
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
+from lcm_jax.models.config import RUN_FIELDS
 from lcm_jax.pretrained import Pipeline, hub, load_pipeline, load_unet, read_record
 from lcm_jax.pretrained.diffusers_folder import check_noise
-from lcm_jax.pretrained.model import SCHEDULER, PipelineParams, in_half_precision
+from lcm_jax.pretrained.model import SCHEDULER, TOKENIZER_OF, PipelineParams, in_half_precision
 from lcm_jax.pretrained.names import PutFn
 from lcm_jax.run.config import W_EMBEDDING_OF_A_LORA, needs_teacher
 from lcm_jax.run.data import check_sizes
+from lcm_jax.runtime.workdir import digest_entry
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Models:
     """Teacher and student of a run, with their weights or shapes.
 
-    They share all parts except the UNet.
+    They share all parts except the UNet. `digests`: entries of the workdir's models.json; {} for shapes.
     """
 
     teacher: Pipeline
     teacher_params: PipelineParams
     student: Pipeline
     student_params: PipelineParams
+    digests: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
     @property
     def trainable(self) -> Any:
@@ -55,8 +65,68 @@ def load(config: ConfigDict, put: PutFn | None = None) -> Models:
     Raises:
       LcmError: a model cannot be loaded.
     """
-    teacher = load_teacher(config, put)
-    return Models(*teacher, *load_student(config, *teacher, put))
+    weights = _Checksums(put)
+    teacher = load_teacher(config, weights)
+    models = Models(*teacher, *load_student(config, *teacher, weights))
+    return dataclasses.replace(models, digests=_digests(config, models, weights))
+
+
+class _Checksums:
+    """A `put` that keeps a checksum of what goes through it, before it is split over devices and processes.
+
+    Every byte counts, at the price of some seconds for 10 GB, which are in memory at that moment anyway.
+    """
+
+    def __init__(self, put: PutFn | None) -> None:
+        self._put, self._of = put, {}
+
+    def __call__(self, value: Any) -> Any:
+        host = np.ascontiguousarray(value)
+        placed = value if self._put is None else self._put(value)
+        self._of[id(placed)] = f"{host.dtype} {host.shape} {zlib.crc32(host.reshape(-1).view(np.uint8)):08x}"
+        return placed
+
+    def of(self, params: Any) -> dict[str, str]:
+        """Name of each parameter -> its dtype, shape and checksum."""
+        return {name: self._of[id(leaf)] for name, leaf in flatten_dict(params, sep="/").items()}
+
+
+def _digests(config: ConfigDict, models: Models, weights: _Checksums) -> dict[str, dict[str, str]]:
+    """Part -> an entry of models.json: what of it the training depends on, whatever files it came from.
+
+    Files that were moved, cut into shards or written anew with the same numbers have the same digests.
+    """
+    teacher, params, model = models.teacher, models.teacher_params, config.model
+    student, base = models.student.unet, models.student_params["unet"]
+    if isinstance(student, lora.Adapted):
+        student, base = student.module, base["base"]
+    noise = schedule.noise_fields(teacher.configs["scheduler"]), teacher.constants.zero_null
+    found = {part: (_fields(module), weights.of(params[part])) for part, module in teacher.parts.items()}
+    found |= {TOKENIZER_OF[part]: (t.digest, t.length) for part, t in teacher.tokenizers.items()}
+    found |= {"scheduler": noise, "student": (_fields(student), weights.of(base))}
+    keys = dict.fromkeys(found, "teacher" if model.teacher else "student") | {"student": "student"}
+    keys |= {} if needs_teacher(config) else {"unet": "student"}
+    keys |= {"vae": "vae"} if model.vae else {}
+    names = {key: f"{key} {_with_revision(model[key] or model.teacher)}" for key in {*keys.values()}}
+    digest = {part: hashlib.sha256(json.dumps(content, sort_keys=True).encode()) for part, content in found.items()}
+    return {part: digest_entry(digest[part].hexdigest(), names[keys[part]]) for part in found}
+
+
+def _fields(module: nn.Module) -> list[str]:
+    """What a module is, without what a later version may add with a default."""
+    fields = [field for field in dataclasses.fields(module) if field.name not in RUN_FIELDS]
+    values = {
+        field.name: getattr(module, field.name) for field in fields if field.default != getattr(module, field.name)
+    }
+    return [type(module).__name__, *(f"{name}={value!r}" for name, value in sorted(values.items()))]
+
+
+def _with_revision(source: str) -> str:
+    """A model as the config names it; one on the hub with the revision that was read: `owner/name@revision`."""
+    place = assets.resolve(source)
+    path = hub.local_file(place) if hub.is_single_file(place) else hub.local_folder(place, [SCHEDULER])
+    above, _, below = path.as_posix().partition("/snapshots/")
+    return f"{source}@{below.split('/')[0]}" if below and "models--" in above else source
 
 
 def shapes(config: ConfigDict) -> Models:

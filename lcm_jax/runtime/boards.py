@@ -203,6 +203,8 @@ class WeightsAndBiases:
         self._wandb, path = import_wandb(), workdir / WANDB_FILE
         saved = foreign.read_json(path, "delete it to begin another run there") if path.exists() else {}
         known = saved.get("id") if saved.get("project") == project else None
+        if not isinstance(known, str | None):
+            raise LcmError(f"{path} has an id that is no text; delete it to begin another run there")
         self._run = self._wandb.init(
             project=project,
             id=known,

@@ -375,8 +375,9 @@ def _metric(folder: Path, step: int, best: str) -> float | None:
     if not best or not path.exists():
         return None
     try:
-        return foreign.read_json(path).get(best)
-    except (OSError, LcmError) as error:
+        value = foreign.read_json(path).get(best)
+        return None if value is None else float(value)
+    except (OSError, TypeError, ValueError, OverflowError) as error:
         _warn(f"{path} cannot be read ({_first_line(error)}); that checkpoint does not count as the best")
         return None
 

@@ -82,4 +82,4 @@ def known_steps(workdir: Path) -> tuple[int, set[int]]:
 def _interval(config: dict[str, Any], default: int) -> int:
     checkpoint = config.get("checkpoint")
     every = checkpoint.get("every") if isinstance(checkpoint, dict) else None
-    return every if isinstance(every, int) and every > 0 else default
+    return every if type(every) is int and every > 0 else default

@@ -64,6 +64,7 @@ LAG = 2  # steps whose numbers may be outstanding when the next step is dispatch
 PAUSES = ("data", "checkpoint", "evaluation")  # what a program does between steps
 HORIZON = 100  # losses in the running mean that spikes are measured against
 WARMUP = 20  # losses before the first alarm
+_REPAIR = "repair or remove the line"
 LINE_SECONDS = 10  # between lines of progress if stderr is not a terminal
 
 
@@ -121,13 +122,15 @@ class Telemetry(contextlib.AbstractContextManager):
         self._bins = np.zeros((2, 1))
         metrics, writes = self.workdir / METRICS_FILE, jax.process_index() == 0
         records = cut_jsonl(metrics, run.start_step) if writes else read_jsonl(metrics)
-        losses = [record["loss"] for record in records if record["step"] <= run.start_step]
-        self._spikes = SpikeDetector(spike, losses[-HORIZON:])
+        with foreign.reading(metrics, "the metrics of a run", _REPAIR):
+            losses = [record["loss"] for record in records if record["step"] <= run.start_step]
+            self._spikes = SpikeDetector(spike, losses[-HORIZON:])
         self._file = None
         if writes:
             self._progress = Progress(run.total_steps, run.start_step, "steps", every=math.inf)
             events = self.workdir / EVENTS_FILE
-            self._goodput = Goodput(cut_jsonl(events))
+            with foreign.reading(events, "the events of a run", _REPAIR):
+                self._goodput = Goodput(cut_jsonl(events))
             self._file, self._events = open(metrics, "a"), open(events, "a")
             self._add_event("start", run.began or time.time(), run.start_step)
             self._boards = boards.start(self.workdir, run.start_step, wandb, run.config, waiting.say)
@@ -437,7 +440,7 @@ def _parse_jsonl(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     for number, line in enumerate(lines, 1):
         try:
             record = foreign.json_object(line, path)
-            if not isinstance(record.get("step"), int):
+            if type(record.get("step")) is not int:
                 raise LcmError(f"{path} has no step")
         except LcmError:
             if number < len(lines) or data.endswith(b"\n"):

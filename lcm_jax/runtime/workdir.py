@@ -4,7 +4,8 @@ workdir/
   config.json          the resolved config; a command with another one is refused
   metrics.jsonl        telemetry.py
   metrics.cut.jsonl    lines of metrics.jsonl for steps that were trained again
-  data.json            sizes of the data: a run resumes only with data of the same sizes
+  data.json            numbers of records and a digest of each data source; see `same_as_before`
+  models.json          digests of the parts of the models that the run began with; likewise
   events.jsonl         telemetry.py
   bad_records.jsonl    data/loader.py, if there are unusable records
   bad_batch.json       telemetry.py, if a loss ended the run
@@ -60,13 +61,19 @@ def prepare_workdir(
     workdir: str | os.PathLike[str],
     config: str,
     differences: Callable[[Mapping[str, Any]], Mapping[str, tuple[Any, Any]]],
-) -> None:
+    moved: Callable[[Mapping[str, tuple[Any, Any]]], Mapping[str, str]] = lambda different: {},
+) -> dict[str, tuple[Any, Any]]:
     """Writes config.json into the workdir of a new run, or checks that this config may resume the run that is there.
 
     Args:
         workdir: existing folder.
         config: resolved config as JSON text. When a run resumes, config.json takes over the values that may differ.
         differences: saved config -> {key: (saved value, present value)} of the keys that differ and may not.
+        moved: of those, {key of a path: name of the file in which `same_as_before` finds whether the same is there}.
+
+    Returns:
+        The differences that are still to be checked so; unless there are none, config.json is not written yet, see
+        `write_config`.
 
     Raises:
         LcmError: the workdir holds a run without a config, or a run with another config; the processes of the run have
@@ -74,6 +81,7 @@ def prepare_workdir(
     """
     workdir = Path(workdir)
     distributed.assert_same("the config", config)
+    different: Mapping[str, tuple[Any, Any]] = {}
     with distributed.together():
         path, begun = workdir / CONFIG_FILE, _begun(workdir)
         if begun and not path.exists():
@@ -81,33 +89,97 @@ def prepare_workdir(
                 f"workdir {workdir} holds a run but no {CONFIG_FILE}; restore the file or choose another workdir"
             )
         if begun and (different := differences(read_config(workdir))):
-            listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in different.items())
-            raise LcmError(
-                f"workdir {workdir} holds a run with another config ({listed}); use the same values or another workdir"
-            )
+            places = moved(different)
+            unknown = [key for key, name in places.items() if not _has_digest(workdir, name)]
+            if unknown or different.keys() - places.keys():
+                listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in different.items())
+                link = f" If it was only moved, put a link in its old place, or change {path}" if unknown else ""
+                raise LcmError(
+                    f"workdir {workdir} holds a run with another config ({listed}); use the same values or another "
+                    f"workdir.{link}".rstrip(".")
+                )
+    different = distributed.broadcast_from_first(lambda: different)  # links may differ between machines
+    if not different:
+        write_config(workdir, config)
+    return {key: (old, new) for key, (old, new) in different.items()}
+
+
+def _has_digest(workdir: Path, name: str) -> bool:
+    return (workdir / name).exists() and any(isinstance(value, dict) for value in _saved(workdir / name).values())
+
+
+def write_config(workdir: Path, config: str) -> None:
+    """Replaces config.json, on the first process."""
+    path = workdir / CONFIG_FILE
+    with distributed.together():
         if jax.process_index() == 0 and (not path.exists() or path.read_bytes() != config.encode()):
             files.write_atomic(path, config)
 
 
-def same_as_before(workdir: Path, name: str, found: dict) -> None:
-    """Writes `found` to the file `name` of a new run, or checks that a run that resumes finds the same.
+def digest_entry(digest: str, name: str) -> dict[str, str]:
+    """An entry for `same_as_before` of something that may be elsewhere another time: only the digests are compared.
+
+    name: what it is and where, for people.
+    """
+    return {"digest": digest, "name": name}
+
+
+def check_same(workdir: Path, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks that a run that was begun finds what the file `name` of its workdir says; returns the file's content.
+
+    Args:
+        found: {what: value as JSON returns it, or a `digest_entry`}.
 
     Raises:
-        LcmError: on every process, if a value differs from the file's, or between processes.
+        LcmError: a value differs from the file's, which names the value, both sides, and the ways out.
     """
-    text = json.dumps(found, indent=2)
-    distributed.assert_same(name, text)
+    path = workdir / name
+    before = _saved(path) if path.exists() and _begun(workdir) else {}
+    for key in (key for key in found if key in before):
+        if _digest(before[key]) != _digest(found[key]):
+            raise LcmError(
+                f"{path}: {key} was {_shown(before[key])} when this run began, and is {_shown(found[key])} now; "
+                f"restore what it began with, choose another workdir, or delete {path} to go on all the same"
+            )
+    return before
+
+
+def same_as_before(workdir: Path, name: str, found: Mapping[str, Any]) -> None:
+    """Writes `found` to the file `name` of a new run, or checks that a run that resumes finds the same.
+
+    What the file of an older version lacks is added to it, with a warning.
+
+    Raises:
+        LcmError: on every process, as `check_same`, or if `found` differs between processes.
+    """
+    distributed.assert_same(name, json.dumps(found, indent=2))
     with distributed.together():
-        path = workdir / name
-        if path.exists() and _begun(workdir):
-            for key, before in foreign.read_json(path, "restore it or choose another workdir").items():
-                if before != found.get(key):
-                    raise LcmError(
-                        f"{path} has {key} = {before} for this run, now it is {found.get(key)}: the data have changed; "
-                        "restore them or choose another workdir"
-                    )
-        elif jax.process_index() == 0:
-            files.write_atomic(path, text + "\n")
+        before, path = check_same(workdir, name, found), workdir / name
+        if jax.process_index() == 0:
+            if (lacking := sorted(found.keys() - before.keys())) and _begun(workdir):
+                print(
+                    f"WARNING: {path} does not tell with which {', '.join(lacking)} this run began; from now on it "
+                    "does, as found now",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            if before | found != before:
+                files.write_atomic(path, json.dumps(before | found, indent=2) + "\n")
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    return foreign.read_json(path, "restore it or choose another workdir")
+
+
+def _digest(value: Any) -> Any:
+    return value.get("digest", value) if isinstance(value, dict) else value
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: an entry with its digest's beginning."""
+    if isinstance(value, dict) and "digest" in value:
+        return f"{value.get('name')} (digest {str(value['digest'])[:12]})"
+    return str(value)
 
 
 @contextlib.contextmanager

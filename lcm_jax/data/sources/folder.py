@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lcm_jax.data.records import BadRecord, BadRecordError, Record
+from lcm_jax.data.records import BadRecord, BadRecordError, Record, digest_of
 from lcm_jax.data.sources import parsing
 from lcm_jax.errors import BadArgument
 
@@ -37,8 +37,13 @@ class FolderSource:
         captions: Sequence[tuple[str, ...] | None],
         fields: Mapping[str, np.ndarray],
         bad_records: Sequence[BadRecord],
+        sizes: Mapping[str, int],
     ) -> None:
-        """captions: of each key; None: in the .txt beside it. fields: name -> float64 [number of keys]."""
+        """captions: of each key; None: in the .txt beside it. fields: name -> float64 [number of keys].
+
+        sizes: file of an image or caption -> bytes.
+        """
+        self._sizes = np.array([(sizes[key], sizes.get(_text_beside(key), 0)) for key in keys], np.int64)
         self._root, self._keys, self._captions, self._fields = root, tuple(keys), tuple(captions), dict(fields)
         self.bad_records = tuple(bad_records)
 
@@ -57,6 +62,10 @@ class FolderSource:
 
     def where(self, number: int) -> tuple[str, str]:
         return str(self._root), self._keys[self._checked(number)]
+
+    def digest(self) -> str:
+        captions = ("\0".join(texts or ()) for texts in self._captions)
+        return digest_of("\0".join(self._keys), "\0\0".join(captions), self._sizes)
 
     def _checked(self, number: int) -> int:
         if not 0 <= operator.index(number) < len(self):
@@ -104,7 +113,7 @@ def open(path: str | os.PathLike, *, caption_key: str | None = None) -> FolderSo
             f"columns of {METADATA}: {seen}",
         )
     numbers = [{name: x for name, x in parsing.numbers_of(rows.get(key, {})).items() if name != column} for key in keys]
-    return FolderSource(root, keys, captions, parsing.columns(numbers), bad)
+    return FolderSource(root, keys, captions, parsing.columns(numbers), bad, sizes)
 
 
 def _files(folder: Path, inside: str = "") -> Iterator[tuple[str, int]]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lcm_jax import files, foreign
-from lcm_jax.data.records import BadRecord, BadRecordError, Record
+from lcm_jax.data.records import BadRecord, BadRecordError, Record, digest_of
 from lcm_jax.data.sources.parsing import captions_of, read_file
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.foreign import one_line
@@ -90,6 +90,13 @@ class HuggingFace:
 
     def where(self, number: int) -> tuple[str, str]:
         return self._file_and_key(self._row(number))
+
+    def digest(self) -> str:
+        rows = np.arange(len(self)) if self._rows is None else self._rows
+        chunks = self._table.data.column(self._key).chunks if self._key else ()
+        keys = b"\0".join(b"\0".join(_as_bytes(chunk)) for chunk in chunks if len(chunk))
+        sizes = (size for name in (self._image, self._caption) for size in _sizes(self._table.data.column(name)))
+        return digest_of(self.split, rows, keys, *sizes)
 
     def _row(self, number: int) -> int:
         if not 0 <= number < len(self):
@@ -304,6 +311,30 @@ def _is_number(table: Any, column: str) -> bool:
 
     kind = table.data.schema.field(column).type
     return pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_decimal(kind)
+
+
+def _as_bytes(column: Any) -> list[bytes]:
+    """Keys of any type, without a look at whether texts are UTF-8."""
+    import pyarrow
+
+    text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+    values = column.cast(pyarrow.large_binary() if text else pyarrow.large_string()).to_pylist()
+    return [value.encode() if isinstance(value, str) else value or b"" for value in values]
+
+
+def _sizes(column: Any) -> Iterator[np.ndarray]:
+    """Bytes of each text or image, -1 for null; of lists also their lengths. The contents are not read."""
+    import pyarrow
+    from pyarrow import compute
+
+    kind, types = column.type, pyarrow.types
+    if types.is_struct(kind):  # {bytes, path}
+        yield from _sizes(compute.struct_field(column, "bytes")) if "bytes" in kind.names else ()
+    elif not types.is_null(kind):  # texts, images or lists of texts
+        of_lists = types.is_nested(kind)
+        sizes = compute.list_value_length(column) if of_lists else compute.binary_length(column)
+        yield sizes.fill_null(-1).to_numpy().astype(np.int64)
+        yield from _sizes(compute.list_flatten(column)) if of_lists else ()
 
 
 def _key_column(table: Any) -> str | None:

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lcm_jax import files
-from lcm_jax.data.records import BadRecord, BadRecordError, Record
+from lcm_jax.data.records import BadRecord, BadRecordError, Record, digest_of
 from lcm_jax.data.sources.parsing import captions_of
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.foreign import one_line
@@ -77,6 +77,10 @@ class TFDS:
             raise IndexError(f"record {number} of {len(self)}")
         row = int(self._rows[number])
         return self._files[int(np.searchsorted(self._ends, row, side="right"))], f"{self._split}-{row:09d}"
+
+    def digest(self) -> str:
+        ends = [_last_bytes(file) for file in self._files]  # where array_record keeps the positions of records
+        return digest_of(self._split, self._rows, self._ends, *ends)
 
     def _example(self, number: int) -> Mapping[str, Any]:
         try:
@@ -139,6 +143,13 @@ def open(path: str, *, split: str = "train", image_key: str | None = None, capti
         image_key=image_key,
         caption_key=caption_key,
     )
+
+
+def _last_bytes(file: str, count: int = 1 << 16) -> bytes:
+    with Path(file).open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - count))
+        return b"%d " % size + stream.read()
 
 
 def _from_folder(tfds: Any, folder: Path) -> Any:

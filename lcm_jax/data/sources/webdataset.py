@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lcm_jax.data.records import BadRecord, BadRecordError, Record
+from lcm_jax.data.records import BadRecord, BadRecordError, Record, digest_of
 from lcm_jax.data.sources import parsing, tar_index
 from lcm_jax.data.sources.tar_index import ShardIndex
 from lcm_jax.errors import BadArgument
@@ -106,6 +106,10 @@ class TarSource:
     def where(self, number: int) -> tuple[str, str]:
         shard, key = self._shard_and_key(number)
         return self._shards[shard], key
+
+    def digest(self) -> str:
+        keys = b"\0".join(b"\0".join(keys.tolist()) for keys in self._keys if len(keys))
+        return digest_of(keys, self._spans[:, 1::2], self._is_json)
 
     def _shard_and_key(self, number: int) -> tuple[int, str]:
         number = operator.index(number)
