@@ -79,6 +79,8 @@ def test_every_prefix_may_stand_before_every_spelling(name, tmp_path):
         spelled = {"own": {n: n for n in found}}
         if part == "unet":
             spelled["original"] = lora_keys.sgm_names(module)
+            late = re.compile(r"(?<=output_blocks\.\d)\.1\.conv$")  # OneTrainer has SDXL's place for all
+            spelled["OneTrainer"] = {n: late.sub(".2.conv", new) for n, new in spelled["original"].items()}
         else:
             spelled["short"] = {n: n.removeprefix("text_model.") for n in found}
 
@@ -187,6 +189,7 @@ PEFT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     [
         ({}, {}, "holds no tensors; download or save it again"),
         ({"conv_in.weight": DOWN}, {}, r"holds no LoRA: none of its 1 keys \(conv_in.weight\) is a factor"),
+        (kohya(**{"a\nb.lora_up.weight": UP}), {}, r"has a key 'a\\nb.lora_up.weight' with control characters"),
         ({f"{STEM}.hada_w1_a": DOWN}, {}, rf"is a LoHa \({STEM}.hada_w1_a\), which is not supported"),
         ({f"{STEM}.lokr_w1": DOWN}, {}, "is a LoKr"),
         (kohya(**{f"{STEM}.dora_scale": UP}), {}, "is a DoRA"),
@@ -270,7 +273,7 @@ PEFT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
                 ('{"unet.lora_alpha": 3e38, "unet.use_rslora": true}', "alpha of unet.down_.* is 6e.38, not a finite"),
                 (
                     '{"unet.lora_alpha": 4, "unet.alpha_pattern": ["to_q"]}',
-                    "alpha_pattern of unet is a list, not an obj",
+                    r"alpha_pattern of unet is \['to_q'\], not an obj",
                 ),
                 ('{"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": NaN}}', "alpha_pattern 'to_q' is nan, not a"),
                 (

@@ -135,7 +135,7 @@ def read_lora(source: str | Path, modules: Mapping[str, nn.Module], ignore_unuse
     found_in = (("layers", parts), ("parameters without factors", deltas))
     counts = [f"{len(changed)} {what} of {part}" for what, of in found_in for part, changed in of.items()]
     logging.info("%s: %s", path, ", ".join(counts))
-    return LoraFile(parts, deltas, marks)
+    return LoraFile(dict(parts), dict(deltas), marks)
 
 
 def merge_into(pipeline: Pipeline, params: PipelineParams, loras: Sequence[tuple[LoraFile, float]]) -> PipelineParams:
@@ -335,7 +335,7 @@ def _config_alpha(path: Path, part: str, configs: Mapping[str, Mapping[str, Any]
         raise LcmError(f"{path} is a DoRA (use_dora), which is not supported; use a plain LoRA, or convert it to one")
     given, default = config.get("alpha_pattern") or {}, config.get("lora_alpha")
     if not isinstance(given, Mapping):
-        raise LcmError(f"{path}: alpha_pattern of {part} is a {type(given).__name__}, not an object; save it again")
+        raise LcmError(f"{path}: alpha_pattern of {part} is {str(given)[:40]}, not an object; save it again")
     patterns = []
     for pattern, value in given.items():
         shown = f"alpha_pattern {pattern[:40]!r}"

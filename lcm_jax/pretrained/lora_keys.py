@@ -35,7 +35,7 @@ from lcm_jax.pretrained import names, single_file_keys
 
 # Part -> what stands before its layers' names, each followed by a dot or an underscore.
 _PREFIXES = {
-    "unet": r"unet|(?:model[._])?diffusion_model|lora_unet|lora_prior_unet|lycoris_unet",
+    "unet": r"unet|(?:model[._])?diffusion_model|lora_unet|lora_prior_unet",
     "text_encoder": (
         r"text_encoder|(?:lora_)?te1?|(?:text_encoders[._])?clip_[lh](?:[._]transformer)?"
         r"|cond_stage_model[._]transformer|conditioner[._]embedders[._]0[._]transformer"
@@ -54,8 +54,7 @@ _KEY = re.compile(
     rf"(?P<name>.+?)(?:(?P<lora_A>{_DOWN}(?:\.weight)?)|(?P<lora_B>{_UP}(?:\.weight)?)|(?P<lora_bias>{_UP}\.bias)"
     r"|(?P<alpha>(?:\.lora|_lora|\.lora_linear_layer)?\.alpha)|(?P<diff>\.diff|\.w_norm)|(?P<diff_b>\.diff_b|\.b_norm))"
 )
-FACTORS = ("lora_A", "lora_B")
-_WITH_FACTORS, _OF_BIAS = (*FACTORS, "lora_bias"), ("lora_bias", "diff_b")
+FACTORS, _OF_BIAS = ("lora_A", "lora_B"), ("lora_bias", "diff_b")
 
 # Part of a key -> the kind of adapter that has it.
 _OTHER_KINDS = {
@@ -70,6 +69,7 @@ _OTHER_KINDS = {
     "ia3_l": "(IA)^3",
     "vera_lambda": "VeRA",
     "a1.weight": "GLoRA",
+    "lora_E": "AdaLoRA",
     "___.": "file of HCP-Diffusion",
     "set_weight": "set of replaced weights",
     "reshape_weight": "LoRA that reshapes layers",
@@ -138,11 +138,12 @@ def sgm_names(unet: UNet2DConditionModel) -> dict[str, str]:
 def kohya_names(unet: UNet2DConditionModel) -> Mapping[str, str]:
     """Torch name of each layer -> the name whose dots become underscores in kohya's file; absent: diffusers reads none.
 
-    A1111 and diffusers together decide. A1111 translates diffusers' names as if the first upsampler had no transformer
-    beside it, as in SD; diffusers reads the original names of SDXL alone. Where SDXL has the transformer, as all but
-    the refiner do, the original names are written, as sd-scripts does.
+    A1111 translates diffusers' names as if the first upsampler had no transformer beside it, as in SD and SDXL's
+    refiner. Other UNets of SDXL get their original names, as from sd-scripts; diffusers reads these of SDXL alone, with
+    one number of resnets for all levels.
     """
-    original = unet.addition_embed_type is not None and bool(unet.up_depths(0))
+    sdxl = unet.addition_embed_type is not None and isinstance(unet.layers_per_block, int)
+    original = sdxl and bool(unet.up_depths(0))
     spelled = sgm_names(unet) if original else {name: name for name in layers(unet)}
     unread = ("time_embedding.cond_proj",) if original else ("time_embedding.cond_proj", "add_embedding.")
     return {name: spelled[name] for name in layers(unet) if not name.startswith(unread)}
@@ -170,10 +171,10 @@ def _variants(name: str) -> list[str]:
     return found
 
 
-def split(key: str) -> tuple[str, str] | None:
-    """(spelling of the layer, role: a group of `_KEY`) of a key; None if it is not a LoRA's."""
-    match = _KEY.fullmatch(key)
-    return (match["name"], match.lastgroup) if match else None
+def split(key: str) -> tuple[str, str]:
+    """(spelling of the layer, role: a group of `_KEY`) of a key; both "" if it is not a LoRA's."""
+    found = _KEY.fullmatch(key)
+    return (found["name"], found.lastgroup) if found else ("", "")
 
 
 def match(
@@ -192,50 +193,48 @@ def match(
     Raises:
       LcmError: see `lora_files.read_lora`.
     """
-    embeddings = {match[1] for key in shapes if (match := _EMBEDDING.fullmatch(key))}
-    shapes = {key: shape for key, shape in shapes.items() if not _EMBEDDING.fullmatch(key)}
+    if odd := [key for key in shapes if not key.isprintable()]:
+        raise LcmError(f"{source} has a key {odd[0]!r} with control characters; the file is broken, use another")
+    bundled = {key: found[1] for key in shapes if (found := _EMBEDDING.fullmatch(key))}
+    embeddings, shapes = set(bundled.values()), {key: shapes[key] for key in shapes if key not in bundled}
     if embeddings and not shapes:
         raise LcmError(f"{source} holds embeddings alone ({names.some(embeddings)}), no LoRA; name another file")
     _check_kind(source, shapes)
     _check_text_width(source, shapes, modules)
-    found: dict[Layer, dict[str, str]] = {}
+    matched: dict[Layer, dict[str, str]] = {}
     for key in shapes:
-        spelling, role = split(key) or ("", "")
+        spelling, role = split(key)
         means = [layer for layer in layers_of(spelling, modules) if layer.parameter(role)]
         if len(means) > 1:
             parts = " and ".join(layer.part for layer in means)
             raise LcmError(f"{source}: {key} may be for {parts} of this model; put the part's name before such keys")
-        keys = found.setdefault(means[0], {}) if means else {}
+        keys = matched.setdefault(means[0], {}) if means else {}
         if role in keys:
             raise LcmError(f"{source} has both {keys[role]} and {key} for one layer; keep one adapter in the file")
         keys[role] = key
-    found = {layer: keys for layer, keys in found.items() if keys.keys() != {"alpha"}}
-    _check_unused(source, shapes, {key for keys in found.values() for key in keys.values()}, modules, ignore_unused)
-    halves = [
-        keys[role]
-        for keys in found.values()
-        for role in keys.keys() & set(_WITH_FACTORS)
-        if not set(FACTORS) <= keys.keys()
-    ]
+    matched = {layer: keys for layer, keys in matched.items() if keys.keys() != {"alpha"}}
+    _check_unused(source, shapes, {key for keys in matched.values() for key in keys.values()}, modules, ignore_unused)
+    incomplete = [keys for keys in matched.values() if not set(FACTORS) <= keys.keys()]
+    halves = [key for keys in incomplete for role, key in keys.items() if role in (*FACTORS, "lora_bias")]
     if halves:
         raise LcmError(
             f"{source}: {len(halves)} keys lack a factor of their layer ({names.some(halves)}); "
             "the file is incomplete, download or save it again"
         )
-    _check_shapes(source, shapes, found)
+    _check_shapes(source, shapes, matched)
     if embeddings:
         logging.warning("%s holds embeddings, too (%s); they are left out", source, names.some(embeddings))
-    return found
+    return matched
 
 
 def _check_kind(source: str, shapes: Mapping[str, names.Shape]) -> None:
     if not shapes:
         raise LcmError(f"{source} holds no tensors; download or save it again")
     for key in shapes:
-        if kind := _OTHER_KIND.search(key):
-            kind = _OTHER_KINDS[kind[1]]
+        if found := _OTHER_KIND.search(key):
+            kind = _OTHER_KINDS[found[1]]
             raise LcmError(f"{source} is a {kind} ({key}), which is not supported; use a plain LoRA, or convert it")
-    if not any((split(key) or ("", "alpha"))[1] != "alpha" for key in shapes):
+    if all(split(key)[1] in ("", "alpha") for key in shapes):
         raise LcmError(f"{source} holds no LoRA: none of its {len(shapes)} keys ({names.some(shapes)}) is a factor")
 
 
@@ -245,7 +244,7 @@ def _check_text_width(source: str, shapes: Mapping[str, names.Shape], modules: M
         return
     found = set()
     for key, shape in shapes.items():
-        spelling, role = split(key) or ("", "")
+        spelling, role = split(key)
         if role == "lora_A" and len(shape) > 1 and _TEXT_INPUT.fullmatch(spelling):
             found.add(shape[1])
     mine = set(modules["unet"].per_level("cross_attention_dim"))
@@ -267,14 +266,14 @@ def _check_unused(
     modules: Mapping[str, nn.Module],
     ignore_unused: bool,
 ) -> None:
-    unused = {key for key in shapes.keys() - used if not _is_idle(key, modules)}
-    if not unused and used:
+    unused = {key for key in shapes.keys() - used if not (used and _is_idle(key, modules))}
+    if not unused:
         return
     what = f"{source}: {len(unused)} of {len(shapes)} keys match no layer of this model ({names.some(unused)})"
     if not used:
         raise LcmError(f"{what}; it is for another architecture, or for parts that this model does not have")
     if not ignore_unused:
-        if any(split(key) and split(key)[1] in FACTORS for key in unused):
+        if any(split(key)[1] in FACTORS for key in unused):
             why = "is it for another architecture, or for parts that this model does not have? Set"
         else:
             why = "every factor does. What these change would be lost; set"
@@ -284,9 +283,8 @@ def _check_unused(
 
 def _is_idle(key: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a key is for the projection of a text encoder that is used without it; ComfyUI has one in each."""
-    spelling = (split(key) or ("", ""))[0]
-    matches = (_SPELLING[part].fullmatch(spelling) for part, module in modules.items() if part != "unet")
-    return any(match is not None and match["name"] == "text_projection" for match in matches)
+    found = (_SPELLING[part].fullmatch(split(key)[0]) for part in modules.keys() - {"unet"})
+    return any(match["name"] == "text_projection" for match in found if match)
 
 
 def _check_shapes(source: str, shapes: Mapping[str, names.Shape], found: Matched) -> None:
