@@ -221,6 +221,11 @@ PEFT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         ({f"{STEM}.lora_down.weight": DOWN.astype(np.int32), f"{STEM}.lora_up.weight": UP}, {}, "is int32; only float"),
         ({f"{STEM}.lora_down.weight": DOWN, f"{STEM}.lora_up.weight": UP * np.nan}, {}, "lora_up.weight has values"),
         (
+            {f"{STEM}.lora_down.weight": DOWN.astype(np.float64) + 1e300, f"{STEM}.lora_up.weight": UP},
+            {},
+            "lora_down.weight has values",
+        ),
+        (
             {f"{PEFT}.lora_{x}.{y}.weight": t for x, t in (("A", DOWN), ("B", UP)) for y in ("a", "b")},
             {},
             "for one layer; keep one adapter in the file",

@@ -120,18 +120,18 @@ def read_lora(source: str | Path, modules: Mapping[str, nn.Module], ignore_unuse
         parts: dict[str, dict[names.Path, Factors]] = collections.defaultdict(dict)
         deltas: dict[str, dict[names.Path, np.ndarray]] = collections.defaultdict(dict)
         for layer, keys in found.items():
+            scale = 1.0
             if "lora_A" in keys:
-                a, b = (_factor(path, layer, role, keys[role], weights.read) for role in lora_keys.FACTORS)
-                factors = Factors(a, b, alphas[layer])
+                factors = Factors(*_factors(weights, layer, keys), alphas[layer])
+                scale = factors.scale
                 if layer.weight.path[-1] == "kernel":
                     parts[layer.part][layer.weight.path[:-1]] = factors
                 else:  # an embedding, [rows features] on both sides
-                    deltas[layer.part][layer.weight.path] = factors.scale * (a @ b).T
+                    deltas[layer.part][layer.weight.path] = scale * (factors.lora_A @ factors.lora_B).T
             for role in keys.keys() - {*lora_keys.FACTORS, "alpha"}:
-                parameter = layer.parameter(role)
-                value = _read(path, keys[role], parameter, weights.read)
-                scale = factors.scale if role == "lora_bias" else 1
-                deltas[layer.part][parameter.path] = deltas[layer.part].get(parameter.path, 0) + scale * value
+                parameter, changed = layer.parameter(role), deltas[layer.part]
+                value = _read(weights, keys[role], parameter) * (scale if role == "lora_bias" else 1)
+                changed[parameter.path] = changed.get(parameter.path, 0) + value
     found_in = (("layers", parts), ("parameters without factors", deltas))
     counts = [f"{len(changed)} {what} of {part}" for what, of in found_in for part, changed in of.items()]
     logging.info("%s: %s", path, ", ".join(counts))
@@ -247,19 +247,25 @@ def _marks(weights: safetensors_io.Weights) -> noise_marks.Marks | None:
         return None
 
 
-def _factor(path: Path, layer: lora_keys.Layer, role: str, key: str, read: Callable[[str], np.ndarray]) -> np.ndarray:
-    """A factor in the tree's layout, float32; of an embedding [rows features] in that of a matrix [features rows]."""
-    rank = read(key).shape[0 if role == "lora_A" else 1]
+def _factors(
+    weights: safetensors_io.Weights, layer: lora_keys.Layer, keys: Mapping[str, str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A layer's lora_A and lora_B; those of an embedding [rows features] as of a linear layer from features to rows."""
     out, fan, *window = layer.weight.torch_shape
-    shape = (*window, fan, rank) if role == "lora_A" else (*(1 for _ in window), rank, out)
-    return _read(path, key, names.Parameter(("kernel",), shape), read)
+    rank = weights.shapes[keys["lora_A"]][0]
+    a, b = (*window, fan, rank), (*(1 for _ in window), rank, out)
+    return (
+        _read(weights, keys["lora_A"], names.Parameter(("kernel",), a)),
+        _read(weights, keys["lora_B"], names.Parameter(("kernel",), b)),
+    )
 
 
-def _read(path: Path, key: str, parameter: names.Parameter, read: Callable[[str], np.ndarray]) -> np.ndarray:
+def _read(weights: safetensors_io.Weights, key: str, parameter: names.Parameter) -> np.ndarray:
     """A tensor in the tree's layout, float32 and finite."""
-    value = names.read_leaf(read(key), parameter, np.float32, f"{path}: {key}")
+    with np.errstate(over="ignore"):  # what became infinite is refused
+        value = names.read_leaf(weights.read(key), parameter, np.float32, f"{weights.source}: {key}")
     if not np.isfinite(value).all():
-        raise LcmError(f"{path}: {key} has values that are not finite; the file is broken, use another")
+        raise LcmError(f"{weights.source}: {key} has values that are not finite; the file is broken, use another")
     return value
 
 
