@@ -521,5 +521,8 @@ def test_merging_refuses(tmp_path):
     got = read_lora(path, modules_of(base))
     with pytest.raises(LcmError, match="the LoRA adapts a text_encoder_2, which this model does not have"):
         merge_into(*loaded("sd1"), [(got, 1.0)])
+    for delta in ({("nowhere", "bias"): np.zeros(32)}, {("conv_out", "bias"): np.zeros(32)}):
+        with pytest.raises(LcmError, match="1 LoRA adapters match none of the model's parameters"):
+            lora.merge(loaded("sd1")[1]["unet"], [], [(delta, 1.0)])
     with pytest.raises(LcmError, match="LoRA weight nan is not finite"):
         merge_into(*loaded("sdxl"), [(got, float("nan"))])

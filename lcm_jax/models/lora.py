@@ -178,7 +178,7 @@ def merge(
       deltas: (path of a leaf -> what is added to it, scale) pairs, beside the adapters.
 
     Raises:
-      LcmError: adapters for layers that `params` does not have, or of other shapes.
+      LcmError: adapters for layers, or deltas for leaves, that `params` does not have, or of other shapes.
     """
     flat = dict(traverse_util.flatten_dict(params))
     changes: dict[Path, Any] = {}
@@ -195,6 +195,8 @@ def merge(
             one = (scale[path] if isinstance(scale, Mapping) else scale) * (a @ b.reshape(b.shape[-2:]))
             add((*path, "kernel"), one)
     for delta, scale in deltas:
+        wrong = {path for path, change in delta.items() if path not in flat or flat[path].shape != change.shape}
+        _check_unknown(wrong, "the model's parameters")
         for path, change in delta.items():
             add(path, scale * change)
     for path, change in changes.items():
