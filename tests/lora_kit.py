@@ -79,3 +79,8 @@ def same_lora(one, two):
             np.testing.assert_array_equal(f.lora_A, g.lora_A)
             np.testing.assert_array_equal(f.lora_B, g.lora_B)
             assert f.scale == g.scale
+    assert one.deltas.keys() == two.deltas.keys()
+    for part, deltas in one.deltas.items():
+        assert deltas.keys() == two.deltas[part].keys()
+        for path, delta in deltas.items():
+            np.testing.assert_array_equal(delta, two.deltas[part][path])

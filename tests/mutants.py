@@ -57,6 +57,7 @@ NORMS = ("test_models_norms.py",)
 CLIP = ("test_models_clip.py::test_text_matches_transformers",)
 UNET = ("test_models_unet.py::test_matches_diffusers[prefixed-even]",)
 VAE = ("test_models_vae.py::test_kl_decode[sd]", "test_models_vae.py::test_kl_encode")
+LORA_DELTAS = ("test_pretrained_lora_files.py::test_what_a_file_adds_without_factors",)
 LORA_FILES = ("test_pretrained_lora_files.py::test_one_file_gives_the_model_that_diffusers_gives",)
 RESIZING = ("test_metrics_resizing.py",)
 TEACHER = ("test_sample.py::test_the_teacher_generates_the_images_of_diffusers",)
@@ -431,6 +432,20 @@ NUMBERS = [
         "return 1.0 if self.alpha is None",
         "return 0.5 if self.alpha is None",
         LORA_FILES,
+    ),
+    Mutant(
+        "LoRA: biases without the factors' scale",
+        "pretrained/lora_files.py",
+        '(scale if role == "lora_bias" else 1)',
+        "1",
+        LORA_DELTAS,
+    ),
+    Mutant(
+        "LoRA: differences at full weight",
+        "models/lora.py",
+        "add(path, scale * change)",
+        "add(path, change)",
+        LORA_DELTAS,
     ),
     Mutant(
         "LoRA in training: no scale",

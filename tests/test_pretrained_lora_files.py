@@ -298,10 +298,10 @@ def abstract_adapters(name, rank=64):
     return unet, jax.eval_shape(lambda key: lora.init(key, shapes, rank), jax.random.key(0))
 
 
-def header_of(unet, tree):
+def header_of(shapes):
     """The header that safetensors writes for these shapes in float16."""
     header, position = {"__metadata__": {"format": "pt"}}, 0
-    for key, shape in lora_files.file_shapes(tree, unet).items():
+    for key, shape in shapes.items():
         end = position + 2 * int(np.prod(shape, dtype=np.int64))
         header[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [position, end]}
         position = end
@@ -312,8 +312,8 @@ def header_of(unet, tree):
 def test_the_published_lcm_lora_has_our_keys_and_shapes():
     """`lcm-lora-sdv1-5`: 834 tensors; the length and hash of its header and the size of the file are public."""
     unet, tree = abstract_adapters("sd15")
-    header, data = header_of(unet, tree)
     shapes = lora_files.file_shapes(tree, unet)
+    header, data = header_of(shapes)
     assert len(shapes) == 834 and sum(key.endswith(".alpha") for key in shapes) == 278
     assert len(header) == 116_544 and hashlib.sha256(header).hexdigest().startswith("3ca15dde66470e73")
     assert 8 + len(header) + data == 134_621_556
@@ -326,11 +326,21 @@ def test_the_published_lcm_lora_has_our_keys_and_shapes():
     ("name", "tensors", "size"),
     [("sdxl", 2364, 393_854_624), pytest.param("ssd-1b", 1269, 209_991_222, marks=pytest.mark.slow)],
 )
-def test_key_sets_of_the_family(name, tensors, size):
+def test_the_published_lcm_loras_of_sdxl_have_our_layers_and_shapes(name, tensors, size):
+    """They have diffusers' names and ours those of the original UNet; the sizes of their files are public."""
     unet, tree = abstract_adapters(name)
-    header, data = header_of(unet, tree)
-    assert len(lora_files.file_shapes(tree, unet)) == tensors
-    assert 8 + len(header) + data == size
+    ours = lora_files.file_shapes(tree, unet)
+    spelled = {lora_keys.underscored(new): lora_keys.underscored(old) for old, new in lora_keys.sgm_names(unet).items()}
+    published = {spelled[key.split(".")[0]] + "." + key.split(".", 1)[1]: shape for key, shape in ours.items()}
+    header, data = header_of(dict(sorted(published.items())))
+    assert len(published) == tensors and 8 + len(header) + data == size
+    assert not ours.keys() & published.keys()
+
+    def found(shapes):
+        layers = lora_keys.match(name, shapes, {"unet": unet}, False)
+        return {layer: {role: shapes[key] for role, key in keys.items()} for layer, keys in layers.items()}
+
+    assert found(ours) == found(published)
     assert len(lora_files.file_shapes(tree, unet, "peft")) == tensors * 2 // 3
 
 
@@ -339,7 +349,7 @@ def test_the_header_in_a_file_is_that_header(tmp_path):
     unet, tree = random_adapters("sd1")
     data = write_lora(tmp_path / "x.safetensors", tree, unet, alpha=4, rank=4).read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
-    assert data[8 : 8 + length] == header_of(unet, tree)[0]
+    assert data[8 : 8 + length] == header_of(lora_files.file_shapes(tree, unet))[0]
 
 
 def test_a_single_model_saved_by_diffusers(tmp_path):
@@ -389,6 +399,75 @@ def test_1x1_layers_in_either_form(tmp_path):
         same_lora(one, three)
 
 
+def test_what_a_file_adds_without_factors(tmp_path, caplog):
+    """Norms, biases and whole matrices of LyCORIS, peft and ComfyUI. Oracle: torch tensors plus weight * difference."""
+    base, params = loaded("sd1")
+    generator, found = np.random.default_rng(1), factors(base.unet, ("conv1", "proj_in"), rank=2)
+    stem, conv, norm = "down_blocks.0.attentions.0.", "down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.0.norm1"
+    before = {part: names.to_torch(module, params[part]) for part, module in modules_of(base).items()}
+    wanted = {part: {key: x.astype(np.float64) for key, x in state.items()} for part, state in before.items()}
+    tensors = tensors_of("kohya", found, 6.0)
+    for name, (a, b) in found.items():
+        delta = np.tensordot(b.reshape(-1, 2).astype(np.float64), a, 1)
+        wanted["unet"][f"{name}.weight"] += 0.5 * 6 / 2 * delta
+
+    def add(key, part, target, scale=1.0):
+        tensors[key] = (0.1 * generator.normal(size=before[part][target].shape)).astype(np.float32)
+        wanted[part][target] += 0.5 * scale * tensors[key]
+
+    add(f"{lora_keys.underscored(norm)}.w_norm", "unet", f"{norm}.weight")
+    add(f"{lora_keys.underscored(norm)}.b_norm", "unet", f"{norm}.bias")
+    add(f"unet.{stem}proj_in.lora_B.bias", "unet", f"{stem}proj_in.bias", scale=6 / 2)
+    add(f"{lora_keys.underscored(conv)}.diff", "unet", f"{conv}.weight")  # beside factors
+    add(f"{lora_keys.underscored(conv)}.diff_b", "unet", f"{conv}.bias")
+    add("diffusion_model.out.0.diff", "unet", "conv_norm_out.weight")
+    add("diffusion_model.time_embed.0.diff", "unet", "time_embedding.linear_1.weight")
+    text = "text_model.embeddings.token_embedding"
+    rows, features = before["text_encoder"][f"{text}.weight"].shape
+    a, b = (generator.normal(size=shape).astype(np.float32) for shape in ((3, features), (rows, 3)))
+    stem = "text_encoders.clip_l.transformer."
+    tensors |= {f"{stem}{text}.lora_down.weight": a, f"{stem}{text}.lora_up.weight": b}
+    wanted["text_encoder"][f"{text}.weight"] += 0.5 * b @ a
+    projection = np.zeros((features, 2), np.float32)  # ComfyUI has one, which nothing uses
+    tensors |= {f"{stem}text_projection.lora_{x}.weight": projection for x in ("up", "down")}
+    add(f"{stem}text_model.final_layer_norm.diff_b", "text_encoder", "text_model.final_layer_norm.bias")
+    with caplog.at_level("WARNING"):
+        got = read_lora(save(tmp_path / "x.safetensors", tensors), modules_of(base))
+    assert not caplog.text
+    merged = merge_into(base, params, [(got, 0.5)])
+    for part, module in modules_of(base).items():
+        for key, value in names.to_torch(module, merged[part]).items():
+            if (wanted[part][key] == before[part][key]).all():
+                np.testing.assert_array_equal(value, before[part][key])
+            parity.close(value, wanted[part][key], atol=2e-6)
+    bad = tensors | {f"{lora_keys.underscored(norm)}.w_norm": np.full(3, np.nan, np.float32)}
+    with pytest.raises(LcmError, match=r"norm1.w_norm \[3\] for \[32\]"):
+        read_lora(save(tmp_path / "bad.safetensors", bad), modules_of(base))
+    bad = tensors | {f"{lora_keys.underscored(norm)}.w_norm": np.full(32, np.nan, np.float32)}
+    with pytest.raises(LcmError, match="norm1.w_norm has values that are not finite"):
+        read_lora(save(tmp_path / "bad.safetensors", bad), modules_of(base))
+
+
+def test_alphas_of_any_kind_of_number(tmp_path, caplog):
+    """Integers and negative ones count; 0 leaves its layers as they are, with a warning; half precision is rounded."""
+    base = pipeline("sd1")
+    found = factors(base.unet, ("attn2.to_q",))
+    for alpha, scale, warned in (
+        (np.int64(2), 0.5, ""),
+        (np.float16(-2), -0.5, ""),
+        (np.float32(0), 0, "alpha is 0 for"),
+    ):
+        caplog.clear()
+        tensors = tensors_of("kohya", found) | {file_keys("kohya", name)[2]: alpha for name in found}
+        with caplog.at_level("WARNING"):
+            got = read_lora(save(tmp_path / "x.safetensors", tensors), modules_of(base))
+        assert set(got.scales("unet").values()) == {scale} and (warned in caplog.text if warned else not caplog.text)
+    tensors = tensors_of("kohya", found) | {file_keys("kohya", name)[2]: np.float16(0.1) for name in found}
+    config = {"lora_adapter_metadata": '{"unet.lora_alpha": 0.1}'}
+    got = read_lora(save(tmp_path / "x.safetensors", tensors, **config), modules_of(base))
+    assert set(got.scales("unet").values()) == {0.1 / 4}
+
+
 def test_merging_is_pure_and_keeps_the_dtype(tmp_path):
     base, params = load_pipeline(tiny.folder("sd1"), param_dtype=jnp.bfloat16)
     before = jax.tree.map(np.copy, params)
@@ -418,8 +497,8 @@ LINEAR = {"lora_A": np.full((32, 4), 1e6, np.float32), "lora_B": np.zeros((4, 12
         (dict(tree={"nowhere": LINEAR}), "the adapter nowhere fits no layer of this UNet; use the UNet"),
         (dict(tree={"conv_in": LINEAR}), r"adapter conv_in: shapes \[32, 4\], \[4, 128\] on a kernel \[3, 3, 4, 32\]"),
         (
-            dict(tree={"add_embedding": {"linear_1": LINEAR}}, unet=pipeline("sdxl").unet),
-            "diffusers cannot read kohya's name of add_embedding.linear_1; write format='peft'",
+            dict(tree={"time_embedding": {"cond_proj": LINEAR}}, unet=pipeline("lcm").unet),
+            "diffusers cannot read kohya's name of time_embedding.cond_proj; write format='peft'",
         ),
         (
             dict(tree={"time_embedding": {"linear_1": LINEAR}}),
@@ -442,5 +521,8 @@ def test_merging_refuses(tmp_path):
     got = read_lora(path, modules_of(base))
     with pytest.raises(LcmError, match="the LoRA adapts a text_encoder_2, which this model does not have"):
         merge_into(*loaded("sd1"), [(got, 1.0)])
+    for delta in ({("nowhere", "bias"): np.zeros(32)}, {("conv_out", "bias"): np.zeros(32)}):
+        with pytest.raises(LcmError, match="1 LoRA adapters match none of the model's parameters"):
+            lora.merge(loaded("sd1")[1]["unet"], [], [(delta, 1.0)])
     with pytest.raises(LcmError, match="LoRA weight nan is not finite"):
         merge_into(*loaded("sdxl"), [(got, float("nan"))])

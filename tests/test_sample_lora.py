@@ -18,7 +18,7 @@ from test_sample import PROMPT, arrays, generate
 
 from lcm_jax import sample
 from lcm_jax.errors import BadArgument
-from lcm_jax.pretrained import RECORD, load_pipeline, save_single_file, text
+from lcm_jax.pretrained import RECORD, load_pipeline, lora_keys, save_single_file, text
 from lcm_jax.sampling.generator import draw_noise
 from lcm_jax.sampling.load import add_loras, parse_lora
 from lcm_jax.sampling.request import make_request, warnings
@@ -192,6 +192,27 @@ def test_loras_that_do_not_fit_are_refused(tmp_path, capsys, caplog):
     assert not (tmp_path / "out").exists()
     assert sample.main([f"--model={tiny.folder('sd1')}", f"--lora={more}", *options, "--ignore_unused"]) == 0
     assert "1 of" in caplog.text and "unet.nowhere" in caplog.text
+
+
+def test_loras_of_other_programs_draw_the_same_pictures(lora_files, tmp_path, caplog):
+    """OneTrainer's names with a bundled embedding against kohya's; LyCORIS' norms count."""
+    unet, tensors = lora_kit.pipeline("sd1").unet, {}
+    original = lora_keys.sgm_names(unet)
+    for name, (a, b) in lora_kit.factors(unet, seed=1).items():
+        stem = f"unet.{original[name]}"
+        tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": np.float32(2)}
+    bundled = tensors | {"bundle_emb.cat.clip_l": np.ones((2, 32), np.float32)}
+    norm = tensors | {"lora_unet_conv_norm_out.w_norm": np.full(32, 0.5, np.float32)}
+    pictures = {}
+    for name, path in {
+        "kohya": lora_files[0],
+        "other": lora_kit.save(tmp_path / "other.safetensors", bundled),
+        "norm": lora_kit.save(tmp_path / "norm.safetensors", norm),
+    }.items():
+        pictures[name] = arrays(generate(tiny.folder("sd1"), tmp_path / name, f"--lora={path}", *OPTIONS))
+    np.testing.assert_array_equal(pictures["other"], pictures["kohya"])
+    assert "other.safetensors holds embeddings, too (cat)" in caplog.text
+    assert np.abs(pictures["norm"] - pictures["kohya"]).max() > 8
 
 
 def warned(pipeline, guidance_scale=1.0, **options) -> str:

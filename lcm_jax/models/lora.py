@@ -165,18 +165,27 @@ def _pair(strides: int | Sequence[int] | None) -> tuple[int, ...]:
     return (strides or 1,) * 2 if strides is None or isinstance(strides, int) else tuple(strides)
 
 
-def merge(params: Params, adapters: Sequence[tuple[Params, Scale]]) -> Params:
+def merge(
+    params: Params,
+    adapters: Sequence[tuple[Params, Scale]],
+    deltas: Sequence[tuple[Mapping[Path, Any], float]] = (),
+) -> Params:
     """W + sum_i scale_i A_i B_i for every adapted kernel, summed in float32; other leaves are shared with `params`.
 
     Args:
       params: the model's tree. It is not changed, so that one base serves any number of combinations.
       adapters: (adapter tree, scale) pairs; the scale is one number, or a number for each layer's path.
+      deltas: (path of a leaf -> what is added to it, scale) pairs, beside the adapters.
 
     Raises:
-      LcmError: adapters for layers that `params` does not have, or of other shapes.
+      LcmError: adapters for layers, or deltas for leaves, that `params` does not have, or of other shapes.
     """
     flat = dict(traverse_util.flatten_dict(params))
     changes: dict[Path, Any] = {}
+
+    def add(path: Path, change: Any) -> None:
+        changes[path] = changes[path] + change if path in changes else change
+
     for tree, scale in adapters:
         layers = by_layer(tree)
         _check_unknown({path for path in layers if (*path, "kernel") not in flat}, "the model's layers")
@@ -184,10 +193,14 @@ def merge(params: Params, adapters: Sequence[tuple[Params, Scale]]) -> Params:
         for path, factors in layers.items():
             a, b = (factors[name].astype(np.float32) for name in ("lora_A", "lora_B"))
             one = (scale[path] if isinstance(scale, Mapping) else scale) * (a @ b.reshape(b.shape[-2:]))
-            changes[path] = changes[path] + one if path in changes else one
+            add((*path, "kernel"), one)
+    for delta, scale in deltas:
+        wrong = {path for path, change in delta.items() if path not in flat or flat[path].shape != change.shape}
+        _check_unknown(wrong, "the model's parameters")
+        for path, change in delta.items():
+            add(path, scale * change)
     for path, change in changes.items():
-        kernel = flat[(*path, "kernel")]
-        flat[(*path, "kernel")] = (kernel.astype(np.float32) + change).astype(kernel.dtype)
+        flat[path] = (flat[path].astype(np.float32) + change).astype(flat[path].dtype)
     return traverse_util.unflatten_dict(flat)
 
 

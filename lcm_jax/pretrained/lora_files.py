@@ -8,8 +8,10 @@ merged: W + sum_i weight_i * (alpha/rank)_i * B_i A_i
 `lora_keys` knows how files name layers. Torch's factors are A [r i], B [o r] of a linear layer and A [r i kh kw],
 B [o r 1 1] of a convolution; here they have the layout of `models.lora`. A layer's alpha is its `.alpha` tensor, or
 is in the header under `lora_adapter_metadata`, or in peft's adapter_config.json; without any of these it is the rank.
+What a file adds to weights without factors (norms, biases, whole matrices) is added with the LoRA's weight.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -18,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import linen as nn
@@ -33,8 +36,10 @@ from lcm_jax.pretrained.model import Pipeline, PipelineParams
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 FORMATS = ("kohya", "peft")
-_PEFT_ONLY = ("time_embedding.cond_proj", "add_embedding.")  # diffusers takes their underscores for dots
 _DOWN = ("lora_down.weight", "lora_A.weight")
+_ROUNDING = 2**-8  # of an alpha in half precision
+_LARGEST = float(np.finfo(np.float32).max)
+_QUANTIFIER, _QUANTIFIED_GROUP = re.compile(r"[*+{]|(?<!\()\?"), re.compile(r"\)[*+?{]")
 _TRAINER_FILE, _TRAINER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -61,12 +66,16 @@ class Factors:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraFile:
-    """Content of one file: part ("unet", "text_encoder", "text_encoder_2") -> layer's path -> Factors.
+    """Content of one file.
 
-    marks: of the noise that its base was trained on.
+    Attributes:
+      parts: part ("unet", "text_encoder", "text_encoder_2") -> layer's path -> Factors.
+      deltas: part -> parameter's path -> what is added to it at weight 1, float32, in the tree's layout.
+      marks: of the noise that its base was trained on.
     """
 
     parts: Mapping[str, Mapping[names.Path, Factors]]
+    deltas: Mapping[str, Mapping[names.Path, np.ndarray]] = dataclasses.field(default_factory=dict)
     marks: noise_marks.Marks | None = None
 
     def tree(self, part: str) -> dict[str, Any]:
@@ -95,9 +104,12 @@ def read_lora(source: str | Path, modules: Mapping[str, nn.Module], ignore_unuse
       modules: the model's parts (`modules_of`); the layers' names and shapes are checked against them.
       ignore_unused: ignore the tensors that belong to no layer of `modules`; their number is logged.
 
+    Embeddings that are bundled with a LoRA are left out, with a warning.
+
     Raises:
       LcmError: file missing, damaged, pickled, or not a LoRA; of another kind (LoHa, LoKr, DoRA); made for another
-        architecture; keys of no layer, a factor without its partner, or a required alpha that is missing.
+        architecture; keys of no layer, a factor without its partner, an alpha that is missing though required, or a
+        number that is not finite.
     """
     path = _locate(source)
     with safetensors_io.open_file(path) as weights:
@@ -105,12 +117,25 @@ def read_lora(source: str | Path, modules: Mapping[str, nn.Module], ignore_unuse
         shapes = {key: shape for key, shape in weights.shapes.items() if key not in noise_marks.KEYS}
         found = lora_keys.match(str(path), shapes, modules, ignore_unused)
         alphas = _alphas(path, found, weights)
-        parts: dict[str, dict[names.Path, Factors]] = {}
+        parts: dict[str, dict[names.Path, Factors]] = collections.defaultdict(dict)
+        deltas: dict[str, dict[names.Path, np.ndarray]] = collections.defaultdict(dict)
         for layer, keys in found.items():
-            a, b = (_factor(path, layer, role, keys[role], weights.read) for role in ("lora_A", "lora_B"))
-            parts.setdefault(layer.part, {})[layer.kernel.path[:-1]] = Factors(a, b, alphas[layer])
-    logging.info("%s: %s", path, ", ".join(f"{len(part)} layers of {name}" for name, part in parts.items()))
-    return LoraFile(parts, marks)
+            scale = 1.0
+            if "lora_A" in keys:
+                factors = Factors(*_factors(weights, layer, keys), alphas[layer])
+                scale = factors.scale
+                if layer.weight.path[-1] == "kernel":
+                    parts[layer.part][layer.weight.path[:-1]] = factors
+                else:  # an embedding, [rows features] on both sides
+                    deltas[layer.part][layer.weight.path] = scale * (factors.lora_A @ factors.lora_B).T
+            for role in keys.keys() - {*lora_keys.FACTORS, "alpha"}:
+                parameter, changed = layer.parameter(role), deltas[layer.part]
+                value = _read(weights, keys[role], parameter) * (scale if role == "lora_bias" else 1)
+                changed[parameter.path] = changed.get(parameter.path, 0) + value
+    found_in = (("layers", parts), ("parameters without factors", deltas))
+    counts = [f"{len(changed)} {what} of {part}" for what, of in found_in for part, changed in of.items()]
+    logging.info("%s: %s", path, ", ".join(counts))
+    return LoraFile(dict(parts), dict(deltas), marks)
 
 
 def merge_into(pipeline: Pipeline, params: PipelineParams, loras: Sequence[tuple[LoraFile, float]]) -> PipelineParams:
@@ -128,11 +153,12 @@ def merge_into(pipeline: Pipeline, params: PipelineParams, loras: Sequence[tuple
         if one.marks is not None and not one.marks.agree_with(noise):
             # Not an error: such LoRAs are in use, and the noise stays the model's.
             logging.warning("%s is marked %s, but the model is used with %s", one.marks.source, one.marks.text, noise)
-    for part in sorted({part for one, _ in loras for part in one.parts}):
+    for part in sorted({part for one, _ in loras for part in (*one.parts, *one.deltas)}):
         if part not in params:
             raise LcmError(f"the LoRA adapts a {part}, which this model does not have; use the model it was made for")
         adapters = [(one.tree(part), one.scales(part, weight)) for one, weight in loras if part in one.parts]
-        params[part] = lora.merge(params[part], adapters)
+        deltas = [(one.deltas[part], weight) for one, weight in loras if part in one.deltas]
+        params[part] = lora.merge(params[part], adapters, deltas)
     return params
 
 
@@ -153,8 +179,9 @@ def write_lora(
       path: NAME.safetensors, which must not exist.
       tree: adapter tree of `unet`, every layer of rank `rank`.
       alpha: the trained alpha, for all layers; the scale is alpha / rank.
-      format: "kohya" (diffusers' names with underscores, an `.alpha` per layer, as in the published LCM-LoRAs: for
-        diffusers, ComfyUI and A1111) or "peft" (what diffusers saves: alpha in the header).
+      format: "kohya" (names with underscores, an `.alpha` per layer, for diffusers, ComfyUI and A1111: diffusers' names
+        as in the published LCM-LoRAs, of SDXL the original UNet's as in sd-scripts, see `lora_keys.kohya_names`) or
+        "peft" (what diffusers saves: alpha in the header; ComfyUI reads a part of it, A1111 none).
       dtype: of all tensors, kohya's alphas included: float16, bfloat16 or float32.
       metadata: more text entries for the header.
 
@@ -220,42 +247,69 @@ def _marks(weights: safetensors_io.Weights) -> noise_marks.Marks | None:
         return None
 
 
-def _factor(path: Path, layer: lora_keys.Layer, role: str, key: str, read: Callable[[str], np.ndarray]) -> np.ndarray:
-    """A factor in the tree's layout, float32."""
-    tensor = read(key)
-    *window, fan, out = layer.kernel.shape
-    shape = (*window, fan, tensor.shape[0]) if role == "lora_A" else (*(1 for _ in window), tensor.shape[1], out)
-    value = names.read_leaf(tensor, names.Parameter(("kernel",), shape), np.float32, f"{path}: {key}")
+def _factors(
+    weights: safetensors_io.Weights, layer: lora_keys.Layer, keys: Mapping[str, str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A layer's lora_A and lora_B; those of an embedding [rows features] as of a linear layer from features to rows."""
+    out, fan, *window = layer.weight.torch_shape
+    rank = weights.shapes[keys["lora_A"]][0]
+    a, b = (*window, fan, rank), (*(1 for _ in window), rank, out)
+    return (
+        _read(weights, keys["lora_A"], names.Parameter(("kernel",), a)),
+        _read(weights, keys["lora_B"], names.Parameter(("kernel",), b)),
+    )
+
+
+def _read(weights: safetensors_io.Weights, key: str, parameter: names.Parameter) -> np.ndarray:
+    """A tensor in the tree's layout, float32 and finite."""
+    with np.errstate(over="ignore"):  # what became infinite is refused
+        value = names.read_leaf(weights.read(key), parameter, np.float32, f"{weights.source}: {key}")
     if not np.isfinite(value).all():
-        raise LcmError(f"{path}: {key} has values that are not finite; the file is broken, use another")
+        raise LcmError(f"{weights.source}: {key} has values that are not finite; the file is broken, use another")
     return value
+
+
+def _finite(value: Any, what: str) -> float:
+    """A number of a file that multiplies weights. Raises LcmError if it is none, or no float32 can hold it."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(value) <= _LARGEST:
+        raise LcmError(f"{what} is {str(value)[:40]}, not a finite number; the file is broken, use another")
+    return float(value)
 
 
 def _alphas(
     path: Path, found: lora_keys.Matched, weights: safetensors_io.Weights
 ) -> dict[lora_keys.Layer, float | None]:
-    """Each layer's alpha; None if the file does not give it."""
-    tensors = {layer: weights.read(keys["alpha"]) for layer, keys in found.items() if "alpha" in keys}
-    in_file = {layer: float(alpha.reshape(())) for layer, alpha in tensors.items()}
+    """The alpha of each layer with factors; None if the file does not give it."""
+    found = {layer: keys for layer, keys in found.items() if "lora_A" in keys}
+    in_file = {}
+    for layer, keys in found.items():
+        if "alpha" in keys:
+            alpha = weights.read(keys["alpha"]).reshape(())
+            value = float(alpha) if jnp.issubdtype(alpha.dtype, jnp.floating) else alpha.item()
+            in_file[layer] = _finite(value, f"{path}: {keys['alpha']}")
     configs = _adapter_configs(path, weights.metadata)
     trained = weights.metadata.get("ss_network_alpha", "None")
     if trained != "None" and configs is None and len(in_file) < len(found):
         lacking = sorted(f"{layer.part}.{layer.name}" for layer in found.keys() - in_file.keys())
         raise LcmError(
-            f"{path} was trained with alpha {trained} (ss_network_alpha) but {len(lacking)} layers have no "
-            f".alpha ({names.some(lacking)}); use the file as it was trained"
+            f"{path} was trained with alpha {' '.join(trained.split())[:40]} (ss_network_alpha) but {len(lacking)} "
+            f"layers have no .alpha ({names.some(lacking)}); use the file as it was trained"
         )
-    if configs is None:
-        return {layer: in_file.get(layer) for layer in found}
-    alphas: dict[lora_keys.Layer, float | None] = {}
-    for layer, keys in found.items():
-        config = configs.get(layer.part, {})
-        alphas[layer] = _config_alpha(path, layer, config, rank=weights.shapes[keys["lora_A"]][0])
-        if in_file.get(layer, alphas[layer]) != alphas[layer]:
-            raise LcmError(
-                f"{path}: alpha of {layer.part}.{layer.name} is {in_file[layer]} in its tensor and "
-                f"{alphas[layer]} in the metadata; remove the wrong one"
-            )
+    alphas: dict[lora_keys.Layer, float | None] = {layer: in_file.get(layer) for layer in found}
+    if configs is not None:
+        alpha_of = {part: _config_alpha(path, part, configs) for part in {layer.part for layer in found}}
+        for layer, keys in found.items():
+            alphas[layer] = alpha = alpha_of[layer.part](layer.name, weights.shapes[keys["lora_A"]][0])
+            if not math.isclose(in_file.get(layer, alpha), alpha, rel_tol=_ROUNDING):
+                raise LcmError(
+                    f"{path}: alpha of {layer.part}.{layer.name} is {in_file[layer]} in its tensor and {alpha} in the "
+                    "metadata; remove the wrong one"
+                )
+    if zero := [f"{layer.part}.{layer.name}" for layer, alpha in alphas.items() if alpha == 0]:
+        logging.warning(
+            "%s: alpha is 0 for %d layers (%s), which it leaves as they are", path, len(zero), names.some(zero)
+        )
     return alphas
 
 
@@ -272,29 +326,45 @@ def _adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[
     for key, value in entries.items():
         part, dot, field = key.partition(".")
         if not dot:  # one model's adapter, saved by itself
-            part, field = "unet", key
+            part, field = "", key
         configs.setdefault(part, {})[field] = value
     return configs
 
 
-def _config_alpha(path: Path, layer: lora_keys.Layer, config: Mapping[str, Any], rank: int) -> float:
-    """The alpha in peft's config of a layer of this rank."""
+def _config_alpha(path: Path, part: str, configs: Mapping[str, Mapping[str, Any]]) -> Callable[[str, int], float]:
+    """Function of a layer's name and rank: its alpha in peft's config of its part."""
+    config = configs.get(part, configs.get("", {}))
+    for name in ("use_dora", "use_rslora"):
+        if not isinstance(config.get(name) or False, bool):
+            raise LcmError(f"{path}: {name} of {part} is {str(config[name])[:40]}, not true or false; save it again")
     if config.get("use_dora"):
         raise LcmError(f"{path} is a DoRA (use_dora), which is not supported; use a plain LoRA, or convert it to one")
-    alpha = config.get("lora_alpha")
-    try:
-        for pattern, value in (config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", layer.name):
-                alpha = value
-                break
-    except re.error as error:
-        raise LcmError(f"{path}: alpha_pattern {pattern!r} is not a pattern ({error}); save it again") from None
-    if not isinstance(alpha, int | float):
-        raise LcmError(
-            f"{path}: its metadata gives no lora_alpha for {layer.part}, so the strength is unknown; "
-            "save it again with the adapter's config of every part"
-        )
-    return float(alpha) * (rank**0.5 if config.get("use_rslora") else 1.0)  # rank-stabilised: alpha / sqrt(rank)
+    given, default = config.get("alpha_pattern") or {}, config.get("lora_alpha")
+    if not isinstance(given, Mapping):
+        raise LcmError(f"{path}: alpha_pattern of {part} is {str(given)[:40]}, not an object; save it again")
+    patterns = []
+    for pattern, value in given.items():
+        shown = f"alpha_pattern {pattern[:40]!r}"
+        if _QUANTIFIED_GROUP.search(pattern) or len(_QUANTIFIER.findall(pattern)) > 3 or pattern.count("(") > 3:
+            raise LcmError(f"{path}: {shown} could take for ever to match; write the layers' names instead")
+        try:
+            compiled = re.compile(rf"(.*\.)?({pattern})$")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise LcmError(f"{path}: {shown} is not a pattern ({foreign.one_line(error)}); save it again") from None
+        patterns.append((compiled, _finite(value, f"{path}: {shown}")))
+    default = None if default is None else _finite(default, f"{path}: lora_alpha of {part}")
+
+    def alpha(name: str, rank: int) -> float:
+        found = next((value for pattern, value in patterns if pattern.match(name)), default)
+        if found is None:
+            raise LcmError(
+                f"{path}: its metadata gives no lora_alpha for {part}, so the strength is unknown; "
+                "save it again with the adapter's config of every part"
+            )
+        factor = rank**0.5 if config.get("use_rslora") else 1.0  # rank-stabilised: alpha / sqrt(rank)
+        return _finite(found * factor, f"{path}: alpha of {part}.{name}")
+
+    return alpha
 
 
 def _entries(
@@ -308,12 +378,12 @@ def _entries(
     if format not in FORMATS:
         raise LcmError(f"unknown LoRA format {format!r}; choose one of {', '.join(FORMATS)}")
     by_path = {kernel.path[:-1]: (name, kernel) for name, kernel in lora_keys.layers(unet).items()}
-    found: dict[str, tuple[names.Parameter, Any]] = {}
+    kohya_names, found = lora_keys.kohya_names(unet), {}
     for path, factors in lora.by_layer(tree).items():
         if path not in by_path:
             raise LcmError(f"the adapter {'/'.join(path)} fits no layer of this UNet; use the UNet it was made for")
         name, kernel = by_path[path]
-        if format == "kohya" and name.startswith(_PEFT_ONLY):
+        if format == "kohya" and name not in kohya_names:
             raise LcmError(f"diffusers cannot read kohya's name of {name}; write format='peft', or do not adapt it")
         a, b = (names.Parameter((*path, "kernel"), tuple(factors[role].shape)) for role in ("lora_A", "lora_B"))
         rank = a.shape[-1]
@@ -324,7 +394,7 @@ def _entries(
             found[f"unet.{name}.lora_A.weight"] = a, factors["lora_A"]
             found[f"unet.{name}.lora_B.weight"] = b, factors["lora_B"]
         else:
-            stem = lora_keys.underscored(name)
+            stem = lora_keys.underscored(kohya_names[name])
             found[f"{stem}.lora_down.weight"] = a, factors["lora_A"]
             found[f"{stem}.lora_up.weight"] = b, factors["lora_B"]
             found[f"{stem}.alpha"] = names.Parameter((*path, "alpha"), ()), None
