@@ -123,7 +123,7 @@ PROGRAMS = (
         "stable-diffusion.cpp",
         "master-612-d7ecbe1 (PyPI `cyllama` 0.2.18): loads, applies LoRAs, draws: `make test-clients`",
         {FILE: "`--model`", KOHYA: "`--lora-model-dir` is its folder, and `<lora:{stem}:1>` in the prompt"},
-        _same("`--sampling-method lcm --cfg-scale 1`") | _NO_SAMPLE,
+        _same("`--sampling-method lcm --scheduler lcm --cfg-scale 1`") | _NO_SAMPLE,
         _same("`--sampling-method lcm --scheduler simple --cfg-scale 1`"),
         {PEFT: "every layer, but it reads no alpha: right only where alpha is the rank"},
     ),
@@ -149,8 +149,7 @@ def _single(export: Export, *families: str) -> bool:
 
 # (program and settings) -> 4 steps: t of the noise levels, t told to the UNet. tests/test_clients.py computes them.
 TIMESTEPS = {
-    "lcm_jax; diffusers; stable-diffusion.cpp (scheduler `lcm`, its default for this sampler)": ((999, 759, 499, 259),)
-    * 2,
+    "lcm_jax, diffusers, stable-diffusion.cpp": ((999, 759, 499, 259),) * 2,
     "ComfyUI, node with `lcm`, `simple`; A1111 and Forge, `Simple`": ((999, 759, 499, 259),) * 2,
     "ComfyUI without the node, `simple`": ((999, 749, 499, 249),) * 2,
     "ComfyUI without the node, `sgm_uniform`": ((999, 749.3, 499.5, 249.8), (999, 749, 500, 250)),
@@ -163,12 +162,12 @@ NOTES = (
     Note(
         "SD 2.x, single file",
         lambda one: _single(one, "sd2"),
-        "No program reads from an SD 2.x file whether it predicts epsilon or v. ComfyUI and Forge take it for v if "
-        f"the standard deviation of `{SD2_GUESS}` exceeds {SD2_LARGEST_OF_EPSILON} (the export warns if that is "
-        "wrong; ComfyUI's node `ModelSamplingDiscrete` with `v_prediction`, or with `lcm` for epsilon, puts it "
-        "right), A1111 and stable-diffusion.cpp judge by one pass of the UNet (`NAME.yaml` beside the file, "
-        "`--prediction`), InvokeAI and diffusers take every one for v (InvokeAI: model manager, or give it the "
-        "folder; diffusers: the model card's code says it).",
+        "No program reads from an SD 2.x file whether it predicts epsilon or v. ComfyUI and Forge guess v if the "
+        f"standard deviation of `{SD2_GUESS}` exceeds {SD2_LARGEST_OF_EPSILON} (the export warns of a wrong guess; "
+        "ComfyUI's node `ModelSamplingDiscrete` with `lcm` or `eps` means epsilon, with `v_prediction` v). A1111 "
+        "and stable-diffusion.cpp try the UNet once (`NAME.yaml` beside the file and `--prediction` overrule them). "
+        "InvokeAI and diffusers take v (InvokeAI: model manager, or give it the folder; diffusers: the model card's "
+        "code sets the type).",
     ),
     Note(
         "SD 2.x, single file",
@@ -186,7 +185,7 @@ NOTES = (
         "SDXL that does not predict epsilon, single file",
         lambda one: _single(one, "sdxl", "sdxl-refiner") and one.prediction_type != "epsilon",
         "InvokeAI and diffusers take every SDXL file for epsilon (InvokeAI: model manager, or give it the folder; "
-        "diffusers: the model card's code says it); the others see the key `v_pred`.",
+        "diffusers: the model card's code sets the type); the others see the key `v_pred`.",
     ),
     Note(
         "zero terminal SNR, SD 1.x and 2.x, single file",
@@ -210,7 +209,7 @@ NOTES = (
         lambda one: one.constants[0] != 50,
         "A1111, Forge, ComfyUI's node with `lcm` and stable-diffusion.cpp's scheduler `lcm` have a grid of 50 "
         "timesteps, which is not this model's. ComfyUI without that node and stable-diffusion.cpp with `--scheduler "
-        "simple` take the timesteps of training, if the number of steps divides its grid.",
+        "simple` take the timesteps of training, if their number divides the grid's, and that 1000.",
     ),
     Note(
         "other boundary scalings than timestep_scaling 10, sigma_data 0.5",

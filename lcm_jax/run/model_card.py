@@ -221,4 +221,6 @@ def _export(kind: str, student: Pipeline, record: Mapping[str, Any]) -> clients.
 
 
 def _layers(module: unet.UNet2DConditionModel) -> set[str]:
-    return {key for key in single_file_keys.unet_layout(module).tensors if "cond_proj" not in key}
+    """Its keys in a single file, without those that depend on widths or on a w embedding."""
+    keys = single_file_keys.unet_layout(module).tensors
+    return {key for key in keys if "skip_connection" not in key and "cond_proj" not in key}
