@@ -1,12 +1,17 @@
 """What `lcm_jax.run.clients` says of other programs; their timesteps are computed here, by their own rules."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lcm_jax import assets
 from lcm_jax.diffusion import schedule, timesteps
-from lcm_jax.run import clients
+from lcm_jax.foreign import read_json
+from lcm_jax.models import unet
+from lcm_jax.pretrained.model import PARTS, Pipeline, make_module
+from lcm_jax.run import clients, model_card
 from lcm_jax.run.clients import FILE, FOLDER, KOHYA, PEFT, Export, recipe
 
 _NOISE = schedule.from_betas(schedule.make_betas("scaled_linear", 1000, 0.00085, 0.012))
@@ -76,6 +81,30 @@ def test_every_program_says_something_of_every_model_and_every_export():
         assert {(which, kind) for which in clients.MAPS for kind in schedule.PREDICTION_TYPES} == set(one.settings)
         assert set(one.other_grid) <= set(one.settings) and not set(one.takes) & set(one.wrong)
     assert set(clients.PREDICTION_TYPES) == set(schedule.PREDICTION_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "expected"),
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", Export(FILE, "epsilon", "sd1")),
+        ("SimianLuo/LCM_Dreamshaper_v7", Export(FILE, "epsilon", "sd1", has_w=True)),
+        ("stabilityai/stable-diffusion-2-1", Export(FILE, "v_prediction", "sd2")),
+        ("stabilityai/stable-diffusion-2-1-base", Export(FILE, "epsilon", "sd2")),
+        ("segmind/Segmind-Vega", Export(FILE, "epsilon", "sdxl", pruned=True)),
+    ],
+)
+def test_what_the_card_tells_of_published_models(hub_id, expected):
+    folder = assets.architecture(hub_id)
+    configs = {path.parent.name: read_json(path) for path in folder.glob("*/*config.json")}
+    modules = dict.fromkeys((*PARTS, "tokenizer", "tokenizer_2"))
+    modules |= {part: make_module(part, configs[part], "float32") for part in PARTS if part in configs}
+    pipeline = Pipeline(**modules, schedule=schedule.from_config(configs["scheduler"]), configs=configs)
+    record = {"w_embedding_dim": pipeline.unet.time_cond_proj_dim, "solver_steps": 50, "timestep_scaling": 10}
+    assert model_card.export_of(FILE, pipeline, record | {"sigma_data": 0.5}) == expected
+    if hub_id.startswith("stable-diffusion-v1"):
+        small = unet.from_config(pipeline.configs["unet"] | {"layers_per_block": 1})  # small-sd
+        small = dataclasses.replace(pipeline, unet=small)
+        assert model_card.export_of(FILE, small, record | {"sigma_data": 0.5}).pruned
 
 
 def row(text: str, program: str) -> str:

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 import lcm_jax
 from lcm_jax.distill import OBJECTIVES
 from lcm_jax.models import unet
-from lcm_jax.pretrained import Pipeline, single_file, single_file_keys
+from lcm_jax.pretrained import Pipeline, single_file
 from lcm_jax.pretrained.lora_files import FILE_NAME
 from lcm_jax.run import clients
 
@@ -152,7 +152,7 @@ def model_card(
         kind = "single-file with w embedding"
     flags, code, used_as = _KINDS[kind]
     noise = student.schedule
-    elsewhere = used_as and clients.recipe(_export(used_as, student, record), name.removesuffix(".safetensors"))
+    elsewhere = used_as and clients.recipe(export_of(used_as, student, record), name.removesuffix(".safetensors"))
     weight, low, high = config["distill"]["lcd_weight"], record.get("w_min", 0) + 1, record.get("w_max", 0) + 1
     blanks = {
         **record,
@@ -205,22 +205,25 @@ def model_card(
     return _CARD.format_map(blanks)
 
 
-def _export(kind: str, student: Pipeline, record: Mapping[str, Any]) -> clients.Export:
+def export_of(kind: str, student: Pipeline, record: Mapping[str, Any]) -> clients.Export:
     """What other programs need to know of it; kind: of clients.KINDS."""
     family = single_file.family_of(student) if kind == clients.FILE else None
+    # The refiner's own UNet is not among the configs that come with the package.
+    has_published = family is not None and family.name != "sdxl-refiner"
     constants = tuple(record[key] for key in ("solver_steps", "timestep_scaling", "sigma_data"))
     return clients.Export(
         kind,
         student.schedule.prediction_type,
         family=family.name if family else "",
         zero_snr=student.schedule.alphas_cumprod[-1] == 0,
-        pruned=family is not None and _layers(student.unet) != _layers(unet.from_config(family.config("unet"))),
+        pruned=has_published and _layers(student.unet) != _layers(unet.from_config(family.config("unet"))),
         has_w=bool(record["w_embedding_dim"]),
         constants=constants,
     )
 
 
-def _layers(module: unet.UNet2DConditionModel) -> set[str]:
-    """Its keys in a single file, without those that depend on widths or on a w embedding."""
-    keys = single_file_keys.unet_layout(module).tensors
-    return {key for key in keys if "skip_connection" not in key and "cond_proj" not in key}
+def _layers(module: unet.UNet2DConditionModel) -> tuple:
+    """Which layers it has, whatever their widths."""
+    levels = range(module.num_levels)
+    attention = [(module.down_depths(i), module.up_depths(i)) for i in levels]
+    return module.per_level("layers_per_block"), attention, module.mid_block_type, module.mid_depth()
