@@ -14,7 +14,7 @@ import numpy as np
 
 def main(request: dict) -> None:
     params = sd.SDContextParams()
-    params.model_path, params.n_threads, params.wtype = request["model"], 2, sd.SDType.F32
+    params.model_path, params.n_threads, params.wtype = request["model"], 1, sd.SDType.F32
     params.rng_type = params.sampler_rng_type = sd.RngType.CPU  # torch's
     context = sd.SDContext(params)
     sd.set_log_callback(lambda level, text: print(text, end=""))

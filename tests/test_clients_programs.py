@@ -18,7 +18,7 @@ import parity
 import pytest
 import tiny
 import torch
-from lora_kit import loaded
+from lora_kit import pipeline
 
 from lcm_jax import assets, load
 from lcm_jax.errors import LcmError
@@ -32,10 +32,10 @@ SEED, STEPS, SIZE, PROMPT = 42, 4, 64, "a b c"  # the stand-in of CLIP's vocabul
 LARGEST, MEAN = 3.0, 0.5  # of 255; rounding to bytes alone gives 0.5 and 0.25
 
 
-def random_leaf(path, shape) -> np.ndarray:
-    """float16: matrices of variance 1 / fan in, a LoRA's half of that, norms' scales about 1, biases about 0."""
+def random_leaf(path, leaf) -> np.ndarray:
+    """float16: matrices of variance 1 / fan in (a LoRA's B: 1/4 of that), norms' scales about 1, biases about 0."""
     name = jax.tree_util.keystr(path)
-    noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape.shape, np.float32)
+    noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(leaf.shape, np.float32)
     if noise.ndim > 1:
         fan_in = noise.shape[-1] if "embedding']['embedding" in name else noise[..., 0].size
         return (noise / np.sqrt(fan_in * (4 if "lora_B" in name else 1))).astype(np.float16)
@@ -55,12 +55,12 @@ def write_stand_in_tokenizer(folder: Path) -> None:
 def folder(tmp_path_factory) -> Path:
     """With model.safetensors, lora.safetensors and tokenizer/."""
     folder = tmp_path_factory.mktemp("sd15")
-    pipeline, shapes = load_pipeline(assets.architecture("stable-diffusion-v1-5/stable-diffusion-v1-5"), weights=False)
+    sd15, shapes = load_pipeline(assets.architecture("stable-diffusion-v1-5/stable-diffusion-v1-5"), weights=False)
     params = jax.tree_util.tree_map_with_path(random_leaf, shapes)
-    save_single_file(pipeline, params, folder / "model.safetensors")
+    save_single_file(sd15, params, folder / "model.safetensors")
     adapters = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, 4), shapes["unet"])
     adapters = jax.tree_util.tree_map_with_path(random_leaf, adapters)
-    lora_files.write_lora(folder / "lora.safetensors", adapters, pipeline.unet, alpha=4, rank=4)
+    lora_files.write_lora(folder / "lora.safetensors", adapters, sd15.unet, alpha=4, rank=4)
     write_stand_in_tokenizer(folder / "tokenizer")
     return folder
 
@@ -95,7 +95,7 @@ def test_stable_diffusion_cpp_draws_our_pictures_and_applies_our_lora(folder):
     applied, present = map(int, re.search(r"\((\d+) / (\d+)\) LoRA tensors have been applied", log).groups())
     change = np.abs(with_lora - alone).mean()
     print(
-        f"{applied} of {present} tensors of the LoRA applied, which changes the picture by {change:.1f}/255 on average"
+        f"{applied} of {present} tensors of the LoRA applied, which change the picture by {change:.1f}/255 on average"
     )
     assert applied == present == 834 and change > 8
     for name, picture, loras in (("alone", alone, ()), ("with LoRA", with_lora, (str(lora_file),))):
@@ -105,15 +105,23 @@ def test_stable_diffusion_cpp_draws_our_pictures_and_applies_our_lora(folder):
         assert difference.max() <= LARGEST and difference.mean() <= MEAN
 
 
+# LyCORIS's own preset "full" fails on diffusers' UNet (one name twice).
+PRESET = """
+unet_target_module = ["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"]
+text_encoder_target_module = ["CLIPAttention", "CLIPMLP"]
+"""
 # What LyCORIS is asked for, beside rank 4 and alpha 2 -> what `read_lora` says of its file; None: it reads every key.
 LYCORIS = {
-    "LoCon": ({"algo": "locon", "conv_dim": 2, "conv_alpha": 1}, None),
+    "LoCon": ({"conv_dim": 2, "conv_alpha": 1}, None),
     "LoCon with a scalar": ({"use_scalar": True}, None),
     "rank-stabilized": ({"rs_lora": True}, None),
     "norms": ({"train_norm": True}, "w_norm"),
+    "Tucker": ({"use_tucker": True}, "CP decomposition"),
     "DoRA": ({"dora_wd": True}, "DoRA"),
     "LoHa": ({"algo": "loha"}, "LoHa"),
     "LoKr": ({"algo": "lokr"}, "LoKr"),
+    "whole matrices": ({"algo": "full"}, "holds no LoRA"),
+    "OFT": ({"algo": "diag-oft"}, "holds no LoRA"),
 }
 
 
@@ -122,22 +130,29 @@ def test_files_of_lycoris(name, tmp_path):
     from lycoris.kohya import create_network
 
     options, refusal = LYCORIS[name]
-    torch_unet = copy.deepcopy(tiny.torch_unet("sd1"))
-    network = create_network(1.0, 4, 2, None, None, torch_unet, preset="attn-mlp", warn_on_unmatched=False, **options)
-    network.apply_to(None, torch_unet, False, True)
+    (tmp_path / "preset.toml").write_text(PRESET)
+    options = options | {"preset": str(tmp_path / "preset.toml"), "warn_on_unmatched": False}
+    torch_unet, text_encoder = (copy.deepcopy(one) for one in (tiny.torch_unet("sd1"), tiny.torch_text_encoder("clip")))
+    network = create_network(1.0, 4, 2, None, text_encoder, torch_unet, **options)
+    network.apply_to(text_encoder, torch_unet, True, True)
     tiny.randomise(network, 7)
     path = tmp_path / "lycoris.safetensors"
     network.save_weights(str(path), torch.float32, {})
-    modules = {"unet": loaded("sd1")[0].unet}
+    modules = lora_files.modules_of(pipeline("sd1"))
     if refusal:
         with pytest.raises(LcmError, match=refusal):
             lora_files.read_lora(path, modules)
         return
-    read = lora_files.read_lora(path, modules).parts["unet"]
-    kernels = {kernel.path[:-1]: key for key, kernel in lora_keys.layers(modules["unet"]).items()}
-    assert len(read) == len(network.unet_loras)
-    by_name = {one.lora_name: one for one in network.unet_loras}
-    for place, factors in read.items():
-        wanted = by_name["lora_unet_" + kernels[place].replace(".", "_")].get_diff_weight()[0].detach().numpy()
-        delta = factors.scale * np.tensordot(factors.lora_A, factors.lora_B.reshape(factors.lora_B.shape[-2:]), 1)
-        parity.close(delta, wanted.transpose(*range(2, wanted.ndim), 1, 0), rtol=0, of_max=8 * parity.EPS)
+    read = lora_files.read_lora(path, modules).parts
+    wanted = {"unet": network.unet_loras, "text_encoder": network.text_encoder_loras}
+    assert {part: len(layers) for part, layers in read.items()} == {
+        part: len(layers) for part, layers in wanted.items()
+    }
+    for part, prefix in (("unet", "lora_unet_"), ("text_encoder", "lora_te_")):
+        by_name = {one.lora_name: one.get_diff_weight()[0].detach().numpy() for one in wanted[part]}
+        for key, kernel in lora_keys.layers(modules[part]).items():
+            if (factors := read[part].get(kernel.path[:-1])) is not None:
+                delta = by_name[prefix + key.removeprefix("text_model.").replace(".", "_")]
+                a, b = factors.lora_A, factors.lora_B.reshape(factors.lora_B.shape[-2:])
+                delta = delta.transpose(*range(2, delta.ndim), 1, 0)  # as Flax has it
+                parity.close(factors.scale * np.tensordot(a, b, 1), delta, rtol=0, of_max=8 * parity.EPS)
