@@ -154,7 +154,7 @@ TIMESTEPS = {
     "ComfyUI without the node, `simple`": ((999, 749, 499, 249),) * 2,
     "ComfyUI without the node, `sgm_uniform`": ((999, 749.3, 499.5, 249.8), (999, 749, 500, 250)),
     "ComfyUI, node with `lcm`, `sgm_uniform`": ((999, 754.1, 509, 263.9), (999, 759, 519, 259)),
-    "ComfyUI, node with `lcm`, `normal`; A1111 and Forge, `Automatic`": ((999, 672.4, 345.6, 19), (999, 679, 339, 19)),
+    "ComfyUI, node with `lcm`, `normal`; A1111, `Automatic`": ((999, 672.4, 345.6, 19), (999, 679, 339, 19)),
     "ComfyUI without the node, `normal`": ((999, 666, 333, 0),) * 2,
 }
 
