@@ -21,7 +21,7 @@ help:
 	@echo "make test       the default suite        make test-slow  all that takes minutes; test-slow-part: a 14th"
 	@echo "make test-core  the tests that need no torch, for a Python that has none (PYTHON=python3.13 VENV=.venv313)"
 	@echo "make test-gpu   tests on an accelerator  make test-tpu-aot  compiling for TPUs, without one"
-	@echo "make test-clients  programs that nobody here wrote, on our files: stable-diffusion.cpp, LyCORIS; minutes, 8 GB"
+	@echo "make test-clients  programs that nobody here wrote, on our files: stable-diffusion.cpp, LyCORIS; minutes, 13 GB"
 	@echo "make test-parity   tests against torch and closed forms, and which come nearest to their bounds"
 	@echo "make test-mutants  wrong answers that the tests must notice, one after another: 15 minutes"
 	@echo "make lint       ruff, and its formatter    make clean"
