@@ -8,10 +8,11 @@ PIP    := $(PY) -m pip install --disable-pip-version-check --quiet --constraint 
 CORE   := $(VENV)/.core
 TESTS  := $(VENV)/.tests
 TESTS_CORE := $(VENV)/.tests-core
+CLIENTS := .cache/clients
 DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
 
 .PHONY: help demo demo-full notebooks test test-core test-parity test-mutants test-slow test-slow-part test-gpu \
-  test-tpu-aot lint install install-test clean
+  test-tpu-aot test-clients lint install install-test clean
 
 help:
 	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about five minutes"
@@ -20,6 +21,7 @@ help:
 	@echo "make test       the default suite        make test-slow  all that takes minutes; test-slow-part: a 14th"
 	@echo "make test-core  the tests that need no torch, for a Python that has none (PYTHON=python3.13 VENV=.venv313)"
 	@echo "make test-gpu   tests on an accelerator  make test-tpu-aot  compiling for TPUs, without one"
+	@echo "make test-clients  programs that nobody here wrote, on our files: stable-diffusion.cpp, LyCORIS; minutes, 13 GB"
 	@echo "make test-parity   tests against torch and closed forms, and which come nearest to their bounds"
 	@echo "make test-mutants  wrong answers that the tests must notice, one after another: 15 minutes"
 	@echo "make lint       ruff, and its formatter    make clean"
@@ -88,6 +90,14 @@ test-gpu: $(TESTS)
 test-tpu-aot: $(TESTS)
 	$(PIP) --editable '.[tpu]'
 	JAX_PLATFORMS=cpu $(PY) -m pytest -m tpu_aot
+
+# A folder of their own keeps them out of the environment that everything else is tested in. Wheels of Python 3.11.
+$(CLIENTS)/.installed: Makefile | $(TESTS)
+	$(PIP) --no-deps --upgrade --target $(CLIENTS) cyllama==0.2.18 lycoris-lora==4.1.3
+	@touch $@
+
+test-clients: $(TESTS) $(CLIENTS)/.installed
+	PYTHONPATH=$(CLIENTS) $(PY) -m pytest -m clients
 
 lint: $(TESTS)
 	$(PY) -m ruff check .

@@ -7,6 +7,9 @@
                     merged        whole folder, adapters merged into the base
     of either       single-file   --out=NAME.safetensors, for A1111 and ComfyUI, adapters merged
 
+lora-kohya is for every program; lora-peft is for diffusers alone: ComfyUI takes half of its layers and draws all the
+same. docs/clients.md has what each program takes, and its settings.
+
 Each has a model card and `lcm_config.json`, what inference must match (single files and LoRAs also have it in their
 header). The student is built from the workdir's config.json, its weights come from one checkpoint; all must fit.
 """
@@ -54,7 +57,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="new folder; single-file: NAME.safetensors")
     p.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
     p.add_argument("--weights", choices=tuple(WEIGHTS), default="ema", help="EMA target (default) or online student")
-    p.add_argument("--format", choices=FORMATS, help="default: pipeline, for a LoRA run lora-kohya")
+    p.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="pipeline (default), unet; of a LoRA run lora-kohya (default, for every program), lora-peft (diffusers; "
+        "ComfyUI takes half of it), merged; of either single-file (ComfyUI, A1111 and others; see docs/clients.md)",
+    )
     p.add_argument("--dtype", choices=DTYPES, help="of the weights; default: float32, LoRA and single file float16")
     p.add_argument("--guidance_scale", type=float, help="to fold into a single file, which then has no w embedding")
     p.add_argument("--table", type=Path, help="Markdown file with measurements, for the model card")

@@ -8,7 +8,7 @@ import numpy as np
 import parity
 import pytest
 
-from lcm_jax.diffusion import consistency, samplers, schedule, timesteps
+from lcm_jax.diffusion import consistency, samplers, schedule, solvers, timesteps
 from lcm_jax.errors import LcmError
 
 torch = pytest.importorskip("torch")
@@ -209,18 +209,68 @@ def test_baseline_timesteps_equal_diffusers_for_every_number_of_steps(kind, spac
         assert np.all(np.diff(got) < 0) and got[-1] >= 0
 
 
-@pytest.mark.parametrize("num_steps,total,mean", ((1, 18.7097, 0.0244), (10, 197.7616, 0.2575)))
-def test_lcm_goldens_of_diffusers_unit_tests(num_steps, total, mean):
-    sample = np.moveaxis(np.arange(768, dtype=np.float32).reshape(3, 8, 8, 4) / 768, -1, 0)
-    torch.manual_seed(0)
-    noise = np.zeros((0, *sample.shape), np.float32)
-    if num_steps > 1:
-        noise = np.stack([torch.randn(sample.shape).numpy() for _ in range(num_steps - 1)])
-    config = {"_class_name": "LCMScheduler"}
-    table = timesteps.lcm(num_steps)
-    x = samplers.lcm(lambda x, t: x * t / (t + 1), sample, noise, schedule.from_config(config), table)
-    assert abs(float(jnp.abs(x).sum()) - total) < 1e-2
+# The sums and means of |x| that diffusers' own tests (tests/schedulers, 58eb52c) expect of one sample and one network.
+LINEAR = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000}
+V = {"prediction_type": "v_prediction"}
+
+
+def ramp(step=1):
+    """0 .. 767 over 768 in the order (3, 8, 8, 4), batch last there; step -1: falling."""
+    return np.moveaxis((np.arange(768, dtype=np.float32)[::step] / 768).reshape(3, 8, 8, 4), -1, 0)
+
+
+def their_network(x, t):
+    return x * t / (t + 1)
+
+
+def check_size(x, total, mean):
+    assert total is None or abs(float(jnp.abs(x).sum()) - total) < 1e-2  # as they do
     assert abs(float(jnp.abs(x).mean()) - mean) < 1e-3
+
+
+@pytest.mark.parametrize("num_steps,total,mean", ((1, 18.7097, 0.0244), (10, 197.7616, 0.2575)))
+def test_lcm_numbers_of_diffusers_own_tests(num_steps, total, mean):
+    torch.manual_seed(0)
+    noise = [torch.randn(ramp().shape).numpy() for _ in range(num_steps - 1)]
+    noise = np.stack(noise) if noise else None
+    noise_schedule = schedule.from_config({"_class_name": "LCMScheduler"})
+    x = samplers.lcm(their_network, ramp(), noise, noise_schedule, timesteps.lcm(num_steps))
+    check_size(x, total, mean)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "total", "mean"),
+    (
+        ({}, {}, 172.0067, 0.223967),
+        (V, {}, 52.5302, 0.0684),
+        ({"beta_start": 0.01}, {"set_alpha_to_one": True}, 149.8295, 0.1951),
+        ({"beta_start": 0.01}, {"set_alpha_to_one": False}, 149.0784, 0.1941),
+        ({}, {"stride": 100}, 354.5418, 0.4616),  # the last two of ten steps, from a noised sample
+    ),
+)
+def test_ddim_numbers_of_diffusers_own_tests(config, options, total, mean):
+    noise_schedule, table, x = schedule.from_config(LINEAR | config), timesteps.ddim(10, 1000, "leading"), ramp()
+    if "stride" in options:
+        table, x = table[8:], schedule.add_noise(noise_schedule, x, ramp(-1), table[8])
+    x = samplers.ddim(their_network, x, None, noise_schedule, table, **options)
+    check_size(x, total, mean)
+    assert timesteps.ddim(5, 1000, "leading", 1).tolist() == [801, 601, 401, 201, 1]
+
+
+@pytest.mark.parametrize(("config", "mean"), (({}, 0.3301), (V, 0.2251)))
+def test_dpm_solver_pp_numbers_of_diffusers_own_tests(config, mean, monkeypatch):
+    """They end at abar_0 by a step of order 2, for which `dpm_solver_pp_2m` has no option: only its loop is run."""
+
+    def ending_at_abar_0(noise_schedule, t):
+        alpha, sigma, half_log_snr = solvers.alpha_sigma_lambda(noise_schedule.alphas_cumprod[np.append(t, 0)])
+        h = np.diff(half_log_snr)
+        weight = -alpha[1:] * np.expm1(-h)
+        return sigma[1:] / sigma[:-1], weight, weight * h / (2 * np.append(np.inf, h[:-1]))
+
+    monkeypatch.setattr(samplers, "_dpm_solver_pp_coefficients", ending_at_abar_0)
+    table = timesteps.dpm_solver(10, 1000, "linspace")
+    x = samplers.dpm_solver_pp_2m(their_network, ramp(), None, schedule.from_config(LINEAR | config), table)
+    check_size(x, None, mean)
 
 
 FALLING = np.array([999, 749, 499, 249], np.int32)

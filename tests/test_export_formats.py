@@ -122,6 +122,8 @@ def test_lora_folder(lora_run, exports, teacher):
         layers = [name for name in lora_keys.layers(unet) if name.endswith(lora.DEFAULT_TARGETS)]
         assert len(read) == len(layers) > 20
         assert {(one.rank, one.alpha) for one in read.values()} == {(4, 8.0)}
+    peft_card = (exports["lora-peft"] / "README.md").read_text()
+    assert "export with `--format=lora-kohya`" in peft_card and "ComfyUI: half a LoRA" in peft_card
     assert "lora_adapter_metadata" in header(exports["lora-peft"] / lora_files.FILE_NAME)
     with safetensors.safe_open(exports["lora-kohya"] / lora_files.FILE_NAME, framework="np") as handle:
         keys = list(handle.keys())
@@ -227,6 +229,8 @@ def test_single_file_with_and_without_w(tmp_path, capsys, monkeypatch):
     assert "do not know the w embedding" in (tmp_path / "w.md").read_text()
     card = (tmp_path / "folded.md").read_text()
     assert "models/checkpoints" in card and "`guidance_scale` 5 folded in" in card
+    assert "node `ModelSamplingDiscrete` with `lcm`" in card and 'prediction_type="epsilon")' in card
+    assert "stable-diffusion.cpp and InvokeAI do not take it" in card  # the tiny UNet is none of SD 1.x
 
     config = f"--model_config={folder}"
     whole = arrays(generate(tmp_path / "whole", tmp_path / "a", "--guidance_scale=5", *OPTIONS, prompt=PROMPT))

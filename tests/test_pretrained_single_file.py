@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lcm_jax.diffusion import guidance, schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
-from lcm_jax.pretrained import load_pipeline, read_record, save_single_file, single_file
+from lcm_jax.pretrained import load_pipeline, names, read_record, save_single_file, single_file
 from lcm_jax.pretrained import single_file_keys as keys
 from lcm_jax.pretrained.model import fold_w, make_module
 from lcm_jax.pretrained.safetensors_io import Weights
@@ -491,6 +492,33 @@ def test_v_prediction_students_are_written_with_marks(written, folders, tmp_path
         assert handle.metadata()["modelspec.prediction_type"] == "v" and "alphas_cumprod" not in handle.keys()
     assert not warnings and noise_of(out, without("scheduler", folders("sdxl"), tmp_path / "bare")) == noise
     assert noise_of(out, folders("sdxl")) == noise and len(warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "spread", "words"),
+    [
+        ("v_prediction", 0.12, []),
+        (
+            "v_prediction",
+            0.03,
+            [r"predicts v_prediction, but ComfyUI will take it for epsilon: .* is 0\.0.*set v_pred"],
+        ),
+        ("epsilon", 0.03, ["InvokeAI and diffusers take every SD 2.x file for v_prediction"]),
+        ("epsilon", 0.12, ["predicts epsilon, but ComfyUI will take it for v_prediction", "InvokeAI and diffusers"]),
+    ],
+)
+def test_programs_that_will_guess_another_prediction_type_of_sd2_are_named(
+    written, tmp_path, warnings, kind, spread, words
+):
+    pipeline, params = written("sd2")[0]
+    module = unet.from_config(tiny_configs.UNETS["sd21-base"] | {"layers_per_block": 2})  # as SD 2.x: to block 11
+    rng = np.random.default_rng(0)
+    tree = jax.tree.map(
+        lambda x: (spread * rng.standard_normal(x.shape)).astype(x.dtype), names.param_shapes(module, np.float32)
+    )
+    pipeline = dataclasses.replace(pipeline, unet=module, schedule=schedule.from_config(tiny.scheduler_config(kind)))
+    save_single_file(pipeline, {**params, "unet": tree}, tmp_path / "x.safetensors", dtype=jnp.bfloat16)
+    assert len(warnings) == len(words) and all(map(re.search, words, warnings)), warnings
 
 
 def test_another_noise_table_is_written_with_a_warning(written, folders, tmp_path, warnings):

@@ -53,6 +53,8 @@ from lcm_jax.pretrained.tokenizer import load_tokenizer
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 _SD2_BASE_STEPS = 875000  # the only mark by which diffusers recognises SD 2.0 base (epsilon) among SD 2.x (v)
+# ComfyUI takes an SD 2.x for v if the standard deviation of this tensor of the UNet is greater.
+SD2_GUESS, SD2_LARGEST_OF_EPSILON = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 # modelspec.architecture of the Stability AI model specification, by family (SD 2.x: and prediction type).
 _ARCHITECTURES = {
     "sdxl": "stable-diffusion-xl-v1-base",
@@ -414,13 +416,13 @@ def save_single_file(
     if w is not None:
         pipeline, params = fold_w(pipeline, params, w)
     family, noise = family_of(pipeline), pipeline.schedule
-    _warn(pipeline, family, out)
     tensors: dict[str, Callable[[], np.ndarray]] = {}
     shapes: dict[str, Shape] = {}
     for part, (layout, prefix) in layouts(family, pipeline.parts).items():
         tensor = keys.write_part(getattr(pipeline, part), layout, params[part], dtype)
         shapes |= {prefix + key: stored.shape for key, stored in layout.tensors.items()}
         tensors |= {prefix + key: functools.partial(tensor, key) for key in layout.tensors}
+    _warn(pipeline, family, out, tensors)
     kind = noise.prediction_type
     # ComfyUI goes by these keys for SDXL: by presence, not content.
     for key, marked in (("v_pred", kind == "v_prediction"), ("ztsnr", noise.alphas_cumprod[-1] == 0)):
@@ -463,8 +465,8 @@ def _is_published(noise: schedule.NoiseSchedule, family: Family) -> bool:
     return any(np.array_equal(table, noise.alphas_cumprod) for table in tables)
 
 
-def _warn(pipeline: Pipeline, family: Family, out: Path) -> None:
-    """Warns of what a reader of the file cannot know without `config`."""
+def _warn(pipeline: Pipeline, family: Family, out: Path, tensors: Mapping[str, Callable[[], np.ndarray]]) -> None:
+    """Warns of what a reader of the file cannot know without `config`; tensors: key -> what will be written."""
     factor, published = pipeline.vae.scaling_factor, make_module("vae", family.config("vae")).scaling_factor
     if factor != published:
         logging.warning(
@@ -481,8 +483,35 @@ def _warn(pipeline: Pipeline, family: Family, out: Path) -> None:
             family.name,
             pipeline.schedule,
         )
-    kind = pipeline.schedule.prediction_type
+    kind, key = pipeline.schedule.prediction_type, UNET + SD2_GUESS
     if kind == "sample" or (kind == "v_prediction" and family.name == "sd1"):
-        logging.warning("%s: ComfyUI takes every %s for epsilon; set %s by hand there", out, family.name, kind)
+        logging.warning(
+            "%s: ComfyUI takes every %s for epsilon; set %s by hand there (node ModelSamplingDiscrete)",
+            out,
+            family.name,
+            kind,
+        )
+    elif family.name == "sd2" and key in tensors and pipeline.unet.in_channels == 4:
+        spread = np.std(tensors[key](), dtype=np.float32)
+        guess = "v_prediction" if spread > SD2_LARGEST_OF_EPSILON else "epsilon"
+        if guess != kind:
+            logging.warning(
+                "%s predicts %s, but ComfyUI will take it for %s: it goes by the standard deviation of %s, which is "
+                "%.3g (v above %g); set %s by hand there (node ModelSamplingDiscrete)",
+                out,
+                kind,
+                guess,
+                key,
+                spread,
+                SD2_LARGEST_OF_EPSILON,
+                kind,
+            )
+    if family.name == "sd2" and kind != "v_prediction":
+        logging.warning(
+            "%s predicts %s, but InvokeAI and diffusers take every SD 2.x file for v_prediction: set it by hand in "
+            "InvokeAI, give diffusers config= or the scheduler of the model card; or give both the folder",
+            out,
+            kind,
+        )
     if pipeline.has_w_embedding:
         logging.warning("%s has a w embedding, which A1111, ComfyUI and diffusers do not use; fold one w for them", out)

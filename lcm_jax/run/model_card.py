@@ -9,8 +9,10 @@ from flax.traverse_util import flatten_dict
 
 import lcm_jax
 from lcm_jax.distill import OBJECTIVES
-from lcm_jax.pretrained import Pipeline
+from lcm_jax.models import unet
+from lcm_jax.pretrained import Pipeline, single_file
 from lcm_jax.pretrained.lora_files import FILE_NAME
+from lcm_jax.run import clients
 
 _CARD = """\
 ---
@@ -83,7 +85,7 @@ _SINGLE_FILE = """\
 from diffusers import LCMScheduler, {plain}
 
 pipe = {plain}.from_single_file("{name}")
-pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, {constants})"""
+pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, {constants}, {noise})"""
 _LORA = """\
 from diffusers import DiffusionPipeline, LCMScheduler
 
@@ -106,31 +108,16 @@ scheduler = LCMScheduler.from_pretrained("{shown_base}", subfolder="scheduler", 
 pipe = StableDiffusionXLPipeline.from_pretrained(
     "{shown_base}", unet=unet, vae=vae, scheduler=scheduler, torch_dtype=torch.float16
 )"""
-_SETTINGS = "Both: sampler `lcm` (ComfyUI: scheduler `sgm_uniform`), CFG 1 to 2, 4 to 8 steps."
-# Format -> (flags of lcm_jax.sample, code with diffusers, other programs: those with a window do not load folders).
+# Format -> (flags of lcm_jax.sample, code with diffusers, what it is for other programs).
 _KINDS = {
-    "pipeline": ("--model={name}", _PIPELINE, ""),
-    "merged": ("--model={name}", _PIPELINE, ""),
-    "unet": ("--model={base} --unet={name}", _UNET, ""),
-    "unet of SDXL": ("--model={base} --unet={name} --vae={vae}", _UNET_XL, ""),
-    "lora-kohya": (
-        "--model={base} --lora={name}",
-        _LORA,
-        "ComfyUI: `{lora_file}`, as `{name}.safetensors`, into `models/loras`, strength 1. A1111: into `models/Lora`, "
-        f"and `<lora:{{name}}:1>` in the prompt. {_SETTINGS}",
-    ),
-    "lora-peft": ("--model={base} --lora={name}", _LORA, "For ComfyUI and A1111 export with `--format=lora-kohya`."),
-    "single-file": (
-        "--model={name}",
-        _SINGLE_FILE,
-        f"ComfyUI: into `models/checkpoints`. A1111: into `models/Stable-diffusion`. {_SETTINGS}",
-    ),
-    "single-file with w embedding": (
-        "--model={name}",
-        "",
-        "ComfyUI, A1111 and diffusers' single-file loader do not know the w embedding: for them export again with "
-        "`--guidance_scale`, which folds one scale in.",
-    ),
+    "pipeline": ("--model={name}", _PIPELINE, clients.FOLDER),
+    "merged": ("--model={name}", _PIPELINE, clients.FOLDER),
+    "unet": ("--model={base} --unet={name}", _UNET, None),
+    "unet of SDXL": ("--model={base} --unet={name} --vae={vae}", _UNET_XL, None),
+    "lora-kohya": ("--model={base} --lora={name}", _LORA, clients.KOHYA),
+    "lora-peft": ("--model={base} --lora={name}", _LORA, clients.PEFT),
+    "single-file": ("--model={name}", _SINGLE_FILE, clients.FILE),
+    "single-file with w embedding": ("--model={name}", "", clients.FILE),
 }
 _VAE_FOR_HALF = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's own overflows in float16
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -163,7 +150,9 @@ def model_card(
         kind = "unet of SDXL"
     elif kind == "single-file" and has_w:
         kind = "single-file with w embedding"
-    flags, code, elsewhere = _KINDS[kind]
+    flags, code, used_as = _KINDS[kind]
+    noise = student.schedule
+    elsewhere = used_as and clients.recipe(export_of(used_as, student, record), name.removesuffix(".safetensors"))
     weight, low, high = config["distill"]["lcd_weight"], record.get("w_min", 0) + 1, record.get("w_max", 0) + 1
     blanks = {
         **record,
@@ -174,6 +163,8 @@ def model_card(
         "pipeline": "LatentConsistencyModelPipeline" if has_w else plain,
         "constants": f"original_inference_steps={record['solver_steps']}, "
         f"timestep_scaling={record['timestep_scaling']:g}",
+        "noise": f'prediction_type="{noise.prediction_type}"'
+        + (", rescale_betas_zero_snr=True" if noise.alphas_cumprod[-1] == 0 else ""),
         "vae": _VAE_FOR_HALF,
         "lora_file": FILE_NAME,
         "scale": student.default_guidance_scale(),
@@ -208,7 +199,31 @@ def model_card(
         "advice": _ADVICE[has_w].format_map(blanks),
         "diffusers": (code and _DIFFUSERS.replace("CODE", code)).format_map(blanks),
         "flags": flags.format_map(blanks),
-        "elsewhere": (elsewhere and f"Elsewhere:\n\n{elsewhere}\n\n").format_map(blanks),
+        "elsewhere": f"Elsewhere:\n\n{elsewhere}\n\n" if elsewhere else "",
         "config": "\n".join(f"| `{key}` | `{value}` |" for key, value in sorted(values.items())),
     }
     return _CARD.format_map(blanks)
+
+
+def export_of(kind: str, student: Pipeline, record: Mapping[str, Any]) -> clients.Export:
+    """What other programs need to know of it; kind: of clients.KINDS."""
+    family = single_file.family_of(student) if kind == clients.FILE else None
+    # The refiner's own UNet is not among the configs that come with the package.
+    has_published = family is not None and family.name != "sdxl-refiner"
+    constants = tuple(record[key] for key in ("solver_steps", "timestep_scaling", "sigma_data"))
+    return clients.Export(
+        kind,
+        student.schedule.prediction_type,
+        family=family.name if family else "",
+        zero_snr=student.schedule.alphas_cumprod[-1] == 0,
+        pruned=has_published and _layers(student.unet) != _layers(unet.from_config(family.config("unet"))),
+        has_w=bool(record["w_embedding_dim"]),
+        constants=constants,
+    )
+
+
+def _layers(module: unet.UNet2DConditionModel) -> tuple:
+    """Which layers it has, whatever their widths."""
+    levels = range(module.num_levels)
+    attention = [(module.down_depths(i), module.up_depths(i)) for i in levels]
+    return module.per_level("layers_per_block"), attention, module.mid_block_type, module.mid_depth()

@@ -1,0 +1,332 @@
+"""What other programs have to be told to draw with what `lcm_jax.export` writes: one table.
+
+The model cards' recipes come from it, and docs/clients.md, which `python -m lcm_jax.run.clients` writes. Timesteps that
+it promises are computed in tests/test_clients.py; the rest was measured with the versions that `Program.tried` names,
+or read in their source.
+"""
+
+import dataclasses
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+
+from lcm_jax.pretrained.lora_files import FILE_NAME
+from lcm_jax.pretrained.single_file import SD2_GUESS, SD2_LARGEST_OF_EPSILON
+
+LCM = "lcm"  # the map of LCD and LCF, from every t to t = 0; a phased one would be another key
+MAPS = {LCM: ("an LCM or an LCM-LoRA", "4 to 8 steps")}  # what has it, and in how many steps
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+FOLDER, FILE, KOHYA, PEFT = "folder", "single-file", "lora-kohya", "lora-peft"
+KINDS = {
+    FOLDER: "`pipeline`, `merged`",
+    FILE: "`single-file`",
+    KOHYA: "`lora-kohya`",
+    PEFT: "`lora-peft`",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program, as its users know it.
+
+    Attributes:
+      name: of the program. tried: its version, and what was done with it.
+      takes: kind of export -> where it goes; it cannot use the others.
+      settings: (map, prediction type) -> what to set, or why it cannot draw such a model.
+      other_grid: like settings, for a model whose solver grid has not 50 timesteps, where they differ.
+      wrong: kind of export -> what goes wrong with one that it cannot use.
+    """
+
+    name: str
+    tried: str
+    takes: Mapping[str, str]
+    settings: Mapping[tuple[str, str], str]
+    other_grid: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    wrong: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What of an export matters to other programs.
+
+    Attributes:
+      kind: one of KINDS. family: of its single file ("sd1", "sd2", "sdxl", "sdxl-refiner"); "" for other kinds.
+      prediction_type, zero_snr: of its noise table.
+      pruned: whether its UNet has other layers than the family's published one.
+      has_w: whether it has a w embedding.
+      constants: solver_steps, timestep_scaling, sigma_data.
+    """
+
+    kind: str
+    prediction_type: str
+    family: str = ""
+    zero_snr: bool = False
+    pruned: bool = False
+    has_w: bool = False
+    constants: tuple[float, float, float] = (50, 10.0, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """A line for those exports that it concerns."""
+
+    about: str
+    concerns: Callable[[Export], bool]
+    text: str
+
+
+def _same(text: str, kinds: Sequence[str] = ("epsilon", "v_prediction")) -> dict[tuple[str, str], str]:
+    """Settings that do not depend on the prediction type."""
+    return {(LCM, kind): text for kind in kinds}
+
+
+_NO_SAMPLE = {(LCM, "sample"): "cannot: knows no such prediction"}
+_WEB_UI = {
+    FILE: "`models/Stable-diffusion`",
+    KOHYA: "`models/Lora`, and `<lora:{stem}:1>` in the prompt",
+}
+_WEB_UI_SETTINGS = "sampling method `LCM`, schedule type `Simple`, CFG scale 1"
+_SAMPLER = "KSampler: sampler `lcm`, scheduler `simple`, CFG 1"
+_UNKNOWN_KEYS = "not loaded: it knows none of the names"
+PROGRAMS = (
+    Program(
+        "ComfyUI",
+        "0.3.64, its engine on CPUs: loads, draws, merges LoRAs, writes; LoRA keys also with 0.8.0",
+        {FILE: "`models/checkpoints`", KOHYA: "`models/loras`, strength 1"},
+        {
+            (LCM, "epsilon"): f"node `ModelSamplingDiscrete` with `lcm`; {_SAMPLER}",
+            (LCM, "v_prediction"): f"no node `ModelSamplingDiscrete` with `lcm`, which takes every model for epsilon; "
+            f"{_SAMPLER}",
+            (LCM, "sample"): f"node `ModelSamplingDiscrete` with `x0`; {_SAMPLER}",
+        },
+        {(LCM, "epsilon"): f"no node `ModelSamplingDiscrete` with `lcm`; {_SAMPLER}"},
+        {PEFT: "half a LoRA: it leaves out every attention projection (a line each in its log) and reads no alpha"},
+    ),
+    Program(
+        "A1111",
+        "1.10.1: its name table for LoRAs and its model classes; samplers and schedules read in its source",
+        _WEB_UI,
+        {
+            (LCM, "epsilon"): _WEB_UI_SETTINGS + ". With `Automatic` one step more: its last, at t = 19, does little",
+            (LCM, "v_prediction"): "cannot: its sampler `LCM` takes every model for epsilon",
+            **_NO_SAMPLE,
+        },
+        wrong={PEFT: _UNKNOWN_KEYS},
+    ),
+    Program(
+        "Forge",
+        "dfdcbab (2025): read in its source",
+        _WEB_UI,
+        _same(_WEB_UI_SETTINGS) | _NO_SAMPLE,
+        wrong={PEFT: "as ComfyUI, whose reader it has"},
+    ),
+    Program(
+        "stable-diffusion.cpp",
+        "master-612-d7ecbe1 (PyPI `cyllama` 0.2.18): loads, applies LoRAs, draws: `make test-clients`",
+        {FILE: "`--model`", KOHYA: "`--lora-model-dir` is its folder, and `<lora:{stem}:1>` in the prompt"},
+        _same("`--sampling-method lcm --scheduler lcm --cfg-scale 1`") | _NO_SAMPLE,
+        _same("`--sampling-method lcm --scheduler simple --cfg-scale 1`"),
+        {PEFT: "every layer, but it reads no alpha: right only where alpha is the rank"},
+    ),
+    Program(
+        "InvokeAI",
+        "6.14.2: identifies single files and LoRAs, finds every layer of a LoRA; drew nothing",
+        {FOLDER: "model manager", FILE: "model manager", KOHYA: "model manager"},
+        _same("scheduler `LCM`, CFG scale 1") | _NO_SAMPLE,
+        wrong={PEFT: _UNKNOWN_KEYS},
+    ),
+    Program(
+        "diffusers",
+        "0.42.1: the oracle of the tests; `lcm_jax.export --verify` draws with it",
+        dict.fromkeys(KINDS, "the model card's code"),
+        _same("`LCMScheduler`, as in the model card's code", PREDICTION_TYPES),
+    ),
+)
+
+
+def _single(export: Export, *families: str) -> bool:
+    return export.kind == FILE and export.family in families
+
+
+# (program and settings) -> 4 steps: t of the noise levels, t told to the UNet. tests/test_clients.py computes them.
+TIMESTEPS = {
+    "lcm_jax, diffusers, stable-diffusion.cpp": ((999, 759, 499, 259),) * 2,
+    "ComfyUI, node with `lcm`, `simple`; A1111 and Forge, `Simple`": ((999, 759, 499, 259),) * 2,
+    "ComfyUI without the node, `simple`": ((999, 749, 499, 249),) * 2,
+    "ComfyUI without the node, `sgm_uniform`": ((999, 749.3, 499.5, 249.8), (999, 749, 500, 250)),
+    "ComfyUI, node with `lcm`, `sgm_uniform`": ((999, 754.1, 509, 263.9), (999, 759, 519, 259)),
+    "ComfyUI, node with `lcm`, `normal`; A1111, `Automatic`": ((999, 672.4, 345.6, 19), (999, 679, 339, 19)),
+    "ComfyUI without the node, `normal`": ((999, 666, 333, 0),) * 2,
+}
+
+NOTES = (
+    Note(
+        "SD 2.x, single file",
+        lambda one: _single(one, "sd2"),
+        "No program reads from an SD 2.x file whether it predicts epsilon or v. ComfyUI and Forge guess v if the "
+        f"standard deviation of `{SD2_GUESS}` exceeds {SD2_LARGEST_OF_EPSILON} (the export warns of a wrong guess; "
+        "ComfyUI's node `ModelSamplingDiscrete` with `lcm` or `eps` means epsilon, with `v_prediction` v). A1111 "
+        "and stable-diffusion.cpp try the UNet once (`NAME.yaml` beside the file and `--prediction` overrule them). "
+        "InvokeAI and diffusers take v (InvokeAI: model manager, or give it the folder; diffusers: the model card's "
+        "code sets the type).",
+    ),
+    Note(
+        "SD 2.x, single file",
+        lambda one: _single(one, "sd2"),
+        "ComfyUI logs `clip missing`: layer 24 of the text encoder, which SD 2.x does not use. Pictures do not "
+        "depend on it, unless a node `CLIP Set Last Layer` says -1.",
+    ),
+    Note(
+        "SD 1.x that does not predict epsilon, single file",
+        lambda one: _single(one, "sd1") and one.prediction_type != "epsilon",
+        "Every program takes SD 1.x for epsilon. ComfyUI: node `ModelSamplingDiscrete` with `v_prediction` (or `x0`); "
+        "stable-diffusion.cpp: `--prediction v`; Forge: `NAME.yaml` beside the file; InvokeAI: model manager.",
+    ),
+    Note(
+        "SDXL that does not predict epsilon, single file",
+        lambda one: _single(one, "sdxl", "sdxl-refiner") and one.prediction_type != "epsilon",
+        "InvokeAI and diffusers take every SDXL file for epsilon (InvokeAI: model manager, or give it the folder; "
+        "diffusers: the model card's code sets the type); the others see the key `v_pred`.",
+    ),
+    Note(
+        "zero terminal SNR, SD 1.x and 2.x, single file",
+        lambda one: _single(one, "sd1", "sd2") and one.zero_snr,
+        "ComfyUI: node `ModelSamplingDiscrete` with `v_prediction` and `zsnr`; it reads the key `ztsnr` of SDXL alone.",
+    ),
+    Note(
+        "pruned SD 1.x (small-sd, tiny-sd), single file",
+        lambda one: _single(one, "sd1") and one.pruned,
+        "stable-diffusion.cpp and InvokeAI do not take it: they know no such UNet, or number its blocks otherwise. "
+        "ComfyUI does.",
+    ),
+    Note(
+        "pruned (small-sd, tiny-sd, SSD-1B, Vega), single file",
+        lambda one: one.kind == FILE and one.pruned,
+        "diffusers takes it for the whole model, unless `from_single_file` is given `config=`, the folder or hub id "
+        "of the model that it was distilled from.",
+    ),
+    Note(
+        "distilled on another grid than 50 timesteps",
+        lambda one: one.constants[0] != 50,
+        "A1111, Forge, ComfyUI's node with `lcm` and stable-diffusion.cpp's scheduler `lcm` have a grid of 50 "
+        "timesteps, which is not this model's. ComfyUI without that node and stable-diffusion.cpp with `--scheduler "
+        "simple` take the timesteps of training, if their number divides the grid's, and that 1000.",
+    ),
+    Note(
+        "other boundary scalings than timestep_scaling 10, sigma_data 0.5",
+        lambda one: one.constants[1:] != (10.0, 0.5),
+        "Other programs have timestep_scaling 10 and sigma_data 0.5, or no boundary scalings, which is nearly the "
+        "same; this model was trained with others: lcm_jax draws what it learned.",
+    ),
+)
+W_EMBEDDING = (
+    "Other programs do not know the w embedding: for them export a single file with `--guidance_scale`, which folds "
+    "one scale in"
+)
+INSTEAD = {  # for the programs that cannot use this kind
+    FOLDER: "The other programs take a single file: export with `--format=single-file`.",
+    PEFT: "For other programs than diffusers export with `--format=lora-kohya`; what they make of this file:",
+}
+
+READING = (
+    (
+        'Captions with "!", SD 2.x and SDXL',
+        'their pad token is "!", so transformers, diffusers and lcm_jax, in training too, read "at night!" with a pad '
+        "at its end, where ComfyUI, A1111 and the original OpenCLIP have the letter: pictures of such captions differ.",
+    ),
+)
+MEASURED = (
+    "stable-diffusion.cpp against lcm_jax (`make test-clients`): pictures of SD 1.5's single file differ by "
+    "0.67/255 at most, 0.23/255 on average (rounding to bytes alone gives 0.5 and 0.25), and by as much with a "
+    "LoRA, whose 834 tensors it applies all; that changes the picture by 20/255 on average. `lora-peft` gives the "
+    "same picture.",
+    "LyCORIS 4.1.3 (`make test-clients`): its LoCon files for UNet and text encoder, also rank-stabilized or with a "
+    "scalar, give the change that LyCORIS computes to 2e-7 of its largest; norms, Tucker, DoRA, LoHa and LoKr are "
+    "refused by name, OFT and whole matrices as no LoRA.",
+    "ComfyUI against lcm_jax (by hand, noise given): pictures of SD 1.5, SD 2.1, Vega and tiny-sd differ by 2e-6 "
+    "to 3e-6 of 1; a LoRA of SD 1.5 is merged bit for bit; what it writes is read back unchanged.",
+    "kohya sd-scripts 48d368f (by hand): every key of its LoRAs of SD 1.5, SD 2.1 and SDXL is read, B A bit for bit.",
+)
+
+
+def recipe(export: Export, stem: str, which: str = LCM) -> str:
+    """Markdown for a model card: what every program but diffusers, whose code the card has, must be told.
+
+    stem: name of the export without suffix. which: its map.
+    """
+    if export.has_w:
+        return f"{W_EMBEDDING}."
+
+    def settings(program: Program) -> dict[tuple[str, str], str]:
+        return {**program.settings, **(program.other_grid if export.constants[0] != 50 else {})}
+
+    rows = [
+        f"| {one.name} | {one.takes[export.kind].format(stem=stem)} | {settings(one)[which, export.prediction_type]} |"
+        for one in PROGRAMS[:-1]
+        if export.kind in one.takes
+    ]
+    copy = f" (copy `{FILE_NAME}` as `{stem}.safetensors`)" if export.kind == KOHYA else ""
+    table = [f"Settings, in {MAPS[which][1]}{copy}:", "", "| program | file | settings |", "|---|---|---|", *rows, ""]
+    notes = [f"- {note.text}" for note in NOTES if note.concerns(export)]
+    notes += [f"- {INSTEAD[export.kind]}"] if export.kind in INSTEAD else []
+    notes += [f"- {one.name}: {one.wrong[export.kind]}." for one in PROGRAMS if export.kind in one.wrong]
+    return "\n".join([*(table if rows else []), *notes])
+
+
+def markdown() -> str:
+    """docs/clients.md."""
+
+    def table(*rows: Sequence[str]) -> list[str]:
+        return [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+
+    def cell(program: Program, kind: str) -> str:
+        wrong = program.wrong.get(kind)
+        return program.takes[kind].format(stem="NAME") if kind in program.takes else f"no: {wrong}" if wrong else "no"
+
+    def item(text: str) -> str:
+        return textwrap.fill(text, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+
+    def listed(values: Sequence[float]) -> str:
+        return ", ".join(f"{value:g}" for value in values)
+
+    lines = [
+        "# Other programs",
+        "",
+        "Written by `python -m lcm_jax.run.clients > docs/clients.md` from the table in `lcm_jax/run/clients.py`, from",
+        "which the model cards have their recipes.",
+        "",
+        "## Which export goes where",
+        "",
+        *table(["program", *KINDS.values()], *([one.name, *(cell(one, kind) for kind in KINDS)] for one in PROGRAMS)),
+        "",
+        f"{W_EMBEDDING}. The format `unet` is for diffusers alone.",
+    ]
+    for which, (what, steps) in MAPS.items():
+        rows = [[one.name, *(one.settings[which, kind] for kind in PREDICTION_TYPES)] for one in PROGRAMS]
+        lines += ["", f"## Settings for {what}, in {steps}", "", *table(["program", *PREDICTION_TYPES], *rows)]
+    timesteps = [[name, *map(listed, pair)] for name, pair in TIMESTEPS.items()]
+    lines += [
+        "",
+        "CFG 1 is one pass a step; up to 2 there is a second one, with a negative prompt. What the settings mean, "
+        "in 4 steps:",
+        "",
+        *table(["settings", "noise level at t", "t that the UNet is told"], *timesteps),
+        "",
+        "The first two rows are the timesteps of training, for every number of steps.",
+        "",
+        "## What to know",
+        "",
+        *(item(f"**{about}**: {text}") for about, text in [*((one.about, one.text) for one in NOTES), *READING]),
+        "",
+        "## What was run",
+        "",
+        *table(["program", "version, and what of it"], *([one.name, one.tried] for one in PROGRAMS)),
+        "",
+        "Pictures: on CPUs in float32, random weights of full width, 4 steps, 64 pixels.",
+        "",
+        *(item(text) for text in MEASURED),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
