@@ -30,7 +30,7 @@ DATA = ["array_record>=0.8", "datasets>=5", "opencv-python-headless>=5", "tensor
 PLOT = ["matplotlib>=3.9"]
 NOTEBOOKS = [*PLOT, "ipykernel", "ipywidgets", "nbconvert>=7"]  # ipywidgets: tqdm warns of its absence
 TORCH = ["torch>=2.6", "diffusers>=0.35", "accelerate", "peft"]  # lcm_jax.export --verify
-TEST_CORE = [*DATA, *NOTEBOOKS, "pytest>=8", "pytest-xdist", "ruff", "import-linter"]
+TEST_CORE = [*DATA, *NOTEBOOKS, "webdataset", "pytest>=8", "pytest-xdist", "ruff", "import-linter"]
 
 setup(
     name="lcm_jax",

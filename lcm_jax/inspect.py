@@ -201,6 +201,8 @@ def of_part(config: ConfigDict, part: run_data.Part, examples: Examples, sample:
     counts += [("kept", f"{report.kept:,}", "")]
     counts += [("unusable, not counted above", f"{report.unusable:,}", "")] * bool(report.unusable)
     yield from (table(counts, "lrl"), "")
+    if report.notes:
+        yield from ("not used: " + ", ".join(report.notes), "")
     bad = part.source.bad_records() if cached else part.source.bad_records
     yield f"unusable, {'when the cache was made' if cached else 'found by indexing'}: {len(bad):,}"
     yield from of_bad_records(bad)
@@ -212,6 +214,8 @@ def of_part(config: ConfigDict, part: run_data.Part, examples: Examples, sample:
     else:  # every batch of an aspect bucket is full
         again = batches * size - total
         yield f"one epoch of it: {batches / weight:,.1f} steps of {size}; {again:,} rows come again in it"
+        if few := run_data.small_buckets(examples.groups, size):
+            yield few
     yield from ("", f"sample: {sample.read:,} records, the first of a run")
     yield from of_captions(sample.captions)
     yield f"unusable: {share(len(sample.bad_records), sample.read)}"

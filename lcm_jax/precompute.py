@@ -199,7 +199,7 @@ def latents(config: ConfigDict, out: str | Path, options: Options) -> None:
       Stopped: SIGTERM or SIGINT; finished shards stay.
     """
     config, out = check_config(config), Path(out).expanduser().absolute()
-    cache.check_reader()
+    cache.check_reader(out)
     with distributed.together():
         cache.check_folder(out)
     with locked(out):

@@ -1,6 +1,7 @@
 """The latent cache on disk: what is written is read; what does not fit or is damaged is refused."""
 
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -27,6 +28,9 @@ FINGERPRINT = {
 }
 
 
+WHAT = {"variants": 1, "data": {"crop": "center"}}
+
+
 def arrays(dtype):
     shapes = {"mean": [[*size, 4] for size in SIZES], "text_encoder": [[77]] * 3, "time_ids": [[6]] * 3}
     kinds = {"mean": dtype, "text_encoder": "int32", "time_ids": "float32"}
@@ -43,7 +47,7 @@ def row(group, rank):
 
 
 def plan(dtype="float32", **more):
-    return {"fingerprint": FINGERPRINT, "text": "ids", "examples": list(ROWS), "arrays": arrays(dtype)} | more
+    return {"fingerprint": FINGERPRINT, "text": "ids", "examples": list(ROWS), "arrays": arrays(dtype), **WHAT} | more
 
 
 def records(group, ranks, dtype="float32"):
@@ -157,12 +161,31 @@ def test_shards_outside_of_the_folder_are_not_read(broken, name):
         lambda m: m["groups"][0].pop("shards"),
         lambda m: m["arrays"][0]["shapes"].__setitem__(0, [8.0, 8, 4]),
         lambda m: m.update(groups=None),
+        lambda m: m["groups"][0]["shards"][0].pop("bytes"),
+        lambda m: m["arrays"][0].update(dtype="object"),
+        lambda m: m["arrays"][0].update(shapes=[]),
+        lambda m: m.pop("fingerprint"),
+        lambda m: m.update(examples=["x"]),
+        lambda m: m.update(text="tokens"),
     ],
 )
 def test_rows_and_shapes_that_cannot_be(broken, change):
     change_manifest(broken, change)
-    with pytest.raises(LcmError, match="rows or shapes in .*manifest.json"):
+    with pytest.raises(LcmError, match="the content of .*manifest.json is not that of a cache"):
         cache.open(broken)
+
+
+def test_names_that_array_record_cannot_open_and_lists_of_other_programs(broken, tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    with pytest.raises(BadArgument, match=r"^path=.*caf\\xe9: its name is not UTF-8, .*; rename the folder$"):
+        cache.open(odd)
+    for content in (b'{"shard": "a"}', b"\xff", b"[1]"):
+        (broken / "bad_records.jsonl").write_bytes(content)
+        with pytest.raises(LcmError, match="bad_records.jsonl.* cannot be read as a list|is not valid|holds a list"):
+            cache.open(broken).bad_records()
+    shutil.copytree(broken, tmp_path / "[1:2]*{a,b} %s")
+    assert cache.open(tmp_path / "[1:2]*{a,b} %s").where(0, 1) == ("0.tar", "ключ-1")
 
 
 def test_a_damaged_row_is_one_bad_record(broken):

@@ -22,6 +22,7 @@ class Rows:
     fields: dict
     images: list | None = None
     bad_records: tuple = ()
+    notes: tuple = ()
     reads: int = 0
 
     def __len__(self):

@@ -15,11 +15,11 @@ import numpy as np
 import psutil
 import pytest
 
-from lcm_jax.data import encoding, loader
+from lcm_jax.data import encoding, loader, shapes
 from lcm_jax.data.loader import BadRecordLog
 from lcm_jax.data.order import Order, batch_indices, draws_at
-from lcm_jax.data.records import BadRecord, BadRecordError
-from lcm_jax.data.rows import Arrays, CaptionDropout, FixedDraws
+from lcm_jax.data.records import BadRecord, BadRecordError, Record
+from lcm_jax.data.rows import Arrays, CaptionDropout, FixedDraws, ImageRows, ImageTransform
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import waiting
 
@@ -204,6 +204,24 @@ def test_a_bad_record_is_replaced_and_reported_once():
         assert ranks == [0, 1, 4, 4, 4, 5, 6, 7, 8, 9], "the next usable one is in their place"
     assert set(reported) == {BadRecord("a.tar", "0-2", "truncated"), BadRecord("a.tar", "0-3", "truncated")}
     assert len(reported) == 2
+
+
+def test_a_text_that_no_tokenizer_takes_costs_one_record():
+    def tokenize(captions):
+        if captions[0] == "2":
+            raise LcmError("a text that cannot be encoded")
+        return {"ids": np.array([[int(captions[0])]], np.int32)}
+
+    source = shapes.open(num_examples=5)
+    captions = {number: Record(str(number), source[number].image, (str(number),)) for number in range(5)}
+    listed = type("Listed", (dict,), {"where": lambda self, number: ("a.txt", str(number))})(captions)
+    rows = ImageRows(listed, ((16, 16),), ImageTransform(), tokenize)
+    reported = []
+    batches = take(2, rows, batch_size=5, bad_records=BadRecordLog(0.2, reported.append))
+    assert [sorted(batch["ids"].ravel()) for batch in batches] == [[0, 1, 3, 3, 4]] * 2
+    assert reported == [BadRecord("a.txt", "2", "a text that cannot be encoded")]
+    in_order = list(encoding.in_order(rows, 0, 0, range(5)))  # as precompute and encoding at the start read them
+    assert [rank for rank, row in in_order if isinstance(row, BadRecord)] == [2]
 
 
 def test_too_many_bad_records_stop_the_run():

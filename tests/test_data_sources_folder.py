@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_jax.data.records import BadRecordError
+from lcm_jax.data import filters, images
+from lcm_jax.data.records import BadRecord, BadRecordError
 from lcm_jax.data.sources import folder, parsing
 from lcm_jax.errors import BadArgument
 
@@ -200,6 +201,183 @@ def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(
         BadArgument,
         match="^caption_key=None: none of 2 images .*y is usable; the first: .*a.png: no caption.*'text' of "
-        "metadata.jsonl or the .txt beside .*: none",
+        "metadata.jsonl or metadata.csv, or the .txt, .caption or .text beside .*: none",
     ):
         folder.open(tmp_path / "y")
+
+
+def encoded(form):
+    stream = io.BytesIO()
+    options = {"AVIF": {"speed": 10}, "MPO": {"append_images": [Image.new("RGB", (4, 4))]}}.get(form, {})
+    Image.new("RGB", (9, 8), "red").save(stream, form, **options)
+    return stream.getvalue()
+
+
+def test_every_suffix_of_the_decoders_formats_is_an_image(tmp_path):
+    Image.init()
+    theirs = {suffix[1:] for suffix, form in Image.registered_extensions().items() if form in images.FORMATS}
+    assert theirs | {"mpo"} <= set(images.SUFFIXES)
+    forms = {"a.avif": "AVIF", "b.jfif": "JPEG", "c.JPE": "JPEG", "d.jp2": "JPEG2000", "e.J2K": "JPEG2000"}
+    forms |= {"f.ppm": "PPM", "g.apng": "PNG", "h.mpo": "MPO", "i.TIF": "TIFF", "j.dib": "BMP", "k.webp": "WEBP"}
+    for name, form in forms.items():
+        write(tmp_path, {name: encoded(form), name[0] + ".txt": form})
+    found = records(folder.open(tmp_path))
+    assert [(record.key, record.captions) for record in found] == [(name, (form,)) for name, form in forms.items()]
+    for record in found:
+        pixels = images.decode(record.image)
+        assert pixels.shape == (8, 9, 3) and abs(pixels.astype(int) - [255, 0, 0]).max() < 6
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    files = {"a.png": b"a", "a.txt": "x", "b.heic": b"b", "d/c.heic": b"c", "e.jxl": b"e", "0001": b"f", "g.txt": "g"}
+    files |= {".h.png": b"h", ".i/j.png": b"j", "a.json": "{}", "metadata.csv": "file_name,text\n"}
+    write(tmp_path / "set", files)
+    os.mkfifo(tmp_path / "set/pipe.png")
+    (tmp_path / "set/again").symlink_to(tmp_path / "set", target_is_directory=True)
+    source = folder.open(tmp_path / "set")
+    assert [record.key for record in records(source)] == ["a.png"]
+    assert source.notes == (
+        "2 hidden files or folders, as .h.png",
+        "1 link to a folder that is read already, as again",
+        "1 text without an image, as g.txt",
+        "4 files of unknown kind (.heic .jxl no suffix)",
+    )
+    assert [str(bad) for bad in source.bad_records] == [f"{tmp_path}/set: pipe.png: not a regular file"]
+    _, report = filters.apply(source, ())
+    assert report.line().startswith("1 records, 1 more are unusable; not used: 2 hidden files or folders, as .h.png, ")
+    (tmp_path / "set/a.png").unlink()
+    with pytest.raises(BadArgument, match="caption_key=None: none of 1 .*not used: .*5 files of unknown kind"):
+        folder.open(tmp_path / "set")
+    (tmp_path / "set/pipe.png").unlink()
+    with pytest.raises(BadArgument, match=r"holds no images .*, but 8 other files; not used: .*\.jxl"):
+        folder.open(tmp_path / "set")
+
+
+def test_linked_folders_are_read(tmp_path):
+    write(tmp_path, {"other/b.png": b"b", "other/sub/c.png": b"c", "set/a.png": b"a", "set/x/d.png": b"d"})
+    texts = {"other/b.txt": "B", "other/sub/c.txt": "C", "set/a.txt": "A", "set/x/d.txt": "D"}
+    write(tmp_path, texts)
+    links = {"set/linked": "other", "other/back": "set", "set/again": "set/x", "other/sub/loop": "other/sub"}
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(tmp_path / target, target_is_directory=True)
+    source = folder.open(tmp_path / "set")
+    assert [(r.key, r.captions) for r in records(source)] == [
+        ("a.png", ("A",)),
+        ("linked/b.png", ("B",)),
+        ("linked/sub/c.png", ("C",)),
+        ("x/d.png", ("D",)),
+    ]
+    assert source.notes == ("3 links to folders that are read already, as again",)
+
+
+def test_names_of_all_kinds(tmp_path):
+    """Capitals, one text for two pictures, bytes that are not UTF-8, line breaks."""
+    odd = os.fsdecode(b"caf\xe9")
+    files = {"A.JPG": b"1", "A.TXT": "one", "B.Jpeg": b"2", "B.png": b"3", "B.txt": "two", "C.png": b"4"}
+    files |= {"c.txt": "another", "C.TXT": "no", "C.txt": "yes", f"{odd}.png": b"5", f"{odd}.txt": "five"}
+    files |= {"x\ny.png": b"6", f"{odd}2.png": b"", "metadata.jsonl": [{"file_name": "x\ny.png", "text": "six"}]}
+    source = folder.open(write(tmp_path, files))
+    assert [(r.key, r.image, r.captions[0]) for r in records(source)] == [
+        ("A.JPG", b"1", "one"),
+        ("B.Jpeg", b"2", "two"),
+        ("B.png", b"3", "two"),
+        ("C.png", b"4", "yes"),
+        ("caf\\xe9.png", b"5", "five"),
+        ("x\ny.png", b"6", "six"),
+    ]
+    (bad,) = source.bad_records
+    assert str(bad) == f"{tmp_path}: caf\\xe92.png: image of 0 bytes" and json.dumps(bad.key).isascii()
+    assert str(BadRecord("a", source.where(5)[1], "\x1b[31m")) == "a: x\\ny.png: \\x1b[31m"
+
+
+def test_texts_and_json_beside_images(tmp_path):
+    """.caption as kohya's scripts have it, .json as img2dataset's files."""
+    about = {"caption": "from json", "width": 640, "title": "T", "status": "success"}
+    files = {f"{name}.jpg": b"x" for name in "abcdef"}
+    files |= {"a.caption": "from caption", "b.text": "from text", "c.caption": "no", "c.txt": "first", "f.json": "[1]"}
+    files |= {"d.json": json.dumps(about), "e.json": json.dumps(about), "e.txt": "beside", "f.txt": "has one"}
+    root = write(tmp_path, files)
+    source = folder.open(root)
+    found = {record.key[0]: record.captions[0] for record in records(source)}
+    assert found == {"a": "from caption", "b": "from text", "c": "first", "d": "from json", "e": "beside"}
+    np.testing.assert_array_equal(source.field("width"), [np.nan] * 3 + [640] * 2)
+    (bad,) = source.bad_records
+    assert bad.key == "f.jpg" and "holds a list, not a JSON object" in bad.reason and not source.notes
+    for key, captions in {
+        "caption": "from caption,no,from json,from json",
+        "title": "T,T",
+        "txt": "first,beside,has one",
+    }.items():
+        found = [record.captions[0] for record in records(folder.open(root, caption_key=key))]
+        assert found == captions.split(","), key
+
+
+def test_a_list_in_csv(tmp_path):
+    lines = [
+        b"\xef\xbb\xbffile_name,text,score,tag",
+        b'a.png,"one, and ""two""\nin two lines",0.5,x',
+        b"b.png,caf\xe9,1,y",
+        b"c.png,a cat, sitting,2,z",
+        b"",
+        b"gone.png,x,1,z",
+        b"d.png,1984,nan,7",
+        b"d.png,again,1,7",
+        b'e.png,"not closed,1,7',
+    ]
+    root = write(tmp_path, {f"{name}.png": b"x" for name in "abcd"} | {"metadata.csv": b"\r\n".join(lines)})
+    source = folder.open(root)
+    assert [(r.key, r.captions, dict(r.fields)) for r in records(source)] == [
+        ("a.png", ('one, and "two"\nin two lines',), {"score": 0.5}),
+        ("d.png", ("1984",), {"tag": 7}),
+    ]
+    assert bad_records(source, root) == {
+        ("metadata.csv", "line 5"): "5 cells under 4 columns; quote its texts",
+        ("metadata.csv", "line 7"): "no image gone.png",
+        ("metadata.csv", "line 9"): "d.png is listed already in this file",
+        ("metadata.csv", "line 10"): "not valid CSV (unexpected end of data)",
+        ("", "b.png"): "the caption has '\\udce9', which no UTF-8 text can have",
+        ("", "c.png"): "no caption",
+    }
+    for content, reason in {
+        "file_name;text\n": "no column file_name, but file_name;text; separate them by commas",
+        "file_name,text\n".encode("utf-16"): "the file is UTF-16; save it as UTF-8",
+    }.items():
+        write(root, {"metadata.csv": content, "a.txt": "a"})
+        assert bad_records(folder.open(root), root)["metadata.csv", "line 1"] == reason
+
+
+def test_lists_and_texts_of_odd_encodings_and_sizes(tmp_path, monkeypatch):
+    monkeypatch.setattr(parsing, "MAX_TEXT", 200)
+    lines = [
+        '\ufeff{"file_name": "a.png", "text": "one\u2028\u0085two"}',
+        '{"file_name": "b.png", "text": "' + "x" * 500 + '"}',
+    ]
+    lines += [
+        '{"file_name": "c.png", "text": "\\ud800"}',
+        '{"file_name": "d.png", "text": "\\ud83d\\ude00"}',
+        "[" * 150,
+    ]
+    lines += [
+        '{"file_name": "\\ud800", "text": "x"}',
+        '{"file_name": "e.png\\u0000", "text": "x"}',
+        '{"file_name": "/a.png"}',
+    ]
+    root = write(tmp_path, {f"{name}.png": b"x" for name in "abcdefg"} | {"metadata.jsonl": "\n".join(lines)})
+    write(root, {"e.txt": "x" * 201, "f.txt": "five".encode("utf-16"), "metadata.parquet": b"PAR1"})
+    write(root, {"g.txt": "\ufeffsix".encode()})
+    source = folder.open(root)
+    assert source.notes == ("metadata.parquet (write it as metadata.jsonl)",)
+    assert source[0].captions == ("one\u2028\u0085two",) and source[1].captions == ("\U0001f600",)
+    assert source[4].captions == ("six",)
+    for number, reason in {
+        2: "has 201 bytes, but at most 200 are read",
+        3: "the caption is UTF-16; save it as UTF-8",
+    }.items():
+        with pytest.raises(BadRecordError, match=reason):
+            source[number]
+    found = bad_records(source, root)
+    assert found["metadata.jsonl", "line 2"] == "a line of more than 200 bytes"
+    assert found["", "c.png"] == "the caption has '\\ud800', which no UTF-8 text can have"
+    assert found["", "b.png"] == "no caption" and found["metadata.jsonl", "line 7"] == "no image e.png\0"
+    assert {f"line {n}" for n in (5, 6, 7, 8)} <= {key for _, key in found}
+    assert all(str(bad).isprintable() for bad in source.bad_records)

@@ -283,8 +283,7 @@ def test_arrow_offsets_lie_inside_their_bytes(tmp_path, column, at, value, lost)
 def test_pipes_among_the_files_are_not_waited_for(tmp_path):
     write(tmp_path / "a.parquet")
     os.mkfifo(tmp_path / "b.parquet")
-    assert contents(huggingface.open(str(tmp_path))) == expected()
-    for path in (tmp_path / "*.parquet", tmp_path / "b.parquet"):
+    for path in (tmp_path, tmp_path / "*.parquet", tmp_path / "b.parquet"):
         with pytest.raises(LcmError, match="b.parquet is not a regular file"):
             huggingface.open(str(path))
 
@@ -323,13 +322,14 @@ def test_fields(tmp_path):
 
 
 def test_keys(tmp_path):
-    write(tmp_path / "a.parquet", key=pa.array(["x", "y", "x", None, "y"]), n=pa.array(range(5)))
+    pictures = [IMAGES[i] for i in (0, 1, 0, 3, 4)]  # of the second "x": the same; of the second "y": another one
+    write(tmp_path / "a.parquet", pictures, key=pa.array(["x", "y", "x", None, "y"]), n=pa.array(range(5)))
     source = huggingface.open(str(tmp_path / "a.parquet"))
-    assert [source[i].key for i in range(3)] == ["x", "y", "train-000000003"]
-    assert contents(source) == expected([0, 1, 3])
-    assert [(f.key, os.path.basename(f.shard)) for f in source.bad_records] == [("x", "a.parquet"), ("y", "a.parquet")]
-    np.testing.assert_array_equal(source.field("n"), [0, 1, 3])
-    assert source.where(2)[1] == "train-000000003"
+    assert [source[i].key for i in range(4)] == ["x", "y", "train-000000003", "train-000000004"]
+    assert contents(source) == expected([0, 1, 3, 4])
+    assert [(f.key, os.path.basename(f.shard)) for f in source.bad_records] == [("x", "a.parquet")]
+    np.testing.assert_array_equal(source.field("n"), [0, 1, 3, 4])
+    assert source.where(3)[1] == "train-000000004"
     write(tmp_path / "b.parquet", id=pa.array([10, 11, 12, 13, 14]))
     source = huggingface.open(str(tmp_path / "b.parquet"))
     assert [source[i].key for i in range(5)] == ["10", "11", "12", "13", "14"] and source.field("id") is None
@@ -339,15 +339,78 @@ def test_keys(tmp_path):
     np.testing.assert_array_equal(source.field("id"), [1, 1, 2, 2, 2])
 
 
+def test_two_parquet_sets_of_img2dataset(tmp_path):
+    """Their columns are found, their keys may be equal, and their failed rows are no bad records."""
+    states = ["success", "failed_to_download", "success", "failed_to_resize", None]
+    for name, first in (("a", 0), ("b", 1), ("c", 0)):
+        pictures = [IMAGES[first + i] if i in (0, 2) else None for i in range(5)]
+        keys = [f"{i:09d}" for i in range(5)]
+        columns = {"key": keys, "caption": TEXTS, "status": states, "jpg": pa.array(pictures, pa.binary())}
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table(columns), tmp_path / name / "0.parquet")
+    source = huggingface.open(str(tmp_path))
+    names = [source.where(i)[1] for i in range(len(source))]
+    nulls = [f"train-{row:09d}" for row in (9, 14)]  # without a status, so bad when they are read
+    assert names == ["000000000", "000000002", "000000004", "train-000000005", "train-000000007", *nulls]
+    assert [source[i].image for i in (0, 1, 3, 4)] == [IMAGES[i] for i in (0, 2, 1, 3)]
+    assert source.notes == ["6 x row without a picture, whose status is no success"]
+    assert [(bad.key, os.path.basename(os.path.dirname(bad.shard))) for bad in source.bad_records] == [
+        ("000000000", "c"),
+        ("000000002", "c"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["[x]", "a*b", "{a,b}", "a::b", "s3:", "%20 #~", "x\ny", os.fsdecode(b"caf\xe9")])
+def test_a_path_that_exists_is_no_pattern(tmp_path, name):
+    folder, saved = tmp_path / name, tmp_path / f"saved {name}"
+    write(tmp_path / "aXb/train.parquet", [b"of another folder"], ["no"])
+    write(tmp_path / "x/train.parquet", [b"of another folder"], ["no"])
+    folder.mkdir()
+    for file in ("train-00000-of-00001.parquet", f"test-{name}.parquet"):
+        write(tmp_path / "plain.parquet")
+        os.rename(tmp_path / "plain.parquet", folder / file)
+    for source in (huggingface.open(str(folder)), huggingface.open(str(folder / f"test-{name}.parquet"))):
+        assert contents(source) == expected() and source.where(0)[0].startswith(str(folder))
+    assert contents(huggingface.open(str(folder), split="test")) == expected()
+    assert contents(huggingface.open(str(folder / "train-*.parquet"))) == expected()
+    write(tmp_path / "plain.parquet", IMAGES[:1], TEXTS[:1])  # its state is part of what datasets remembers
+    os.replace(tmp_path / "plain.parquet", folder / "train-00000-of-00001.parquet")
+    assert contents(huggingface.open(str(folder))) == expected([0])
+    rows = {"image": IMAGES, "text": TEXTS}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "plain"))
+    os.rename(tmp_path / "plain", saved)
+    assert contents(huggingface.open(str(saved))) == expected()
+
+
+def test_whatever_datasets_raises_is_one_line(tmp_path):
+    odd = {
+        "map": pa.table(
+            {"image": IMAGES, "text": TEXTS, "m": pa.array([[("a", 1)]] * 5, pa.map_(pa.string(), pa.int8()))}
+        ),
+        "metadata": pa.table({"image": IMAGES, "text": TEXTS}).replace_schema_metadata({"huggingface": "{bad"}),
+        "none": pa.table({"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())}),
+        "twice": pa.Table.from_arrays([pa.array(IMAGES), pa.array(TEXTS), pa.array(TEXTS)], ["image", "text", "text"]),
+        "nested": pa.table({"image": IMAGES, "text": [[["a"]]] * 5}),
+    }
+    for name, table in odd.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        with pytest.raises(LcmError, match=name if name != "nested" else "holds List, not text") as caught:
+            huggingface.open(str(tmp_path / f"{name}.parquet"))
+        assert "\n" not in str(caught.value)
+    coded = pa.table({"image": pa.array(IMAGES).dictionary_encode(), "text": pa.array(TEXTS).dictionary_encode()})
+    pq.write_table(coded, tmp_path / "coded.parquet")
+    assert contents(huggingface.open(str(tmp_path / "coded.parquet"))) == expected()
+
+
 def test_chosen_columns_and_wrong_ones(tmp_path):
     table = pa.table({"jpg": pa.array(IMAGES), "blip": pa.array(TEXTS), "n": pa.array(range(5))})
     pq.write_table(table, tmp_path / "x.parquet")
     path = str(tmp_path / "x.parquet")
     assert contents(huggingface.open(path, image_key="jpg", caption_key="blip")) == expected()
     with pytest.raises(BadArgument, match="^image_key=image: .*jpg, blip, n$"):
-        huggingface.open(path)
+        huggingface.open(path, image_key="image")
     with pytest.raises(BadArgument, match="^caption_key=text: .*jpg, blip, n$"):
-        huggingface.open(path, image_key="jpg")
+        huggingface.open(path)
     with pytest.raises(BadArgument, match="^image_key=blip: .* holds string, not encoded images"):
         huggingface.open(path, image_key="blip", caption_key="blip")
     with pytest.raises(BadArgument, match="^caption_key=n: .* holds int64, not text"):

@@ -446,6 +446,20 @@ def test_folder_images_are_regular_files(tmp_path):
             read()
 
 
+def test_folder_images_are_all_that_a_person_sees(tmp_path, caplog):
+    for name in ("set/a.JPG", "set/b.jfif", "set/c.heic", "set/a.txt", "other/d.avif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / name, "PNG")
+    (tmp_path / "set/linked").symlink_to(tmp_path / "other", target_is_directory=True)
+    found = FolderImages(tmp_path / "set")
+    assert [path.name for path in found.paths] == ["a.JPG", "b.jfif", "d.avif"] and len(list(found.read(8, 8))) == 3
+    with pytest.raises(LcmError, match=r"holds no images .*, but 1 file of unknown kind \(\.heic\); give a folder"):
+        for path in found.paths:
+            path.unlink()
+        (tmp_path / "set/a.txt").unlink()
+        FolderImages(tmp_path / "set")
+
+
 class Images:
     """A source of given images, whose captions are all alike."""
 

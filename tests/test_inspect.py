@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 SIZES = [(40, 60), (90, 60), (64, 64), (130, 65), (50, 200), (64, 96), (70, 70), (33, 32), (128, 80), (300, 310)]
 BROKEN, EMPTY = 4, 7  # the images that are truncated, and that have no bytes
 GOOD = [number for number in range(len(SIZES)) if number not in (BROKEN, EMPTY)]
-CAPTIONS = [["x" * (7 * number + 1), "日本 \ud800\x1b[31m"][: 1 + number % 2] for number in range(len(SIZES))]
+CAPTIONS = [["x" * (7 * number + 1), "日本 \x1b[31m"][: 1 + number % 2] for number in range(len(SIZES))]
 CAPTIONS[0] = ["a caption\nof two lines"]
 
 
@@ -162,6 +163,14 @@ def test_buckets(folder):
     expected = {f"{h} x {w}, {b} batches": c for (h, w), b, c in zip(buckets, batches, counts, strict=True)}
     assert len(buckets) > 2 and bars(text, "aspect buckets") == expected
     assert f"one epoch of it: {batches.sum():.1f} steps of 3; {batches.sum() * 3 - 9} rows come again in it" in text
+    assert run_data.small_buckets(counts.tolist(), 3) in text
+
+
+def test_what_is_not_used_is_told(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "set")
+    (tmp_path / "set/a.heic").touch()
+    text = inspected(make_config(source="folder", path=str(tmp_path / "set")))
+    assert "\nnot used: 1 file of unknown kind (.heic)\n" in text
 
 
 def test_mixture(folder):

@@ -126,7 +126,7 @@ def damaged(tmp_path_factory) -> tuple[str, list[dict], dict[str, str]]:
         "truncated": [100, 1101],
         "known format": [202, 1203],
         "0 bytes": [304, 1305],
-        "occurs already": [406, 1407],
+        "occur already": [406, 1407],
         "UTF-8": [508, 1509],
     }
     for number in bad["truncated"]:
@@ -138,8 +138,8 @@ def damaged(tmp_path_factory) -> tuple[str, list[dict], dict[str, str]]:
     records[9]["image"] = stream.getvalue()  # a PNG named .jpg is a good image
     for number in bad["0 bytes"]:
         records[number]["image"] = b""
-    for number in bad["occurs already"]:
-        records[number]["key"] = records[number - 300]["key"]
+    for number in bad["occur already"]:
+        records[number] = dict(records[number - 300])
     folder = tmp_path_factory.mktemp("damaged")
     for shard, part in enumerate(np.array_split(np.arange(DAMAGED), 4)):
         entries = [entry for number in part for entry in data_kit.members(records[number])]
@@ -244,6 +244,12 @@ def test_buckets_keep_aspect_ratios_and_lose_nothing(paths, pipeline):
     assert len(shapes) == 3 and all(abs(h * w / 64**2 - 1) < 0.2 for h, w in shapes)
     assert {h / w > 1 for h, w in shapes} == {True, False} and len(texts(batches)) == COUNT
     assert same(batches[4:7], batches_of(config, pipeline, 3, start=4))
+
+
+def test_buckets_with_fewer_images_than_a_batch_are_told():
+    told = run_data.small_buckets((1000, 1, 0, 3), 32)
+    assert told.startswith("4 images are in 2 aspect buckets of fewer than 32; ") and "up to 32 times an epoch" in told
+    assert not run_data.small_buckets((32, 0, 64), 32) and not run_data.small_buckets((3,), 32)
 
 
 def test_sdxl_rows_have_time_ids(paths):

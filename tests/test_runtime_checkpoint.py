@@ -18,7 +18,7 @@ import pytest
 
 from lcm_jax.distill.state import create
 from lcm_jax.distill.step import learning_rate_schedule, make_optimizer
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.runtime import checkpoints as checkpoints_module
 from lcm_jax.runtime.checkpoints import Checkpoints, kept, list_steps, load_subtree
 from lcm_jax.runtime.distributed import Barrier
@@ -293,7 +293,7 @@ def run_python(code, *arguments):
 
 FULL = """
 import resource, signal, sys, jax.numpy as jnp, numpy as np
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.runtime.checkpoints import Checkpoints
 noise = np.random.default_rng(0).normal(size=2_000_000).astype(np.float32)
 try:
@@ -316,3 +316,11 @@ def test_full_disk(tmp_path):
     with Checkpoints(tmp_path / "c") as checkpoints:
         x = checkpoints.restore({"x": jax.ShapeDtypeStruct((1000,), jnp.float32)})["x"]
     assert (np.asarray(x) == 1).all()
+
+
+@pytest.mark.parametrize("name", ["run [x]", "a*", "b?", "a\\b", "gs:", "caf\udce9"])
+def test_names_that_orbax_expands_are_refused_before_anything_is_written(tmp_path, name):
+    """It writes to runs/[x] and then reads runs/x: a checkpoint that cannot be restored."""
+    with pytest.raises(BadArgument, match=r"^workdir=.*cannot be read back from a folder with .*; choose another$"):
+        Checkpoints(tmp_path / name / "checkpoints")
+    assert not (tmp_path / name).exists()

@@ -46,6 +46,7 @@ from flax.traverse_util import flatten_dict
 
 from lcm_jax import files, foreign
 from lcm_jax.data.records import BadRecord, BadRecordError, digest_of
+from lcm_jax.data.sources.parsing import check_name
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained.model import Pipeline, PipelineParams, weights_hash
 
@@ -56,6 +57,7 @@ PLAN = Path(PROGRESS, "plan.json")
 BAD_RECORDS = "bad_records.jsonl"
 TEXTS = ("ids", "embeddings")
 DTYPES = ("float32", "float16", "bfloat16")
+_PARTS = {"fingerprint": dict, "examples": list, "variants": int, "data": dict, "faults": int}  # of a manifest
 
 _REMEDIES = {  # for each part of a fingerprint that may differ from a run's
     "resolution": "set the cache's resolution",
@@ -126,9 +128,11 @@ class Cached:
             return str(self.path), f"row {rank} of group {group}"
 
     def bad_records(self) -> list[BadRecord]:
-        """The records that could not be encoded."""
+        """The records that could not be encoded. Raises LcmError if their list cannot be read."""
         path = self.path / BAD_RECORDS
-        return [BadRecord(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+        with foreign.reading(path, "a list of bad records", "copy the cache again"):
+            lines = path.read_bytes().splitlines() if path.exists() else []
+            return [BadRecord(**foreign.json_object(line, path)) for line in lines]
 
     def digest(self) -> str:
         """`digest_of` the manifest, and of what some rows of each group were made from, evenly spaced."""
@@ -171,7 +175,7 @@ def open(path: str | Path) -> Cached:
       LcmError: another format, shards missing or cut short, array_record not installed.
     """
     path = Path(path).expanduser().absolute()
-    check_reader()
+    check_reader(path)
     manifest = read_manifest(path)
     _check_numbers(manifest, path)
     for shard in (shard for group in manifest["groups"] for shard in group["shards"]):
@@ -184,12 +188,13 @@ def open(path: str | Path) -> Cached:
     return Cached(path, manifest)
 
 
-def check_reader() -> None:
-    """Raises LcmError if array_record is not installed."""
+def check_reader(path: Path) -> None:
+    """Raises LcmError if array_record is not installed, or cannot open files in the folder `path`."""
     try:
         import array_record.python.array_record_module  # noqa: F401
     except ImportError:
         raise LcmError("a latent cache needs array_record: pip install 'lcm_jax[data]'") from None
+    check_name(path)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -217,16 +222,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_numbers(manifest: Mapping[str, Any], path: Path) -> None:
-    """Raises LcmError if the manifest's rows and shapes cannot be those of arrays."""
+    """Raises LcmError if the manifest lacks a part, or its rows, shapes and dtypes cannot be those of arrays."""
     try:
         rows = [(group["rows"], [shard["rows"] for shard in group["shards"]]) for group in manifest["groups"]]
         sizes = [size for array in manifest["arrays"] for shape in array["shapes"] for size in shape]
-        counts = [count for whole, parts in rows for count in (whole, *parts)]
+        counts = [*manifest["examples"], *(count for whole, parts in rows for count in (whole, *parts))]
         good = all(type(n) is int and n >= 0 for n in counts + sizes) and all(n == sum(parts) for n, parts in rows)
+        shards = [shard for group in manifest["groups"] for shard in group["shards"]]
+        good &= all(type(shard["file"]) is str and type(shard["bytes"]) is int for shard in shards)
+        good &= all(len(array["shapes"]) == len(rows) for array in manifest["arrays"])
+        good &= {array["dtype"] for array in manifest["arrays"]} <= {*DTYPES, "int32"}
+        good &= {type(array["name"]) for array in manifest["arrays"]} <= {str} and manifest["text"] in TEXTS
+        good &= all(type(manifest[name]) is kind for name, kind in _PARTS.items())
     except (TypeError, KeyError):
         good = False
     if not good:
-        raise LcmError(f"the rows or shapes in {path / MANIFEST} are not those of a cache; copy the cache again")
+        raise LcmError(f"the content of {path / MANIFEST} is not that of a cache; copy the cache again")
 
 
 def fingerprint(
@@ -435,10 +446,11 @@ def read_note(out: Path, shard: Shard) -> tuple[int, int, list[BadRecord]] | Non
     path = out / shard.name
     if not (out / shard.note).exists() or not path.exists():
         return None
-    found = foreign.read_json(out / shard.note)
-    if path.stat().st_size != found["bytes"]:
-        return None
-    return found["rows"], found["bytes"], [BadRecord(*record) for record in found["faults"]]
+    with foreign.reading(out / shard.note, "a note on a shard", "remove it: the shard is written again"):
+        found = foreign.read_json(out / shard.note)
+        if path.stat().st_size != found["bytes"]:
+            return None
+        return int(found["rows"]), found["bytes"], [BadRecord(*record) for record in found["faults"]]
 
 
 def finish(out: Path, plan: Mapping[str, Any], shards: Sequence[Shard], bad: Sequence[BadRecord]) -> tuple[int, int]:

@@ -51,19 +51,21 @@ class Report:
       rules: (rule, records it dropped, how many of those lack the number), in the rules' order; a record counts at the
         first rule that drops it.
       unusable: records that indexing had left out before.
+      notes: of the source: what else it does not use.
     """
 
     total: int
     kept: int
     rules: tuple[tuple[Rule, int, int], ...]
     unusable: int
+    notes: tuple[str, ...] = ()
 
     def line(self) -> str:
         """One line, without the rules that dropped nothing."""
         parts = [f"{self.kept} of {self.total} records" if self.kept < self.total else f"{self.total} records"]
         parts += [f'"{rule}" dropped {dropped}' for rule, dropped, _ in self.rules if dropped]
         parts += [f"{self.unusable} more are unusable"] if self.unusable else []
-        return ", ".join(parts)
+        return ", ".join(parts) + ("; not used: " + ", ".join(self.notes) if self.notes else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,10 @@ class Selection:
     @property
     def bad_records(self) -> Sequence[BadRecord]:
         return self.source.bad_records
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return self.source.notes
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -118,12 +124,13 @@ def apply(
       LcmError: the source has no records.
     """
     parsed = [parse(text) for text in rules]
-    unusable = len(source.bad_records)
+    unusable, notes = len(source.bad_records), tuple(source.notes)
     if not len(source):
         first = f"; the first of {unusable} unusable ones: {source.bad_records[0]}" if unusable else ""
+        first += f"; not used: {', '.join(notes)}" if notes else ""
         raise LcmError(f"the source has no records{first}; check its path")
     if not parsed:
-        return source, Report(len(source), len(source), (), unusable)
+        return source, Report(len(source), len(source), (), unusable, notes)
     found: dict[str, np.ndarray] = {}
     dropper = np.full(len(source), -1)  # the rule that dropped each record; -1: none
     counts = []
@@ -148,7 +155,7 @@ def apply(
             f'of {len(source)} records none is left: {drops}; for example, in {shard}: {key}: {has}, which "{rule}" '
             "drops; relax the rules",
         )
-    return Selection(source, kept), Report(len(source), len(kept), tuple(counts), unusable)
+    return Selection(source, kept), Report(len(source), len(kept), tuple(counts), unusable, notes)
 
 
 def sizes(source: Source, width_key: str = "width", height_key: str = "height") -> np.ndarray:

@@ -27,7 +27,19 @@ from lcm_jax.data.records import BadRecordError
 from lcm_jax.errors import BadArgument, LcmError
 
 # Only these are tried: other readers of Pillow start programs (EPS) or read files that are not images.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_SUFFIXES = {  # format of Pillow -> suffixes of its files, the usual ones first
+    "JPEG": "jpg jpeg jpe jfif jif mpo",  # MPO: several JPEGs, of which the first is read
+    "PNG": "png apng",
+    "WEBP": "webp",
+    "GIF": "gif",
+    "BMP": "bmp dib",
+    "TIFF": "tif tiff",
+    "PPM": "ppm pgm pbm pnm pfm",
+    "JPEG2000": "jp2 j2k j2c jpc jpf jpx",
+    "AVIF": "avif avifs",
+}
+FORMATS = tuple(_SUFFIXES)
+SUFFIXES = tuple(suffix for of_format in _SUFFIXES.values() for suffix in of_format.split())
 MAX_PIXELS = 89_478_485  # Pillow's own limit for decompression bombs: a quarter of a GiB as RGB
 ORIENTATION = 0x0112  # EXIF tag
 # A PNG may state its orientation after the pixels. If none of these occurs in it, it states none.

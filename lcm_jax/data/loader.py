@@ -170,7 +170,7 @@ class BadRecordFile:
         index = jax.process_index()
         self.path = Path(workdir) / (f"bad_records.{index}.jsonl" if index else "bad_records.jsonl")
         self.stream, self.count = stream or sys.stderr, 0
-        self._listed = set(self.path.read_text().splitlines()) if self.path.exists() else set()
+        self._listed = set(self.path.read_text(errors="replace").split("\n")) if self.path.exists() else set()
 
     def __call__(self, record: BadRecord) -> None:
         self.count += 1

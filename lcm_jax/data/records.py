@@ -38,6 +38,11 @@ class Record:
     fields: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
+def printable(text: str) -> str:
+    """`text` with escapes in place of line breaks, control characters and what UTF-8 cannot encode."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 @dataclasses.dataclass(frozen=True)
 class BadRecord:
     """A record that was not used: the file that holds it, its key there, and the reason."""
@@ -47,13 +52,15 @@ class BadRecord:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.shard}: {self.key}: {self.reason}"
+        """One line, whatever characters the data have in names and texts."""
+        return printable(f"{self.shard}: {self.key}: {self.reason}")
 
 
 class Source(Protocol):
     """Random access to records. It is pickled to worker processes, so its pickle holds no open files."""
 
     bad_records: Sequence[BadRecord]  # unusable records found by indexing; they have no number
+    notes: Sequence[str]  # what else was found and is not used, a phrase each, as "3 files of unknown kind (.heic)"
 
     def __len__(self) -> int: ...
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from lcm_jax.data import images
 from lcm_jax.data.order import draws_at
-from lcm_jax.data.records import Record, Source
+from lcm_jax.data.records import BadRecordError, Record, Source
+from lcm_jax.errors import LcmError
 
 Tokenize = Callable[[Sequence[str]], Mapping[str, np.ndarray]]  # captions -> int32 [b l] for each text encoder
 
@@ -109,7 +110,10 @@ class ImageRows:
         record = self.record(group, rank)
         caption, flip, *corner = draws.random(4)  # four whatever is used, so that each keeps its meaning
         pixels, time_ids = self.transform(record, self.sizes[group], flip, corner)
-        ids = self.tokenize([record.captions[int(caption * len(record.captions))]])
+        try:
+            ids = self.tokenize([record.captions[int(caption * len(record.captions))]])
+        except LcmError as error:
+            raise BadRecordError(str(error)) from None
         row = {"pixels": pixels, **{name: tokens[0] for name, tokens in ids.items()}}
         return row | ({"time_ids": time_ids} if self.time_ids else {})
 

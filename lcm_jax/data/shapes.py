@@ -356,6 +356,7 @@ class ShapesSource:
     style: str
     split: str
     bad_records: tuple[BadRecord, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.num_examples

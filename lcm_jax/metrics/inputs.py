@@ -21,7 +21,8 @@ from absl import logging
 
 from lcm_jax.data import images
 from lcm_jax.data.records import BadRecordError, Record, Source
-from lcm_jax.data.sources.parsing import IMAGE_SUFFIXES, read_file
+from lcm_jax.data.sources.parsing import read_file
+from lcm_jax.data.sources.tree import picture_files
 from lcm_jax.errors import LcmError
 
 
@@ -59,6 +60,8 @@ def of_prompts(prompts: Sequence[str], count: int | None, name: str) -> Inputs:
 
 def of_source(source: Source, count: int, name: str) -> Inputs:
     """The captions of the first `count` usable records. Raises LcmError if there are fewer."""
+    if source.notes:
+        logging.warning(f"{name}: not used: {', '.join(source.notes)}")
     found = list(itertools.islice(_usable(source, lambda record: record.captions[0]), count))
     if len(found) < count:
         raise LcmError(
@@ -138,20 +141,31 @@ class SourceImages(ReferenceImages):
 
 @dataclasses.dataclass(frozen=True)
 class FolderImages(ReferenceImages):
-    """All images in a folder and its subfolders, in the order of their names. Raises LcmError if there are none."""
+    """All images in a folder and its subfolders, in the order of their names; warns of what else is in there.
+
+    Raises LcmError if there are none.
+    """
 
     folder: Path
 
     def __post_init__(self) -> None:
+        notes = ", ".join(self._found[1])
         if not self.paths:
             raise LcmError(
-                f"--reference={self.folder} holds no images ({' '.join(IMAGE_SUFFIXES)}); give a folder with some, or "
-                "a .npz of statistics"
+                f"--reference={self.folder} holds no images ({' '.join(images.SUFFIXES)})"
+                + (f", but {notes}" if notes else "")
+                + "; give a folder with some, or a .npz of statistics"
             )
+        if notes:
+            logging.warning(f"--reference={self.folder}: {len(self.paths)} images; not used: {notes}")
+
+    @functools.cached_property
+    def _found(self) -> tuple[list[str], list[str]]:
+        return picture_files(self.folder)
 
     @functools.cached_property
     def paths(self) -> list[Path]:
-        return sorted(path for path in self.folder.rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES)
+        return sorted(self.folder / name for name in self._found[0])
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ SOURCES = {
     "webdataset": "tar shards as img2dataset writes them",
     "huggingface": "a data set in parquet or save_to_disk form, or its hub id",
     "tfds": "a TensorFlow Datasets builder in array_record form",
-    "folder": "images with metadata.jsonl, or a .txt beside each",
+    "folder": "images with metadata.jsonl or .csv, or a .txt, .caption or .json beside each",
     "latents": "what lcm_jax.precompute wrote",
     "mixture": "several of them, in data.mixture",
 }
@@ -221,7 +221,12 @@ KEYS = (
     Key("data.path", None, None, "where the source's files are: folder, pattern, name or hub id", place_of=DATA_FILE),
     Key("data.split", "train", None, "of huggingface, tfds and shapes"),
     Key("data.image_key", None, None, "column of the images; None: as the format calls it"),
-    Key("data.caption_key", None, None, "column of the captions; None: as the format calls it"),
+    Key(
+        "data.caption_key",
+        None,
+        None,
+        "column of the captions, or suffix of files with them; None: as the format calls it",
+    ),
     Key(
         "data.width_key",
         "width",

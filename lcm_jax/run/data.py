@@ -87,7 +87,7 @@ def open_parts(config: ConfigDict) -> list[Part]:
     data, parts, named = config.data, [], mixture(config)
     options = _options(config, [name for _, name, _ in named])
     for weight, name, path in named:
-        path = path and os.path.expanduser(path)
+        path = path if not path or os.path.exists(path) else os.path.expanduser(path)
         if name == "latents":
             if not path:
                 raise LcmError('config.data.mixture has a part "WEIGHT latents" without a folder; add it')
@@ -259,6 +259,8 @@ def open_examples(
             rows = image_rows(config, part.source, tokenize, time_ids=pipeline.is_xl)
         if data.encode == "start":
             rows = encode_at_start(rows, encode, config.seed, log, encoding.batch_size(data.resolution))
+        if few := small_buckets(rows.groups, data.batch_size):
+            log.say(f"{part.name}: {few}")
         examples.append(rows)
     if data.caption_dropout:
         null = tokens(pipeline, [""])
@@ -267,6 +269,18 @@ def open_examples(
         null = {name: value[0] for name, value in null.items()}
         examples = [CaptionDropout(rows, null, data.caption_dropout) for rows in examples]
     return tuple(examples), order_of(config, parts, examples)
+
+
+def small_buckets(groups: Sequence[int], batch_size: int) -> str:
+    """A sentence on aspect buckets that have fewer images than a batch, which repeats them; "" if there are none."""
+    small = [size for size in groups if 0 < size < batch_size]
+    if len(groups) == 1 or not small:
+        return ""
+    return (
+        f"{sum(small)} images are in {len(small)} aspect buckets of fewer than {batch_size}; the same ones fill up "
+        f"their batches, up to {-(-batch_size // min(small))} times an epoch. A lower data.bucket_max_aspect, a "
+        "larger data.bucket_step or a smaller data.batch_size changes that"
+    )
 
 
 def order_of(config: ConfigDict, parts: Sequence[Part], examples: Sequence[Examples]) -> Order:
@@ -296,8 +310,8 @@ def check_caches(config: ConfigDict, parts: Sequence[Part], pipeline: Pipeline, 
         made = cached[0].manifest["data"]
         for key in ROW_KEYS:
             value = list(config.data[key]) if key == "filters" else config.data[key]
-            if made[key] != value:
+            if made.get(key) != value:
                 raise LcmError(
-                    f"the latent cache {cached[0].path} was made with config.data.{key} = {made[key]!r}, "
+                    f"the latent cache {cached[0].path} was made with config.data.{key} = {made.get(key)!r}, "
                     f"the run's is {value!r}; set the cache's, or precompute again"
                 )

@@ -46,7 +46,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import SingleDeviceSharding
 
 from lcm_jax import files, foreign
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.runtime import distributed, waiting
 
 METRICS_FILE = "metrics.json"
@@ -104,6 +104,13 @@ class _Save(NamedTuple):
     done: distributed.Barrier  # for all processes
 
 
+def _check_name(folder: Path) -> None:
+    """Raises BadArgument if orbax would write to `folder` and read from elsewhere, since it expands its name."""
+    if re.search(r"[*?\[\]\\\ud800-\udfff]|(^|/)gs:/", str(folder)):
+        problem = "checkpoints cannot be read back from a folder with * ? [ ] \\ gs:/ or no UTF-8 in its name"
+        raise BadArgument("workdir", ascii(str(folder.parent)), f"{problem}; choose another")
+
+
 class Checkpoints:
     """The checkpoints of one run; a context manager, which waits for the last save.
 
@@ -122,6 +129,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3, keep_every: int = 0, best: str = "") -> None:
         self.folder = Path(folder).absolute()
+        _check_name(self.folder)
         self._keep, self._keep_every, self._best = keep, keep_every, best
         if jax.process_count() > 1:
             distributed.check_shared(self.folder)

@@ -1,7 +1,7 @@
 """Sources of records, by the names that `data.source` takes.
 
     webdataset    tar shards with .jpg, .txt and .json members
-    folder        images with metadata.jsonl, or one .txt beside each
+    folder        images with metadata.jsonl or .csv, or a .txt, .caption or .json beside each
     huggingface   parquet files, a `save_to_disk` folder or a hub id
     tfds          a TensorFlow Datasets builder, by name or folder
     shapes        images rendered by code

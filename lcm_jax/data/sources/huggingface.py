@@ -6,28 +6,41 @@
     owner/name                                     the hub
 
 An image column holds encoded bytes, alone or as {bytes, path}; a caption column a text or a list of texts; every number
-column is a field. A record's key is its "key", "__key__" or (if no two are alike) "id", else "train-000000123".
+column is a field. A record's key is its "key", "__key__" or (if no two are alike) "id", else "train-000000123". A row
+with key and picture of an earlier one is not used; other pictures of a key are, by their numbers, as two downloads of
+img2dataset have them. Rows of img2dataset that hold no picture, as their status says, are left out.
 Rows are read from the Arrow files that `datasets` maps into memory; parquet is converted once, into HF_HOME. They are
 read as Arrow, since `datasets` would open whatever file or address a row names when it decodes that row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import hashlib
+import os
 import re
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from lcm_jax import files, foreign
+from lcm_jax.data import images
 from lcm_jax.data.records import BadRecord, BadRecordError, Record, digest_of
-from lcm_jax.data.sources.parsing import captions_of, read_file
+from lcm_jax.data.sources import tree
+from lcm_jax.data.sources.parsing import captions_of, matching, read_file, repeated
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.foreign import one_line
 
 KEY_COLUMNS = ("key", "__key__", "id")
+IMAGE_COLUMNS = ("image", *images.SUFFIXES)  # the first that there is; img2dataset and webdataset: "jpg"
+CAPTION_COLUMNS = ("text", "caption", "txt")
+LINKS = "lcm_jax_links"  # in the cache of `datasets`, see `_plain`
+_PLAIN = re.compile(r"[\w./ ,=+@%#-]+")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -57,21 +70,20 @@ class HuggingFace:
         ]
         columns = [image_key, caption_key, *self._numbers, *([self._key] if self._key else [])]
         self._table = table.select_columns(list(dict.fromkeys(columns))).with_format("arrow")
-        self._rows, repeated = _first_of_each(self._table, self._key)
-        reason = f"its key is that of an earlier record (column {self._key!r})"
-        self.bad_records = [BadRecord(*self._file_and_key(row), reason) for row in repeated]
+        self._unnamed = np.zeros(0, bool)  # [rows] whose key is another row's
+        failed = _failed(table, image_key)
+        self.notes = [f"{failed.sum()} x row without a picture, whose status is no success"] if failed.any() else []
+        again = self._repeated(failed)
+        self._rows = np.flatnonzero(~(failed | again)) if (failed | again).any() else None
+        reason = f"key (column {self._key!r}) and picture are those of an earlier record"
+        self.bad_records = [BadRecord(*self._file_and_key(row), reason) for row in np.flatnonzero(again)]
 
     def __len__(self) -> int:
         return len(self._table) if self._rows is None else len(self._rows)
 
     def __getitem__(self, number: int) -> Record:
         row = self._row(number)
-        try:
-            found = self._table[row]
-            found.flatten().validate(full=True)  # an Arrow file itself says where each value begins and ends
-            (values,) = found.to_pylist()
-        except ValueError as error:
-            raise BadRecordError(f"a text is not UTF-8, or the row is damaged ({one_line(error)})") from None
+        values = self._values(row)
         numbers = {name: float(values[name]) for name in self._numbers if values[name] is not None}
         texts = values[self._caption] if isinstance(values[self._caption], list) else [values[self._caption]]
         return Record(
@@ -80,6 +92,14 @@ class HuggingFace:
             captions_of([text for text in texts if text is not None]),
             {name: value for name, value in numbers.items() if value == value},  # without NaN
         )
+
+    def _values(self, row: int) -> dict[str, Any]:
+        try:
+            found = self._table[row]
+            found.flatten().validate(full=True)  # an Arrow file itself says where each value begins and ends
+            return found.to_pylist()[0]
+        except ValueError as error:
+            raise BadRecordError(f"a text is not UTF-8, or the row is damaged ({one_line(error)})") from None
 
     def field(self, name: str) -> np.ndarray | None:
         if name not in self._numbers:
@@ -106,9 +126,35 @@ class HuggingFace:
     def _file_and_key(self, row: int) -> tuple[str, str]:
         file = self._parts[int(np.searchsorted(self._ends, row, side="right"))]
         key = None
-        if self._key:
+        if self._key and not (len(self._unnamed) and self._unnamed[row]):
             key = _as_text(self._table.data.column(self._key)[row])
         return file, key or f"{self.split}-{row:09d}"
+
+    def _repeated(self, failed: np.ndarray) -> np.ndarray:
+        """bool [rows]: those with key and picture of an earlier one; the others of a key lose it (`_unnamed`)."""
+        again = np.zeros(len(self._table), bool)
+        if self._key is None:
+            return again
+        codes, sizes = _codes(self._table, self._key), _image_sizes(self._table, self._image)
+        codes[failed] = -1 - np.flatnonzero(failed)
+        unnamed = np.ones(len(codes), bool)
+        unnamed[np.unique(codes, return_index=True)[1]] = False
+        earlier: dict[tuple[int, int], list[int]] = {}  # of a key, size -> rows of different pictures
+        for row in tqdm(repeated(codes, sizes).tolist(), "repeated keys", unit=" rows", disable=None):
+            others = earlier.setdefault((int(codes[row]), int(sizes[row])), [])
+            if any(self._same_picture(row, other) for other in others):
+                again[row] = True
+            else:
+                others.append(row)
+        self._unnamed = unnamed & ~again
+        return again
+
+    def _same_picture(self, row: int, other: int) -> bool:
+        try:
+            a, b = (self._content(self._values(number)[self._image]) for number in (row, other))
+            return a == b
+        except BadRecordError:  # found again when it is read
+            return False
 
     def _content(self, value: Any) -> bytes:
         """The bytes of an image column's value."""
@@ -137,8 +183,8 @@ def open(
 
     Args:
       path: a folder, a parquet file, a glob pattern of parquet files, or an id on the hub.
-      image_key: column of the images; None: "image".
-      caption_key: column of the captions; None: "text".
+      image_key: column of the images; None: the first of IMAGE_COLUMNS.
+      caption_key: column of the captions; None: the first of CAPTION_COLUMNS.
 
     Raises:
       BadArgument: no such path, split or column; a column of another type; a hub id without network.
@@ -149,7 +195,8 @@ def open(
     except ImportError:
         raise LcmError("the source 'huggingface' needs datasets: pip install 'lcm_jax[data]'") from None
     table, roots, parts = _opened(datasets, str(path), split)
-    image_key, caption_key = image_key or "image", caption_key or "text"
+    image_key = image_key or _first_of(IMAGE_COLUMNS, table.column_names)
+    caption_key = caption_key or _first_of(CAPTION_COLUMNS, table.column_names)
     for argument, key in {"image_key": image_key, "caption_key": caption_key}.items():
         if key not in table.column_names:
             raise BadArgument(argument, key, f"{path} has no such column; choose of {', '.join(table.column_names)}")
@@ -157,6 +204,10 @@ def open(
         table = table.cast_column(image_key, datasets.Image(decode=False))
     _check_types(datasets, path, table.features, image_key, caption_key)
     return HuggingFace(table, roots=roots, parts=parts, split=split, image_key=image_key, caption_key=caption_key)
+
+
+def _first_of(wanted: Sequence[str], names: Sequence[str]) -> str:
+    return next((name for name in wanted if name in names), wanted[0])
 
 
 def _opened(datasets: Any, path: str, split: str) -> tuple[Any, tuple[Path, ...], tuple[tuple[str, int], ...]]:
@@ -172,16 +223,38 @@ def _opened(datasets: Any, path: str, split: str) -> tuple[Any, tuple[Path, ...]
             return table, (where,), ((path, len(table)),)
         if where.exists() or glob.has_magic(path):
             parts = _parquet(datasets, where, split)
-            with_split = {split: [file for file, _ in parts]}
+            with_split = {split: [str(_plain(datasets, Path(file))) for file, _ in parts]}
             root = where if where.is_dir() else Path(parts[0][0]).parent
             return datasets.load_dataset("parquet", data_files=with_split, split=split), (root,), parts
         if not _HUB_ID.fullmatch(path):
             raise BadArgument("path", path, "does not exist, and is not an id on the hub (owner/name)")
         table = _from_hub(datasets, path, split)
         return table, _hub_folders(datasets, path), ((f"{path} ({split})", len(table)),)
-    except datasets.exceptions.DatasetsError as error:
+    except (LcmError, MemoryError):
+        raise
+    except Exception as error:  # `datasets` lets through what its readers raise, or names it as the cause
         cause = error.__cause__ or error
-        raise LcmError(f"{path} cannot be read as a data set ({one_line(cause)}); copy or download it again") from None
+        raise LcmError(
+            f"{path} cannot be read as a data set ({one_line(cause)}); correct it, or copy it again"
+        ) from None
+
+
+def _plain(datasets: Any, path: Path) -> Path:
+    """The file or folder under a name that `datasets` takes literally: it expands [], *, ? and what looks like a URL.
+
+    If its own name is not of that kind, a link in the cache of `datasets` is. Its name changes with the file, by which
+    `datasets` knows what it has converted.
+    """
+    if _PLAIN.fullmatch(str(path)):
+        return path
+    path, state = path.absolute(), path.stat()
+    known = f"{state.st_size} {state.st_mtime_ns} {state.st_ino}" * path.is_file()
+    name = hashlib.blake2b(os.fsencode(path) + known.encode(), digest_size=12).hexdigest() + path.suffix
+    link = Path(datasets.config.HF_DATASETS_CACHE, LINKS, name)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(path)
+    return link
 
 
 def _saved(datasets: Any, folder: Path, split: str) -> Any:
@@ -189,7 +262,7 @@ def _saved(datasets: Any, folder: Path, split: str) -> Any:
         for name in _named_files(folder):
             if Path(name).name != name:
                 raise LcmError(f"it names {ascii(name)[:200]}, which is not in it")
-        found = datasets.load_from_disk(str(folder))
+        found = datasets.load_from_disk(str(_plain(datasets, folder)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LcmError(f"{folder} cannot be read ({one_line(error)}); write it again with save_to_disk") from None
     if not isinstance(found, datasets.DatasetDict):
@@ -231,25 +304,49 @@ def _parquet(datasets: Any, path: Path, split: str) -> tuple[tuple[str, int], ..
     import pyarrow.parquet
 
     if path.is_dir():
-        try:
-            found = datasets.load_dataset_builder("parquet", data_dir=str(path)).config.data_files
-        except FileNotFoundError:  # no files at all
-            found = {}
-        found = {str(name): [file for file in files if file.endswith(".parquet")] for name, files in found.items()}
-        files = _one_of({name: files for name, files in found.items() if files}, split, path)
+        files = _one_of(_splits(datasets, path), split, path)
     else:
-        files = _one_of({"train": sorted(glob.glob(str(path), recursive=True)) or [str(path)]}, split, path)
+        files = _one_of({"train": matching(str(path)) or [str(path)]}, split, path)
     # Opening a pipe would wait for its writer.
     if odd := [file for file in files if Path(file).exists() and not Path(file).is_file()]:
         raise LcmError(f"{odd[0]} is not a regular file; remove it, or choose another path")
     try:
-        return tuple((file, pyarrow.parquet.read_metadata(file).num_rows) for file in files)
+        return tuple((file, _rows_of(file)) for file in files)
     except (OSError, pyarrow.ArrowException) as error:
         raise BadArgument(
             "path",
             path,
             f"not all of its files are parquet ({one_line(error)}); copy them again, or change the source",
         ) from None
+
+
+def _splits(datasets: Any, folder: Path) -> dict[str, list[str]]:
+    """{split: parquet files} of a folder, by the rules of `datasets`, which takes the names in a path for patterns.
+
+    So it is shown plain names alone, below another folder.
+    """
+    names: dict[str, str] = {}  # as shown -> in the folder
+    for name in tree.walk(folder)[0]:
+        if name.endswith(".parquet"):
+            shown = re.sub(f"(?!{_PLAIN.pattern}).", "_", name, flags=re.DOTALL)
+            while shown in names:
+                shown = shown.replace(".parquet", "_.parquet")
+            names[shown] = name
+    with tempfile.TemporaryDirectory(prefix="lcm_jax-") as root:
+        for shown in names:
+            Path(root, shown).parent.mkdir(parents=True, exist_ok=True)
+            Path(root, shown).touch()
+        found = datasets.load_dataset_builder("parquet", data_dir=root).config.data_files if names else {}
+        below = Path(root).resolve()
+        relative = {split: [str(Path(file).relative_to(below)) for file in files] for split, files in found.items()}
+    return {str(split): [str(folder / names[shown]) for shown in files] for split, files in relative.items()}
+
+
+def _rows_of(file: str) -> int:
+    import pyarrow.parquet
+
+    with Path(file).open("rb") as stream:  # a name could be a URL to pyarrow
+        return pyarrow.parquet.read_metadata(stream).num_rows
 
 
 def _hub_folders(datasets: Any, name: str) -> tuple[Path, Path, Path]:
@@ -344,21 +441,43 @@ def _key_column(table: Any) -> str | None:
         if name in table.column_names:
             kind, types = table.data.schema.field(name).type, pyarrow.types
             known = types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
-            if known and (name != "id" or not len(_first_of_each(table, name)[1])):  # ids may be of classes or authors
+            if known and (name != "id" or len(np.unique(_codes(table, name))) == len(table)):  # may be of classes
                 return name
     return None
 
 
-def _first_of_each(table: Any, column: str | None) -> tuple[np.ndarray | None, np.ndarray]:
-    """(rows that are the first of their key, or None for all rows; the other rows). Rows without a key are all kept."""
-    if column is None:
-        return None, np.zeros(0, np.int64)
+def _codes(table: Any, column: str) -> np.ndarray:
+    """int64 [rows], equal for rows with equal values; rows without a value have one each."""
     chunks = table.data.column(column).dictionary_encode().chunks
     codes = np.concatenate([np.zeros(0), *(chunk.indices.to_numpy(zero_copy_only=False) for chunk in chunks)])
-    codes = np.where(np.isnan(codes), -1 - np.arange(len(codes)), codes)
-    first = np.zeros(len(codes), bool)
-    first[np.unique(codes, return_index=True)[1]] = True
-    return None if first.all() else np.flatnonzero(first), np.flatnonzero(~first)
+    return np.where(np.isnan(codes), -1 - np.arange(len(codes)), codes).astype(np.int64)
+
+
+def _image_sizes(table: Any, image_key: str) -> np.ndarray:
+    """int64 [rows]: bytes of the images; -1 if there are none, as for one that is named by its path."""
+    return next(_sizes(_contents(table, image_key)[0]), np.full(len(table), -1))
+
+
+def _failed(table: Any, image_key: str) -> np.ndarray:
+    """bool [rows]: those of img2dataset that hold no picture and say so in their status."""
+    import pyarrow.compute as pc
+
+    failed = np.zeros(len(table), bool)
+    if "status" in table.column_names and str(table.data.schema.field("status").type) in ("string", "large_string"):
+        wrong = pc.fill_null(pc.not_equal(table.data.column("status"), "success"), False)
+        for part in _contents(table, image_key):
+            wrong = pc.and_(wrong, pc.is_null(part))
+        failed |= wrong.to_numpy()
+    return failed
+
+
+def _contents(table: Any, image_key: str) -> list[Any]:
+    """The column of the images' bytes, and that of their paths if there is one."""
+    import pyarrow.compute as pc
+
+    column = table.data.column(image_key)
+    fields = [field.name for field in column.type] if str(column.type).startswith("struct") else []
+    return [pc.struct_field(column, name) for name in ("bytes", "path") if name in fields] or [column]
 
 
 def _as_text(scalar: Any) -> str | None:

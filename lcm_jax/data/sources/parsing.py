@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import glob
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,29 +14,57 @@ import numpy as np
 
 from lcm_jax import files, foreign
 from lcm_jax.data.records import BadRecordError
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import BadArgument, LcmError
 
-# Files taken for images. Each is the usual suffix of a format that Pillow reads.
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-MAX_BYTES = 2**30  # of an image or a caption: more than the largest image that is decoded has, uncompressed
+TEXT_SUFFIXES = ("txt", "caption", "text")  # of a text with the captions of the image beside it, the usual one first
+MAX_BYTES = 2**30  # of an image: more than the largest image that is decoded has, uncompressed
+MAX_TEXT = 2**24  # bytes of a text, a JSON object or a line of a list of images
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def read_file(path: Path) -> bytes:
-    """The content of a file that holds an image or a caption.
+def read_file(path: Path, most: int | None = None) -> bytes:
+    """The content of a file that holds an image; with `most` = MAX_TEXT, a caption.
 
     Raises:
-      BadRecordError: it cannot be read, is not a regular file, or has more than MAX_BYTES.
+      BadRecordError: it cannot be read, is not a regular file, or has more than `most` bytes (None: MAX_BYTES).
     """
     try:
-        return files.read_regular(path, MAX_BYTES)
+        return files.read_regular(path, most or MAX_BYTES)
     except OSError as error:
         raise BadRecordError(f"{path} cannot be read ({error.strerror})") from None
     except LcmError as error:
         raise BadRecordError(str(error)) from None
 
 
+def matching(pattern: str) -> list[str]:
+    """Sorted paths that match a glob pattern. What exists as it is written is no pattern, nor are folders that do."""
+    if os.path.exists(pattern):
+        return [pattern]
+    head = next(filter(Path.is_dir, Path(pattern).parents), None)
+    if head is None:  # of an empty text
+        return []
+    rest = str(Path(pattern).relative_to(head))
+    return sorted(glob.glob(rest if head == Path() else os.path.join(glob.escape(str(head)), rest), recursive=True))
+
+
+def readable(name: str) -> str:
+    """The name of a file as a key: bytes that are not UTF-8 are escaped, so that it prints and encodes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def check_name(path: Path) -> None:
+    """Raises BadArgument if array_record cannot open files in the folder `path`."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        problem = "its name is not UTF-8, and array_record opens no such files; rename the folder"
+        raise BadArgument("path", readable(str(path)), problem) from None
+
+
 def text_of(content: bytes) -> str:
     """UTF-8 text, with or without a byte order mark. Raises BadRecordError."""
+    if content.startswith(UTF16):
+        raise BadRecordError("the caption is UTF-16; save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -44,7 +75,8 @@ def captions_of(value: Any) -> tuple[str, ...]:
     """The captions in a text or a list of texts, bytes among them, without white space around and without empty ones.
 
     Raises:
-      BadRecordError: none is left, bytes are not UTF-8, or `value` is something else.
+      BadRecordError: none is left, one is not UTF-8 or cannot be (half a surrogate pair, as JSON allows), or `value` is
+        something else.
     """
     texts = value if isinstance(value, list | tuple) else [value]
     texts = [text_of(text) if isinstance(text, bytes) else text for text in texts]
@@ -53,6 +85,11 @@ def captions_of(value: Any) -> tuple[str, ...]:
     captions = tuple(text.strip() for text in texts if text.strip())
     if not captions:
         raise BadRecordError("no caption: its text is empty")
+    for text in captions:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadRecordError(f"the caption has {ascii(text[error.start])}, which no UTF-8 text can have") from None
     return captions
 
 
@@ -89,3 +126,10 @@ def row_of(columns: Mapping[str, np.ndarray], number: int) -> dict[str, float]:
     """The numbers of one row of `columns`, without those that it lacks."""
     values = {name: float(column[number]) for name, column in columns.items()}
     return {name: value for name, value in values.items() if value == value}  # NaN is not equal to itself
+
+
+def repeated(keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Numbers of the records whose key and size are another's, too: int64, sorted. Both arguments are [n]."""
+    order = np.lexsort((sizes, keys))
+    alike = (keys[order][1:] == keys[order][:-1]) & (sizes[order][1:] == sizes[order][:-1])
+    return np.union1d(order[1:][alike], order[:-1][alike])

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from lcm_jax import files
 from lcm_jax.data.records import BadRecord, BadRecordError, Record, digest_of
-from lcm_jax.data.sources.parsing import captions_of
+from lcm_jax.data.sources.parsing import captions_of, check_name
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.foreign import one_line
 
@@ -44,6 +44,7 @@ class TFDS:
     ):
         """Record i is row `rows[i]` of the split and item i of `data`; `shards`: (file, rows), in the split's order."""
         self.bad_records: tuple[BadRecord, ...] = ()
+        self.notes: tuple[str, ...] = ()
         self._data, self._split, self._rows = data, split, rows
         self._files, self._ends = [file for file, _ in shards], np.cumsum([rows for _, rows in shards])
         self._numbers, self._image, self._caption = numbers, image_key, caption_key
@@ -121,6 +122,7 @@ def open(path: str, *, split: str = "train", image_key: str | None = None, capti
             "the source 'tfds' needs tensorflow-datasets and array_record: pip install 'lcm_jax[data]'"
         ) from None
     path = str(path)
+    check_name(Path(path))
     builder = _from_folder(tfds, Path(path)) if Path(path).exists() else _by_name(tfds, path)
     _check_format(builder, path)
     features, part = builder.info.features, _split_info(builder, path, split)

@@ -1,13 +1,16 @@
 """Tar shards as img2dataset writes them (the webdataset layout), with random access.
 
 `path` is one or several, by commas or as a list, of: a file, a folder (its *.tar), a glob, a brace pattern as in bash
-(`laion-{00000..00099}.tar`, `{a,b}/{0..9}.tar`, nested too). A shard is read once even if it is named twice. Records
-come in the order of the shards and of the members in each tar; if a key occurs more than once, only its first record is
-used, across all shards. What is known of a record without reading it comes from an index beside its shard: `tar_index`.
+(`laion-{00000..00099}.tar`, `{a,b}/{0..9}.tar`, nested too); what exists as it is written is no pattern. A shard is
+read once even if it is named twice. Records come in the order of the shards and of the members in each tar. If a key
+and its picture occur more than once, only the first record is used, across all shards; other pictures of the same key,
+as in two downloads that were numbered alike, are used as KEY#2 and so on. What is known of a record without reading it
+comes from an index beside its shard: `tar_index`.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 import glob
 import itertools
@@ -30,6 +33,7 @@ from lcm_jax.errors import BadArgument
 MAX_OPEN = 64  # shards a process keeps open at once
 _THREADS = 8  # that index shards; they wait for the disk, or for each other if the disk is quick
 
+_PACKED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz|txz|zip)$")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 
 
@@ -45,7 +49,8 @@ def open(
     Args:
       path: shards, as in the module's docstring.
       image_key: suffix of the images, "jpg"; None: a key's first member with an image's suffix.
-      caption_key: "txt", or a field of the JSON members; None: the .txt, or "caption" in JSON if there is no .txt.
+      caption_key: suffix of the texts ("txt", "caption.txt"), or a field of the JSON if a key has no such member; None:
+        the .txt, .caption or .text, or "caption" in JSON if there are none.
       index_dir: folder for the indices; None: each beside its shard.
 
     Raises:
@@ -54,7 +59,7 @@ def open(
       LcmError: a shard cannot be read.
     """
     shards = find_shards(path)
-    folder = None if index_dir is None else Path(index_dir)
+    folder = None if index_dir is None else Path(index_dir).expanduser()
     sidecars = [tar_index.sidecar_path(shard, folder) for shard in shards]
     source = TarSource(shards, _indices(shards, sidecars, image_key, caption_key), caption_key)
     if not len(source):
@@ -68,13 +73,15 @@ class TarSource:
     """Random access to the records of indexed shards. It holds arrays and names, no open files."""
 
     def __init__(self, shards: Sequence[Path], indices: Sequence[ShardIndex], caption_key: str | None = None) -> None:
-        """`indices` [number of shards]; records with the key of an earlier one become bad records."""
+        """`indices` [number of shards]; records with key and picture of an earlier one become bad records."""
         self._shards = tuple(map(str, shards))
         self._states = tuple((index.size, index.mtime_ns) for index in indices)
         self._caption_key = caption_key
-        kept, repeats = _first_of_each_key(self._shards, indices)
+        kept, earlier, repeats = _repeated(self._shards, self._states, indices)
         bounds = list(itertools.pairwise(_starts([index.keys for index in indices])))
-        self._keys = [index.keys[kept[a:b]] for index, (a, b) in zip(indices, bounds, strict=True)]
+        self._keys = [
+            _numbered(index.keys, earlier[a:b])[kept[a:b]] for index, (a, b) in zip(indices, bounds, strict=True)
+        ]
         self._starts = _starts(self._keys)
         self._spans = np.concatenate([index.spans for index in indices])[kept]
         self._is_json = np.concatenate([index.is_json for index in indices])[kept]
@@ -87,6 +94,8 @@ class TarSource:
             ),
             *repeats,
         )
+        unused = sum((collections.Counter(index.unused) for index in indices), collections.Counter())
+        self.notes = tuple(f"{count} x {kind} in the tars" for kind, count in sorted(unused.items()))
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -166,25 +175,55 @@ def _columns(indices: Sequence[ShardIndex]) -> dict[str, np.ndarray]:
     }
 
 
-def _first_of_each_key(shards: Sequence[str], indices: Sequence[ShardIndex]) -> tuple[np.ndarray, list[BadRecord]]:
-    """bool [n over all shards], and a bad record for each that is not the first of its key.
+def _repeated(
+    shards: Sequence[str], states: Sequence[tuple[int, int]], indices: Sequence[ShardIndex]
+) -> tuple[np.ndarray, np.ndarray, list[BadRecord]]:
+    """Which records are used, bool [n over all shards]; how many earlier ones have their key, int64 [n]; the others.
 
-    Only keys with equal hashes are compared one by one.
+    A record is not used if an earlier one has its key and its picture, byte for byte. Only pictures of one key and one
+    size are read for it.
     """
     starts = _starts([index.keys for index in indices])
     hashes = np.concatenate([index.hashes for index in indices])
+    sizes = np.concatenate([index.spans[:, 1] for index in indices])
     order = np.argsort(hashes, kind="stable")
-    equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-    kept, bad, first = np.ones(len(hashes), bool), [], {}
-    for number in np.union1d(order[equal], order[equal + 1]):
+    first = np.append(True, np.diff(hashes[order]) != 0)[: len(order)]  # of its key
+    group = np.cumsum(first) - 1
+    earlier = np.zeros(len(hashes), np.int64)
+    earlier[order] = np.arange(len(order)) - np.flatnonzero(first)[group]
+    kept, bad = np.ones(len(hashes), bool), []
+
+    def picture(shard: int, row: int) -> bytes | None:
+        try:
+            return _handle(shards[shard], *states[shard]).bytes_at(*map(int, indices[shard].spans[row, :2]))
+        except BadRecordError:  # found again when it is read
+            return None
+
+    found: dict[tuple[bytes, int], list[tuple[int, int]]] = {}  # key, size -> (shard, row) of different pictures
+    numbers = parsing.repeated(hashes, sizes)
+    for number in tqdm(numbers.tolist(), "repeated keys", unit=" records", disable=None):
         shard = int(np.searchsorted(starts, number, side="right")) - 1
-        key = indices[shard].keys[number - starts[shard]].decode()
-        if key in first:
-            kept[number] = False
-            bad.append(BadRecord(shards[shard], key, f"its key occurs already in {first[key]}"))
+        place = shard, int(number - starts[shard])
+        key = bytes(indices[shard].keys[place[1]])
+        others = found.setdefault((key, int(sizes[number])), [])
+        content = picture(*place) if others else None
+        twin = next((other for other in others if content is not None and content == picture(*other)), None)
+        if twin is None:
+            others.append(place)
         else:
-            first[key] = shards[shard]
-    return kept, bad
+            kept[number] = False
+            bad.append(
+                BadRecord(shards[shard], key.decode(), f"its key and picture occur already in {shards[twin[0]]}")
+            )
+    return kept, earlier, bad
+
+
+def _numbered(keys: np.ndarray, earlier: np.ndarray) -> np.ndarray:
+    """S [n]: the second record of a key is KEY#2, and so on."""
+    if not earlier.any():
+        return keys
+    numbers = np.char.add(b"#", (earlier + 1).astype(np.bytes_))
+    return np.char.add(keys, np.where(earlier > 0, numbers, b""))
 
 
 def _indices(
@@ -219,7 +258,7 @@ def find_shards(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[P
     Raises:
       BadArgument: one of its patterns names nothing, or a file that does not exist.
     """
-    if isinstance(path, str) and not os.path.exists(path):
+    if isinstance(path, str) and not any(map(parsing.matching, [path, *expand_braces(path)])):
         path = [part.strip() for part in _at_commas(path)]
     patterns = [path] if isinstance(path, str | os.PathLike) else path
     names = [name for pattern in patterns for name in _files_of(os.fspath(pattern))]
@@ -230,22 +269,22 @@ def find_shards(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[P
 
 
 def _files_of(pattern: str) -> list[str]:
-    if "://" in pattern or pattern.startswith("pipe:"):
+    literal = bool(parsing.matching(pattern))
+    if not literal and ("://" in pattern or pattern.startswith("pipe:")):
         raise BadArgument("path", pattern, "tar shards are read from disks only; download or mount them")
-    expanded = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
+    expanded = [pattern] if literal else expand_braces(pattern)
     missing = [name for name in expanded if not os.path.exists(name) and not glob.has_magic(name)]
     if missing:
         count = f" ({len(missing)} of {len(expanded)} files are missing; a glob takes those that exist)"
         raise BadArgument("path", pattern, f"no tar shard {missing[0]!r}{count if len(expanded) > 1 else ''}")
     found = []
     for name in expanded:
-        found += (
-            [name]
-            if os.path.isfile(name)
-            else sorted(glob.glob(f"{glob.escape(name)}/*.tar" if os.path.isdir(name) else name, recursive=True))
-        )
+        below = os.path.join(name, "*.tar") if os.path.isdir(name) else name
+        found += [name] if os.path.isfile(name) else parsing.matching(below)
     if not found:
-        raise BadArgument("path", pattern, "no tar shard matches it")
+        packed = list(filter(_PACKED.search, parsing.matching(os.path.join(pattern, "*"))))
+        hint = f", but {len(packed)} as {os.path.basename(packed[0])}; unpack them to .tar" if packed else ""
+        raise BadArgument("path", pattern, f"no tar shard matches it{hint}")
     return found
 
 
