@@ -61,6 +61,27 @@ def test_added_tokens_in_the_vocabulary_change_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("a \ud83d cat", r"the text 'a \\ud83d cat' is not valid Unicode: character 3 is half a character"),
+        ("caf\udce9", r"the text 'caf\\udce9' is not valid Unicode: character 4 is half a character"),  # Latin 1 on a command line
+        ("x" * (2**20 + 1), "a text of 1048577 characters"),
+        (None, "None is a NoneType, not a text"),
+    ],
+)
+def test_texts_that_no_tokenizer_can_take_are_one_error(text, problem):
+    tokenizer = load_tokenizer(tiny.folder("sd1") / "tokenizer", 77)
+    with pytest.raises(LcmError, match=problem):
+        tokenize_counted(tokenizer, ["a red circle", text])
+
+
+def test_odd_texts_are_tokenized():
+    tokenizer = load_tokenizer(tiny.folder("sd1") / "tokenizer", 77)
+    odd = ["nul \0 character", "a mark \ufeff inside", "\U0010ffff", "an emoji \U0001f600"]
+    assert (tokenize(tokenizer, odd)[:, 2] != END).all()
+
+
+@pytest.mark.parametrize(
     "entry",
     [
         {"vocab_file": "/other/vocab.json"},

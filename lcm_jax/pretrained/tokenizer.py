@@ -23,6 +23,7 @@ OPTIONAL_FILES = ("tokenizer.json", "added_tokens.json")
 # names, from anywhere.
 _OTHER_FILES = ("vocab_file", "merges_file", "tokenizer_file", "fast_tokenizer_files", "vocab", "merges", "init_inputs")
 _NO_LIMIT = 1_000_000  # transformers' 1e30 if tokenizer_config.json gives no length
+_LONGEST_TEXT = 2**20  # characters: a second of work, of which 75 tokens are used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +91,11 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str]) -> np.ndarray:
 
 
 def tokenize_counted(tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(`tokenize`, number of tokens of each caption that were cut off: int32 [b])."""
+    """(`tokenize`, number of tokens of each caption that were cut off: int32 [b]). Raises as `check_text`."""
     if isinstance(captions, str):
         raise TypeError(f"tokenize takes a sequence of captions, not one string: {captions!r}")
+    for caption in captions:
+        check_text(caption)
     # Cut and padded here, because transformers keeps how it does that as a state of the tokenizer, which threads would
     # change under each other.
     ids = np.full((len(captions), tokenizer.length), tokenizer.clip.pad_token_id, np.int32)
@@ -104,6 +107,21 @@ def tokenize_counted(tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[np.
         kept = [*found[: tokenizer.length - 1], found[-1]] if lost[row] else found
         ids[row, : len(kept)] = kept
     return ids, lost
+
+
+def check_text(text: str) -> None:
+    """Raises LcmError for what no tokenizer can take, although Python holds it: see the messages."""
+    if not isinstance(text, str):
+        raise LcmError(f"{ascii(text)[:60]} is a {type(text).__name__}, not a text; give a caption or a prompt")
+    if len(text) > _LONGEST_TEXT:
+        raise LcmError(f"a text of {len(text)} characters, which begins {ascii(text[:60])}, is no caption; shorten it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # by a JSON's "\ud800", or by bytes of a command line that are not UTF-8
+        raise LcmError(
+            f"the text {ascii(text)[:60]} is not valid Unicode: character {error.start + 1} is half a character (a lone "
+            "surrogate); mend it"
+        ) from None
 
 
 def _saved_files(folder: Path) -> dict[str, bytes]:
