@@ -64,7 +64,10 @@ def test_added_tokens_in_the_vocabulary_change_nothing(tmp_path):
     "text, problem",
     [
         ("a \ud83d cat", r"the text 'a \\ud83d cat' is not valid Unicode: character 3 is half a character"),
-        ("caf\udce9", r"the text 'caf\\udce9' is not valid Unicode: character 4 is half a character"),  # Latin 1 on a command line
+        (
+            "caf\udce9",
+            r"the text 'caf\\udce9' is not valid Unicode: character 4 is half a character",
+        ),  # Latin 1 on a command line
         ("x" * (2**20 + 1), "a text of 1048577 characters"),
         (None, "None is a NoneType, not a text"),
     ],

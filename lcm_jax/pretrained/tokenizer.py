@@ -119,8 +119,8 @@ def check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:  # by a JSON's "\ud800", or by bytes of a command line that are not UTF-8
         raise LcmError(
-            f"the text {ascii(text)[:60]} is not valid Unicode: character {error.start + 1} is half a character (a lone "
-            "surrogate); mend it"
+            f"the text {ascii(text)[:60]} is not valid Unicode: character {error.start + 1} is half a character (a "
+            "lone surrogate); mend it"
         ) from None
 
 
