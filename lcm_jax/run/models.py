@@ -25,7 +25,7 @@ from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.pretrained import Pipeline, hub, load_pipeline, load_unet, read_record
 from lcm_jax.pretrained.diffusers_folder import check_noise
-from lcm_jax.pretrained.model import SCHEDULER, PipelineParams, in_half_precision
+from lcm_jax.pretrained.model import SCHEDULER, PipelineParams, check_text_to_image, in_half_precision, recorded
 from lcm_jax.pretrained.names import PutFn
 from lcm_jax.run.config import W_EMBEDDING_OF_A_LORA, needs_teacher
 from lcm_jax.run.data import check_sizes
@@ -159,11 +159,8 @@ def _check_teacher(config: ConfigDict, teacher: Pipeline) -> None:
             f"config.model.teacher = {config.model.teacher!r} is a Latent Consistency Model itself (it has a w "
             "embedding); give the diffusion model that it was distilled from"
         )
-    if teacher.unet.in_channels != teacher.vae.latent_channels:
-        raise LcmError(
-            f"config.model.teacher = {config.model.teacher!r} takes {teacher.unet.in_channels} channels "
-            f"(inpainting); {config.objective.upper()} needs a text-to-image model with {teacher.vae.latent_channels}"
-        )
+    key = "teacher" if config.model.teacher else "student"
+    check_text_to_image(teacher, f"config.model.{key} = {config.model[key]!r}")
 
 
 def _check_student(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> None:
@@ -199,10 +196,11 @@ def _check_lcm(config: ConfigDict, unet: Any) -> None:
             f"config.distill.w_embedding_dim = {distill.w_embedding_dim}: config.model.student = {name!r} is an LCM "
             "without w embedding; set 0"
         )
+    constants = recorded(record)
     made_with = {
-        "solver_steps": record.get("solver_steps", scheduler.get("original_inference_steps", distill.solver_steps)),
-        "timestep_scaling": record.get("timestep_scaling", scheduler.get("timestep_scaling", TIMESTEP_SCALING)),
-        "sigma_data": record.get("sigma_data", SIGMA_DATA),
+        "solver_steps": constants.get("solver_steps", scheduler.get("original_inference_steps", distill.solver_steps)),
+        "timestep_scaling": constants.get("timestep_scaling", scheduler.get("timestep_scaling", TIMESTEP_SCALING)),
+        "sigma_data": constants.get("sigma_data", SIGMA_DATA),
     }
     for key, value in made_with.items():
         if distill[key] != value:
@@ -210,7 +208,7 @@ def _check_lcm(config: ConfigDict, unet: Any) -> None:
                 f"config.distill.{key} = {distill[key]!r}, but config.model.student = {name!r} was distilled with "
                 f"{value!r}; set that"
             )
-    low, high = record.get("w_min", 0.0), record.get("w_max", float("inf"))
+    low, high = constants.get("w_min", 0.0), constants.get("w_max", float("inf"))
     if has_w_embedding and not low <= distill.w_min <= distill.w_max <= high:
         raise LcmError(
             f"config.distill.w_min = {distill.w_min:g}, w_max = {distill.w_max:g}: config.model.student = {name!r} was "

@@ -60,7 +60,7 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
 
 def _vision_table(module: clip.CLIPVisionModel) -> dict[str, names.Parameter]:
     """Torch key -> Parameter of an image tower, with the keys of a CLIPModel."""
-    table = weights.torch_table(module, (1, module.image_size, module.image_size, module.num_channels))
+    table = weights.torch_table(module, (1, module.image_size, module.image_size, 3))
     return {key if key.startswith(_VISION) else f"vision_model.{key}": value for key, value in table.items()}
 
 
