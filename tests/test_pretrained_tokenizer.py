@@ -9,15 +9,17 @@ import tiny
 from transformers import CLIPTokenizer
 
 from lcm_jax.errors import LcmError
+from lcm_jax.models.clip import CLIPTextModel
 from lcm_jax.pretrained.tokenizer import FILES, load_tokenizer, tokenize, tokenize_counted
 
 VOCAB = tiny.vocabulary()[0]
 START, END = VOCAB[tiny.START], VOCAB[tiny.END]
+ENCODER = CLIPTextModel(vocab_size=len(VOCAB))
 
 
 @pytest.mark.parametrize("kind, pad", [("sd1", END), ("sd2", 0), ("sdxl_2", 0)])
 def test_ids_and_padding(tmp_path, kind, pad):
-    tokenizer = load_tokenizer(tiny.write_tokenizer(tmp_path / "t", kind), 77)
+    tokenizer = load_tokenizer(tiny.write_tokenizer(tmp_path / "t", kind), ENCODER)
     ids = tokenize(tokenizer, ["a RED  circle", ""])
     assert ids.shape == (2, 77) and ids.dtype == np.int32
     words = [VOCAB["a</w>"], VOCAB["red</w>"], VOCAB["circle</w>"]]
@@ -26,20 +28,20 @@ def test_ids_and_padding(tmp_path, kind, pad):
 
 
 def test_the_exclamation_mark_is_the_pad_token_if_it_pads(tmp_path):
-    plain = load_tokenizer(tiny.write_tokenizer(tmp_path / "a", "sd1"), 77)
-    pads = load_tokenizer(tiny.write_tokenizer(tmp_path / "b", "sdxl_2"), 77)
+    plain = load_tokenizer(tiny.write_tokenizer(tmp_path / "a", "sd1"), ENCODER)
+    pads = load_tokenizer(tiny.write_tokenizer(tmp_path / "b", "sdxl_2"), ENCODER)
     assert tokenize(plain, ["hello!"])[0, 2] == VOCAB["!</w>"]
     assert tokenize(pads, ["hello!"])[0, 2] == 0
 
 
 def test_long_captions_are_cut_and_keep_their_end(tmp_path):
-    tokenizer = load_tokenizer(tiny.write_tokenizer(tmp_path / "t"), 77)
+    tokenizer = load_tokenizer(tiny.write_tokenizer(tmp_path / "t"), ENCODER)
     ids = tokenize(tokenizer, ["red " * 200])
     assert ids[0].tolist() == [START] + [VOCAB["red</w>"]] * 75 + [END]
 
 
 def test_no_captions_and_one_string(tmp_path):
-    tokenizer = load_tokenizer(tiny.write_tokenizer(tmp_path / "t"), 77)
+    tokenizer = load_tokenizer(tiny.write_tokenizer(tmp_path / "t"), ENCODER)
     assert tokenize(tokenizer, []).shape == (0, 77)
     with pytest.raises(TypeError, match="sequence of captions"):
         tokenize(tokenizer, "a red circle")
@@ -50,14 +52,14 @@ def test_a_config_without_length_takes_the_text_encoders(tmp_path):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["model_max_length"]
     tiny.write_json(folder / "tokenizer_config.json", config)
-    assert tokenize(load_tokenizer(folder, 77), ["a"]).shape == (1, 77)
+    assert tokenize(load_tokenizer(folder, ENCODER), ["a"]).shape == (1, 77)
 
 
 def test_added_tokens_in_the_vocabulary_change_nothing(tmp_path):
     folder = tiny.write_tokenizer(tmp_path / "t")
-    before = tokenize(load_tokenizer(folder, 77), ["a red square"])
+    before = tokenize(load_tokenizer(folder, ENCODER), ["a red square"])
     tiny.write_json(folder / "added_tokens.json", {tiny.START: START, tiny.END: END})
-    assert np.array_equal(tokenize(load_tokenizer(folder, 77), ["a red square"]), before)
+    assert np.array_equal(tokenize(load_tokenizer(folder, ENCODER), ["a red square"]), before)
 
 
 @pytest.mark.parametrize(
@@ -73,13 +75,13 @@ def test_added_tokens_in_the_vocabulary_change_nothing(tmp_path):
     ],
 )
 def test_texts_that_no_tokenizer_can_take_are_one_error(text, problem):
-    tokenizer = load_tokenizer(tiny.folder("sd1") / "tokenizer", 77)
+    tokenizer = load_tokenizer(tiny.folder("sd1") / "tokenizer", ENCODER)
     with pytest.raises(LcmError, match=problem):
         tokenize_counted(tokenizer, ["a red circle", text])
 
 
 def test_odd_texts_are_tokenized():
-    tokenizer = load_tokenizer(tiny.folder("sd1") / "tokenizer", 77)
+    tokenizer = load_tokenizer(tiny.folder("sd1") / "tokenizer", ENCODER)
     odd = ["nul \0 character", "a mark \ufeff inside", "\U0010ffff", "an emoji \U0001f600"]
     assert (tokenize(tokenizer, odd)[:, 2] != END).all()
 
@@ -100,10 +102,10 @@ def test_a_config_that_names_other_files_is_refused(tmp_path, entry):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     tiny.write_json(folder / "tokenizer_config.json", config | entry)
     with pytest.raises(LcmError, match=f"tokenizer_config.json names other files as '{next(iter(entry))}'"):
-        load_tokenizer(folder, 77)
+        load_tokenizer(folder, ENCODER)
     unused = {"name_or_path": "/a/folder", "special_tokens_map_file": "./special_tokens_map.json", "vocab_file": None}
     tiny.write_json(folder / "tokenizer_config.json", config | unused)  # in published ones; transformers ignores them
-    assert tokenize(load_tokenizer(folder, 77), ["a"]).shape == (1, 77)
+    assert tokenize(load_tokenizer(folder, ENCODER), ["a"]).shape == (1, 77)
 
 
 @pytest.mark.parametrize("name", FILES[:3])
@@ -111,7 +113,7 @@ def test_missing_files_are_named(tmp_path, name):
     folder = tiny.write_tokenizer(tmp_path / "t")
     (folder / name).unlink()
     with pytest.raises(LcmError, match=name):
-        load_tokenizer(folder, 77)
+        load_tokenizer(folder, ENCODER)
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer_config.json"])
@@ -119,12 +121,12 @@ def test_broken_files_are_named(tmp_path, name):
     folder = tiny.write_tokenizer(tmp_path / "t")
     (folder / name).write_text("{")
     with pytest.raises(LcmError, match=str(folder)):
-        load_tokenizer(folder, 77)
+        load_tokenizer(folder, ENCODER)
 
 
 def test_files_are_kept_as_they_are(tmp_path):
     folder = tiny.write_tokenizer(tmp_path / "t")
-    assert load_tokenizer(folder, 77).files == {name: (folder / name).read_bytes() for name in FILES}
+    assert load_tokenizer(folder, ENCODER).files == {name: (folder / name).read_bytes() for name in FILES}
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
@@ -133,7 +135,7 @@ def test_files_that_transformers_4_needs_are_derived_from_those_of_transformers_
     modern = tmp_path / "modern"
     CLIPTokenizer.from_pretrained(str(original)).save_pretrained(str(modern))
     assert not (modern / "vocab.json").exists()
-    tokenizer = load_tokenizer(modern, 77)
+    tokenizer = load_tokenizer(modern, ENCODER)
     ids, found = tokenize(tokenizer, ["a red circle!"]), tokenizer.files
     assert set(found) == {*FILES, "tokenizer.json"}
     assert json.loads(found["vocab.json"]) == VOCAB
@@ -142,12 +144,12 @@ def test_files_that_transformers_4_needs_are_derived_from_those_of_transformers_
     derived.mkdir()
     for name in FILES:
         (derived / name).write_bytes(found[name])
-    assert np.array_equal(tokenize(load_tokenizer(derived, 77), ["a red circle!"]), ids)
+    assert np.array_equal(tokenize(load_tokenizer(derived, ENCODER), ["a red circle!"]), ids)
 
 
 def test_threads_share_a_tokenizer():
     """With long and short captions at once, every thread gets what it would get alone."""
-    tokenizer = load_tokenizer(tiny.folder("sd1") / "tokenizer", 77)
+    tokenizer = load_tokenizer(tiny.folder("sd1") / "tokenizer", ENCODER)
     captions = ["a red circle", "a blue square and " * 40, "x", "hello " * 30] * 100
     alone = [tokenize_counted(tokenizer, [caption]) for caption in captions]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:

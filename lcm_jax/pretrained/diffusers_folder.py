@@ -87,7 +87,7 @@ def load_folder(
     tokenizers = dict.fromkeys(TOKENIZER_OF.values())
     for part, (name, _) in encoders.items() if read else ():
         tokenizer = folder / name.replace("text_encoder", "tokenizer")
-        tokenizers[TOKENIZER_OF[part]] = load_tokenizer(tokenizer, modules[part].max_position_embeddings)
+        tokenizers[TOKENIZER_OF[part]] = load_tokenizer(tokenizer, modules[part])
     for part in (part for part in folders if part in read):  # all of them, before minutes go into reading the first
         safetensors_io.find_weights(folders[part], _weights_name(part), variant)
     params = {

@@ -80,7 +80,7 @@ def load_text(path: str | Path | None) -> tuple[Network, Tokenizer]:
     known = {f.name for f in dataclasses.fields(clip.CLIPTextModel)} - RUN_FIELDS | clip.CLIPTextModel.FIXED.keys()
     text = {key: value for key, value in clip.tower(config, "text").items() if key in known}
     module = clip.from_config(text | {"architectures": ["CLIPTextModelWithProjection"]})
-    tokenizer = load_tokenizer(folder, module.max_position_embeddings)
+    tokenizer = load_tokenizer(folder, module)
     with open_weights(folder, TRANSFORMERS_NAME) as stored:
         shapes = {key: shape for key, shape in stored.shapes.items() if key.startswith(_TEXT)}
         params = names.read_params(module, shapes, stored.read, what=str(stored.source))
