@@ -6,11 +6,12 @@ The type says all: a bool is no number, a whole number may stand for a float, nu
 `Range`, a tuple is a list in JSON, None is null.
 """
 
+import contextlib
 import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Union
 
 from lcm_jax.errors import UnsupportedConfig
@@ -45,6 +46,15 @@ def field_types(kind: type) -> Mapping[str, Any]:
     """Name -> type, with its `Range`s, of a dataclass's fields."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+@contextlib.contextmanager
+def config_of(file: object) -> Iterator[None]:
+    """In this block an UnsupportedConfig names the file, too."""
+    try:
+        yield
+    except UnsupportedConfig as error:
+        raise UnsupportedConfig(error.field, error.value, f"{error.supported} ({file})") from None
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:

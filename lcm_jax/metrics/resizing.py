@@ -133,10 +133,8 @@ def read_processor(folder: Path) -> Processor:
         crop = (crop, crop) if isinstance(crop, int) else crop
         if any(c > s for c, s in zip(crop, (size, size) if isinstance(size, int) else size, strict=True)):
             raise LcmError(f"{file}: crop_size {crop} is larger than size {size}; correct it")
-    mean, std = (
-        entry("image_mean", tuple[Offset, Offset, Offset]),
-        entry("image_std", tuple[Positive, Positive, Positive]),
-    )
+    mean = entry("image_mean", tuple[Offset, Offset, Offset])
+    std = entry("image_std", tuple[Positive, Positive, Positive])
     return Processor(size, crop, mean, std, resample=resample)
 
 

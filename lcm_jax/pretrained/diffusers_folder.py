@@ -46,7 +46,7 @@ from lcm_jax.pretrained.model import (
 )
 from lcm_jax.pretrained.names import Params, PutFn
 from lcm_jax.pretrained.tokenizer import load_tokenizer
-from lcm_jax.typed import checked
+from lcm_jax.typed import checked, config_of
 
 _ENCODER_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _CLASSES = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny")}
@@ -137,10 +137,11 @@ def scheduler_config(folder: Path, index: Config) -> Config:
     config, kind = foreign.read_json(folder / SCHEDULER), _class_in_index(index, "scheduler")
     config = {"_class_name": kind, **config} if kind else config
     try:
-        noise = schedule.from_config(config)
-        theirs = schedule.from_config(config | {"_class_name": kind}) if kind else noise
-    except UnsupportedConfig as error:
-        raise UnsupportedConfig(error.field, error.value, f"{error.supported} (scheduler of {folder})") from None
+        with config_of(f"scheduler of {folder}"):
+            noise = schedule.from_config(config)
+            theirs = schedule.from_config(config | {"_class_name": kind}) if kind else noise
+    except UnsupportedConfig:
+        raise
     except LcmError as error:
         raise LcmError(f"{folder / SCHEDULER}: {error}") from None
     if theirs != noise:

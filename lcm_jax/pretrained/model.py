@@ -25,14 +25,14 @@ from jax.typing import DTypeLike
 from lcm_jax.diffusion import guidance
 from lcm_jax.diffusion.consistency import SIGMA_DATA, TIMESTEP_SCALING
 from lcm_jax.diffusion.schedule import NoiseSchedule
-from lcm_jax.errors import LcmError, UnsupportedConfig
+from lcm_jax.errors import LcmError
 from lcm_jax.models import clip, unet, vae
 from lcm_jax.models.clip import CLIPTextModel
 from lcm_jax.models.config import to_config
 from lcm_jax.models.unet import UNet2DConditionModel
 from lcm_jax.pretrained.names import Params
 from lcm_jax.pretrained.tokenizer import Tokenizer
-from lcm_jax.typed import Positive, Range, checked, field_types
+from lcm_jax.typed import Positive, Range, checked, config_of, field_types
 
 Config = dict[str, Any]
 PipelineParams = Mapping[str, Params]  # part -> parameter tree
@@ -228,10 +228,8 @@ def make_module(part: str, config: Config, dtype: DTypeLike = jnp.float32, file:
     Raises:
       UnsupportedConfig: the config asks for something outside the Stable Diffusion family.
     """
-    try:
+    with config_of(file or f"config of the {part.replace('_', ' ')}"):
         return _FROM_CONFIG[part](config, dtype=jnp.dtype(dtype))  # one form, so that modules compare equal
-    except UnsupportedConfig as error:
-        raise UnsupportedConfig(error.field, error.value, f"{error.supported} ({file or f'{part} config'})") from None
 
 
 def in_half_precision(pipeline: Pipeline, half: bool = True) -> Pipeline:

@@ -32,7 +32,7 @@ from lcm_jax.models import clip
 from lcm_jax.models.config import RUN_FIELDS, Channels, Epsilon, Layers, module_fields
 from lcm_jax.models.layers import LayerNorm, Run, multi_head_attention
 from lcm_jax.pretrained.safetensors_io import TRANSFORMERS_NAME, open_weights
-from lcm_jax.typed import Range
+from lcm_jax.typed import Range, config_of
 
 SIDE = 224
 RESIZES = ("square", "processor")
@@ -211,7 +211,8 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
     if resize not in RESIZES:
         raise LcmError(f"resize={resize!r} of dinov2 features is unknown; choose one of {', '.join(RESIZES)}")
     folder = weights.existing("dinov2", path)
-    module = from_config(read_json(folder / "config.json"))
+    with config_of(folder / "config.json"):
+        module = from_config(read_json(folder / "config.json"))
     processor = resizing.Processor((SIDE, SIDE), None, resizing.IMAGENET_MEAN, resizing.IMAGENET_STD)
     if resize == "processor":
         processor = resizing.read_processor(folder)
