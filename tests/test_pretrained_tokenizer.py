@@ -124,6 +124,89 @@ def test_broken_files_are_named(tmp_path, name):
         load_tokenizer(folder, ENCODER)
 
 
+def change(folder, name, **entries):
+    tiny.write_json(folder / name, json.loads((folder / name).read_text()) | entries)
+
+
+def change_vocabulary(**entries):
+    return lambda folder: change(folder, "vocab.json", **entries)
+
+
+def without(token):
+    def damage(folder):
+        tiny.write_json(folder / "vocab.json", {key: id for key, id in VOCAB.items() if key != token})
+
+    return damage
+
+
+def config(**entries):
+    return lambda folder: change(folder, "tokenizer_config.json", **entries)
+
+
+def special(**entries):
+    return lambda folder: change(folder, "special_tokens_map.json", **entries)
+
+
+def cut_merges(folder):
+    lines = (folder / "merges.txt").read_text().splitlines()
+    (folder / "merges.txt").write_text("\n".join(lines[: len(lines) // 2]))
+
+
+def another_tokenizer_json(folder):
+    """Of the same tokens, two of them exchanged."""
+    other = tiny.write_tokenizer(folder / "other")
+    change(other, "vocab.json", **{"a</w>": VOCAB["b</w>"], "b</w>": VOCAB["a</w>"]})
+    CLIPTokenizer.from_pretrained(str(other)).save_pretrained(str(folder / "saved"))
+    (folder / "saved" / "tokenizer.json").rename(folder / "tokenizer.json")
+
+
+DAMAGED = [
+    *(
+        (config(model_max_length=bad), "model_max_length of .*tokenizer_config.json=")
+        for bad in ("x", -3, 900_000, True)
+    ),
+    (special(pad_token=None), "it has no pad_token"),
+    (special(pad_token=3), "pad_token of .*special_tokens_map.json=3"),
+    (special(eos_token={"content": ""}), "eos_token of .*special_tokens_map.json="),
+    (special(bos_token="a"), "begin with 'a'|made by no line"),
+    (special(pad_token="<pad>"), f"has {len(VOCAB) + 1} tokens, its text encoder's vocab_size is {len(VOCAB)}"),
+    (change_vocabulary(a="5"), "cannot be read as a CLIP tokenizer: .*out of vocabulary"),
+    (change_vocabulary(a=7), "ids are not 0, 1, ... without gaps"),
+    (change_vocabulary(a=10**6), "ids are not 0, 1, ... without gaps"),
+    (without(tiny.END), r"vocab.json lacks <\|endoftext\|>"),
+    (without("z"), "without gaps"),
+    (cut_merges, "tokens of vocab.json, such as .*, are made by no line of merges.txt"),
+    (
+        lambda folder: (folder / "merges.txt").write_text("<html> not found </html>"),
+        "cannot be read as a CLIP tokenizer",
+    ),
+    (lambda folder: (folder / "tokenizer.json").write_text("[" * 10**5), "CLIP tokenizer"),
+    (lambda folder: (folder / "special_tokens_map.json").write_text("[1]"), "special_tokens_map.json holds a list"),
+    (another_tokenizer_json, "its files give 'a</w>' the ids 320 and 321"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGED)
+def test_damaged_files_are_one_line_and_never_other_tokens(tmp_path, damage, message):
+    folder = tiny.write_tokenizer(tmp_path / "t")
+    damage(folder)
+    with pytest.raises(LcmError, match=message) as caught:
+        load_tokenizer(folder, ENCODER)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_fits_its_text_encoder(tmp_path):
+    folder = tiny.write_tokenizer(tmp_path / "t")
+    with pytest.raises(LcmError, match=f"has {len(VOCAB)} tokens, its text encoder's vocab_size is 100"):
+        load_tokenizer(folder, CLIPTextModel(vocab_size=100))
+    with pytest.raises(LcmError, match="model_max_length of .*=77; supported: a whole number from 2 to 20"):
+        load_tokenizer(folder, CLIPTextModel(max_position_embeddings=20))
+    with pytest.raises(LcmError, match=f"ends texts with the id {END}, its text encoder's eos_token_id is 7"):
+        load_tokenizer(folder, CLIPTextModel(eos_token_id=7, with_projection=True))
+    for encoder in (CLIPTextModel(eos_token_id=7), CLIPTextModel(eos_token_id=2, with_projection=True)):
+        assert load_tokenizer(folder, encoder)  # does not pool, or the largest id
+
+
 def test_files_are_kept_as_they_are(tmp_path):
     folder = tiny.write_tokenizer(tmp_path / "t")
     assert load_tokenizer(folder, ENCODER).files == {name: (folder / name).read_bytes() for name in FILES}

@@ -209,7 +209,7 @@ ATTENTION_BLOCK = {
     "CrossAttnUpBlock2D": True,
     "UpBlock2D": False,
 }
-_MOST_BLOCKS = 500  # resnets and transformer blocks of one UNet; SDXL has 92
+_MOST_BLOCKS = 300  # resnets and transformer blocks of one UNet; SDXL has 75
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 
 

@@ -221,7 +221,9 @@ def from_config(config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> Au
     taesd.check_images(vae)
     for key in ("latents_mean", "latents_std"):
         if len(getattr(vae, key) or range(vae.latent_channels)) != vae.latent_channels:
-            raise UnsupportedConfig(key, getattr(vae, key), supported=f"{vae.latent_channels} entries or null")
+            raise UnsupportedConfig(
+                key, getattr(vae, key), supported=f"{vae.latent_channels} entries, as latent_channels, or null"
+            )
     if tiling.tile_size(vae) < 2 * vae.factor:
         raise UnsupportedConfig("sample_size", vae.sample_size, supported=f"{2 * vae.factor} or more")
     return vae

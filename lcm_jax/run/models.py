@@ -66,7 +66,7 @@ def shapes(config: ConfigDict) -> Models:
       LcmError: a model cannot be loaded, is not what the config needs, or does not fit the other.
     """
     teacher = load_teacher(config, weights=False)
-    _check_teacher(config, teacher[0])
+    check_teacher(config, teacher[0])
     models = Models(*teacher, *load_student(config, *teacher))
     _check_student(config, models.teacher, models.student)
     return models
@@ -145,7 +145,7 @@ def record(config: ConfigDict, student: Pipeline) -> dict[str, Any]:
     }
 
 
-def _check_teacher(config: ConfigDict, teacher: Pipeline) -> None:
+def check_teacher(config: ConfigDict, teacher: Pipeline) -> None:
     """Raises LcmError if the config cannot be run with this teacher."""
     check_sizes(config, teacher)
     found, asked = teacher.schedule.prediction_type, config.model.prediction_type
@@ -165,7 +165,8 @@ def _check_teacher(config: ConfigDict, teacher: Pipeline) -> None:
 
 def _check_student(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> None:
     """Raises LcmError if the student's UNet does not take the teacher's inputs."""
-    for field in ("in_channels", "out_channels", "addition_embed_type", "cross_attention_dim"):
+    added = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    for field in ("in_channels", "out_channels", "cross_attention_dim", *added):
         has, needs = (sorted(map(str, {*unet.per_level(field)})) for unet in (student.unet, teacher.unet))
         if has != needs:
             raise LcmError(
