@@ -71,7 +71,7 @@ def test_odd_values_are_refused_by_name_or_have_the_type_of_the_field(name):
         ("sd15", "conv_in_kernel", True),
         ("sd15", "transformer_layers_per_block", [30, 30, 30, 30]),
         ("ssd-1b", "addition_time_embed_dim", None),
-        ("ssd-1b", "projection_class_embeddings_input_dim", 8),
+        ("ssd-1b", "projection_class_embeddings_input_dim", None),
         ("vae", "scaling_factor", 0),
         ("vae", "scaling_factor", None),
         ("vae", "force_upcast", "no"),

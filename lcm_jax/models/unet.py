@@ -433,14 +433,9 @@ def _check(unet: UNet2DConditionModel) -> None:
         raise UnsupportedConfig("mid_block_type", unet.mid_block_type, supported=MID_BLOCKS)
     if unet.addition_embed_type not in (None, "text_time"):
         raise UnsupportedConfig("addition_embed_type", unet.addition_embed_type, supported=(None, "text_time"))
-    if unet.addition_embed_type is not None:
-        total, one = unet.projection_class_embeddings_input_dim, unet.addition_time_embed_dim
-        if one is None:
-            raise UnsupportedConfig("addition_time_embed_dim", one, "a whole number, with addition_embed_type")
-        if total is None or total <= one:
-            raise UnsupportedConfig(
-                "projection_class_embeddings_input_dim", total, f"more than {one} features of sizes"
-            )
+    for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+        if unet.addition_embed_type is not None and getattr(unet, key) is None:
+            raise UnsupportedConfig(key, None, supported="a whole number, with addition_embed_type")
     per_level = ("layers_per_block", "attention_head_dim", "cross_attention_dim", "transformer_layers_per_block")
     counts = {"down_block_types": len(unet.down_block_types), "up_block_types": len(unet.up_block_types)}
     counts |= {key: len(unet.per_level(key)) for key in per_level}

@@ -28,7 +28,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models.clip import CLIPTextModel
 from lcm_jax.models.unet import UNet2DConditionModel
 
@@ -92,6 +92,8 @@ def _inputs(module: nn.Module) -> tuple[Any, ...]:
     if module.addition_embed_type is None:
         return arguments
     total, one = module.projection_class_embeddings_input_dim, module.addition_time_embed_dim
+    if total <= one:
+        raise UnsupportedConfig("projection_class_embeddings_input_dim", total, f"more than {one} features of sizes")
     return *arguments, {"text_embeds": array((1, total - one)), "time_ids": array((1, 1))}
 
 
