@@ -160,6 +160,11 @@ def another_tokenizer_json(folder):
     (folder / "saved" / "tokenizer.json").rename(folder / "tokenizer.json")
 
 
+def vocabulary_of_another_type(folder):
+    CLIPTokenizer.from_pretrained(str(folder)).save_pretrained(str(folder))  # adds tokenizer.json
+    (folder / "vocab.json").write_text("[1]")
+
+
 DAMAGED = [
     *(
         (config(model_max_length=bad), "model_max_length of .*tokenizer_config.json=")
@@ -182,6 +187,7 @@ DAMAGED = [
     ),
     (lambda folder: (folder / "tokenizer.json").write_text("[" * 10**5), "CLIP tokenizer"),
     (lambda folder: (folder / "special_tokens_map.json").write_text("[1]"), "special_tokens_map.json holds a list"),
+    (vocabulary_of_another_type, "cannot be read as a CLIP tokenizer"),
     (another_tokenizer_json, "its files give 'a</w>' the ids 320 and 321"),
 ]
 

@@ -447,8 +447,11 @@ def _check(unet: UNet2DConditionModel) -> None:
             raise UnsupportedConfig(key, value, supported=f"{unet.num_levels} entries, like block_out_channels")
     if len(set(unet.per_level("cross_attention_dim"))) > 1:
         raise UnsupportedConfig("cross_attention_dim", unet.cross_attention_dim, supported="one width for all levels")
-    if unet.block_out_channels[0] < 4:
-        raise UnsupportedConfig("block_out_channels", unet.block_out_channels, supported="4 or more at the first level")
+    half = unet.block_out_channels[0] // 2
+    if half <= unet.freq_shift:  # the sinusoids divide by the difference
+        raise UnsupportedConfig(
+            "freq_shift", unet.freq_shift, supported=f"less than {half}, half of block_out_channels[0]"
+        )
     depths = unet.transformer_layers_per_block
     if isinstance(depths, tuple) and unet.reverse_transformer_layers_per_block is None:
         if any(isinstance(entry, tuple) for entry in depths):

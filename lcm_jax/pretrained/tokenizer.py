@@ -77,7 +77,8 @@ def load_tokenizer(folder: Path, encoder: CLIPTextModel) -> Tokenizer:
     with reading(folder, "a CLIP tokenizer", _AGAIN):
         clip = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         vocabulary = clip.get_vocab()
-    if problem := _problem(files, clip, vocabulary):
+        problem = _problem(files, clip, vocabulary)
+    if problem:
         raise LcmError(f"{folder} is not a CLIP tokenizer: {problem}; {_AGAIN}")
     if len(vocabulary) > encoder.vocab_size:
         raise LcmError(
