@@ -4,9 +4,14 @@ Programs print the line as `error: ...` and exit with code 2.
 """
 
 import contextlib
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+
+_short = reprlib.Repr()  # of values in files, which may be nested deeply or have thousands of entries or digits
+_short.maxtuple = _short.maxlist = _short.maxdict = 12
+_short.maxstring = _short.maxother = _short.maxlong = 200
 
 
 class LcmError(ValueError):
@@ -65,7 +70,7 @@ class UnsupportedConfig(LcmError):
         """`supported`: what would be accepted, as a phrase or a collection of values."""
         if not isinstance(supported, str):
             supported = ", ".join(repr(choice) for choice in supported)
-        super().__init__(f"unsupported {field}={value!r}; supported: {supported}")
+        super().__init__(f"unsupported {field}={_short.repr(value)}; supported: {supported}")
         self.field = field
         self.value = value
         self.supported = supported

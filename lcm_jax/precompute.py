@@ -38,8 +38,8 @@ from lcm_jax.pretrained import ENCODERS
 from lcm_jax.pretrained.model import TEXT_ENCODERS, Pipeline, PipelineParams
 from lcm_jax.pretrained.text import tokens
 from lcm_jax.run.config import flag_help, parse_flags, resolve, validate
-from lcm_jax.run.data import DataLog, check_sizes, image_rows, image_sizes, open_parts, tokenize_captions
-from lcm_jax.run.models import load_teacher
+from lcm_jax.run.data import DataLog, image_rows, image_sizes, open_parts, tokenize_captions
+from lcm_jax.run.models import check_teacher, load_teacher
 from lcm_jax.runtime import distributed, waiting
 from lcm_jax.runtime.mesh import make_mesh, place
 from lcm_jax.runtime.telemetry import Progress
@@ -235,7 +235,7 @@ def prepare(config: ConfigDict, out: Path, options: Options) -> CacheWriter:
     """Opens source and models, and plans the cache."""
     (part,) = open_parts(config)
     say(f"{part.name}: {part.report.line()}")
-    check_sizes(config, load_teacher(config, weights=False)[0])  # before minutes of reading
+    check_teacher(config, load_teacher(config, weights=False)[0])  # before minutes of reading
     devices = jax.local_devices()
     fsdp = len(devices) if config.mesh.fsdp == -1 else math.gcd(config.mesh.fsdp, len(devices))
     mesh = make_mesh(fsdp=fsdp, devices=devices)  # each process encodes on its own devices

@@ -208,16 +208,20 @@ def test_unknown_prediction_type_of_a_conversion_is_named():
 @pytest.mark.parametrize(
     ("config", "message"),
     (
-        ({"beta_start": "0.00085"}, "must be positive numbers"),
-        ({"beta_end": -0.1}, "must be positive numbers"),
-        ({"num_train_timesteps": "1000"}, "must be positive numbers"),
+        ({"beta_start": "0.00085"}, "beta_start='0.00085'; supported: a number from 1e-09 to 1"),
+        ({"beta_end": -0.1}, "beta_end=-0.1"),
+        ({"beta_end": True}, "beta_end=True"),
+        ({"beta_schedule": ["linear"]}, "beta_schedule=.*a text"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps='1000'; supported: a whole number from 1 to 10000"),
         ({"num_train_timesteps": 0}, "num_train_timesteps=0"),
+        ({"num_train_timesteps": 10**12}, "num_train_timesteps=1000000000000"),
+        ({"prediction_type": 3}, "prediction_type=3"),
+        ({"rescale_betas_zero_snr": "no"}, "rescale_betas_zero_snr='no'; supported: true or false"),
+        ({"thresholding": 0}, "thresholding=0"),
+        ({"_class_name": ["DDIMScheduler"]}, "_class_name="),
         ({"rescale_betas_zero_snr": True}, "divides by zero at t=999"),
-        ({"trained_betas": []}, "betas of shape"),
-        ({"trained_betas": [0.0, 0.1]}, "betas of shape"),
-        ({"trained_betas": [0.5, 1.5]}, "betas of shape"),
-        ({"trained_betas": [[0.1]]}, "betas of shape"),
-        ({"trained_betas": [float("nan")]}, "betas of shape"),
+        *(({"trained_betas": bad}, "unsupported trained_betas=") for bad in ([], [0.0, 0.1], [0.5, 1.5], [[0.1]], 0.1)),
+        *(({"trained_betas": [bad]}, "unsupported trained_betas=") for bad in (float("nan"), "0.1", True, None)),
     ),
 )
 def test_bad_numbers_are_refused(config, message):

@@ -134,3 +134,29 @@ def test_refusals(tmp_path):
         resizing.read_processor(tmp_path)
     with pytest.raises(LcmError, match="centre of 30 x 30 in images of 28 x 28"):
         resizing.Processor(28, (30, 30), (0.0,) * 3, (1.0,) * 3)(random_images(40, 40))
+
+
+SIDES = (True, "x", -1, 0, 2.5, [28], {}, {"height": 28}, {"shortest_edge": "x"}, {"height": 0, "width": 28}, 10**12)
+VALUES = ("x", [], [0.5], ["a"] * 3, [float("nan")] * 3, {"a": 1}, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("size", (*SIDES, None)),
+        ("crop_size", (*SIDES, 29)),
+        ("image_mean", (*VALUES, None)),
+        ("image_std", (*VALUES, None, [0.5, 0.5, 0])),
+        ("rescale_factor", ("x", None, [1], float("nan"))),
+        ("resample", ([3], {}, True)),
+        ("do_center_crop", ("no", 1)),
+        ("do_resize", ("no", None, [])),
+        ("image_processor_type", (3, ["CLIP"])),
+    ],
+)
+def test_odd_values_are_refused_by_name(tmp_path, key, values):
+    config = {"size": 28, "crop_size": 28, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    for value in values:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(LcmError, match=key):
+            resizing.read_processor(tmp_path)

@@ -1,4 +1,7 @@
-"""A pipeline is equal by content: models of one architecture share programs, and none is kept by them."""
+"""A pipeline is equal by content: models of one architecture share programs, and none is kept by them.
+
+Parts and records that do not fit each other or the program are refused before weights are read.
+"""
 
 import dataclasses
 import gc
@@ -10,7 +13,11 @@ import pytest
 import safetensors.numpy
 import tiny
 
+from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import RECORD, load_pipeline, text
+from lcm_jax.pretrained.model import check_fit
+from lcm_jax.sampling.load import load
+from lcm_jax.sampling.request import make_request
 
 SCHEDULER = "scheduler/scheduler_config.json"
 
@@ -73,3 +80,103 @@ def test_a_second_model_compiles_nothing_and_a_dropped_one_is_freed(other):
     del pipeline, second
     gc.collect()
     assert leaf() is None and found
+
+
+def change(part, **fields):
+    return lambda modules: modules | {part: modules[part].clone(**fields)}
+
+
+UNFIT = {
+    "another VAE": ("sd1", change("vae", latent_channels=16), "takes 4 channels, the VAE's latents have 16"),
+    "InstructPix2Pix": (
+        "sd1",
+        change("unet", in_channels=8),
+        "takes 8 channels, as InstructPix2Pix models do .*have 4",
+    ),
+    "depth": ("sd1", change("unet", in_channels=5), "takes 5 channels, as depth-to-image models do"),
+    "upscaler": ("sd1", change("unet", in_channels=7), "takes 7 channels, as upscaling models do"),
+    "learned variance": ("sd1", change("unet", out_channels=8), "gives 8 channels, the VAE's latents have 4"),
+    "width of text": ("sd1", change("text_encoder", hidden_size=64), "text of width 32, the text encoders give 64"),
+    "shifted latents": ("sd1", change("vae", shift_factor=0.1), "the VAE has shift_factor=0.1"),
+    "normalised latents": ("sd1", change("vae", latents_std=(2.0,) * 4), r"the VAE has latents_std=\(2.0"),
+    "no sizes": ("sdxl", change("unet", addition_embed_type=None), "addition_embed_type=None.*text_encoder_2.*has one"),
+    "no second encoder": (
+        "sdxl",
+        lambda m: change("text_encoder", hidden_size=64)(m) | {"text_encoder_2": None},
+        "addition_embed_type='text_time'.*has none",
+    ),
+    "pooled text": ("sdxl", change("text_encoder_2", projection_dim=40), "takes 80 features .*text_encoder_2 gives 40"),
+    "sizes of a refiner": (
+        "sdxl",
+        change("unet", projection_class_embeddings_input_dim=72),
+        "takes 72 features .*gives 32 and 6 sizes have 8 each",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_parts_that_do_not_fit_are_refused_by_name(what):
+    name, changed, message = UNFIT[what]
+    pipeline, _ = load_pipeline(tiny.folder(name), weights=False)
+    parts = {part: getattr(pipeline, part) for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    check_fit(parts)
+    with pytest.raises(LcmError, match=message) as caught:
+        check_fit(changed(parts))
+    assert "\n" not in str(caught.value)
+
+
+def test_models_for_other_tasks_are_refused_before_weights_are_read(tmp_path):
+    """Inpainting, also by an exchanged UNet, and refining: by name, in `load` and in a request."""
+    refiner, base = tiny.copy("refiner", tmp_path / "refiner"), tiny.copy("sd1", tmp_path / "base")
+    inpainting = tiny.build("inpainting", tmp_path / "inpainting")
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    for source, unet, message in (
+        (
+            inpainting,
+            None,
+            r"inpainting is an inpainting model \(its UNet takes 9 channels, the VAE's latents have 4\)",
+        ),
+        (base, inpainting, r"base with the UNet of .*inpainting is an inpainting model"),
+        (refiner, None, "refiner is an SDXL refiner, which .*; give a text-to-image model"),
+    ):
+        with pytest.raises(LcmError, match=message):
+            load(source, unet=unet)
+        with pytest.raises(LcmError, match="give a text-to-image model"):
+            make_request(load_pipeline(source, unet=unet, weights=False)[0])
+
+
+BAD_CONSTANTS = [
+    (RECORD, {"solver_steps": "x"}, "solver_steps of lcm_config.json='x'; supported: a whole number from 1 to 10000"),
+    (RECORD, {"solver_steps": 2000}, "solver_steps=2000 .* exceeds the 1000 training timesteps"),
+    (RECORD, {"solver_steps": True}, "solver_steps of lcm_config.json=True"),
+    (RECORD, {"sigma_data": float("nan")}, "sigma_data of lcm_config.json=nan"),
+    (RECORD, {"timestep_scaling": 0}, "timestep_scaling of lcm_config.json=0"),
+    (RECORD, {"w_max": float("inf")}, "w_max of lcm_config.json=inf"),
+    (RECORD, {"w_min": [2]}, "w_min of lcm_config.json="),
+    (RECORD, {"w_min": 5, "w_max": 3}, "w_min=5 of lcm_config.json is above w_max=3"),
+    (
+        SCHEDULER,
+        {"original_inference_steps": 10**12},
+        "original_inference_steps of scheduler/scheduler_config.json=1000",
+    ),
+    (SCHEDULER, {"timestep_scaling": -1}, "timestep_scaling of scheduler"),
+    (SCHEDULER, {"set_alpha_to_one": "no"}, "set_alpha_to_one of scheduler.*='no'; supported: true or false"),
+    (
+        "model_index.json",
+        {"force_zeros_for_empty_prompt": "no"},
+        "force_zeros_for_empty_prompt of model_index.json='no'",
+    ),
+    ("model_index.json", {"text_encoder": ["transformers", 3]}, "text_encoder of model_index.json="),
+    ("unet/config.json", {"flip_sin_to_cos": "no"}, r"flip_sin_to_cos='no'.*other/unet/config.json\)"),
+]
+
+
+@pytest.mark.parametrize(("file", "changes", "message"), BAD_CONSTANTS)
+def test_constants_of_a_wrong_type_or_range_are_refused_by_file_and_key(other, file, changes, message):
+    if file == RECORD:
+        tiny.write_json(other / RECORD, changes)
+    else:
+        edit(other, file, **changes)
+    with pytest.raises(LcmError, match=message):
+        load_pipeline(other, weights=False)

@@ -192,6 +192,22 @@ def test_models_that_do_not_go_together(teacher, lcm, tmp_path):
         load(make_config(tiny.folder("sd2"), model__prediction_type="epsilon"))
 
 
+def test_a_teacher_for_another_task_is_refused_before_it_is_read(tmp_path):
+    refiner = tiny.copy("refiner", tmp_path / "refiner")
+    for weights in refiner.rglob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(LcmError, match=r"config.model.teacher = '.*refiner' is an SDXL refiner, .*text-to-image model"):
+        run_models.shapes(make_config(refiner))
+
+
+def test_the_record_of_a_student_is_typed(teacher, tmp_path):
+    lcf = {"objective": "lcf", "distill__w_embedding_dim": 0, "sample__guidance_scale": 1.0}
+    for record in ({"solver_steps": "50"}, {"w_min": [2.0]}, {"sigma_data": float("nan")}):
+        student = make_lcm(teacher, tmp_path / next(iter(record)), None, **record)
+        with pytest.raises(LcmError, match=f"{next(iter(record))} of {RECORD}="):
+            load(make_config(None, **lcf, model__student=str(student)))
+
+
 def test_another_vae_and_its_precision(teacher, tmp_path):
     vae = Path(shutil.copytree(teacher / "vae", tmp_path / "vae"))
     path = vae / "config.json"

@@ -22,13 +22,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.errors import LcmError, UnsupportedConfig
+from lcm_jax.typed import Range, checked
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -70,6 +71,16 @@ _CLASSES = {
         (_PLAIN | {"beta_schedule": "squaredcos_cap_v2"}, ("UnCLIP",)),
     )
     for name in names
+}
+_Beta = Annotated[float, Range(1e-9, 1)]
+_FIELDS = {
+    "num_train_timesteps": Annotated[int, Range(1, 10_000)],
+    "beta_start": _Beta,
+    "beta_end": _Beta,
+    "beta_schedule": str,
+    "trained_betas": Annotated[tuple[_Beta, ...], Range(1, 10_000)] | None,
+    "rescale_betas_zero_snr": bool,
+    "prediction_type": str,
 }
 # Options of these classes that change the noise or the meaning of the output -> the only value that does not, and what
 # the others mean.
@@ -216,7 +227,7 @@ def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
       LcmError: betas that do not make a noise table; epsilon prediction with zero terminal SNR.
     """
     fields = noise_fields(config)
-    betas, rescale = fields.pop("trained_betas"), bool(fields.pop("rescale_betas_zero_snr"))
+    betas, rescale = fields.pop("trained_betas"), fields.pop("rescale_betas_zero_snr")
     kind = fields.pop("prediction_type")
     if kind not in PREDICTION_TYPES:  # checked before the betas, as flow matching has none
         raise UnsupportedConfig("prediction_type", kind, PREDICTION_TYPES)
@@ -234,12 +245,13 @@ def noise_fields(config: Mapping[str, Any]) -> dict[str, Any]:
       num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, prediction_type.
 
     Raises:
-      UnsupportedConfig: a class or an option whose noise is not a table of variance-preserving steps; thresholding.
-      LcmError: neither a class nor betas, or values that are not numbers.
+      UnsupportedConfig: a class or an option whose noise is not a table of variance-preserving steps; thresholding;
+        or a value of a wrong type.
+      LcmError: neither a class nor betas.
     """
     given = {key: value for key, value in config.items() if value is not None}
     for key, (usual, why) in _OPTIONS.items():
-        if given.get(key, usual) != usual:
+        if given.get(key, usual) != usual or isinstance(given.get(key, usual), bool) != isinstance(usual, bool):
             raise UnsupportedConfig(key, given[key], f"{usual!r} ({why})")
     name = given.get("_class_name")
     betas = _PLAIN if name is None else _CLASSES.get(str(name).removeprefix("Flax"))
@@ -260,10 +272,7 @@ def noise_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = {"num_train_timesteps": 1000, "trained_betas": None, "rescale_betas_zero_snr": False} | betas
     fields["prediction_type"] = "epsilon"
     fields |= {key: given[key] for key in fields if key in given}
-    numbers = {key: fields[key] for key in ("num_train_timesteps", "beta_start", "beta_end")}
-    if not all(isinstance(value, int | float) and value >= 0 for value in numbers.values()):
-        raise LcmError(f"the scheduler config has {numbers}; correct it, these must be positive numbers")
-    return fields
+    return {key: checked(key, value, _FIELDS[key]) for key, value in fields.items()}
 
 
 def add_noise(schedule: NoiseSchedule, z, eps, t) -> jax.Array:

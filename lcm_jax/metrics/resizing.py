@@ -14,15 +14,17 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
 
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.foreign import read_json
+from lcm_jax.typed import Offset, Positive, Range, checked, fits
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_Side = Annotated[int, Range(1, 2**14)]
 _FILTERS = {2: Image.Resampling.BILINEAR, 3: Image.Resampling.BICUBIC}  # Pillow's numbers, as in the configs
 
 
@@ -107,33 +109,44 @@ def read_processor(folder: Path) -> Processor:
     """
     file = folder / "preprocessor_config.json"
     if not file.is_file() and (folder / "processor_config.json").is_file():
-        config = read_json(folder / "processor_config.json").get("image_processor") or {}
+        file = folder / "processor_config.json"
+        config = checked(f"image_processor of {file}", read_json(file).get("image_processor"), dict)
     else:
         config = read_json(file)
+
+    def entry(key: str, kind: Any, default: Any = None) -> Any:
+        return checked(f"{key} of {file}", config.get(key, default), kind)
+
     for flag in ("do_resize", "do_rescale", "do_normalize"):
-        if not config.get(flag, True):
-            raise UnsupportedConfig(flag, False, "true")
-    resample, scale = config.get("resample", 3), config.get("rescale_factor", 1 / 255)
+        if not entry(flag, bool | None, True):
+            raise UnsupportedConfig(flag, config[flag], "true")
+    resample, scale = entry("resample", int, 3), entry("rescale_factor", float, 1 / 255)
     if resample not in _FILTERS:
         raise UnsupportedConfig("resample", resample, tuple(_FILTERS))
     if abs(scale * 255 - 1) > 1e-6:
         raise UnsupportedConfig("rescale_factor", scale, "1/255")
-    kind = config.get("image_processor_type", config.get("feature_extractor_type", "CLIP"))
+    kind = entry("image_processor_type", str | None, entry("feature_extractor_type", str | None, "CLIP"))
     crops = str(kind).startswith(("CLIP", "Bit"))  # the default of these two
-    try:
-        crop = _size(config["crop_size"]) if config.get("do_center_crop", crops) else None
+    size, crop = _size("size", config, file), None
+    if entry("do_center_crop", bool | None, crops):
+        crop = _size("crop_size", config, file)
         crop = (crop, crop) if isinstance(crop, int) else crop
-        mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
-        return Processor(_size(config["size"]), crop, mean, std, resample=resample)
-    except (KeyError, TypeError) as error:
-        raise LcmError(f"{file} does not describe how to prepare images ({error}); download it again") from error
+        if any(c > s for c, s in zip(crop, (size, size) if isinstance(size, int) else size, strict=True)):
+            raise LcmError(f"{file}: crop_size {crop} is larger than size {size}; correct it")
+    mean = entry("image_mean", tuple[Offset, Offset, Offset])
+    std = entry("image_std", tuple[Positive, Positive, Positive])
+    return Processor(size, crop, mean, std, resample=resample)
 
 
-def _size(value: int | Mapping[str, Any]) -> int | tuple[int, int]:
+def _size(key: str, config: Mapping[str, Any], file: Path) -> int | tuple[int, int]:
     """Early configs have one number, later {"shortest_edge": n} or {"height": h, "width": w}."""
-    if isinstance(value, int):
-        return value
-    return value["shortest_edge"] if "shortest_edge" in value else (value["height"], value["width"])
+    value = found = config.get(key)
+    if isinstance(value, dict):
+        found = value["shortest_edge"] if "shortest_edge" in value else (value.get("height"), value.get("width"))
+    if isinstance(value, list) or not fits(found, _Side | tuple[_Side, _Side]):
+        forms = "one side, {'shortest_edge': side} or {'height': side, 'width': side}, of 1 to 16384 pixels"
+        raise UnsupportedConfig(f"{key} of {file}", value, forms)
+    return found
 
 
 def _centre(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:

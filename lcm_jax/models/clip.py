@@ -28,8 +28,9 @@ from jax.typing import DTypeLike
 
 from lcm_jax.errors import UnsupportedConfig
 from lcm_jax.models.attention import AttentionFn, dot_product_attention
-from lcm_jax.models.config import RUN_FIELDS, module_fields
+from lcm_jax.models.config import RUN_FIELDS, Channels, Epsilon, Layers, Token, Vocabulary, module_fields
 from lcm_jax.models.layers import LayerNorm, Run, WeightsFn, dense, embedding, multi_head_attention
+from lcm_jax.typed import checked
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
@@ -109,10 +110,25 @@ def _encoder(tower: "CLIPTextModel | CLIPVisionModel", causal: bool, run: Run) -
     return CLIPEncoder(tower.num_hidden_layers, layer, name="encoder")
 
 
-def _check_activation(fields: Mapping[str, Any]) -> None:
-    act = fields.get("hidden_act", "quick_gelu")
-    if act not in ACTIVATIONS:
-        raise UnsupportedConfig("hidden_act", act, supported=tuple(ACTIVATIONS))
+def _check(tower: "CLIPTextModel | CLIPVisionModel") -> None:
+    if tower.hidden_act not in ACTIVATIONS:
+        raise UnsupportedConfig("hidden_act", tower.hidden_act, supported=tuple(ACTIVATIONS))
+    check_heads(tower)
+
+
+def check_heads(tower: Any) -> None:
+    """Raises UnsupportedConfig unless a transformer's heads divide its width."""
+    heads, width = tower.num_attention_heads, tower.hidden_size
+    if width % heads:
+        raise UnsupportedConfig("num_attention_heads", heads, supported=f"divisors of hidden_size, which is {width}")
+
+
+def check_patches(tower: Any) -> None:
+    """Raises UnsupportedConfig unless an image of a vision transformer's size has a patch."""
+    if tower.patch_size > tower.image_size:
+        raise UnsupportedConfig(
+            "patch_size", tower.patch_size, supported=f"at most image_size, which is {tower.image_size}"
+        )
 
 
 class CLIPTextOutput(NamedTuple):
@@ -142,18 +158,18 @@ class CLIPTextModel(nn.Module):
     Fields: those of transformers' CLIPTextConfig with its defaults; the last three: see `layers.Run`.
     """
 
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
+    vocab_size: Vocabulary = 49408
+    hidden_size: Channels = 512
+    intermediate_size: Channels = 2048
+    projection_dim: Channels = 512
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Channels = 8
+    max_position_embeddings: Channels = 77
     hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    bos_token_id: int = 49406
-    eos_token_id: int = 49407
-    pad_token_id: int = 1
+    layer_norm_eps: Epsilon = 1e-5
+    bos_token_id: Token | None = 49406
+    eos_token_id: Token = 49407
+    pad_token_id: Token | None = 1
     with_projection: bool = False
     dtype: DTypeLike = jnp.float32
     attention_fn: AttentionFn = dot_product_attention
@@ -198,6 +214,7 @@ _IGNORED = frozenset(
         "use_cache",
         "is_decoder",
         "return_dict",
+        "with_projection",
         "output_attentions",
         "output_hidden_states",
     }
@@ -212,11 +229,17 @@ def from_config(config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> CL
       UnsupportedConfig: another architecture, an unknown activation, or a setting that is not implemented here.
     """
     fields = module_fields(CLIPTextModel, config, CLIPTextModel.FIXED, ignored=_IGNORED)
-    architecture = (config.get("architectures") or _ARCHITECTURES)[0]
+    named = config.get("architectures")
+    architecture = checked("architectures", _ARCHITECTURES if named is None else named, tuple[str, ...])[0]
     if architecture not in _ARCHITECTURES:
         raise UnsupportedConfig("architectures", architecture, supported=_ARCHITECTURES)
-    _check_activation(fields)
-    return CLIPTextModel(**fields, with_projection=architecture == _ARCHITECTURES[1], dtype=dtype)
+    model = CLIPTextModel(**fields, with_projection=architecture == _ARCHITECTURES[1], dtype=dtype)
+    _check(model)
+    if model.with_projection and model.eos_token_id >= model.vocab_size:
+        raise UnsupportedConfig(
+            "eos_token_id", model.eos_token_id, supported=f"ids below vocab_size, which is {model.vocab_size}"
+        )
+    return model
 
 
 def to_config(model: CLIPTextModel) -> dict[str, Any]:
@@ -262,25 +285,24 @@ class CLIPVisionModel(nn.Module):
     Fields: those of transformers' CLIPVisionConfig with its defaults; the last two: see `layers.Run`.
     """
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 32
+    hidden_size: Channels = 768
+    intermediate_size: Channels = 3072
+    projection_dim: Channels = 512
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Channels = 12
+    image_size: Channels = 224
+    patch_size: Channels = 32
     hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: Epsilon = 1e-5
     dtype: DTypeLike = jnp.float32
     attention_fn: AttentionFn = dot_product_attention
 
-    FIXED: ClassVar[Mapping[str, tuple]] = _FIXED | {"model_type": ("clip_vision_model",)}
+    FIXED: ClassVar[Mapping[str, tuple]] = _FIXED | {"model_type": ("clip_vision_model",), "num_channels": (3,)}
 
     @nn.compact
     def __call__(self, images: jax.Array) -> CLIPVisionOutput:
         """images: [b s s c], s = image_size, normalised as the model's preprocessor does."""
-        want = (self.image_size, self.image_size, self.num_channels)
+        want = (self.image_size, self.image_size, 3)
         if images.shape[1:] != want:
             raise ValueError(f"images of {images.shape[1:]}; this network takes {want}")
         run = Run(self.dtype, self.attention_fn)
@@ -306,12 +328,17 @@ def vision_from_config(config: Mapping[str, Any], dtype: DTypeLike = jnp.float32
     known = {f.name for f in dataclasses.fields(CLIPVisionModel)} - RUN_FIELDS | CLIPVisionModel.FIXED.keys()
     vision = {key: value for key, value in vision.items() if key in known}
     fields = module_fields(CLIPVisionModel, vision, CLIPVisionModel.FIXED)
-    _check_activation(fields)
-    return CLIPVisionModel(**fields, dtype=dtype)
+    model = CLIPVisionModel(**fields, dtype=dtype)
+    _check(model)
+    check_patches(model)
+    return model
 
 
 def tower(config: Mapping[str, Any], which: str) -> dict[str, Any]:
     """The config of one tower ("text" or "vision") in a CLIPModel's `config.json`, with the common projection."""
     # Early files hold the settings a second time under *_config_dict, which transformers prefers.
-    own = dict(config.get(f"{which}_config") or {}) | dict(config.get(f"{which}_config_dict") or {})
-    return own | {"model_type": f"clip_{which}_model", "projection_dim": config.get("projection_dim") or 512}
+    own: dict[str, Any] = {}
+    for key in (f"{which}_config", f"{which}_config_dict"):
+        own |= checked(key, config.get(key), dict | None) or {}
+    projection = config.get("projection_dim")
+    return own | {"model_type": f"clip_{which}_model", "projection_dim": 512 if projection is None else projection}

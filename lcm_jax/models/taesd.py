@@ -17,8 +17,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from lcm_jax.errors import UnsupportedConfig
-from lcm_jax.models.config import DIFFUSERS_VERSION, module_fields
+from lcm_jax.models.config import DIFFUSERS_VERSION, Channels, Depth, Levels, module_fields
 from lcm_jax.models.layers import Run, WeightsFn, conv3x3, nearest_resize
+from lcm_jax.typed import Offset, Positive
 
 NO_VARIANCE = -30.0  # log-variance of a latent without noise: the lower end of AutoencoderKL's range
 
@@ -84,18 +85,18 @@ class TinyDecoder(nn.Module):
 class AutoencoderTiny(nn.Module):
     """Fields: those of diffusers' AutoencoderTiny with its defaults; the last two: see `layers.Run`."""
 
-    in_channels: int = 3
-    out_channels: int = 3
-    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    latent_channels: int = 4
-    upsampling_scaling_factor: int = 2
-    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
-    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
-    latent_magnitude: float = 3
-    latent_shift: float = 0.5
-    scaling_factor: float = 1.0
-    shift_factor: float = 0.0
+    in_channels: Channels = 3
+    out_channels: Channels = 3
+    encoder_block_out_channels: Levels = (64, 64, 64, 64)
+    decoder_block_out_channels: Levels = (64, 64, 64, 64)
+    latent_channels: Channels = 4
+    upsampling_scaling_factor: Depth = 2
+    num_encoder_blocks: tuple[Depth, ...] = (1, 3, 3, 3)
+    num_decoder_blocks: tuple[Depth, ...] = (3, 3, 3, 1)
+    latent_magnitude: Positive = 3
+    latent_shift: Offset = 0.5
+    scaling_factor: Positive = 1.0
+    shift_factor: Offset = 0.0
     force_upcast: bool = False
     dtype: DTypeLike = jnp.float32
     weights_fn: WeightsFn | None = None
@@ -152,6 +153,13 @@ class AutoencoderTiny(nn.Module):
         return self.decode(self.encode(images)[0])
 
 
+def check_images(vae: Any) -> None:
+    """Raises UnsupportedConfig unless either kind of VAE takes and gives images of three channels."""
+    for key in ("in_channels", "out_channels"):
+        if getattr(vae, key) != 3:
+            raise UnsupportedConfig(key, getattr(vae, key), supported="3, for images")
+
+
 def from_config(config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> AutoencoderTiny:
     """The module that an AutoencoderTiny's `config.json` describes.
 
@@ -162,6 +170,7 @@ def from_config(config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> Au
     # diffusers writes the decoder's widths a second time, under the name that its pipelines read.
     fields = module_fields(AutoencoderTiny, config, AutoencoderTiny.FIXED, ignored=frozenset({"block_out_channels"}))
     vae = AutoencoderTiny(**fields, dtype=dtype)
+    check_images(vae)
     for widths_key, blocks_key in (
         ("encoder_block_out_channels", "num_encoder_blocks"),
         ("decoder_block_out_channels", "num_decoder_blocks"),

@@ -10,7 +10,7 @@ In every block x is [b h w c], temb [b 4*C0] and context [b l e]. Submodules hav
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from lcm_jax.errors import UnsupportedConfig
 from lcm_jax.models.attention import AttentionFn, dot_product_attention
-from lcm_jax.models.config import DIFFUSERS_VERSION, module_fields
+from lcm_jax.models.config import DIFFUSERS_VERSION, Channels, Depth, Epsilon, Levels, class_name, module_fields
 from lcm_jax.models.layers import (
     Downsample2D,
     GroupNorm,
@@ -36,7 +36,9 @@ from lcm_jax.models.layers import (
     remat,
     sinusoid,
 )
+from lcm_jax.typed import Range
 
+Embedding = Annotated[int, Range(4, 2**14)]  # of a number, by sines and cosines of at least two frequencies each
 Depths = tuple[int, ...]  # transformer blocks after each resnet of a level; empty: no attention
 
 
@@ -207,6 +209,7 @@ ATTENTION_BLOCK = {
     "CrossAttnUpBlock2D": True,
     "UpBlock2D": False,
 }
+_MOST_BLOCKS = 300  # resnets and transformer blocks of one UNet; SDXL has 75
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 
 
@@ -217,28 +220,28 @@ class UNet2DConditionModel(nn.Module):
     `attention_head_dim` is the number of heads (a historic misnomer that every published config shares).
     """
 
-    sample_size: int | tuple[int, int] | None = None
-    in_channels: int = 4
-    out_channels: int = 4
+    sample_size: Channels | tuple[Channels, Channels] | None = None
+    in_channels: Channels = 4
+    out_channels: Channels = 4
     flip_sin_to_cos: bool = True
-    freq_shift: float = 0
+    freq_shift: Annotated[float, Range(0, 1)] = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int | tuple[int, ...] = 2
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: int | tuple = 1
-    reverse_transformer_layers_per_block: tuple | None = None
-    attention_head_dim: int | tuple[int, ...] = 8
+    block_out_channels: Levels = (320, 640, 1280, 1280)
+    layers_per_block: Depth | tuple[Depth, ...] = 2
+    norm_num_groups: Channels = 32
+    norm_eps: Epsilon = 1e-5
+    cross_attention_dim: Channels | tuple[Channels, ...] = 1280
+    transformer_layers_per_block: Depth | tuple[Depth | tuple[Depth, ...], ...] = 1
+    reverse_transformer_layers_per_block: tuple[Depth | tuple[Depth, ...], ...] | None = None
+    attention_head_dim: Channels | tuple[Channels, ...] = 8
     use_linear_projection: bool = False
     upcast_attention: bool | None = False  # kept for the file: logits and softmax are always float32 here
     addition_embed_type: str | None = None
-    addition_time_embed_dim: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
-    time_cond_proj_dim: int | None = None
+    addition_time_embed_dim: Embedding | None = None
+    projection_class_embeddings_input_dim: Channels | None = None
+    time_cond_proj_dim: Embedding | None = None
     dtype: DTypeLike = jnp.float32
     attention_fn: AttentionFn = dot_product_attention
     weights_fn: WeightsFn | None = None
@@ -407,7 +410,7 @@ def from_config(config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> UN
     Raises:
       UnsupportedConfig: a field has a value outside the Stable Diffusion family; it names the field and the value.
     """
-    kind = config.get("_class_name", "UNet2DConditionModel").removeprefix("Flax")
+    kind = class_name(config, "UNet2DConditionModel")
     if kind != "UNet2DConditionModel":
         raise UnsupportedConfig("_class_name", kind, supported=("UNet2DConditionModel",))
     fields = module_fields(
@@ -430,6 +433,9 @@ def _check(unet: UNet2DConditionModel) -> None:
         raise UnsupportedConfig("mid_block_type", unet.mid_block_type, supported=MID_BLOCKS)
     if unet.addition_embed_type not in (None, "text_time"):
         raise UnsupportedConfig("addition_embed_type", unet.addition_embed_type, supported=(None, "text_time"))
+    for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+        if unet.addition_embed_type is not None and getattr(unet, key) is None:
+            raise UnsupportedConfig(key, None, supported="a whole number, with addition_embed_type")
     per_level = ("layers_per_block", "attention_head_dim", "cross_attention_dim", "transformer_layers_per_block")
     counts = {"down_block_types": len(unet.down_block_types), "up_block_types": len(unet.up_block_types)}
     counts |= {key: len(unet.per_level(key)) for key in per_level}
@@ -439,6 +445,13 @@ def _check(unet: UNet2DConditionModel) -> None:
         if count != unet.num_levels:
             value = getattr(unet, key)
             raise UnsupportedConfig(key, value, supported=f"{unet.num_levels} entries, like block_out_channels")
+    if len(set(unet.per_level("cross_attention_dim"))) > 1:
+        raise UnsupportedConfig("cross_attention_dim", unet.cross_attention_dim, supported="one width for all levels")
+    half = unet.block_out_channels[0] // 2
+    if half <= unet.freq_shift:  # the sinusoids divide by the difference
+        raise UnsupportedConfig(
+            "freq_shift", unet.freq_shift, supported=f"less than {half}, half of block_out_channels[0]"
+        )
     depths = unet.transformer_layers_per_block
     if isinstance(depths, tuple) and unet.reverse_transformer_layers_per_block is None:
         if any(isinstance(entry, tuple) for entry in depths):
@@ -455,9 +468,20 @@ def _check(unet: UNet2DConditionModel) -> None:
         ):
             if got and len(got) != want:
                 raise UnsupportedConfig(key, got, supported=f"{want} entries at block {i}")
+    blocks = sum(2 * count + 1 for count in unet.per_level("layers_per_block"))
+    blocks += sum(sum(unet.down_depths(i)) + sum(unet.up_depths(i)) for i in range(unet.num_levels))
+    if blocks > _MOST_BLOCKS:
+        raise UnsupportedConfig(
+            "layers_per_block",
+            unet.layers_per_block,
+            supported=f"at most {_MOST_BLOCKS} resnets and transformer blocks in all; with "
+            f"transformer_layers_per_block={unet.transformer_layers_per_block} these are {blocks}",
+        )
     for i, width in enumerate(unet.block_out_channels):
         heads = unet.per_level("attention_head_dim")[i]
         if width % unet.norm_num_groups:
-            raise UnsupportedConfig("block_out_channels", width, supported=f"multiples of {unet.norm_num_groups}")
+            raise UnsupportedConfig(
+                "block_out_channels", width, supported=f"multiples of norm_num_groups={unet.norm_num_groups}"
+            )
         if width % heads:
             raise UnsupportedConfig("attention_head_dim", heads, supported=f"divisors of the level's width {width}")

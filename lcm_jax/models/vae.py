@@ -15,9 +15,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from lcm_jax.errors import UnsupportedConfig
-from lcm_jax.models import taesd
+from lcm_jax.models import taesd, tiling
 from lcm_jax.models.attention import AttentionFn, dot_product_attention
-from lcm_jax.models.config import DIFFUSERS_VERSION, module_fields
+from lcm_jax.models.config import DIFFUSERS_VERSION, Channels, Depth, Levels, class_name, module_fields
 from lcm_jax.models.layers import (
     Downsample2D,
     GroupNorm,
@@ -29,6 +29,7 @@ from lcm_jax.models.layers import (
     conv3x3,
     multi_head_attention,
 )
+from lcm_jax.typed import Offset, Positive
 
 EPSILON = 1e-6  # of every norm, in every file
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -126,19 +127,19 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Fields: those of diffusers' AutoencoderKL with its defaults; the last three: see `layers.Run`."""
 
-    in_channels: int = 3
-    out_channels: int = 3
+    in_channels: Channels = 3
+    out_channels: Channels = 3
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
     up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    sample_size: int = 32
-    scaling_factor: float = 0.18215
-    shift_factor: float | None = None
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
+    block_out_channels: Levels = (64,)
+    layers_per_block: Depth = 1
+    latent_channels: Channels = 4
+    norm_num_groups: Channels = 32
+    sample_size: Channels | tuple[Channels, Channels] = 32
+    scaling_factor: Positive = 0.18215
+    shift_factor: Offset | None = None
+    latents_mean: tuple[Offset, ...] | None = None
+    latents_std: tuple[Positive, ...] | None = None
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -200,7 +201,7 @@ def from_config(config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> Au
     Raises:
       UnsupportedConfig: the class or a field's value is outside the Stable Diffusion family.
     """
-    kind = config.get("_class_name", "AutoencoderKL").removeprefix("Flax")
+    kind = class_name(config, "AutoencoderKL")
     if kind == "AutoencoderTiny":
         return taesd.from_config(config, dtype)
     if kind != "AutoencoderKL":
@@ -209,8 +210,20 @@ def from_config(config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> Au
     for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         kinds = getattr(vae, key)
         if set(kinds) != {block} or len(kinds) != len(vae.block_out_channels):
-            raise UnsupportedConfig(key, kinds, supported=f"{len(vae.block_out_channels)} entries {block}")
+            raise UnsupportedConfig(
+                key, kinds, supported=f"{len(vae.block_out_channels)} entries {block}, like block_out_channels"
+            )
     for width in vae.block_out_channels:
         if width % vae.norm_num_groups:
-            raise UnsupportedConfig("block_out_channels", width, supported=f"multiples of {vae.norm_num_groups}")
+            raise UnsupportedConfig(
+                "block_out_channels", width, supported=f"multiples of norm_num_groups={vae.norm_num_groups}"
+            )
+    taesd.check_images(vae)
+    for key in ("latents_mean", "latents_std"):
+        if len(getattr(vae, key) or range(vae.latent_channels)) != vae.latent_channels:
+            raise UnsupportedConfig(
+                key, getattr(vae, key), supported=f"{vae.latent_channels} entries, as latent_channels, or null"
+            )
+    if tiling.tile_size(vae) < 2 * vae.factor:
+        raise UnsupportedConfig("sample_size", vae.sample_size, supported=f"{2 * vae.factor} or more")
     return vae

@@ -46,6 +46,7 @@ from lcm_jax.pretrained.model import (
 )
 from lcm_jax.pretrained.names import Params, PutFn
 from lcm_jax.pretrained.tokenizer import load_tokenizer
+from lcm_jax.typed import checked, config_of
 
 _ENCODER_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _CLASSES = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny")}
@@ -80,12 +81,13 @@ def load_folder(
     for part, (name, kind) in encoders.items():
         folders[part] = folder / name
         configs[part] = _config(folders[part], part) | {"architectures": [kind]}
-    modules = {part: make_module(part, configs[part], dtype) if part in folders else None for part in PARTS}
+    modules: dict[str, Any] = dict.fromkeys(PARTS)
+    modules |= {part: make_module(part, configs[part], dtype, path / "config.json") for part, path in folders.items()}
     check_fit(modules)
     tokenizers = dict.fromkeys(TOKENIZER_OF.values())
     for part, (name, _) in encoders.items() if read else ():
         tokenizer = folder / name.replace("text_encoder", "tokenizer")
-        tokenizers[TOKENIZER_OF[part]] = load_tokenizer(tokenizer, modules[part].max_position_embeddings)
+        tokenizers[TOKENIZER_OF[part]] = load_tokenizer(tokenizer, modules[part])
     for part in (part for part in folders if part in read):  # all of them, before minutes go into reading the first
         safetensors_io.find_weights(folders[part], _weights_name(part), variant)
     params = {
@@ -109,7 +111,7 @@ def load_part(
 ) -> tuple[nn.Module, Params]:
     """(module, params) of one part; see `load.load_unet`."""
     folder = _part_folder(source, part, variant, weights)
-    module = make_module(part, _config(folder, part), dtype)
+    module = make_module(part, _config(folder, part), dtype, folder / "config.json")
     if not weights:
         return module, names.param_shapes(module, param_dtype)
     return module, _params(part, module, folder, variant, param_dtype, put)
@@ -135,10 +137,11 @@ def scheduler_config(folder: Path, index: Config) -> Config:
     config, kind = foreign.read_json(folder / SCHEDULER), _class_in_index(index, "scheduler")
     config = {"_class_name": kind, **config} if kind else config
     try:
-        noise = schedule.from_config(config)
-        theirs = schedule.from_config(config | {"_class_name": kind}) if kind else noise
-    except UnsupportedConfig as error:
-        raise UnsupportedConfig(error.field, error.value, f"{error.supported} (scheduler of {folder})") from None
+        with config_of(f"scheduler of {folder}"):
+            noise = schedule.from_config(config)
+            theirs = schedule.from_config(config | {"_class_name": kind}) if kind else noise
+    except UnsupportedConfig:
+        raise
     except LcmError as error:
         raise LcmError(f"{folder / SCHEDULER}: {error}") from None
     if theirs != noise:
@@ -221,7 +224,7 @@ def _model_index(folder: Path, source: str | Path) -> Config:
             raise LcmError(f"{source} holds a single model without model_index.json; give the folder of its pipeline")
         raise LcmError(f"{source} has no model_index.json; give a diffusers folder, which holds that file")
     index = foreign.read_json(folder / "model_index.json")
-    if "unet" not in index:
+    if _class_in_index(index, "unet") is None:
         kind = index.get("_class_name")
         raise LcmError(f"{source} is a {kind} without a unet; a model of the Stable Diffusion family is needed")
     return index
@@ -230,9 +233,10 @@ def _model_index(folder: Path, source: str | Path) -> Config:
 def _class_in_index(index: Config, part: str) -> str | None:
     """Class name that model_index gives a part (without "Flax"); None: the part is declared absent."""
     entry = index.get(part)
-    if not (isinstance(entry, list) and len(entry) == 2 and entry[1]):
+    if entry is None or entry == [None, None]:
         return None
-    return entry[1].removeprefix("Flax")
+    library, kind = checked(f"{part} of model_index.json", entry, tuple[str | None, str | None])
+    return kind and kind.removeprefix("Flax")
 
 
 def _encoders(folder: Path, index: Config) -> dict[str, tuple[str, str]]:

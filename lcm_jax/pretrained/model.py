@@ -12,7 +12,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from lcm_jax.models.config import to_config
 from lcm_jax.models.unet import UNet2DConditionModel
 from lcm_jax.pretrained.names import Params
 from lcm_jax.pretrained.tokenizer import Tokenizer
+from lcm_jax.typed import Positive, Range, checked, config_of, field_types
 
 Config = dict[str, Any]
 PipelineParams = Mapping[str, Params]  # part -> parameter tree
@@ -49,6 +50,9 @@ MAX_TWO_PASS_SCALE = 2.0  # guidance of an LCM without w embedding: images above
 GUIDANCE_SCALE = 8.0  # the default of a model that does not record another range
 
 
+_GuidanceWeight = Annotated[float, Range(0, 1000)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Constants:
     """What sampling must match of the training of a model.
@@ -61,20 +65,51 @@ class Constants:
       zero_null: whether the null text of SDXL is zeros instead of the encoded "".
     """
 
-    solver_steps: int = 50
-    timestep_scaling: float = TIMESTEP_SCALING
-    sigma_data: float = SIGMA_DATA
-    w_min: float = 0.0
-    w_max: float = math.inf
+    solver_steps: Annotated[int, Range(1, 10_000)] = 50
+    timestep_scaling: Positive = TIMESTEP_SCALING
+    sigma_data: Positive = SIGMA_DATA
+    w_min: _GuidanceWeight = 0.0
+    w_max: _GuidanceWeight = math.inf
     set_alpha_to_one: bool = True
     zero_null: bool = True
+
+
+# Where constants are found: key in the file -> field of `Constants`.
+_IN_SCHEDULER = {
+    "original_inference_steps": "solver_steps",
+    "timestep_scaling": "timestep_scaling",
+    "set_alpha_to_one": "set_alpha_to_one",
+}
+_IN_INDEX = {"force_zeros_for_empty_prompt": "zero_null"}
+_IN_RECORD = {key: key for key in ("solver_steps", "timestep_scaling", "sigma_data", "w_min", "w_max")}
+
+
+def recorded(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Constants` that a record (the content of `lcm_config.json`) gives.
+
+    Raises:
+      LcmError: a value of a wrong type or out of range.
+    """
+    found = _fields(RECORD, record, _IN_RECORD)
+    if found.get("w_min", 0.0) > found.get("w_max", math.inf):
+        raise LcmError(f"w_min={found['w_min']} of {RECORD} is above w_max={found['w_max']}; correct them")
+    checked(f"prediction_type of {RECORD}", record.get("prediction_type", ""), str)
+    return found
+
+
+def _fields(file: str, content: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of `Constants` that a file gives; null is nothing. Raises UnsupportedConfig, which names file and key."""
+    kinds = field_types(Constants)
+    given = {key: content[key] for key in keys if content.get(key) is not None}
+    return {keys[key]: checked(f"{key} of {file}", value, kinds[keys[key]]) for key, value in given.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
     """The parts of a text-to-image model, without weights. `dataclasses.replace` exchanges one.
 
-    Two pipelines are equal if modules, tokenizers, noise schedule and constants are.
+    Two pipelines are equal if modules, tokenizers, noise schedule and constants are. Raises LcmError for constants of a
+    wrong type or out of range.
 
     Attributes:
       unet, vae: Linen modules.
@@ -97,6 +132,9 @@ class Pipeline:
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     may_be_lcm: bool = False
 
+    def __post_init__(self):
+        _ = self.constants  # wrong ones are refused here
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Pipeline) and self._content == other._content
 
@@ -110,16 +148,15 @@ class Pipeline:
     @functools.cached_property
     def constants(self) -> Constants:
         """What the record gives, else the scheduler's config, else the defaults."""
-        scheduler = self.configs["scheduler"]
-        known = {
-            "solver_steps": scheduler.get("original_inference_steps"),
-            "timestep_scaling": scheduler.get("timestep_scaling"),
-            "set_alpha_to_one": scheduler.get("set_alpha_to_one"),
-            "zero_null": self.configs["model_index"].get("force_zeros_for_empty_prompt"),
-        }
-        recorded = ("solver_steps", "timestep_scaling", "sigma_data", "w_min", "w_max")
-        known |= {key: self.record[key] for key in recorded if key in self.record}
-        return Constants(**{key: value for key, value in known.items() if value is not None})
+        known = _fields(SCHEDULER, self.configs["scheduler"], _IN_SCHEDULER)
+        known |= _fields("model_index.json", self.configs["model_index"], _IN_INDEX) | recorded(self.record)
+        steps, total = known.get("solver_steps", 1), self.schedule.num_train_timesteps
+        if steps > total:
+            raise LcmError(
+                f"solver_steps={steps} ({RECORD}, or original_inference_steps of {SCHEDULER}) exceeds the {total} "
+                "training timesteps; correct it"
+            )
+        return Constants(**known)
 
     @property
     def is_lcm(self) -> bool:
@@ -131,6 +168,13 @@ class Pipeline:
     def is_xl(self) -> bool:
         """Whether it is SDXL or its refiner: conditioned on hidden_states[-2], pooled text and sizes."""
         return self.text_encoder_2 is not None
+
+    @property
+    def purpose(self) -> str:
+        """What the model makes images from, by its inputs: "text-to-image", "inpainting" or "refining"."""
+        if self.is_xl and self.text_encoder is None:
+            return "refining"
+        return _purpose(self.unet.in_channels, self.vae.latent_channels)
 
     @property
     def has_w_embedding(self) -> bool:
@@ -178,13 +222,14 @@ _FROM_CONFIG = {
 }
 
 
-def make_module(part: str, config: Config, dtype: DTypeLike = jnp.float32) -> nn.Module:
-    """The module of a part's `config.json`.
+def make_module(part: str, config: Config, dtype: DTypeLike = jnp.float32, file: object = None) -> nn.Module:
+    """The module of a part's `config.json`; file: where it is from, for errors.
 
     Raises:
       UnsupportedConfig: the config asks for something outside the Stable Diffusion family.
     """
-    return _FROM_CONFIG[part](config, dtype=jnp.dtype(dtype))  # one form, so that modules compare equal
+    with config_of(file or f"config of the {part.replace('_', ' ')}"):
+        return _FROM_CONFIG[part](config, dtype=jnp.dtype(dtype))  # one form, so that modules compare equal
 
 
 def in_half_precision(pipeline: Pipeline, half: bool = True) -> Pipeline:
@@ -236,16 +281,69 @@ def parts_read(weights: bool | Collection[str]) -> set[str]:
 
 
 def check_fit(modules: Mapping[str, Any]) -> None:
-    """Checks that the parts' widths agree, so that a mixed-up folder fails here, not inside a compiled program.
+    """Checks that the parts fit each other, so that a mixed-up folder fails here, not inside a compiled program.
 
     Raises:
-      LcmError: they do not.
+      LcmError: they do not, or the UNet is for a task that is not known here.
     """
-    text = sum(modules[part].hidden_size for part in TEXT_ENCODERS if modules[part] is not None)
-    for width in set(modules["unet"].per_level("cross_attention_dim")) - {text}:
+    unet, vae, first, second = (modules[part] for part in PARTS)
+    text = sum(encoder.hidden_size for encoder in (first, second) if encoder is not None)
+    for width in set(unet.per_level("cross_attention_dim")) - {text}:
         raise LcmError(
             f"the UNet attends to text of width {width}, the text encoders give {text}; take both from the same model"
         )
-    latent, channels = modules["vae"].latent_channels, modules["unet"].in_channels
-    if channels not in (latent, 2 * latent + 1):  # inpainting: latents, masked image's latents, mask
+    if (unet.addition_embed_type is not None) != (second is not None):
+        raise LcmError(
+            f"the UNet has addition_embed_type={unet.addition_embed_type!r}, which is for the pooled text of "
+            f"text_encoder_2, and the model has {'none' if second is None else 'one'}; take both from the same model"
+        )
+    if second is not None:
+        pooled = second.projection_dim if second.with_projection else second.hidden_size
+        total, one = unet.projection_class_embeddings_input_dim, unet.addition_time_embed_dim
+        if total not in [pooled + sizes * one for sizes in ((5, 6) if first is None else (6,))]:
+            raise LcmError(
+                f"the UNet takes {total} features of pooled text and sizes, text_encoder_2 gives {pooled} and 6 sizes "
+                f"have {one} each; take both from the same model"
+            )
+    latent, channels = vae.latent_channels, unet.in_channels
+    purpose = _purpose(channels, latent)
+    if purpose is None:
         raise LcmError(f"the UNet takes {channels} channels, the VAE's latents have {latent}; choose another VAE")
+    if purpose not in ("text-to-image", "inpainting"):
+        raise LcmError(
+            f"the UNet takes {channels} channels, as {purpose} models do (the VAE's latents have {latent}); give a "
+            "text-to-image model"
+        )
+    if unet.out_channels != latent:
+        raise LcmError(
+            f"the UNet gives {unet.out_channels} channels, the VAE's latents have {latent}; take both from one model"
+        )
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        if getattr(vae, key):
+            raise LcmError(
+                f"the VAE has {key}={getattr(vae, key)}, but latents of Stable Diffusion are scaled by scaling_factor "
+                "alone; choose another VAE"
+            )
+
+
+def _purpose(channels: int, latent: int) -> str | None:
+    """What a UNet of `channels` inputs, `latent` of them noisy latents, is for; None: unknown."""
+    known = {
+        0: "text-to-image",
+        1: "depth-to-image",
+        3: "upscaling",
+        latent: "InstructPix2Pix",
+        latent + 1: "inpainting",
+    }
+    return known.get(channels - latent)
+
+
+def check_text_to_image(pipeline: Pipeline, name: str) -> None:
+    """Raises LcmError, which says what the model `name` is instead, unless it makes images from text alone."""
+    channels, latent = pipeline.unet.in_channels, pipeline.vae.latent_channels
+    what = {
+        "inpainting": f"an inpainting model (its UNet takes {channels} channels, the VAE's latents have {latent})",
+        "refining": "an SDXL refiner, which improves the images of another model",
+    }
+    if pipeline.purpose in what:
+        raise LcmError(f"{name} is {what[pipeline.purpose]}; give a text-to-image model")

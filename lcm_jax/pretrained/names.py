@@ -77,8 +77,7 @@ def abstract_params(module: nn.Module) -> Params:
 
     module: UNet2DConditionModel, CLIPTextModel or a VAE.
     """
-    inputs = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), _inputs(module))
-    return jax.eval_shape(lambda key: module.init(key, *inputs), jax.random.key(0))["params"]
+    return jax.eval_shape(module.init, jax.random.key(0), *_inputs(module))["params"]
 
 
 def _inputs(module: nn.Module) -> tuple[Any, ...]:
@@ -88,15 +87,12 @@ def _inputs(module: nn.Module) -> tuple[Any, ...]:
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     if not isinstance(module, UNet2DConditionModel):
         return (array((1, 64, 64, 3)),)  # a VAE; all of their factors divide 64
-    widths = set(module.per_level("cross_attention_dim"))
-    if len(widths) > 1:
-        raise UnsupportedConfig("cross_attention_dim", module.cross_attention_dim, "one width for all levels")
-    side = 2 ** (module.num_levels - 1)
-    arguments = (array((1, side, side, module.in_channels)), array((1,)), array((1, 1, widths.pop())), None)
+    side, width = 2 ** (module.num_levels - 1), module.per_level("cross_attention_dim")[0]  # the same at all levels
+    arguments = (array((1, side, side, module.in_channels)), array((1,)), array((1, 1, width)), None)
     if module.addition_embed_type is None:
         return arguments
     total, one = module.projection_class_embeddings_input_dim, module.addition_time_embed_dim
-    if total is None or one is None or total <= one:
+    if total <= one:
         raise UnsupportedConfig("projection_class_embeddings_input_dim", total, f"more than {one} features of sizes")
     return *arguments, {"text_embeds": array((1, total - one)), "time_ids": array((1, 1))}
 

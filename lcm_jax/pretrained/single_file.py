@@ -197,7 +197,7 @@ def load_single_file(
         tokenizers = dict.fromkeys(TOKENIZER_OF.values())
         for part in family.encoders:
             name = TOKENIZER_OF[part]
-            tokenizers[name] = load_tokenizer(_subfolder(folder, name), modules[part].max_position_embeddings)
+            tokenizers[name] = load_tokenizer(_subfolder(folder, name), modules[part])
         check_fit(modules)
         params = {part: tree for part, (_, tree) in replaced.items()}
         for part, (layout, prefix) in layouts(family, modules, stored.shapes).items():

@@ -33,7 +33,14 @@ from lcm_jax.models import lora
 from lcm_jax.models.config import RUN_FIELDS
 from lcm_jax.pretrained import Pipeline, hub, load_pipeline, load_unet, read_record
 from lcm_jax.pretrained.diffusers_folder import check_noise
-from lcm_jax.pretrained.model import SCHEDULER, TOKENIZER_OF, PipelineParams, in_half_precision
+from lcm_jax.pretrained.model import (
+    SCHEDULER,
+    TOKENIZER_OF,
+    PipelineParams,
+    check_text_to_image,
+    in_half_precision,
+    recorded,
+)
 from lcm_jax.pretrained.names import PutFn
 from lcm_jax.run.config import W_EMBEDDING_OF_A_LORA, needs_teacher
 from lcm_jax.run.data import check_sizes
@@ -136,7 +143,7 @@ def shapes(config: ConfigDict) -> Models:
       LcmError: a model cannot be loaded, is not what the config needs, or does not fit the other.
     """
     teacher = load_teacher(config, weights=False)
-    _check_teacher(config, teacher[0])
+    check_teacher(config, teacher[0])
     models = Models(*teacher, *load_student(config, *teacher))
     _check_student(config, models.teacher, models.student)
     return models
@@ -215,7 +222,7 @@ def record(config: ConfigDict, student: Pipeline) -> dict[str, Any]:
     }
 
 
-def _check_teacher(config: ConfigDict, teacher: Pipeline) -> None:
+def check_teacher(config: ConfigDict, teacher: Pipeline) -> None:
     """Raises LcmError if the config cannot be run with this teacher."""
     check_sizes(config, teacher)
     found, asked = teacher.schedule.prediction_type, config.model.prediction_type
@@ -229,16 +236,14 @@ def _check_teacher(config: ConfigDict, teacher: Pipeline) -> None:
             f"config.model.teacher = {config.model.teacher!r} is a Latent Consistency Model itself (it has a w "
             "embedding); give the diffusion model that it was distilled from"
         )
-    if teacher.unet.in_channels != teacher.vae.latent_channels:
-        raise LcmError(
-            f"config.model.teacher = {config.model.teacher!r} takes {teacher.unet.in_channels} channels "
-            f"(inpainting); {config.objective.upper()} needs a text-to-image model with {teacher.vae.latent_channels}"
-        )
+    key = "teacher" if config.model.teacher else "student"
+    check_text_to_image(teacher, f"config.model.{key} = {config.model[key]!r}")
 
 
 def _check_student(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> None:
     """Raises LcmError if the student's UNet does not take the teacher's inputs."""
-    for field in ("in_channels", "out_channels", "addition_embed_type", "cross_attention_dim"):
+    added = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    for field in ("in_channels", "out_channels", "cross_attention_dim", *added):
         has, needs = (sorted(map(str, {*unet.per_level(field)})) for unet in (student.unet, teacher.unet))
         if has != needs:
             raise LcmError(
@@ -269,10 +274,11 @@ def _check_lcm(config: ConfigDict, unet: Any) -> None:
             f"config.distill.w_embedding_dim = {distill.w_embedding_dim}: config.model.student = {name!r} is an LCM "
             "without w embedding; set 0"
         )
+    constants = recorded(record)
     made_with = {
-        "solver_steps": record.get("solver_steps", scheduler.get("original_inference_steps", distill.solver_steps)),
-        "timestep_scaling": record.get("timestep_scaling", scheduler.get("timestep_scaling", TIMESTEP_SCALING)),
-        "sigma_data": record.get("sigma_data", SIGMA_DATA),
+        "solver_steps": constants.get("solver_steps", scheduler.get("original_inference_steps", distill.solver_steps)),
+        "timestep_scaling": constants.get("timestep_scaling", scheduler.get("timestep_scaling", TIMESTEP_SCALING)),
+        "sigma_data": constants.get("sigma_data", SIGMA_DATA),
     }
     for key, value in made_with.items():
         if distill[key] != value:
@@ -280,7 +286,7 @@ def _check_lcm(config: ConfigDict, unet: Any) -> None:
                 f"config.distill.{key} = {distill[key]!r}, but config.model.student = {name!r} was distilled with "
                 f"{value!r}; set that"
             )
-    low, high = record.get("w_min", 0.0), record.get("w_max", float("inf"))
+    low, high = constants.get("w_min", 0.0), constants.get("w_max", float("inf"))
     if has_w_embedding and not low <= distill.w_min <= distill.w_max <= high:
         raise LcmError(
             f"config.distill.w_min = {distill.w_min:g}, w_max = {distill.w_max:g}: config.model.student = {name!r} was "

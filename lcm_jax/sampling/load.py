@@ -1,6 +1,7 @@
 """A model to generate images with: a pipeline from anywhere, with LoRAs merged and parts exchanged."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lcm_jax import assets
-from lcm_jax.errors import BadArgument
+from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained import is_single_file, load_pipeline, lora_files, read_record
-from lcm_jax.pretrained.model import Pipeline, PipelineParams, in_half_precision
+from lcm_jax.pretrained.model import Pipeline, PipelineParams, check_text_to_image, in_half_precision, recorded
 from lcm_jax.runtime.mesh import place
 from lcm_jax.sampling.generator import Generator
 
@@ -60,15 +61,18 @@ def load(
             "model_config", model_config, f"is for a single .safetensors file, which {source} is not; remove it"
         )
     pairs = [parse_lora(lora) if isinstance(lora, str) else lora for lora in loras]
-    pipeline, params = load_pipeline(
+    read = functools.partial(
+        load_pipeline,
         assets.resolve(source),
         variant,
         dtype,
         unet=unet,
         vae=vae,
         config=model_config and assets.resolve(model_config),
-        put=jax.device_put if mesh is None else place(mesh),
     )
+    name = source if unet is None else f"{source} with the UNet of {unet}"
+    check_text_to_image(read(weights=False)[0], name)  # before minutes of reading
+    pipeline, params = read(put=jax.device_put if mesh is None else place(mesh))
     pipeline = in_half_precision(pipeline, dtype == jnp.float16)
     if unet is not None:
         pipeline = dataclasses.replace(pipeline, may_be_lcm=True)
@@ -92,6 +96,11 @@ def add_loras(
     read = [(lora_files.read_lora(source, modules, ignore_unused), weight) for source, weight in loras]
     of_loras = {source: read_record(source) for source, _ in loras}
     own = {**pipeline.record, "prediction_type": pipeline.schedule.prediction_type}
+    for source, record in of_loras.items():
+        try:
+            recorded(record)
+        except LcmError as error:
+            raise BadArgument("lora", source, str(error)) from None
     for key in CONSTANTS:
         values = {name: record[key] for name, record in {"the model": own, **of_loras}.items() if key in record}
         if len(set(values.values())) > 1:

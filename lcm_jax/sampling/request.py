@@ -13,7 +13,7 @@ import numpy as np
 from lcm_jax.diffusion import samplers, timesteps
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import BadArgument
-from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE, Pipeline
+from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE, Pipeline, check_text_to_image
 
 SAMPLERS = tuple(samplers.SAMPLERS)
 MAX_STEPS = 50
@@ -105,7 +105,9 @@ def make_request(
 
     Raises:
       BadArgument: a value is wrong, or the model cannot do it.
+      LcmError: it is no text-to-image model.
     """
+    check_text_to_image(pipeline, "the model")
     if sampler not in SAMPLERS:
         raise BadArgument("sampler", sampler, f"choose one of {', '.join(SAMPLERS)}")
     if spacing not in timesteps.SPACINGS:

@@ -23,6 +23,7 @@ from lcm_jax.models.config import RUN_FIELDS
 from lcm_jax.pretrained import names
 from lcm_jax.pretrained.safetensors_io import TRANSFORMERS_NAME, open_weights
 from lcm_jax.pretrained.tokenizer import Tokenizer, load_tokenizer
+from lcm_jax.typed import config_of
 
 RESIZES = ("processor", "cmmd")
 _TEXT = ("text_model.", "text_projection.")
@@ -42,7 +43,8 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
     if resize not in RESIZES:
         raise LcmError(f"resize={resize!r} of clip features is unknown; choose one of {', '.join(RESIZES)}")
     folder = weights.existing("clip", path)
-    module = clip.vision_from_config(read_json(folder / "config.json"))
+    with config_of(folder / "config.json"):
+        module = clip.vision_from_config(read_json(folder / "config.json"))
     side = module.image_size
     processor = resizing.read_processor(folder)
     if resize == "cmmd":
@@ -60,7 +62,7 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
 
 def _vision_table(module: clip.CLIPVisionModel) -> dict[str, names.Parameter]:
     """Torch key -> Parameter of an image tower, with the keys of a CLIPModel."""
-    table = weights.torch_table(module, (1, module.image_size, module.image_size, module.num_channels))
+    table = weights.torch_table(module, (1, module.image_size, module.image_size, 3))
     return {key if key.startswith(_VISION) else f"vision_model.{key}": value for key, value in table.items()}
 
 
@@ -78,9 +80,10 @@ def load_text(path: str | Path | None) -> tuple[Network, Tokenizer]:
             "whole CLIPModel"
         )
     known = {f.name for f in dataclasses.fields(clip.CLIPTextModel)} - RUN_FIELDS | clip.CLIPTextModel.FIXED.keys()
-    text = {key: value for key, value in clip.tower(config, "text").items() if key in known}
-    module = clip.from_config(text | {"architectures": ["CLIPTextModelWithProjection"]})
-    tokenizer = load_tokenizer(folder, module.max_position_embeddings)
+    with config_of(folder / "config.json"):
+        text = {key: value for key, value in clip.tower(config, "text").items() if key in known}
+        module = clip.from_config(text | {"architectures": ["CLIPTextModelWithProjection"]})
+    tokenizer = load_tokenizer(folder, module)
     with open_weights(folder, TRANSFORMERS_NAME) as stored:
         shapes = {key: shape for key, shape in stored.shapes.items() if key.startswith(_TEXT)}
         params = names.read_params(module, shapes, stored.read, what=str(stored.source))

@@ -16,7 +16,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,11 @@ from lcm_jax.foreign import read_json
 from lcm_jax.metrics import resizing
 from lcm_jax.metrics.networks import weights
 from lcm_jax.metrics.networks.network import Network
-from lcm_jax.models.config import RUN_FIELDS, module_fields
+from lcm_jax.models import clip
+from lcm_jax.models.config import RUN_FIELDS, Channels, Epsilon, Layers, module_fields
 from lcm_jax.models.layers import LayerNorm, Run, multi_head_attention
 from lcm_jax.pretrained.safetensors_io import TRANSFORMERS_NAME, open_weights
+from lcm_jax.typed import Range, config_of
 
 SIDE = 224
 RESIZES = ("square", "processor")
@@ -162,13 +164,13 @@ class Encoder(nn.Module):
 class Dinov2Model(nn.Module):
     """Normalised images [b h w 3] -> class token features [b d]. Fields: transformers' Dinov2Config."""
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    mlp_ratio: int = 4
-    layer_norm_eps: float = 1e-6
-    image_size: int = 224
-    patch_size: int = 14
+    hidden_size: Channels = 768
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Channels = 12
+    mlp_ratio: Annotated[float, Range(0.1, 16)] = 4
+    layer_norm_eps: Epsilon = 1e-6
+    image_size: Channels = 224
+    patch_size: Channels = 14
     qkv_bias: bool = True
     use_swiglu_ffn: bool = False
 
@@ -193,7 +195,10 @@ def from_config(config: Mapping[str, Any]) -> Dinov2Model:
     """The network of a `config.json`. Raises UnsupportedConfig if it is not a DINOv2 of the kind built here."""
     known = {f.name for f in dataclasses.fields(Dinov2Model)} - RUN_FIELDS | Dinov2Model.FIXED.keys()
     kept = {key: value for key, value in config.items() if key in known}
-    return Dinov2Model(**module_fields(Dinov2Model, kept, Dinov2Model.FIXED))
+    model = Dinov2Model(**module_fields(Dinov2Model, kept, Dinov2Model.FIXED))
+    clip.check_heads(model)
+    clip.check_patches(model)
+    return model
 
 
 def load(path: str | Path | None, resize: str | None = None) -> Network:
@@ -206,7 +211,8 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
     if resize not in RESIZES:
         raise LcmError(f"resize={resize!r} of dinov2 features is unknown; choose one of {', '.join(RESIZES)}")
     folder = weights.existing("dinov2", path)
-    module = from_config(read_json(folder / "config.json"))
+    with config_of(folder / "config.json"):
+        module = from_config(read_json(folder / "config.json"))
     processor = resizing.Processor((SIDE, SIDE), None, resizing.IMAGENET_MEAN, resizing.IMAGENET_STD)
     if resize == "processor":
         processor = resizing.read_processor(folder)
