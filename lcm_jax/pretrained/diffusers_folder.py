@@ -20,6 +20,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import linen as nn
 from jax.typing import DTypeLike
 
@@ -64,18 +65,22 @@ def load_folder(
     weights: bool | Collection[str] = True,
 ) -> tuple[Pipeline, PipelineParams]:
     """(pipeline, params) of a diffusers folder; see `load.load_pipeline`."""
-    read, others = parts_read(weights), {"unet": unet, "vae": vae}
-    own = [part for part in PARTS if others.get(part) is None]
+    read, others = parts_read(weights), {part: other for part, other in (("unet", unet), ("vae", vae)) if other}
+    own = [part for part in PARTS if part not in others]
     folder = _local(source, _pipeline_patterns(own, read, variant), bool(read))
-    index = _model_index(folder, source)
+    index = _model_index(folder, source, others)
     configs = {"model_index": index, "scheduler": scheduler_config(folder, index)}
     noise = schedule.from_config(configs["scheduler"])
     for origin in filter(None, (folder, unet)):
         check_noise(origin, noise, str(source), bool(read))
 
-    folders, encoders = {}, _encoders(folder, index)
-    for part, other in others.items():
-        folders[part] = folder / part if other is None else _part_folder(other, part, variant, part in read)
+    encoders = _encoders(folder, index)
+    folders = {part: _part_folder(other, part, variant, part in read) for part, other in others.items()}
+    for part in ("unet", "vae"):
+        if part not in others and not (folder / part / "config.json").exists():
+            missing = f"{folder / part / 'config.json'} is missing; the folder is incomplete"
+            raise LcmError(f"{missing}: copy or download it again, or give another {part} with {hub.ARGUMENTS[part]}")
+        folders.setdefault(part, folder / part)
         configs[part] = _config(folders[part], part)
     for part, (name, kind) in encoders.items():
         folders[part] = folder / name
@@ -86,33 +91,67 @@ def load_folder(
     for part, (name, _) in encoders.items() if read else ():
         tokenizer = folder / name.replace("text_encoder", "tokenizer")
         tokenizers[TOKENIZER_OF[part]] = load_tokenizer(tokenizer, modules[part].max_position_embeddings)
-    for part in (part for part in folders if part in read):  # all of them, before minutes go into reading the first
-        safetensors_io.find_weights(folders[part], _weights_name(part), variant)
+    # All are found before minutes go into reading the first.
+    origins = {part: (others.get(part, source), path) for part, path in folders.items() if part in read}
+    variants = _variants(origins, variant)
+    record = folder_record(unet or folder, bool(read))
+    pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
     params = {
-        part: _params(part, modules[part], path, variant, param_dtype, put)
+        part: _params(part, modules[part], path, variants[part], param_dtype, put)
         if part in read
         else names.param_shapes(modules[part], param_dtype)
         for part, path in folders.items()
     }
-    record = folder_record(unet or folder, bool(read))
-    return Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record), params
+    return pipeline, params
 
 
-def load_part(
-    part: str,
-    source: str | Path,
+def load_parts(
+    sources: Mapping[str, str | Path],
     variant: str | None,
     dtype: DTypeLike,
     param_dtype: DTypeLike,
     put: PutFn | None,
-    weights: bool,
-) -> tuple[nn.Module, Params]:
-    """(module, params) of one part; see `load.load_unet`."""
-    folder = _part_folder(source, part, variant, weights)
-    module = make_module(part, _config(folder, part), dtype)
-    if not weights:
-        return module, names.param_shapes(module, param_dtype)
-    return module, _params(part, module, folder, variant, param_dtype, put)
+    read: Collection[str],
+    or_without: bool = False,
+) -> dict[str, tuple[nn.Module, Params]]:
+    """Part -> (module, params), each from a source of its own; see `load.load_unet`. read: parts to read weights of."""
+    folders = {part: _part_folder(source, part, variant, part in read) for part, source in sources.items()}
+    modules = {part: make_module(part, _config(folder, part), dtype) for part, folder in folders.items()}
+    origins = {part: (source, folders[part]) for part, source in sources.items() if part in read}
+    variants = _variants(origins, variant, or_without)
+    return {
+        part: (
+            module,
+            _params(part, module, folders[part], variants[part], param_dtype, put)
+            if part in read
+            else names.param_shapes(module, param_dtype),
+        )
+        for part, module in modules.items()
+    }
+
+
+def _variants(
+    origins: Mapping[str, tuple[str | Path, Path]], variant: str | None, or_without: bool = False
+) -> dict[str, str | None]:
+    """Part -> the variant of its weights to read: `variant`, or None if only other parts have it, as in diffusers.
+
+    origins: part -> (folder or hub id, local folder of the part).
+    or_without: None, too, if no part has it.
+
+    Raises:
+      LcmError: no part has the variant, or a part has no weights to read.
+    """
+    having = {p for p, (_, path) in origins.items() if safetensors_io.has_weights(path, _weights_name(p), variant)}
+    found = {}
+    for part, (source, path) in origins.items():
+        name = _weights_name(part)
+        found[part] = variant if part in having or not (having or or_without) else None
+        if found[part] != variant:
+            logging.info("%s of %s has no variant %s: its weights without a variant are read", part, source, variant)
+            plain = safetensors_io.download_patterns(name, None)  # from the hub, only the variant was fetched
+            _local(source, [prefix + pattern for prefix in ("", f"{path.name}/") for pattern in plain], weights=True)
+        safetensors_io.find_weights(path, name, found[part])
+    return found
 
 
 def folder_record(source: str | Path, weights: bool = True) -> Config:
@@ -132,7 +171,7 @@ def scheduler_config(folder: Path, index: Config) -> Config:
       LcmError: the file is missing or not a noise schedule, or diffusers, which goes by model_index.json, would read
         another one.
     """
-    config, kind = foreign.read_json(folder / SCHEDULER), _class_in_index(index, "scheduler")
+    config, kind = foreign.read_json(folder / SCHEDULER), _class_in_index(folder, index, "scheduler")
     config = {"_class_name": kind, **config} if kind else config
     try:
         noise = schedule.from_config(config)
@@ -215,31 +254,32 @@ def _weights_name(part: str) -> str:
     return safetensors_io.TRANSFORMERS_NAME if part in TEXT_ENCODERS else safetensors_io.DIFFUSERS_NAME
 
 
-def _model_index(folder: Path, source: str | Path) -> Config:
+def _model_index(folder: Path, source: str | Path, replaced: Collection[str]) -> Config:
     if not (folder / "model_index.json").is_file():
         if (folder / "config.json").is_file():
             raise LcmError(f"{source} holds a single model without model_index.json; give the folder of its pipeline")
         raise LcmError(f"{source} has no model_index.json; give a diffusers folder, which holds that file")
     index = foreign.read_json(folder / "model_index.json")
-    if "unet" not in index:
+    if "unet" not in {*index, *replaced}:
         kind = index.get("_class_name")
         raise LcmError(f"{source} is a {kind} without a unet; a model of the Stable Diffusion family is needed")
     return index
 
 
-def _class_in_index(index: Config, part: str) -> str | None:
+def _class_in_index(folder: Path, index: Config, part: str) -> str | None:
     """Class name that model_index gives a part (without "Flax"); None: the part is declared absent."""
-    entry = index.get(part)
-    if not (isinstance(entry, list) and len(entry) == 2 and entry[1]):
-        return None
-    return entry[1].removeprefix("Flax")
+    entry = index.get(part) or [None, None]
+    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str | None)):
+        wrong = f"{part}={ascii(entry)[:80]}, not a library and a class"
+        raise LcmError(f"{folder / 'model_index.json'} has {wrong}; copy or download it again")
+    return entry[1].removeprefix("Flax") if entry[1] else None
 
 
 def _encoders(folder: Path, index: Config) -> dict[str, tuple[str, str]]:
     """Part -> (name of its folder, class). A refiner's only encoder is "text_encoder_2", whatever its folder's name."""
     found = {}
     for part in TEXT_ENCODERS:
-        kind = _class_in_index(index, part)
+        kind = _class_in_index(folder, index, part)
         if kind is not None:
             if kind not in _ENCODER_CLASSES:
                 raise UnsupportedConfig(f"{part} in model_index.json", kind, _ENCODER_CLASSES)
@@ -254,7 +294,7 @@ def _encoders(folder: Path, index: Config) -> dict[str, tuple[str, str]]:
 def _config(folder: Path, part: str) -> Config:
     config, supported = foreign.read_json(folder / "config.json"), _CLASSES.get(part, _ENCODER_CLASSES)
     kind = config.get("_class_name")
-    if isinstance(kind, str) and kind.removeprefix("Flax") not in supported:
+    if kind is not None and str(kind).removeprefix("Flax") not in supported:
         raise UnsupportedConfig(f"_class_name of {folder / 'config.json'}", kind, supported)
     return config
 

@@ -145,6 +145,12 @@ KEYS = (
     Key("model.student", None, MODEL, "what training starts from; None: the teacher; lcf needs it: the LCM"),
     Key("model.vae", None, MODEL, "VAE instead of the teacher's, as SDXL's for half precision"),
     Key(
+        "model.variant",
+        None,
+        Check(lambda value: value != "", "a name such as fp16, or None"),
+        "weight files to read, of every part that has this variant; None: those without a variant",
+    ),
+    Key(
         "model.prediction_type",
         None,
         one_of((None, "epsilon", "v_prediction", "sample")),
