@@ -66,8 +66,8 @@ def load_folder(
 ) -> tuple[Pipeline, PipelineParams]:
     """(pipeline, params) of a diffusers folder; see `load.load_pipeline`."""
     read, others = parts_read(weights), {part: other for part, other in (("unet", unet), ("vae", vae)) if other}
-    own = [part for part in PARTS if part not in others]
-    folder = _local(source, _pipeline_patterns(own, read, variant), bool(read))
+    demanded = [part for part in PARTS if part not in others]
+    folder = _local(source, _pipeline_patterns(demanded, read, variant), bool(read))
     index = _model_index(folder, source, others)
     configs = {"model_index": index, "scheduler": scheduler_config(folder, index)}
     noise = schedule.from_config(configs["scheduler"])
@@ -75,12 +75,13 @@ def load_folder(
         check_noise(origin, noise, str(source), bool(read))
 
     encoders = _encoders(folder, index)
-    folders = {part: _part_folder(other, part, variant, part in read) for part, other in others.items()}
+    folders = {}
     for part in ("unet", "vae"):
-        if part not in others and not (folder / part / "config.json").exists():
-            missing = f"{folder / part / 'config.json'} is missing; the folder is incomplete"
+        own = folder / part
+        folders[part] = _part_folder(others[part], part, variant, part in read) if part in others else own
+        if part not in others and not (own / "config.json").exists():
+            missing = f"{own / 'config.json'} is missing; the folder is incomplete"
             raise LcmError(f"{missing}: copy or download it again, or give another {part} with {hub.ARGUMENTS[part]}")
-        folders.setdefault(part, folder / part)
         configs[part] = _config(folders[part], part)
     for part, (name, kind) in encoders.items():
         folders[part] = folder / name
@@ -171,7 +172,7 @@ def scheduler_config(folder: Path, index: Config) -> Config:
       LcmError: the file is missing or not a noise schedule, or diffusers, which goes by model_index.json, would read
         another one.
     """
-    config, kind = foreign.read_json(folder / SCHEDULER), _class_in_index(folder, index, "scheduler")
+    config, kind = foreign.read_json(folder / SCHEDULER), _class_in_index(index, "scheduler")
     config = {"_class_name": kind, **config} if kind else config
     try:
         noise = schedule.from_config(config)
@@ -262,24 +263,26 @@ def _model_index(folder: Path, source: str | Path, replaced: Collection[str]) ->
     index = foreign.read_json(folder / "model_index.json")
     if "unet" not in {*index, *replaced}:
         kind = index.get("_class_name")
-        raise LcmError(f"{source} is a {kind} without a unet; a model of the Stable Diffusion family is needed")
+        other = f"or the UNet of one with {hub.ARGUMENTS['unet']}"
+        raise LcmError(
+            f"{source} is a {kind} without a unet; a model of the Stable Diffusion family is needed, {other}"
+        )
     return index
 
 
-def _class_in_index(folder: Path, index: Config, part: str) -> str | None:
+def _class_in_index(index: Config, part: str) -> str | None:
     """Class name that model_index gives a part (without "Flax"); None: the part is declared absent."""
-    entry = index.get(part) or [None, None]
-    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str | None)):
-        wrong = f"{part}={ascii(entry)[:80]}, not a library and a class"
-        raise LcmError(f"{folder / 'model_index.json'} has {wrong}; copy or download it again")
-    return entry[1].removeprefix("Flax") if entry[1] else None
+    entry = index.get(part)
+    if not (isinstance(entry, list) and len(entry) == 2 and entry[1]):
+        return None
+    return entry[1].removeprefix("Flax")
 
 
 def _encoders(folder: Path, index: Config) -> dict[str, tuple[str, str]]:
     """Part -> (name of its folder, class). A refiner's only encoder is "text_encoder_2", whatever its folder's name."""
     found = {}
     for part in TEXT_ENCODERS:
-        kind = _class_in_index(folder, index, part)
+        kind = _class_in_index(index, part)
         if kind is not None:
             if kind not in _ENCODER_CLASSES:
                 raise UnsupportedConfig(f"{part} in model_index.json", kind, _ENCODER_CLASSES)

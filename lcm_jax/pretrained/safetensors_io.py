@@ -58,10 +58,10 @@ _CONVERT = (
 )
 # Files of other kinds under a weight file's name: how they begin -> what is wrong, and the way out.
 _OTHERS = (
-    (rb"PK\x03\x04|\x80[\x02-\x05][^\x00]", _CONVERT),  # torch.save's zip archives, and its older streams
+    (rb"PK\x03\x04(?s:.){1,250}\.pkl|\x80[\x02-\x05][^\x00]", _CONVERT),  # torch.save's zips, and its older streams
     (rb"GGUF", "is a GGUF file, whose weights are quantised; give the .safetensors that it was made from"),
     (rb"version https://git-lfs\.", "is a git-lfs pointer: run `git lfs pull`"),
-    (rb"\x1f\x8b|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "is an archive; unpack it and give what is in it"),
+    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "is an archive; unpack it and give what is in it"),
     (rb"\x89HDF\r\n", "is an HDF5 file; give the .safetensors of the model"),
     (rb"[\s -~]{8}", "is text, such as a web page or a server's error ({2}); download the file itself"),
 )
@@ -257,10 +257,11 @@ def _reading(file: Path) -> Iterator[None]:
 def check_kind(file: Path) -> None:
     """Raises LcmError, with the way out, if the first bytes of a file show another kind than safetensors."""
     with file.open("rb") as stream:
-        start = stream.read(60)
+        start = stream.read(300)
     for pattern, why in _OTHERS:
         if re.match(pattern, start) and start[8:9] != b"{":  # with which the header of safetensors begins
-            raise LcmError(f"{file} {why.format(file, file.with_suffix(''), ascii(start.decode(errors='ignore')))}")
+            text = ascii(start[:40].decode(errors="ignore"))
+            raise LcmError(f"{file} {why.format(file, file.with_suffix(''), text)}")
 
 
 def weights_size(shapes: Mapping[str, tuple[int, ...]], dtype: DTypeLike) -> int:

@@ -315,6 +315,8 @@ def _configs(
             configs["unet"] = of("unet/config.json", lambda: keys.unet_config(shapes) | size) | keys.file_fields(shapes)
         except (LookupError, StopIteration):
             raise LcmError(f"{weights.source} lacks tensors of its UNet; copy or download it again") from None
+        except UnsupportedConfig as error:
+            raise UnsupportedConfig(error.field, error.value, f"{error.supported} (UNet of {weights.source})") from None
     if "vae" not in replaced:
         configs["vae"] = of("vae/config.json", lambda: known("vae"))
     for part in family.encoders:
