@@ -164,10 +164,8 @@ def _nothing_found(folder: Path, name: str, variant: str | None) -> str:
     weights = [file for file in present if file.endswith((SUFFIX, *PICKLED))]
     safe = [file for file in weights if file.endswith(SUFFIX)]
     if variant and (safe or not weights):
-        only = (
-            f"only {', '.join(weights)}; ask for one of those" if safe else "leave the variant out, or ask for another"
-        )
-        return f"{folder} has no variant {variant!r} ({wanted}), {only}"
+        only = f", only {', '.join(weights)}; ask for one of those" if safe else "; ask for another"
+        return f"{folder} has no variant {variant!r} ({wanted}){only}, or leave the variant out"
     name_it = "the word before .safetensors (--variant, config.model.variant)"
     if safe:
         return f"{folder} has no {wanted}, only {', '.join(safe)}; name the variant, {name_it}"

@@ -100,14 +100,12 @@ def _names(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
 
 
 def _moved(shapes: Mapping[str, Shape]) -> dict[str, str]:
-    """Prefix -> that of SD 2.x, where a file has the text encoder of SD 2.x under another family's."""
+    """Prefix -> that of SD 2.x, where a file has the text encoder of SD 2.x (by its width, or no sizes, as XL has)."""
+    unet, sizes = (UNET + key in shapes for key in ("input_blocks.0.0.weight", "label_emb.0.0.weight"))
     found = {}
-    is_sd2 = (
-        UNET + "input_blocks.0.0.weight" in shapes and UNET + "label_emb.0.0.weight" not in shapes
-    )  # no sizes: not XL
-    for prefix, always in ((SD1_TEXT, False), (SGM + "0.model.", is_sd2)):
+    for prefix, is_sd2 in ((SD1_TEXT, False), (SGM + "0.model.", unet and not sizes)):
         tables = [s for k, s in shapes.items() if k.startswith(prefix) and k.endswith("token_embedding.weight")]
-        if tables and (always or tables[0][1:] == (_SD2_WIDTH,)):
+        if tables and (is_sd2 or tables[0][1:] == (_SD2_WIDTH,)):
             found[prefix] = SD2_TEXT
     return found
 
@@ -123,10 +121,8 @@ def _unet(found: Iterable[str]) -> dict[str, str]:
             block = f"input_blocks.{place + 1}" if match[1] == "down" else f"output_blocks.{place}"
             names[key] = f"{block}.1.{key[match.end() :]}"
     blocks = {key: (m[1], int(m[2]), m[3], name[m.end() :]) for key, name in names.items() if (m := _BLOCK.match(name))}
-    order = {half: sorted({n for h, n, place, _ in blocks.values() if (h, place) == (half, "0")}) for half in _HALVES}
-    attentions = {
-        n for half, n, place, rest in blocks.values() if (half, place) == ("output", "1") and rest[:5] != "conv."
-    }
+    order = {half: sorted({n for h, n, place, _ in blocks.values() if h + place == half + "0"}) for half in _HALVES}
+    attentions = {n for half, n, place, rest in blocks.values() if half + place == "output1" and rest[:5] != "conv."}
     for key, (half, number, place, rest) in blocks.items():
         if half == "output" and rest.startswith("conv."):  # an upsampler belongs to the resnet before it
             number = max((n for n in order[half] if n <= number), default=number)
