@@ -87,7 +87,7 @@ def load_folder(
         folders[part] = folder / name
         configs[part] = _config(folders[part], part) | {"architectures": [kind]}
     modules = {part: make_module(part, configs[part], dtype) if part in folders else None for part in PARTS}
-    check_fit(modules)
+    check_parts(modules, source)
     tokenizers = dict.fromkeys(TOKENIZER_OF.values())
     for part, (name, _) in encoders.items() if read else ():
         tokenizer = folder / name.replace("text_encoder", "tokenizer")
@@ -153,6 +153,14 @@ def _variants(
             _local(source, [prefix + pattern for prefix in ("", f"{path.name}/") for pattern in plain], weights=True)
         safetensors_io.find_weights(path, name, found[part])
     return found
+
+
+def check_parts(modules: Mapping[str, Any], source: str | Path) -> None:
+    """`check_fit`, with errors that name the model."""
+    try:
+        check_fit(modules)
+    except LcmError as error:
+        raise LcmError(f"{source}: {error}") from None
 
 
 def folder_record(source: str | Path, weights: bool = True) -> Config:

@@ -36,7 +36,7 @@ def load_pipeline(
       variant: weights to read, e.g. "fp16", of every part that has them, as in diffusers; None: those without a suffix.
       dtype: compute dtype of the modules.
       param_dtype: dtype of the parameters, whatever the files hold.
-      unet, vae: folders or hub ids of a UNet or VAE to use instead of the source's, which is then not read.
+      unet, vae: folders or hub ids of a UNet or VAE to use instead of the source's, which need not be there then.
       config: for a single file: folder or hub id with what it lacks, tokenizers and configs.
       put: takes each parameter as soon as it is read and converted, as `runtime.mesh.place` does to its shards; None:
         parameters stay on the host as numpy arrays.

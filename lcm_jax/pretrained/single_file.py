@@ -6,7 +6,8 @@
     cond_stage_model.model.                    SD 2.x     OpenCLIP ViT-H
     conditioner.embedders.{0.transformer,1.model}.   SDXL  CLIP ViT-L, OpenCLIP bigG; refiner: embedders.0.model.
 
-Other keys (an EMA's copy, ...) are ignored, except for the marks of `noise_marks`. A file holds neither tokenizers nor
+Keys that other programs spell otherwise are read, too (`single_file_spellings`). Others (an EMA's copy, ...) are
+ignored, except for the marks of `noise_marks`. A file holds neither tokenizers nor
 configs: the UNet's config is inferred from its tensors, the others are those of the family's published model, and a
 diffusers folder given as `config` overrides both. Noise is the exception: marks of v prediction and zero terminal SNR
 override the folder's scheduler (with a warning), since the folder may be given for its tokenizers alone. If neither
@@ -43,7 +44,6 @@ from lcm_jax.pretrained.model import (
     Config,
     Pipeline,
     PipelineParams,
-    check_fit,
     fold_w,
     make_module,
     parts_read,
@@ -199,7 +199,7 @@ def load_single_file(
         for part in family.encoders:
             name = TOKENIZER_OF[part]
             tokenizers[name] = load_tokenizer(_subfolder(folder, name), modules[part].max_position_embeddings)
-        check_fit(modules)
+        diffusers_folder.check_parts(modules, path)
         record = diffusers_folder.folder_record(unet, "unet" in read) if unet else _record(file)
         pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
         params = {part: tree for part, (_, tree) in replaced.items()}
