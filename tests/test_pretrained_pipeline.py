@@ -89,6 +89,8 @@ def test_a_part_without_the_variant_is_read_without_it(mixed, monkeypatch):
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(mixed, variant="fp16", safety_checker=None)
     for part in ("unet", "vae", "text_encoder"):
         assert_same_weights(pipeline, params, part, getattr(pipe, part).float())
+    some = load_pipeline(mixed, "fp16", weights=["text_encoder"])[1]  # the variant is that of parts that are not read
+    assert_same_weights(pipeline, some, "text_encoder", pipe.text_encoder)
     plain = tiny.folder("sd1")
     for parts in (("vae",), ("unet", "vae")):
         found = load_pipeline(tiny.copy("sd1", mixed.parent / parts[0]), "fp16", **dict.fromkeys(parts, mixed))[1]

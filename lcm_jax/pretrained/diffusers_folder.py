@@ -94,7 +94,7 @@ def load_folder(
         tokenizers[TOKENIZER_OF[part]] = load_tokenizer(tokenizer, modules[part].max_position_embeddings)
     # All are found before minutes go into reading the first.
     origins = {part: (others.get(part, source), path) for part, path in folders.items() if part in read}
-    variants = _variants(origins, variant)
+    variants = _variants(origins, variant, or_without=len(origins) < len(folders))
     record = folder_record(unet or folder, bool(read))
     pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
     params = {
@@ -119,7 +119,7 @@ def load_parts(
     folders = {part: _part_folder(source, part, variant, part in read) for part, source in sources.items()}
     modules = {part: make_module(part, _config(folder, part), dtype) for part, folder in folders.items()}
     origins = {part: (source, folders[part]) for part, source in sources.items() if part in read}
-    variants = _variants(origins, variant, or_without)
+    variants = _variants(origins, variant, or_without or len(origins) < len(sources))
     return {
         part: (
             module,
@@ -137,7 +137,7 @@ def _variants(
     """Part -> the variant of its weights to read: `variant`, or None if only other parts have it, as in diffusers.
 
     origins: part -> (folder or hub id, local folder of the part).
-    or_without: None, too, if no part has it.
+    or_without: None, too, if none of them has it, as when a part that is not read may have it.
 
     Raises:
       LcmError: no part has the variant, or a part has no weights to read.

@@ -7,9 +7,9 @@
     conditioner.embedders.{0.transformer,1.model}.   SDXL  CLIP ViT-L, OpenCLIP bigG; refiner: embedders.0.model.
 
 Keys that other programs spell otherwise are read, too (`single_file_spellings`). Others (an EMA's copy, ...) are
-ignored, except for the marks of `noise_marks`. A file holds neither tokenizers nor
-configs: the UNet's config is inferred from its tensors, the others are those of the family's published model, and a
-diffusers folder given as `config` overrides both. Noise is the exception: marks of v prediction and zero terminal SNR
+ignored, except for the marks of `noise_marks`. A file holds neither tokenizers nor configs: the UNet's config is
+inferred from its tensors, the others are those of the family's published model, and a diffusers folder given as
+`config` overrides both. Noise is the exception: marks of v prediction and zero terminal SNR
 override the folder's scheduler (with a warning), since the folder may be given for its tokenizers alone. If neither
 gives a prediction type: for SD 2.x, as in diffusers, v unless `global_step` is 875000 (with a warning); else epsilon.
 """
