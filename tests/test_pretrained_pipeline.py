@@ -5,11 +5,13 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from absl import logging
 from flax import traverse_util
 
 from lcm_jax.errors import LcmError, UnsupportedConfig
@@ -67,6 +69,55 @@ def test_dtypes_and_variant(tmp_path):
         load_pipeline(folder)
     with pytest.raises(LcmError, match="no variant 'bf16'"):
         load_pipeline(folder, "bf16")
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """The text encoder has no variant, UNet and VAE have fp16 alone."""
+    folder = tiny.build("sd1", tmp_path / "mixed", variant="fp16")
+    shutil.copytree(tiny.folder("sd1") / "text_encoder", folder / "text_encoder", dirs_exist_ok=True)
+    (folder / "text_encoder" / "model.fp16.safetensors").unlink()
+    return folder
+
+
+def test_a_part_without_the_variant_is_read_without_it(mixed, monkeypatch):
+    """As in diffusers, which reads them to the same numbers; also where the other part is from elsewhere."""
+    logged = []
+    monkeypatch.setattr(logging, "info", lambda text, *args: logged.append(text % args))
+    pipeline, params = load_pipeline(mixed, "fp16")
+    assert [line.split(": ")[0] for line in logged] == [f"text_encoder of {mixed} has no variant fp16"]
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(mixed, variant="fp16", safety_checker=None)
+    for part in ("unet", "vae", "text_encoder"):
+        assert_same_weights(pipeline, params, part, getattr(pipe, part).float())
+    some = load_pipeline(mixed, "fp16", weights=["text_encoder"])[1]  # the variant is that of parts that are not read
+    assert_same_weights(pipeline, some, "text_encoder", pipe.text_encoder)
+    plain = tiny.folder("sd1")
+    for parts in (("vae",), ("unet", "vae")):
+        found = load_pipeline(tiny.copy("sd1", mixed.parent / parts[0]), "fp16", **dict.fromkeys(parts, mixed))[1]
+        assert np.array_equal(found["vae"]["quant_conv"]["kernel"], params["vae"]["quant_conv"]["kernel"])
+        assert_same_weights(pipeline, load_pipeline(mixed, "fp16", vae=plain)[1], "vae", tiny.torch_vae())
+    with pytest.raises(LcmError, match="unet has no .*, only .*; name the variant, .*--variant, config.model.variant"):
+        load_pipeline(mixed)
+
+
+def test_a_variant_that_no_part_has_is_refused(mixed):
+    plain = tiny.folder("sd1")
+    for load in (load_pipeline, load_unet, load_vae):
+        with pytest.raises(LcmError, match=r"has no variant 'fp16' \(.*, only .*; ask for one of those"):
+            load(plain, "fp16")
+    assert load_unet(plain, "fp16", or_without=True)[0] == load_unet(mixed, "fp16", or_without=True)[0]
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_part_that_is_replaced_may_be_lacking(sd1, part):
+    shutil.rmtree(sd1 / part)
+    with pytest.raises(
+        LcmError, match=rf"{part}/config.json is missing; .* give another {part} with {part}= \(--{part}"
+    ):
+        load_pipeline(sd1)
+    edit(sd1 / "model_index.json", **{part: ...})
+    pipeline, params = load_pipeline(sd1, **{part: tiny.folder("sd1")})
+    assert_same_weights(pipeline, params, part, tiny.torch_unet("sd1") if part == "unet" else tiny.torch_vae())
 
 
 def test_old_folders_written_by_flax_and_with_a_safety_checker(sd1):
@@ -289,6 +340,22 @@ def test_only_what_is_needed_is_fetched(monkeypatch, tmp_path, sd1):
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
     ]
+
+
+def test_a_part_without_the_variant_is_fetched_without_it(monkeypatch, tmp_path, mixed):
+    """And nothing twice: the UNet's float32 weights stay on the hub."""
+    shutil.copy(tiny.folder("sd1") / "unet" / "diffusion_pytorch_model.safetensors", mixed / "unet")
+    fetched = fake_hub(monkeypatch, mixed, tmp_path / "cache")
+    load_pipeline("owner/name", "fp16")
+    assert [name for name in fetched if name.endswith(".safetensors")][-1] == "text_encoder/model.safetensors"
+    assert sorted({name for name in fetched if name.endswith(".safetensors")}) == [
+        "text_encoder/model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    ]
+    fetched = fake_hub(monkeypatch, mixed, tmp_path / "plain")
+    with pytest.raises(LcmError, match="vae has no .*: no weights at all; if the original has a variant only, name it"):
+        load_pipeline("owner/name")
 
 
 def test_hub_repositories_of_one_part(monkeypatch, tmp_path):

@@ -2,10 +2,14 @@
 
 import fnmatch
 import json
+import os
 import re
 import shutil
+import struct
+import zipfile
 
 import jax.numpy as jnp
+import lora_kit
 import numpy as np
 import pytest
 import safetensors
@@ -14,11 +18,12 @@ import tiny
 import torch
 
 from lcm_jax.errors import LcmError
-from lcm_jax.pretrained import load_unet, names
+from lcm_jax.pretrained import hub, load_unet, lora_files, names
 from lcm_jax.pretrained.safetensors_io import (
     DIFFUSERS_NAME,
     check_file,
     download_patterns,
+    open_file,
     open_weights,
     save_file,
     weights_size,
@@ -83,7 +88,7 @@ def test_variants_are_never_mixed_up(tmp_path):
     with pytest.raises(LcmError, match=r"no variant 'fp16' .*\.fp16\.safetensors.*only diffusion_pytorch_model.safet"):
         read_all(tmp_path, "fp16")
     (tmp_path / f"{NAME}.safetensors").rename(tmp_path / f"{NAME}.fp16.safetensors")
-    with pytest.raises(LcmError, match=r"has no diffusion_pytorch_model.safetensors, only .*name the variant"):
+    with pytest.raises(LcmError, match="has no .*, only .*name the variant, .*--variant, config.model.variant"):
         read_all(tmp_path)
     assert read_all(tmp_path, "fp16").keys() == {"a"}
 
@@ -125,6 +130,138 @@ def test_garbage_and_git_lfs_pointers_are_named(tmp_path):
         read_all(tmp_path)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3438167536\n")
     with pytest.raises(LcmError, match="git lfs pull"):
+        read_all(tmp_path)
+
+
+def opened(path):
+    """Each tensor of a file, or the one line that refuses it."""
+    try:
+        with open_file(path) as weights:
+            return {key: weights.read(key) for key in weights.shapes}
+    except LcmError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+        return str(error)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_eight_bit_floats_are_read_as_torch_reads_them(tmp_path, dtype):
+    every = torch.arange(256, dtype=torch.uint8).view(getattr(torch, dtype))
+    tensors = {"a": torch.ones(3), "every": every.reshape(16, 16), "one": every[57].clone(), "none": every[:0].clone()}
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    found = opened(tmp_path / "x.safetensors")
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(found[key].astype(np.float32), value.float().numpy())
+
+
+def test_a_lora_in_eight_bits_is_that_of_its_values(tmp_path):
+    modules = lora_files.modules_of(lora_kit.pipeline("sd1"))
+    tensors = lora_kit.tensors_of("kohya", lora_kit.factors(modules["unet"]), alpha=2)
+    eight = {key: torch.tensor(np.asarray(value)).to(torch.float8_e4m3fn) for key, value in tensors.items()}
+    for name, found in (("eight", eight), ("wide", {key: value.float() for key, value in eight.items()})):
+        safetensors.torch.save_file(found, tmp_path / f"{name}.safetensors")
+    lora_kit.same_lora(*(lora_files.read_lora(tmp_path / f"{n}.safetensors", modules) for n in ("eight", "wide")))
+
+
+def one(dtype, shape, end, begin=0):
+    return {"a": {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}}
+
+
+HEADERS = {  # header, its declared length, words of the refusal
+    "long": (b"{}", 2**63, "header too large"),
+    "longer than the file": (b"{}", 2**20, "header"),
+    "deep": (b'{"a":' + b"[" * 100_000, None, "recursion limit"),
+    "no object": (b"[]", None, "invalid type"),
+    "no text": (b'{"\xff":1}', None, "UTF-8"),
+    "dtype": (one("F99", [1], 4), None, "F99"),
+    "huge": (one("F32", [10**12], 4), None, "invalid shape"),
+    "overflow": (one("F32", [2**62, 2**62], 4), None, "overflow"),
+    "negative": (one("F32", [-1], 4), None, "integer `-1`"),
+    "offsets": (one("F32", [1], 0, 4), None, "offset"),
+    "overlap": (one("F32", [1], 4) | {"b": one("F32", [1], 4)["a"]}, None, "offset"),
+    "metadata": ({"__metadata__": {"a": 1}}, None, "expected a string"),
+    "half bytes": (one("F4", [8], 4), None, "a has numbers of F4; give the file in 8 or more bits"),
+    "ComfyUI, old": (
+        one("F8_E4M3", [4], 4) | {"scaled_fp8": one("F8_E4M3", [0], 4, 4)["a"]},
+        None,
+        "quantised .scaled",
+    ),
+    "ComfyUI": ({"l.comfy_quant": one("U8", [4], 4)["a"]}, None, "quantised .l.comfy_quant.; give the file in 16"),
+    "ComfyUI, header": (one("F32", [1], 4) | {"__metadata__": {"_quantization_metadata": "{}"}}, None, "quantised"),
+    "scale": ({"l.scale_weight": one("F32", [], 4)["a"]}, None, "quantised"),
+    "other scale": ({"l.weight_scale": one("F32", [1], 4)["a"]}, None, "quantised"),
+    "bitsandbytes": ({"l.weight.absmax": one("F32", [1], 4)["a"]}, None, "quantised"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_odd_headers_are_one_line(tmp_path, case):
+    header, length, words = HEADERS[case]
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", length or len(text)) + text + bytes(4))
+    assert re.search(words, opened(path))
+
+
+def test_files_of_other_kinds_say_what_to_do(tmp_path):
+    """Whatever their name; also where a folder is asked for, as by vae=."""
+    torch.save({"state_dict": {}}, tmp_path / "new.ckpt")
+    torch.save({}, tmp_path / "old.safetensors", _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
+        archive.writestr("model/unet/config.json", "{}")
+    contents = {
+        "x.gguf": b"GGUF\x03\0\0\0" + bytes(40),
+        "page.safetensors": b"<!DOCTYPE html>\n<html>",
+        "error.safetensors": b"Invalid username or password.",
+        "pointer.bin": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    words = {
+        "new.ckpt": "is pickled, .* convert it once, .*new-converted.safetensors",
+        "old.safetensors": "is pickled",
+        "model.zip": "is an archive; unpack it",
+        "x.gguf": "is a GGUF file, .*; give the .safetensors",
+        "page.safetensors": "is text, such as a web page .*<!DOCTYPE html>.*; download the file itself",
+        "error.safetensors": "Invalid username",
+        "pointer.bin": "git lfs pull",
+    }
+    for name, expected in words.items():
+        assert hub.is_single_file(tmp_path / name)
+        assert re.search(expected, opened(tmp_path / name)), name
+        with pytest.raises(LcmError, match=expected):
+            hub.local_folder(tmp_path / name, [])
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "link.safetensors").symlink_to("gone")
+    for name, words in (("pipe", "is no regular file"), ("link", "is a link to gone, which is missing")):
+        path = tmp_path / f"{name}.safetensors"
+        assert words in opened(path)
+        with pytest.raises(LcmError, match=words):
+            hub.local_file(path)
+        folder = tmp_path / name
+        folder.mkdir()
+        path.rename(folder / f"{NAME}.safetensors")
+        with pytest.raises(LcmError, match=words):
+            read_all(folder)
+
+
+@pytest.mark.parametrize(
+    ("shard", "words"),
+    [
+        (1, "names 1 as a shard"),
+        (None, "names None as a shard"),
+        ("weights.bin", "weights.bin is pickled"),
+        ("folder.safetensors", "lacks 1 of 1 shards"),
+        ("a\0b", "lacks 1 of 1 shards"),
+    ],
+)
+def test_shards_of_other_kinds(tmp_path, shard, words):
+    (tmp_path / f"{NAME}.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    (tmp_path / "folder.safetensors").mkdir()
+    torch.save({}, tmp_path / "weights.bin")
+    with pytest.raises(LcmError, match=words):
         read_all(tmp_path)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import parity
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import tiny
 import tiny_configs
 import torch
@@ -26,6 +27,7 @@ from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
 from lcm_jax.pretrained import load_pipeline, names, read_record, save_single_file, single_file
 from lcm_jax.pretrained import single_file_keys as keys
+from lcm_jax.pretrained import single_file_spellings as spellings
 from lcm_jax.pretrained.model import fold_w, make_module
 from lcm_jax.pretrained.safetensors_io import Weights
 
@@ -176,6 +178,20 @@ def test_whole_files_need_no_configs(name):
     np.testing.assert_array_equal(noise.alphas_cumprod, expected.alphas_cumprod)
 
 
+def three_places(match: re.Match) -> str:
+    """Number of a block of a UNet with one resnet a level -> diffusers' script's, which counts as for two."""
+    half, number, place, rest = match[1], int(match[2]), match[3], match[4]
+    level, resnet = divmod(number - (half == "input"), 2)
+    if half == "output" and rest.startswith("conv."):
+        return f"output_blocks.{3 * level + 2}.{1 if level == 0 else 2}.{rest}"  # alone in its block
+    if half == "output" and place == "1" and level == 0:
+        return f"up_blocks.0.attentions.{resnet}.{rest}"  # where the script expects none
+    return f"{half}_blocks.{3 * level + (2 * resnet + 1 if half == 'input' else resnet)}.{place}.{rest}"
+
+
+BLOCK = r"(input|output)_blocks\.([1-9]\d*|(?<=output_blocks\.)0)\.(\d)\.(.*)"
+
+
 STRUCTURES = [name for name in tiny_configs.UNETS if name not in ("prefixed", "sd21-768", "sd-turbo")]
 
 
@@ -184,7 +200,12 @@ def test_unet_config_is_read_off_the_tensors(name, monkeypatch):
     monkeypatch.setattr(keys, "_HEAD_CHANNELS", 16)
     module = unet.from_config(tiny_configs.UNETS[name])
     layout = keys.unet_layout(module)
-    made = unet.from_config(keys.unet_config({key: stored.shape for key, stored in layout.tensors.items()}))
+    shapes = {key: stored.shape for key, stored in layout.tensors.items()}
+    assert spellings._unet(shapes) == {key: key for key in shapes}
+    if name in ("tiny-sd", "small-sd"):
+        assert list(spellings._unet(re.sub(BLOCK, three_places, key) for key in shapes).values()) == list(shapes)
+    sizes = {"addition_time_embed_dim": module.addition_time_embed_dim}  # which tensors do not show
+    made = unet.from_config(keys.unet_config(shapes) | sizes)
     assert made.mid_block_type == module.mid_block_type
     if made.mid_block_type == "UNetMidBlock2DCrossAttn":
         assert made.mid_depth() == module.mid_depth()
@@ -293,6 +314,133 @@ def test_files_as_they_circulate(folders, written, tmp_path):
     same_trees(load_pipeline(rewrite(path, tmp_path / "sd1.safetensors", sd1), config=folders("sd1"))[1], params)
 
 
+def renamed(prefix, *changes):
+    """A change for `rewrite`: of the keys behind a prefix, by regular expressions."""
+
+    def change(tensors):
+        for pattern, new in changes:
+            tensors = {
+                prefix + re.sub(pattern, new, key.removeprefix(prefix)) if key.startswith(prefix) else key: value
+                for key, value in tensors.items()
+            }
+        return tensors
+
+    return change
+
+
+def in_transformers_names(prefix, encoder, params, middle):
+    def change(tensors):
+        state = names.to_torch(encoder, params)
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
+        return tensors | {prefix + key.replace("text_model.", middle): value for key, value in state.items()}
+
+    return change
+
+
+@pytest.mark.parametrize("middle", ["text_model.", "", "transformer.text_model."])
+@pytest.mark.parametrize("name", ["sd2", "sdxl"])
+def test_open_clip_in_transformers_names(folders, written, tmp_path, name, middle):
+    """q, k and v apart, and nothing transposed."""
+    (pipeline, params), path = written(name)
+    part, prefix = ("text_encoder_2", XL[1]) if name == "sdxl" else ("text_encoder", OPEN_CLIP)
+    change = in_transformers_names(prefix, getattr(pipeline, part), params[part], middle)
+    same_trees(load_pipeline(rewrite(path, tmp_path / "a.safetensors", change), config=folders(name))[1], params)
+
+
+def test_open_clip_as_diffusers_scripts_write_it(folders, written, tmp_path):
+    """OpenCLIP's names, but for what the scripts leave; or all in the place of SD 1.x's encoder, or of SGM's first."""
+    (_, params), path = written("sdxl")
+
+    def script(tensors):
+        tensors[XL[1] + "text_projection.weight"] = tensors.pop(XL[1] + "text_projection").T
+        tensors[XL[1] + "text_model.embeddings.position_ids"] = np.arange(77)[None]
+        tensors[XL[1] + "logit_scale"] = np.float32(4.6)
+
+    file = rewrite(path, tmp_path / "script.safetensors", script)
+    same_trees(load_pipeline(file, config=folders("sdxl"))[1], params)
+    both = rewrite(file, tmp_path / "both.safetensors", lambda t: t.update({XL[1] + "text_projection": np.eye(48)}))
+    refused(both, "holds .*text_projection.*text_projection.weight, which are one tensor", folders("sdxl"))
+
+    (_, params), path = written("sd2")
+    sgm = rewrite(path, tmp_path / "sgm.safetensors", renamed("", (OPEN_CLIP, "conditioner.embedders.0.model.")))
+    same_trees(load_pipeline(sgm, config=folders("sd2"))[1], params)
+
+
+def test_the_encoder_of_sd2_is_known_by_its_width(written):
+    """As transformers 5 saves it, diffusers' script takes it for that of SD 1.x."""
+    layout = keys.open_clip_layout(written("sd2")[0][0].text_encoder)
+    table = {key for stored in layout.tensors.values() for key in stored.keys}
+    shapes = {CLIP + key.removeprefix("text_model."): (1024, 1024) for key in table}
+    file = Weights(Path("x.safetensors"), shapes, pytest.fail)
+    assert spellings.original(file).shapes.keys() == {OPEN_CLIP + key for key in layout.tensors}
+
+
+def test_attention_of_the_vae_in_diffusers_names(folders, written, tmp_path):
+    (_, params), path = written("sd1")
+    pairs = {"q": "to_q", "k": "key", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"}
+    change = renamed(VAE, *((rf"attn_1\.{a}\.", f"attn_1.{b}.") for a, b in pairs.items()))
+    same_trees(load_pipeline(rewrite(path, tmp_path / "a.safetensors", change), config=folders("sd1"))[1], params)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_pruned_unets_in_the_numbers_of_diffusers_script(folders, written, tmp_path, name):
+    (pipeline, params), path = written(name)
+    file = rewrite(path, tmp_path / "a.safetensors", renamed(UNET, (BLOCK, three_places)))
+    assert any("output_blocks.2.1.conv" in key for key in safetensors.numpy.load_file(file))
+    again, tree = load_pipeline(file, config=folders(name))
+    same_trees(tree, params)
+    assert again == pipeline
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_unet_in_eight_bits_is_that_of_its_values(folders, written, tmp_path, dtype):
+    tensors = safetensors.torch.load_file(written("sd1")[1])
+    eight = {
+        key: value.to(dtype) if key.startswith(UNET) and value.ndim > 1 else value for key, value in tensors.items()
+    }
+    safetensors.torch.save_file(eight, tmp_path / "eight.safetensors")
+    wide = {key: value.float().numpy() for key, value in eight.items()}
+    wide = rewrite(written("sd1")[1], tmp_path / "wide.safetensors", lambda tensors: wide)
+    found, expected = (
+        load_pipeline(tmp_path / f"{n}.safetensors", config=folders("sd1"))[1] for n in ("eight", "wide")
+    )
+    same_trees(found, expected)
+
+
+def test_a_part_that_is_replaced_may_be_lacking(folders, written, tmp_path):
+    (_, params), path = written("sd1")
+    prefixes = {"unet": UNET, "vae": VAE}
+    arguments = {"unet": r"unet= \(--unet\)", "vae": r"vae= \(--vae, config.model.vae\)"}
+    for parts in (("unet",), ("vae",), ("unet", "vae")):
+        left_out = tuple(prefixes[part] for part in parts)
+        file = rewrite(
+            path,
+            tmp_path / f"{len(parts)}{parts[0]}.safetensors",
+            lambda t, left_out=left_out: {key: value for key, value in t.items() if not key.startswith(left_out)},
+        )
+        same_trees(load_pipeline(file, config=folders("sd1"), **dict.fromkeys(parts, folders("sd1")))[1], params)
+        words = " and ".join(arguments[part] for part in parts)
+        refused(file, f"holds no {'.* and no '.join(parts)} .*; give the folder of one with {words}", folders("sd1"))
+    refused(file, r"holds no unet \(.*with unet= \(--unet\)$", folders("sd1"), vae=folders("sd1"))
+
+
+def test_another_kind_of_vae_may_replace_a_files(folders, written, tmp_path):
+    tiny.torch_tiny_vae().save_pretrained(tmp_path)
+    found = load_pipeline(written("sd1")[1], config=folders("sd1"), vae=tmp_path)[0]
+    assert type(found.vae).__name__ == "AutoencoderTiny"
+
+
+@pytest.mark.parametrize(("part", "prefix"), [("unet", UNET), ("vae", VAE)])
+def test_a_part_alone_is_told_how_it_is_given(written, tmp_path, part, prefix):
+    for stripped in ("", prefix):
+        alone = rewrite(
+            written("sd1")[1],
+            tmp_path / f"{bool(stripped)}.safetensors",
+            lambda t, stripped=stripped: {k.removeprefix(stripped): v for k, v in t.items() if k.startswith(prefix)},
+        )
+        refused(alone, rf"not a checkpoint of .*a {part} alone is given as {part}= \(--{part}.*M.from_single_file")
+
+
 def test_the_files_channels_and_w_embedding_count(folders, written):
     """The folder of a fine-tune's base as config: what the tensors decide is the file's."""
     pipeline, _ = load_pipeline(written("lcm")[1], config=folders("sd1"))
@@ -308,7 +456,7 @@ def test_configs_that_a_folder_lacks_are_those_of_the_family(folders, written, t
     expected = schedule.from_config(tiny.scheduler_config("epsilon"))
     np.testing.assert_array_equal(pipeline.schedule.alphas_cumprod, expected.alphas_cumprod)
     shutil.rmtree(tmp_path / "text_encoder")
-    with pytest.raises(LcmError, match="the text encoders give 768"):
+    with pytest.raises(LcmError, match="sd1.safetensors: .* the text encoders give 768"):
         load_pipeline(written("sd1")[1], config=tmp_path)
 
 
@@ -629,12 +777,9 @@ def test_files_that_are_refused(folders, written, tmp_path):
     def drop(*prefixes):
         return lambda tensors: {k: v for k, v in tensors.items() if not k.startswith(prefixes)}
 
-    for name, prefix in (("unet", UNET), ("vae", VAE), ("text", CLIP)):
-        error = str(refused(broken(name, drop(prefix)), "not a checkpoint of a known family", sd1))
-        assert all(
-            key in error
-            for key in (UNET + "input_blocks.0.0.weight", VAE + "encoder.conv_in.weight", *XL, CLIP, OPEN_CLIP)
-        )
+    error = str(refused(broken("text", drop(CLIP)), "not a checkpoint of a known family", sd1))
+    wanted = (UNET + "input_blocks.0.0.weight", VAE + "encoder.conv_in.weight", *XL, CLIP, OPEN_CLIP)
+    assert all(key in error for key in wanted)
     refused(
         sd1 / "unet" / "diffusion_pytorch_model.safetensors", "not a checkpoint of a known family.*conv_in.bias", sd1
     )
@@ -655,6 +800,10 @@ def test_files_that_are_refused(folders, written, tmp_path):
     refused(path, "is a single file and has no variant 'fp16'", sd1, variant="fp16")
     refused(path, "tokenizer lacks vocab.json", tmp_path)
     refused(sd1, "is for a single .safetensors file, but", sd1)
+    flat = broken("flat", lambda t: t.update({UNET + "input_blocks.0.0.weight": np.zeros(4, np.float32)}))
+    refused(flat, "lacks tensors of its UNet; copy", sd1)
+    empty = broken("empty", lambda t: {k: v for k, v in t.items() if not k.startswith(UNET) or "input_blocks.0." in k})
+    refused(empty, "lacks tensors of its UNet; copy", without("unet", sd1, tmp_path / "no unet"))
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(path.read_bytes()[:-8])
     refused(cut, "truncated or corrupt", sd1)

@@ -33,6 +33,7 @@ BAD = {
     "model.teacher": None,
     "model.student": "",
     "model.vae": "",
+    "model.variant": "",
     "model.config": "x",
     "model.prediction_type": "eps",
     "model.dtype": "float16",

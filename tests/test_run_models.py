@@ -17,6 +17,7 @@ from lcm_jax.distill import student as student_lib
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.pretrained import RECORD, load_pipeline, save_single_file, text
+from lcm_jax.pretrained.model import weights_hash
 from lcm_jax.run import config as config_lib
 from lcm_jax.run import models as run_models
 from lcm_jax.run import step as training_step
@@ -64,6 +65,21 @@ def load(config) -> Models:
 
 def same(a, b) -> bool:
     return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def test_a_variant_is_read_wherever_it_is(teacher, lcm, tmp_path):
+    """Of the teacher, and of a student that has it; cached latents know weights by their values."""
+    half = tiny.build("deep teacher", tmp_path / "half", variant="fp16")
+    with pytest.raises(LcmError, match="name the variant, .*config.model.variant"):
+        load(make_config(half))
+    models = load(make_config(half, model__variant="fp16"))
+    whole = run_models.load_teacher(make_config(teacher))[1]
+    rounded = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), dict(whole))
+    assert same(models.teacher_params, rounded)
+    assert weights_hash(models.teacher_params["vae"]) != weights_hash(whole["vae"])
+    changes = {"model__student": str(lcm), "distill__w_embedding_dim": DIM}
+    models = load(make_config(half, model__variant="fp16", **changes))
+    assert same(models.teacher_params, rounded) and models.student.has_w_embedding
 
 
 def frozen_of(config, models):

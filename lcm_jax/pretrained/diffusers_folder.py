@@ -20,6 +20,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import linen as nn
 from jax.typing import DTypeLike
 
@@ -65,56 +66,106 @@ def load_folder(
     weights: bool | Collection[str] = True,
 ) -> tuple[Pipeline, PipelineParams]:
     """(pipeline, params) of a diffusers folder; see `load.load_pipeline`."""
-    read, others = parts_read(weights), {"unet": unet, "vae": vae}
-    own = [part for part in PARTS if others.get(part) is None]
-    folder = _local(source, _pipeline_patterns(own, read, variant), bool(read))
-    index = _model_index(folder, source)
+    read, others = parts_read(weights), {part: other for part, other in (("unet", unet), ("vae", vae)) if other}
+    demanded = [part for part in PARTS if part not in others]
+    folder = _local(source, _pipeline_patterns(demanded, read, variant), bool(read))
+    index = _model_index(folder, source, others)
     configs = {"model_index": index, "scheduler": scheduler_config(folder, index)}
     noise = schedule.from_config(configs["scheduler"])
     for origin in filter(None, (folder, unet)):
         check_noise(origin, noise, str(source), bool(read))
 
-    folders, encoders = {}, _encoders(folder, index)
-    for part, other in others.items():
-        folders[part] = folder / part if other is None else _part_folder(other, part, variant, part in read)
+    encoders = _encoders(folder, index)
+    folders = {}
+    for part in ("unet", "vae"):
+        own = folder / part
+        folders[part] = _part_folder(others[part], part, variant, part in read) if part in others else own
+        if part not in others and not (own / "config.json").exists():
+            missing = f"{own / 'config.json'} is missing; the folder is incomplete"
+            raise LcmError(f"{missing}: copy or download it again, or give another {part} with {hub.ARGUMENTS[part]}")
         configs[part] = _config(folders[part], part)
     for part, (name, kind) in encoders.items():
         folders[part] = folder / name
         configs[part] = _config(folders[part], part) | {"architectures": [kind]}
-    modules: dict[str, Any] = dict.fromkeys(PARTS)
+    modules = dict.fromkeys(PARTS)
     modules |= {part: make_module(part, configs[part], dtype, path / "config.json") for part, path in folders.items()}
-    check_fit(modules)
+    check_parts(modules, source)
     tokenizers = dict.fromkeys(TOKENIZER_OF.values())
     for part, (name, _) in encoders.items() if read else ():
         tokenizer = folder / name.replace("text_encoder", "tokenizer")
         tokenizers[TOKENIZER_OF[part]] = load_tokenizer(tokenizer, modules[part])
-    for part in (part for part in folders if part in read):  # all of them, before minutes go into reading the first
-        safetensors_io.find_weights(folders[part], _weights_name(part), variant)
+    # All are found before minutes go into reading the first.
+    origins = {part: (others.get(part, source), path) for part, path in folders.items() if part in read}
+    variants = _variants(origins, variant, or_without=len(origins) < len(folders))
+    record = folder_record(unet or folder, bool(read))
+    pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
     params = {
-        part: _params(part, modules[part], path, variant, param_dtype, put)
+        part: _params(part, modules[part], path, variants[part], param_dtype, put)
         if part in read
         else names.param_shapes(modules[part], param_dtype)
         for part, path in folders.items()
     }
-    record = folder_record(unet or folder, bool(read))
-    return Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record), params
+    return pipeline, params
 
 
-def load_part(
-    part: str,
-    source: str | Path,
+def load_parts(
+    sources: Mapping[str, str | Path],
     variant: str | None,
     dtype: DTypeLike,
     param_dtype: DTypeLike,
     put: PutFn | None,
-    weights: bool,
-) -> tuple[nn.Module, Params]:
-    """(module, params) of one part; see `load.load_unet`."""
-    folder = _part_folder(source, part, variant, weights)
-    module = make_module(part, _config(folder, part), dtype, folder / "config.json")
-    if not weights:
-        return module, names.param_shapes(module, param_dtype)
-    return module, _params(part, module, folder, variant, param_dtype, put)
+    read: Collection[str],
+    or_without: bool = False,
+) -> dict[str, tuple[nn.Module, Params]]:
+    """Part -> (module, params), each from a source of its own; see `load.load_unet`. read: parts to read weights of."""
+    folders = {part: _part_folder(source, part, variant, part in read) for part, source in sources.items()}
+    modules = {
+        part: make_module(part, _config(folder, part), dtype, folder / "config.json")
+        for part, folder in folders.items()
+    }
+    origins = {part: (source, folders[part]) for part, source in sources.items() if part in read}
+    variants = _variants(origins, variant, or_without or len(origins) < len(sources))
+    return {
+        part: (
+            module,
+            _params(part, module, folders[part], variants[part], param_dtype, put)
+            if part in read
+            else names.param_shapes(module, param_dtype),
+        )
+        for part, module in modules.items()
+    }
+
+
+def _variants(
+    origins: Mapping[str, tuple[str | Path, Path]], variant: str | None, or_without: bool = False
+) -> dict[str, str | None]:
+    """Part -> the variant of its weights to read: `variant`, or None if only other parts have it, as in diffusers.
+
+    origins: part -> (folder or hub id, local folder of the part).
+    or_without: None, too, if none of them has it, as when a part that is not read may have it.
+
+    Raises:
+      LcmError: no part has the variant, or a part has no weights to read.
+    """
+    having = {p for p, (_, path) in origins.items() if safetensors_io.has_weights(path, _weights_name(p), variant)}
+    found = {}
+    for part, (source, path) in origins.items():
+        name = _weights_name(part)
+        found[part] = variant if part in having or not (having or or_without) else None
+        if found[part] != variant:
+            logging.info("%s of %s has no variant %s: its weights without a variant are read", part, source, variant)
+            plain = safetensors_io.download_patterns(name, None)  # from the hub, only the variant was fetched
+            _local(source, [prefix + pattern for prefix in ("", f"{path.name}/") for pattern in plain], weights=True)
+        safetensors_io.find_weights(path, name, found[part])
+    return found
+
+
+def check_parts(modules: Mapping[str, Any], source: str | Path) -> None:
+    """`check_fit`, with errors that name the model."""
+    try:
+        check_fit(modules)
+    except LcmError as error:
+        raise LcmError(f"{source}: {error}") from None
 
 
 def folder_record(source: str | Path, weights: bool = True) -> Config:
@@ -218,15 +269,18 @@ def _weights_name(part: str) -> str:
     return safetensors_io.TRANSFORMERS_NAME if part in TEXT_ENCODERS else safetensors_io.DIFFUSERS_NAME
 
 
-def _model_index(folder: Path, source: str | Path) -> Config:
+def _model_index(folder: Path, source: str | Path, replaced: Collection[str]) -> Config:
     if not (folder / "model_index.json").is_file():
         if (folder / "config.json").is_file():
             raise LcmError(f"{source} holds a single model without model_index.json; give the folder of its pipeline")
         raise LcmError(f"{source} has no model_index.json; give a diffusers folder, which holds that file")
     index = foreign.read_json(folder / "model_index.json")
-    if _class_in_index(index, "unet") is None:
+    if "unet" not in replaced and _class_in_index(index, "unet") is None:
         kind = index.get("_class_name")
-        raise LcmError(f"{source} is a {kind} without a unet; a model of the Stable Diffusion family is needed")
+        other = f"or the UNet of one with {hub.ARGUMENTS['unet']}"
+        raise LcmError(
+            f"{source} is a {kind} without a unet; a model of the Stable Diffusion family is needed, {other}"
+        )
     return index
 
 
@@ -258,7 +312,7 @@ def _encoders(folder: Path, index: Config) -> dict[str, tuple[str, str]]:
 def _config(folder: Path, part: str) -> Config:
     config, supported = foreign.read_json(folder / "config.json"), _CLASSES.get(part, _ENCODER_CLASSES)
     kind = config.get("_class_name")
-    if isinstance(kind, str) and kind.removeprefix("Flax") not in supported:
+    if kind is not None and str(kind).removeprefix("Flax") not in supported:
         raise UnsupportedConfig(f"_class_name of {folder / 'config.json'}", kind, supported)
     return config
 

@@ -1,22 +1,27 @@
 """What a user types (a path, `owner/name` on the Hugging Face hub, an address there) -> a local folder or file."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lcm_jax.errors import LcmError
-from lcm_jax.pretrained.safetensors_io import SUFFIX
+from lcm_jax.pretrained import safetensors_io
+from lcm_jax.pretrained.safetensors_io import PICKLED, SUFFIX
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_FILE = re.compile(
     r"(?:https?://(?:huggingface\.co|hf\.co)/)?(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)/"
     r"(?:(?:blob|resolve)/(?P<revision>[^/]+)/)?(?P<file>[^?]+\.safetensors)(?:\?.*)?"
 )
+ARGUMENTS = {"unet": "unet= (--unet)", "vae": "vae= (--vae, config.model.vae)"}  # that name a part to use instead
+_SUFFIXES = (SUFFIX, *PICKLED, ".gguf")
 
 
 def is_single_file(source: str | Path) -> bool:
-    """Whether `source` names one .safetensors file, here or on the hub (owner/name/FILE, or its address)."""
-    return str(source).split("?")[0].endswith(SUFFIX) and not Path(source).expanduser().is_dir()
+    """Whether `source` names one weight file, here or on the hub (owner/name/FILE, or its address), of any kind."""
+    path = Path(source).expanduser()
+    return not path.is_dir() and (path.exists() or str(source).split("?")[0].lower().endswith(_SUFFIXES))
 
 
 def local_folder(source: str | Path, patterns: Sequence[str]) -> Path:
@@ -33,6 +38,7 @@ def local_folder(source: str | Path, patterns: Sequence[str]) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
+        safetensors_io.check_kind(path)
         raise LcmError(
             f"{source} is a file; a folder in diffusers format is needed here. Only a whole model, not one part, is "
             "read from a single .safetensors file (lcm_jax.sample --model=FILE.safetensors)"
@@ -54,7 +60,8 @@ def local_file(source: str | Path) -> Path:
       LcmError: neither a file nor such a name, or it cannot be fetched.
     """
     path = Path(source).expanduser()
-    if path.is_file():
+    if os.path.lexists(path):
+        safetensors_io.check_regular(path)
         return path
     match = _HUB_FILE.fullmatch(str(source))
     if not match:

@@ -11,7 +11,7 @@ from lcm_jax.errors import LcmError
 from lcm_jax.models.unet import UNet2DConditionModel
 from lcm_jax.pretrained import diffusers_folder, single_file
 from lcm_jax.pretrained.hub import is_single_file
-from lcm_jax.pretrained.model import Config, Pipeline, PipelineParams
+from lcm_jax.pretrained.model import Config, Pipeline, PipelineParams, parts_read
 from lcm_jax.pretrained.names import Params, PutFn
 
 
@@ -33,10 +33,10 @@ def load_pipeline(
 
     Args:
       source: folder or hub id; or NAME.safetensors with the original key names (see `load_single_file`).
-      variant: weights to read, e.g. "fp16"; None: those without a suffix.
+      variant: weights to read, e.g. "fp16", of every part that has them, as in diffusers; None: those without a suffix.
       dtype: compute dtype of the modules.
       param_dtype: dtype of the parameters, whatever the files hold.
-      unet, vae: folders or hub ids of a UNet or VAE to use instead of the source's, which is then not read.
+      unet, vae: folders or hub ids of a UNet or VAE to use instead of the source's, which need not be there then.
       config: for a single file: folder or hub id with what it lacks, tokenizers and configs.
       put: takes each parameter as soon as it is read and converted, as `runtime.mesh.place` does to its shards; None:
         parameters stay on the host as numpy arrays.
@@ -64,12 +64,16 @@ def load_unet(
     *,
     put: PutFn | None = None,
     weights: bool = True,
+    or_without: bool = False,
 ) -> tuple[UNet2DConditionModel, Params]:
     """(module, params) of a pipeline's `unet/`, or of a folder or hub repository that holds only a UNet, at its root.
 
-    Arguments and errors are those of `load_pipeline`.
+    or_without: if it has no such variant, its weights without one are read.
+
+    Other arguments and errors are those of `load_pipeline`.
     """
-    return diffusers_folder.load_part("unet", source, variant, dtype, param_dtype, put, weights)
+    read = parts_read(weights)
+    return diffusers_folder.load_parts({"unet": source}, variant, dtype, param_dtype, put, read, or_without)["unet"]
 
 
 def load_vae(
@@ -85,7 +89,7 @@ def load_vae(
 
     Arguments and errors are those of `load_pipeline`.
     """
-    return diffusers_folder.load_part("vae", source, variant, dtype, param_dtype, put, weights)
+    return diffusers_folder.load_parts({"vae": source}, variant, dtype, param_dtype, put, parts_read(weights))["vae"]
 
 
 def read_record(source: str | Path) -> Config:

@@ -4,19 +4,23 @@
     NAME.safetensors.index[.VARIANT].json          {"weight_map": {key: shard}}, shards beside it
 
 NAME is `diffusion_pytorch_model` for UNet and VAE, `model` for text encoders. Pickled weights (.bin, .ckpt) are never
-opened. The writer streams: it holds one tensor at a time in memory, whatever the size of the model.
+opened, and quantised ones, whose numbers mean nothing without their scales, are refused; plain 8-bit floats are read.
+The writer streams: it holds one tensor at a time in memory, whatever the size of the model.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
+import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  numpy knows bfloat16 only after this
+import ml_dtypes  # numpy knows bfloat16 only after this
 import numpy as np
 import safetensors
 from jax.typing import DTypeLike
@@ -31,7 +35,36 @@ PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _SLACK = 1 << 20  # bytes for the header and the file system's own rounding
-_PICKLED_START = b"PK\x03\x04", b"\x80\x02"  # torch.save's zip archives, and its older streams
+
+# Floats that the safetensors library checks, but does not make arrays of.
+_EIGHT_BITS = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}
+_SHARED_BYTES = ("F4", "F6_E2M3", "F6_E3M2")  # several numbers in one; programs differ in their order
+# What quantisers put beside weights or into the header: ComfyUI, llm-compressor, GPTQ, bitsandbytes, quanto.
+_QUANTISED = re.compile(
+    r"(.*\.)?(scaled_fp8|comfy_quant|_quantization_metadata|scale_(weight|input)|(weight|input|output)_scale(_\d|_inv)?"
+    r"|weight_zero_point|qweight|qzeros|SCB|(weight\.)?((nested_)?(absmax|quant_map)|quant_state\..*|_(data|scale|shift)))"
+)
+
+_CONVERT = (
+    "is pickled, which can run code, and is not opened; convert it once, in an environment with torch: "
+    "python -c \"import torch, safetensors.torch as s; t = torch.load('{0}', weights_only=True); "
+    "s.save_file({{k: v.contiguous() for k, v in t.get('state_dict', t).items()}}, '{1}-converted.safetensors')\""
+)
+# Files of other kinds under a weight file's name: how they begin -> what is wrong, and the way out.
+_OTHERS = (
+    (rb"PK\x03\x04(?s:.){1,250}\.pkl|\x80[\x02-\x05][^\x00]", _CONVERT),  # torch.save's zips, and its older streams
+    (rb"GGUF", "is a GGUF file, whose weights are quantised; give the .safetensors that it was made from"),
+    (rb"version https://git-lfs\.", "is a git-lfs pointer: run `git lfs pull`"),
+    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "is an archive; unpack it and give what is in it"),
+    (rb"\x89HDF\r\n", "is an HDF5 file; give the .safetensors of the model"),
+    (rb"[\s -~]{8}", "is text, such as a web page or a server's error ({2}); download the file itself"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +108,30 @@ def find_weights(folder: Path, name: str, variant: str | None) -> tuple[Path, li
     Raises:
       LcmError: there are none (the error lists what there is and what to do), or a shard is missing.
     """
-    single = folder / file_name(name, variant)
-    if single.is_file():
-        return single, [single]
-    for index in (folder / file for file in _index_names(name, variant)):
-        if index.is_file():
-            return index, _shards(index)
-    raise LcmError(_nothing_found(folder, name, variant))
+    path = next(_present(folder, name, variant), None)
+    if path is None:
+        raise LcmError(_nothing_found(folder, name, variant))
+    check_regular(path)
+    return path, [path] if path.suffix == SUFFIX else _shards(path)
+
+
+def has_weights(folder: Path, name: str, variant: str | None) -> bool:
+    """Whether `find_weights` finds something, whole or not."""
+    return any(_present(folder, name, variant))
+
+
+def _present(folder: Path, name: str, variant: str | None) -> Iterator[Path]:
+    paths = (folder / file for file in (file_name(name, variant), *_index_names(name, variant)))
+    return filter(os.path.lexists, paths)
+
+
+def check_regular(path: Path) -> None:
+    """Raises LcmError unless `path` is a file that can be read without waiting: no folder, pipe or broken link."""
+    if not path.exists():
+        wrong = f"is a link to {os.readlink(path)}, which" if path.is_symlink() else "does not exist:"
+        raise LcmError(f"{path} {wrong} is missing; copy or download it again")
+    if not path.is_file():
+        raise LcmError(f"{path} is no regular file; put the weights in its place")
 
 
 def _index_names(name: str, variant: str | None) -> tuple[str, ...]:
@@ -113,12 +163,15 @@ def _nothing_found(folder: Path, name: str, variant: str | None) -> str:
     present = sorted(p.name for p in folder.glob("*") if p.is_file()) if folder.is_dir() else []
     weights = [file for file in present if file.endswith((SUFFIX, *PICKLED))]
     safe = [file for file in weights if file.endswith(SUFFIX)]
-    if variant and safe:
-        return f"{folder} has no variant {variant!r} ({wanted}), only {', '.join(weights)}; ask for one of those"
+    if variant and (safe or not weights):
+        only = f", only {', '.join(weights)}; ask for one of those" if safe else "; ask for another"
+        return f"{folder} has no variant {variant!r} ({wanted}){only}, or leave the variant out"
+    name_it = "the word before .safetensors (--variant, config.model.variant)"
     if safe:
-        return f"{folder} has no {wanted}, only {', '.join(safe)}; name the variant (the word before .safetensors)"
+        return f"{folder} has no {wanted}, only {', '.join(safe)}; name the variant, {name_it}"
     pickled = f"only pickled weights ({', '.join(weights)}), which can run code and are not opened; "
-    why = pickled if weights else "no weights at all; if the original has them as .bin, "
+    nothing = f"no weights at all; if the original has a variant only, name it, {name_it}; if it has them as .bin, "
+    why = pickled if weights else nothing
     root = folder.parent if (folder.parent / "model_index.json").is_file() else folder
     loader = "DiffusionPipeline" if root != folder else "AutoModel"
     # In the hub's cache a folder is .../models--owner--name/snapshots/revision.
@@ -150,7 +203,8 @@ def _open(source: Path, paths: Sequence[Path]) -> Iterator[Weights]:
         holders: dict[str, tuple[Path, Any]] = {}
         shapes, metadata = {}, {}
         for file in paths:
-            with _errors_name(file):
+            check_regular(file)
+            with _reading(file):
                 handle = stack.enter_context(safetensors.safe_open(file, framework="np"))
                 metadata = handle.metadata() or {}
                 for key in handle.keys():
@@ -158,34 +212,54 @@ def _open(source: Path, paths: Sequence[Path]) -> Iterator[Weights]:
                         raise LcmError(f"{key} is both in {holders[key][0].name} and in {file}; remove one of them")
                     holders[key] = file, handle
                     shapes[key] = tuple(handle.get_slice(key).get_shape())
+            if marks := [key for key in (*shapes, *metadata) if _QUANTISED.fullmatch(key)]:
+                raise LcmError(
+                    f"{file} is quantised ({marks[0]}); give the file in 16 or 32 bits that it was made from"
+                )
+        header_of = functools.cache(_header)
 
         def read(key: str) -> np.ndarray:
             file, handle = holders[key]
-            with _errors_name(file):
-                return handle.get_tensor(key)
+            with _reading(file):
+                dtype = handle.get_slice(key).get_dtype()
+                if dtype in _SHARED_BYTES:
+                    raise LcmError(f"{file}: {key} has numbers of {dtype}; give the file in 8 or more bits")
+                if dtype not in _EIGHT_BITS:
+                    return handle.get_tensor(key)
+                header, start = header_of(file)
+                offset = start + header[key]["data_offsets"][0]
+                flat = np.fromfile(file, _EIGHT_BITS[dtype], math.prod(shapes[key]), offset=offset)
+                return flat.reshape(shapes[key])
 
         yield Weights(source, shapes, read, metadata if len(paths) == 1 else {})
 
 
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and the position of the first tensor's bytes."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        return json.loads(stream.read(size)), 8 + size
+
+
 @contextlib.contextmanager
-def _errors_name(file: Path) -> Iterator[None]:
-    """Turns an error of the safetensors library into one that names the file and what is wrong with it."""
+def _reading(file: Path) -> Iterator[None]:
+    """Turns whatever the safetensors library raises into one line that names the file and what is wrong with it."""
     try:
-        yield
-    except (safetensors.SafetensorError, TypeError, KeyError, OverflowError) as error:
-        with file.open("rb") as stream:
-            start = stream.read(24)
-        if start.startswith(_PICKLED_START):
-            raise LcmError(
-                f"{file} is pickled, which can run code, and is not opened; convert it once, in an environment with "
-                f"torch: python -c \"import torch, safetensors.torch as s; t = torch.load('{file}', "
-                "weights_only=True); s.save_file({k: v.contiguous() for k, v in t.get('state_dict', t).items()}, "
-                f"'{file.with_suffix('')}-converted.safetensors')\""
-            ) from None
-        pointer = start == b"version https://git-lfs."
-        why = "a git-lfs pointer: run `git lfs pull`" if pointer else "truncated or corrupt: copy or download it again"
-        size = file.stat().st_size
-        raise LcmError(f"{file} ({size} bytes) cannot be read as safetensors ({error}); {why}") from error
+        with foreign.reading(file, "safetensors", "truncated or corrupt: copy or download it again"):
+            yield
+    except LcmError:
+        check_kind(file)
+        raise
+
+
+def check_kind(file: Path) -> None:
+    """Raises LcmError, with the way out, if the first bytes of a file show another kind than safetensors."""
+    with file.open("rb") as stream:
+        start = stream.read(300)
+    for pattern, why in _OTHERS:
+        if re.match(pattern, start) and start[8:9] != b"{":  # with which the header of safetensors begins
+            text = ascii(start[:40].decode(errors="ignore"))
+            raise LcmError(f"{file} {why.format(file, file.with_suffix(''), text)}")
 
 
 def weights_size(shapes: Mapping[str, tuple[int, ...]], dtype: DTypeLike) -> int:

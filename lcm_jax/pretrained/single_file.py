@@ -6,9 +6,10 @@
     cond_stage_model.model.                    SD 2.x     OpenCLIP ViT-H
     conditioner.embedders.{0.transformer,1.model}.   SDXL  CLIP ViT-L, OpenCLIP bigG; refiner: embedders.0.model.
 
-Other keys (an EMA's copy, ...) are ignored, except for the marks of `noise_marks`. A file holds neither tokenizers nor
-configs: the UNet's config is inferred from its tensors, the others are those of the family's published model, and a
-diffusers folder given as `config` overrides both. Noise is the exception: marks of v prediction and zero terminal SNR
+Keys that other programs spell otherwise are read, too (`single_file_spellings`). Others (an EMA's copy, ...) are
+ignored, except for the marks of `noise_marks`. A file holds neither tokenizers nor configs: the UNet's config is
+inferred from its tensors, the others are those of the family's published model, and a diffusers folder given as
+`config` overrides both. Noise is the exception: marks of v prediction and zero terminal SNR
 override the folder's scheduler (with a warning), since the folder may be given for its tokenizers alone. If neither
 gives a prediction type: for SD 2.x, as in diffusers, v unless `global_step` is 875000 (with a warning); else epsilon.
 """
@@ -33,6 +34,7 @@ from lcm_jax.models.config import to_config
 from lcm_jax.models.vae import AutoencoderKL
 from lcm_jax.pretrained import diffusers_folder, hub, names, noise_marks, safetensors_io
 from lcm_jax.pretrained import single_file_keys as keys
+from lcm_jax.pretrained import single_file_spellings as spellings
 from lcm_jax.pretrained.model import (
     PARTS,
     RECORD,
@@ -42,16 +44,15 @@ from lcm_jax.pretrained.model import (
     Config,
     Pipeline,
     PipelineParams,
-    check_fit,
     fold_w,
     make_module,
     parts_read,
 )
 from lcm_jax.pretrained.names import PutFn, Shape
 from lcm_jax.pretrained.safetensors_io import Weights
+from lcm_jax.pretrained.single_file_spellings import SD1_TEXT, SD2_TEXT, SGM, UNET, VAE
 from lcm_jax.pretrained.tokenizer import load_tokenizer
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
 _SD2_BASE_STEPS = 875000  # the only mark by which diffusers recognises SD 2.0 base (epsilon) among SD 2.x (v)
 # ComfyUI takes an SD 2.x for v if the standard deviation of this tensor of the UNet is greater.
 SD2_GUESS, SD2_LARGEST_OF_EPSILON = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
@@ -63,6 +64,11 @@ _ARCHITECTURES = {
     "sd2": "stable-diffusion-v2-512",
     "sd2 v_prediction": "stable-diffusion-v2-768-v",
 }
+
+# Part that `load_single_file` can take from elsewhere -> the first key in a file of its own, and behind its prefix.
+_FIRST = {"unet": "input_blocks.0.0.weight", "vae": "encoder.conv_in.weight"}
+_FIRST_KEYS = {"unet": UNET + _FIRST["unet"], "vae": VAE + _FIRST["vae"]}
+_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}  # of diffusers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +105,7 @@ class Family:
 
 
 def _clip(prefix: str) -> Encoder:
-    # Some fine-tunes lack `text_model.`, so that only the end of the key counts.
-    return Encoder(prefix, "embeddings.token_embedding.weight", keys.clip_layout)
+    return Encoder(prefix, "text_model.embeddings.token_embedding.weight", keys.clip_layout)
 
 
 def _open_clip(prefix: str) -> Encoder:
@@ -112,8 +117,8 @@ FAMILIES = (
     Family(
         "sdxl",
         {
-            "text_encoder": _clip("conditioner.embedders.0.transformer."),
-            "text_encoder_2": _open_clip("conditioner.embedders.1.model."),
+            "text_encoder": _clip(SGM + "0.transformer."),
+            "text_encoder_2": _open_clip(SGM + "1.model."),
         },
         _SDXL,
         _SDXL,
@@ -121,7 +126,7 @@ FAMILIES = (
     ),
     Family(
         "sdxl-refiner",
-        {"text_encoder_2": _open_clip("conditioner.embedders.0.model.")},
+        {"text_encoder_2": _open_clip(SGM + "0.model.")},
         "stabilityai/stable-diffusion-xl-refiner-1.0",
         _SDXL,
         {
@@ -132,14 +137,14 @@ FAMILIES = (
     ),
     Family(
         "sd1",
-        {"text_encoder": _clip("cond_stage_model.transformer.")},
+        {"text_encoder": _clip(SD1_TEXT)},
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         {"_class_name": "StableDiffusionPipeline"},
     ),
     Family(
         "sd2",
-        {"text_encoder": _open_clip("cond_stage_model.model.")},
+        {"text_encoder": _open_clip(SD2_TEXT)},
         "stabilityai/stable-diffusion-2-1",
         "stabilityai/stable-diffusion-2-1",
         {"_class_name": "StableDiffusionPipeline"},
@@ -175,78 +180,95 @@ def load_single_file(
         fit the configs.
       UnsupportedConfig: a config asks for something outside the Stable Diffusion family.
     """
-    if variant is not None and unet is None and vae is None:
+    path, read, others = hub.local_file(source), parts_read(weights), {"unet": unet, "vae": vae}
+    others = {part: other for part, other in others.items() if other}
+    if variant is not None and not others:
         raise LcmError(f"{source} is a single file and has no variant {variant!r}; leave the variant out")
-    path, read = hub.local_file(source), parts_read(weights)
-    with safetensors_io.open_file(path) as stored:
-        family = _family(stored.shapes, path)
+    with safetensors_io.open_file(path) as file:
+        stored = spellings.original(file)
+        family = _family(stored.shapes, path, others)
         folder = _config_folder(config, family, path)
-        replaced = {
-            part: diffusers_folder.load_part(part, other, variant, dtype, param_dtype, put, part in read)
-            for part, other in (("unet", unet), ("vae", vae))
-            if other
-        }
-        configs = _configs(None if config is None else folder, family, stored)
+        replaced = diffusers_folder.load_parts(others, variant, dtype, param_dtype, put, read)
+        configs = _configs(None if config is None else folder, family, stored, replaced)
         configs |= {part: to_config(module) for part, (module, _) in replaced.items()}
         noise = schedule.from_config(configs["scheduler"])
         if unet:
             diffusers_folder.check_noise(unet, noise, str(path), "unet" in read)
-        modules: dict[str, Any] = dict.fromkeys(PARTS)
-        modules |= {part: make_module(part, configs[part], dtype) for part in ("unet", "vae", *family.encoders)}
-        modules |= {part: module for part, (module, _) in replaced.items()}
+        own = [part for part in ("unet", "vae", *family.encoders) if part not in replaced]
+        made = {part: make_module(part, configs[part], dtype) for part in own}
+        modules = dict.fromkeys(PARTS) | made | {part: module for part, (module, _) in replaced.items()}
         tokenizers = dict.fromkeys(TOKENIZER_OF.values())
         for part in family.encoders:
             name = TOKENIZER_OF[part]
             tokenizers[name] = load_tokenizer(_subfolder(folder, name), modules[part])
-        check_fit(modules)
+        diffusers_folder.check_parts(modules, path)
+        record = diffusers_folder.folder_record(unet, "unet" in read) if unet else _record(file)
+        pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
         params = {part: tree for part, (_, tree) in replaced.items()}
-        for part, (layout, prefix) in layouts(family, modules, stored.shapes).items():
-            if part not in replaced:
-                what = f"{part.replace('_', ' ')} of {path}"
-                keys.check_part(layout, prefix, stored.shapes, what)
-                params[part] = (
-                    keys.read_part(modules[part], layout, prefix, stored.read, param_dtype, what, put)
-                    if part in read
-                    else names.param_shapes(modules[part], param_dtype)
-                )
-    record = diffusers_folder.folder_record(unet, "unet" in read) if unet else read_record(path)
-    return Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record), params
+        for part, (layout, prefix) in layouts(family, made).items():
+            what = f"{part.replace('_', ' ')} of {path}"
+            keys.check_part(layout, prefix, stored.shapes, what)
+            params[part] = (
+                keys.read_part(modules[part], layout, prefix, stored.read, param_dtype, what, put)
+                if part in read
+                else names.param_shapes(modules[part], param_dtype)
+            )
+    return pipeline, params
 
 
 def read_record(source: str | Path) -> Config:
     """What a file that `save_single_file` wrote records of its distillation (metadata `lcm_config.json`), else {}."""
-    path = hub.local_file(source)
-    with safetensors_io.open_file(path) as stored:
-        text = stored.metadata.get(RECORD, "{}")
-    return foreign.json_object(text, f"{path}: its metadata {RECORD}", "write it again")
+    with safetensors_io.open_file(hub.local_file(source)) as stored:
+        return _record(stored)
 
 
-def _family(shapes: Mapping[str, Shape], path: Path) -> Family:
-    """The family whose text encoders the file holds beside a UNet and a VAE."""
-    looked_for = [UNET + "input_blocks.0.0.weight", VAE + "encoder.conv_in.weight"]
-    missing = [key for key in looked_for if key not in shapes]
+def _record(stored: Weights) -> Config:
+    where = f"{stored.source}: its metadata {RECORD}"
+    return foreign.json_object(stored.metadata.get(RECORD, "{}"), where, "write it again")
+
+
+def _family(shapes: Mapping[str, Shape], path: Path, replaced: Collection[str] = ()) -> Family:
+    """The family whose text encoders the file holds beside a UNet and a VAE, unless these are `replaced`."""
+    lacking = {part: key for part, key in _FIRST_KEYS.items() if part not in replaced and key not in shapes}
     for family in FAMILIES:
-        if not missing and all(_holds(shapes, encoder) for encoder in family.encoders.values()):
-            _check_known(family, shapes, path)
+        if all(encoder.prefix + encoder.key in shapes for encoder in family.encoders.values()):
+            if lacking:
+                raise LcmError(
+                    f"{path} holds no {' and no '.join(f'{part} ({key})' for part, key in lacking.items())}; give the "
+                    f"folder of one with {' and '.join(hub.ARGUMENTS[part] for part in lacking)}"
+                )
+            _check_known(family, shapes, path, "unet" in replaced)
             return family
     encoders = [f"{e.prefix}...{e.key}" for family in FAMILIES for e in family.encoders.values()]
     sample = ", ".join(sorted(shapes)[:3]) or "nothing"
     raise LcmError(
         f"{path} is not a checkpoint of a known family (SD 1.x, SD 2.x, SDXL, SDXL refiner): it needs "
-        f"{', '.join(looked_for)} and a text encoder under {' or '.join(dict.fromkeys(encoders))}; it holds {sample}, "
-        "...; give a whole checkpoint of one of these, or a diffusers folder"
+        f"{', '.join(_FIRST_KEYS.values())} and a text encoder under {' or '.join(dict.fromkeys(encoders))}; it holds "
+        f"{sample}, ...; {_instead(shapes, path)}"
     )
 
 
-def _holds(shapes: Mapping[str, Shape], encoder: Encoder) -> bool:
-    middles = ("", "text_model.")
-    return any(encoder.prefix + middle + encoder.key in shapes for middle in middles)
+def _instead(shapes: Mapping[str, Shape], path: Path) -> str:
+    """What to do with a file that is no checkpoint of a model."""
+    if any("lora" in key for key in shapes):
+        return "a LoRA is given beside a model (--lora)"
+    if any("down_blocks." in key for key in shapes):
+        return "it is a part of a diffusers folder: give the folder"
+    parts = [part for part, key in _FIRST.items() if key in shapes or _FIRST_KEYS[part] in shapes]
+    if len(parts) != 1:
+        return "give a whole checkpoint of one of these, or a diffusers folder"
+    part, folder = parts[0], path.with_suffix("")
+    return (
+        f"a {part} alone is given as {hub.ARGUMENTS[part]} beside a model, as a folder; make it in an environment with "
+        f"torch: python -c \"from diffusers import {_CLASSES[part]} as M; M.from_single_file('{path}')"
+        f".save_pretrained('{folder}')\""
+    )
 
 
-def _check_known(family: Family, shapes: Mapping[str, Shape], path: Path) -> None:
+def _check_known(family: Family, shapes: Mapping[str, Shape], path: Path, unet_replaced: bool) -> None:
     """Refuses what has the family's text encoder but another kind of model."""
     label = UNET + "label_emb.0.0.weight" in shapes
-    if label != family.name.startswith("sdxl"):
+    if not unet_replaced and label != family.name.startswith("sdxl"):
         raise LcmError(
             f"{path} has the text encoders of {family.name}, but {'a' if label else 'no'} {UNET}label_emb.0.0.weight; "
             "give a checkpoint of SD 1.x, SD 2.x, SDXL or the SDXL refiner"
@@ -272,8 +294,13 @@ def _subfolder(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder / name.removesuffix("_2")
 
 
-def _configs(folder: Path | None, family: Family, weights: Weights) -> dict[str, Config]:
-    """Part -> config: the folder's if it has one, else the family's; also "scheduler" and "model_index"."""
+def _configs(
+    folder: Path | None, family: Family, weights: Weights, replaced: Collection[str] = ()
+) -> dict[str, Config]:
+    """Part that is not `replaced` -> config: the folder's if it has one, else the family's.
+
+    Also "scheduler" and "model_index".
+    """
 
     def of(name: str, default: Callable[[], Config]) -> Config:
         return foreign.read_json(folder / name) if folder is not None and (folder / name).is_file() else default()
@@ -283,10 +310,17 @@ def _configs(folder: Path | None, family: Family, weights: Weights) -> dict[str,
     given = diffusers_folder.scheduler_config(folder, index) if has_scheduler else None
     configs = {"model_index": index, "scheduler": _scheduler(family, weights, given, folder)}
     known = functools.partial(family.config, kind=configs["scheduler"].get("prediction_type", "epsilon"))
-    shapes = {key.removeprefix(UNET): shape for key, shape in weights.shapes.items() if key.startswith(UNET)}
-    size = {"sample_size": known("unet")["sample_size"]}
-    configs["unet"] = of("unet/config.json", lambda: keys.unet_config(shapes) | size) | keys.file_fields(shapes)
-    configs["vae"] = of("vae/config.json", lambda: known("vae"))
+    if "unet" not in replaced:
+        shapes = {key.removeprefix(UNET): shape for key, shape in weights.shapes.items() if key.startswith(UNET)}
+        size = {"sample_size": known("unet")["sample_size"]}
+        try:
+            configs["unet"] = of("unet/config.json", lambda: keys.unet_config(shapes) | size) | keys.file_fields(shapes)
+        except (LookupError, StopIteration):
+            raise LcmError(f"{weights.source} lacks tensors of its UNet; copy or download it again") from None
+        except UnsupportedConfig as error:
+            raise UnsupportedConfig(error.field, error.value, f"{error.supported} (UNet of {weights.source})") from None
+    if "vae" not in replaced:
+        configs["vae"] = of("vae/config.json", lambda: known("vae"))
     for part in family.encoders:
         name = part if folder is None else _subfolder(folder, part).name
         config = of(f"{name}/config.json", functools.partial(known, part))
@@ -357,33 +391,28 @@ def published_scheduler(family: Family, kind: str) -> Config:
 
 def _guess(family: Family, weights: Weights) -> str:
     """The prediction type of a file without a mark."""
-    if family.name != "sd2" or weights.shapes[UNET + "input_blocks.0.0.weight"][1] == 9:
+    if family.name != "sd2" or weights.shapes.get(_FIRST_KEYS["unet"], (0, 4))[1] == 9:
         return "epsilon"
-    steps = int(weights.read("global_step").item()) if "global_step" in weights.shapes else None
-    kind = "epsilon" if steps == _SD2_BASE_STEPS else "v_prediction"
+    steps = weights.read("global_step").ravel().tolist() if "global_step" in weights.shapes else []
+    kind = "epsilon" if steps == [_SD2_BASE_STEPS] else "v_prediction"
     logging.warning(
         "%s: an SD 2.x file does not record its prediction type; %s is used (global_step %s), as in diffusers. For the "
         "other type give config=, the diffusers folder of the model it comes from",
         weights.source,
         kind,
-        steps,
+        steps[0] if steps else None,
     )
     return kind
 
 
-def layouts(family: Family, modules: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None) -> dict[str, tuple]:
-    """Part -> (layout, prefix). shapes: of a file to be read, whose keys may lack `text_model.`."""
-    if not isinstance(modules["vae"], AutoencoderKL):
+def layouts(family: Family, modules: Mapping[str, Any]) -> dict[str, tuple[keys.Layout, str]]:
+    """Part -> (layout, prefix), for the parts in `modules`."""
+    if "vae" in modules and not isinstance(modules["vae"], AutoencoderKL):
         kind = type(modules["vae"]).__name__
         raise UnsupportedConfig("VAE of a single file", kind, "AutoencoderKL; export a diffusers folder")
-    found = {"unet": (keys.unet_layout(modules["unet"]), UNET), "vae": (keys.vae_layout(modules["vae"]), VAE)}
-    for part, encoder in family.encoders.items():
-        layout, prefix = encoder.layout(modules[part]), encoder.prefix
-        if shapes is not None and prefix + encoder.key in shapes:
-            tensors = {key.removeprefix("text_model."): stored for key, stored in layout.tensors.items()}
-            layout = dataclasses.replace(layout, tensors=tensors)
-        found[part] = layout, prefix
-    return found
+    stored = {"unet": (keys.unet_layout, UNET), "vae": (keys.vae_layout, VAE)}
+    stored |= {part: (encoder.layout, encoder.prefix) for part, encoder in family.encoders.items()}
+    return {part: (layout(modules[part]), prefix) for part, (layout, prefix) in stored.items() if part in modules}
 
 
 def save_single_file(

@@ -38,7 +38,7 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_UNET_ENDS = {
+UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "time_embedding.cond_proj": "time_embed.cond_proj",
@@ -84,7 +84,7 @@ class Layout:
 
 def unet_layout(module: UNet2DConditionModel) -> Layout:
     """A UNet's keys after `model.diffusion_model.`."""
-    modules = dict(_UNET_ENDS)
+    modules = dict(UNET_ENDS)
 
     def resnet(old: str, new: str) -> None:
         modules.update({f"{old}.{a}": f"{new}.{b}" for a, b in _RESNET.items()})
@@ -170,7 +170,9 @@ def open_clip_layout(module: CLIPTextModel) -> Layout:
         else:
             tensors[_exchanged(key, modules)] = Stored((key,), shape)
     unused = "" if module.with_projection else rf"|transformer\.resblocks\.{module.num_hidden_layers}\..*"
-    return Layout(tensors, re.compile("logit_scale|attn_mask" + _unused_projection(module) + unused))
+    return Layout(
+        tensors, re.compile("logit_scale|attn_mask|(.*\\.)?position_ids" + _unused_projection(module) + unused)
+    )
 
 
 def _unused_projection(module: CLIPTextModel) -> str:

@@ -203,6 +203,12 @@ KEYS = (
     ),
     Key("model.vae", None, MODEL, "VAE instead of the teacher's, as SDXL's for half precision", place_of=MODELS_FILE),
     Key(
+        "model.variant",
+        None,
+        Check(lambda value: value != "", "a name such as fp16, or None"),
+        "weight files to read, of every part that has this variant; None: those without a variant",
+    ),
+    Key(
         "model.prediction_type",
         None,
         one_of((None, "epsilon", "v_prediction", "sample")),

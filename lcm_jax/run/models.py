@@ -161,7 +161,9 @@ def load_teacher(
     unet = None if needs_teacher(config) or model.teacher is None else assets.resolve(model.student)
     dtype = jnp.dtype("float32" if model.dtype == "auto" else model.dtype)
     vae, configs = (name and assets.resolve(name) for name in (model.vae, model.config))
-    pipeline, params = load_pipeline(source, dtype=dtype, unet=unet, vae=vae, config=configs, put=put, weights=weights)
+    pipeline, params = load_pipeline(
+        source, model.variant, dtype, unet=unet, vae=vae, config=configs, put=put, weights=weights
+    )
     return in_half_precision(pipeline, dtype.itemsize < 4), params
 
 
@@ -187,7 +189,8 @@ def load_student(
         weights = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
         source = assets.resolve(config.model.student)
         check_noise(source, teacher.schedule, config.model.teacher, weights)
-        unet, params = load_unet(source, dtype=unet.dtype, put=put, weights=weights)
+        variant = config.model.variant
+        unet, params = load_unet(source, variant, unet.dtype, put=put, weights=weights, or_without=True)
     dim = config.distill.w_embedding_dim
     if OBJECTIVES[config.objective].needs_lcm:
         _check_lcm(config, unet)
