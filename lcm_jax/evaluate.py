@@ -43,10 +43,12 @@ from lcm_jax.sampling.request import (
     check_guidance_scale,
     check_numbers,
     check_steps,
+    check_texts,
     make_request,
     warnings,
 )
 
+MOST = {"count": 10_000_000, "references": 10_000_000, "timings": 100_000}
 SOURCE_COUNT = 2000  # images per row if captions are from a data source
 SOURCE_FLAGS = ("path", "split", "image_key", "caption_key", "style")
 
@@ -134,6 +136,10 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises LcmError for what is wrong with a command line for any model."""
     counted = ("count", "references", "batch_size", "timings", "endpoint_steps")
     check_numbers(args.seed, **{flag: getattr(args, flag) for flag in counted})
+    for flag, most in MOST.items():
+        if (getattr(args, flag) or 0) > most:
+            raise BadArgument(flag, getattr(args, flag), f"give {most} at most")
+    check_texts(negative_prompt=args.negative_prompt)
     if (args.prompts is None) == (args.source is None):
         raise LcmError("captions come from --prompts=FILE or from --source=NAME; give one of them")
     for flag in (*SOURCE_FLAGS, "references"):
@@ -243,6 +249,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     report_captions(generator.pipeline, found)
 
     mesh, batch_size = generator.mesh, generator.whole_batch(args.batch_size)
+    generator.check_memory(requests[0], batch_size)
     size, style = (requests[0].height, requests[0].width), args.style or "plain"
     measured = [measures.load(s, found.captions, size, reference, mesh, batch_size, style) for s in specs]
     measures.check_used(reference, measured)
@@ -322,7 +329,8 @@ def say(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return exit_code(lambda: print("\n".join(str(path) for path in run(args))))
+    left = f"the rows in {args.out / 'rows'} are kept, and the same command measures the others"
+    return exit_code(lambda: print("\n".join(str(path) for path in run(args))), left, flags.SMALLER)
 
 
 if __name__ == "__main__":

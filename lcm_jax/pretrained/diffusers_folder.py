@@ -11,9 +11,6 @@ final name, synced to disk, and renamed: under the final name there is either no
 
 import contextlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -485,16 +482,5 @@ def all_or_nothing(out: Path, needed: int) -> Iterator[Path]:
       LcmError: `out` holds something, or fewer than `needed` bytes are free.
     """
     check_folder(out, needed)
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    folder.mkdir()
-    try:
+    with files.new_folder(out.absolute()) as folder:
         yield folder
-        for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-            files.sync_folder(path)
-        os.rename(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    files.sync_folder(out.parent)

@@ -251,7 +251,7 @@ def write_weights(
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("xb") as stream:
+    with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for key, shape in shapes.items():
             value = tensor(key)
