@@ -26,7 +26,7 @@ from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip
 from lcm_jax.models.config import DIFFUSERS_VERSION, to_config
-from lcm_jax.pretrained import hub, names, safetensors_io
+from lcm_jax.pretrained import digests, hub, names, safetensors_io
 from lcm_jax.pretrained.model import (
     PARTS,
     RECORD,
@@ -118,7 +118,7 @@ def folder_record(source: str | Path, weights: bool = True) -> Config:
     weights: False: if the hub cannot be asked, the package's own configs are used.
     """
     path = _local(source, [RECORD], weights) / RECORD
-    return foreign.read_json(path) if path.is_file() else {}
+    return digests.without(foreign.read_json(path)) if path.is_file() else {}
 
 
 def scheduler_config(folder: Path, index: Config) -> Config:
@@ -484,3 +484,4 @@ def all_or_nothing(out: Path, needed: int) -> Iterator[Path]:
     check_folder(out, needed)
     with files.new_folder(out.absolute()) as folder:
         yield folder
+        digests.add(folder)

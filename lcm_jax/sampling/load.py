@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from lcm_jax import assets
 from lcm_jax.errors import BadArgument
-from lcm_jax.pretrained import is_single_file, load_pipeline, lora_files, read_record
+from lcm_jax.pretrained import digests, is_single_file, load_pipeline, lora_files, read_record
 from lcm_jax.pretrained.model import Pipeline, PipelineParams, in_half_precision
 from lcm_jax.runtime.mesh import place
 from lcm_jax.sampling.generator import Generator
@@ -60,6 +60,10 @@ def load(
             "model_config", model_config, f"is for a single .safetensors file, which {source} is not; remove it"
         )
     pairs = [parse_lora(lora) if isinstance(lora, str) else lora for lora in loras]
+    others = {"unet": unet, "vae": vae}
+    digests.warn(assets.resolve(source), [part for part, other in others.items() if other])
+    for other in [*filter(None, others.values()), *(lora for lora, _ in pairs)]:
+        digests.warn(other)
     pipeline, params = load_pipeline(
         assets.resolve(source),
         variant,

@@ -165,8 +165,8 @@ def check_memory(pipeline: Pipeline, request: Request, batch: int, mesh: Mesh | 
         raise BadArgument(
             name,
             value,
-            f"{batch} images of {request.width} x {request.height} at once need {needed} of memory or more, {there} are "
-            "free; choose a smaller batch_size, height or width",
+            f"{batch} images of {request.width} x {request.height} at once need {needed} of memory or more, {there} "
+            "are free; choose a smaller batch_size, height or width",
         )
 
 
