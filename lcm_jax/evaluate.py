@@ -22,6 +22,7 @@ from pathlib import Path
 
 import jax
 
+from lcm_jax import files
 from lcm_jax.data.sources import SOURCES, open_source
 from lcm_jax.diffusion.timesteps import SPACINGS
 from lcm_jax.errors import BadArgument, LcmError, exit_code, flags_named
@@ -269,6 +270,8 @@ def run(args: argparse.Namespace) -> list[Path]:
         state={"model": model_about(generator), "program": program},
     )
     with locked(args.out) as out:
+        for folder in (out, out / "rows", out / "references"):
+            files.tidy(folder)
         kept = table.read_rows(out)
         table.check_comparable(out, kept, evaluation.comparison)
         missing = [request for request in requests if not evaluation.is_measured(kept, request)]

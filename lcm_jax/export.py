@@ -222,7 +222,7 @@ def write(
                 metadata={RECORD: text},
             )
     elif form == "single-file":
-        with files.new_file(card_of(out)) as partial:  # first: where the weights are, the export is complete
+        with files.new_file(card_of(out)) as partial:  # it gets its name right after the weights got theirs
             files.write_text(partial, card)
             save_single_file(student, params, out, dtype=dtype, metadata={RECORD: text})
     elif form == "unet":

@@ -68,7 +68,7 @@ class CannotWrite(OSError, LcmError):
 
 _REMEDIES = {
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a folder that can be written to"),
-    **dict.fromkeys((errno.EEXIST, errno.ENOTEMPTY), "another program has made it meanwhile, choose another name"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTEMPTY), "choose another name"),
 }
 
 
@@ -82,11 +82,12 @@ def writing(path: Path, partial: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        ours = (path, path.absolute().parent, *([partial] if partial else ()))
-        name = None if error.filename is None else Path(os.fsdecode(error.filename))
+        given, whole = error.filename, path.absolute()
+        name = Path(os.fsdecode(given)).absolute() if isinstance(given, str | bytes) else whole
+        ours = name in (whole, *whole.parents) or (partial and partial.absolute() in (name, *name.parents))
         if isinstance(error, CannotWrite) and partial:
             text = str(error).replace(str(partial), str(path))
-        elif isinstance(error, CannotWrite | BrokenPipeError) or (name and not {name, *name.parents} & {*ours}):
+        elif isinstance(error, CannotWrite | BrokenPipeError) or not ours:
             raise
         else:
             remedy = _REMEDIES.get(error.errno, "make room, or choose another place")
@@ -123,7 +124,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial", re.DOTALL)
-_tidied: set[Path] = set()  # folders, by this process
+_tidied: set[Path] = set()  # folders that this process has looked into
 
 
 @contextlib.contextmanager
@@ -132,7 +133,8 @@ def _partial(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     folder = path.absolute().parent
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-    tidy(folder)
+    if folder not in _tidied:
+        tidy(folder)
     with contextlib.ExitStack() as stack:
         for _ in range(3):  # between making and locking another process may have taken it for a killed one's
             partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -148,9 +150,7 @@ def _partial(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
 
 
 def tidy(folder: Path) -> None:
-    """Removes what killed programs left in `folder` (see the module), at this process's first call alone."""
-    if folder in _tidied:
-        return
+    """Removes what killed programs left in `folder`, see the module."""
     _tidied.add(folder)
     with contextlib.suppress(OSError):  # it cannot be read or written: whoever needs it will say so
         for path in [path for path in folder.iterdir() if _PARTIAL.fullmatch(path.name)]:
