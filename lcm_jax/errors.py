@@ -95,7 +95,7 @@ class _Signals:
         sys.excepthook, sys.unraisablehook = self._excepthook, self._unraisable
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="backslashreplace")  # file names and prompts have characters that they may lack
-        atexit.register(_flush)
+        atexit.register(self._exit)  # first of all, so that it is called last
 
     def heard(self) -> None:
         """A Python handler has run."""
@@ -138,6 +138,18 @@ class _Signals:
             self._end(number)
         self._number = number
         raise Stop(number)
+
+    def _exit(self) -> None:
+        """Ends the process past the interpreter's own end, in which signals take their default effect again."""
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except BrokenPipeError:
+            self._code = _broken_pipe()
+        except OSError:
+            pass  # `exit_code` has said so
+        if self._code is not None:
+            os._exit(self._code)
 
     def _end(self, number: int) -> NoReturn:
         if self._code is None:
@@ -193,7 +205,9 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        _broken_pipe()
+        raise
+    except OSError as error:
+        raise LcmError(f"the standard output cannot be written ({error.strerror}); make room") from error
 
 
 def _broken_pipe() -> int:
@@ -222,7 +236,7 @@ def exit_code(
         try:
             with flags_named("--"):
                 code = program() or 0
-                sys.stdout.flush()
+                _flush()
         except BaseException as error:
             if number := signals.stopped(error):
                 code, line = 128 + number, f"stopped; {left() if callable(left) else left}"

@@ -332,7 +332,11 @@ def say(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    left = f"the rows in {args.out / 'rows'} are kept, and the same command measures the others"
+
+    def left() -> str:
+        rows = args.out / "rows"
+        return f"the rows in {rows} are kept, the same command goes on" if rows.is_dir() else "nothing was written"
+
     return exit_code(lambda: print("\n".join(str(path) for path in run(args))), left, flags.SMALLER)
 
 
