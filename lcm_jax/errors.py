@@ -11,6 +11,7 @@ Signals are the work of `signals`, from the first moment of `python -m lcm_jax.N
 
 import atexit
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from typing import Any, NoReturn
 
 GRACE = 5.0  # seconds that a call into a library, such as compiling, may keep a program from unwinding after a signal
 _POLL = 0.1  # seconds between two looks at it
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of files they have a name, see `files.writing`
 
 
 class LcmError(ValueError):
@@ -73,6 +75,7 @@ class _Signals:
     in it                they raise Stop in the main thread, so that `finally` blocks run. Libraries may swallow that
                          (in callbacks, in `except BaseException`), and a call into one may last for minutes: a thread
                          raises it again, and ends the process after GRACE seconds in one call
+    at its end           nothing, while its line is printed
     after it             they end it at once, with the code that it has
 
     A block that handles them itself (`runtime.workdir.StopSignal`) calls `heard()` from its handler.
@@ -81,7 +84,7 @@ class _Signals:
     NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self._begun = self._heard = False
+        self._begun = self._heard = self._ending = False
         self._left: Callable[[], str] | None = None  # of the program in `exit_code`
         self._code: int | None = None  # after it
         self._number: int | None = None  # of the signal that was raised
@@ -93,7 +96,7 @@ class _Signals:
             if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` and a shell's `&` set it
                 signal.signal(number, self._handle)
         sys.excepthook, sys.unraisablehook = self._excepthook, self._unraisable
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # a shell's `>&-` closes one
             stream.reconfigure(errors="backslashreplace")  # file names and prompts have characters that they may lack
         atexit.register(self._exit)  # first of all, so that it is called last
 
@@ -117,12 +120,13 @@ class _Signals:
         try:
             yield
         finally:
-            self._left = before
+            self._left, self._ending = before, False
             for number, handler in taken.items():
                 signal.signal(number, handler)
 
     def stopped(self, error: BaseException) -> int | None:
         """The signal that ended the program with `error`, which a library may have made of it; None: none did."""
+        self._ending = True
         if self._number or isinstance(error, KeyboardInterrupt):
             return self._number or signal.SIGINT
         return None
@@ -134,6 +138,8 @@ class _Signals:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self._heard = True
+        if self._ending:
+            return
         if self._left is None:
             self._end(number)
         self._number = number
@@ -142,8 +148,7 @@ class _Signals:
     def _exit(self) -> None:
         """Ends the process past the interpreter's own end, in which signals take their default effect again."""
         try:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            print(end="", flush=True)
         except BrokenPipeError:
             self._code = _broken_pipe()
         except OSError:
@@ -167,7 +172,8 @@ class _Signals:
                 continue
             late = time.monotonic() + GRACE
             while not self._heard:
-                if self._left and time.monotonic() > late and signal.getsignal(number) == self._handle:
+                phase = self._left or self._code is not None
+                if phase and time.monotonic() > late and signal.getsignal(number) == self._handle:
                     self._end(number)
                 time.sleep(_POLL)
             self._heard = False
@@ -201,18 +207,9 @@ def _unwinding(thread: int) -> bool:
     return error is not None
 
 
-def _flush() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise LcmError(f"the standard output cannot be written ({error.strerror}); make room") from error
-
-
 def _broken_pipe() -> int:
     """Nobody reads the output: what is still in its buffer goes nowhere, instead of raising at exit. The exit code."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError, ValueError):  # it has no descriptor
             try:
                 stream.flush()
@@ -236,12 +233,14 @@ def exit_code(
         try:
             with flags_named("--"):
                 code = program() or 0
-                _flush()
+                print(end="", flush=True)  # what is wrong with the output shows here, not after the end
         except BaseException as error:
             if number := signals.stopped(error):
                 code, line = 128 + number, f"stopped; {left() if callable(left) else left}"
             elif isinstance(error, BrokenPipeError):
                 code, line = _broken_pipe(), ""
+            elif getattr(error, "errno", None) in _FULL and error.filename is None and not isinstance(error, LcmError):
+                code, line = 2, f"error: the output cannot be written ({error.strerror}); make room"
             elif isinstance(error, LcmError | OSError):
                 code, line = 2, f"error: {error}"
             elif too_large := _no_memory(error):
@@ -259,7 +258,8 @@ def _no_memory(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError):
         return f"the memory of this machine is too small{text and f' ({text[:200]})'}"
-    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in text:
+    of_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    if of_jax and any(word in text for word in ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "ut of memory")):
         return f"the memory of the devices is too small ({text.removeprefix('RESOURCE_EXHAUSTED: ')[:200]})"
     return ""
 

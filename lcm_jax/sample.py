@@ -95,8 +95,6 @@ def about_images(args: argparse.Namespace, request: Request) -> dict[str, Any]:
 
 def check_out(out: Path, prompts: Sequence[str], num_images: int, about: Mapping[str, Any]) -> None:
     """Raises BadArgument if `out` has images under the names of these prompts' that are not of this request."""
-    if out.is_dir():
-        files.tidy(out.absolute())
     for path in sorted(out.glob("*.png")):
         prompt, number = map(int, found.groups()) if (found := _NAME.fullmatch(path.name)) else (len(prompts), 0)
         if prompt < len(prompts) and number < num_images:
@@ -112,6 +110,7 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
     model = flags.load_model(args)
     keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt")
     request = make_request(model.pipeline, **{key: getattr(args, key) for key in keys})
+    files.tidy(args.out.absolute())
     about, total = about_images(args, request), len(prompts) * args.num_images
     if not args.overwrite:
         check_out(args.out, prompts, args.num_images, about)

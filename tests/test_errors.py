@@ -27,6 +27,7 @@ class JaxRuntimeError(RuntimeError):  # jax's is known by its name
         (LcmError("no such thing"), 2, "error: no such thing"),
         (BadArgument("steps", 0, "choose more"), 2, "error: --steps=0: choose more"),
         (OSError("the disk is gone"), 2, "error: the disk is gone"),
+        (OSError(28, "No space left"), 2, "error: the output cannot be written .No space left.; make room"),
         (MemoryError(), 2, "error: the memory of this machine is too small; use less"),
         (MemoryError("Unable to\nallocate 9 GiB"), 2, "error: .* too small .Unable to allocate 9 GiB.; use less"),
         (

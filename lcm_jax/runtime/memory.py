@@ -26,9 +26,7 @@ def of_host() -> int:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     for line in _lines("/proc/self/statm") if limit != resource.RLIM_INFINITY else ():
         found.append(limit - int(line.split()[0]) * _PAGE)
-    group = [line for name in ("max", "current") for line in _lines(f"/sys/fs/cgroup/memory.{name}")]
-    if len(group) == 2 and group[0].isdigit():
-        found.append(int(group[0]) - int(group[1]))
+    found += [int(line) for line in _lines("/sys/fs/cgroup/memory.max") if line.isdigit()]  # in use: caches count, too
     return max(0, min(found, default=2**63))
 
 
