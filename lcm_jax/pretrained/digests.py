@@ -52,7 +52,8 @@ def warn(source: str | Path, replaced: Collection[str] = ()) -> None:
 
 
 def _changed_in(folder: Path, replaced: Collection[str]) -> list[Path]:
-    root = folder if (folder / RECORD).is_file() else folder.absolute().parent
+    folder = folder.absolute()
+    root = folder if (folder / RECORD).is_file() else folder.parent
     recorded = foreign.read_json(root / RECORD).get(KEY) if (root / RECORD).is_file() else None
     recorded = recorded if isinstance(recorded, dict) else {}
     found = {
