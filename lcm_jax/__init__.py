@@ -5,6 +5,24 @@ images = model("a large red star at the left on a white background", steps=4, gu
 images[0].save("star.png")
 """
 
+import os
+import signal
+import sys
+
+# `python -m lcm_jax.NAME` imports the package before its program: from here on no signal leaves a traceback.
+if sys.argv[:1] == ["-m"] and "lcm_jax." in sys.orig_argv[-len(sys.argv)]:
+
+    def _end(number: int, _: object) -> None:
+        os.write(2, b"stopped; nothing was written\n")
+        os._exit(128 + number)
+
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) != signal.SIG_IGN:  # as `nohup` and a shell's `&` set it
+            signal.signal(_number, _end)
+    from lcm_jax.errors import signals
+
+    signals.begin()
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -158,7 +158,7 @@ def run() -> None:
 def main(argv: list[str]) -> int:
     del argv
     jax.config.update("jax_platforms", "cpu")  # libtpu compiles, and must not look for chips
-    return exit_code(run)
+    return exit_code(run, smaller="use a smaller --config.data.batch_size, or a machine with more memory to compile on")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import jax
 
+from lcm_jax import files
 from lcm_jax.data.sources import SOURCES, open_source
 from lcm_jax.diffusion.timesteps import SPACINGS
 from lcm_jax.errors import BadArgument, LcmError, exit_code, flags_named
@@ -43,10 +44,12 @@ from lcm_jax.sampling.request import (
     check_guidance_scale,
     check_numbers,
     check_steps,
+    check_texts,
     make_request,
     warnings,
 )
 
+MOST = {"count": 10_000_000, "references": 10_000_000, "timings": 100_000}
 SOURCE_COUNT = 2000  # images per row if captions are from a data source
 SOURCE_FLAGS = ("path", "split", "image_key", "caption_key", "style")
 
@@ -134,6 +137,10 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises LcmError for what is wrong with a command line for any model."""
     counted = ("count", "references", "batch_size", "timings", "endpoint_steps")
     check_numbers(args.seed, **{flag: getattr(args, flag) for flag in counted})
+    for flag, most in MOST.items():
+        if (getattr(args, flag) or 0) > most:
+            raise BadArgument(flag, getattr(args, flag), f"give {most} at most")
+    check_texts(negative_prompt=args.negative_prompt)
     if (args.prompts is None) == (args.source is None):
         raise LcmError("captions come from --prompts=FILE or from --source=NAME; give one of them")
     for flag in (*SOURCE_FLAGS, "references"):
@@ -243,6 +250,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     report_captions(generator.pipeline, found)
 
     mesh, batch_size = generator.mesh, generator.whole_batch(args.batch_size)
+    generator.check_memory(requests[0], batch_size)
     size, style = (requests[0].height, requests[0].width), args.style or "plain"
     measured = [measures.load(s, found.captions, size, reference, mesh, batch_size, style) for s in specs]
     measures.check_used(reference, measured)
@@ -262,6 +270,8 @@ def run(args: argparse.Namespace) -> list[Path]:
         state={"model": model_about(generator), "program": program},
     )
     with locked(args.out) as out:
+        for folder in (out, out / "rows", out / "references"):
+            files.tidy(folder)
         kept = table.read_rows(out)
         table.check_comparable(out, kept, evaluation.comparison)
         missing = [request for request in requests if not evaluation.is_measured(kept, request)]
@@ -322,7 +332,12 @@ def say(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return exit_code(lambda: print("\n".join(str(path) for path in run(args))))
+
+    def left() -> str:
+        rows = args.out / "rows"
+        return f"the rows in {rows} are kept, the same command goes on" if rows.is_dir() else "nothing was written"
+
+    return exit_code(lambda: print("\n".join(str(path) for path in run(args))), left, flags.SMALLER)
 
 
 if __name__ == "__main__":

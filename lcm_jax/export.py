@@ -243,8 +243,9 @@ def write(
                 metadata={RECORD: text},
             )
     elif form == "single-file":
-        save_single_file(student, params, out, dtype=dtype, metadata={RECORD: text})
-        card_of(out).write_text(card, encoding="utf-8")
+        with files.new_file(card_of(out)) as partial:  # it gets its name right after the weights got theirs
+            files.write_text(partial, card)
+            save_single_file(student, params, out, dtype=dtype, metadata={RECORD: text})
     elif form == "unet":
         save_unet(student.unet, params["unet"], out, dtype=dtype, extra_files=extra)
     else:
@@ -279,7 +280,12 @@ def report_difference(folder: Path, record: Mapping[str, Any], given: Sequence[s
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return exit_code(lambda: run(args))
+
+    def left() -> str:
+        done = args.out.is_file() or (args.out / RECORD).is_file()
+        return f"{args.out} is complete" if done else "nothing was written"
+
+    return exit_code(lambda: run(args), left, "use a machine with more memory")
 
 
 if __name__ == "__main__":

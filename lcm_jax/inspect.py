@@ -448,14 +448,15 @@ def main(argv: list[str]) -> int:
     sys.stdout.reconfigure(errors="replace")  # captions may contain characters that the terminal lacks
     width = None if sys.stdout.isatty() else WIDTH
     console = Console(width=width, markup=False, emoji=False, highlight=False)  # captions are not markup
-    return exit_code(lambda: show(inspect(given.config, options), console))
+    smaller = "use a smaller --count, --sample, --config.data.resolution or --config.data.batch_size"
+    return exit_code(lambda: show(inspect(given.config, options), console), smaller=smaller)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, config_lib.flag_help("configs/shapes_lcm.py"))
     flags.DEFINE_string("out", None, "PNG file of the contact sheet; without it there is none")
-    flags.DEFINE_integer("count", Options.count, "images on the contact sheet", lower_bound=1)
+    flags.DEFINE_integer("count", Options.count, "images on the contact sheet", 1, 10_000)
     flags.DEFINE_integer("sample", Options.sample, "records of each part that are read", lower_bound=1)
-    flags.DEFINE_float("seconds", Options.seconds, "how long the loader is measured, about", lower_bound=0.1)
+    flags.DEFINE_float("seconds", Options.seconds, "how long the loader is measured, about", 0.1, 86_400)
     flags.mark_flags_as_required(["config"])
     app.run(main, flags_parser=config_lib.parse_flags)

@@ -47,6 +47,10 @@ from lcm_jax.runtime.workdir import StopSignal, locked
 
 WAIT = 30 * 24 * 3600  # seconds for the slowest process after the first has finished; heartbeats detect dead ones
 STOPPED = "{}: stopped; the same command resumes after the last complete file"
+SMALLER = (
+    "use a smaller --config.data.resolution or --config.data.encode_chunk, --config.model.dtype=bfloat16, or more "
+    "devices with --config.mesh.fsdp=-1"
+)
 CAPTION = "caption"  # a row's text, kept for people to read
 DATA_KEYS = (  # of config.data, that decide what a row holds; sizes are part of the fingerprint
     "source",
@@ -90,9 +94,9 @@ class Options:
         for name, choices in {"text": cache.TEXTS, "dtype": cache.DTYPES}.items():
             if getattr(self, name) not in choices:
                 raise LcmError(f"--{name}={getattr(self, name)}: must be one of {', '.join(choices)}")
-        for name, most in {"variants": 10**4, "shard_size": 10**8}.items():
+        for name, most in {"variants": 10_000, "shard_size": 2**24}.items():
             if not 1 <= getattr(self, name) <= most:
-                raise LcmError(f"--{name}={getattr(self, name)}: must be at least 1, at most {most}")
+                raise LcmError(f"--{name}={getattr(self, name)}: out of range; choose 1 to {most}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,7 +335,8 @@ def main(argv: list[str]) -> int:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    return distributed.exit_code(run, **distributed.from_flags())
+    left = "the same command goes on after the last complete file"
+    return distributed.exit_code(run, left, SMALLER, **distributed.from_flags())
 
 
 if __name__ == "__main__":

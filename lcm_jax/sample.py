@@ -9,15 +9,17 @@ prompt, or not at all at scale 1, the default of an LCM without w embedding; its
 """
 
 import argparse
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lcm_jax import files
 from lcm_jax.diffusion.timesteps import SPACINGS
 from lcm_jax.errors import BadArgument, LcmError, exit_code
 from lcm_jax.pretrained.text import truncated
-from lcm_jax.sampling import flags
+from lcm_jax.sampling import flags, png
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.png import not_finite, to_uint8, write_png
 from lcm_jax.sampling.request import (
@@ -26,9 +28,13 @@ from lcm_jax.sampling.request import (
     check_guidance_scale,
     check_numbers,
     check_steps,
+    check_texts,
     make_request,
     warnings,
 )
+
+SMALLEST = 2**12  # bytes that a PNG file takes on a disk at least
+_NAME = re.compile(r"(\d+)_(\d+)\.png")
 
 
 def parser() -> flags.Parser:
@@ -49,7 +55,8 @@ def parser() -> flags.Parser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--num_images", type=int, default=4, help="images per prompt")
     p.add_argument("--batch_size", type=int, default=4, help="images generated at once")
-    p.add_argument("--out", type=Path, required=True, help="folder for the PNG files")
+    p.add_argument("--out", type=Path, required=True, help="folder for the PNG files; may have those of this command")
+    p.add_argument("--overwrite", action="store_true", help="replace files in --out that are of another command")
     return p
 
 
@@ -60,6 +67,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         prompts += flags.read_lines("prompts", args.prompts)
     if not prompts:
         raise LcmError('no prompt; give --prompt="..." or --prompts=FILE with one per line')
+    check_texts(prompt=args.prompt, negative_prompt=args.negative_prompt)
     check_numbers(args.seed, num_images=args.num_images, batch_size=args.batch_size)
     check_steps(args.steps)
     check_guidance_scale(args.guidance_scale)
@@ -76,6 +84,7 @@ def about_images(args: argparse.Namespace, request: Request) -> dict[str, Any]:
         **({"lora": ", ".join(args.lora)} if args.lora else {}),
         **({} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}),
         "sampler": args.sampler,
+        **({} if args.sampler == "lcm" else {"spacing": args.spacing}),
         "steps": args.steps,
         "guidance_scale": request.guidance_scale,
         "seed": args.seed,
@@ -84,31 +93,49 @@ def about_images(args: argparse.Namespace, request: Request) -> dict[str, Any]:
     }
 
 
-def run(args: argparse.Namespace) -> list[Path]:
-    """Generates what the command line asks for; returns the files."""
+def check_out(out: Path, prompts: Sequence[str], num_images: int, about: Mapping[str, Any]) -> None:
+    """Raises BadArgument if `out` has images under the names of these prompts' that are not of this request."""
+    for path in sorted(out.glob("*.png")):
+        prompt, number = map(int, found.groups()) if (found := _NAME.fullmatch(path.name)) else (len(prompts), 0)
+        if prompt < len(prompts) and number < num_images:
+            wanted = {"prompt": prompts[prompt], "image": number, **about}
+            if png.read_about(path) != {key: png.text_of(value) for key, value in wanted.items()}:
+                problem = f"has {path.name} of another prompt, model or settings; choose another folder, or --overwrite"
+                raise BadArgument("out", out, problem)
+
+
+def run(args: argparse.Namespace, written: list[Path]) -> None:
+    """Generates what the command line asks for; adds the files to `written` as they are made."""
     prompts = read_prompts(args)
     model = flags.load_model(args)
     keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt")
     request = make_request(model.pipeline, **{key: getattr(args, key) for key in keys})
+    files.tidy(args.out.absolute())
+    about, total = about_images(args, request), len(prompts) * args.num_images
+    if not args.overwrite:
+        check_out(args.out, prompts, args.num_images, about)
+    try:
+        files.check_space(args.out, total * SMALLEST)
+    except LcmError as error:
+        raise BadArgument("num_images", args.num_images, str(error)) from None
+    batches = model.batches(request, prompts, args.num_images, args.seed, args.batch_size)
     warn(model, request, prompts)
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    about, written = about_images(args, request), []
-    jobs = [(prompt, number) for prompt in prompts for number in range(args.num_images)]
-    files = [args.out / f"{p:04d}_{i:04d}.png" for p in range(len(prompts)) for i in range(args.num_images)]
-    for images in model.batches(request, jobs, args.seed, args.batch_size):
-        first = len(written)
+    first = 0
+    for images in batches:
+        jobs = [divmod(first + n, args.num_images) for n in range(len(images))]
+        paths = [args.out / f"{prompt:04d}_{number:04d}.png" for prompt, number in jobs]
         bad = not_finite(images)
-        for n, image in enumerate(to_uint8(images), first):
-            if n - first not in bad:
-                write_png(files[n], image, {"prompt": jobs[n][0], "image": jobs[n][1], **about})
-                written.append(files[n])
+        for n, image in enumerate(to_uint8(images)):
+            if n not in bad:
+                write_png(paths[n], image, {"prompt": prompts[jobs[n][0]], "image": jobs[n][1], **about})
+                written.append(paths[n])
         if bad:
             raise LcmError(
-                f"{', '.join(files[first + n].name for n in bad)}: not finite, and would be black; try "
-                "--dtype=float32, and check whether the weights are finite"
+                f"{', '.join(paths[n].name for n in bad)}: not finite, and would be black; try --dtype=float32, and "
+                "check whether the weights are finite"
             )
-    return written
+        first += len(images)
 
 
 def warn(model: Generator, request: Request, prompts: Sequence[str]) -> None:
@@ -122,8 +149,16 @@ def warn(model: Generator, request: Request, prompts: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    return exit_code(lambda: print(f"{len(run(args))} images in {args.out}"))
+    args, written = parser().parse_args(argv), []
+
+    def program() -> None:
+        run(args, written)
+        print(f"{len(written)} images in {args.out}")
+
+    def left() -> str:
+        return f"{len(written)} images are in {args.out}" if written else "nothing was written"
+
+    return exit_code(program, left, flags.SMALLER)
 
 
 if __name__ == "__main__":

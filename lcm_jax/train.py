@@ -58,6 +58,10 @@ from lcm_jax.sampling.png import grid, to_uint8
 from lcm_jax.sampling.request import Settings
 
 READ_HERE = 20.0  # seconds that one of several processes may take to read a batch, so that it stops with the others
+SMALLER = (
+    "use a smaller --config.data.batch_size, or more --config.train.accumulation_steps, --config.train.remat=block, "
+    "--config.model.dtype=bfloat16, a smaller --config.data.encode_chunk, or more devices with --config.mesh.fsdp=-1"
+)
 GRID_COLUMNS = 4  # images per prompt in a sample grid
 
 
@@ -314,7 +318,12 @@ def main(argv: list[str]) -> int:
         else:
             train(_CONFIG.value, _WORKDIR.value, _PROFILE.value)
 
-    return distributed.exit_code(program, **distributed.from_flags())
+    left = (
+        "nothing was written"
+        if _REPORT.value
+        else "the same command goes on from the newest checkpoint, if there is one"
+    )
+    return distributed.exit_code(program, left, SMALLER, **distributed.from_flags())
 
 
 if __name__ == "__main__":

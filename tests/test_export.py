@@ -1,6 +1,7 @@
 """`python -m lcm_jax.export`: what it writes, that diffusers generates the same images from it, and its refusals."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from PIL import Image
 import lcm_jax
 from lcm_jax import export, pretrained, sample
 from lcm_jax.distill.state import TrainState, create
-from lcm_jax.pretrained import load_pipeline, load_unet
+from lcm_jax.pretrained import digests, load_pipeline, load_unet, safetensors_io
 from lcm_jax.run import models
 from lcm_jax.run.config import default_config, resolve, to_json
 from lcm_jax.runtime.checkpoints import Checkpoints
@@ -152,8 +153,64 @@ def test_v_prediction_and_sdxl(teacher, tmp_path, capsys):
     assert scheduler["prediction_type"] == record["prediction_type"] == prediction_type
 
 
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_changed_file_is_told_when_it_is_loaded(exported, tmp_path, caplog):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    digests.warn(folder)
+    (folder / "README.md").write_text("a better card")
+    digests.warn(folder)
+    assert not caplog.messages
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    flip(weights, -3)
+    flip(folder / "vae" / "config.json", 10)
+    digests.warn(folder, ["vae"])  # which another one replaces
+    assert len(caplog.messages) == 1 and str(weights) in caplog.messages[0] and "SHA-256" in caplog.messages[0]
+    digests.warn(folder / "vae")
+    assert len(caplog.messages) == 2 and "vae/config.json" in caplog.messages[1]
+    digests.warn(tiny.folder("sd1"))  # no export
+    digests.warn(tmp_path / "nowhere")
+    assert len(caplog.messages) == 2
+
+
+def test_a_changed_single_file_is_told(tmp_path, caplog):
+    for name, metadata, warned in (("own", {pretrained.RECORD: "{}"}, True), ("foreign", {}, False)):
+        path = tmp_path / f"{name}.safetensors"
+        safetensors_io.save_file(path, {"a": (300,)}, lambda _: np.ones(300, np.float32), "float32", metadata)
+        with safetensors_io.open_file(path) as stored:  # as the modelspec has it: of the bytes after the header
+            hashed = stored.metadata["modelspec.hash_sha256"]
+        assert hashed == "0x" + hashlib.sha256(np.ones(300, np.float32).tobytes()).hexdigest()
+        digests.warn(path)
+        assert not caplog.messages
+        flip(path, -1)
+        digests.warn(path)
+        assert [str(path) in message for message in caplog.messages] == [True] * warned
+        caplog.clear()
+
+
+def test_a_signal_says_what_is_there(run, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "write", stop)
+    words = [f"--workdir={run[0]}", f"--out={tmp_path / 'out'}"]
+    assert export.main(words) == 130
+    assert capsys.readouterr().err == "stopped; nothing was written\n" and not any(tmp_path.iterdir())
+
+
 def test_record_and_scheduler(run, exported):
     record = json.loads((exported / pretrained.RECORD).read_text())
+    digests = record.pop("sha256")
+    assert pretrained.read_record(exported) == record, "digests are of a folder, no part of a model"
+    files = {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
+    assert (
+        digests.keys() == files - {"README.md", pretrained.RECORD}
+        and "unet/diffusion_pytorch_model.safetensors" in digests
+    )
     assert record == {
         "objective": "lcd",
         "w_embedding_dim": 16,

@@ -5,6 +5,7 @@ Workdirs are as training leaves them; test_train.py exports those of real runs.
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -17,7 +18,7 @@ from test_sample import arrays, generate
 
 from lcm_jax import export, pretrained
 from lcm_jax.models import lora
-from lcm_jax.pretrained import lora_files, lora_keys
+from lcm_jax.pretrained import digests, lora_files, lora_keys
 from lcm_jax.sampling.generator import draw_noise
 
 PROMPT = "a small red circle"
@@ -169,6 +170,21 @@ def test_failed_write_leaves_nothing(form, lora_run, tmp_path, capsys, monkeypat
     out = tmp_path / ("out.safetensors" if form == "single-file" else "out")
     assert "No space left" in error_of(capsys, f"--workdir={lora_run}", f"--out={out}", f"--format={form}")
     assert not any(tmp_path.iterdir())
+
+
+def test_every_format_has_digests(exports, tmp_path, caplog):
+    for source in (exports["merged"], exports["single-file"], *exports["lora-kohya"].glob("*.safetensors")):
+        digests.warn(source)
+        copy = tmp_path / source.name
+        shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
+        damaged = next(copy.glob("unet/*.safetensors")) if copy.is_dir() else copy
+        with damaged.open("r+b") as stream:
+            stream.seek(-1, 2)
+            stream.write(bytes([damaged.read_bytes()[-1] ^ 1]))
+        assert not caplog.messages
+        digests.warn(copy)
+        assert [str(damaged) in message for message in caplog.messages] == [True]
+        caplog.clear()
 
 
 @pytest.mark.parametrize("name", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])

@@ -262,6 +262,10 @@ def test_latents_refuses_what_cannot_be_one_cache(teacher, random_cache, tmp_pat
     refused(latents(random_cache, Options()), "shard_size: 16 there, 4096 now")
     refused(lambda: Options(text="words"), "--text=words", "ids, embeddings")
     refused(lambda: Options(variants=0), "--variants=0")
+    refused(lambda: Options(variants=10**30), "--variants=1000000000000000000000000000000: out of range; choose 1 to")
+    refused(
+        lambda: Options(shard_size=10**30), "--shard_size=1000000000000000000000000000000: out of range; choose 1 to"
+    )
 
 
 def test_no_weights_of_the_unet_are_read_and_sizes_are_checked_first(teacher, random_cache, tmp_path):

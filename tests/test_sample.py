@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import re
+import resource
 import shutil
 import weakref
 from pathlib import Path
@@ -328,3 +329,88 @@ def test_a_second_model_compiles_nothing_and_a_dropped_one_is_freed(lcm, tmp_pat
     del first
     gc.collect()
     assert len(leaves) > 50 and not any(leaf() for leaf in leaves)
+
+
+def test_lines_of_a_prompts_file(tmp_path, capsys):
+    """UTF-8 with or without a byte order mark, lines end with LF or CR LF alone; what cannot be seen is told."""
+
+    def read(content: bytes, *options):
+        (tmp_path / "p.txt").write_bytes(content)
+        words = ["--model=m", f"--out={tmp_path / 'out'}", f"--prompts={tmp_path / 'p.txt'}", *options]
+        return sample.read_prompts(sample.parser().parse_args(words))
+
+    assert read("\ufeffa red circle\r\n\ta cat\u2028on a mat \n\n \n".encode()) == [
+        "a red circle",
+        "a cat\u2028on a mat",
+    ]
+    assert read("a\n\ufeffjoined\n".encode()) == ["a", "joined"] and not capsys.readouterr().err
+    assert read("a\nb\x0cc\nd\x85e\n".encode()) == ["a", "b\x0cc", "d\x85e"]
+    assert capsys.readouterr().err.endswith("p.txt: line 2 has the character U+000C, and 1 more lines have such\n")
+    for content, message in (
+        ("a\n".encode("utf-16"), "UTF-16.; save it as UTF-8"),
+        (b"a\nb\0\n", "zero byte in line 2"),
+        (b"a\n\xff", "not UTF-8"),
+        (b"a\n" + b"x" * 200_000, "line 2 has 200000 characters"),
+        (b" \n\n", "no prompt"),
+    ):
+        with pytest.raises(LcmError, match=message):
+            read(content)
+    for flag in ("prompt", "negative_prompt"):  # a shell's bytes that are not UTF-8
+        with pytest.raises(BadArgument, match=rf"^{flag}=.udcff"):
+            read(b"a\n", f"--{flag}=\udcff")
+
+
+def test_sizes_that_nobody_can_mean_are_refused_before_anything_is_compiled(lcm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Generator, "generate", None)
+    for options, message in (
+        (
+            ["--height=100000", "--width=100000", "--num_images=1"],
+            r"--height=100000: 1 images of 100000 x 100000 .* GiB",
+        ),
+        (["--batch_size=100000000", "--num_images=20000000"], r"--(batch_size|num_images)=\d+: .*(GiB|make room)"),
+        (["--num_images=1000000000000"], r"--num_images=1000000000000: .* make room"),
+    ):
+        out = tmp_path / "out"
+        assert sample.main([f"--model={lcm}", f"--out={out}", "--prompt=a", *options]) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error) and error.count("\n") == 1, error
+    with pytest.raises(BadArgument, match="^height=100000: "):
+        lcm_jax.load(lcm)(PROMPT, height=100_000, width=100_000)
+
+
+def test_images_of_another_request_are_not_replaced(three, lcm, tmp_path, capsys):
+    out = tmp_path / "out"
+    generate(lcm, out, *ONE)
+    (out / ".0001_0000.png.0123abcd.partial").touch()  # of one that was killed
+    assert set(generate(lcm, out, *ONE)) == {"0000_0000.png"} and len(list(out.iterdir())) == 1
+    for options in (("--prompt=b", *ONE), (f"--prompt={PROMPT}", *ONE, "--seed=6")):
+        assert sample.main([f"--model={lcm}", f"--out={out}", *options]) == 2
+        assert f"--out={out}: has 0000_0000.png of another prompt, model" in capsys.readouterr().err
+    (image,) = generate(lcm, out, *ONE, "--overwrite", prompt="b").values()
+    assert image.text["prompt"] == "b"
+
+
+def test_a_full_disk_and_a_signal_leave_whole_images_alone(lcm, tmp_path, capsys, monkeypatch):
+    def images(self, request, prompts, numbers, seed):
+        return np.random.default_rng(0).random((len(prompts), 64, 64, 3), np.float32)
+
+    def stopped(path, image, about, write=sample.write_png):
+        if about["image"] == 1:
+            raise KeyboardInterrupt
+        write(path, image, about)
+
+    monkeypatch.setattr(Generator, "generate", images)
+    words = [f"--model={lcm}", f"--out={tmp_path / 'out'}", "--prompt=a"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert sample.main(words) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'out' / '0000_0000.png'} cannot be written (File too large); make room" in error
+    assert not any((tmp_path / "out").iterdir())
+    monkeypatch.setattr(sample, "write_png", stopped)
+    assert sample.main(words) == 130
+    assert capsys.readouterr().err == f"stopped; 1 images are in {tmp_path / 'out'}\n"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0000_0000.png"]

@@ -29,6 +29,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from lcm_jax import files
 from lcm_jax.data.order import ExampleIndex, Order, draws_at
 from lcm_jax.data.records import BadRecord, BadRecordError
 from lcm_jax.data.rows import Examples
@@ -180,8 +181,7 @@ class BadRecordFile:
         line = json.dumps(dataclasses.asdict(record))
         if line not in self._listed:
             self._listed.add(line)
-            with open(self.path, "a") as file:
-                file.write(line + "\n")
+            files.append(self.path, line + "\n")
 
 
 def _begin_worker(folder: str, index: int, count: int) -> None:

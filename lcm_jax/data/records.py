@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import LcmError, printable
 
 
 class BadRecordError(LcmError):
@@ -36,11 +36,6 @@ class Record:
     image: bytes | np.ndarray
     captions: tuple[str, ...]
     fields: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-
-def printable(text: str) -> str:
-    """`text` with escapes in place of line breaks, control characters and what UTF-8 cannot encode."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @dataclasses.dataclass(frozen=True)

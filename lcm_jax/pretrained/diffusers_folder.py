@@ -11,9 +11,6 @@ final name, synced to disk, and renamed: under the final name there is either no
 
 import contextlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip
 from lcm_jax.models.config import DIFFUSERS_VERSION, to_config
-from lcm_jax.pretrained import hub, names, safetensors_io
+from lcm_jax.pretrained import digests, hub, names, safetensors_io
 from lcm_jax.pretrained.model import (
     PARTS,
     RECORD,
@@ -174,7 +171,7 @@ def folder_record(source: str | Path, weights: bool = True) -> Config:
     weights: False: if the hub cannot be asked, the package's own configs are used.
     """
     path = _local(source, [RECORD], weights) / RECORD
-    return foreign.read_json(path) if path.is_file() else {}
+    return digests.without(foreign.read_json(path)) if path.is_file() else {}
 
 
 def scheduler_config(folder: Path, index: Config) -> Config:
@@ -543,16 +540,6 @@ def all_or_nothing(out: Path, needed: int) -> Iterator[Path]:
       LcmError: `out` holds something, or fewer than `needed` bytes are free.
     """
     check_folder(out, needed)
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    folder.mkdir()
-    try:
+    with files.new_folder(out.absolute()) as folder:
         yield folder
-        for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-            files.sync_folder(path)
-        os.rename(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    files.sync_folder(out.parent)
+        digests.add(folder)

@@ -11,6 +11,7 @@ The writer streams: it holds one tensor at a time in memory, whatever the size o
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -33,6 +34,8 @@ TRANSFORMERS_NAME = "model"
 SUFFIX = ".safetensors"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
+HASH = "modelspec.hash_sha256"  # of a header: the SHA-256 of all that follows it
+_NO_HASH = "0x" + 64 * "0"
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _SLACK = 1 << 20  # bytes for the header and the file system's own rounding
 
@@ -295,7 +298,7 @@ def save_file(
     """
     check_file(out, weights_size(shapes, _writable(dtype)) + _SLACK)
     with files.new_file(out) as partial:
-        write_weights(partial, shapes, tensor, dtype, metadata)
+        write_weights(partial, shapes, tensor, dtype, {**(metadata or {}), HASH: _NO_HASH})
         check_file(out)  # another program may have made it meanwhile
     return out
 
@@ -310,7 +313,7 @@ def write_weights(
     """Writes one safetensors file and syncs it to disk. `tensor` is called for one key after another.
 
     Layout: 8 bytes of header length, a JSON header, the tensors' bytes in C order, little endian, without gaps.
-    `metadata` stands in the header beside `format`.
+    `metadata` stands in the header beside `format`. A HASH in it gets the digest of the tensors' bytes.
 
     Raises:
       LcmError: unknown dtype; a tensor of another shape or dtype, not contiguous, or not finite.
@@ -325,8 +328,9 @@ def write_weights(
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("xb") as stream:
+    with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
+        digest = hashlib.sha256()
         for key, shape in shapes.items():
             value = tensor(key)
             if value.shape != tuple(shape) or value.dtype != dtype or not value.flags.c_contiguous:
@@ -335,7 +339,12 @@ def write_weights(
                 raise LcmError(
                     f"{key} has values that are not finite in {dtype}; write float32, or check whether the run diverged"
                 )
-            stream.write(value.reshape(-1).view(np.uint8).data)
+            content = value.reshape(-1).view(np.uint8).data
+            digest.update(content)
+            stream.write(content)
+        if (metadata or {}).get(HASH) == _NO_HASH:
+            stream.seek(8 + text.index(_NO_HASH.encode()))
+            stream.write(f"0x{digest.hexdigest()}".encode())
         files.sync(stream)
 
 

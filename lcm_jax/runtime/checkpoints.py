@@ -29,6 +29,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging as standard_logging
 import math
 import os
 import re
@@ -42,6 +43,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from flax.traverse_util import unflatten_dict
 from jax.sharding import SingleDeviceSharding
 
@@ -136,6 +138,7 @@ class Checkpoints:
         # step -> metric; at all times the same on all processes, so that they always take the same branch
         self._steps: dict[int, float | None] = dict(distributed.broadcast_from_first(lambda: tidy(self.folder, best)))
         self.whole = max(self._steps, default=None)
+        _without_pages()
         self._saver = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(), async_options=ocp.AsyncOptions(timeout_secs=distributed.TIMEOUT)
         )
@@ -350,6 +353,27 @@ class Checkpoints:
             f"{doing} in {self.folder} failed ({_first_line(error)}); free disk space or choose another "
             "workdir, then give the same command again. Earlier checkpoints are whole"
         )
+
+
+def _without_pages() -> None:
+    """What fails in the background is raised by `wait`, in one line; pages of orbax and tensorstore are dropped."""
+    loggers = logging.get_absl_logger(), standard_logging.getLogger("asyncio")
+    if _is_no_page in loggers[0].filters:
+        return
+    for logger in loggers:
+        logger.addFilter(_is_no_page)
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":  # for each array of a save that failed
+            before(found)
+
+    sys.unraisablehook = hook
+
+
+def _is_no_page(record: standard_logging.LogRecord) -> bool:
+    of_save = "orbax" in record.pathname or "exception was never retrieved" in record.getMessage()
+    return record.levelno < standard_logging.ERROR or not of_save
 
 
 def kept(steps: Mapping[int, float | None], keep: int, keep_every: int = 0) -> set[int]:

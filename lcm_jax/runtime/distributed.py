@@ -320,7 +320,9 @@ def stop_agreed() -> bool:
     return multihost_utils.reached_preemption_sync_point(next(_calls))
 
 
-def exit_code(program: Callable[[], int | None], **processes: Any) -> int:
+def exit_code(
+    program: Callable[[], int | None], left: str = "nothing was written", smaller: str = "use less", **processes: Any
+) -> int:
     """Runs a program that may be one of several processes, as `errors.exit_code`; `processes`: see `initialize`.
 
     Returns at a good end, and if this process is alone. A process of several that fails ends here: with the others if
@@ -332,7 +334,7 @@ def exit_code(program: Callable[[], int | None], **processes: Any) -> int:
         return program()
 
     try:
-        code = errors.exit_code(joined)
+        code = errors.exit_code(joined, left, smaller)
     except BaseException:
         if not jax.distributed.is_initialized():
             raise

@@ -131,7 +131,7 @@ class Telemetry(contextlib.AbstractContextManager):
             events = self.workdir / EVENTS_FILE
             with foreign.reading(events, "the events of a run", _REPAIR):
                 self._goodput = Goodput(cut_jsonl(events))
-            self._file, self._events = open(metrics, "a"), open(events, "a")
+            self._file, self._events = metrics, events
             self._add_event("start", run.began or time.time(), run.start_step)
             self._boards = boards.start(self.workdir, run.start_step, wandb, run.config, waiting.say)
         self._to_fetch: queue.SimpleQueue = queue.SimpleQueue()
@@ -207,14 +207,12 @@ class Telemetry(contextlib.AbstractContextManager):
             waiting.say(text)
 
     def close(self) -> None:
-        """Closes the files. Steps that are not settled are not written."""
+        """Closes the boards. Steps that are not settled are not written."""
         self._to_fetch.put(None)
         if self._file:
             if self._last_step > self._interval_step:  # trained, though no line was due
                 self._add_steps()
             self._add_event("stop", time.time(), self._last_step)
-            self._file.close()
-            self._events.close()
             self._file = None
             boards.close(self._boards)
             self._progress.bar.close()
@@ -281,7 +279,7 @@ class Telemetry(contextlib.AbstractContextManager):
 
     def _add_event(self, event: str, when: float, step: int, **values: Any) -> None:
         record = {"event": event, "time": round(when, 3), "step": step, **values}
-        print(json.dumps(record), file=self._events, flush=True)
+        files.append(self._events, json.dumps(record) + "\n")
         self._goodput.add(record)
 
     def _record(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -304,7 +302,7 @@ class Telemetry(contextlib.AbstractContextManager):
 
     def _write(self, record: dict[str, float]) -> None:
         line = json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()})
-        print(line, file=self._file, flush=True)
+        files.append(self._file, line + "\n")
         for board in self._boards:
             board.scalars(record)
         text = f"loss {record['loss']:.5f}, {record['images_per_second']:.1f} images/s"
@@ -424,9 +422,7 @@ def cut_jsonl(path: str | Path, last_step: float = math.inf) -> list[dict[str, A
     for line, record in _parse_jsonl(path):
         (kept if record is not None and record["step"] <= last_step else cut).append((line + b"\n", record))
     if cut:
-        with open(path.with_suffix(".cut.jsonl"), "ab") as file:
-            file.write(b"".join(line for line, _ in cut))
-            files.sync(file)
+        files.append(path.with_suffix(".cut.jsonl"), b"".join(line for line, _ in cut), synced=True)
     text = b"".join(line for line, _ in kept)
     if path.exists() and text != path.read_bytes():
         files.write_atomic(path, text)

@@ -6,6 +6,7 @@ program leaves behind if need be, and whoever needs its result waits here.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sys
 import threading
@@ -25,9 +26,10 @@ class Stopped(Exception):
 
 
 def say(line: str) -> None:
-    """Prints a line on stderr, above a progress bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
-    sys.stderr.flush()
+    """Prints a line on stderr, above a progress bar if there is one. No run ends because nobody reads it."""
+    with contextlib.suppress(OSError):
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
 
 
 def wait(

@@ -1,6 +1,8 @@
 """Command-line flags that the programs share that load a model and generate images with it."""
 
 import argparse
+import codecs
+import re
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -8,10 +10,17 @@ from typing import NoReturn
 import jax
 from jax.sharding import Mesh
 
-from lcm_jax.errors import BadArgument
+from lcm_jax import files
+from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.runtime.mesh import make_mesh
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.load import load
+from lcm_jax.sampling.request import MAX_PROMPT
+
+SMALLER = "use a smaller --batch_size, --height or --width, --dtype=bfloat16, --tiled, or more devices with --fsdp=-1"
+MAX_TEXT = 2**26  # bytes of a text file that a flag names
+_UNSEEN = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\ufeff]")  # control characters but the tab, and byte order marks
+_BLANK = " \t\xa0\u3000"  # around a prompt
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,14 +83,42 @@ def mesh_of(fsdp: int) -> Mesh:
 
 
 def read_text(flag: str, path: Path) -> str:
-    """The UTF-8 text of a file that a flag names."""
+    """The text of a file or pipe that a flag names: UTF-8, with or without a byte order mark."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise BadArgument(flag, path, f"cannot be read ({reason}); give a text file") from error
+        content = files.read_regular(path.expanduser(), MAX_TEXT, pipes=True)
+    except OSError as error:
+        raise BadArgument(flag, path, f"cannot be read ({error.strerror}); give a text file") from error
+    except LcmError as error:
+        raise BadArgument(flag, path, f"cannot be read ({error})") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise BadArgument(flag, path, "cannot be read (UTF-16); save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadArgument(flag, path, "cannot be read (not UTF-8); save it as UTF-8") from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise BadArgument(flag, path, f"has a zero byte in line {line}; give a text file, in UTF-8")
+    return text
 
 
 def read_lines(flag: str, path: Path) -> list[str]:
-    """The lines of a text file that are not blank, stripped."""
-    return [line.strip() for line in read_text(flag, path).splitlines() if line.strip()]
+    """The prompts of a text file: its lines that are not blank, stripped. A line ends with LF or CR LF alone.
+
+    What a line may hold unnoticed is told on stderr: control characters, and byte order marks, as of files that were
+    put together. Those at its beginning are dropped.
+    """
+    lines = [line.lstrip("\ufeff").removesuffix("\r") for line in read_text(flag, path).split("\n")]
+    odd = [(number, found[0]) for number, line in enumerate(lines, 1) if (found := _UNSEEN.search(line))]
+    if odd:
+        more = f", and {len(odd) - 1} more lines have such" if len(odd) > 1 else ""
+        number, character = odd[0]
+        print(
+            f"warning: --{flag}={path}: line {number} has the character U+{ord(character):04X}{more}", file=sys.stderr
+        )
+    for number, line in enumerate(lines, 1):
+        if len(line) > MAX_PROMPT:
+            raise BadArgument(
+                flag, path, f"line {number} has {len(line)} characters, a prompt has at most {MAX_PROMPT}"
+            )
+    return [line.strip(_BLANK) for line in lines if line.strip()]

@@ -41,7 +41,9 @@ from lcm_jax.sampling.request import (
     Plan,
     Request,
     Settings,
+    check_memory,
     check_numbers,
+    check_texts,
     is_guided,
     make_plan,
     make_request,
@@ -186,6 +188,7 @@ class Generator:
           LcmError: images that are not finite.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        check_texts(prompts=prompts, negative_prompt=negative_prompt)
         check_numbers(seed, num_images=num_images, batch_size=batch_size)
         request = make_request(
             self.pipeline,
@@ -199,9 +202,8 @@ class Generator:
         )
         for warning in warnings(self.pipeline, request):
             logging.warning(warning)
-        jobs = [(prompt, number) for prompt in prompts for number in range(num_images)]
         found = []
-        for images in self.batches(request, jobs, seed, batch_size):
+        for images in self.batches(request, prompts, num_images, seed, batch_size):
             if bad := not_finite(images):
                 raise LcmError(
                     f"image {len(found) + bad[0]} is not finite, and would be black; try dtype float32, and check "
@@ -211,18 +213,32 @@ class Generator:
         return found
 
     def batches(
-        self, request: Request, jobs: Sequence[tuple[str, int]], seed: int, batch_size: int
+        self, request: Request, prompts: Sequence[str], num_images: int, seed: int, batch_size: int
     ) -> Iterator[np.ndarray]:
-        """Images of (prompt, number) jobs in order, float32 in [0, 1], [b H W 3]; b is `whole_batch(batch_size)`.
+        """`num_images` images of each prompt, in order, float32 in [0, 1], [b H W 3]; b is `whole_batch(batch_size)`.
 
-        The last batch is generated padded to the same size, so that it compiles nothing, and yielded cut. Fewer jobs
+        The last batch is generated padded to the same size, so that it compiles nothing, and yielded cut. Fewer images
         than `batch_size` are one batch of their own size.
+
+        Raises:
+          BadArgument: at once, for a batch that needs more memory than there is.
         """
-        size = self.whole_batch(min(batch_size, max(len(jobs), 1)))
-        for start in range(0, len(jobs), size):
-            some = jobs[start : start + size]
-            prompts, numbers = zip(*(some + [some[-1]] * (size - len(some))), strict=True)
-            yield self.generate(request, prompts, numbers, seed)[: len(some)]
+        total = len(prompts) * num_images
+        size = self.whole_batch(min(batch_size, max(total, 1)))
+        self.check_memory(request, size)
+
+        def generated() -> Iterator[np.ndarray]:
+            for start in range(0, total, size):
+                count = min(size, total - start)
+                jobs = [divmod(min(start + i, total - 1), num_images) for i in range(size)]
+                texts, numbers = [prompts[prompt] for prompt, _ in jobs], [number for _, number in jobs]
+                yield self.generate(request, texts, numbers, seed)[:count]
+
+        return generated()
+
+    def check_memory(self, request: Request, batch: int) -> None:
+        """Raises BadArgument for a batch that needs more memory than there is, see `request.check_memory`."""
+        check_memory(self.pipeline, request, batch, self.mesh, self.tiled)
 
     def whole_batch(self, batch_size: int) -> int:
         """`batch_size`, rounded up to a multiple of the devices."""

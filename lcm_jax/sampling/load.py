@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from lcm_jax import assets
 from lcm_jax.errors import BadArgument, LcmError
-from lcm_jax.pretrained import is_single_file, load_pipeline, lora_files, read_record
+from lcm_jax.pretrained import digests, is_single_file, load_pipeline, lora_files, read_record
 from lcm_jax.pretrained.model import Pipeline, PipelineParams, check_text_to_image, in_half_precision, recorded
 from lcm_jax.runtime.mesh import place
 from lcm_jax.sampling.generator import Generator
@@ -61,6 +61,10 @@ def load(
             "model_config", model_config, f"is for a single .safetensors file, which {source} is not; remove it"
         )
     pairs = [parse_lora(lora) if isinstance(lora, str) else lora for lora in loras]
+    others = {"unet": unet, "vae": vae}
+    digests.warn(assets.resolve(source), [part for part, other in others.items() if other])
+    for other in [*filter(None, others.values()), *(lora for lora, _ in pairs)]:
+        digests.warn(other)
     read = functools.partial(
         load_pipeline,
         assets.resolve(source),

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from lcm_jax import files
+
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """[0, 1] -> 0..255, rounded as diffusers rounds; NaN becomes black, see `not_finite`."""
@@ -29,8 +31,23 @@ def grid(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def write_png(path: Path, image: np.ndarray, about: Mapping[str, Any]) -> None:
-    """Writes uint8 [H W 3] as a PNG, with `about` in its text chunks."""
+    """Writes uint8 [H W 3] as a PNG, with `about` in its text chunks. Raises `files.CannotWrite`."""
     info = PngImagePlugin.PngInfo()
     for key, value in about.items():
-        info.add_itxt(key, str(value))
-    Image.fromarray(image).save(path, pnginfo=info)
+        info.add_itxt(key, text_of(value))
+    with files.new_file(path) as partial:
+        Image.fromarray(image).save(partial, "PNG", pnginfo=info)
+
+
+def read_about(path: Path) -> dict[str, str]:
+    """The text chunks of a PNG before its pixels; {} if it cannot be read."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return {key: str(value) for key, value in image.info.items() if isinstance(value, str)}
+    except Exception:  # whatever Pillow raises: it is none of ours
+        return {}
+
+
+def text_of(value: Any) -> str:
+    """`value` as the text of a chunk: UTF-8, also if it names a file whose name is not."""
+    return str(value).encode(errors="backslashreplace").decode()

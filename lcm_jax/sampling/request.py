@@ -4,19 +4,22 @@ request = make_request(pipeline, steps=4, guidance_scale=8)
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lcm_jax.diffusion import samplers, timesteps
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import BadArgument
 from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE, Pipeline, check_text_to_image
+from lcm_jax.runtime import memory
 
 SAMPLERS = tuple(samplers.SAMPLERS)
 MAX_STEPS = 50
+MAX_PROMPT = 100_000  # characters; a text encoder reads the first 77 tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +144,59 @@ def check_guidance_scale(scale: float | None) -> None:
     """Raises BadArgument unless it is None, or finite and at least 1."""
     if scale is not None and not 1.0 <= scale < float("inf"):
         raise BadArgument("guidance_scale", f"{scale:g}", "1 is no guidance; use 1 or more")
+
+
+def check_memory(pipeline: Pipeline, request: Request, batch: int, mesh: Mesh | None, tiled: bool) -> None:
+    """Raises BadArgument if a batch of images certainly needs more memory than there is: sizes that nobody means.
+
+    Counted are noise, text, one layer of the UNet and of the decoder, and the images; a batch that passes may still be
+    too large.
+    """
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    on_cpu, here, host = devices[0].platform == "cpu", memory.of_devices(devices), memory.of_host()
+
+    def lacking(images: int) -> tuple[int, int] | None:
+        """(bytes that this many need, bytes that are there), if they do not fit."""
+        device, machine = _bytes_needed(pipeline, request, images, len(devices), tiled)
+        pairs = [(device + machine, host)] if on_cpu else [(device, here), (machine, host)]
+        return next((pair for pair in pairs if pair[0] > pair[1]), None)
+
+    if found := lacking(batch):
+        name, value = ("height", request.height) if lacking(1) else ("batch_size", batch)
+        needed, there = (f"{count / memory.GIB:.1f} GiB" for count in found)
+        raise BadArgument(
+            name,
+            value,
+            f"{batch} images of {request.width} x {request.height} at once need {needed} of memory or more, {there} "
+            "are free; choose a smaller batch_size, height or width",
+        )
+
+
+def _bytes_needed(pipeline: Pipeline, request: Request, batch: int, devices: int, tiled: bool) -> tuple[int, int]:
+    """(bytes on each device, bytes on the host) that a batch needs at least."""
+    unet, vae = pipeline.unet, pipeline.vae
+    rows, pixels = -(-batch // devices), request.height * request.width
+    places = pixels // vae.factor**2
+    steps = request.settings.steps if request.settings.sampler == "lcm" else 1
+    noise = 4 * steps * batch * places * vae.latent_channels
+    text = 4 * batch * 77 * int(np.max(unet.cross_attention_dim))
+    images = 4 * batch * pixels * 3
+    widths = getattr(vae, "block_out_channels", (64,))[:2]  # its last block's output and input
+    decoder = 0 if tiled else rows * pixels * sum(widths) * np.dtype(vae.dtype).itemsize
+    layers = 2 * rows * places * unet.block_out_channels[0] * np.dtype(unet.dtype).itemsize
+    return noise + text + (0 if tiled else images) + max(decoder, layers), noise + 2 * images
+
+
+def check_texts(**texts: str | Sequence[str] | None) -> None:
+    """Raises BadArgument, which names the argument, for a text that is too long or not UTF-8, as shells can give it."""
+    for name, given in texts.items():
+        for text in [given] if isinstance(given, str) else given or ():
+            if len(text) > MAX_PROMPT:
+                raise BadArgument(name, f"{text[:40]}...", f"has {len(text)} characters; give at most {MAX_PROMPT}")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise BadArgument(name, ascii(text)[1:-1], "is not UTF-8; write it in UTF-8") from None
 
 
 def check_numbers(seed: int, **counts: int | None) -> None:

@@ -54,6 +54,7 @@ def compare(folder: str | Path, prompts: Sequence[str], steps: int = STEPS, seed
     model = load(folder)
     request = make_request(model.pipeline, steps=steps)
     size, numbers = (request.height, request.width), range(len(prompts))
+    model.check_memory(request, len(prompts))
     noise = model.noise(seed, numbers, steps, *size)
     with jax.default_matmul_precision("highest"):
         ours = model.generate(request, prompts, numbers, seed)

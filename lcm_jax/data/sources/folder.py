@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from lcm_jax.data import images
-from lcm_jax.data.records import BadRecord, BadRecordError, Record, digest_of, printable
+from lcm_jax.data.records import BadRecord, BadRecordError, Record, digest_of
 from lcm_jax.data.sources import parsing, tree
-from lcm_jax.errors import BadArgument
+from lcm_jax.errors import BadArgument, printable
 
 LISTS = ("metadata.jsonl", "metadata.csv")
 NOT_READ = "metadata.parquet"  # imagefolder allows it, too

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lcm_jax.data import images
-from lcm_jax.data.records import printable
 from lcm_jax.data.sources.parsing import TEXT_SUFFIXES
+from lcm_jax.errors import printable
 
 BESIDE = (*TEXT_SUFFIXES, "json")  # suffixes of files that describe the image of the same name
 
