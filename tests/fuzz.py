@@ -1,9 +1,9 @@
 """Fuzzes the readers of files: `make fuzz` (SECONDS=600 over all targets, TARGET=name for one of them).
 
-Each target runs in a process of its own, under a limit of memory, and is started again where one crashes. Atheris looks
-which branches of the package an input reaches and goes on from those; mutations keep the structure of the files. What is
-found is in .cache/fuzz/TARGET, one input for each kind: those that show a fault that is mended move to tests/fuzz_seeds,
-which `tests/test_fuzz.py` reads again. The exit code is 1 if anything was found.
+Each target runs in a process of its own, under a limit of memory, and is started again if it crashes. Atheris sees
+which branches of the package an input reaches and goes on from those; mutations keep the structure of the files. What
+is found is in .cache/fuzz/TARGET, one input for each kind, and a traceback beside it; the exit code is then 1. Once the
+fault is mended, the input moves to tests/fuzz_seeds/TARGET, which `tests/test_fuzz.py` reads again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SEEDS = Path(__file__).parent / "fuzz_seeds"
-MOST = 1 << 18  # bytes of an input
-HANGS = 60.0  # seconds without an execution, after which a process counts as hanging
+MOST = 1 << 20  # bytes of an input
+HANGS = 90.0  # seconds without an execution, after which a process counts as hanging
 
 
 class Report:
@@ -58,7 +58,8 @@ class Report:
     def write(self) -> None:
         self.written = time.monotonic()
         self.values["seconds"] = self.before + self.written - self.began
-        self.values["peak"] = max(self.values.get("peak", 0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        self.values["peak"] = max(self.values.get("peak", 0), peak)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.values))
         partial.replace(self.path)
@@ -80,7 +81,6 @@ def child(name: str, seconds: int, seed: int, work: Path, found: Path) -> None:
     import logging
 
     import fuzz_mutations
-
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.FATAL)
@@ -94,7 +94,8 @@ def child(name: str, seconds: int, seed: int, work: Path, found: Path) -> None:
     corpus.mkdir(exist_ok=True)
     for content in [*seeds, *(path.read_bytes() for path in sorted((SEEDS / name).glob("*")))]:
         (corpus / hashlib.sha1(content).hexdigest()).write_bytes(content)
-        fuzz_targets.fault(target, content, folder)  # whatever is imported or compiled once
+    for content in seeds:
+        target.read(content, folder)  # whatever is imported or compiled once
     limit_memory(target.memory)
 
     def one(content: bytes) -> None:
@@ -114,7 +115,7 @@ def child(name: str, seconds: int, seed: int, work: Path, found: Path) -> None:
         except Exception:  # what earlier mutations have left has no structure
             return fuzz_mutations.in_bytes(content, chance)[:most]
 
-    options = [f"-max_total_time={seconds}", f"-max_len={MOST}", f"-seed={seed}", "-timeout=0", "-rss_limit_mb=0"]
+    options = [f"-max_total_time={seconds}", f"-max_len={MOST}", f"-seed={seed}", "-timeout=60", "-rss_limit_mb=0"]
     atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={work}/", str(corpus)], one, custom_mutator=mutate)
     atheris.Fuzz()
 
@@ -125,7 +126,13 @@ def fuzz(name: str, seconds: float, seed: int, found: Path) -> dict:
     with tempfile.TemporaryDirectory(prefix=f"lcm_jax_fuzz_{name}_", dir=memory) as work:
         report, crashes, end = Path(work, "report.json"), 0, time.monotonic() + seconds
         while (left := end - time.monotonic()) > 1:
-            arguments = [name, f"--seconds={int(left)}", f"--seed={seed + crashes}", f"--child={work}", f"--out={found}"]
+            arguments = [
+                name,
+                f"--seconds={int(left)}",
+                f"--seed={seed + crashes}",
+                f"--child={work}",
+                f"--out={found}",
+            ]
             environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HOME": f"{work}/hub", "HF_HUB_OFFLINE": "1"}
             with open(Path(work, "log"), "wb") as log:
                 process = subprocess.Popen(
@@ -176,16 +183,18 @@ def main() -> int:
     if unknown := set(names) - fuzz_targets.TARGETS.keys():
         p.error(f"no target {', '.join(unknown)}; choose of {', '.join(fuzz_targets.TARGETS)}")
     faulty = False
-    print(f"{'target':12s} {'executions':>10s} {'faults':>6s} {'crashes':>7s} {'peak MiB':>8s} {'seconds':>7s}  seed {arguments.seed}")
+    heads = f"{'executions':>10s} {'faults':>6s} {'crashes':>7s} {'peak MiB':>8s} {'seconds':>7s}"
+    print(f"{'target':12s} {heads}  (seed {arguments.seed})")
     for name in names:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(arguments.out / name)
         got = fuzz(name, arguments.seconds / len(names), arguments.seed, arguments.out)
-        numbers = f"{got['executions']:10d} {len(got['faults']):6d} {got['crashes']:7d} {got['peak']:8d} {got['seconds']:7.0f}"
+        faults = got["faults"]
+        numbers = f"{got['executions']:10d} {len(faults):6d} {got['crashes']:7d} {got['peak']:8d} {got['seconds']:7.0f}"
         print(f"{name:12s} {numbers}", flush=True)
-        for kind, known in got["faults"].items():
-            faulty = True
-            print(f"    after {known['after']:.0f} s, {known['times']} times, {known['size']} bytes: {kind}", flush=True)
+        for kind, known in faults.items():
+            faulty, size = True, known["size"]
+            print(f"    after {known['after']:.0f} s, {known['times']} times, {size} bytes: {kind}", flush=True)
     if faulty:
         print(f"the inputs are in {arguments.out}")
     return int(faulty)

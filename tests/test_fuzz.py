@@ -1,6 +1,5 @@
 """Inputs that fuzzing has found, read again: each is read or refused in one line. `make fuzz` looks for others."""
 
-from pathlib import Path
 from random import Random
 
 import fuzz
