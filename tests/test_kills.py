@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -112,30 +113,35 @@ class Ended:
     what: str = field(default="")
 
 
-def start(arguments: list[str], log: Path) -> subprocess.Popen:
+def start(arguments: list[str], stderr: IO | int, before: Callable[[], None] | None = None) -> subprocess.Popen:
+    """The program. before: called in its process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # every program compiles once, in the first run
-    with open(log, "wb") as stream:
-        return subprocess.Popen(
-            [sys.executable, "-m", f"lcm_jax.{arguments[0]}", *arguments[1:]],
-            cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=stream,
-        )  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", f"lcm_jax.{arguments[0]}", *arguments[1:]],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        preexec_fn=before,
+    )
 
 
-def undisturbed(arguments: list[str], log: Path) -> Ended:
+def undisturbed(arguments: list[str], before: Callable[[], None] | None = None) -> Ended:
     began = time.monotonic()
-    process = start(arguments, log)
+    process = start(arguments, subprocess.PIPE, before)
     try:
-        code = process.wait(LIMIT)
+        _, output = process.communicate(timeout=LIMIT)
     finally:
         process.kill()
-    return Ended(code, log.read_text(errors="replace").splitlines(), time.monotonic() - began)
+    return Ended(process.returncode, output.decode(errors="replace").splitlines(), time.monotonic() - began)
 
 
 def killed(arguments: list[str], log: Path, out: Path, number: int, seconds: float, chance: random.Random) -> Ended:
     """The program, which gets a signal once: after a part of `seconds`, or as it writes."""
     began = time.monotonic()
-    process = start(arguments, log)
+    with open(log, "wb") as stream:
+        process = start(arguments, stream)
     try:
         _package_begun(process)
         if chance.random() < 0.5:
@@ -213,7 +219,7 @@ def check_whole(out: Path) -> None:
 
 def left_over(out: Path) -> list[str]:
     """Names that a completed command must not leave in or beside `out`."""
-    names = [path for path in out.parent.rglob("*") if path.name != "log"]
+    names = out.parent.rglob("*")
     odd = re.compile(r"\..*|.*\.(partial|removed|tmp)(\..*)?|tmp.*")
     return [str(path) for path in names if odd.fullmatch(path.name) and not LOCKS.fullmatch(path.name)]
 
@@ -240,7 +246,7 @@ def check_end(end: Ended, number: int, usual: set[str]) -> None:
 def finished(tmp_path_factory) -> Path:
     """The folder of a finished training, from which exports are made."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    end = undisturbed(["train", *TRAIN, f"--workdir={folder}"], folder.parent / "log")
+    end = undisturbed(["train", *TRAIN, f"--workdir={folder}"])
     assert end.code == 0, end.lines
     return folder
 
@@ -254,7 +260,7 @@ def test_killed_at_any_moment(tmp_path, finished, name):
     usual = undisturbed(program.command(reference, finished), log)  # compiles
     assert usual.code == 0, usual.lines
     shutil.rmtree(reference.parent)
-    usual = undisturbed(program.command(reference, finished), log)
+    usual = undisturbed(program.command(reference, finished))
     assert usual.code == 0, usual.lines
     expected, shapes = program.contents(reference), {shape(line) for line in usual.lines}
     codes = collections.Counter()
@@ -269,7 +275,7 @@ def test_killed_at_any_moment(tmp_path, finished, name):
                 continue  # an earlier one of this series came to its end
             check_end(end, number, shapes)
             check_whole(out)
-        end = undisturbed(command, log)
+        end = undisturbed(command)
         if not (end.code == 2 and program.may_exist and "exist" in end.lines[-1]):
             assert end.code == 0, "\n".join(end.lines)
             assert left_over(out) == []
