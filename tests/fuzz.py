@@ -134,6 +134,7 @@ def fuzz(name: str, seconds: float, seed: int, found: Path) -> dict:
                 f"--out={found}",
             ]
             environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HOME": f"{work}/hub", "HF_HUB_OFFLINE": "1"}
+            environment["MALLOC_ARENA_MAX"] = "1"  # else each thread reserves 64 MiB of addresses
             with open(Path(work, "log"), "wb") as log:
                 process = subprocess.Popen(
                     [sys.executable, __file__, *arguments], stdout=log, stderr=log, env=environment, cwd=ROOT

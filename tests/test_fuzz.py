@@ -56,7 +56,7 @@ def test_a_mutation_is_given_by_its_seed(target):
         (b"nameless", "name LcmError test_fuzz.read"),
         (b"wrong", "WrongError it is wrong"),
         (b"fail", "ZeroDivisionError test_fuzz.read"),
-        (b"wait", "TooSlowError test_fuzz.read"),
+        (b"wait", "TooSlowError fuzz_targets.end"),
         (b"system", "OSError test_fuzz.read"),
     ],
 )
