@@ -38,7 +38,7 @@ from lcm_jax.errors import LcmError
 from lcm_jax.metrics import statistics
 from lcm_jax.metrics.networks import torch_file
 from lcm_jax.pretrained import load_pipeline, lora_files, lora_keys, safetensors_io
-from lcm_jax.pretrained.tokenizer import load_tokenizer, tokenize
+from lcm_jax.pretrained.tokenizer import tokenize
 from lcm_jax.runtime import boards, checkpoints, lost, telemetry, workdir
 
 SECONDS = 5.0  # of all processors together that one input may take
@@ -255,16 +255,20 @@ def _(content: bytes, folder: Path) -> None:
 
 
 def _tokenizer(folder: Path) -> list[bytes]:
-    files = {name: text for name, text in _tiny_folder().items() if name.startswith("tokenizer/")}
+    """The tokenizer's files; a tokenizer is read with its text encoder, here that of "shapes"."""
+    encoder = Path(assets.resolve("shapes"), "text_encoder")
+    files = dict(_tiny_folder()) | {f"text_encoder/{path.name}": path.read_bytes() for path in encoder.iterdir()}
+    unet = json.loads(files["unet/config.json"])
+    files["unet/config.json"] = _json(**{**unet, "cross_attention_dim": 96})
     _write(folder, files)
-    return _of_files(files)
+    return _of_files({name: text for name, text in files.items() if name.startswith("tokenizer/")})
 
 
 @_target("tokenizer", _in_named, _tokenizer)
 def _(content: bytes, folder: Path) -> None:
     with _exchanged(content, folder) as path:
         if path is not None:
-            found = load_tokenizer(folder / "tokenizer", 24)
+            found = load_pipeline(folder, weights=("text_encoder",))[0].tokenizer
             if type(found.length) is not int or not 2 <= found.length <= 10_000:
                 raise WrongError("the tokenizer's length is no length")
             ids = tokenize(found, ["a red star", ""])
@@ -510,7 +514,7 @@ def _read_source(source: Any, folder: Path) -> list[Any]:
 
 @functools.cache
 def _words() -> Any:
-    return load_tokenizer(Path(assets.resolve("shapes"), "tokenizer"), 24)
+    return load_pipeline(assets.resolve("shapes"), weights=("text_encoder",))[0].tokenizer
 
 
 def _tar(**members: bytes) -> bytes:

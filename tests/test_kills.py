@@ -257,7 +257,7 @@ def test_killed_at_any_moment(tmp_path, finished, name):
     program, chance = PROGRAMS[name], random.Random(f"{name} {os.environ.get('LCM_JAX_KILLS_SEED', '')}")
     log = tmp_path / "log"
     reference = tmp_path / "reference" / program.name
-    usual = undisturbed(program.command(reference, finished), log)  # compiles
+    usual = undisturbed(program.command(reference, finished))  # compiles
     assert usual.code == 0, usual.lines
     shutil.rmtree(reference.parent)
     usual = undisturbed(program.command(reference, finished))
