@@ -3,7 +3,8 @@
 Each target runs in a process of its own, under a limit of memory, and is started again if it crashes. Atheris sees
 which branches of the package an input reaches and goes on from those; mutations keep the structure of the files. What
 is found is in .cache/fuzz/TARGET, one input for each kind, and a traceback beside it; the exit code is then 1. Once the
-fault is mended, the input moves to tests/fuzz_seeds/TARGET, which `tests/test_fuzz.py` reads again.
+faults are mended, `python tests/fuzz.py --keep` copies the inputs to tests/fuzz_seeds, compressed because many repeat
+themselves, and `tests/test_fuzz.py` reads them again.
 """
 
 from __future__ import annotations
@@ -14,18 +15,34 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SEEDS = Path(__file__).parent / "fuzz_seeds"
 MOST = 1 << 20  # bytes of an input
 HANGS = 90.0  # seconds without an execution, after which a process counts as hanging
+
+
+def kept(name: str) -> dict[str, bytes]:
+    """Name -> input of a target, as `keep` has stored them."""
+    return {path.name: zlib.decompress(path.read_bytes()) for path in sorted((SEEDS / name).glob("*"))}
+
+
+def keep(found: Path) -> None:
+    """Copies inputs to SEEDS. One that is known under another name is left out."""
+    for path in sorted(path for path in found.glob("*/*") if path.suffix != ".txt"):
+        name, content = path.parent.name, path.read_bytes()
+        if content not in kept(name).values():
+            (SEEDS / name).mkdir(parents=True, exist_ok=True)
+            (SEEDS / name / path.name).write_bytes(zlib.compress(content, 9))
 
 
 class Report:
@@ -50,7 +67,7 @@ class Report:
         if len(content) < known["size"]:
             known["size"] = len(content)
             self.found.mkdir(parents=True, exist_ok=True)
-            name = hashlib.sha256(kind.encode()).hexdigest()[:12]
+            name = re.sub(r"\W+", "_", kind)[:80].strip("_")
             (self.found / name).write_bytes(content)
             (self.found / f"{name}.txt").write_text(f"{kind}\n\n{text}", "utf-8", "backslashreplace")
         self.write()
@@ -92,7 +109,7 @@ def child(name: str, seconds: int, seed: int, work: Path, found: Path) -> None:
     seeds = target.seeds(folder)
     corpus = work / "corpus"
     corpus.mkdir(exist_ok=True)
-    for content in [*seeds, *(path.read_bytes() for path in sorted((SEEDS / name).glob("*")))]:
+    for content in [*seeds, *kept(name).values()]:
         (corpus / hashlib.sha1(content).hexdigest()).write_bytes(content)
     for content in seeds:
         target.read(content, folder)  # whatever is imported or compiled once
@@ -172,11 +189,15 @@ def main() -> int:
     p.add_argument("--seconds", type=int, default=600, help="spread over the targets")
     p.add_argument("--seed", type=int, default=int(time.time()) % 2**31)
     p.add_argument("--out", type=Path, default=ROOT / ".cache" / "fuzz", help="folder of what is found")
+    p.add_argument("--keep", action="store_true", help="copy what was found to tests/fuzz_seeds")
     p.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = p.parse_args()
     if arguments.child:
         (name,) = arguments.targets
         child(name, arguments.seconds, arguments.seed, arguments.child, arguments.out / name)
+        return 0
+    if arguments.keep:
+        keep(arguments.out)
         return 0
     import fuzz_targets
 

@@ -7,8 +7,6 @@ import fuzz_mutations as mutations
 import fuzz_targets
 import pytest
 
-KEPT = sorted(path for path in fuzz.SEEDS.glob("*/*"))
-
 
 @pytest.fixture(scope="module", params=fuzz_targets.TARGETS)
 def target(request, tmp_path_factory):
@@ -25,13 +23,23 @@ def test_a_target_reads_its_good_inputs(target):
 
 def test_inputs_that_were_found(target):
     name, found, folder, _ = target
-    for path in KEPT:
-        if path.parent.name == name:
-            assert (what := fuzz_targets.fault(found, path.read_bytes(), folder)) is None, f"{path.name}: {what}"
+    for kind, content in fuzz.kept(name).items():
+        assert (what := fuzz_targets.fault(found, content, folder)) is None, f"{kind}: {what}"
 
 
 def test_every_kept_input_has_a_target():
-    assert {path.parent.name for path in KEPT} <= fuzz_targets.TARGETS.keys()
+    assert {path.name for path in fuzz.SEEDS.iterdir()} <= fuzz_targets.TARGETS.keys()
+
+
+def test_found_inputs_are_kept_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "SEEDS", tmp_path / "seeds")
+    report = fuzz.Report(tmp_path / "report.json", tmp_path / "found" / "pth")
+    for content in (b"long " * 100, b"short", b"longer"):
+        report.add("TypeError reader.read", "a traceback", content)
+    report.add("KeyError reader.read", "a traceback", b"short")
+    fuzz.keep(tmp_path / "found")
+    assert fuzz.kept("pth") == {"KeyError_reader_read": b"short"}
+    assert fuzz.kept("images") == {}
 
 
 def test_a_few_mutations(target):
