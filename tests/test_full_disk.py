@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from test_kills import PROGRAMS, RUN, TRAIN, Ended, check_whole, left_over, shape, undisturbed
-from test_kills import finished as finished
+from test_kills import finished as finished  # a fixture
 
 CAPTIONED = ("--config=configs/shapes_lcm.py", "--config.data.source=webdataset", "--config.data.batch_size=4")
 
@@ -27,11 +27,13 @@ class Case:
       command: (out, finished run) -> arguments.
       limit: bytes.
       name: of `out`.
+      of_run: whether it needs a finished training.
     """
 
     command: Callable[[Path, Path], list[str]]
     limit: int
     name: str = "out"
+    of_run: bool = False
 
 
 def shards(out: Path, run: Path) -> list[str]:
@@ -51,7 +53,9 @@ def shards(out: Path, run: Path) -> list[str]:
 
 
 def exported(form: str, name: str) -> Case:
-    return Case(lambda out, run: ["export", f"--workdir={run}", f"--out={out}", f"--format={form}"], 100_000, name)
+    return Case(
+        lambda out, run: ["export", f"--workdir={run}", f"--out={out}", f"--format={form}"], 100_000, name, True
+    )
 
 
 CASES = {
@@ -80,8 +84,9 @@ def limited(arguments: list[str], limit: int) -> Ended:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_a_file_that_does_not_fit(tmp_path, finished, name):  # noqa: F811
+def test_a_file_that_does_not_fit(tmp_path, request, name):
     case = CASES[name]
+    finished = request.getfixturevalue("finished") if case.of_run else tmp_path
     out = tmp_path / "place" / case.name
     command = case.command(out, finished)
     end = limited(command, case.limit)
@@ -100,7 +105,7 @@ def test_a_file_that_does_not_fit(tmp_path, finished, name):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_metrics_that_do_not_fit(tmp_path, finished):  # noqa: F811
+def test_metrics_that_do_not_fit(tmp_path):
     """A run that resumes and cannot append to metrics.jsonl: the step that was done is saved."""
     out = tmp_path / "place" / "out"
     command = ["train", *TRAIN, "--config.sample.every=0", "--config.checkpoint.every=100", f"--workdir={out}"]

@@ -45,15 +45,15 @@ class Program:
     """A program whose result is the folder, or the file, `out`.
 
     Attributes:
-      command: (out, folder of a finished training) -> its arguments.
+      command: (out, folder of a finished training, if it needs one) -> its arguments.
       contents: out -> what two runs must have in common, bit for bit.
-      may_exist: whether the command refuses an `out` that is complete.
+      of_run: whether it needs a finished training; it then refuses an `out` that is complete.
     """
 
     command: Callable[[Path, Path], list[str]]
     contents: Callable[[Path], dict[str, object]]
     name: str = "out"
-    may_exist: bool = False
+    of_run: bool = False
 
 
 def bytes_of(out: Path) -> dict[str, bytes]:
@@ -85,7 +85,7 @@ def evaluated(out: Path) -> dict[str, object]:
 PROGRAMS = {
     "train": Program(lambda out, run: ["train", *TRAIN, f"--workdir={out}"], trained),
     "precompute": Program(lambda out, run: ["precompute", *RUN, "--shard_size=4", f"--out={out}"], bytes_of),
-    "export": Program(lambda out, run: ["export", f"--workdir={run}", f"--out={out}"], bytes_of, may_exist=True),
+    "export": Program(lambda out, run: ["export", f"--workdir={run}", f"--out={out}"], bytes_of, of_run=True),
     "sample": Program(
         lambda out, run: [
             *("sample", "--model=shapes", "--sampler=ddim", "--steps=2", "--num_images=8", "--batch_size=2"),
@@ -253,7 +253,8 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_killed_at_any_moment(tmp_path, finished, name):
+def test_killed_at_any_moment(tmp_path, request, name):
+    finished = request.getfixturevalue("finished") if PROGRAMS[name].of_run else tmp_path
     program, chance = PROGRAMS[name], random.Random(f"{name} {os.environ.get('LCM_JAX_KILLS_SEED', '')}")
     log = tmp_path / "log"
     reference = tmp_path / "reference" / program.name
@@ -271,12 +272,12 @@ def test_killed_at_any_moment(tmp_path, finished, name):
             number = SIGNALS[index % len(SIGNALS)]
             end = killed(command, log, out, number, usual.seconds, chance)
             codes[f"{signal.Signals(number).name} {end.code}"] += 1
-            if end.code == 2 and program.may_exist and "exist" in end.lines[-1]:
+            if end.code == 2 and program.of_run and "exist" in end.lines[-1]:
                 continue  # an earlier one of this series came to its end
             check_end(end, number, shapes)
             check_whole(out)
         end = undisturbed(command)
-        if not (end.code == 2 and program.may_exist and "exist" in end.lines[-1]):
+        if not (end.code == 2 and program.of_run and "exist" in end.lines[-1]):
             assert end.code == 0, "\n".join(end.lines)
             assert left_over(out) == []
         check_whole(out)
