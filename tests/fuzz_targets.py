@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import fuzz_mutations as mutations
 import numpy as np
@@ -697,7 +698,6 @@ def _run(folder: Path) -> list[bytes]:
     files["checkpoints/2/" + checkpoints.DIGESTS_FILE] = files.pop("checkpoints/2/sha256.json")
     files["checkpoints/2/" + checkpoints.METRICS_FILE] = files.pop("checkpoints/2/metrics.json")
     _write(folder, {name: content for name, content in files.items() if content})
-    telemetry.boards.start = lambda *_: []  # type: ignore[assignment]
     checkpoints.write_digests(folder / "checkpoints" / "2")
     kept = {name: (folder / name).read_bytes() for name in files if not name.endswith("state")}
     return _of_files(kept)
@@ -727,14 +727,11 @@ def _(content: bytes, folder: Path) -> None:
             raise WrongError("the goodput is no share")
         kept = {name: (folder / name).read_bytes() for name in (telemetry.METRICS_FILE, telemetry.EVENTS_FILE)}
         try:
-            telemetry.Telemetry(folder, telemetry.RunInfo(10, 4, start_step=2)).close()
+            with mock.patch.object(boards, "start", lambda *_: []):
+                telemetry.Telemetry(folder, telemetry.RunInfo(10, 4, start_step=2)).close()
         finally:
             _write(folder, kept)
-        before = sys.modules.get("wandb")
-        sys.modules["wandb"] = typing.cast(Any, _Wandb())
-        try:
+        with mock.patch.dict(sys.modules, wandb=_Wandb()):
             boards.WeightsAndBiases(folder, "p")
-        finally:
-            sys.modules.pop("wandb") if before is None else sys.modules.update(wandb=before)
         checkpoints.tidy(folder / "checkpoints", "loss")
         checkpoints.find_damage(folder / "checkpoints", 2)
