@@ -32,11 +32,11 @@ import numpy as np
 from PIL import Image
 
 from lcm_jax import assets, sample
-from lcm_jax.data import images
+from lcm_jax.data import cache, images
 from lcm_jax.data.records import BadRecordError
 from lcm_jax.data.sources import open_source, tar_index
 from lcm_jax.errors import LcmError
-from lcm_jax.metrics import statistics
+from lcm_jax.metrics import statistics, table
 from lcm_jax.metrics.networks import torch_file
 from lcm_jax.pretrained import load_pipeline, lora_files, lora_keys, safetensors_io
 from lcm_jax.pretrained.tokenizer import tokenize
@@ -84,7 +84,7 @@ def fault(target: Target, content: bytes, folder: Path) -> tuple[str, str] | Non
             target.read(content, folder)
     except (LcmError, OSError) as error:
         message = str(error)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and not isinstance(error, LcmError) and error.filename is None:
             return _kind(error), f"an OSError without a file name: {traceback.format_exc()}"
         if not _one_line(message):
             return f"lines {_kind(error)}", f"not one line: {message!r}"
@@ -134,7 +134,10 @@ def _in_time() -> Iterator[None]:
 
 def _check_finite(what: str, *values: Any) -> None:
     for value in values:
-        if not np.isfinite(np.asarray(value, np.complex128 if np.iscomplexobj(value) else np.float64)).all():
+        array = np.asarray(value)
+        if array.dtype.kind not in "fiuc":
+            raise WrongError(f"{what} is no number")
+        if not np.isfinite(array).all():
             raise WrongError(f"{what} is not finite")
 
 
@@ -644,6 +647,68 @@ def _(content: bytes, folder: Path) -> None:
         except Exception:  # no table that parquet can hold
             return
     _read_source(open_source("huggingface", str(folder / "set")), folder)
+
+
+def _cache(folder: Path) -> list[bytes]:
+    """A manifest, and the list of bad records; the shard's rows are not read."""
+    shard = {"file": "latents-00-00000.array_record", "rows": 2, "bytes": 3}
+    arrays = [{"name": "mean", "dtype": "float32", "shapes": [[2, 2, 4]]}]
+    manifest = _json(format=cache.FORMAT, groups=[{"rows": 2, "shards": [shard]}], arrays=arrays, fingerprint={})
+    bad = _json(shard="0.tar", key="a", reason="no caption") + b"\n"
+    found = {cache.MANIFEST: manifest, cache.BAD_RECORDS: bad}
+    _write(folder, {**found, shard["file"]: b"abc"})
+    return _of_files(found)
+
+
+@_target("cache", _in_named, _cache)
+def _(content: bytes, folder: Path) -> None:
+    with _exchanged(content, folder) as path:
+        if path is not None:
+            found = cache.open(folder)
+            if len(found) < 0:
+                raise WrongError("a cache of fewer than no rows")
+            for bad in found.bad_records():
+                if not _one_line(str(bad)):
+                    raise WrongError("the reason of a bad record is not one line")
+
+
+def _table(folder: Path) -> list[bytes]:
+    """A row, and the table of it."""
+    shared = {"seed": 0, "pictures": 8, "prompts": {"from": "a", "sha256": "b"}, "height": 64, "width": 64}
+    program = {"dtype": "float32", "negative_prompt": None, "tiled": False, "fsdp": 1, "timings": 1, "batch_size": 4}
+    program |= {"device": "1 x cpu"}
+    row = {"model": "m", "sampler": "ddim", "steps": 1, "guidance_scale": 8.0, "evaluations": 2, "values": {"fid": 1.0}}
+    row |= {"milliseconds": 4.5, "quartiles": [4.0, 5.0], "timings": 1, "compile_seconds": 9.0}
+    settings = {
+        "model": {"unet": "c"},
+        "program": program,
+        "sampling": {"sampler": "ddim", "steps": 1, "spacing": "trailing"},
+    }
+    files = {"rows/a.json": _json(**row, comparison={**shared, "metrics": {}}, settings=settings)}
+    models = {"m": {"model": {"unet": "c"}, "program": program}}
+    rows = [{**row, "settings": {"sampling": settings["sampling"]}}]
+    files["table.json"] = _json(**shared, metrics={}, notes=[], models=models, rows=rows)
+    _write(folder, files)
+    return _of_files(files)
+
+
+@_target("table", _in_named, _table)
+def _(content: bytes, folder: Path) -> None:
+    with _exchanged(content, folder) as path:
+        if path is not None:
+            comparison = {
+                "seed": 0,
+                "pictures": 8,
+                "prompts": {"sha256": "b"},
+                "height": 64,
+                "width": 64,
+                "metrics": {},
+            }
+            table.check_comparable(folder, table.read_rows(folder), comparison)
+            if rows := table.read_rows(folder):
+                table.markdown(rows)
+            if rows := table.read(folder):
+                table.markdown(rows)
 
 
 # Texts
