@@ -3,8 +3,7 @@
 Each target runs in a process of its own, under a limit of memory, and is started again if it crashes. Atheris sees
 which branches of the package an input reaches and goes on from those; mutations keep the structure of the files. What
 is found is in .cache/fuzz/TARGET, one input for each kind, and a traceback beside it; the exit code is then 1. Once the
-faults are mended, `python tests/fuzz.py --keep` copies the inputs to tests/fuzz_seeds, compressed because many repeat
-themselves, and `tests/test_fuzz.py` reads them again.
+faults are mended, `python tests/fuzz.py --keep` adds the inputs to tests/fuzz_seeds, which `tests/test_fuzz.py` reads.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -32,17 +31,25 @@ HANGS = 90.0  # seconds without an execution, after which a process counts as ha
 
 
 def kept(name: str) -> dict[str, bytes]:
-    """Name -> input of a target, as `keep` has stored them."""
-    return {path.name: zlib.decompress(path.read_bytes()) for path in sorted((SEEDS / name).glob("*"))}
+    """Kind of fault -> input of a target, as `keep` has stored them."""
+    path = SEEDS / f"{name}.zip"
+    if not path.exists():
+        return {}
+    with zipfile.ZipFile(path) as archive:
+        return {kind: archive.read(kind) for kind in archive.namelist()}
 
 
 def keep(found: Path) -> None:
-    """Copies inputs to SEEDS. One that is known under another name is left out."""
-    for path in sorted(path for path in found.glob("*/*") if path.suffix != ".txt"):
-        name, content = path.parent.name, path.read_bytes()
-        if content not in kept(name).values():
-            (SEEDS / name).mkdir(parents=True, exist_ok=True)
-            (SEEDS / name / path.name).write_bytes(zlib.compress(content, 9))
+    """Adds inputs to SEEDS. One that is known under another name is left out."""
+    for folder in sorted(path for path in found.iterdir() if path.is_dir()):
+        known = kept(folder.name)
+        for path in sorted(path for path in folder.iterdir() if path.suffix != ".txt"):
+            if (content := path.read_bytes()) not in known.values():
+                known[path.name] = content
+        SEEDS.mkdir(exist_ok=True)
+        with zipfile.ZipFile(SEEDS / f"{folder.name}.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+            for kind in sorted(known):
+                archive.writestr(zipfile.ZipInfo(kind), known[kind], zipfile.ZIP_DEFLATED)  # without today's time
 
 
 class Report:
@@ -189,7 +196,7 @@ def main() -> int:
     p.add_argument("--seconds", type=int, default=600, help="spread over the targets")
     p.add_argument("--seed", type=int, default=int(time.time()) % 2**31)
     p.add_argument("--out", type=Path, default=ROOT / ".cache" / "fuzz", help="folder of what is found")
-    p.add_argument("--keep", action="store_true", help="copy what was found to tests/fuzz_seeds")
+    p.add_argument("--keep", action="store_true", help="add what was found to tests/fuzz_seeds")
     p.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = p.parse_args()
     if arguments.child:

@@ -28,7 +28,7 @@ def test_inputs_that_were_found(target):
 
 
 def test_every_kept_input_has_a_target():
-    assert {path.name for path in fuzz.SEEDS.iterdir()} <= fuzz_targets.TARGETS.keys()
+    assert {path.stem for path in fuzz.SEEDS.iterdir()} <= fuzz_targets.TARGETS.keys()
 
 
 def test_found_inputs_are_kept_once(tmp_path, monkeypatch):
