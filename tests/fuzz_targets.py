@@ -653,7 +653,18 @@ def _cache(folder: Path) -> list[bytes]:
     """A manifest, and the list of bad records; the shard's rows are not read."""
     shard = {"file": "latents-00-00000.array_record", "rows": 2, "bytes": 3}
     arrays = [{"name": "mean", "dtype": "float32", "shapes": [[2, 2, 4]]}]
-    manifest = _json(format=cache.FORMAT, groups=[{"rows": 2, "shards": [shard]}], arrays=arrays, fingerprint={})
+    groups, data = [{"rows": 2, "shards": [shard]}], {"source": "shapes", "split": "train"}
+    manifest = _json(
+        **{
+            "format": cache.FORMAT,
+            "made_by": "lcm_jax",
+            "fingerprint": {"resolution": 16},
+            "text": "ids",
+            "variants": 1,
+        },
+        **{"dtype": "float32", "shard_size": 2, "seed": 0, "compute_dtype": "float32", "data": data, "examples": [2]},
+        **{"arrays": arrays, "groups": groups, "faults": 0, "bad_records": 0},
+    )
     bad = _json(shard="0.tar", key="a", reason="no caption") + b"\n"
     found = {cache.MANIFEST: manifest, cache.BAD_RECORDS: bad}
     _write(folder, {**found, shard["file"]: b"abc"})
