@@ -20,6 +20,7 @@ import sys
 import tarfile
 import traceback
 import typing
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -80,7 +81,7 @@ TARGETS: dict[str, Target] = {}
 def fault(target: Target, content: bytes, folder: Path) -> tuple[str, str] | None:
     """(its kind, a traceback or a message), if reading an input did something else than to succeed or to refuse."""
     try:
-        with _in_time(), contextlib.redirect_stderr(io.StringIO()):
+        with _in_time(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
             target.read(content, folder)
     except (LcmError, OSError) as error:
         message = str(error)
