@@ -366,11 +366,8 @@ def _singles(folder: Path) -> list[bytes]:
 def _(content: bytes, folder: Path) -> None:
     path = folder / "one.safetensors"
     path.write_bytes(content)
-    pipeline, params = load_pipeline(path, config=folder / "config")
-    _check_modules(pipeline)
-    import jax
-
-    _check_finite("a weight", *jax.tree.leaves(params))
+    pipeline, _ = load_pipeline(path, config=folder / "config")
+    _check_modules(pipeline)  # weights that are not finite are told by the images
 
 
 @functools.cache
@@ -730,7 +727,7 @@ def _prompts(folder: Path) -> list[bytes]:
     return [b"a red star\na blue circle\r\n\n a dog \n"]
 
 
-@_target("prompts", mutations.in_text, _prompts)
+@_target("prompts", mutations.in_text, _prompts, names=("--prompts",))
 def _(content: bytes, folder: Path) -> None:
     path = folder / "prompts.txt"
     path.write_bytes(content)
