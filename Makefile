@@ -9,10 +9,11 @@ CORE   := $(VENV)/.core
 TESTS  := $(VENV)/.tests
 TESTS_CORE := $(VENV)/.tests-core
 CLIENTS := .cache/clients
+FUZZ   := $(VENV)/.fuzz
 DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
 
 .PHONY: help demo demo-full notebooks test test-core test-parity test-mutants test-slow test-slow-part test-gpu \
-  test-tpu-aot test-clients lint install install-test clean
+  test-tpu-aot test-clients fuzz lint install install-test clean
 
 help:
 	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about five minutes"
@@ -24,6 +25,7 @@ help:
 	@echo "make test-clients  programs that nobody here wrote, on our files: stable-diffusion.cpp, LyCORIS; minutes, 13 GB"
 	@echo "make test-parity   tests against torch and closed forms, and which come nearest to their bounds"
 	@echo "make test-mutants  wrong answers that the tests must notice, one after another: 15 minutes"
+	@echo "make fuzz       odd files for every reader, SECONDS=600 in all; TARGET=lora: one of them"
 	@echo "make lint       ruff, and its formatter    make clean"
 
 $(PY):
@@ -41,6 +43,10 @@ $(TESTS): $(CORE)
 
 $(TESTS_CORE): $(CORE)
 	$(PIP) --editable '.[test-core]'
+	@touch $@
+
+$(FUZZ): $(TESTS)
+	$(PIP) --editable '.[fuzz]'
 	@touch $@
 
 install: $(CORE)
@@ -82,6 +88,12 @@ test-slow: $(TESTS)
 DAY ?= $(shell date +%j)
 test-slow-part: $(TESTS)
 	$(PYTEST) -m slow --part=$(DAY)/14
+
+# SECONDS are spread over the readers; TARGET, one of them or several, is in tests/fuzz_targets.py.
+SECONDS ?= 600
+TARGET  ?=
+fuzz: $(FUZZ)
+	$(PY) tests/fuzz.py --seconds=$(SECONDS) $(TARGET)
 
 # The accelerator's own jax comes from the extras "cuda" or "tpu".
 test-gpu: $(TESTS)

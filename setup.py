@@ -50,6 +50,7 @@ setup(
         "notebooks": NOTEBOOKS,  # 05 needs "torch", too
         "test": [*TEST_CORE, *TORCH],  # TORCH: the tests' oracles
         "test-core": TEST_CORE,  # for `make test-core`, where there is no torch for this Python
+        "fuzz": ["atheris>=3"],  # for `make fuzz`, beside "test"
         "cuda": [f"jax[cuda13]{JAX}"],
         "tpu": [f"jax[tpu]{JAX}"],  # lcm_jax.aot needs this extra, and no TPU
         "wandb": ["wandb"],
