@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -151,7 +150,7 @@ def run() -> None:
     found = {"topology": values.topology, "slices": config.mesh.slices} | found
     print(roofline.text(found), end="")
     if values.out:
-        with files.new_file(Path(values.out)) as partial:
+        with files.new_file(files.expanded(values.out)) as partial:
             partial.write_text(json.dumps(found, indent=2) + "\n")
 
 

@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add("--row", action="append", required=True, metavar="SAMPLER:STEPS[:SCALE]", help=rows_help)
     metrics_help = f"{', '.join(measures.KINDS)}; may be given several times; default: latency alone"
     add("--metric", action="append", default=[], metavar="NAME[:WEIGHTS]", help=metrics_help)
-    add("--prompts", type=Path, help="text file, one prompt per line")
+    add("--prompts", type=files.expanded, help="text file, one prompt per line")
     add("--source", choices=tuple(SOURCES), help="data source of captions, and of reference images")
     add("--path", help="of the data source")
     add("--split", help="of the data source; default: heldout for shapes, else train")
@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     add("--style", help="of the source shapes")
     add("--count", type=int, help=f"images per row; default: one of each prompt, {SOURCE_COUNT} of a source")
     reference_help = "statistics or images to compare with; may be given several times; default: the source's images"
-    add("--reference", action="append", type=Path, default=[], metavar="FILE.npz|FOLDER", help=reference_help)
+    add("--reference", action="append", type=files.expanded, default=[], metavar="FILE.npz|FOLDER", help=reference_help)
     add("--references", type=int, help="number of the source's images to compare with; default: --count")
     add("--spacing", choices=SPACINGS, default="trailing", help="of the timesteps of samplers other than lcm")
     add("--endpoint_steps", type=int, default=50, help="steps of the teacher's ODE for the one-step error of shapes")
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=16, help="images generated at once")
     add("--timings", type=int, default=10, help="the least number of batches that a latency is the median of")
     add("--plot", action=argparse.BooleanOptionalAction, default=True, help="plot.png, with matplotlib")
-    add("--out", type=Path, required=True, help="folder of the table; may have rows already")
+    add("--out", type=files.expanded, required=True, help="folder of the table; may have rows already")
     return p
 
 
@@ -240,7 +240,6 @@ def load_endpoints(
 
 def run(args: argparse.Namespace) -> list[Path]:
     """Measures the rows that are missing; returns the files of the table."""
-    args.out = args.out.expanduser()
     check_flags(args)
     rows, specs = parse_rows(args.row), measures.parse(args.metric)
     found = read_inputs(args)

@@ -53,8 +53,8 @@ PROMPTS = ("a photo of a cat", "a red car on a street", "a mountain lake in the 
 
 def parser() -> argparse.ArgumentParser:
     p = flags.Parser(prog="python -m lcm_jax.export", description=__doc__.splitlines()[0])
-    p.add_argument("--workdir", type=Path, required=True, help="of the run: config.json and checkpoints/")
-    p.add_argument("--out", type=Path, required=True, help="new folder; single-file: NAME.safetensors")
+    p.add_argument("--workdir", type=files.expanded, required=True, help="of the run: config.json and checkpoints/")
+    p.add_argument("--out", type=files.expanded, required=True, help="new folder; single-file: NAME.safetensors")
     p.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
     p.add_argument("--weights", choices=tuple(WEIGHTS), default="ema", help="EMA target (default) or online student")
     p.add_argument(
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--dtype", choices=DTYPES, help="of the weights; default: float32, LoRA and single file float16")
     p.add_argument("--guidance_scale", type=float, help="to fold into a single file, which then has no w embedding")
-    p.add_argument("--table", type=Path, help="Markdown file with measurements, for the model card")
+    p.add_argument("--table", type=files.expanded, help="Markdown file with measurements, for the model card")
     p.add_argument("--verify", action="store_true", help="compare images with diffusers'; needs lcm_jax[torch]")
     return p
 

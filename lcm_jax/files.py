@@ -24,6 +24,11 @@ _OTHER_FILES = 512  # that a process has open besides its data: libraries, socke
 _MOST_FILES = 2**16
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """`path` with the home folder in place of its ~. The ~ of an unknown user stays, where Path's own way raises."""
+    return Path(os.path.expanduser(path))
+
+
 def inside(folder: Path, name: Any) -> Path:
     """`folder / name`, for a name that was read from a file: it must not lead out of `folder`.
 
@@ -47,7 +52,11 @@ def read_regular(path: Path, most: int, pipes: bool = False) -> bytes:
       LcmError: a pipe, a device or a folder; a file of more than `most` bytes.
       OSError: it cannot be opened or read.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISDIR(os.fstat(handle).st_mode):  # Python's own error names the number of the handle, which stays open
+        os.close(handle)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with open(handle, "rb") as stream:
         state = os.fstat(stream.fileno())
         if pipes and stat.S_ISFIFO(state.st_mode):
             os.set_blocking(stream.fileno(), True)

@@ -84,6 +84,8 @@ def read_json(path: Path, remedy: str = AGAIN) -> dict[str, Any]:
         content = files.read_regular(path, MAX_JSON)
     except FileNotFoundError:
         raise LcmError(f"{path} is missing; the folder is incomplete, {remedy}") from None
+    except IsADirectoryError:
+        raise LcmError(f"{path} is a folder, not a file; {remedy}") from None
     return json_object(content, path, remedy)
 
 

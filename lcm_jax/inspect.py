@@ -443,7 +443,7 @@ def main(argv: list[str]) -> int:
     given = flags.FLAGS
     if not given["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    out = Path(given.out).expanduser() if given.out else None
+    out = files.expanded(given.out) if given.out else None
     options = Options(given.sample, given.seconds, given.count, out)
     sys.stdout.reconfigure(errors="replace")  # captions may contain characters that the terminal lacks
     width = None if sys.stdout.isatty() else WIDTH

@@ -202,7 +202,7 @@ def latents(config: ConfigDict, out: str | Path, options: Options) -> None:
       LcmError: a bad config, source or model; `out` holds something else; too many records cannot be used.
       Stopped: SIGTERM or SIGINT; finished shards stay.
     """
-    config, out = check_config(config), Path(out).expanduser().absolute()
+    config, out = check_config(config), files.expanded(out).absolute()
     cache.check_reader(out)
     with distributed.together():
         cache.check_folder(out)

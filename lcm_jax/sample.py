@@ -42,7 +42,7 @@ def parser() -> flags.Parser:
     flags.add_model_flags(p)
     flags.add_image_flags(p)
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    p.add_argument("--prompts", type=Path, help="text file, one prompt per line")
+    p.add_argument("--prompts", type=files.expanded, help="text file, one prompt per line")
     p.add_argument("--sampler", choices=SAMPLERS, default="lcm")
     p.add_argument("--spacing", choices=SPACINGS, default="trailing", help="timesteps of ddim and dpm")
     p.add_argument("--steps", type=int, default=4)
@@ -55,7 +55,9 @@ def parser() -> flags.Parser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--num_images", type=int, default=4, help="images per prompt")
     p.add_argument("--batch_size", type=int, default=4, help="images generated at once")
-    p.add_argument("--out", type=Path, required=True, help="folder for the PNG files; may have those of this command")
+    p.add_argument(
+        "--out", type=files.expanded, required=True, help="folder for the PNG files; may have those of this command"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace files in --out that are of another command")
     return p
 

@@ -234,6 +234,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     write(tmp_path / "set", files)
     os.mkfifo(tmp_path / "set/pipe.png")
     (tmp_path / "set/again").symlink_to(tmp_path / "set", target_is_directory=True)
+    (tmp_path / "set/self.png").symlink_to("self.png")
     source = folder.open(tmp_path / "set")
     assert [record.key for record in records(source)] == ["a.png"]
     assert source.notes == (
@@ -242,7 +243,12 @@ def test_what_is_left_out_is_counted(tmp_path):
         "1 text without an image, as g.txt",
         "4 files of unknown kind (.heic .jxl no suffix)",
     )
-    assert [str(bad) for bad in source.bad_records] == [f"{tmp_path}/set: pipe.png: not a regular file"]
+    assert [str(bad) for bad in source.bad_records] == [
+        f"{tmp_path}/set: pipe.png: not a regular file",
+        f"{tmp_path}/set: self.png: the link is broken",
+    ]
+    (tmp_path / "set/self.png").unlink()
+    source = folder.open(tmp_path / "set")
     _, report = filters.apply(source, ())
     assert report.line().startswith("1 records, 1 more are unusable; not used: 2 hidden files or folders, as .h.png, ")
     (tmp_path / "set/a.png").unlink()
@@ -364,7 +370,7 @@ def test_lists_and_texts_of_odd_encodings_and_sizes(tmp_path, monkeypatch):
     ]
     root = write(tmp_path, {f"{name}.png": b"x" for name in "abcdefg"} | {"metadata.jsonl": "\n".join(lines)})
     write(root, {"e.txt": "x" * 201, "f.txt": "five".encode("utf-16"), "metadata.parquet": b"PAR1"})
-    write(root, {"g.txt": "\ufeffsix".encode()})
+    write(root, {"g.txt": "\ufeffsix".encode(), "h.png": b"x", "h.txt": "seven".encode("utf-16-le")})
     source = folder.open(root)
     assert source.notes == ("metadata.parquet (write it as metadata.jsonl)",)
     assert source[0].captions == ("one\u2028\u0085two",) and source[1].captions == ("\U0001f600",)
@@ -372,6 +378,7 @@ def test_lists_and_texts_of_odd_encodings_and_sizes(tmp_path, monkeypatch):
     for number, reason in {
         2: "has 201 bytes, but at most 200 are read",
         3: "the caption is UTF-16; save it as UTF-8",
+        5: "the caption has a zero byte; save it as UTF-8 text",
     }.items():
         with pytest.raises(BadRecordError, match=reason):
             source[number]

@@ -382,7 +382,14 @@ def test_a_path_that_exists_is_no_pattern(tmp_path, name):
     assert contents(huggingface.open(str(saved))) == expected()
 
 
-def test_whatever_datasets_raises_is_one_line(tmp_path):
+def test_files_without_rows_among_others(tmp_path):
+    for number, rows in enumerate((0, 5, 0)):
+        write(tmp_path / f"{number:05d}.parquet", IMAGES[:rows], pa.array(TEXTS[:rows], pa.string()))
+    source = huggingface.open(str(tmp_path))
+    assert contents(source) == expected() and source.where(0)[0] == str(tmp_path / "00001.parquet")
+
+
+def test_whatever_datasets_raises_is_one_line(tmp_path, capfd):
     odd = {
         "map": pa.table(
             {"image": IMAGES, "text": TEXTS, "m": pa.array([[("a", 1)]] * 5, pa.map_(pa.string(), pa.int8()))}
@@ -397,6 +404,9 @@ def test_whatever_datasets_raises_is_one_line(tmp_path):
         with pytest.raises(LcmError, match=name if name != "nested" else "holds List, not text") as caught:
             huggingface.open(str(tmp_path / f"{name}.parquet"))
         assert "\n" not in str(caught.value)
+    assert "Failed to read" not in capfd.readouterr().err, "the error says it"
+    with pytest.raises(BadArgument, match="its parquet files have no rows"):
+        huggingface.open(str(tmp_path / "none.parquet"))
     coded = pa.table({"image": pa.array(IMAGES).dictionary_encode(), "text": pa.array(TEXTS).dictionary_encode()})
     pq.write_table(coded, tmp_path / "coded.parquet")
     assert contents(huggingface.open(str(tmp_path / "coded.parquet"))) == expected()

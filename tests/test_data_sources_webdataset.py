@@ -196,6 +196,14 @@ def test_members_that_are_not_used_are_counted(tmp_path):
         wanted = ("1 x file without a suffix in the tars", "1 x hidden file in the tars", "1 x link in the tars")
         assert keys(source) == ["1"] and source.notes == wanted
     (tmp_path / "a.tar").rename(tmp_path / "a.tar.gz")
+    write_tar(tmp_path / "deep/1/a.tar", members(0))
+    with pytest.raises(
+        LcmError, match=r"no tar shard matches it, but some are below it; give .*/deep/\*\*/\*\.tar$"
+    ) as caught:
+        webdataset.open(tmp_path / "deep")
+    assert len(webdataset.open(str(caught.value).partition("give ")[2])) == 1
+    with pytest.raises(LcmError, match=r"index_dir=.*: the index a\.tar\.\w+\.index\.npz .* \(File exists\)"):
+        webdataset.open(tmp_path / "deep/1", index_dir=tmp_path / "deep/1/a.tar")
     with pytest.raises(LcmError, match="no tar shard matches it, but 1 as a.tar.gz; unpack them to .tar"):
         webdataset.open(tmp_path)
 

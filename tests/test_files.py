@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lcm_jax import files
+from lcm_jax import export, files, sample
 from lcm_jax.errors import LcmError
 
 
@@ -23,6 +23,14 @@ def test_allow_open_files_raises_the_limit_or_names_it():
             files.allow_open_files(10_000_000)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    assert [str(files.expanded(path)) for path in ("~/x", "~", "x/~")] == ["/h/x", "/h", "x/~"]
+    assert str(files.expanded("~no such user/x")) == "~no such user/x", "no RuntimeError of pathlib"
+    for module, rest in ((sample, ["--model=x"]), (export, ["--workdir=~/w"])):
+        assert str(module.parser().parse_args([*rest, "--out=~/x"]).out) == "/h/x"
 
 
 def test_new_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -44,6 +44,8 @@ def test_a_pipe_instead_of_a_json_file_is_not_waited_for(tmp_path):
     os.mkfifo(path)
     with pytest.raises(LcmError, match="no regular file"):
         foreign.read_json(path)
+    with pytest.raises(LcmError, match=f"^{tmp_path} is a folder, not a file; restore it$"):
+        foreign.read_json(tmp_path, "restore it")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a\nb"), NotImplementedError(), AttributeError("x"), RecursionError()])

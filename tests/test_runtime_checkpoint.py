@@ -128,6 +128,12 @@ def test_kept():
     assert kept({1: None}, 3) == {1}
 
 
+def test_other_folders_among_checkpoints_are_no_steps(tmp_path):
+    for name in ("2", "10", "007", "\u0663", "\u00b2", "-3", "9" * 30, "10.tmp"):
+        (tmp_path / name).mkdir()
+    assert list_steps(tmp_path) == [2, 10]
+
+
 def test_every_tenth_and_the_best_are_kept(tmp_path):
     losses = {5: 0.5, 10: 0.9, 15: 0.2, 20: 0.3, 25: 0.4}
     options = {"keep": 1, "keep_every": 10, "best": "loss"}

@@ -174,7 +174,7 @@ def open(path: str | Path) -> Cached:
       BadArgument: no such folder, or not a finished cache.
       LcmError: another format, shards missing or cut short, array_record not installed.
     """
-    path = Path(path).expanduser().absolute()
+    path = files.expanded(path).absolute()
     check_reader(path)
     manifest = read_manifest(path)
     _check_numbers(manifest, path)

@@ -42,7 +42,7 @@ def warn(source: str | Path, replaced: Collection[str] = ()) -> None:
     source: folder, file or hub id. replaced: parts (folders in it) that are not used.
     """
     try:
-        is_file = hub.is_single_file(source) or Path(source).expanduser().is_file()
+        is_file = hub.is_single_file(source) or files.expanded(source).is_file()
         path = hub.local_file(source) if is_file else hub.local_folder(source, [RECORD])
         changed = _changed_file(path) if is_file else _changed_in(path, replaced)
     except (LcmError, OSError):  # whoever loads it will say so

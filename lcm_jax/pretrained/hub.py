@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lcm_jax import files
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import safetensors_io
 from lcm_jax.pretrained.safetensors_io import PICKLED, SUFFIX
@@ -20,7 +21,7 @@ _SUFFIXES = (SUFFIX, *PICKLED, ".gguf")
 
 def is_single_file(source: str | Path) -> bool:
     """Whether `source` names one weight file, here or on the hub (owner/name/FILE, or its address), of any kind."""
-    path = Path(source).expanduser()
+    path = files.expanded(source)
     return not path.is_dir() and (path.exists() or str(source).split("?")[0].lower().endswith(_SUFFIXES))
 
 
@@ -34,7 +35,7 @@ def local_folder(source: str | Path, patterns: Sequence[str]) -> Path:
     Raises:
       LcmError: neither a folder nor a hub id, or the repository cannot be fetched.
     """
-    path = Path(source).expanduser()
+    path = files.expanded(source)
     if path.is_dir():
         return path
     if path.is_file():
@@ -59,7 +60,7 @@ def local_file(source: str | Path) -> Path:
     Raises:
       LcmError: neither a file nor such a name, or it cannot be fetched.
     """
-    path = Path(source).expanduser()
+    path = files.expanded(source)
     if os.path.lexists(path):
         safetensors_io.check_regular(path)
         return path

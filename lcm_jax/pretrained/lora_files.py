@@ -27,7 +27,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from lcm_jax import foreign
+from lcm_jax import files, foreign
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.models.unet import UNet2DConditionModel
@@ -221,7 +221,7 @@ def file_shapes(tree: Mapping[str, Any], unet: UNet2DConditionModel, format: str
 
 
 def _locate(source: str | Path) -> Path:
-    if hub.is_single_file(source) or Path(source).expanduser().is_file():
+    if hub.is_single_file(source) or files.expanded(source).is_file():
         path = hub.local_file(source)
         if path.suffix not in (safetensors_io.SUFFIX, *safetensors_io.PICKLED):
             raise LcmError(f"{path} is not a .safetensors file; give one, or rename it if it is one")

@@ -57,6 +57,7 @@ MOST_LISTED = 8  # differences in an error; a wrong model differs everywhere
 _POLL = 1  # seconds between two checks of whether another process has failed
 # Files hashed at a time when a folder is verified. Writing uses one thread only, as it runs beside the training.
 _THREADS = min(8, os.cpu_count() or 1)
+_STEP = re.compile(r"0|[1-9][0-9]{,17}")  # no other spelling of a number, such as 007
 # What a killed run leaves; the last is orbax's own name.
 _REMAINS = re.compile(r"\.\d+\.(partial|removed)|\.seen-|\d+\.orbax-checkpoint-tmp")
 
@@ -64,7 +65,8 @@ _REMAINS = re.compile(r"\.\d+\.(partial|removed)|\.seen-|\d+\.orbax-checkpoint-t
 def list_steps(folder: str | os.PathLike[str]) -> list[int]:
     """Steps of the complete checkpoints in `folder`, ascending; [] if there is no such folder."""
     folder = Path(folder)
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()) if folder.is_dir() else []
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(path.name) for path in found if _STEP.fullmatch(path.name) and path.is_dir())
 
 
 def load_subtree(folder: str | os.PathLike[str], step: int, name: str) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def locked(workdir: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         LcmError: in all processes: it is a file, or another run uses it.
     """
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = files.expanded(workdir).absolute()
     index = jax.process_index()
     with contextlib.ExitStack() as stack:
         with distributed.together():

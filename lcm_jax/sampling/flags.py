@@ -85,7 +85,7 @@ def mesh_of(fsdp: int) -> Mesh:
 def read_text(flag: str, path: Path) -> str:
     """The text of a file or pipe that a flag names: UTF-8, with or without a byte order mark."""
     try:
-        content = files.read_regular(path.expanduser(), MAX_TEXT, pipes=True)
+        content = files.read_regular(files.expanded(path), MAX_TEXT, pipes=True)
     except OSError as error:
         raise BadArgument(flag, path, f"cannot be read ({error.strerror}); give a text file") from error
     except LcmError as error:

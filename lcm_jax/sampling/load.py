@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lcm_jax import assets
+from lcm_jax import assets, files
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained import digests, is_single_file, load_pipeline, lora_files, read_record
 from lcm_jax.pretrained.model import Pipeline, PipelineParams, check_text_to_image, in_half_precision, recorded
@@ -130,6 +130,6 @@ def parse_lora(text: str) -> Lora:
     source = source if colon else text
     if not math.isfinite(weight):
         raise BadArgument("lora", text, f"weight {weight} is not finite; 1 is the LoRA as it was trained")
-    if not Path(source).expanduser().exists() and not _HUB_NAME.fullmatch(source):
+    if not files.expanded(source).exists() and not _HUB_NAME.fullmatch(source):
         raise BadArgument("lora", text, f"{source} does not exist; give a .safetensors file, a folder, or owner/name")
     return source, weight

@@ -194,7 +194,12 @@ def open(
         import datasets
     except ImportError:
         raise LcmError("the source 'huggingface' needs datasets: pip install 'lcm_jax[data]'") from None
-    table, roots, parts = _opened(datasets, str(path), split)
+    said = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of an error is in ours
+    try:
+        table, roots, parts = _opened(datasets, str(path), split)
+    finally:
+        datasets.logging.set_verbosity(said)
     image_key = image_key or _first_of(IMAGE_COLUMNS, table.column_names)
     caption_key = caption_key or _first_of(CAPTION_COLUMNS, table.column_names)
     for argument, key in {"image_key": image_key, "caption_key": caption_key}.items():
@@ -311,13 +316,17 @@ def _parquet(datasets: Any, path: Path, split: str) -> tuple[tuple[str, int], ..
     if odd := [file for file in files if Path(file).exists() and not Path(file).is_file()]:
         raise LcmError(f"{odd[0]} is not a regular file; remove it, or choose another path")
     try:
-        return tuple((file, _rows_of(file)) for file in files)
+        counted = tuple((file, _rows_of(file)) for file in files)
     except (OSError, pyarrow.ArrowException) as error:
         raise BadArgument(
             "path",
             path,
             f"not all of its files are parquet ({one_line(error)}); copy them again, or change the source",
         ) from None
+    # `datasets` fails of a file without rows; img2dataset writes one for a shard without pictures.
+    if not any(rows for _, rows in counted):
+        raise BadArgument("path", path, "its parquet files have no rows; copy them again, or choose another path")
+    return tuple((file, rows) for file, rows in counted if rows)
 
 
 def _splits(datasets: Any, folder: Path) -> dict[str, list[str]]:

@@ -90,6 +90,8 @@ def captions_of(value: Any) -> tuple[str, ...]:
             text.encode()
         except UnicodeEncodeError as error:
             raise BadRecordError(f"the caption has {ascii(text[error.start])}, which no UTF-8 text can have") from None
+        if "\0" in text:  # as UTF-16 has without its mark
+            raise BadRecordError("the caption has a zero byte; save it as UTF-8 text")
     return captions
 
 

@@ -115,7 +115,8 @@ def make(shard: Path, sidecar: Path, image_key: str | None, caption_key: str | N
         with files.new_file(sidecar) as partial:
             partial.write_bytes(_packed(index, image_key, caption_key))
     except OSError as error:
-        problem = f"the index {sidecar.name} cannot be written there ({error.strerror}); choose another folder"
+        cause = error.__cause__ or error  # of `CannotWrite`
+        problem = f"the index {sidecar.name} cannot be written there ({cause.strerror}); choose another folder"
         raise BadArgument("index_dir", sidecar.parent, problem) from None
     return index
 
@@ -313,7 +314,10 @@ def _check_reasons(
         )
         raise BadArgument("caption_key", caption_key, problem)
     wanted = " ".join(images.SUFFIXES) if image_key is None else image_key
-    problem = f"no images in {shard}: it holds {_suffixes(samples)}, but none of {wanted}; name the images' suffix"
+    problem = (
+        f"no images in {shard}: it holds {_suffixes(samples)}, but none of {wanted}; name the images' suffix, which "
+        "begins at a name's first dot (if that makes them all different: write names with one dot)"
+    )
     raise BadArgument("image_key", image_key, problem)
 
 

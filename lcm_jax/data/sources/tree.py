@@ -51,7 +51,7 @@ def walk(root: Path) -> tuple[dict[str, int], list[str]]:
                     hidden.append(name)
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(name)
-                elif entry.is_dir():
+                elif os.path.isdir(entry.path):  # `entry.is_dir` raises of a link to itself
                     heapq.heappush(links, name)
                 else:
                     sizes[name] = _size(entry)

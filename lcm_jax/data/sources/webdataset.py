@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from lcm_jax import files
 from lcm_jax.data.records import BadRecord, BadRecordError, Record, digest_of
 from lcm_jax.data.sources import parsing, tar_index
 from lcm_jax.data.sources.tar_index import ShardIndex
@@ -59,7 +60,7 @@ def open(
       LcmError: a shard cannot be read.
     """
     shards = find_shards(path)
-    folder = None if index_dir is None else Path(index_dir).expanduser()
+    folder = None if index_dir is None else files.expanded(index_dir)
     sidecars = [tar_index.sidecar_path(shard, folder) for shard in shards]
     source = TarSource(shards, _indices(shards, sidecars, image_key, caption_key), caption_key)
     if not len(source):
@@ -283,7 +284,10 @@ def _files_of(pattern: str) -> list[str]:
         found += [name] if os.path.isfile(name) else parsing.matching(below)
     if not found:
         packed = list(filter(_PACKED.search, parsing.matching(os.path.join(pattern, "*"))))
+        deeper = os.path.join(pattern, "**", "*.tar")
         hint = f", but {len(packed)} as {os.path.basename(packed[0])}; unpack them to .tar" if packed else ""
+        if not packed and os.path.isdir(pattern) and parsing.matching(deeper):
+            hint = f", but some are below it; give {deeper}"
         raise BadArgument("path", pattern, f"no tar shard matches it{hint}")
     return found
 

@@ -18,6 +18,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from lcm_jax import files
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained.names import Parameter, differences, read_leaf, torch_name
 
@@ -46,7 +47,7 @@ _NAMED_HASH = re.compile(r"-([0-9a-f]{8,64})\.\w+")  # torch hub's way: NAME-<fi
 
 def existing(kind: str, path: str | Path | None) -> Path:
     """`path`, expanded. Raises LcmError, which names the source of the weights and their sha256, if it is missing."""
-    found = None if path is None else Path(path).expanduser()
+    found = None if path is None else files.expanded(path)
     if found is None or not found.exists():
         what = "no weights are given" if found is None else f"{found} does not exist"
         source, digest = SOURCES[kind]
