@@ -148,17 +148,25 @@ class Key:
 
 
 def _place(name: str, value: Any) -> Any:
-    """A path without what does not matter: `~`, `./`, `..`, links, a slash at its end; of a mixture in each part.
+    """A path without what does not matter: `~`, `./`, `..`, links, a slash at its end; of a mixture in each part,
+    whose weights are numbers.
 
     What is no path (a hub id) or does not exist (a pattern, or what was moved) is treated alike.
     """
     if name == "data.mixture" and isinstance(value, list):
         words = [part.split(maxsplit=2) for part in value if isinstance(part, str)]
-        return [(*part[:2], *(_place("", path) for path in part[2:])) for part in words]
+        return [(*map(_number, part[:1]), *part[1:2], *(_place("", path) for path in part[2:])) for part in words]
     try:
         return os.path.realpath(os.path.expanduser(value)) if isinstance(value, str) else value
     except ValueError:  # a character that no path has
         return value
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 # The defaults are those of the published full fine-tune of a Stable Diffusion teacher.
