@@ -203,7 +203,7 @@ def latents(config: ConfigDict, out: str | Path, options: Options) -> None:
       Stopped: SIGTERM or SIGINT; finished shards stay.
     """
     config, out = check_config(config), files.expanded(out).absolute()
-    cache.check_reader(out)
+    cache.check_reader(out, "out")
     with distributed.together():
         cache.check_folder(out)
     with locked(out):

@@ -257,6 +257,7 @@ def test_latents_refuses_what_cannot_be_one_cache(teacher, random_cache, tmp_pat
     refused(latents(source="latents", path=str(random_cache)), "encoded already")
     refused(latents(resolution=60), "resolution = 60", "factor 8")
     refused(latents(random_cache.parent), str(random_cache.parent), "other things")
+    refused(latents(tmp_path / os.fsdecode(b"\xe9")), "--out=", "its name is not UTF-8")
     refused(latents(random_cache, flip=0.25), "data.flip: 0.5 there, 0.25 now", "another folder")
     refused(latents(random_cache, resolution=32), "fingerprint.resolution: 64 there, 32 now")
     refused(latents(random_cache, Options()), "shard_size: 16 there, 4096 now")

@@ -188,13 +188,13 @@ def open(path: str | Path) -> Cached:
     return Cached(path, manifest)
 
 
-def check_reader(path: Path) -> None:
-    """Raises LcmError if array_record is not installed, or cannot open files in the folder `path`."""
+def check_reader(path: Path, argument: str = "path") -> None:
+    """Raises LcmError if array_record is not installed, or cannot open files in the folder `path` (of `argument`)."""
     try:
         import array_record.python.array_record_module  # noqa: F401
     except ImportError:
         raise LcmError("a latent cache needs array_record: pip install 'lcm_jax[data]'") from None
-    check_name(path)
+    check_name(path, argument)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -52,13 +52,13 @@ def readable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def check_name(path: Path) -> None:
-    """Raises BadArgument if array_record cannot open files in the folder `path`."""
+def check_name(path: Path, argument: str = "path") -> None:
+    """Raises BadArgument, of `argument`, if array_record cannot open files in the folder `path`."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         problem = "its name is not UTF-8, and array_record opens no such files; rename the folder"
-        raise BadArgument("path", readable(str(path)), problem) from None
+        raise BadArgument(argument, readable(str(path)), problem) from None
 
 
 def text_of(content: bytes) -> str:
