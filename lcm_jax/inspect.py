@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from absl import app, flags, logging
@@ -432,6 +432,13 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+class Output(Console):
+    """Where the report goes."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError  # rich would end the program itself, with code 1
+
+
 def show(report: Report, console: Console) -> None:
     """Prints a report as it is made. A string is one line even if it is wider than the console, for `grep`."""
     for item in report:
@@ -447,7 +454,7 @@ def main(argv: list[str]) -> int:
     options = Options(given.sample, given.seconds, given.count, out)
     sys.stdout.reconfigure(errors="replace")  # captions may contain characters that the terminal lacks
     width = None if sys.stdout.isatty() else WIDTH
-    console = Console(width=width, markup=False, emoji=False, highlight=False)  # captions are not markup
+    console = Output(width=width, markup=False, emoji=False, highlight=False)  # captions are not markup
     smaller = "use a smaller --count, --sample, --config.data.resolution or --config.data.batch_size"
     return exit_code(lambda: show(inspect(given.config, options), console), smaller=smaller)
 

@@ -396,3 +396,14 @@ def test_reasons_are_counted_without_their_numbers():
     assert len(named) == inspect.WIDTH and named.startswith("    …") and named.endswith("/a: key 7")
     many = list(inspect.of_bad_records([BadRecord("s", "k", letter) for letter in "abcdefghijk"]))
     assert many[-1] == "  3 x 3 other reasons" and len(many) == 2 * inspect.REASONS + 1
+
+
+def test_nobody_reads_the_report():
+    """`| head`: the program ends as all do, by `exit_code`."""
+
+    class Closed(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        inspect.show(iter(["a line"]), inspect.Output(file=Closed()))
