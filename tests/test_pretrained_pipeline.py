@@ -173,6 +173,10 @@ def test_parts_from_pipelines_and_from_folders_of_their_own(tmp_path):
 
 
 BROKEN = {
+    "the hub's cache": (
+        lambda f: (shutil.copytree(f, f / "snapshots" / "0a1b"), (f / "model_index.json").unlink()),
+        r"has no model_index.json; give a diffusers folder, .*/snapshots/0a1b, which holds that file",
+    ),
     "no index": (lambda f: (f / "model_index.json").unlink(), r"has no model_index.json; give a diffusers folder"),
     "single model": (
         lambda f: (f / "model_index.json").rename(f / "config.json"),
@@ -182,12 +186,16 @@ BROKEN = {
     "json list": (lambda f: (f / "model_index.json").write_text("[]"), "holds a list"),
     "transformer": (
         lambda f: edit(f / "model_index.json", unet=..., _class_name="FluxPipeline"),
-        "is a FluxPipeline without a unet",
+        "is a FluxPipeline without a unet; .* is needed, or the UNet of one with unet=",
     ),
-    "no encoder": (lambda f: edit(f / "model_index.json", text_encoder=[None, None]), "no text encoder"),
+    "transformer instead": (
+        lambda f: edit(f / "model_index.json", unet=..., transformer=["diffusers", "FluxTransformer2DModel"]),
+        "without a unet; a model of the Stable Diffusion family is needed$",
+    ),
+    "no encoder": (lambda f: edit(f / "model_index.json", text_encoder=[None, None]), "is a .* without a text encoder"),
     "t5": (
         lambda f: edit(f / "model_index.json", text_encoder=["transformers", "T5EncoderModel"]),
-        "text_encoder in model_index.json='T5EncoderModel'",
+        r"text_encoder in model_index.json='T5EncoderModel'.*supported.*\(/.*\)",
     ),
     "no unet folder": (lambda f: shutil.rmtree(f / "unet"), "unet/config.json is missing"),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json is missing"),

@@ -66,13 +66,14 @@ def load_folder(
     read, others = parts_read(weights), {part: other for part, other in (("unet", unet), ("vae", vae)) if other}
     demanded = [part for part in PARTS if part not in others]
     folder = _local(source, _pipeline_patterns(demanded, read, variant), bool(read))
-    index = _model_index(folder, source, others)
+    with config_of(folder):
+        index = _model_index(folder, source, others)
+        encoders = _encoders(folder, index)
     configs = {"model_index": index, "scheduler": scheduler_config(folder, index)}
     noise = schedule.from_config(configs["scheduler"])
     for origin in filter(None, (folder, unet)):
         check_noise(origin, noise, str(source), bool(read))
 
-    encoders = _encoders(folder, index)
     folders = {}
     for part in ("unet", "vae"):
         own = folder / part
@@ -95,7 +96,8 @@ def load_folder(
     origins = {part: (others.get(part, source), path) for part, path in folders.items() if part in read}
     variants = _variants(origins, variant, or_without=len(origins) < len(folders))
     record = folder_record(unet or folder, bool(read))
-    pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
+    with config_of(folder):
+        pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
     params = {
         part: _params(part, modules[part], path, variants[part], param_dtype, put)
         if part in read
@@ -211,7 +213,7 @@ def check_noise(source: str | Path, noise: NoiseSchedule, model: str, weights: b
     Raises:
       LcmError: it was trained on other noise.
     """
-    folder = _local(source, ["model_index.json", SCHEDULER, RECORD], weights)
+    folder = _local(source, ["model_index.json", SCHEDULER, RECORD], weights, "unet")
     above = folder.absolute().parent
     for root in (folder, above) if (above / "model_index.json").is_file() else (folder,):
         index, record = (
@@ -230,10 +232,10 @@ def check_noise(source: str | Path, noise: NoiseSchedule, model: str, weights: b
             )
 
 
-def _local(source: str | Path, patterns: Sequence[str], weights: bool) -> Path:
+def _local(source: str | Path, patterns: Sequence[str], weights: bool, part: str | None = None) -> Path:
     """The local folder of `source`. If only configs are needed and the hub cannot be asked: the package's own."""
     try:
-        return hub.local_folder(source, patterns)
+        return hub.local_folder(source, patterns, part)
     except LcmError:
         embedded = None if weights else assets.architecture(str(source))
         if embedded is None:
@@ -245,7 +247,7 @@ def _part_folder(source: str | Path, part: str, variant: str | None, weights: bo
     """Folder of one part: SOURCE/part if there is one, else SOURCE itself."""
     tensors = safetensors_io.download_patterns(_weights_name(part), variant) if weights else []
     patterns = [prefix + pattern for prefix in ("", f"{part}/") for pattern in ("config.json", *tensors)]
-    folder = _local(source, ["model_index.json", RECORD, *patterns], weights)
+    folder = _local(source, ["model_index.json", RECORD, *patterns], weights, part)
     inside = folder / part
     if (inside / "config.json").is_file() or (folder / "model_index.json").is_file():
         return inside
@@ -270,14 +272,15 @@ def _model_index(folder: Path, source: str | Path, replaced: Collection[str]) ->
     if not (folder / "model_index.json").is_file():
         if (folder / "config.json").is_file():
             raise LcmError(f"{source} holds a single model without model_index.json; give the folder of its pipeline")
-        raise LcmError(f"{source} has no model_index.json; give a diffusers folder, which holds that file")
+        # In the hub's cache the model itself is further in.
+        snapshots = sorted(str(path.parent) for path in folder.glob("snapshots/*/model_index.json"))
+        inside = f"{' or '.join(snapshots[:3])}, " if snapshots else ""
+        raise LcmError(f"{source} has no model_index.json; give a diffusers folder, {inside}which holds that file")
     index = foreign.read_json(folder / "model_index.json")
     if "unet" not in replaced and _class_in_index(index, "unet") is None:
         kind = index.get("_class_name")
-        other = f"or the UNet of one with {hub.ARGUMENTS['unet']}"
-        raise LcmError(
-            f"{source} is a {kind} without a unet; a model of the Stable Diffusion family is needed, {other}"
-        )
+        other = "" if "transformer" in index else f", or the UNet of one with {hub.ARGUMENTS['unet']}"
+        raise LcmError(f"{source} is a {kind} without a unet; a model of the Stable Diffusion family is needed{other}")
     return index
 
 
@@ -300,7 +303,10 @@ def _encoders(folder: Path, index: Config) -> dict[str, tuple[str, str]]:
                 raise UnsupportedConfig(f"{part} in model_index.json", kind, _ENCODER_CLASSES)
             found[part] = part, kind
     if not found:
-        raise LcmError(f"{folder} has no text encoder (text_encoder, text_encoder_2 in model_index.json); add one")
+        raise LcmError(
+            f"{folder} is a {index.get('_class_name')} without a text encoder (text_encoder, text_encoder_2 in "
+            "model_index.json); a text-to-image model of the Stable Diffusion family is needed"
+        )
     if list(found) == ["text_encoder"] and found["text_encoder"][1] == "CLIPTextModelWithProjection":
         return {"text_encoder_2": found["text_encoder"]}
     return found
