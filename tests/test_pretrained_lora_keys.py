@@ -52,12 +52,17 @@ PREFIXES = {
     "unet": (
         *("", "unet.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "unet.base_model.model."),
         *("base_model.model.unet.", "lora_unet_", "lora_unet.", "unet_", "lycoris_", "lora_prior_unet_"),
+        *("module.unet.", "unet.module."),
     ),
     "text_encoder": (
         *("text_encoder.", "text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer.", "clip_l."),
         *("clip_l.transformer.", "te1.", "te.", "lora_te_", "lora_te1_", "text_encoder.base_model.model."),
+        *("text_encoder_1.", "lora_text_encoder_", "lora_text_encoder_1_"),
     ),
-    "text_encoder_2": ("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.", "te2.", "lora_te2_"),
+    "text_encoder_2": (
+        *("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.", "te2.", "lora_te2_"),
+        "lora_text_encoder_2_",
+    ),
 }
 LEAVES = (  # of A, B and alpha
     ("lora_down.weight", "lora_up.weight", "alpha"),

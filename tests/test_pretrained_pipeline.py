@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -136,6 +137,26 @@ def test_old_folders_written_by_flax_and_with_a_safety_checker(sd1):
     pipeline, params = load_pipeline(sd1)
     assert pipeline.vae.scaling_factor == 0.18215 and not pipeline.text_encoder.with_projection
     assert_same_weights(pipeline, params, "text_encoder", tiny.torch_text_encoder("clip"))
+
+
+def test_another_vae_of_another_scale_is_told(sd1, monkeypatch):
+    """Images would be noise; a tiny VAE takes latents as the UNet does, and the model's own need not be there."""
+    told = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: told.append(text % args))
+    load_pipeline(sd1, vae=tiny.folder("sdxl"))
+    assert len(told) == 1 and re.search("VAE of .*sdxl has scaling_factor 0.13025, that of .* 0.18215", told[0])
+    load_pipeline(sd1, vae=tiny.folder("sd2"))
+    tiny.torch_tiny_vae().save_pretrained(sd1 / "tiny")
+    load_pipeline(sd1, vae=sd1 / "tiny")
+    (sd1 / "vae" / "config.json").write_text("{")
+    load_pipeline(sd1, vae=tiny.folder("sdxl"))
+    assert len(told) == 1
+
+
+def test_parts_that_do_not_fit_are_named(sd1):
+    other = tiny.folder("sdxl")
+    with pytest.raises(LcmError, match=f"{sd1} with the unet of {other}: the UNet attends to text of width 64"):
+        load_pipeline(sd1, unet=other, weights=False)
 
 
 def test_a_refiners_encoder_under_the_first_name(tmp_path):

@@ -26,7 +26,8 @@ from lcm_jax.diffusion import schedule
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip
-from lcm_jax.models.config import DIFFUSERS_VERSION, to_config
+from lcm_jax.models.config import DIFFUSERS_VERSION, class_name, to_config
+from lcm_jax.models.vae import AutoencoderKL
 from lcm_jax.pretrained import digests, hub, names, safetensors_io
 from lcm_jax.pretrained.model import (
     PARTS,
@@ -87,7 +88,10 @@ def load_folder(
         configs[part] = _config(folders[part], part) | {"architectures": [kind]}
     modules = dict.fromkeys(PARTS)
     modules |= {part: make_module(part, configs[part], dtype, path / "config.json") for part, path in folders.items()}
-    check_parts(modules, source)
+    check_parts(modules, source, others)
+    if "vae" in others and "vae" in read:
+        with contextlib.suppress(LcmError):  # the model's own need not be there
+            warn_of_scale(modules["vae"], foreign.read_json(folder / "vae" / "config.json"), source, others["vae"])
     tokenizers = dict.fromkeys(TOKENIZER_OF.values())
     for part, (name, _) in encoders.items() if read else ():
         tokenizer = folder / name.replace("text_encoder", "tokenizer")
@@ -159,12 +163,29 @@ def _variants(
     return found
 
 
-def check_parts(modules: Mapping[str, Any], source: str | Path) -> None:
-    """`check_fit`, with errors that name the model."""
+def check_parts(modules: Mapping[str, Any], source: str | Path, others: Mapping[str, str | Path]) -> None:
+    """`check_fit`, with errors that name the model and where its `others` are from."""
     try:
         check_fit(modules)
     except LcmError as error:
-        raise LcmError(f"{source}: {error}") from None
+        taken = "".join(f" with the {part} of {other}" for part, other in others.items())
+        raise LcmError(f"{source}{taken}: {error}") from None
+
+
+def warn_of_scale(vae: nn.Module, own: Config, source: str | Path, other: str | Path) -> None:
+    """Warns if the `vae` of `other` takes latents of another scale than that of `source`, of the config `own`."""
+    if not isinstance(vae, AutoencoderKL) or class_name(own, "AutoencoderKL") != "AutoencoderKL":
+        return  # a tiny one takes them as the UNet does
+    factor = own.get("scaling_factor", AutoencoderKL.scaling_factor)
+    if vae.scaling_factor != factor:
+        logging.warning(
+            "the VAE of %s has scaling_factor %s, that of %s %s: if it is for another family, images will be wrong; if "
+            "not, correct its config.json",
+            other,
+            vae.scaling_factor,
+            source,
+            factor,
+        )
 
 
 def folder_record(source: str | Path, weights: bool = True) -> Config:

@@ -200,7 +200,10 @@ def load_single_file(
         for part in family.encoders:
             name = TOKENIZER_OF[part]
             tokenizers[name] = load_tokenizer(_subfolder(folder, name), modules[part])
-        diffusers_folder.check_parts(modules, path if config is None else f"{path} with the configs of {config}")
+        named = path if config is None else f"{path} with the configs of {config}"
+        diffusers_folder.check_parts(modules, named, others)
+        if vae and "vae" in read:
+            diffusers_folder.warn_of_scale(modules["vae"], family.config("vae"), path, vae)
         record = diffusers_folder.folder_record(unet, "unet" in read) if unet else _record(file)
         pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
         params = {part: tree for part, (_, tree) in replaced.items()}
