@@ -797,6 +797,11 @@ def test_files_that_are_refused(folders, written, tmp_path):
     edm = broken("edm", lambda t: t.update(edm_mean=np.zeros(4, np.float32)))
     assert isinstance(refused(edm, "edm_mean", sd1), UnsupportedConfig)
     refused(tmp_path / "none.safetensors", "does not exist; give a .safetensors file")
+    later = {UNET + "joint_blocks.0.x_block.attn.qkv.weight": np.zeros(2, np.float32)}  # of SD 3, with a VAE
+    sd3 = broken("sd3", lambda t: later | {k: v for k, v in t.items() if k.startswith(VAE)})
+    refused(sd3, "not a checkpoint of a known family.*; give a whole checkpoint of one of these", sd1)
+    odd = rewrite(path, tmp_path / "odd.safetensors", drop("none"), {"lcm_config.json": '{"solver_steps": "x"}'})
+    refused(odd, r"solver_steps of lcm_config.json='x'.*\(.*odd.safetensors\)", sd1)
     refused(path, "is a single file and has no variant 'fp16'", sd1, variant="fp16")
     refused(path, "tokenizer lacks vocab.json", tmp_path)
     refused(sd1, "is for a single .safetensors file, but", sd1)

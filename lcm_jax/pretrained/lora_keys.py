@@ -277,7 +277,7 @@ def _check_unused(
             why = "is it for another architecture, or for parts that this model does not have? Set"
         else:
             why = "every factor does. What these change would be lost; set"
-        raise LcmError(f"{what}; {why} ignore_unused to load the rest")
+        raise LcmError(f"{what}; {why} ignore_unused (--ignore_unused) to load the rest")
     logging.warning("%s; they are ignored", what)
 
 

@@ -52,6 +52,7 @@ from lcm_jax.pretrained.names import PutFn, Shape
 from lcm_jax.pretrained.safetensors_io import Weights
 from lcm_jax.pretrained.single_file_spellings import SD1_TEXT, SD2_TEXT, SGM, UNET, VAE
 from lcm_jax.pretrained.tokenizer import load_tokenizer
+from lcm_jax.typed import config_of
 
 _SD2_BASE_STEPS = 875000  # the only mark by which diffusers recognises SD 2.0 base (epsilon) among SD 2.x (v)
 # ComfyUI takes an SD 2.x for v if the standard deviation of this tensor of the UNet is greater.
@@ -205,7 +206,8 @@ def load_single_file(
         if vae and "vae" in read:
             diffusers_folder.warn_of_scale(modules["vae"], family.config("vae"), path, vae)
         record = diffusers_folder.folder_record(unet, "unet" in read) if unet else _record(file)
-        pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
+        with config_of(path):
+            pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
         params = {part: tree for part, (_, tree) in replaced.items()}
         for part, (layout, prefix) in layouts(family, made).items():
             what = f"{part.replace('_', ' ')} of {path}"
@@ -257,7 +259,7 @@ def _instead(shapes: Mapping[str, Shape], path: Path) -> str:
     if any("down_blocks." in key for key in shapes):
         return "it is a part of a diffusers folder: give the folder"
     parts = [part for part, key in _FIRST.items() if {key, f"diffusion_model.{key}", _FIRST_KEYS[part]} & shapes.keys()]
-    if len(parts) != 1:
+    if len(parts) != 1 or (parts == ["vae"] and any(key.startswith(UNET) for key in shapes)):
         return "give a whole checkpoint of one of these, or a diffusers folder"
     part = parts[0]
     return f"a {part} alone is given as {hub.ARGUMENTS[part]} beside a model, as a folder: {hub.as_folder(path, part)}"
