@@ -387,7 +387,13 @@ def test_full_disk_is_reported_before_writing(run, tmp_path, capsys, monkeypatch
 
 def test_default_guidance_scale():
     lcm, teacher = (load_pipeline(tiny.folder(name), weights=False)[0] for name in ("lcm", "sd1"))
-    for record, scale in (({"w_min": 2.0, "w_max": 14.0}, 8.0), ({"w_min": 0.0, "w_max": 4.0}, 3.0), ({}, 8.0)):
+    ranges = (
+        ({"w_min": 2.0, "w_max": 14.0}, 8.0),
+        ({"w_min": 0.0, "w_max": 4.0}, 3.0),
+        ({}, 8.0),
+        ({"w_min": 9}, 10.0),
+    )
+    for record, scale in ranges:
         assert dataclasses.replace(lcm, record=record).default_guidance_scale() == scale
     assert dataclasses.replace(teacher, record={"w_min": 2.0, "w_max": 14.0}).default_guidance_scale() == 1.0
     assert teacher.default_guidance_scale("ddim") == 8.0
