@@ -19,7 +19,7 @@ if sys.argv[:1] == ["-m"] and "lcm_jax." in sys.orig_argv[-len(sys.argv)]:
     for _number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(_number) != signal.SIG_IGN:  # as `nohup` and a shell's `&` set it
             signal.signal(_number, _end)
-    from lcm_jax.errors import signals
+    from lcm_jax.ending import signals
 
     signals.begin()
 

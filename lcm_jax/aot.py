@@ -25,7 +25,8 @@ from ml_collections import ConfigDict, config_flags
 from lcm_jax import files
 from lcm_jax.cost import chips, roofline
 from lcm_jax.cost.chips import GIB
-from lcm_jax.errors import LcmError, exit_code
+from lcm_jax.ending import exit_code
+from lcm_jax.errors import LcmError
 from lcm_jax.run.config import flag_help, parse_flags, resolve, to_json, validate
 from lcm_jax.run.report import DoesNotFit, report
 from lcm_jax.runtime import waiting

@@ -25,7 +25,8 @@ import jax
 from lcm_jax import files
 from lcm_jax.data.sources import SOURCES, open_source
 from lcm_jax.diffusion.timesteps import SPACINGS
-from lcm_jax.errors import BadArgument, LcmError, exit_code, flags_named
+from lcm_jax.ending import exit_code
+from lcm_jax.errors import BadArgument, LcmError, flags_named
 from lcm_jax.metrics import inputs, measures, plot, table
 from lcm_jax.metrics.inputs import FolderImages, Inputs, SourceImages
 from lcm_jax.metrics.measures import Reference, Spec

@@ -30,7 +30,8 @@ import lcm_jax
 from lcm_jax import files
 from lcm_jax.diffusion.consistency import SIGMA_DATA
 from lcm_jax.distill.student import merged, trainable, with_trainable
-from lcm_jax.errors import LcmError, exit_code
+from lcm_jax.ending import exit_code
+from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import RECORD, Pipeline, lora_files, save_pipeline, save_single_file, save_unet
 from lcm_jax.pretrained.diffusers_folder import all_or_nothing, check_folder, lcm_scheduler_config
 from lcm_jax.pretrained.model import PipelineParams, fold_w

@@ -42,7 +42,8 @@ from lcm_jax.data import cache, filters, images, loader
 from lcm_jax.data.order import STREAM_KEY, ExampleIndex, Order
 from lcm_jax.data.records import BadRecord, BadRecordError
 from lcm_jax.data.rows import CaptionDropout, Examples, FixedDraws, ImageRows
-from lcm_jax.errors import LcmError, exit_code
+from lcm_jax.ending import exit_code
+from lcm_jax.errors import LcmError
 from lcm_jax.run import config as config_lib
 from lcm_jax.run import data as run_data
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from lcm_jax import files
 from lcm_jax.diffusion.timesteps import SPACINGS
-from lcm_jax.errors import BadArgument, LcmError, exit_code
+from lcm_jax.ending import exit_code
+from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained.text import truncated
 from lcm_jax.sampling import flags, png
 from lcm_jax.sampling.generator import Generator

@@ -72,6 +72,10 @@ def fits(value: Any, kind: Any) -> bool:
         return fits(value, plain) and limits.low <= (len(value) if _is_list(value) else value) <= limits.high
     if origin in (Union, types.UnionType):
         return any(fits(value, one) for one in arguments)
+    if kind is Any:
+        return True
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(fits(one, arguments[1]) for one in value.values())
     if origin is tuple:
         if not _is_list(value):
             return False
@@ -92,6 +96,8 @@ def describe(kind: Any) -> str:
         return f"{describe(arguments[0])}{of_length} {arguments[1]}"
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(describe, arguments)))
+    if origin is Mapping:
+        return "an object" if arguments[1] is Any else f"an object, each value {describe(arguments[1])}"
     if origin is tuple:
         count = "" if arguments[-1] is ... else f" of {len(arguments)}"
         return f"a list{count}, each entry {describe(arguments[0])}"

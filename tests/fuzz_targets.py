@@ -708,7 +708,7 @@ def _(content: bytes, folder: Path) -> None:
             comparison = {
                 "seed": 0,
                 "pictures": 8,
-                "prompts": {"sha256": "b"},
+                "prompts": {"from": "a", "sha256": "b"},
                 "height": 64,
                 "width": 64,
                 "metrics": {},
@@ -716,7 +716,8 @@ def _(content: bytes, folder: Path) -> None:
             table.check_comparable(folder, table.read_rows(folder), comparison)
             if rows := table.read_rows(folder):
                 table.markdown(rows)
-            if rows := table.read(folder):
+            rows, _ = table.newest(folder, "m", {})
+            if rows:
                 table.markdown(rows)
 
 
@@ -796,7 +797,7 @@ def _(content: bytes, folder: Path) -> None:
         workdir.read_config(folder)
         lost.check(folder, 2)
         workdir.same_as_before(folder, "data.json", _DATA)
-        share = telemetry.Goodput(telemetry.read_jsonl(folder / telemetry.EVENTS_FILE)).share
+        share = telemetry.Goodput(telemetry.read_events(folder)).share
         if isinstance(share, float) and not 0 <= share <= 1:
             raise WrongError("the goodput is no share")
         kept = {name: (folder / name).read_bytes() for name in (telemetry.METRICS_FILE, telemetry.EVENTS_FILE)}

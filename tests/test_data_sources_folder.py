@@ -385,6 +385,6 @@ def test_lists_and_texts_of_odd_encodings_and_sizes(tmp_path, monkeypatch):
     found = bad_records(source, root)
     assert found["metadata.jsonl", "line 2"] == "a line of more than 200 bytes"
     assert found["", "c.png"] == "the caption has '\\ud800', which no UTF-8 text can have"
-    assert found["", "b.png"] == "no caption" and found["metadata.jsonl", "line 7"] == "no image e.png\\x00"
+    assert found["", "b.png"] == "no caption" and found["metadata.jsonl", "line 7"] == r"no image e.png\x00"
     assert {f"line {n}" for n in (5, 6, 7, 8)} <= {key for _, key in found}
     assert all(str(bad).isprintable() for bad in source.bad_records)

@@ -60,7 +60,7 @@ def test_a_mutation_is_given_by_its_seed(target):
     ("content", "kind"),
     [
         (b"refuse", None),
-        (b"lines", "lines LcmError test_fuzz.read"),
+        (b"lines", "lines FileNotFoundError test_fuzz.read"),
         (b"nameless", "name LcmError test_fuzz.read"),
         (b"wrong", "WrongError it is wrong"),
         (b"fail", "ZeroDivisionError test_fuzz.read"),
@@ -76,7 +76,7 @@ def test_what_counts_as_a_fault(tmp_path, monkeypatch, content, kind):
             case b"refuse":
                 raise LcmError(f"{folder}/file is wrong")
             case b"lines":
-                raise LcmError(f"{folder}/file is\nwrong")
+                raise FileNotFoundError(2, "is\nwrong", f"{folder}/file")
             case b"nameless":
                 raise LcmError("it is wrong")
             case b"wrong":

@@ -22,7 +22,7 @@ from lora_kit import ATTENTION, TEXT, factors, file_keys, loaded, pipeline, same
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.models import unet as unet_lib
-from lcm_jax.pretrained import load_pipeline, lora_files, lora_keys, names
+from lcm_jax.pretrained import load_pipeline, lora_files, lora_keys, names, safetensors_io
 from lcm_jax.pretrained.lora_files import merge_into, modules_of, read_lora, write_lora
 
 
@@ -345,11 +345,14 @@ def test_the_published_lcm_loras_of_sdxl_have_our_layers_and_shapes(name, tensor
 
 
 def test_the_header_in_a_file_is_that_header(tmp_path):
-    """A file from `write_lora` begins with the header of `header_of`, which is safetensors' own."""
+    """A file from `write_lora` begins with the header of `header_of`, which is safetensors' own, but for the digest."""
     unet, tree = random_adapters("sd1")
     data = write_lora(tmp_path / "x.safetensors", tree, unet, alpha=4, rank=4).read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
-    assert data[8 : 8 + length] == header_of(lora_files.file_shapes(tree, unet))[0]
+    header = json.loads(data[8 : 8 + length])
+    assert header["__metadata__"].pop(safetensors_io.HASH) == f"0x{hashlib.sha256(data[8 + length :]).hexdigest()}"
+    wanted = json.loads(header_of(lora_files.file_shapes(tree, unet))[0])
+    assert [*header.items()] == [*wanted.items()]
 
 
 def test_a_single_model_saved_by_diffusers(tmp_path):

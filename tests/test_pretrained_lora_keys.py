@@ -52,12 +52,17 @@ PREFIXES = {
     "unet": (
         *("", "unet.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "unet.base_model.model."),
         *("base_model.model.unet.", "lora_unet_", "lora_unet.", "unet_", "lycoris_", "lora_prior_unet_"),
+        *("module.unet.", "unet.module."),
     ),
     "text_encoder": (
         *("text_encoder.", "text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer.", "clip_l."),
         *("clip_l.transformer.", "te1.", "te.", "lora_te_", "lora_te1_", "text_encoder.base_model.model."),
+        *("text_encoder_1.", "lora_text_encoder_", "lora_text_encoder_1_"),
     ),
-    "text_encoder_2": ("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.", "te2.", "lora_te2_"),
+    "text_encoder_2": (
+        *("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.", "te2.", "lora_te2_"),
+        "lora_text_encoder_2_",
+    ),
 }
 LEAVES = (  # of A, B and alpha
     ("lora_down.weight", "lora_up.weight", "alpha"),
@@ -397,7 +402,7 @@ def test_other_containers_are_refused(tmp_path, monkeypatch):
     refused(tmp_path, "is pickled")
     with pytest.raises(LcmError) as caught:
         read_lora(pickled, modules)
-    exec(str(caught.value).split('python -c "')[1].removesuffix('"'), {})  # the conversion works
+    exec(str(caught.value).split('"')[1], {})  # the conversion works
     assert len(read_lora(tmp_path, modules).parts["unet"]) == len(kohya()) // 3
     renamed = pickled.rename(tmp_path / "renamed.safetensors")
     refused(renamed, "is pickled")
@@ -405,8 +410,10 @@ def test_other_containers_are_refused(tmp_path, monkeypatch):
     refused(tmp_path / "empty.safetensors", r"\(0 bytes\) cannot be read as safetensors")
     (tmp_path / "short.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     refused(tmp_path / "short.safetensors", "cannot be read as safetensors")
-    (tmp_path / "x.npz").write_bytes(b"something")
+    (tmp_path / "x.npz").write_bytes(b"\x93NUMPY\1\0")
     refused(tmp_path / "x.npz", "x.npz is not a .safetensors file")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(40))
+    refused(tmp_path / "x.gguf", "is a GGUF file")
     refused(tmp_path / "nowhere.safetensors", "does not exist; give a .safetensors file, or owner/name/FILE")
     refused("runs/lora.safetensors", "does not exist; give a .safetensors file, or owner/name/FILE")
     (tmp_path / "two").mkdir()

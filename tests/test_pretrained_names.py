@@ -152,6 +152,8 @@ def test_text_encoder_prefix_and_buffers():
     bare = {key.removeprefix("text_model."): value for key, value in arrays(state_dict).items()}
     full = {"text_model." + key: value for key, value in bare.items()}
     full["text_model.embeddings.position_ids"] = np.arange(77)[None]
+    for key in ("logit_scale", "visual_projection.weight", "vision_model.pre_layrnorm.bias"):  # of a whole CLIP
+        full[key] = np.ones((), np.float32)
     for read in (bare, full):
         back = names.to_torch(module, names.from_torch(module, read))
         assert back.keys() == {"text_model." + key for key in bare}

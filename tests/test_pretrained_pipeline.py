@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -138,6 +139,26 @@ def test_old_folders_written_by_flax_and_with_a_safety_checker(sd1):
     assert_same_weights(pipeline, params, "text_encoder", tiny.torch_text_encoder("clip"))
 
 
+def test_another_vae_of_another_scale_is_told(sd1, monkeypatch):
+    """Images would be noise; a tiny VAE takes latents as the UNet does, and the model's own need not be there."""
+    told = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: told.append(text % args))
+    load_pipeline(sd1, vae=tiny.folder("sdxl"))
+    assert len(told) == 1 and re.search("VAE of .*sdxl has scaling_factor 0.13025, that of .* 0.18215", told[0])
+    load_pipeline(sd1, vae=tiny.folder("sd2"))
+    tiny.torch_tiny_vae().save_pretrained(sd1 / "tiny")
+    load_pipeline(sd1, vae=sd1 / "tiny")
+    (sd1 / "vae" / "config.json").write_text("{")
+    load_pipeline(sd1, vae=tiny.folder("sdxl"))
+    assert len(told) == 1
+
+
+def test_parts_that_do_not_fit_are_named(sd1):
+    other = tiny.folder("sdxl")
+    with pytest.raises(LcmError, match=f"{sd1} with the unet of {other}: the UNet attends to text of width 64"):
+        load_pipeline(sd1, unet=other, weights=False)
+
+
 def test_a_refiners_encoder_under_the_first_name(tmp_path):
     folder = tiny.copy("refiner", tmp_path / "refiner")
     (folder / "text_encoder_2").rename(folder / "text_encoder")
@@ -173,6 +194,10 @@ def test_parts_from_pipelines_and_from_folders_of_their_own(tmp_path):
 
 
 BROKEN = {
+    "the hub's cache": (
+        lambda f: (shutil.copytree(f, f / "snapshots" / "0a1b"), (f / "model_index.json").unlink()),
+        r"has no model_index.json; give a diffusers folder, .*/snapshots/0a1b, which holds that file",
+    ),
     "no index": (lambda f: (f / "model_index.json").unlink(), r"has no model_index.json; give a diffusers folder"),
     "single model": (
         lambda f: (f / "model_index.json").rename(f / "config.json"),
@@ -182,12 +207,16 @@ BROKEN = {
     "json list": (lambda f: (f / "model_index.json").write_text("[]"), "holds a list"),
     "transformer": (
         lambda f: edit(f / "model_index.json", unet=..., _class_name="FluxPipeline"),
-        "is a FluxPipeline without a unet",
+        "is a FluxPipeline without a unet; .* is needed, or the UNet of one with unet=",
     ),
-    "no encoder": (lambda f: edit(f / "model_index.json", text_encoder=[None, None]), "no text encoder"),
+    "transformer instead": (
+        lambda f: edit(f / "model_index.json", unet=..., transformer=["diffusers", "FluxTransformer2DModel"]),
+        "without a unet; a model of the Stable Diffusion family is needed$",
+    ),
+    "no encoder": (lambda f: edit(f / "model_index.json", text_encoder=[None, None]), "is a .* without a text encoder"),
     "t5": (
         lambda f: edit(f / "model_index.json", text_encoder=["transformers", "T5EncoderModel"]),
-        "text_encoder in model_index.json='T5EncoderModel'",
+        r"text_encoder in model_index.json='T5EncoderModel'.*supported.*\(/.*\)",
     ),
     "no unet folder": (lambda f: shutil.rmtree(f / "unet"), "unet/config.json is missing"),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json is missing"),

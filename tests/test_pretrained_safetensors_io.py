@@ -91,6 +91,14 @@ def test_variants_are_never_mixed_up(tmp_path):
     with pytest.raises(LcmError, match="has no .*, only .*name the variant, .*--variant, config.model.variant"):
         read_all(tmp_path)
     assert read_all(tmp_path, "fp16").keys() == {"a"}
+    for name, words in {
+        f"{NAME} (1).safetensors": rf"\(1\).safetensors; .* rename it to {NAME}.safetensors",
+        "model.safetensors": "only model.safetensors; .* rename it",
+        f"{NAME}-00001-of-00002.safetensors": "has shards, but no .*.index.json",
+    }.items():
+        next(tmp_path.iterdir()).rename(tmp_path / name)
+        with pytest.raises(LcmError, match=words):
+            read_all(tmp_path)
 
 
 def test_a_folder_of_pickles_is_refused_and_the_conversion_works(tmp_path, monkeypatch):
@@ -110,7 +118,7 @@ def test_a_pickled_part_of_a_pipeline_names_the_whole_pipeline(tmp_path):
     (folder / "unet" / f"{NAME}.safetensors").rename(folder / "unet" / f"{NAME}.bin")
     with pytest.raises(LcmError) as caught:
         load_unet(folder)
-    assert f"DiffusionPipeline as M; M.from_pretrained('{folder}', use_safetensors=False)" in str(caught.value)
+    assert f"DiffusionPipeline as M; M.from_pretrained('{folder}').save_pretrained(" in str(caught.value)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, 0.5, -1])

@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lcm_jax.diffusion import guidance, schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
-from lcm_jax.pretrained import load_pipeline, names, read_record, save_single_file, single_file
+from lcm_jax.pretrained import load_pipeline, load_unet, load_vae, names, read_record, save_single_file, single_file
 from lcm_jax.pretrained import single_file_keys as keys
 from lcm_jax.pretrained import single_file_spellings as spellings
 from lcm_jax.pretrained.model import fold_w, make_module
@@ -456,7 +456,7 @@ def test_configs_that_a_folder_lacks_are_those_of_the_family(folders, written, t
     expected = schedule.from_config(tiny.scheduler_config("epsilon"))
     np.testing.assert_array_equal(pipeline.schedule.alphas_cumprod, expected.alphas_cumprod)
     shutil.rmtree(tmp_path / "text_encoder")
-    with pytest.raises(LcmError, match="sd1.safetensors: .* the text encoders give 768"):
+    with pytest.raises(LcmError, match="sd1.safetensors with the configs of .*: .* the text encoders give 768"):
         load_pipeline(written("sd1")[1], config=tmp_path)
 
 
@@ -757,7 +757,7 @@ def test_from_the_hub(folders, written, monkeypatch, tmp_path):
     # The suite runs offline: the family's tokenizers cannot be fetched.
     for name, kind in (("sd1", "v1"), ("sd2", "v2"), ("sdxl", "xl_base"), ("refiner", "xl_refiner")):
         known = original.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
-        with pytest.raises(LcmError, match=f"holds no tokenizer, .*{name}.*{known}.*give config=, a local folder"):
+        with pytest.raises(LcmError, match=f"holds no tokenizer, .*{name}.*{known}.*give config= .*, a local folder"):
             load_pipeline(written(name)[1])
 
 
@@ -797,6 +797,11 @@ def test_files_that_are_refused(folders, written, tmp_path):
     edm = broken("edm", lambda t: t.update(edm_mean=np.zeros(4, np.float32)))
     assert isinstance(refused(edm, "edm_mean", sd1), UnsupportedConfig)
     refused(tmp_path / "none.safetensors", "does not exist; give a .safetensors file")
+    later = {UNET + "joint_blocks.0.x_block.attn.qkv.weight": np.zeros(2, np.float32)}  # of SD 3, with a VAE
+    sd3 = broken("sd3", lambda t: later | {k: v for k, v in t.items() if k.startswith(VAE)})
+    refused(sd3, "not a checkpoint of a known family.*; give a whole checkpoint of one of these", sd1)
+    odd = rewrite(path, tmp_path / "odd.safetensors", drop("none"), {"lcm_config.json": '{"solver_steps": "x"}'})
+    refused(odd, r"solver_steps of lcm_config.json='x'.*\(.*odd.safetensors\)", sd1)
     refused(path, "is a single file and has no variant 'fp16'", sd1, variant="fp16")
     refused(path, "tokenizer lacks vocab.json", tmp_path)
     refused(sd1, "is for a single .safetensors file, but", sd1)
@@ -812,6 +817,26 @@ def test_files_that_are_refused(folders, written, tmp_path):
     record = rewrite(path, tmp_path / "record.safetensors", drop("none"), {"lcm_config.json": "{"})
     with pytest.raises(LcmError, match="is not valid JSON"):
         read_record(record)
+
+
+@pytest.mark.parametrize("part, prefix", [("unet", UNET), ("vae", VAE)])
+@pytest.mark.parametrize("keys", ["whole", "part", "bare"])
+def test_a_part_given_as_a_file_tells_how_to_make_its_folder(folders, written, tmp_path, part, prefix, keys):
+    def change(tensors):
+        own = {key: x for key, x in tensors.items() if key.startswith(prefix) or keys == "whole"}
+        return {key.removeprefix(prefix) if keys == "bare" else key: x for key, x in own.items()}
+
+    (_, params), path = written("sd1")
+    path = rewrite(path, tmp_path / "a.safetensors", change)
+    match = f"is a file; a folder .* is needed here: make it .*from_single_file.*subfolder='{part}'"
+    command = re.search('python -c "(.*)"', str(refused(folders("sd1"), match, **{part: path})))[1]
+    exec(command.replace("MODEL", str(folders("sd1"))), {})
+    load = {"unet": load_unet, "vae": load_vae}[part]
+    same_trees(load(tmp_path / f"a-{part}")[1], params[part])
+    if keys != "whole":
+        assert command in str(refused(path, "alone is given as", folders("sd1")))
+    file = next((folders("sd1") / part).glob("*.safetensors"))
+    refused(folders("sd1"), f"is a file; .*: give its folder, {file.parent}", **{part: file})
 
 
 def test_targets_that_are_refused(written, tmp_path):

@@ -114,6 +114,7 @@ def test_the_workdir_holds_what_is_promised(stopped, teacher):
         "student": str(teacher),
         "dtype": "float32",
         "vae": None,
+        "variant": None,
         "prediction_type": None,
         "config": None,
         "teacher_dtype": "float32",

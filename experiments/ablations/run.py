@@ -26,7 +26,8 @@ from experiments.ablations import figure, studies
 from experiments.ablations.studies import STUDIES, Study
 from experiments.terminal import teller
 from lcm_jax import files
-from lcm_jax.errors import LcmError, exit_code
+from lcm_jax.ending import exit_code
+from lcm_jax.errors import LcmError
 from lcm_jax.metrics import table
 from lcm_jax.run import config as config_lib
 

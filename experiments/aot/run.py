@@ -18,7 +18,8 @@ from absl import app, flags
 
 from experiments import results
 from lcm_jax import files, foreign
-from lcm_jax.errors import LcmError, exit_code
+from lcm_jax.ending import exit_code
+from lcm_jax.errors import LcmError
 
 HERE = Path(__file__).parent
 SIXTEEN = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}

@@ -25,7 +25,8 @@ from PIL import Image, features
 from experiments import results
 from lcm_jax import files
 from lcm_jax.data import images
-from lcm_jax.errors import LcmError, exit_code
+from lcm_jax.ending import exit_code
+from lcm_jax.errors import LcmError
 
 SIZES = ((1000, 1333), (1024, 1280))  # (height, width): any ratio, and one that 512 divides exactly
 TARGET = 512

@@ -18,7 +18,7 @@ import lcm_jax
 from experiments import embedded, measuring, results, stage
 from experiments.terminal import teller
 from lcm_jax.data import shapes
-from lcm_jax.errors import exit_code
+from lcm_jax.ending import exit_code
 from lcm_jax.metrics.shapes import REFERENCES, heldout
 
 CONFIG = "configs/shapes_lcf.py"

@@ -15,7 +15,7 @@ from experiments import embedded, measuring, results, stage
 from experiments.shapes_teacher import teacher_rows
 from experiments.terminal import teller
 from lcm_jax import pretrained
-from lcm_jax.errors import exit_code
+from lcm_jax.ending import exit_code
 from lcm_jax.metrics.shapes import REFERENCES
 
 NOTE = (

@@ -16,7 +16,7 @@ from pathlib import Path
 from experiments import embedded, results, stage
 from experiments.shapes_lcm_lora import train_style
 from experiments.terminal import teller
-from lcm_jax.errors import exit_code
+from lcm_jax.ending import exit_code
 from lcm_jax.metrics.shapes import REFERENCES
 
 CONFIG = "configs/shapes_lcm_lora.py"

@@ -22,7 +22,8 @@ from lcm_jax.data import shapes
 from lcm_jax.data.order import batch_indices
 from lcm_jax.diffusion import schedule
 from lcm_jax.diffusion.denoiser import call
-from lcm_jax.errors import LcmError, exit_code
+from lcm_jax.ending import exit_code
+from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.pretrained import Pipeline, load_pipeline, lora_files
 from lcm_jax.pretrained import text as conditioning

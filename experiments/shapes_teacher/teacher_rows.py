@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments import embedded, results
 from lcm_jax import assets, files
-from lcm_jax.errors import exit_code
+from lcm_jax.ending import exit_code
 
 SOLVERS = "ddim,dpm_solver_pp_2m"
 STEPS = (1, 2, 4, 8, 50)

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from lcm_jax.data import shapes
-from lcm_jax.errors import exit_code
+from lcm_jax.ending import exit_code
 from lcm_jax.metrics import distances as frechet
 from lcm_jax.metrics.networks import shapes as shapes_scorer
 

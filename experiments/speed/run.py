@@ -28,7 +28,8 @@ from experiments.speed.worker import Failed, OutOfTime, Worker
 from experiments.speed.workloads import Workload
 from experiments.terminal import teller
 from lcm_jax import files
-from lcm_jax.errors import LcmError, exit_code
+from lcm_jax.ending import exit_code
+from lcm_jax.errors import LcmError
 
 HERE = Path(__file__).parent
 NO_BUDGET_S = 10**6

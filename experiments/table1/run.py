@@ -21,7 +21,7 @@ from experiments import embedded, measuring, results, stage
 from experiments.table1 import paper
 from experiments.terminal import teller
 from lcm_jax import files
-from lcm_jax.errors import exit_code
+from lcm_jax.ending import exit_code
 from lcm_jax.metrics import table
 from lcm_jax.run import config as config_lib
 

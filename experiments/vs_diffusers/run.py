@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 from experiments import embedded, measuring, results, stage
 from experiments.terminal import teller
 from experiments.vs_diffusers import compare
-from lcm_jax.errors import LcmError, exit_code
+from lcm_jax.ending import exit_code
+from lcm_jax.errors import LcmError
 from lcm_jax.metrics import plot
 
 CONFIG = "configs/shapes_lcm.py"

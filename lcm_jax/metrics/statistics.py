@@ -151,9 +151,12 @@ def load(path: str | Path, extractor: Extractor | None = None) -> Statistics:
       LcmError: the file is missing, is not of this layout, or is of another extractor.
     """
     origin, arrays = _read(path, extractor)
-    if "features" in arrays:
-        return Statistics(origin, distances.statistics(arrays["features"]))
-    mean, covariance, count = arrays["mu"], arrays["sigma"], int(arrays["count"])
+    features, count = arrays.get("features"), int(arrays["count"])
+    if (count if features is None else len(features)) < 2:
+        raise LcmError(f"{path}: it is of fewer than 2 images; compute the statistics again, of more")
+    if features is not None:
+        return Statistics(origin, distances.statistics(features))
+    mean, covariance = arrays["mu"], arrays["sigma"]
     return Statistics(origin, FeatureStatistics(count, mean, np.zeros_like(mean), covariance * (count - 1)))
 
 
@@ -202,4 +205,6 @@ def _malformed(arrays: dict[str, np.ndarray]) -> str | None:
             return f"its {key} has the shape {list(arrays[key].shape)}, {list(shape)} is expected"
         if arrays[key].dtype.kind not in kinds:
             return f"its {key} is of {arrays[key].dtype}, which is of another kind than is saved"
+        if "f" in kinds and not np.isfinite(arrays[key]).all():
+            return f"its {key} has values that are not finite"
     return None

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcm_jax import files, foreign
+from lcm_jax import files, foreign, typed
 from lcm_jax.errors import LcmError
 
 FLAGS = {  # of `Row.comparison`, but for its metrics
@@ -149,10 +149,12 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def _read_row(path: Path) -> Row:
-    try:
-        return _row(foreign.read_json(path))
-    except (TypeError, KeyError):
-        raise LcmError(f"{path} is not a row of a table; delete it, and it will be measured again") from None
+    with foreign.reading(path, "a row of a table", "delete it, and it will be measured again"):
+        row = _row(foreign.read_json(path))
+        for name, kind in typed.field_types(Row).items():
+            typed.checked(name, getattr(row, name), kind)
+        markdown([row]), [_short(row.comparison[key]) for key in FLAGS]  # whether what is shown and compared is there
+        return row
 
 
 def _row(found: Mapping[str, Any]) -> Row:
@@ -293,7 +295,7 @@ def read(folder: Path) -> list[Row]:
     if not path.exists():
         return []
     found = foreign.read_json(path)
-    try:
+    with foreign.reading(path, "a table of lcm_jax.evaluate", "delete it, and it will be made again"):
         shared = found.get("comparison", found)
         comparison = {key: shared[key] for key in (*FLAGS, "metrics") if key in shared}
         states = found.get("models", {})
@@ -301,8 +303,6 @@ def read(folder: Path) -> list[Row]:
             _row({"comparison": comparison, **row, "settings": {**states.get(row["model"], {}), **row["settings"]}})
             for row in found["rows"]
         ]
-    except (TypeError, KeyError, AttributeError):
-        raise LcmError(f"{path} is not a table of lcm_jax.evaluate; delete it, and it will be made again") from None
 
 
 def to_json(value: Any, depth: int) -> str:

@@ -26,7 +26,8 @@ from lcm_jax.diffusion import schedule
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip
-from lcm_jax.models.config import DIFFUSERS_VERSION, to_config
+from lcm_jax.models.config import DIFFUSERS_VERSION, class_name, to_config
+from lcm_jax.models.vae import AutoencoderKL
 from lcm_jax.pretrained import digests, hub, names, safetensors_io
 from lcm_jax.pretrained.model import (
     PARTS,
@@ -66,13 +67,14 @@ def load_folder(
     read, others = parts_read(weights), {part: other for part, other in (("unet", unet), ("vae", vae)) if other}
     demanded = [part for part in PARTS if part not in others]
     folder = _local(source, _pipeline_patterns(demanded, read, variant), bool(read))
-    index = _model_index(folder, source, others)
+    with config_of(folder):
+        index = _model_index(folder, source, others)
+        encoders = _encoders(folder, index)
     configs = {"model_index": index, "scheduler": scheduler_config(folder, index)}
     noise = schedule.from_config(configs["scheduler"])
     for origin in filter(None, (folder, unet)):
         check_noise(origin, noise, str(source), bool(read))
 
-    encoders = _encoders(folder, index)
     folders = {}
     for part in ("unet", "vae"):
         own = folder / part
@@ -86,7 +88,10 @@ def load_folder(
         configs[part] = _config(folders[part], part) | {"architectures": [kind]}
     modules = dict.fromkeys(PARTS)
     modules |= {part: make_module(part, configs[part], dtype, path / "config.json") for part, path in folders.items()}
-    check_parts(modules, source)
+    check_parts(modules, source, others)
+    if "vae" in others and "vae" in read:
+        with contextlib.suppress(LcmError):  # the model's own need not be there
+            warn_of_scale(modules["vae"], foreign.read_json(folder / "vae" / "config.json"), source, others["vae"])
     tokenizers = dict.fromkeys(TOKENIZER_OF.values())
     for part, (name, _) in encoders.items() if read else ():
         tokenizer = folder / name.replace("text_encoder", "tokenizer")
@@ -95,7 +100,8 @@ def load_folder(
     origins = {part: (others.get(part, source), path) for part, path in folders.items() if part in read}
     variants = _variants(origins, variant, or_without=len(origins) < len(folders))
     record = folder_record(unet or folder, bool(read))
-    pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
+    with config_of(folder):
+        pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
     params = {
         part: _params(part, modules[part], path, variants[part], param_dtype, put)
         if part in read
@@ -157,12 +163,29 @@ def _variants(
     return found
 
 
-def check_parts(modules: Mapping[str, Any], source: str | Path) -> None:
-    """`check_fit`, with errors that name the model."""
+def check_parts(modules: Mapping[str, Any], source: str | Path, others: Mapping[str, str | Path]) -> None:
+    """`check_fit`, with errors that name the model and where its `others` are from."""
     try:
         check_fit(modules)
     except LcmError as error:
-        raise LcmError(f"{source}: {error}") from None
+        taken = "".join(f" with the {part} of {other}" for part, other in others.items())
+        raise LcmError(f"{source}{taken}: {error}") from None
+
+
+def warn_of_scale(vae: nn.Module, own: Config, source: str | Path, other: str | Path) -> None:
+    """Warns if the `vae` of `other` takes latents of another scale than that of `source`, of the config `own`."""
+    if not isinstance(vae, AutoencoderKL) or class_name(own, "AutoencoderKL") != "AutoencoderKL":
+        return  # a tiny one takes them as the UNet does
+    factor = own.get("scaling_factor", AutoencoderKL.scaling_factor)
+    if vae.scaling_factor != factor:
+        logging.warning(
+            "the VAE of %s has scaling_factor %s, that of %s %s: if it is for another family, images will be wrong; if "
+            "not, correct its config.json",
+            other,
+            vae.scaling_factor,
+            source,
+            factor,
+        )
 
 
 def folder_record(source: str | Path, weights: bool = True) -> Config:
@@ -211,7 +234,7 @@ def check_noise(source: str | Path, noise: NoiseSchedule, model: str, weights: b
     Raises:
       LcmError: it was trained on other noise.
     """
-    folder = _local(source, ["model_index.json", SCHEDULER, RECORD], weights)
+    folder = _local(source, ["model_index.json", SCHEDULER, RECORD], weights, "unet")
     above = folder.absolute().parent
     for root in (folder, above) if (above / "model_index.json").is_file() else (folder,):
         index, record = (
@@ -230,10 +253,10 @@ def check_noise(source: str | Path, noise: NoiseSchedule, model: str, weights: b
             )
 
 
-def _local(source: str | Path, patterns: Sequence[str], weights: bool) -> Path:
+def _local(source: str | Path, patterns: Sequence[str], weights: bool, part: str | None = None) -> Path:
     """The local folder of `source`. If only configs are needed and the hub cannot be asked: the package's own."""
     try:
-        return hub.local_folder(source, patterns)
+        return hub.local_folder(source, patterns, part)
     except LcmError:
         embedded = None if weights else assets.architecture(str(source))
         if embedded is None:
@@ -245,7 +268,7 @@ def _part_folder(source: str | Path, part: str, variant: str | None, weights: bo
     """Folder of one part: SOURCE/part if there is one, else SOURCE itself."""
     tensors = safetensors_io.download_patterns(_weights_name(part), variant) if weights else []
     patterns = [prefix + pattern for prefix in ("", f"{part}/") for pattern in ("config.json", *tensors)]
-    folder = _local(source, ["model_index.json", RECORD, *patterns], weights)
+    folder = _local(source, ["model_index.json", RECORD, *patterns], weights, part)
     inside = folder / part
     if (inside / "config.json").is_file() or (folder / "model_index.json").is_file():
         return inside
@@ -270,14 +293,15 @@ def _model_index(folder: Path, source: str | Path, replaced: Collection[str]) ->
     if not (folder / "model_index.json").is_file():
         if (folder / "config.json").is_file():
             raise LcmError(f"{source} holds a single model without model_index.json; give the folder of its pipeline")
-        raise LcmError(f"{source} has no model_index.json; give a diffusers folder, which holds that file")
+        # In the hub's cache the model itself is further in.
+        snapshots = sorted(str(path.parent) for path in folder.glob("snapshots/*/model_index.json"))
+        inside = f"{' or '.join(snapshots[:3])}, " if snapshots else ""
+        raise LcmError(f"{source} has no model_index.json; give a diffusers folder, {inside}which holds that file")
     index = foreign.read_json(folder / "model_index.json")
     if "unet" not in replaced and _class_in_index(index, "unet") is None:
         kind = index.get("_class_name")
-        other = f"or the UNet of one with {hub.ARGUMENTS['unet']}"
-        raise LcmError(
-            f"{source} is a {kind} without a unet; a model of the Stable Diffusion family is needed, {other}"
-        )
+        other = "" if "transformer" in index else f", or the UNet of one with {hub.ARGUMENTS['unet']}"
+        raise LcmError(f"{source} is a {kind} without a unet; a model of the Stable Diffusion family is needed{other}")
     return index
 
 
@@ -300,7 +324,10 @@ def _encoders(folder: Path, index: Config) -> dict[str, tuple[str, str]]:
                 raise UnsupportedConfig(f"{part} in model_index.json", kind, _ENCODER_CLASSES)
             found[part] = part, kind
     if not found:
-        raise LcmError(f"{folder} has no text encoder (text_encoder, text_encoder_2 in model_index.json); add one")
+        raise LcmError(
+            f"{folder} is a {index.get('_class_name')} without a text encoder (text_encoder, text_encoder_2 in "
+            "model_index.json); a text-to-image model of the Stable Diffusion family is needed"
+        )
     if list(found) == ["text_encoder"] and found["text_encoder"][1] == "CLIPTextModelWithProjection":
         return {"text_encoder_2": found["text_encoder"]}
     return found

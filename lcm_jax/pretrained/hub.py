@@ -15,7 +15,19 @@ _HUB_FILE = re.compile(
     r"(?:https?://(?:huggingface\.co|hf\.co)/)?(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)/"
     r"(?:(?:blob|resolve)/(?P<revision>[^/]+)/)?(?P<file>[^?]+\.safetensors)(?:\?.*)?"
 )
-ARGUMENTS = {"unet": "unet= (--unet)", "vae": "vae= (--vae, config.model.vae)"}  # that name a part to use instead
+# What is given beside a model -> its names in the library, the programs and the configs of runs.
+ARGUMENTS = {
+    "unet": "unet= (--unet)",
+    "vae": "vae= (--vae, config.model.vae)",
+    "config": "config= (--model_config, config.model.config)",
+}
+_TO_FOLDER = {  # diffusers' class, and what its from_single_file takes for a file whose keys may lack the prefix
+    "unet": (
+        "UNet2DConditionModel",
+        "{{'model.diffusion_model.' + k.split('diffusion_model.')[-1]: v for k, v in s.load_file('{0}').items()}}",
+    ),
+    "vae": ("AutoencoderKL", "'{0}'"),
+}
 _SUFFIXES = (SUFFIX, *PICKLED, ".gguf")
 
 
@@ -25,12 +37,25 @@ def is_single_file(source: str | Path) -> bool:
     return not path.is_dir() and (path.exists() or str(source).split("?")[0].lower().endswith(_SUFFIXES))
 
 
-def local_folder(source: str | Path, patterns: Sequence[str]) -> Path:
+def as_folder(path: Path, part: str) -> str:
+    """What to do with a file of one part ("unet" or "vae"), which is read from a folder."""
+    if (path.parent / "config.json").is_file():
+        return f"give its folder, {path.parent}"
+    (kind, content), folder = _TO_FOLDER[part], path.with_suffix("")
+    return (
+        "make it in an environment with torch, MODEL being a diffusers folder or hub id of the model it goes with: "
+        f'python -c "import safetensors.torch as s; from diffusers import {kind} as M; M.from_single_file('
+        f"{content.format(path)}, config='MODEL', subfolder='{part}').save_pretrained('{folder}-{part}')\""
+    )
+
+
+def local_folder(source: str | Path, patterns: Sequence[str], part: str | None = None) -> Path:
     """The folder `source`, or the local copy of the hub repository of that name.
 
     Args:
       source: folder, or hub id `owner/name`. A folder that exists wins.
       patterns: globs of the files that are needed; only these are downloaded.
+      part: "unet" or "vae" if the folder of one part is asked for, for errors.
 
     Raises:
       LcmError: neither a folder nor a hub id, or the repository cannot be fetched.
@@ -40,9 +65,12 @@ def local_folder(source: str | Path, patterns: Sequence[str]) -> Path:
         return path
     if path.is_file():
         safetensors_io.check_kind(path)
+        wanted = f"{source} is a file; a folder in diffusers format is needed here"
+        if part and path.suffix == SUFFIX:
+            raise LcmError(f"{wanted}: {as_folder(path, part)}")
         raise LcmError(
-            f"{source} is a file; a folder in diffusers format is needed here. Only a whole model, not one part, is "
-            "read from a single .safetensors file (lcm_jax.sample --model=FILE.safetensors)"
+            f"{wanted}. Only a whole model, not one part, is read from a single .safetensors file "
+            "(lcm_jax.sample --model=FILE.safetensors)"
         )
     if not _HUB_ID.fullmatch(str(source)):
         raise LcmError(f"{source} does not exist; give a folder in diffusers format, or owner/name on the hub")

@@ -224,6 +224,7 @@ def _locate(source: str | Path) -> Path:
     if hub.is_single_file(source) or files.expanded(source).is_file():
         path = hub.local_file(source)
         if path.suffix not in (safetensors_io.SUFFIX, *safetensors_io.PICKLED):
+            safetensors_io.check_kind(path)
             raise LcmError(f"{path} is not a .safetensors file; give one, or rename it if it is one")
         return path
     folder = hub.local_folder(source, [FILE_NAME])

@@ -37,12 +37,12 @@ from lcm_jax.pretrained import names, single_file_keys
 _PREFIXES = {
     "unet": r"unet|(?:model[._])?diffusion_model|lora_unet|lora_prior_unet",
     "text_encoder": (
-        r"text_encoder|(?:lora_)?te1?|(?:text_encoders[._])?clip_[lh](?:[._]transformer)?"
+        r"(?:lora_)?text_encoder(?:_1)?|(?:lora_)?te1?|(?:text_encoders[._])?clip_[lh](?:[._]transformer)?"
         r"|cond_stage_model[._]transformer|conditioner[._]embedders[._]0[._]transformer"
     ),
-    "text_encoder_2": r"text_encoder_2|(?:lora_)?te2|(?:text_encoders[._])?clip_g(?:[._]transformer)?",
+    "text_encoder_2": r"(?:lora_)?text_encoder_2|(?:lora_)?te2|(?:text_encoders[._])?clip_g(?:[._]transformer)?",
 }
-_ANY_PART = r"(?:(?:base_model[._]model|lycoris|_orig_mod)[._])*"  # of peft, LyCORIS and torch.compile
+_ANY_PART = r"(?:(?:base_model[._]model|lycoris|_orig_mod|module)[._])*"  # of peft, LyCORIS, torch.compile and DDP
 _SPELLING = {
     part: re.compile(rf"{_ANY_PART}(?:(?:{prefix})[._])?{_ANY_PART}(?P<name>.+)") for part, prefix in _PREFIXES.items()
 }
@@ -277,7 +277,7 @@ def _check_unused(
             why = "is it for another architecture, or for parts that this model does not have? Set"
         else:
             why = "every factor does. What these change would be lost; set"
-        raise LcmError(f"{what}; {why} ignore_unused to load the rest")
+        raise LcmError(f"{what}; {why} ignore_unused (--ignore_unused) to load the rest")
     logging.warning("%s; they are ignored", what)
 
 

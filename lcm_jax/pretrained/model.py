@@ -211,7 +211,9 @@ class Pipeline:
         if not self.has_w_embedding:
             return 1.0 if sampler == "lcm" else GUIDANCE_SCALE
         low, high = self.constants.w_min + 1.0, self.constants.w_max + 1.0
-        return GUIDANCE_SCALE if low <= GUIDANCE_SCALE <= high else (low + high) / 2.0
+        if low <= GUIDANCE_SCALE <= high:
+            return GUIDANCE_SCALE
+        return low if math.isinf(high) else (low + high) / 2.0
 
 
 _FROM_CONFIG = {

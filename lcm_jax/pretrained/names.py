@@ -46,8 +46,10 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "mean":
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION_KEY = re.compile(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)")
 
-# Buffers and leftovers of training: positions 0..76, batch counts, the counters of an EMA.
-_IGNORED = re.compile(r"(.*\.)?(position_ids|num_batches_tracked)|model_ema\..*")
+# Buffers and leftovers of training: positions 0..76, batch counts, the counters of an EMA; the rest of a whole CLIP.
+_IGNORED = re.compile(
+    r"(.*\.)?(position_ids|num_batches_tracked)|model_ema\..*|logit_scale|(text|visual)_projection\.weight|vision_model\..*"
+)
 
 _LISTED = 10  # names of each kind in an error
 

@@ -57,7 +57,8 @@ _QUANTISED = re.compile(
 _CONVERT = (
     "is pickled, which can run code, and is not opened; convert it once, in an environment with torch: "
     "python -c \"import torch, safetensors.torch as s; t = torch.load('{0}', weights_only=True); "
-    "s.save_file({{k: v.contiguous() for k, v in t.get('state_dict', t).items()}}, '{1}-converted.safetensors')\""
+    "s.save_file({{k: v.clone().contiguous() for k, v in t.get('state_dict', t).items() if hasattr(v, 'clone')}}, "
+    "'{1}-converted.safetensors')\"; use that file in its place"
 )
 # Files of other kinds under a weight file's name: how they begin -> what is wrong, and the way out.
 _OTHERS = (
@@ -171,7 +172,11 @@ def _nothing_found(folder: Path, name: str, variant: str | None) -> str:
         return f"{folder} has no variant {variant!r} ({wanted}){only}, or leave the variant out"
     name_it = "the word before .safetensors (--variant, config.model.variant)"
     if safe:
-        return f"{folder} has no {wanted}, only {', '.join(safe)}; name the variant, {name_it}"
+        if variants := [file for file in safe if re.fullmatch(rf"{name}(-[\d-]+of-\d+)?\.[\w.-]+{SUFFIX}", file)]:
+            return f"{folder} has no {wanted}, only {', '.join(variants)}; name the variant, {name_it}"
+        if any(re.fullmatch(rf"{name}-\d+-of-\d+{SUFFIX}", file) for file in safe):
+            return f"{folder} has shards, but no {_index_names(name, None)[0]}; copy or download it"
+        return f"{folder} has no {wanted}, only {', '.join(safe)}; if that is this model, rename it to {wanted}"
     pickled = f"only pickled weights ({', '.join(weights)}), which can run code and are not opened; "
     nothing = f"no weights at all; if the original has a variant only, name it, {name_it}; if it has them as .bin, "
     why = pickled if weights else nothing
@@ -181,8 +186,8 @@ def _nothing_found(folder: Path, name: str, variant: str | None) -> str:
     hub = next((part.split("--", 1)[1].replace("--", "/") for part in root.parts if part.startswith("models--")), None)
     return (
         f"{folder} has no {wanted}: {why}convert them once, in an environment with torch: "
-        f"python -c \"from diffusers import {loader} as M; M.from_pretrained('{hub or root}', "
-        f"use_safetensors=False).save_pretrained('{root.name}-safetensors')\""
+        f"python -c \"from diffusers import {loader} as M; M.from_pretrained('{hub or root}')"
+        f".save_pretrained('{root.name}-safetensors')\""
     )
 
 

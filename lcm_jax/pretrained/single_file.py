@@ -52,6 +52,7 @@ from lcm_jax.pretrained.names import PutFn, Shape
 from lcm_jax.pretrained.safetensors_io import Weights
 from lcm_jax.pretrained.single_file_spellings import SD1_TEXT, SD2_TEXT, SGM, UNET, VAE
 from lcm_jax.pretrained.tokenizer import load_tokenizer
+from lcm_jax.typed import config_of
 
 _SD2_BASE_STEPS = 875000  # the only mark by which diffusers recognises SD 2.0 base (epsilon) among SD 2.x (v)
 # ComfyUI takes an SD 2.x for v if the standard deviation of this tensor of the UNet is greater.
@@ -68,7 +69,6 @@ _ARCHITECTURES = {
 # Part that `load_single_file` can take from elsewhere -> the first key in a file of its own, and behind its prefix.
 _FIRST = {"unet": "input_blocks.0.0.weight", "vae": "encoder.conv_in.weight"}
 _FIRST_KEYS = {"unet": UNET + _FIRST["unet"], "vae": VAE + _FIRST["vae"]}
-_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}  # of diffusers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,9 +201,13 @@ def load_single_file(
         for part in family.encoders:
             name = TOKENIZER_OF[part]
             tokenizers[name] = load_tokenizer(_subfolder(folder, name), modules[part])
-        diffusers_folder.check_parts(modules, path)
+        named = path if config is None else f"{path} with the configs of {config}"
+        diffusers_folder.check_parts(modules, named, others)
+        if vae and "vae" in read:
+            diffusers_folder.warn_of_scale(modules["vae"], family.config("vae"), path, vae)
         record = diffusers_folder.folder_record(unet, "unet" in read) if unet else _record(file)
-        pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
+        with config_of(path):
+            pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
         params = {part: tree for part, (_, tree) in replaced.items()}
         for part, (layout, prefix) in layouts(family, made).items():
             what = f"{part.replace('_', ' ')} of {path}"
@@ -254,15 +258,11 @@ def _instead(shapes: Mapping[str, Shape], path: Path) -> str:
         return "a LoRA is given beside a model (--lora)"
     if any("down_blocks." in key for key in shapes):
         return "it is a part of a diffusers folder: give the folder"
-    parts = [part for part, key in _FIRST.items() if key in shapes or _FIRST_KEYS[part] in shapes]
-    if len(parts) != 1:
+    parts = [part for part, key in _FIRST.items() if {key, f"diffusion_model.{key}", _FIRST_KEYS[part]} & shapes.keys()]
+    if len(parts) != 1 or (parts == ["vae"] and any(key.startswith(UNET) for key in shapes)):
         return "give a whole checkpoint of one of these, or a diffusers folder"
-    part, folder = parts[0], path.with_suffix("")
-    return (
-        f"a {part} alone is given as {hub.ARGUMENTS[part]} beside a model, as a folder; make it in an environment with "
-        f"torch: python -c \"from diffusers import {_CLASSES[part]} as M; M.from_single_file('{path}')"
-        f".save_pretrained('{folder}')\""
-    )
+    part = parts[0]
+    return f"a {part} alone is given as {hub.ARGUMENTS[part]} beside a model, as a folder: {hub.as_folder(path, part)}"
 
 
 def _check_known(family: Family, shapes: Mapping[str, Shape], path: Path, unet_replaced: bool) -> None:
@@ -285,7 +285,7 @@ def _config_folder(config: str | Path | None, family: Family, path: Path) -> Pat
     except LcmError as error:
         raise LcmError(
             f"{path} holds no tokenizer, and that of its family ({family.name}) is not available: {error}; "
-            f"give config=, a local folder of a {family.name} model in diffusers format"
+            f"give {hub.ARGUMENTS['config']}, a local folder of a {family.name} model in diffusers format"
         ) from error
 
 
@@ -342,7 +342,7 @@ def _scheduler(family: Family, weights: Weights, given: Config | None, folder: P
     if kind not in (own, "v_prediction"):
         raise LcmError(
             f"{source} is marked {marks.text}, but {SCHEDULER} of {folder} says {own}; correct the one that "
-            "is wrong, or give config= a folder without a scheduler"
+            f"is wrong, or give {hub.ARGUMENTS['config']} a folder without a scheduler"
         )
     text, zero = marks.text, marks.zero_snr or rescale
     stored = noise_marks.table(weights)
@@ -351,7 +351,8 @@ def _scheduler(family: Family, weights: Weights, given: Config | None, folder: P
         if not fits:
             raise LcmError(
                 f"{source} holds another noise table ({key}) than {'the published one' if given is None else folder}; "
-                f"give config= a folder whose scheduler has it, or remove {key} if it is left over from another model"
+                f"give {hub.ARGUMENTS['config']} a folder whose scheduler has it, or remove {key} if it is left over "
+                "from another model"
             )
         if fits == [True]:
             text, zero = ", ".join([*filter(None, [text]), f"{key} (zero terminal SNR)"]), True
@@ -397,10 +398,11 @@ def _guess(family: Family, weights: Weights) -> str:
     kind = "epsilon" if steps == [_SD2_BASE_STEPS] else "v_prediction"
     logging.warning(
         "%s: an SD 2.x file does not record its prediction type; %s is used (global_step %s), as in diffusers. For the "
-        "other type give config=, the diffusers folder of the model it comes from",
+        "other type give %s, the diffusers folder of the model it comes from",
         weights.source,
         kind,
         steps[0] if steps else None,
+        hub.ARGUMENTS["config"],
     )
     return kind
 

@@ -24,7 +24,7 @@ from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models.clip import CLIPTextModel
 from lcm_jax.models.unet import UNet2DConditionModel
 from lcm_jax.models.vae import AutoencoderKL
-from lcm_jax.pretrained import names
+from lcm_jax.pretrained import hub, names
 from lcm_jax.pretrained.names import Params, PutFn, Shape
 
 _SD1_HEADS = 8  # at every width
@@ -206,8 +206,8 @@ def check_part(layout: Layout, prefix: str, shapes: Mapping[str, Shape], what: s
     found = {key: shape for key, shape in found.items() if key in wanted or not layout.ignored.fullmatch(key)}
     if problems := names.differences(wanted, found, names.same_but_for_1x1):
         raise LcmError(
-            f"{what} does not fit its config: under {prefix} {problems}; give config= the diffusers folder of the "
-            "file's model"
+            f"{what} does not fit its config: under {prefix} {problems}; give {hub.ARGUMENTS['config']}, the diffusers "
+            "folder of the file's model"
         )
 
 
@@ -329,7 +329,7 @@ def _depth(block: str, shapes: Mapping[str, Shape]) -> int:
 
 def _heads(width: int) -> int:
     if width % _HEAD_CHANNELS:
-        known = f"multiples of {_HEAD_CHANNELS}; for other widths give config="
+        known = f"multiples of {_HEAD_CHANNELS}; for other widths give {hub.ARGUMENTS['config']}"
         raise UnsupportedConfig("attention_head_dim at width", width, known)
     return width // _HEAD_CHANNELS
 

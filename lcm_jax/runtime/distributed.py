@@ -33,7 +33,7 @@ import jax
 from absl import flags
 from jax.experimental import multihost_utils
 
-from lcm_jax import errors
+from lcm_jax import ending
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import jax_private
 from lcm_jax.runtime.launchers import detect
@@ -323,7 +323,7 @@ def stop_agreed() -> bool:
 def exit_code(
     program: Callable[[], int | None], left: str = "nothing was written", smaller: str = "use less", **processes: Any
 ) -> int:
-    """Runs a program that may be one of several processes, as `errors.exit_code`; `processes`: see `initialize`.
+    """Runs a program that may be one of several processes, as `ending.exit_code`; `processes`: see `initialize`.
 
     Returns at a good end, and if this process is alone. A process of several that fails ends here: with the others if
     they fail at the same point, else without waiting for them; jax ends those after HEARTBEAT seconds.
@@ -334,7 +334,7 @@ def exit_code(
         return program()
 
     try:
-        code = errors.exit_code(joined, left, smaller)
+        code = ending.exit_code(joined, left, smaller)
     except BaseException:
         if not jax.distributed.is_initialized():
             raise

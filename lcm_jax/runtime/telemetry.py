@@ -47,13 +47,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from lcm_jax import files, foreign
+from lcm_jax import files, foreign, typed
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import boards, waiting
 
@@ -65,6 +65,9 @@ PAUSES = ("data", "checkpoint", "evaluation")  # what a program does between ste
 HORIZON = 100  # losses in the running mean that spikes are measured against
 WARMUP = 20  # losses before the first alarm
 _REPAIR = "repair or remove the line"
+_COUNT, _SECONDS = Annotated[int, typed.Range(0, 1e18)], Annotated[float, typed.Range(0, 1e18)]
+_EVENT = {"event": str, "step": _COUNT, "time": _SECONDS}  # and of the event "steps":
+_STEPS_EVENT = {"from": _COUNT, "seconds": _SECONDS}
 LINE_SECONDS = 10  # between lines of progress if stderr is not a terminal
 
 
@@ -129,8 +132,8 @@ class Telemetry(contextlib.AbstractContextManager):
         if writes:
             self._progress = Progress(run.total_steps, run.start_step, "steps", every=math.inf)
             events = self.workdir / EVENTS_FILE
-            with foreign.reading(events, "the events of a run", _REPAIR):
-                self._goodput = Goodput(cut_jsonl(events))
+            cut_jsonl(events)
+            self._goodput = Goodput(read_events(self.workdir))
             self._file, self._events = metrics, events
             self._add_event("start", run.began or time.time(), run.start_step)
             self._boards = boards.start(self.workdir, run.start_step, wandb, run.config, waiting.say)
@@ -376,7 +379,7 @@ class Goodput:
 
     @property
     def share(self) -> float:
-        return self.steps / self.wall if self.wall else 0.0
+        return min(1.0, self.steps / self.wall) if self.wall else 0.0  # the clock may have been set back
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Takes the next event."""
@@ -401,6 +404,23 @@ class Goodput:
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     """The objects of a workdir's metrics.jsonl, see `read_jsonl`."""
     return read_jsonl(Path(workdir) / METRICS_FILE)
+
+
+def read_events(workdir: str | Path) -> list[dict[str, Any]]:
+    """The events in a workdir's events.jsonl, see `read_jsonl`.
+
+    Raises:
+        LcmError: as there; also if an event lacks what `Goodput` reads, or has another type there.
+    """
+    path = Path(workdir) / EVENTS_FILE
+    events = read_jsonl(path)
+    with foreign.reading(path, "the events of a run", _REPAIR):
+        for event in events:
+            for name, kind in _EVENT.items() | (_STEPS_EVENT.items() if event.get("event") == "steps" else ()):
+                typed.checked(name, event.get(name), kind)
+            if event["event"] == "steps" and event["from"] >= event["step"]:
+                raise LcmError(f"steps from {event['from']} to {event['step']}")
+    return events
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

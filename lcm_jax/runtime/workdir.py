@@ -36,7 +36,7 @@ from typing import Any
 import jax
 from filelock import FileLock, LeaseCompromise, SoftFileLease, SoftFileLock, Timeout
 
-from lcm_jax import errors, files, foreign
+from lcm_jax import ending, files, foreign
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import distributed
 
@@ -353,7 +353,7 @@ class StopSignal:
         return stop
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        errors.signals.heard()
+        ending.signals.heard()
         self.name = signal.Signals(number).name
         self._restore()
         if self._several:

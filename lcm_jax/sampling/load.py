@@ -130,6 +130,9 @@ def parse_lora(text: str) -> Lora:
     source = source if colon else text
     if not math.isfinite(weight):
         raise BadArgument("lora", text, f"weight {weight} is not finite; 1 is the LoRA as it was trained")
+    name, found, _ = source.rpartition(":")
+    if found and files.expanded(name).exists() and not files.expanded(source).exists():
+        raise BadArgument("lora", text, f"{text[len(name) + 1 :]!r} is no weight; write {name}:0.8")
     if not files.expanded(source).exists() and not _HUB_NAME.fullmatch(source):
         raise BadArgument("lora", text, f"{source} does not exist; give a .safetensors file, a folder, or owner/name")
     return source, weight

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lcm_jax import errors
-from lcm_jax.errors import BadArgument, LcmError, exit_code
+from lcm_jax import ending
+from lcm_jax.ending import exit_code
+from lcm_jax.errors import BadArgument, LcmError
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,23 +80,23 @@ def test_sigterm_runs_the_finally_blocks(swallowed, capsys):
 
 def test_a_thread_that_unwinds_is_known():
     me = threading.get_ident()
-    assert not errors._unwinding(me)
+    assert not ending._unwinding(me)
     try:
-        raise errors.Stop(signal.SIGINT)
-    except errors.Stop:
+        raise ending.Stop(signal.SIGINT)
+    except ending.Stop:
         try:
             raise ValueError
         except ValueError:
-            assert errors._unwinding(me)
+            assert ending._unwinding(me)
     try:
         raise ValueError
     except ValueError:
-        assert not errors._unwinding(me)
+        assert not ending._unwinding(me)
 
 
 PROGRAM = """
 import sys, threading, time
-from lcm_jax.errors import exit_code, signals
+from lcm_jax.ending import exit_code, signals
 signals.begin()
 def program():
     print("here", flush=True)
@@ -113,8 +114,8 @@ LIBRARY = """
     except BaseException: pass
     time.sleep(30)"""
 LONG_CALL = """
-    from lcm_jax import errors
-    errors.GRACE = 0.5
+    from lcm_jax import ending
+    ending.GRACE = 0.5
     import hashlib
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)"""
 WAITING = """
