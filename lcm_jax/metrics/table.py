@@ -149,8 +149,9 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def _read_row(path: Path) -> Row:
-    with foreign.reading(path, "a row of a table", "delete it, and it will be measured again"):
-        row = _row(foreign.read_json(path))
+    remedy = "delete it, and it will be measured again"
+    with foreign.reading(path, "a row of a table", remedy):
+        row = _row(foreign.read_json(path, remedy))
         for name, kind in typed.field_types(Row).items():
             typed.checked(name, getattr(row, name), kind)
         markdown([row]), [_short(row.comparison[key]) for key in FLAGS]  # whether what is shown and compared is there
@@ -294,8 +295,9 @@ def read(folder: Path) -> list[Row]:
     path = folder / "table.json"
     if not path.exists():
         return []
-    found = foreign.read_json(path)
-    with foreign.reading(path, "a table of lcm_jax.evaluate", "delete it, and it will be made again"):
+    remedy = "delete it, and it will be made again"
+    found = foreign.read_json(path, remedy)
+    with foreign.reading(path, "a table of lcm_jax.evaluate", remedy):
         shared = found.get("comparison", found)
         comparison = {key: shared[key] for key in (*FLAGS, "metrics") if key in shared}
         states = found.get("models", {})
