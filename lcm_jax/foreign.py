@@ -21,6 +21,7 @@ from lcm_jax.errors import LcmError
 AGAIN = "copy or download it again"
 MAX_JSON = 2**28  # bytes: the largest that circulate are tokenizers of some MB and indices of some 100 KB
 _LINE = 300  # characters of another package's message
+_DENSEST = 1100  # times that deflate can shrink a file, and more
 
 
 def one_line(error: BaseException) -> str:
@@ -93,13 +94,19 @@ def open_zip(path: Path | BinaryIO, most: int) -> zipfile.ZipFile:
     """A zip archive whose members may be read: none is encrypted, and together they have at most `most` bytes.
 
     Raises:
-      LcmError: they are more, or encrypted, or two have one name. Others: as `zipfile`; use it within `reading`.
+      LcmError: they are more, or declare more than they can have; encrypted, or compressed otherwise than by deflate;
+        two have one name. Others: as `zipfile`; use it within `reading`.
     """
     archive = zipfile.ZipFile(path)
     members = archive.infolist()
     total = sum(info.file_size for info in members)
     if total > most:
         raise LcmError(f"its members declare {total} bytes, at most {most} are read")
+    for info in members:
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise LcmError(f"{info.filename} is compressed by method {info.compress_type}, not stored or deflated")
+        if info.file_size > _DENSEST * max(info.compress_size, 1):
+            raise LcmError(f"{info.filename} declares {info.file_size} bytes, but has {info.compress_size}")
     if len({info.filename for info in members}) < len(members):
         raise LcmError("two of its members have one name")
     if any(info.flag_bits & 1 for info in members):

@@ -735,7 +735,7 @@ def _(content: bytes, folder: Path) -> None:
     arguments = sample.parser().parse_args(["--model=shapes", "--out=out", f"--prompts={path}"])
     found = sample.read_prompts(arguments)
     lines = content.decode("utf-8-sig").split("\n")
-    if len(found) != sum(bool(line.lstrip("\ufeff").strip()) for line in lines):  # files that were put together
+    if len(found) != sum(bool(line.lstrip("\ufeff \t\xa0\u3000").strip()) for line in lines):
         raise WrongError("prompts are not the lines of their file")
     if lines[0].strip() and content.startswith(b"\xef\xbb\xbf") and found[0].startswith("\ufeff"):
         raise WrongError("a prompt begins with a byte order mark")

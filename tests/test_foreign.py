@@ -123,3 +123,26 @@ def test_a_json_object_has_its_place_in_the_error():
     assert foreign.json_object(json.dumps({"a": 1}), "header") == {"a": 1}
     with pytest.raises(LcmError, match="^the header of x is not valid JSON"):
         foreign.json_object("{", "the header of x")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_denser_methods_than_numpys_are_refused(tmp_path, method):
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.npy", _npy((1_000_000,), bytes(8_000_000)))
+    with pytest.raises(LcmError, match="compressed by method"), foreign.reading(path, "an .npz"):
+        foreign.read_npz(path, 2**40)
+
+
+def test_a_member_declares_more_than_it_can_have(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, a=np.zeros(3))
+    content = bytearray(path.read_bytes())
+    entry = content.find(b"PK\1\2")
+    content[entry + 24 : entry + 28] = (2**31).to_bytes(4, "little")  # its size
+    path.write_bytes(content)
+    with (
+        pytest.raises(LcmError, match=r"a\.npy declares 2147483648 bytes, but has 152"),
+        foreign.reading(path, "an .npz"),
+    ):
+        foreign.read_npz(path, 2**40)

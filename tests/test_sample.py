@@ -343,7 +343,7 @@ def test_lines_of_a_prompts_file(tmp_path, capsys):
         "a red circle",
         "a cat\u2028on a mat",
     ]
-    assert read("a\n\ufeffjoined\n".encode()) == ["a", "joined"] and not capsys.readouterr().err
+    assert read("a\n \ufeffjoined\n".encode()) == ["a", "joined"] and not capsys.readouterr().err
     assert read("a\nb\x0cc\nd\x85e\n".encode()) == ["a", "b\x0cc", "d\x85e"]
     assert capsys.readouterr().err.endswith("p.txt: line 2 has the character U+000C, and 1 more lines have such\n")
     for content, message in (

@@ -108,7 +108,7 @@ def read_lines(flag: str, path: Path) -> list[str]:
     What a line may hold unnoticed is told on stderr: control characters, and byte order marks, as of files that were
     put together. Those at its beginning are dropped.
     """
-    lines = [line.lstrip("\ufeff").removesuffix("\r") for line in read_text(flag, path).split("\n")]
+    lines = [line.lstrip("\ufeff" + _BLANK).removesuffix("\r") for line in read_text(flag, path).split("\n")]
     odd = [(number, found[0]) for number, line in enumerate(lines, 1) if (found := _UNSEEN.search(line))]
     if odd:
         more = f", and {len(odd) - 1} more lines have such" if len(odd) > 1 else ""
