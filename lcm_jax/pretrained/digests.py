@@ -1,4 +1,4 @@
-"""Digests of exported files, so that one that is no longer what was exported is told when it is loaded.
+"""Digests of exported files: loading warns of one that is no longer what was exported.
 
 a folder        its lcm_config.json has {"sha256": {"unet/diffusion_pytorch_model.safetensors": "9f86...", ...}}
 a single file   its header has `modelspec.hash_sha256`, of all bytes after the header (safetensors_io.save_file)

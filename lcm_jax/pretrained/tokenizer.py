@@ -170,7 +170,7 @@ def check_text(text: str) -> None:
     except UnicodeEncodeError as error:  # by a JSON's "\ud800", or by bytes of a command line that are not UTF-8
         raise LcmError(
             f"the text {ascii(text)[:60]} is not valid Unicode: character {error.start + 1} is half a character (a "
-            "lone surrogate); mend it"
+            "lone surrogate); correct it"
         ) from None
 
 

@@ -309,7 +309,7 @@ def markdown() -> str:
         "CFG 1 is one pass a step; up to 2 there is a second one, with a negative prompt. What the settings mean, "
         "in 4 steps:",
         "",
-        *table(["settings", "noise level at t", "t that the UNet is told"], *timesteps),
+        *table(["settings", "noise level at t", "t that the UNet receives"], *timesteps),
         "",
         "The first two rows are the timesteps of training, for every number of steps.",
         "",

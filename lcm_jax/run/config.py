@@ -523,7 +523,7 @@ def _check_guidance(config: ConfigDict) -> None:
 def from_saved(saved: Mapping[str, Any], where: object) -> ConfigDict:
     """The config in a workdir's config.json, resolved.
 
-    A key that is absent or null, as an older version left it, has its default. One that is unknown is told on stderr.
+    A key that is absent or null, as an older version left it, has its default. An unknown one is reported on stderr.
 
     Args:
         saved: nested dict from the file.

@@ -105,8 +105,8 @@ def read_text(flag: str, path: Path) -> str:
 def read_lines(flag: str, path: Path) -> list[str]:
     """The prompts of a text file: its lines that are not blank, stripped. A line ends with LF or CR LF alone.
 
-    What a line may hold unnoticed is told on stderr: control characters, and byte order marks, as of files that were
-    put together. Those at its beginning are dropped.
+    What a line may hold unnoticed is reported on stderr: control characters, and byte order marks, as in files that
+    were put together. Those at its beginning are dropped.
     """
     lines = [line.lstrip("\ufeff" + _BLANK).removesuffix("\r") for line in read_text(flag, path).split("\n")]
     odd = [(number, found[0]) for number, line in enumerate(lines, 1) if (found := _UNSEEN.search(line))]
