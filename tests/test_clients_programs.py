@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import parity
 import pytest
+import safetensors.numpy
 import tiny
 import torch
 from lora_kit import pipeline
@@ -43,12 +44,14 @@ def random_leaf(path, leaf) -> np.ndarray:
 
 
 def write_stand_in_tokenizer(folder: Path) -> None:
-    """49,408 tokens in CLIP's layout; only those of single letters are right."""
+    """49,408 tokens in CLIP's layout; only those of single letters are right: merges are of other bytes."""
     tiny.write_tokenizer(folder)
     letters = list(tiny.vocabulary()[0])[:512]
-    tokens = [*letters, *(f"<{i}>" for i in range(512, 49406)), tiny.START, tiny.END]
+    others = [letter for letter in letters if not letter[0].isascii()]
+    merges = [(a, b) for a in others if "</w>" not in a for b in others][: 49406 - 512]
+    tokens = [*letters, *map("".join, merges), tiny.START, tiny.END]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +113,19 @@ PRESET = """
 unet_target_module = ["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"]
 text_encoder_target_module = ["CLIPAttention", "CLIPMLP"]
 """
+ADDED = (".diff", ".diff_b", ".w_norm", ".b_norm")
 # What LyCORIS is asked for, beside rank 4 and alpha 2 -> what `read_lora` says of its file; None: it reads every key.
 LYCORIS = {
     "LoCon": ({"conv_dim": 2, "conv_alpha": 1}, None),
     "LoCon with a scalar": ({"use_scalar": True}, None),
     "rank-stabilized": ({"rs_lora": True}, None),
-    "norms": ({"train_norm": True}, "w_norm"),
+    "norms": ({"train_norm": True}, None),
     "Tucker": ({"use_tucker": True}, "CP decomposition"),
     "DoRA": ({"dora_wd": True}, "DoRA"),
     "LoHa": ({"algo": "loha"}, "LoHa"),
     "LoKr": ({"algo": "lokr"}, "LoKr"),
-    "whole matrices": ({"algo": "full"}, "holds no LoRA"),
-    "OFT": ({"algo": "diag-oft"}, "holds no LoRA"),
+    "whole matrices": ({"algo": "full"}, None),
+    "OFT": ({"algo": "diag-oft"}, "OFT"),
 }
 
 
@@ -143,8 +147,19 @@ def test_files_of_lycoris(name, tmp_path):
         with pytest.raises(LcmError, match=refusal):
             lora_files.read_lora(path, modules)
         return
-    read = lora_files.read_lora(path, modules).parts
+    found = lora_files.read_lora(path, modules)
+    added = {key: value for key, value in safetensors.numpy.load_file(path).items() if key.endswith(ADDED)}
+    for key, value in added.items():
+        name, _, role = key.rpartition(".")
+        (layer,) = lora_keys.layers_of(name, modules)
+        path_of_it = (layer.bias if role.startswith("b_") or role.endswith("_b") else layer.weight).path
+        assert np.array_equal(np.sort(found.deltas[layer.part][path_of_it].ravel()), np.sort(value.ravel()))
+    assert sum(map(len, found.deltas.values())) == len(added)
+    read = found.parts
+    if not read:
+        return
     wanted = {"unet": network.unet_loras, "text_encoder": network.text_encoder_loras}
+    wanted = {part: [one for one in ones if hasattr(one, "lora_down")] for part, ones in wanted.items()}
     assert {part: len(layers) for part, layers in read.items()} == {
         part: len(layers) for part, layers in wanted.items()
     }
