@@ -240,8 +240,8 @@ MEASURED = (
     "LoRA, whose 834 tensors it applies all; that changes the picture by 20/255 on average. `lora-peft` gives the "
     "same picture.",
     "LyCORIS 4.1.3 (`make test-clients`): its LoCon files for UNet and text encoder, also rank-stabilized or with a "
-    "scalar, give the change that LyCORIS computes to 2e-7 of its largest; norms, Tucker, DoRA, LoHa and LoKr are "
-    "refused by name, OFT and whole matrices as no LoRA.",
+    "scalar, give the change that LyCORIS computes to 2e-7 of its largest; norms and whole matrices are read "
+    "as they are; Tucker, DoRA, LoHa, LoKr and OFT are refused by name.",
     "ComfyUI against lcm_jax (by hand, noise given): pictures of SD 1.5, SD 2.1, Vega and tiny-sd differ by 2e-6 "
     "to 3e-6 of 1; a LoRA of SD 1.5 is merged bit for bit; what it writes is read back unchanged.",
     "kohya sd-scripts 48d368f (by hand): every key of its LoRAs of SD 1.5, SD 2.1 and SDXL is read, B A bit for bit.",
