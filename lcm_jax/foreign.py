@@ -46,7 +46,9 @@ def reading(path: Path, kind: str, remedy: str = AGAIN) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        if (isinstance(error, LcmError) and str(path) in str(error)) or getattr(error, "filename", None) is not None:
+        if isinstance(error, LcmError) and str(path) in str(error):
+            raise
+        if isinstance(error, OSError) and error.filename is not None:  # a SyntaxError has a file's name, too
             raise
         size = f" ({path.stat().st_size} bytes)" if path.is_file() else ""
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
@@ -99,14 +101,15 @@ def open_zip(path: Path | BinaryIO, most: int) -> zipfile.ZipFile:
     """
     archive = zipfile.ZipFile(path)
     members = archive.infolist()
-    total = sum(info.file_size for info in members)
+    size, total = archive.fp.seek(0, 2), sum(info.file_size for info in members)
     if total > most:
         raise LcmError(f"its members declare {total} bytes, at most {most} are read")
     for info in members:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise LcmError(f"{info.filename} is compressed by method {info.compress_type}, not stored or deflated")
-        if info.file_size > _DENSEST * max(info.compress_size, 1):
-            raise LcmError(f"{info.filename} declares {info.file_size} bytes, but has {info.compress_size}")
+        if info.compress_size > size or info.file_size > _DENSEST * max(info.compress_size, 1):
+            of_it = f"{info.file_size} bytes in {info.compress_size}"
+            raise LcmError(f"{info.filename} declares {of_it}, which cannot be in a file of {size}")
     if len({info.filename for info in members}) < len(members):
         raise LcmError("two of its members have one name")
     if any(info.flag_bits & 1 for info in members):

@@ -48,7 +48,7 @@ def test_a_pipe_instead_of_a_json_file_is_not_waited_for(tmp_path):
         foreign.read_json(tmp_path, "restore it")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a\nb"), NotImplementedError(), AttributeError("x"), RecursionError()])
+@pytest.mark.parametrize("error", [RuntimeError("a\nb"), NotImplementedError(), SyntaxError("x", ("f", 1, 1, "x"))])
 def test_whatever_a_parser_raises_names_the_file(tmp_path, error):
     path = tmp_path / "x"
     path.write_bytes(b"12")
@@ -134,15 +134,13 @@ def test_denser_methods_than_numpys_are_refused(tmp_path, method):
         foreign.read_npz(path, 2**40)
 
 
-def test_a_member_declares_more_than_it_can_have(tmp_path):
+@pytest.mark.parametrize("field", [20, 24])  # of a central entry: its size in the file, its own size
+def test_a_member_declares_more_than_it_can_have(tmp_path, field):
     path = tmp_path / "a.npz"
     np.savez(path, a=np.zeros(3))
     content = bytearray(path.read_bytes())
     entry = content.find(b"PK\1\2")
-    content[entry + 24 : entry + 28] = (2**31).to_bytes(4, "little")  # its size
+    content[entry + field : entry + field + 4] = (2**31).to_bytes(4, "little")
     path.write_bytes(content)
-    with (
-        pytest.raises(LcmError, match=r"a\.npy declares 2147483648 bytes, but has 152"),
-        foreign.reading(path, "an .npz"),
-    ):
+    with pytest.raises(LcmError, match="declares .*2147483648.* cannot be in a file"), foreign.reading(path, "an .npz"):
         foreign.read_npz(path, 2**40)
