@@ -321,7 +321,7 @@ def main(argv: list[str]) -> int:
     left = (
         "nothing was written"
         if _REPORT.value
-        else "the same command goes on from the newest checkpoint, if there is one"
+        else "the same command continues from the newest checkpoint, if there is one"
     )
     return distributed.exit_code(program, left, SMALLER, **distributed.from_flags())
 

@@ -1,9 +1,9 @@
 """Fuzzes the readers of files: `make fuzz` (SECONDS=600 over all targets, TARGET=name for one of them).
 
 Each target runs in a process of its own, under a limit of memory, and is started again if it crashes. Atheris sees
-which branches of the package an input reaches and goes on from those; mutations keep the structure of the files. What
+which branches of the package an input reaches and varies those further; mutations keep the structure of the files. What
 is found is in .cache/fuzz/TARGET, one input for each kind, and a traceback beside it; the exit code is then 1. Once the
-faults are mended, `python tests/fuzz.py --keep` adds the inputs to tests/fuzz_seeds, which `tests/test_fuzz.py` reads.
+faults are fixed, `python tests/fuzz.py --keep` adds the inputs to tests/fuzz_seeds, which `tests/test_fuzz.py` reads.
 """
 
 from __future__ import annotations

@@ -367,7 +367,7 @@ def _(content: bytes, folder: Path) -> None:
     path = folder / "one.safetensors"
     path.write_bytes(content)
     pipeline, _ = load_pipeline(path, config=folder / "config")
-    _check_modules(pipeline)  # weights that are not finite are told by the images
+    _check_modules(pipeline)  # weights that are not finite show in the images
 
 
 @functools.cache
@@ -580,7 +580,7 @@ def _(content: bytes, folder: Path) -> None:
     found = tar_index.read(path, tar_index.sidecar_path(path, None), None, None)
     if found is not None and (found.spans.min(initial=0) < 0 or found.spans[:, ::2].max(initial=0) > found.size):
         raise WrongError("an index points outside of its shard")
-    _read_source(open_source("webdataset", str(path)), folder)  # made anew if it cannot be used
+    _read_source(open_source("webdataset", str(path)), folder)  # rebuilt if it cannot be used
 
 
 def _folder(folder: Path) -> list[bytes]:

@@ -178,7 +178,7 @@ def test_differences(shapes):
 
 
 def test_a_config_of_another_version_differs_only_in_what_the_run_would_do(shapes, capsys):
-    """Absent and null keys, and whole sections, count as their defaults; unknown keys are told."""
+    """Absent and null keys, and whole sections, count as their defaults; unknown keys are reported."""
     saved = json.loads(config_lib.to_json(config_lib.resolve(shapes)))
     del saved["distill"]["huber_c"], saved["model"]["student"], saved["model"]["dtype"], saved["lora"]
     saved["train"]["mu_dtype"], saved["checkpoint"] = None, None

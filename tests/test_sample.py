@@ -332,7 +332,7 @@ def test_a_second_model_compiles_nothing_and_a_dropped_one_is_freed(lcm, tmp_pat
 
 
 def test_lines_of_a_prompts_file(tmp_path, capsys):
-    """UTF-8 with or without a byte order mark, lines end with LF or CR LF alone; what cannot be seen is told."""
+    """UTF-8 with or without a byte order mark, lines end with LF or CR LF alone; what cannot be seen is reported."""
 
     def read(content: bytes, *options):
         (tmp_path / "p.txt").write_bytes(content)
