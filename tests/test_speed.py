@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.speed import jax_side, measure, report, run, side, torch_side, trace, worker, workloads
 from experiments.speed.workloads import Workload
 from lcm_jax.errors import LcmError
-from lcm_jax.run import models as student
-from lcm_jax.run import step as training_step
+from lcm_jax.run.models import load_teacher
+from lcm_jax.run.report import build
 from lcm_jax.runtime import mesh as mesh_lib
 
 SMALL = {kind: Workload(kind, "shapes", 64, 2, "float32") for kind in ("unet", "sample", "lcd", "lora")}
@@ -44,10 +44,7 @@ def test_sampling_flops_of_both_sides_are_the_same():
 def test_training_flops_of_both_sides_are_the_same(kind):
     """Teacher twice, target, student, its gradient. For adapters the order of products may differ a little."""
     config = side.training_config(SMALL[kind])
-    teacher = student.load_teacher(config, weights=False)
-    made = training_step.make(
-        config, teacher, student.load_student(config, teacher), mesh_lib.make_mesh(devices=jax.devices()[:1])
-    )
+    made, _ = build(config, mesh_lib.make_mesh(devices=jax.devices()[:1]))
     parity.close(torch_flops(SMALL[kind]), made.model_flops(), rtol=0.02)
 
 
@@ -68,7 +65,7 @@ def test_training_config(model):
     """Published models need no weights; the frozen ones are held in the compute dtype."""
     config = side.training_config(Workload("lcd", model, 512, 4, "bfloat16", "block"))
     assert (config.model.teacher_dtype, config.train.remat, config.data.batch_size) == ("bfloat16", "block", 4)
-    teacher = student.load_teacher(config, weights=False)
+    teacher, _ = load_teacher(config, weights=False)
     assert teacher.unet.block_out_channels[0] == 320 and teacher.is_xl == (model == "sdxl")
 
 

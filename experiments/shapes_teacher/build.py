@@ -35,7 +35,7 @@ def main() -> None:
         vae=vae,
         text_encoder=clip.from_config(TEXT),
         text_encoder_2=None,
-        tokenizer=load_tokenizer(source / "tokenizer", tokenizer.LENGTH),
+        tokenizer=load_tokenizer(source / "tokenizer", clip.from_config(TEXT)),
         tokenizer_2=None,
         schedule=schedule.from_config(SCHEDULER),
         configs={"scheduler": SCHEDULER, "model_index": {}, "text_encoder": TEXT},

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lcm_jax.data import shapes
+from lcm_jax.models.clip import CLIPTextModel
 from lcm_jax.pretrained.tokenizer import load_tokenizer, tokenize
 
 LENGTH = 24  # two objects need 23
@@ -73,7 +74,7 @@ def write(folder: Path) -> None:
 def _tokenizer():
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
-        return load_tokenizer(Path(folder), LENGTH)
+        return load_tokenizer(Path(folder), CLIPTextModel(vocab_size=VOCAB_SIZE, max_position_embeddings=LENGTH))
 
 
 def encode(captions: list[str]) -> np.ndarray:

@@ -165,7 +165,7 @@ def _pipeline(workload: Workload) -> tuple[Pipeline, dict[str, Any]]:
 def with_tokenizers(pipeline: Pipeline) -> Pipeline:
     """The pipeline with the embedded tokenizer instead of its own."""
     first = pipeline.text_encoder or pipeline.text_encoder_2
-    tokenizer = load_tokenizer(assets.path("shapes") / "tokenizer", side.TOKENS)
+    tokenizer = load_tokenizer(assets.path("shapes") / "tokenizer", first)
     tokenizer = dataclasses.replace(tokenizer, length=first.max_position_embeddings)
     return dataclasses.replace(
         pipeline,
