@@ -52,6 +52,7 @@ setup(
         "test-core": TEST_CORE,  # for `make test-core`, where there is no torch for this Python
         "fuzz": ["atheris>=3"],  # for `make fuzz`, beside "test"
         "cuda": [f"jax[cuda13]{JAX}"],
+        "cuda-aot": [f"jax-cuda12-plugin{JAX}"],  # lcm_jax.aot for GPUs: the compiler alone, 180 MB; no GPU, no CUDA
         "tpu": [f"jax[tpu]{JAX}"],  # lcm_jax.aot needs this extra, and no TPU
         "wandb": ["wandb"],
         "data": DATA,  # latent caches, data sets of Hugging Face and TFDS, OpenCV; tar shards and folders need nothing

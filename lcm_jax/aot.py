@@ -1,71 +1,56 @@
-"""Does this run fit, and how fast could it be? The training step compiled for TPUs that are not here.
+"""Does this run fit, and how fast could it be? Programs compiled for TPUs and GPUs that are not here.
 
     python -m lcm_jax.aot --config=configs/sdxl_lcm.py --topology=v5e:4x4 [--slices=2] [--fit] [--out=FILE.json]
         [--config.data.batch_size=64] [--config.mesh.fsdp=16] ...
+    python -m lcm_jax.aot --config=configs/sdxl_lcm_lora.py --topology=rtx4090:1
+    python -m lcm_jax.aot --config=configs/sdxl_lcm_lora.py --topology=rtx4090:1 --sampling [--batch_size=4] [--steps=4]
 
-A topology counts chips: v5e:4x4, v5p:2x2x4 and v6e:4x4 are 16 each. Needs libtpu (`pip install 'lcm_jax[tpu]'`), but
-no TPU, no weights and no data; models are known by their configs, and those of the published ones come with the
-package. The batch (`data.batch_size`) is that of all chips; `--fit` looks for the largest that fits instead.
+A topology counts chips. TPU: v5e:4x4, v5p:2x2x4 and v6e:4x4 are 16 each, and need libtpu (`pip install
+'lcm_jax[tpu]'`). GPU: rtx4090:1, h100:8 (one node), h100:2x8 (two), and need jax's CUDA plugin (`pip install
+'lcm_jax[cuda-aot]'`). Neither needs the hardware, weights or data; models are known by their configs, and those of the
+published ones come with the package.
 
-The program is that of `lcm_jax.train`; only the compile options that make compiling quick differ, and are printed. VAE
-and text encoders, which a run keeps beside the step, are counted. The temporary memory of encoding is not:
-`data.encode_chunk` bounds it, and a latent cache avoids it.
+The program is the training step of `lcm_jax.train`, its batch (`data.batch_size`) that of all chips; only the compile
+options that make compiling quick differ, and are printed. VAE and text encoders, which a run keeps beside the step, are
+counted. The temporary memory of encoding is not: `data.encode_chunk` bounds it, and a latent cache avoids it. With
+`--sampling` it is the programs of `lcm_jax.sample` with the config's student: text encoders, sampler, decoder.
+
+`--fit` looks for the largest batch that fits instead. Exit code 1: it does not fit; the last line says what to change.
 """
 
-import importlib.util
+import dataclasses
 import json
-import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from lcm_jax import files
 from lcm_jax.cost import chips, roofline
 from lcm_jax.cost.chips import GIB
 from lcm_jax.ending import exit_code
-from lcm_jax.errors import LcmError
+from lcm_jax.models.lora import Adapted
+from lcm_jax.run import models as run_models
 from lcm_jax.run.config import flag_help, parse_flags, resolve, to_json, validate
 from lcm_jax.run.report import DoesNotFit, report
-from lcm_jax.runtime import waiting
+from lcm_jax.runtime import kernels, topology, waiting
 from lcm_jax.runtime.mesh import make_mesh
+from lcm_jax.sampling import report as sampling
+from lcm_jax.sampling.generator import Generator
+from lcm_jax.sampling.request import Request, Settings, check_steps, make_request
 
-# Minutes instead of hours for a step of thousands of operations; XLA then also searches less for a tight schedule.
-QUICK = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
+# Minutes instead of hours for a step of thousands of operations; XLA then also searches less for a tight schedule. Its
+# compiler for GPUs has nothing of the kind.
+QUICK: dict[str, dict[str, Any]] = {
+    "tpu": {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
+    "gpu": {},
+}
 VERIFY = 3  # compilations at most with which --fit verifies its estimate
-
-# What libtpu would otherwise ask the metadata server of a TPU machine.
-_NO_MACHINE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
-
-
-def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
-    """Devices, one per chip, of `slices` slices of a TPU topology, for compiling only.
-
-    Raises:
-      LcmError: topology unknown, libtpu missing or in use by another process.
-    """
-    chip, count = chips.of_topology(topology)
-    if importlib.util.find_spec("libtpu") is None:
-        raise LcmError("compiling for TPUs needs libtpu, which is not installed: pip install 'lcm_jax[tpu]'")
-    for name, value in _NO_MACHINE.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    if chip.name == "v4":  # otherwise a device is one of its two cores
-        options["chip_config_name"] = "megacore"
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-    except Exception as error:  # jaxlib's, RuntimeError or its own
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        locked = "lockfile" in str(error)
-        remedy = "another process is using libtpu, wait for it to end" if locked else "see libtpu's message"
-        raise LcmError(f"libtpu gives no topology {topology} x {slices} ({reason}); {remedy}") from error
-    if len(found) != slices * count:
-        raise LcmError(f"libtpu gives {len(found)} devices for {slices} x {topology}, which has {count} chips")
-    return list(found)
 
 
 def fit(attempt: Callable[[int], tuple[float, float, Any]], say: Callable[[str], None]) -> tuple[int, Any]:
@@ -108,7 +93,7 @@ def fit(attempt: Callable[[int], tuple[float, float, Any]], say: Callable[[str],
 
 
 def prepared(config: ConfigDict) -> ConfigDict:
-    """The resolved config of a run on TPUs. It need not name its data, which do not matter here."""
+    """The resolved config of a run on accelerators. It need not name its data, which do not matter here."""
     config = ConfigDict(config.to_dict())
     config.data.source, config.data.path, config.data.mixture = "shapes", None, ()
     if config.model.dtype == "auto":
@@ -125,8 +110,9 @@ def analyse(config: ConfigDict, devices: list[jax.Device], chip: chips.Chip, fit
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.slices, devices)
 
     def attempt(config: ConfigDict) -> tuple[float, float, dict[str, Any]]:
-        found = report(config, mesh, QUICK, chip) | {"config": json.loads(to_json(config))}
-        return found["memory"]["needed"], chip.hbm_bytes, found
+        with topology.tracing_for(chip):
+            found = report(config, mesh, QUICK[devices[0].platform], chip) | {"config": json.loads(to_json(config))}
+        return found["memory"]["needed"], found["memory"]["available"], found
 
     def with_images(per_device: int) -> ConfigDict:
         """The config with this many images on each device, in each part of an accumulated batch."""
@@ -139,7 +125,39 @@ def analyse(config: ConfigDict, devices: list[jax.Device], chip: chips.Chip, fit
     return attempt(config)[-1]
 
 
-def run() -> None:
+def generator_of(config: ConfigDict, mesh: Mesh) -> tuple[Generator, Request]:
+    """What generates with the config's student, adapters merged, and a request at its resolution, without weights."""
+    models = run_models.shapes(config)
+    unet, params = models.student.unet, models.student_params["unet"]
+    pipeline = dataclasses.replace(models.student, unet=kernels.plain_module(unet))
+    params = {**models.teacher_params, "unet": params["base"] if isinstance(unet, Adapted) else params}
+    dtype = jnp.dtype(config.model.dtype)  # that of the weights, too
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+    side = config.data.resolution
+    scale = None if pipeline.has_w_embedding else 1.0
+    return Generator(pipeline, params, mesh), make_request(pipeline, guidance_scale=scale, height=side, width=side)
+
+
+def analyse_sampling(
+    config: ConfigDict, devices: list[jax.Device], chip: chips.Chip, batch: int, steps: int, fitting: bool
+) -> dict[str, Any]:
+    """The report of generating with the config's student, see `sampling.report`, in batches of `batch` images.
+
+    fitting: of the largest batch that fits, instead.
+    """
+    generator, request = generator_of(config, make_mesh(devices=devices))
+    check_steps(steps)
+    request = dataclasses.replace(request, settings=Settings(steps=steps))
+
+    def attempt(images: int) -> tuple[float, float, dict[str, Any]]:
+        with topology.tracing_for(chip):
+            found = sampling.report(generator, request, images * len(devices), QUICK[devices[0].platform], chip)
+        return found["memory"]["needed"], found["memory"]["available"], found
+
+    return fit(attempt, waiting.say)[1] if fitting else attempt(-(-batch // len(devices)))[-1]
+
+
+def run() -> int:
     """What the command line asks for."""
     values = flags.FLAGS
     config = ConfigDict(values.config.to_dict())
@@ -147,25 +165,40 @@ def run() -> None:
         config.mesh.slices = values.slices
     config = prepared(config)
     chip, _ = chips.of_topology(values.topology)
-    found = analyse(config, devices_of(values.topology, config.mesh.slices), chip, values.fit)
-    found = {"topology": values.topology, "slices": config.mesh.slices} | found
-    print(roofline.text(found), end="")
-    if values.out:
+    devices = topology.devices(values.topology, config.mesh.slices)
+    text, error = sampling.text if values.sampling else roofline.text, None
+    try:
+        if values.sampling:
+            found = analyse_sampling(config, devices, chip, values.batch_size, values.steps, values.fit)
+        else:
+            found = analyse(config, devices, chip, values.fit)
+    except DoesNotFit as caught:
+        error, found = caught, caught.report
+    if found:
+        found = {"topology": values.topology, "slices": config.mesh.slices} | found
+        print(text(found), end="")
+    if values.out and found:
         with files.new_file(files.expanded(values.out)) as partial:
             partial.write_text(json.dumps(found, indent=2) + "\n")
+    if error:
+        print(f"error: {error}", file=sys.stderr)
+    return int(error is not None)
 
 
 def main(argv: list[str]) -> int:
     del argv
-    jax.config.update("jax_platforms", "cpu")  # libtpu compiles, and must not look for chips
+    jax.config.update("jax_platforms", "cpu")  # compilers for other chips must not look for them
     return exit_code(run, smaller="use a smaller --config.data.batch_size, or a machine with more memory to compile on")
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, flag_help("configs/sdxl_lcm.py"))
-    flags.DEFINE_string("topology", None, "chips, such as v5e:4x4 (16 of them)")
-    flags.DEFINE_integer("slices", None, "number of such slices in one pod; default: mesh.slices")
+    flags.DEFINE_string("topology", None, "chips: v5e:4x4 (16 TPUs), rtx4090:1, h100:8, h100:2x8 (two nodes)")
+    flags.DEFINE_integer("slices", None, "number of such TPU slices in one pod; default: mesh.slices")
     flags.DEFINE_bool("fit", False, "look for the largest batch that fits")
+    flags.DEFINE_bool("sampling", False, "generating images with the config's student, instead of training it")
+    flags.DEFINE_integer("batch_size", 4, "with --sampling: images at once", lower_bound=1)
+    flags.DEFINE_integer("steps", 4, "with --sampling: of the sampler", lower_bound=1)
     flags.DEFINE_string("out", None, "JSON file for the report")
     flags.mark_flags_as_required(["config", "topology"])
     app.run(main, flags_parser=parse_flags)

@@ -11,16 +11,19 @@ KINDS = {
     "TPU v5": "v5p",
     "TPU v5p": "v5p",
     "TPU v6 lite": "v6e",
-    "NVIDIA A100-SXM4-80GB": "A100",
-    "NVIDIA A100-SXM4-40GB": "A100-40GB",
-    "NVIDIA H100 80GB HBM3": "H100",
-    "NVIDIA H200": "H200",
+    "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA A100-SXM4-40GB": "a100-40",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA L4": "l4",
+    "NVIDIA L40S": "l40s",
 }
 
 
 def test_lookup_by_device_kind():
     assert {kind: chips.lookup(kind).name for kind in KINDS} == KINDS
-    for unknown in ("cpu", "TPU v3", "NVIDIA GeForce RTX 4090", "NVIDIA H100 PCIe", "NVIDIA H100 NVL"):
+    for unknown in ("cpu", "TPU v3", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "Tesla T4"):
         assert chips.lookup(unknown) is None, unknown
 
 
@@ -28,9 +31,14 @@ def test_topology_gives_chip_and_count():
     for topology, want in {"v5e:4x4": 16, "v5p:2x2x4": 16, "v5e:16x16": 256, "v5p:4x8x8": 256}.items():
         chip, count = chips.of_topology(topology)
         assert (chip.name, count) == (topology[:3], want)
+    for topology, want in {"h100:8": 8, "h100:2x8": 16, "rtx4090:1": 1, "a100-80:32x8": 256}.items():
+        chip, count = chips.of_topology(topology)
+        assert (chip.name, count) == (topology.partition(":")[0], want)
 
 
-@pytest.mark.parametrize("topology", ["v5e:4x5", "v7:2x2", "v5e", "v5p:4x4", "", "v5e:16"])
+@pytest.mark.parametrize(
+    "topology", ["v5e:4x5", "v7:2x2", "v5e", "v5p:4x4", "", "v5e:16", "h100", "h100:9", "h100:2x4", "t4:1"]
+)
 def test_unknown_topology_lists_the_known_ones(topology):
     with pytest.raises(LcmError, match=r"unknown topology '.*'; .*v5e:\{2x2,2x4,4x4.*v5p:\{2x2x1"):
         chips.of_topology(topology)
@@ -39,4 +47,7 @@ def test_unknown_topology_lists_the_known_ones(topology):
 def test_constants_have_plausible_units():
     for chip in chips.CHIPS.values():
         assert chip.peak_flops > chip.hbm_bandwidth > chip.link_bandwidth > chip.dcn_bandwidth > 1e9
-        assert 15 * chips.GIB < chip.hbm_bytes < 200 * chips.GIB
+        assert 10 * chips.GIB < chip.hbm_bytes < 200 * chips.GIB
+    for name, gpu in chips.GPUS.items():
+        lanes = 2e9 * gpu.sms * gpu.lanes * gpu.clock_ghz  # FLOP/s outside the matrix units
+        assert 1.9 < gpu.peak_flops / lanes < 40 and gpu.hbm_bytes + chips.CONTEXT < gpu.card_bytes, name

@@ -23,6 +23,7 @@ from lcm_jax.models.layers import ResnetBlock2D, Run, remat
 from lcm_jax.models.unet import Transformer2DModel
 from lcm_jax.runtime import kernels as attention
 from lcm_jax.runtime import mesh as mesh_lib
+from lcm_jax.runtime import topology
 
 _MODEL = flags.DEFINE_enum("model", "sd15", ["sd15", "sdxl"], "widths")
 _BLOCK = flags.DEFINE_list("block", ["resnet", "transformer", "low"], "blocks to compile")
@@ -73,7 +74,7 @@ def programs(module) -> dict:
 
 
 def main(_) -> None:
-    devices = aot.devices_of(_CHIPS.value)[:1]
+    devices = topology.devices(_CHIPS.value)[:1]
     mesh = mesh_lib.make_mesh(devices=devices)
     chip = chips.lookup(devices[0].device_kind)
     kernel = attention.choose(_ATTENTION.value, jnp.bfloat16, mesh)
@@ -89,7 +90,9 @@ def main(_) -> None:
             values = place((params, *args) if kind == "forward" else (params, args[0], *args))
             start = time.time()
             model_flops = flops.count(programs(plain)[kind], *values)
-            compiled = jax.jit(program).lower(*values).compile(None if _THOROUGH.value else aot.QUICK)
+            with topology.tracing_for(chip):
+                lowered = jax.jit(program).lower(*values)
+            compiled = lowered.compile({} if _THOROUGH.value else aot.QUICK[devices[0].platform])
             report(f"{_MODEL.value} {name} {kind}", compiled, mesh, chip, model_flops, start)
 
 

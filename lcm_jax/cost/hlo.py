@@ -10,8 +10,9 @@ Bytes that each device receives over links, for a ring over a group of n devices
     all-gather, all-to-all  result (n-1)/n      reduce-scatter      result (n-1)
     all-reduce              2 result (n-1)/n    collective-permute  result
 
-An operation is an instruction together with everything fused into it. Its FLOPs are those of its matrix products and
-convolutions; its bytes are the sizes of its operands and results in main memory.
+An operation is an instruction together with everything fused into it: on a GPU one kernel. Its FLOPs are those of its
+matrix products and convolutions, also of those that XLA calls cuBLAS and cuDNN for; its bytes are the sizes of its
+operands and results in main memory.
 """
 
 import collections
@@ -30,6 +31,20 @@ _NO_TRAFFIC = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id "
     "async-start async-update async-done".split()
 )
+_LIBRARIES = ("__cudnn$", "__cublas")
+# Begin of a custom call's target, or of what a fusion's backend_config calls its kind -> what kind of kernel it is.
+_KINDS = {
+    "__cudnn$convBackwardInput": "cuDNN convolution, input's gradient",
+    "__cudnn$convBackwardFilter": "cuDNN convolution, filter's gradient",
+    "__cudnn$conv": "cuDNN convolution",
+    "__cudnn$fmhaSoftmaxBackward": "cuDNN attention, gradient",
+    "__cudnn$fmha": "cuDNN attention",
+    "__cublas": "cuBLAS product",
+    "__triton_nested_gemm": "Triton product",
+    "__triton_gemm": "Triton product",
+    "__triton": "Triton reduction",
+    "tpu_custom_call": "Mosaic kernel",
+}
 _ITEM_BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16, "token": 0, "opaque": 0}  # others: digits of the name
 _ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[sufc]\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^{}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
@@ -54,7 +69,21 @@ class Instruction:
     @property
     def source(self) -> str:
         """The JAX operation that the instruction comes from; "" if the text does not record it."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return self._text("op_name=")
+
+    @property
+    def target(self) -> str:
+        """What a custom call calls; "" for other instructions."""
+        return self._text("custom_call_target=")
+
+    @property
+    def kind(self) -> str:
+        """The kind of kernel that it is, in words: one of _KINDS, else the opcode."""
+        name = self.target or (self._text('"kind":') if self.opcode == "fusion" else "")
+        return next((kind for begin, kind in _KINDS.items() if name.startswith(begin)), self.opcode)
+
+    def _text(self, key: str) -> str:
+        found = re.search(rf'{key}"([^"]*)"', self.attributes)
         return found[1] if found else ""
 
 
@@ -283,11 +312,10 @@ def kernels(program: Program) -> list[Kernel]:
     """Calls of hand-written kernels, whose inside XLA's cost analysis does not count."""
     found = []
     for instruction, times in program.instructions():
-        target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-        if target and target[1].startswith(_KERNEL_TARGETS):
+        if instruction.target.startswith(_KERNEL_TARGETS):
             floats = (shape for shape in instruction.operand_shapes if shape.startswith(("f", "bf")))
             operands = tuple(sides for shape in floats for sides in dimensions(shape))
-            name = target[1] if target[1].startswith("__cudnn") else instruction.name
+            name = instruction.target if instruction.target.startswith("__cudnn") else instruction.name
             found.append(Kernel(name, operands, _traffic(instruction), times))
     return found
 
@@ -296,7 +324,10 @@ def _traffic(instruction: Instruction) -> float:
     """Bytes that one execution reads from and writes to main memory."""
     if instruction.opcode in _NO_TRAFFIC or instruction.opcode.endswith("-done"):
         return 0.0
-    return sum(map(size_bytes, (instruction.shape, *instruction.operand_shapes)))
+    result = instruction.shape
+    if instruction.target.startswith(_LIBRARIES):
+        result = re.sub(r"\b[su]8\[\d+\]", "", result)  # workspace
+    return sum(map(size_bytes, (result, *instruction.operand_shapes)))
 
 
 def operations(program: Program) -> Iterator[Operation]:
@@ -342,8 +373,20 @@ def heaviest(found: Iterable[Operation], count: int = 12) -> list[tuple[str, int
     return [(key, executions[key], traffic[key]) for key in sorted(traffic, key=traffic.get, reverse=True)[:count]]
 
 
+def kinds(found: Iterable[Operation]) -> dict[str, tuple[int, float, float]]:
+    """Kind of kernel -> (executions, FLOPs, bytes) per step, most executions first."""
+    sums: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
+    for operation in found:
+        row = sums[operation.instruction.kind]
+        for i, value in enumerate((1, operation.flops, operation.bytes)):
+            row[i] += operation.times * value
+    return {kind: tuple(sums[kind]) for kind in sorted(sums, key=lambda kind: -sums[kind][0])}
+
+
 def _product_flops(instruction: Instruction) -> float:
     """FLOPs of a matrix product or convolution; 0 for anything else."""
+    if instruction.target.startswith(("__cudnn$conv", "__cublas")):
+        return _library_flops(instruction)
     if instruction.opcode not in ("dot", "convolution"):
         return 0.0
     outputs = math.prod(dimensions(instruction.shape)[0])
@@ -352,6 +395,21 @@ def _product_flops(instruction: Instruction) -> float:
         axes = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", instruction.attributes)
         return 2.0 * outputs * math.prod(left[axis] for axis in (_integers(axes[1]) if axes else ()))
     return 2.0 * _convolution_products(instruction, left, right)
+
+
+def _library_flops(instruction: Instruction) -> float:
+    """FLOPs of a call of cuBLAS or of cuDNN's convolutions; kernel positions over padding count."""
+    result = dimensions(instruction.shape)[0]
+    left, right = (dimensions(shape)[0] for shape in instruction.operand_shapes[:2])
+    if instruction.target.startswith("__cublas"):
+        axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+        return 2.0 * math.prod(result) * math.prod(left[int(axis)] for axis in re.findall(r"\d+", axes[1]))
+    # XLA keeps the labels of the forward convolution: which of the three is input, kernel and output is in the name.
+    kernel, output = {"Input": (right, left), "Filter": (result, right)}.get(
+        instruction.target.partition("Backward")[2], (right, result)
+    )
+    _, labels, _ = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
+    return 2.0 * math.prod(output) * math.prod(kernel) / kernel[labels.index("o")]
 
 
 def _convolution_products(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:

@@ -3,9 +3,10 @@
     time         max(FLOPs / peak, HBM bytes / HBM bandwidth, link bytes / link bandwidth, DCN bytes / DCN bandwidth)
     utilisation  model FLOPs of the step (flops.py) / (devices x peak x time)
 
-FLOPs and bytes are those of XLA's cost analysis, which counts a loop's body once and the inside of hand-written kernels
-not at all; hlo.py provides the missing iterations, and attention kernels are counted by their products. XLA leaves out
-what convolutions do with padding, so the time never counts fewer FLOPs than the model has.
+FLOPs and bytes are those of XLA's cost analysis (hlo.py's for GPUs, where XLA gives none), which counts a loop's body
+once and the inside of hand-written kernels not at all; hlo.py provides the missing iterations, and attention kernels
+are counted by their products. XLA leaves out what convolutions do with padding, so the time never counts fewer FLOPs
+than the model has.
 
 The bound assumes that compute, memory and network overlap perfectly and that small matrices fill the matrix units, so
 the utilisation is an upper bound. "serial" is closer: the operations run one after another, each limited by its own
@@ -24,6 +25,7 @@ from lcm_jax.cost.chips import GIB
 
 # Part of a kernel's name -> number of products of [queries, keys, head size] that it computes; the first match counts.
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4, "fmhaSoftmaxBackward": 5, "fmhaSoftmax": 2}
+PARTS = ("arguments", "results", "temporaries", "code", "workspace", "encoders")  # of the memory that XLA takes
 _FUSED_BACKWARD = 5  # products of splash_mha_dkv if it computes dq, too, so that there is no splash_mha_dq
 
 
@@ -49,8 +51,8 @@ def report(
     """
     chip = chip or chips.lookup(mesh.devices.flat[0].device_kind)
     program = hlo.read(compiled.as_text())
-    cost = compiled.cost_analysis()
     operations = list(hlo.operations(program))
+    cost = compiled.cost_analysis() or _cost(operations)
     loop_flops, loop_bytes = hlo.repeated(operations)
     kernels = _kernels(program)
     collectives, link, dcn = _collectives(program, mesh)
@@ -70,7 +72,7 @@ def report(
         "mesh": dict(mesh.shape),
         "images_per_step": images,
         "images_per_device": images / mesh.size,
-        "memory": _memory(compiled, encoders),
+        "memory": _memory(compiled, encoders, kernels, chip, mesh.size),
         "flops": flops | {"total": sum(flops.values())},
         "bytes": traffic | {"total": sum(traffic.values())},
         "collectives": collectives,
@@ -78,6 +80,9 @@ def report(
         "dcn_bytes": dcn,
         "model_flops": model_flops / mesh.size,
         "kernels": kernels,
+        "kinds": [
+            {"kind": kind, "count": n, "flops": f, "bytes": b} for kind, (n, f, b) in hlo.kinds(operations).items()
+        ],
         "loops_of_unknown_length": len(program.unknown),
         "heaviest": [{"operation": o, "count": n, "bytes": b} for o, n, b in hlo.heaviest(operations)],
         "compile_options": options or {},
@@ -86,17 +91,41 @@ def report(
     return needs | (_limits(needs, operations, chip) if chip else {"chip": None})
 
 
-def _memory(compiled: Any, encoders: float) -> dict[str, float]:
-    """Bytes on a device; "needed" is the sum of the others."""
+def _cost(operations: list[hlo.Operation]) -> dict[str, float]:
+    """What XLA's own cost analysis says, which there is none of for GPUs: hand-written kernels count nothing."""
+    counted = [one for one in operations if _is_counted(one)]
+    return {"flops": sum(one.flops for one in counted), "bytes accessed": sum(one.bytes for one in counted)}
+
+
+def _is_counted(operation: hlo.Operation) -> bool:
+    """Whether its FLOPs and bytes are known without `_kernels`."""
+    return operation.instruction.opcode != "custom-call" or operation.flops > 0
+
+
+def _memory(
+    compiled: Any, encoders: float, kernels: list[dict[str, Any]], chip: chips.Chip | None, devices: int
+) -> dict[str, float]:
+    """Bytes on a device; "needed" is the sum of the parts that XLA takes; "available", if the chip is known, for it.
+
+    "outside" is what CUDA takes beside that.
+    """
     stats = compiled.memory_analysis()
+    # The gradient of cuDNN's attention sums dq in float32, before Hopper twice; XLA learns this on a real GPU alone.
+    copies = 1 if not isinstance(chip, chips.Gpu) or chip.capability >= (9, 0) else 2
+    workspaces = [4 * copies * math.prod(one["q"]) for one in kernels if "fmhaSoftmaxBackward" in one["name"]]
     parts = {
         "arguments": stats.argument_size_in_bytes,
         "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,  # the others reuse an argument's memory
         "temporaries": stats.temp_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
+        "workspace": max(workspaces, default=0),
         "encoders": encoders,
     }
-    return parts | {"needed": sum(parts.values())}
+    found = parts | {"needed": sum(parts.values())}
+    if isinstance(chip, chips.Gpu):
+        outside = chips.CONTEXT + (chips.NCCL if devices > 1 else 0)
+        return found | {"outside": outside, "available": min(chip.hbm_bytes, chip.card_bytes - outside)}
+    return found | ({"available": chip.hbm_bytes} if chip else {})
 
 
 def _limits(needs: dict[str, Any], operations: list[hlo.Operation], chip: chips.Chip) -> dict[str, Any]:
@@ -107,7 +136,7 @@ def _limits(needs: dict[str, Any], operations: list[hlo.Operation], chip: chips.
         "links": needs["link_bytes"] / chip.link_bandwidth,
         "dcn": needs["dcn_bytes"] / chip.dcn_bandwidth,
     }
-    work = [(one.times, one.flops, one.bytes) for one in operations if one.instruction.opcode != "custom-call"]
+    work = [(one.times, one.flops, one.bytes) for one in operations if _is_counted(one)]
     work += [(kernel["calls"], kernel["flops"], kernel["bytes"]) for kernel in needs["kernels"]]
     serial = sum(n * max(flops / chip.peak_flops, size / chip.hbm_bandwidth) for n, flops, size in work)
     bound = max(seconds, key=seconds.get)
@@ -119,7 +148,7 @@ def _limits(needs: dict[str, Any], operations: list[hlo.Operation], chip: chips.
         "serial_utilisation": needs["model_flops"] / (chip.peak_flops * max(serial, time)),
         "images_per_second_per_device": needs["images_per_device"] / time,
         "collective_share": (seconds["links"] + seconds["dcn"]) / time,
-        "hbm_share": needs["memory"]["needed"] / chip.hbm_bytes,
+        "hbm_share": needs["memory"]["needed"] / needs["memory"]["available"],
     }
 
 
@@ -188,13 +217,13 @@ def text(found: dict[str, Any]) -> str:
     memory, chip = found["memory"], found["chip"]
     flops, traffic = found["flops"], found["bytes"]
     sizes = ", ".join(f"{size} {axis}" for axis, size in found["mesh"].items() if size > 1) or "one device"
-    available = f" of {_gib(chip['hbm_bytes'])} ({found['hbm_share']:.0%})" if chip else ""
+    available = f" of {_gib(memory['available'])} ({found['hbm_share']:.0%})" if chip else ""
+    beside = f"; beside it {_gib(memory['outside'])} of CUDA's own" if "outside" in memory else ""
     rows = [
         ("devices", f"{found['devices']} x {found['device_kind']} ({sizes})"),
         ("images", f"{found['images_per_step']} a step, {found['images_per_device']:g} a device"),
-        ("arguments", _gib(memory["arguments"])),
-        ("temporaries", _gib(memory["temporaries"])),
-        ("peak HBM", f"{_gib(memory['needed'])}{available}, code, results and encoders included"),
+        *((part, _gib(memory[part])) for part in PARTS if memory[part]),
+        ("peak HBM", f"{_gib(memory['needed'])}{available}{beside}"),
         (
             "FLOPs",
             f"{flops['total']:.3e} (kernels {flops['kernels']:.2e}, loop iterations after the first "
@@ -206,6 +235,8 @@ def text(found: dict[str, Any]) -> str:
             f"{traffic['loops']:.2e})",
         ),
     ]
+    for row in found["kinds"]:
+        rows.append((f"{row['count']} kernels", f"{row['kind']}: {row['flops']:.2e} FLOPs, {row['bytes']:.2e} bytes"))
     for kind, by_axis in found["collectives"].items():
         for axis, entry in by_axis.items():
             rows.append((kind, f"{_gib(entry['bytes'])} over {axis}, {entry['count']} times"))

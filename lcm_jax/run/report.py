@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,11 +20,11 @@ from lcm_jax.runtime.mesh import abstract_state
 
 
 class DoesNotFit(LcmError):
-    """A step needs more memory than a chip has: `needed` of `available` bytes."""
+    """A program needs more memory than a chip has: `needed` of `available` bytes; its report, if it could be made."""
 
-    def __init__(self, message: str, needed: float, available: float):
+    def __init__(self, message: str, needed: float, available: float, report: dict[str, Any] | None = None):
         super().__init__(message)
-        self.needed, self.available = needed, available
+        self.needed, self.available, self.report = needed, available, report
 
 
 def build(config: ConfigDict, mesh: Mesh) -> tuple[run_step.TrainingStep, int]:
@@ -56,15 +57,20 @@ def report(config: ConfigDict, mesh: Mesh, options: dict[str, Any], chip: chips.
       DoesNotFit: as `compile_step`; or the step fits, but not beside the encoders.
     """
     step, encoders = build(config, mesh)
-    start = time.monotonic()
-    compiled = compile_step(step, config, options, encoders)
-    seconds = round(time.monotonic() - start, 1)
+    compiled, seconds = timed(lambda: compile_step(step, config, options, encoders))
     options = options | kernels.training(mesh.devices.flat[0].platform)
     found = roofline.report(compiled, mesh, config.data.batch_size, step.model_flops(), chip, options, encoders)
-    needed = found["memory"]["needed"]
-    if found["chip"] and needed > found["chip"]["hbm_bytes"]:  # XLA itself complains on TPUs only
-        raise _does_not_fit(config, found["device_kind"], needed, found["chip"]["hbm_bytes"])
-    return found | {"compile_seconds": seconds}
+    found["compile_seconds"] = seconds
+    memory = found["memory"]
+    if found["chip"] and memory["needed"] > memory["available"]:  # XLA itself complains on TPUs only
+        raise _does_not_fit(config, found["device_kind"], memory["needed"], memory["available"], found)
+    return found
+
+
+def timed(compile_: Callable[[], Any]) -> tuple[Any, float]:
+    """(result, seconds that it took)."""
+    start = time.monotonic()
+    return compile_(), round(time.monotonic() - start, 1)
 
 
 def compile_step(
@@ -99,7 +105,9 @@ def _memory_asked(message: str) -> tuple[float, float]:
     return float(needed) * units[unit], float(available) * units[other_unit]
 
 
-def _does_not_fit(config: ConfigDict, kind: str, needed: float, available: float) -> DoesNotFit:
+def _does_not_fit(
+    config: ConfigDict, kind: str, needed: float, available: float, report: dict[str, Any] | None = None
+) -> DoesNotFit:
     """The error, with the changes to the config that save memory; those that cost least come first."""
     train, ways = config.train, []
     if config.mesh.fsdp == 1:
@@ -121,4 +129,5 @@ def _does_not_fit(config: ConfigDict, kind: str, needed: float, available: float
         f"{(needed - available) / GIB:.2f} too much; {'; '.join(ways)}",
         needed,
         available,
+        report,
     )

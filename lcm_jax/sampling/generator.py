@@ -47,6 +47,7 @@ from lcm_jax.sampling.request import (
     is_guided,
     make_plan,
     make_request,
+    noise_entries,
     warnings,
 )
 
@@ -119,7 +120,8 @@ def _fill(tree: Any, mesh: Mesh | None) -> Any:
 @functools.lru_cache
 def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
     """(latents, decode), jitted for a mesh; their static arguments are equal for models of one architecture."""
-    options = {"out_shardings": mesh and replicated(mesh), "compiler_options": kernels.inference()}
+    platform = mesh and mesh.devices.flat[0].platform
+    options = {"out_shardings": mesh and replicated(mesh), "compiler_options": kernels.inference(platform)}
 
     @functools.partial(jax.jit, static_argnames=("unet", "schedule", "plan"), **options)
     def sample(unet, schedule, plan, params, cond, null, noise, scale):
@@ -145,7 +147,8 @@ class Generator:
         """Puts the weights on the devices.
 
         Args:
-          pipeline, params: from `load_pipeline`; the UNet's weights may be given to `latents` instead.
+          pipeline, params: from `load_pipeline`; the UNet's weights may be given to `latents` instead. Shapes are
+            enough for `lower`.
           mesh: of the devices that share the work, weights sharded by its rule; None: the default device.
           tiled: decode large images in overlapping tiles, for less memory (`models.tiling`).
         """
@@ -247,8 +250,7 @@ class Generator:
 
     def generate(self, request: Request, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> np.ndarray:
         """One batch of images, float32 in [0, 1], [b H W 3], for prompts and image numbers, [b] each."""
-        steps = request.settings.steps if request.settings.sampler == "lcm" else 1
-        noise = self.noise(seed, numbers, steps, request.height, request.width)
+        noise = self.noise(seed, numbers, noise_entries(request.settings), request.height, request.width)
         cond = self.encode(prompts)
         z = self.latents(cond, noise, request.guidance_scale, request.settings, request.negative_prompt)
         return self.decode(z)
@@ -299,6 +301,41 @@ class Generator:
             noise,
             guidance_scale,
         )
+
+    def lower(self, request: Request, batch: int) -> dict[str, jax.stages.Lowered]:
+        """The programs that make a batch of images, from shapes: "text", "sampler", "decoder". It needs a mesh."""
+        pipeline, params, whole = self.pipeline, self.params, replicated(self.mesh)
+
+        def shaped(tree: Any, dtype: Any = None) -> Any:
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=whole), tree)
+
+        encoders = {name: getattr(pipeline, name) for name in pipeline.tokenizers}
+        ids = {name: np.zeros((batch, one.max_position_embeddings), np.int32) for name, one in encoders.items()}
+        encode = jax.jit(text.encode_tokens, static_argnums=0)
+        args = pipeline.text_encoders, {name: params[name] for name in ids}, shaped(ids)
+        cond = shaped(jax.eval_shape(functools.partial(text.encode_tokens, args[0]), *args[1:]))
+        null = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype, sharding=whole), cond)
+        if pipeline.is_xl:
+            cond["time_ids"] = shaped(text.time_ids(request.height, request.width, batch))
+        plan, vae = make_plan(pipeline, request.settings), pipeline.vae
+        z = np.zeros(
+            (batch, request.height // vae.factor, request.width // vae.factor, vae.latent_channels), np.float32
+        )
+        noise = np.zeros((noise_entries(request.settings), *z.shape), np.float32)
+        return {
+            "text": encode.lower(*args),
+            "sampler": self._sample.lower(
+                pipeline.unet,
+                pipeline.schedule,
+                plan,
+                params["unet"],
+                cond,
+                null if is_guided(pipeline, request.guidance_scale) else None,
+                shaped(noise),
+                request.guidance_scale,
+            ),
+            "decoder": self._decode.lower(vae, params["vae"], shaped(z)),
+        }
 
     def decode(self, z: jax.Array) -> np.ndarray:
         """Scaled latents [b h w c] -> images float32 in [0, 1], [b H W 3]; NaN for values that are not finite."""

@@ -55,6 +55,11 @@ class Plan:
         return sampler(model, noise[0], noise[1:], schedule, t, hook, **dict(self.options), loop=loop)
 
 
+def noise_entries(settings: Settings) -> int:
+    """Entries of noise that the sampler reads: the start, and for an LCM one between its steps."""
+    return settings.steps if settings.sampler == "lcm" else 1
+
+
 def make_plan(pipeline: Pipeline, settings: Settings) -> Plan:
     """The sampler that `settings` name, with the timesteps and the options that the model needs.
 
@@ -177,8 +182,7 @@ def _bytes_needed(pipeline: Pipeline, request: Request, batch: int, devices: int
     unet, vae = pipeline.unet, pipeline.vae
     rows, pixels = -(-batch // devices), request.height * request.width
     places = pixels // vae.factor**2
-    steps = request.settings.steps if request.settings.sampler == "lcm" else 1
-    noise = 4 * steps * batch * places * vae.latent_channels
+    noise = 4 * noise_entries(request.settings) * batch * places * vae.latent_channels
     text = 4 * batch * 77 * int(np.max(unet.cross_attention_dim))
     images = 4 * batch * pixels * 3
     widths = getattr(vae, "block_out_channels", (64,))[:2]  # its last block's output and input
