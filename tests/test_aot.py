@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -250,6 +251,44 @@ def test_a_tiny_model_for_four_chips(tmp_path):
     assert found["devices"] == 4 and found["chip"]["name"] == "v5e" and 0 < found["utilisation"] < 1
     assert set(found["collectives"]["all-gather"]) == {"fsdp"}
     assert done.stdout.startswith("devices") and "compile options" in done.stdout
+
+
+GPU_COMPILER = pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the CUDA plugin")
+
+
+@pytest.mark.gpu_aot
+@GPU_COMPILER
+def test_a_step_for_two_nodes_of_gpus(tmp_path):
+    """Convolutions are channels-last and attention is cuDNN's; the only collectives are those of the split weights."""
+    out = tmp_path / "report.json"
+    done = program("--config=configs/shapes_lcm.py", "--topology=h100:2x8", "--config.mesh.fsdp=8", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["devices"] == 16 and found["chip"]["name"] == "h100" and 0 < found["utilisation"] < 1
+    assert set(found["collectives"]["all-gather"]) == {"fsdp"} and found["dcn_bytes"] > 0
+    kinds = {row["kind"]: row for row in found["kinds"]}
+    assert kinds["cuDNN convolution"]["count"] > 100 and "convolution" not in kinds
+    assert {kernel["name"] for kernel in found["kernels"]} == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+    parity.close(found["flops"]["total"], found["model_flops"], rtol=0.05)
+    assert "cuDNN attention, gradient" in done.stdout and "of CUDA's own" in done.stdout
+
+
+@pytest.mark.gpu_aot
+@GPU_COMPILER
+def test_what_does_not_fit_a_card(tmp_path):
+    """Exit code 1: the report, and the remedy in the last line."""
+    asked = "--config=configs/shapes_lcm.py", "--sampling", f"--out={tmp_path / 'report.json'}"
+    done = program(*asked, "--topology=rtx4090:1", "--batch_size=2")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert set(found["programs"]) == {"text", "sampler", "decoder"} and found["images"] == 2
+    memory = found["memory"]
+    assert memory["needed"] == memory["weights"] + max(memory["beside"].values()) < memory["available"]
+    done = program(*asked, "--topology=rtx4090:1", "--batch_size=200000")
+    assert done.returncode == 1 and "sampler " in done.stdout
+    assert re.match(
+        "error: 200000 images of 64 x 64 do not fit .*; use a smaller --batch_size", done.stderr.splitlines()[-1]
+    )
 
 
 @pytest.mark.tpu_aot

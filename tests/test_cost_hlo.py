@@ -211,3 +211,51 @@ def test_flops_of_a_convolution(left, right, out, window, labels, products):
     program = hlo.read(CONVOLUTION.format(left=left, right=right, out=out, rest=rest))
     (convolution,) = hlo.operations(program)
     assert convolution.flops == 2 * products
+
+
+# Of a program for an NVIDIA GPU: a convolution with its gradients, a product by cuBLAS and one by Triton, attention.
+GPU = r"""HloModule jit_step, is_scheduled=true, num_partitions=1
+
+%inside (p: bf16[128,256], q: bf16[256,512]) -> bf16[128,512] {
+  %p = bf16[128,256]{1,0} parameter(0)
+  %q = bf16[256,512]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[128,512]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: bf16[2,32,32,8], k: bf16[16,3,3,8], g: bf16[2,32,32,16], a: bf16[128,256], b: bf16[256,512]) -> bf16[] {
+  %x = bf16[2,32,32,8]{3,2,1,0} parameter(0)
+  %k = bf16[16,3,3,8]{3,2,1,0} parameter(1)
+  %g = bf16[2,32,32,16]{3,2,1,0} parameter(2)
+  %a = bf16[128,256]{1,0} parameter(3)
+  %b = bf16[256,512]{1,0} parameter(4)
+  %conv.1 = (bf16[2,32,32,16]{3,2,1,0}, u8[1000]{0}) custom-call(%x, %k), window={size=3x3 pad=1_1x1_1}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBiasActivationForward"
+  %conv.2 = (bf16[2,32,32,8]{3,2,1,0}, u8[0]{0}) custom-call(%g, %k), window={size=3x3 pad=1_1x1_1}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardInput"
+  %conv.3 = (bf16[16,3,3,8]{3,2,1,0}, u8[0]{0}) custom-call(%x, %g), window={size=3x3 pad=1_1x1_1}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardFilter"
+  %gemm = (bf16[128,512]{1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],\
+"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}
+  %triton = bf16[128,512]{1,0} fusion(%a, %b), kind=kCustom, calls=%inside, \
+backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}
+  ROOT %copy = bf16[] copy(%x)
+}
+""".replace("\\\n", "")
+
+
+def test_kernels_of_a_gpu_program_by_kind():
+    """A convolution and its two gradients have the same FLOPs; cuDNN's and cuBLAS's workspaces are no traffic."""
+    program = hlo.read(GPU)
+    found = hlo.kinds(hlo.operations(program))
+    conv, product = 2 * (2 * 32 * 32) * (3 * 3 * 8) * 16, 2 * 128 * 256 * 512
+    x, k, g, gemm = 2 * 32 * 32 * 8 * 2, 16 * 9 * 8 * 2, 2 * 32 * 32 * 16 * 2, (128 * 256 + 256 * 512 + 128 * 512) * 2
+    assert found == {
+        "cuDNN convolution": (1, conv, x + k + g),
+        "cuDNN convolution, input's gradient": (1, conv, x + k + g),
+        "cuDNN convolution, filter's gradient": (1, conv, x + k + g),
+        "cuBLAS product": (1, product, gemm),
+        "Triton product": (1, product, gemm),
+        "copy": (1, 0, x + 2),
+    }
+    assert hlo.kernels(program) == []  # these are counted as operations

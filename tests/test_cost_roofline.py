@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from lcm_jax.cost import hlo, roofline
+from lcm_jax.cost import chips, hlo, roofline
 
 GPUS = {"slice": 1, "data": 4, "fsdp": 8}  # four nodes of eight
 ALL = (tuple(range(32)),)
@@ -44,3 +44,25 @@ def test_flops_of_attention_kernels(monkeypatch, separate_dq):
     one, cudnn_one = (2 * 2 * 8 * 4096 * keys * 40 for keys in (1024, 4096))
     want = {"mine": 0, "splash_mha_fwd": 2 * one, "splash_mha_dkv": (4 if separate_dq else 5) * one}
     assert found == want | {"__cudnn$fmhaSoftmax": 2 * cudnn_one} | ({"splash_mha_dq": 3 * one} if separate_dq else {})
+
+
+def test_memory_of_a_gpu():
+    """cuDNN's gradient of attention sums dq in float32, before Hopper twice; CUDA itself takes its part of the card."""
+    sizes = {"argument_size": 100, "output_size": 50, "alias_size": 40, "temp_size": 7, "generated_code_size": 3}
+    stats = types.SimpleNamespace(**{f"{name}_in_bytes": size for name, size in sizes.items()})
+    compiled = types.SimpleNamespace(memory_analysis=lambda: stats)
+    kernels = [{"name": "__cudnn$fmhaSoftmaxBackward", "q": [2, 64, 8, 40]}, {"name": "__cudnn$fmhaSoftmax", "q": [9]}]
+
+    def memory(chip, devices=1):
+        return roofline._memory(compiled, 1000, kernels, chip, devices)
+
+    dq = 4 * 2 * 64 * 8 * 40
+    for name, copies in {"h100": 1, "rtx4090": 2, "a100-80": 2}.items():
+        found = memory(chips.GPUS[name])
+        assert found["workspace"] == copies * dq
+        assert found["needed"] == 100 + (50 - 40) + 7 + 3 + 1000 + found["workspace"]
+        assert found["available"] == chips.POOL * chips.GPUS[name].card_bytes and found["outside"] == chips.CONTEXT
+    small = chips.GPUS["rtx3060"]
+    assert memory(small, 2)["available"] == small.card_bytes - chips.CONTEXT - chips.NCCL < small.hbm_bytes
+    assert memory(chips.CHIPS["v5e"])["available"] == 15.75 * chips.GIB
+    assert "available" not in memory(None)

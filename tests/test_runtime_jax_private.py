@@ -40,6 +40,22 @@ def test_the_service(joined):
         client.key_value_try_get("nothing")
 
 
+def test_cudnn_of_an_absent_gpu():
+    """Head sizes above 128 need Hopper; after the block jax asks the devices again."""
+    before = jax_private.cudnn.check_compute_capability
+    x = jax.ShapeDtypeStruct((2, 64, 8, 160), "bfloat16")
+
+    def traced(capability: tuple[int, int]) -> str:
+        with jax_private.absent_gpu(capability, 91000):
+            attention = jax.jit(lambda q: jax.nn.dot_product_attention(q, q, q, implementation="cudnn"))
+            return attention.trace(x).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "__cudnn$fmhaSoftmax" in traced((9, 0))
+    with pytest.raises(NotImplementedError, match="head dim"):
+        traced((8, 9))
+    assert jax_private.cudnn.check_compute_capability is before
+
+
 def test_agreement_of_one_process(joined):
     with pytest.raises(ZeroDivisionError), distributed.together(), distributed.together():
         raise ZeroDivisionError

@@ -1,16 +1,17 @@
-"""What TPU slices would make of the published models' training: `lcm_jax.aot` for each row below.
+"""What TPUs and GPUs would make of the published models: `lcm_jax.aot` for each row below.
 
     python -m experiments.aot.run [--rows=sdxl] [--list]
 
 Every row is compiled in a process of its own and kept in rows/NAME.json; the same command compiles the rows that are
 missing or whose settings have changed, and writes table.md from those that exist. A row takes 5 (SD1.5) to 25 minutes
-(SDXL) and 8 to 24 GB of memory; it needs libtpu, but no TPU. A row that does not fit on the chip is kept, too, with
-the memory it would need.
+(SDXL) and 4 to 24 GB of memory; it needs libtpu or jax's CUDA plugin, but no TPU or GPU. A row that does not fit is
+kept, too, with the memory it would need.
 """
 
+import functools
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from absl import app, flags
 
 from experiments import results
 from lcm_jax import files, foreign
+from lcm_jax.cost.chips import GIB
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import LcmError
 
@@ -39,6 +41,24 @@ MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]]]] = {
 # For weak scaling: the row of 16 v5e chips on more of them, with the same fsdp.
 LARGER = {64: "v5e:8x8", 256: "v5e:16x16"}
 SCALED = ("sd15", "sdxl")
+
+# GPUs. LCM-LoRA on cards of 24 GB, full distillation on 80 GB and on eight such cards: (config, topology, settings,
+# whether the largest batch is looked for).
+GPUS: dict[str, tuple[str, str, dict[str, Any], bool]] = {
+    "sd15_lora-rtx4090": ("sd15_lcm_lora", "rtx4090:1", {"data.batch_size": 4}, False),
+    "sd15_lora-rtx4090-most": ("sd15_lcm_lora", "rtx4090:1", {}, True),
+    "sdxl_lora-rtx4090-most": ("sdxl_lcm_lora", "rtx4090:1", {"train.remat": "block"}, True),
+    "sd15-a100-80": ("sd15_lcm", "a100-80:1", {}, False),
+    "sd15-h100-8": ("sd15_lcm", "h100:8", {"data.batch_size": 96}, False),
+    "sdxl-a100-80": ("sdxl_lcm", "a100-80:1", REMAT | {"mesh.fsdp": 1, "data.batch_size": 1}, False),
+    "sdxl-h100-8": ("sdxl_lcm", "h100:8", REMAT | {"mesh.fsdp": 8, "data.batch_size": 32}, False),
+}
+SAMPLED = {"sd15": "sd15_lcm", "sdxl": "sdxl_lcm"}  # model -> config, for one RTX 4090
+BATCHES = (1, 4, 8)
+# Each config as it stands -> the smallest card that it fits. test_experiments_aot.py holds the configs to it.
+CARDS = {
+    "sd15_lcm_lora": "rtx4090:1",
+}
 
 TITLES = {
     "sd15": "SD1.5 512 LCD",
@@ -77,7 +97,28 @@ def rows() -> dict[str, dict[str, Any]]:
         return {f"{model}-{chip}-16": row(model, chip, SIXTEEN[chip], 16) for chip in SIXTEEN for model in models}
 
     larger = {f"{model}-v5e-{n}": row(model, "v5e", LARGER[n], n) for n in LARGER for model in SCALED}
-    return on_sixteen(SCALED) | larger | on_sixteen([model for model in MODELS if model not in SCALED])
+    tpus = on_sixteen(SCALED) | larger | on_sixteen([model for model in MODELS if model not in SCALED])
+    return tpus | gpu_rows()
+
+
+def gpu_rows() -> dict[str, dict[str, Any]]:
+    """As `rows`; "flags" of `lcm_jax.aot`, and "table", where a row is listed."""
+
+    def row(
+        table: str, model: str, config: str, topology: str, settings: dict[str, Any], *asked: str
+    ) -> dict[str, Any]:
+        place = {"config": f"configs/{config}.py", "topology": topology, "settings": settings}
+        return {"table": table, "model": model, **place, "flags": list(asked)}
+
+    found = {
+        name: row("training", name.split("-")[0], config, topology, settings, *["--fit"] * fitting)
+        for name, (config, topology, settings, fitting) in GPUS.items()
+    }
+    for model, config in SAMPLED.items():
+        for n in BATCHES:
+            asked = "--sampling", f"--batch_size={n}"
+            found[f"sample-{model}-rtx4090-{n}"] = row("sampling", model, config, "rtx4090:1", {}, *asked)
+    return found | {f"config-{name}": row("configs", name, name, card, {}) for name, card in CARDS.items()}
 
 
 def is_done(path: Path, row: dict[str, Any]) -> bool:
@@ -89,21 +130,32 @@ def run_row(path: Path, row: dict[str, Any]) -> None:
     out = path.with_suffix(".part")
     command = [sys.executable, "-m", "lcm_jax.aot", f"--config={row['config']}", f"--topology={row['topology']}"]
     command += [f"--out={out}", *(f"--config.{key}={value}" for key, value in row["settings"].items())]
+    command += row.get("flags", [])
     print(" ".join(command[1:]), flush=True)
     done = subprocess.run(command, cwd=HERE.parents[1], stderr=subprocess.PIPE, text=True)
     if done.returncode == 0:
         found = {"row": row, "report": foreign.read_json(out)}
-        out.unlink()
-    elif "does not fit" in done.stderr:
-        found = {"row": row, "report": None, "error": done.stderr.strip().splitlines()[-1]}
+    elif done.returncode == 1:
+        found = {"row": row, "report": None, "error": done.stderr.strip().splitlines()[-1].removeprefix("error: ")}
     else:
         raise LcmError(f"{path.stem} failed:\n{done.stderr[-3000:]}")
+    out.unlink(missing_ok=True)
     print(found.get("error", ""), flush=True)
     files.write_atomic(path, results.to_json(found, 2))
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
-    """Markdown table of the kept rows, and the weak scaling of models that have rows on more chips."""
+def tables(found: dict[str, dict[str, Any]]) -> str:
+    """Markdown tables of the kept rows."""
+    of = {name: {n: one for n, one in found.items() if one["row"].get("table") == name} for name in (None, *GPU_TABLES)}
+    parts = [f"## Training on TPUs\n\n{tpu_table(of[None])}"]
+    for name, (title, columns) in GPU_TABLES.items():
+        cells = [_gpu_cells(one, columns) for one in of[name].values()]
+        parts.append(f"## {title}\n\n{results.table((*FIRST, *columns), cells)}")
+    return "\n".join(parts)
+
+
+def tpu_table(found: dict[str, dict[str, Any]]) -> str:
+    """Markdown table of the rows of TPUs, and the weak scaling of models that have rows on more chips."""
     lines = [results.table(COLUMNS, map(_cells, found.values()))]
     for model in SCALED:
         kept = {n: found.get(f"{model}-v5e-{n}") for n in (16, *LARGER)}
@@ -137,6 +189,72 @@ def _cells(one: dict[str, Any]) -> list[str]:
     ]
 
 
+def _gib(path: str) -> Callable[[dict[str, Any]], str]:
+    return lambda report: f"{functools.reduce(lambda value, key: value.get(key, 0), path.split('.'), report) / GIB:.2f}"
+
+
+def _kernels(report: dict[str, Any]) -> int:
+    programs = report.get("programs", {"step": report})
+    return sum(kind["count"] for one in programs.values() for kind in one["kinds"])
+
+
+def _gigabytes(report: dict[str, Any]) -> str:
+    programs = report.get("programs", {"step": report})
+    return f"{sum(one['bytes']['total'] for one in programs.values()) / 1e9:.1f}"
+
+
+_TIMES = {
+    "kernels": _kernels,
+    "GB moved": _gigabytes,
+    "roofline ms": lambda report: f"{1e3 * report['seconds']['roofline']:.0f}",
+    "one by one ms": lambda report: f"{1e3 * report['seconds']['serial']:.0f}",
+}
+_FIT = {"needed GiB": _gib("memory.needed"), "of": _gib("memory.available")}
+# Table -> (title, column -> its cell from a report).
+GPU_TABLES: dict[str, tuple[str, dict[str, Callable[[dict[str, Any]], Any]]]] = {
+    "training": (
+        "Training on GPUs",
+        {
+            "images a card": lambda report: f"{report['images_per_device']:g}",
+            "arguments GiB": _gib("memory.arguments"),
+            "temporaries": _gib("memory.temporaries"),
+            "encoders": _gib("memory.encoders"),
+            "workspace": _gib("memory.workspace"),
+            **_FIT,
+            **_TIMES,
+            "images/s/card": lambda report: f"{report['images_per_second_per_device']:.1f}",
+        },
+    ),
+    "sampling": (
+        "Sampling in 4 steps on a GPU",
+        {
+            "images": lambda report: report["images"],
+            "weights GiB": _gib("memory.weights"),
+            "sampler beside them": _gib("memory.beside.sampler"),
+            "decoder": _gib("memory.beside.decoder"),
+            **_FIT,
+            **_TIMES,
+        },
+    ),
+    "configs": (
+        "Every config on the smallest card that it fits",
+        {"images a step": lambda report: report["images_per_step"], **_FIT, **_TIMES},
+    ),
+}
+
+
+FIRST = ("model", "card", "settings")
+
+
+def _gpu_cells(one: dict[str, Any], columns: Mapping[str, Callable[[dict[str, Any]], Any]]) -> list[str]:
+    row, report = one["row"], one["report"]
+    settings = ", ".join(
+        f"{key.split('.')[1]}={value}" for key, value in row["settings"].items() if key != "data.batch_size"
+    )
+    cells = [TITLES.get(row["model"], row["model"]), row["topology"], settings]
+    return cells + ([str(cell(report)) for cell in columns.values()] if report else [one["error"]])
+
+
 _ROWS = flags.DEFINE_string("rows", "", "only rows whose name starts like this, as sdxl-v5e")
 _LIST = flags.DEFINE_bool("list", False, "print the rows, compile nothing")
 
@@ -157,7 +275,7 @@ def main() -> None:
 
 def write_table(paths: dict[str, Path]) -> None:
     kept = {name: foreign.read_json(path) for name, path in paths.items() if path.is_file()}
-    files.write_atomic(HERE / "table.md", table(kept))
+    files.write_atomic(HERE / "table.md", tables(kept))
 
 
 if __name__ == "__main__":

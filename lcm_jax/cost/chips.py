@@ -77,7 +77,7 @@ def _gpu(name, kind, capability, gib, bandwidth, peak, link, dcn, sms, clock, l2
     return Gpu(
         name=name,
         peak_flops=peak * 1e12,
-        hbm_bytes=POOL * gib * GIB,
+        hbm_bytes=POOL * int(gib * GIB),
         hbm_bandwidth=bandwidth * 1e9,
         link_bandwidth=link * 1e9,
         dcn_bandwidth=dcn * 1e9,
