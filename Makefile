@@ -9,11 +9,12 @@ CORE   := $(VENV)/.core
 TESTS  := $(VENV)/.tests
 TESTS_CORE := $(VENV)/.tests-core
 CLIENTS := .cache/clients
+CUDNN  := .cache/cudnn
 FUZZ   := $(VENV)/.fuzz
 DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
 
 .PHONY: help demo demo-full notebooks test test-core test-parity test-mutants test-slow test-slow-part test-gpu \
-  test-tpu-aot test-clients fuzz lint install install-test clean
+  test-tpu-aot test-clients test-cudnn fuzz lint install install-test clean
 
 help:
 	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about five minutes"
@@ -23,6 +24,7 @@ help:
 	@echo "make test-core  the tests that need no torch, for a Python that has none (PYTHON=python3.13 VENV=.venv313)"
 	@echo "make test-gpu   tests on an accelerator  make test-tpu-aot  compiling for TPUs, without one"
 	@echo "make test-clients  programs that nobody here wrote, on our files: stable-diffusion.cpp, LyCORIS; minutes, 13 GB"
+	@echo "make test-cudnn  cuDNN's own answers for GPUs that are not here; 5 minutes, 2.2 GB, needs gcc"
 	@echo "make test-parity   tests against torch and closed forms, and which come nearest to their bounds"
 	@echo "make test-mutants  wrong answers that the tests must notice, one after another: 15 minutes"
 	@echo "make fuzz       odd files for every reader, SECONDS=600 in all; TARGET=lora: one of them"
@@ -110,6 +112,19 @@ $(CLIENTS)/.installed: Makefile | $(TESTS)
 
 test-clients: $(TESTS) $(CLIENTS)/.installed
 	PYTHONPATH=$(CLIENTS) $(PY) -m pytest -m clients
+
+# All in one call: pip replaces the folder nvidia/ as a whole.
+$(CUDNN)/.installed: Makefile | $(TESTS)
+	$(PIP) --no-deps --upgrade --target $(CUDNN) nvidia-cudnn-cu12==9.28.0.42 nvidia-cudnn-frontend==1.32.0 \
+	  nvidia-cuda-nvrtc-cu12==12.9.86 nvidia-cublas-cu12==12.9.3.13
+	@touch $@
+
+$(CUDNN)/libcuda.so.1: tests/cuda_without_gpu.c $(CUDNN)/.installed
+	$(CC) -shared -fPIC -Wall -Wextra -Wl,-soname,$(@F) $< -o $@
+
+test-cudnn: $(TESTS) $(CUDNN)/libcuda.so.1
+	LD_LIBRARY_PATH=$$(echo $(CUDNN) $(CUDNN)/nvidia/*/lib | tr ' ' :) PYTHONPATH=$(CUDNN) JAX_PLATFORMS=cpu \
+	  $(PY) -m pytest -m cudnn
 
 lint: $(TESTS)
 	$(PY) -m ruff check .

@@ -14,7 +14,8 @@ def devices(platform: str, count: int = 1, capability: str = "8.0") -> SimpleNam
     return SimpleNamespace(devices=np.array(flat, object), size=count)
 
 
-TPU, A100, H100, CPU = devices("tpu", 4), devices("gpu"), devices("gpu", capability="9.0"), devices("cpu")
+TPU, CPU = devices("tpu", 4), devices("cpu")
+A100, H100, B200 = (devices("gpu", capability=capability) for capability in ("8.0", "9.0", "10.0"))
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, mesh: SimpleNamespace) -> None:

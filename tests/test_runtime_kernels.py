@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
-from gpu_kit import A100, CPU, H100, TPU
+from gpu_kit import A100, B200, CPU, H100, TPU
 
 from lcm_jax.errors import LcmError
 from lcm_jax.models import attention as model_attention
@@ -130,6 +130,8 @@ CASES = [
     ("auto", A100, (2, 16384, 1, 512), None, "chunked"),
     ("auto", H100, (2, 256, 8, 160), None, "cudnn"),
     ("cudnn", H100, (2, 256, 8, 160), None, "cudnn"),
+    ("auto", B200, (2, 256, 8, 160), None, "xla"),  # Blackwell has no gradient of it
+    ("auto", B200, (2, 1024, 8, 80), 77, "cudnn"),
     ("auto", CPU, (1, 1024, 8, 40), None, "xla"),
     ("auto", CPU, (1, 4096, 8, 40), None, "chunked"),
     ("chunked", CPU, (1, 64, 8, 40), None, "chunked"),
@@ -162,8 +164,11 @@ def test_a_chosen_attention_runs_compares_and_leaves_the_causal_one_to_xla():
 def test_cudnn_names_the_layer_it_cannot_run():
     attention.check(SD21.clone(dtype=jnp.bfloat16), "cudnn", A100)
     attention.check(SD15.clone(dtype=jnp.bfloat16), "cudnn", H100)
-    with pytest.raises(LcmError, match=r"down_blocks_2\.attentions_0 \(head size 160\) and 5 more layers: .* to 128"):
-        attention.check(SD15.clone(dtype=jnp.bfloat16), "cudnn", A100)
+    for mesh in (A100, B200):
+        with pytest.raises(
+            LcmError, match=r"down_blocks_2\.attentions_0 \(head size 160\) and 5 more layers: .* to 128"
+        ):
+            attention.check(SD15.clone(dtype=jnp.bfloat16), "cudnn", mesh)
     with pytest.raises(LcmError, match="bfloat16 or float16, not float32"):
         attention.check(SD21, "cudnn", A100)
 

@@ -53,7 +53,7 @@ CHUNK_LOGITS = 2**26  # bytes that the logits of one such block take
 SPLASH_TOKENS = 1024  # below this many "auto" leaves a TPU's attention to XLA
 SPLASH_HEAD = 256  # and larger heads, the VAE's one of 512, too
 SPLASH_LANES = 128  # sequences and their tiles are multiples of this
-CUDNN_HEAD, CUDNN_HEAD_HOPPER = 128, 256  # largest head size, and from compute capability 9.0 on
+CUDNN_HEAD, CUDNN_HEAD_HOPPER = 128, 256  # the largest head size with a gradient, and on Hopper (9.0) alone
 CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -237,12 +237,16 @@ def _cudnn_knows(head_size: int, largest: int) -> bool:
 
 
 def _largest_cudnn_head(mesh: Mesh) -> int:
-    """0 where cuDNN has no such attention: before NVIDIA's Ampere, and on other makes, whose capability is a name."""
+    """0 where cuDNN has no such attention: before NVIDIA's Ampere, and on other makes, whose capability is a name.
+
+    Of others, what cuDNN 9.28 itself can differentiate (tests/test_cudnn.py). jax takes Blackwell (10.0 and more) for
+    Hopper's equal, but there cuDNN refuses the gradient of larger heads, such as SD 1.x's 160.
+    """
     try:
         capability = float(mesh.devices.flat[0].compute_capability)
     except ValueError:
         return 0
-    return CUDNN_HEAD_HOPPER if capability >= 9 else CUDNN_HEAD if capability >= 8 else 0
+    return CUDNN_HEAD_HOPPER if 9 <= capability < 10 else CUDNN_HEAD if capability >= 8 else 0
 
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
