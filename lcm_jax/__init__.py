@@ -19,9 +19,13 @@ if sys.argv[:1] == ["-m"] and "lcm_jax." in sys.orig_argv[-len(sys.argv)]:
     for _number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(_number) != signal.SIG_IGN:  # as `nohup` and a shell's `&` set it
             signal.signal(_number, _end)
+    from lcm_jax.cost.chips import POOL
     from lcm_jax.ending import signals
 
     signals.begin()
+    # Of a GPU's memory jax takes three quarters if nobody says how much, before it starts: it has two names for that.
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(POOL)
 
 import importlib
 from typing import TYPE_CHECKING, Any

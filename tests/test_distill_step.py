@@ -1,5 +1,6 @@
 """The training step: against torch's AdamW, accumulation, one compilation, no weights in the program, donation."""
 
+import importlib.util
 import re
 
 import jax
@@ -11,13 +12,16 @@ import pytest
 import tiny
 import torch
 from flax import linen as nn
+from gpu_kit import lowered
 
 from lcm_jax.diffusion import schedule, solvers
 from lcm_jax.distill import lcm, objective, state
+from lcm_jax.distill import step as step_lib
 from lcm_jax.distill.step import learning_rate_schedule, make_optimizer, make_step
 from lcm_jax.distill.student import student_of
 from lcm_jax.models import unet as unet_lib
 from lcm_jax.pretrained import names
+from lcm_jax.runtime import topology
 
 SHAPE = (4, 4, 4, 2)
 NOISE_SCHEDULE = schedule.from_config({"_class_name": "LCMScheduler"})
@@ -113,6 +117,48 @@ def test_three_steps_match_torch_adamw(max_grad_norm):
         for got, want in ((now.params, theta), (now.ema_params, target)):
             for a, b in zip(jax.tree.leaves(got), want, strict=True):
                 parity.close(a, b.detach(), rtol=0, atol=1e-5)
+
+
+def test_norms_are_the_same_numbers_on_a_gpu():
+    """Both ways to sum squares, against float64. A GPU adds in a tree; a CPU, here, the 20,000 terms of an array one
+    after another: its rounding errors walk at random to sqrt(20,000) 2^-24 = 8e-6."""
+    rng = np.random.default_rng(0)
+    trees = [{"a": rng.normal(0, s, (320, 64)), "b": [rng.normal(0, s, 640), rng.normal(0, s, ())]} for s in (1e-6, 1)]
+    exact = [sum(float(np.square(x).sum()) for x in jax.tree.leaves(tree)) for tree in trees]
+    trees = jax.tree.map(np.float32, trees)
+    for way in (step_lib._squared_together, step_lib._squared_by_products):
+        parity.close(jax.jit(way)(*trees), exact, rtol=3e-5, what=way.__name__)
+
+
+def test_a_gpus_program_sums_the_norms_of_an_array_at_once():
+    trees = [{name: jnp.zeros((n, 8)) for name, n in (("a", 3), ("b", 4))}] * 4
+    traced = jax.jit(step_lib.measure).trace(*trees)
+    gpu, cpu = lowered(traced), traced.lower(lowering_platforms=("cpu",)).as_text()
+    grad_norm = 2  # a sum for each array, on every platform
+    assert gpu.count("stablehlo.reduce(") == 2 + grad_norm
+    assert "dot_general" not in gpu
+    assert cpu.count("stablehlo.dot_general") == 3 * 2
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs jax's CUDA plugin")
+def test_norms_cost_a_gpu_no_copies():
+    """The kernel that updates an array in place also sums its squares; three separate sums would make XLA copy it."""
+    where = jax.sharding.SingleDeviceSharding(topology.devices("rtx4090:1")[0])
+    params = [jax.ShapeDtypeStruct((320, 64), jnp.float32, sharding=where)] * 3
+    optimizer = make_optimizer(1e-3)
+    initial = jax.eval_shape(lambda p: state.create(p, optimizer), params)
+    initial = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), initial)
+
+    def update(now, grads):
+        updates, opt_state = optimizer.update(grads, now.opt_state, now.params)
+        params = optax.apply_updates(now.params, updates)
+        ema_params = state.update_ema(now.ema_params, params, 0.95)
+        metrics = step_lib.measure(params, grads, updates, ema_params)
+        return state.TrainState(now.step + 1, params, opt_state, ema_params), metrics
+
+    text = jax.jit(update, donate_argnums=0).lower(initial, params).compile().as_text()
+    assert " fusion(" in text and " copy(" not in text
 
 
 def test_accumulation_changes_nothing_but_rounding():

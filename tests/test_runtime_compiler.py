@@ -1,11 +1,15 @@
 """What XLA is told beside the program: options that this jaxlib knows, and that reach the programs."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from lcm_jax.runtime import kernels as compiler
+from lcm_jax.runtime import topology
 
+cuda_plugin = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 YNN = "__ynn_fusion"  # in the compiled text
 
 
@@ -27,14 +31,29 @@ def test_a_cpu_computes_without_ynnpack_but_for_the_sums_of_training():
 
 
 def test_each_platform_has_its_own():
-    assert compiler.inference("tpu") == compiler.inference("gpu") == compiler.training("gpu") == {}
+    assert compiler.inference("tpu") == {}
     assert all(name.startswith("xla_tpu_") for name in compiler.training("tpu"))
+    one, several = compiler.training("gpu"), compiler.training("gpu", 2)
+    assert compiler.inference("gpu") == one == {"xla_gpu_dot_merger_threshold_mb": 0}
+    assert several == one | {"xla_gpu_enable_latency_hiding_scheduler": True}
+    assert compiler.training("cpu", 2) == compiler.training("cpu")
 
 
-def test_a_jaxlib_that_does_not_know_an_option_gets_none(monkeypatch):
+def test_a_jaxlib_gets_only_the_options_that_it_knows(monkeypatch):
+    monkeypatch.setattr(compiler, "_OVERLAP", {"gpu": {"xla_gpu_no_such_option": True}})
     monkeypatch.setattr(compiler, "_INFERENCE", {"cpu": {"xla_cpu_no_such_option": ""}})
-    compiler._has_ynnpack.cache_clear()
-    try:
-        assert compiler.inference("cpu") == compiler.training("cpu") == {}
-    finally:
-        compiler._has_ynnpack.cache_clear()
+    assert compiler.inference("cpu") == {}
+    assert compiler.training("gpu", 2) == compiler.training("gpu") != {}
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.skipif(not cuda_plugin, reason="needs jax's CUDA plugin")
+def test_the_cuda_compiler_keeps_products_apart():
+    """Three products of one operand, which XLA joins below 64 MB and then slices: of q, k and v, one kernel each."""
+    where = jax.sharding.SingleDeviceSharding(topology.devices("rtx4090:1")[0])
+    x, *weights = (jax.ShapeDtypeStruct((512, 512), jnp.bfloat16, sharding=where) for _ in range(4))
+    lowered = jax.jit(lambda x, *weights: [x @ w for w in weights]).lower(x, *weights)
+    joined, apart = (
+        lowered.compile(compiler_options=options).as_text() for options in (None, compiler.training("gpu", 2))
+    )
+    assert "[512,1536]" in joined and "[512,1536]" not in apart

@@ -140,20 +140,41 @@ def binned(losses: jax.Array, index: jax.Array, num_steps: int) -> dict[str, jax
 
 def measure(params: Any, grads: Any, updates: Any, ema_params: Any) -> dict[str, jax.Array]:
     """L2 norms of the gradient before clipping, the update and theta, and |theta - theta^-| / |theta|."""
-    param_norm = _norm(params)
+    trees = updates, params, optax.tree.sub(params, ema_params)
+    # One of the two when the step is lowered: a program has only the sums of its platform.
+    squared = jax.lax.platform_dependent(*trees, cuda=_squared_together, default=_squared_by_products)
+    update_norm, param_norm, distance = map(jnp.sqrt, squared)
     return {
         "grad_norm": optax.tree.norm(grads),  # which clipping has computed already
-        "update_norm": _norm(updates),
+        "update_norm": update_norm,
         "param_norm": param_norm,
-        "ema_distance": _norm(optax.tree.sub(params, ema_params)) / param_norm,
+        "ema_distance": distance / param_norm,
     }
 
 
-def _norm(tree: Any) -> jax.Array:
-    """`optax.tree.norm` as products: on a CPU, XLA stores every square before it sums them, 2 % of a step."""
+def _squared_by_products(*trees: Any) -> list[jax.Array]:
+    """The sum of squares of each tree, as products: a CPU's XLA would store every square first, 2 % of a step."""
 
     def squared(x: jax.Array) -> jax.Array:
         axes = tuple(range(x.ndim))
         return jax.lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest")
 
-    return jnp.sqrt(sum(squared(x) for x in jax.tree.leaves(tree)))
+    return [sum(squared(x) for x in jax.tree.leaves(tree)) for tree in trees]
+
+
+def _squared_together(*trees: Any) -> list[jax.Array]:
+    """The sum of squares of each of several like trees, in one reduction for each place in them.
+
+    On a GPU the kernel that updates an array can then sum for all trees. Three reductions, or products, would be three
+    more kernels for each array, and XLA would no longer update it in place but copy it.
+    """
+
+    def add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    def squared(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        zeros = tuple(jnp.zeros((), x.dtype) for x in arrays)
+        return jax.lax.reduce(tuple(map(jnp.square, arrays)), zeros, add, tuple(range(arrays[0].ndim)))
+
+    places = zip(*map(jax.tree.leaves, trees), strict=True)
+    return [sum(sums) for sums in zip(*(squared(*arrays) for arrays in places), strict=True)]

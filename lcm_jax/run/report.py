@@ -58,7 +58,7 @@ def report(config: ConfigDict, mesh: Mesh, options: dict[str, Any], chip: chips.
     """
     step, encoders = build(config, mesh)
     compiled, seconds = timed(lambda: compile_step(step, config, options, encoders))
-    options = options | kernels.training(mesh.devices.flat[0].platform)
+    options = options | kernels.training(mesh.devices.flat[0].platform, mesh.size)
     found = roofline.report(compiled, mesh, config.data.batch_size, step.model_flops(), chip, options, encoders)
     found["compile_seconds"] = seconds
     memory = found["memory"]

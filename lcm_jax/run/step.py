@@ -127,7 +127,7 @@ def make(config: ConfigDict, models: Models, mesh: Mesh) -> TrainingStep:
         donate_argnums=0,
         in_shardings=(_shardings(state), _shardings(frozen), rows, whole),
         out_shardings=(_shardings(state), whole),
-        compiler_options=kernels.training(mesh.devices.flat[0].platform),
+        compiler_options=kernels.training(mesh.devices.flat[0].platform, mesh.size),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
