@@ -1,11 +1,15 @@
-"""What XLA is told beside the program: options that this jaxlib knows, and that reach the programs."""
+"""What XLA is told beside the program: options that this jaxlib knows and that reach the programs, memory, caches."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from lcm_jax.cost import chips
 from lcm_jax.runtime import kernels as compiler
 from lcm_jax.runtime import topology
 
@@ -57,3 +61,27 @@ def test_the_cuda_compiler_keeps_products_apart():
         lowered.compile(compiler_options=options).as_text() for options in (None, compiler.training("gpu", 2))
     )
     assert "[512,1536]" in joined and "[512,1536]" not in apart
+
+
+AS_PROGRAM = """import os, sys
+sys.argv, sys.orig_argv = ["-m"], ["python", "-m", {module!r}]  # as they are while `python -m` imports a package
+import lcm_jax
+print([os.environ.get(name) for name in {names!r}])
+"""
+SHARES = ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"]
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "expected"),
+    [
+        ("lcm_jax.sample", {}, [str(chips.POOL), None]),
+        ("lcm_jax.sample", {SHARES[0]: "0.5"}, ["0.5", None]),
+        ("lcm_jax.sample", {SHARES[1]: "0.5"}, [None, "0.5"]),  # jax refuses both names at once
+        ("mine", {}, [None, None]),
+    ],
+)
+def test_programs_take_most_of_a_gpu_unless_the_user_says_how_much(module, given, expected):
+    environment = {name: value for name, value in os.environ.items() if name not in SHARES} | given
+    source = AS_PROGRAM.format(module=module, names=SHARES)
+    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{expected}\n", done.stderr

@@ -19,6 +19,7 @@ import pytest
 import tiny
 import training_processes as runs
 from absl import flags
+from jax._src.compiler import get_compile_options
 from PIL import Image
 from test_run_models import make_lcm
 from training_processes import logged, saved, saved_steps
@@ -287,6 +288,19 @@ def test_resolution_and_batch_must_fit_vae_and_devices(teacher, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: devices)
     with pytest.raises(LcmError, match=r"data\.batch_size = 6 in 6 parts .* 4 devices; use a multiple of 24"):
         train.prepared(config)
+
+
+def test_the_compilation_cache_also_keeps_what_a_gpus_autotuner_found(tmp_path):
+    """jax has XLA put it into a folder of the cache (`jax_persistent_cache_enable_xla_caches`), from there on."""
+    config = runpy.run_path(str(ROOT / "configs" / "shapes_lcm.py"))["get_config"]()
+    config.compilation_cache = str(tmp_path)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        train.prepared(config)
+        options = get_compile_options(num_replicas=1, num_partitions=1).executable_build_options.debug_options
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert options.xla_gpu_per_fusion_autotune_cache_dir == f"{tmp_path}/xla_gpu_per_fusion_autotune_cache_dir"
 
 
 def test_the_workdir_of_another_run_is_refused_with_both_values_and_left_alone(whole, teacher, capsys):
