@@ -297,10 +297,11 @@ def test_the_compilation_cache_also_keeps_what_a_gpus_autotuner_found(tmp_path):
     before = jax.config.jax_compilation_cache_dir
     try:
         train.prepared(config)
-        options = get_compile_options(num_replicas=1, num_partitions=1).executable_build_options.debug_options
+        options = get_compile_options(num_replicas=1, num_partitions=1)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-    assert options.xla_gpu_per_fusion_autotune_cache_dir == f"{tmp_path}/xla_gpu_per_fusion_autotune_cache_dir"
+    told = options.executable_build_options.debug_options.xla_gpu_per_fusion_autotune_cache_dir
+    assert told == f"{tmp_path}/xla_gpu_per_fusion_autotune_cache_dir"
 
 
 def test_the_workdir_of_another_run_is_refused_with_both_values_and_left_alone(whole, teacher, capsys):
