@@ -80,6 +80,15 @@ def test_build_gives_the_program_of_arrays(name, tiny):
     assert report.build(config, mesh)[0].lower().as_text() == of_arrays.lower().as_text()
 
 
+def test_the_step_is_compiled_with_the_options_for_its_devices(tiny, monkeypatch):
+    told = []
+    monkeypatch.setattr(kernels, "training", lambda *devices: told.append(devices) or {"xla_no_such_option": 1})
+    step, _ = report.build(config_of("shapes_lcm", **{"model.teacher": tiny}), one_device())
+    assert told == [("cpu", 1)]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        step.lower().compile()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", [gpu_kit.A100, gpu_kit.H100], ids=["A100", "H100"])
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 
 from lcm_jax.cost import chips
 from lcm_jax.runtime import kernels as compiler
+from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime import topology
 
 cuda_plugin = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
@@ -61,6 +63,31 @@ def test_the_cuda_compiler_keeps_products_apart():
         lowered.compile(compiler_options=options).as_text() for options in (None, compiler.training("gpu", 2))
     )
     assert "[512,1536]" in joined and "[512,1536]" not in apart
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.skipif(not cuda_plugin, reason="needs jax's CUDA plugin")
+def test_gradients_are_summed_beside_other_kernels():
+    """Between the start and the end of each reduce-scatter of sharded gradients, and not without the option."""
+    mesh = mesh_lib.make_mesh(data=1, fsdp=2, devices=topology.devices("rtx4090:2"))
+    gather = mesh_lib.gather_weights(mesh, jnp.bfloat16)
+
+    def loss(weights, x):
+        for w in weights:
+            x = jax.nn.gelu(x @ gather(w, x))
+        return jnp.square(x.astype(jnp.float32)).mean()
+
+    weights = mesh_lib.abstract_state(mesh, [jax.ShapeDtypeStruct((4096, 4096), jnp.float32)] * 4)
+    x = jax.ShapeDtypeStruct((1024, 4096), jnp.bfloat16, sharding=mesh_lib.batch_sharding(mesh))
+    step = jax.jit(jax.grad(loss), out_shardings=jax.tree.map(lambda w: w.sharding, weights)).lower(weights, x)
+
+    def beside(options: dict) -> list[bool]:
+        text = step.compile(compiler_options=options).as_text()
+        spans = re.findall(r"= [^\n]* reduce-scatter-start\((.*?) reduce-scatter-done\(", text, re.DOTALL)
+        return [" fusion(" in span or " custom-call(" in span for span in spans]
+
+    with_it, without = beside(compiler.training("gpu", 2)), beside(compiler.training("gpu"))
+    assert len(with_it) == len(without) == 4 and all(with_it) and not any(without)
 
 
 AS_PROGRAM = """import os, sys

@@ -299,8 +299,9 @@ _TRAINING: dict[str, Options] = {
     },
 }
 _INFERENCE: dict[str, Options] = {"cpu": {_YNNPACK: ""}, "gpu": _SINGLE_PRODUCTS}
-# Of several devices, besides: a collective begins as early as it can and ends where its result is read. The default of
-# NVIDIA's own images of jax (docs.nvidia.com/jax-toolbox/environment-variables).
+# Of several devices, besides: a collective begins early and ends where its result is read. NVIDIA's own jax sets it
+# (docs.nvidia.com/jax-toolbox/environment-variables). For Hopper XLA does so anyway; for Ada no kernel runs beside a
+# gradient's reduce-scatter without it, and one or more beside each with it.
 _OVERLAP: dict[str, Options] = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}}
 
 
