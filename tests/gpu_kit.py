@@ -1,11 +1,16 @@
 """A GPU that is not here, as far as tracing and lowering for CUDA ask for one; no CUDA, cuDNN or plugin is needed."""
 
+import importlib.util
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs jax's CUDA plugin"
+)
 
 
 def devices(platform: str, count: int = 1, capability: str = "8.0") -> SimpleNamespace:

@@ -262,11 +262,8 @@ def test_a_tiny_model_for_four_chips(tmp_path):
     assert done.stdout.startswith("devices") and "compile options" in done.stdout
 
 
-GPU_COMPILER = pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the CUDA plugin")
-
-
 @pytest.mark.gpu_aot
-@GPU_COMPILER
+@gpu_kit.needs_compiler
 def test_a_step_for_two_nodes_of_gpus(tmp_path):
     """Convolutions are channels-last and attention is cuDNN's; the only collectives are those of the split weights."""
     out = tmp_path / "report.json"
@@ -283,7 +280,7 @@ def test_a_step_for_two_nodes_of_gpus(tmp_path):
 
 
 @pytest.mark.gpu_aot
-@GPU_COMPILER
+@gpu_kit.needs_compiler
 def test_what_does_not_fit_a_card(tmp_path):
     """Exit code 1: the report, and the remedy in the last line."""
     asked = "--config=configs/shapes_lcm.py", "--sampling", f"--out={tmp_path / 'report.json'}"

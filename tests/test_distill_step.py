@@ -1,8 +1,8 @@
 """The training step: against torch's AdamW, accumulation, one compilation, no weights in the program, donation."""
 
-import importlib.util
 import re
 
+import gpu_kit
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,6 @@ import pytest
 import tiny
 import torch
 from flax import linen as nn
-from gpu_kit import lowered
 
 from lcm_jax.diffusion import schedule, solvers
 from lcm_jax.distill import lcm, objective, state
@@ -133,7 +132,7 @@ def test_norms_are_the_same_numbers_on_a_gpu():
 def test_a_gpus_program_sums_the_norms_of_an_array_at_once():
     trees = [{name: jnp.zeros((n, 8)) for name, n in (("a", 3), ("b", 4))}] * 4
     traced = jax.jit(step_lib.measure).trace(*trees)
-    gpu, cpu = lowered(traced), traced.lower(lowering_platforms=("cpu",)).as_text()
+    gpu, cpu = gpu_kit.lowered(traced), traced.lower(lowering_platforms=("cpu",)).as_text()
     grad_norm = 2  # a sum for each array, on every platform
     assert gpu.count("stablehlo.reduce(") == 2 + grad_norm
     assert "dot_general" not in gpu
@@ -141,7 +140,7 @@ def test_a_gpus_program_sums_the_norms_of_an_array_at_once():
 
 
 @pytest.mark.gpu_aot
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs jax's CUDA plugin")
+@gpu_kit.needs_compiler
 def test_norms_cost_a_gpu_no_copies():
     """The kernel that updates an array in place also sums its squares; three separate sums would make XLA copy it."""
     where = jax.sharding.SingleDeviceSharding(topology.devices("rtx4090:1")[0])

@@ -1,11 +1,11 @@
 """What XLA is told beside the program: options that this jaxlib knows and that reach the programs, memory, caches."""
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 
+import gpu_kit
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,7 +15,6 @@ from lcm_jax.runtime import kernels as compiler
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime import topology
 
-cuda_plugin = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 YNN = "__ynn_fusion"  # in the compiled text
 
 
@@ -53,7 +52,7 @@ def test_a_jaxlib_gets_only_the_options_that_it_knows(monkeypatch):
 
 
 @pytest.mark.gpu_aot
-@pytest.mark.skipif(not cuda_plugin, reason="needs jax's CUDA plugin")
+@gpu_kit.needs_compiler
 def test_the_cuda_compiler_keeps_products_apart():
     """Three products of one operand, which XLA joins below 64 MB and then slices: of q, k and v, one kernel each."""
     where = jax.sharding.SingleDeviceSharding(topology.devices("rtx4090:1")[0])
@@ -66,7 +65,7 @@ def test_the_cuda_compiler_keeps_products_apart():
 
 
 @pytest.mark.gpu_aot
-@pytest.mark.skipif(not cuda_plugin, reason="needs jax's CUDA plugin")
+@gpu_kit.needs_compiler
 def test_gradients_are_summed_beside_other_kernels():
     """Between the start and the end of each reduce-scatter of sharded gradients, and not without the option."""
     mesh = mesh_lib.make_mesh(data=1, fsdp=2, devices=topology.devices("rtx4090:2"))
