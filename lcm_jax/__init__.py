@@ -23,7 +23,7 @@ if sys.argv[:1] == ["-m"] and "lcm_jax." in sys.orig_argv[-len(sys.argv)]:
     from lcm_jax.ending import signals
 
     signals.begin()
-    # Of a GPU's memory jax takes three quarters if nobody says how much, before it starts: it has two names for that.
+    # jax takes three quarters of a GPU's memory unless it is told before it starts, by one of these two, not by both.
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(POOL)
 
