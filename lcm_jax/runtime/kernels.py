@@ -286,7 +286,8 @@ Options = dict[str, str | int | bool]
 
 _YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 # XLA would join products that share an operand, such as a layer's q, k and v, and then copy each part out of the joint
-# result: 12 % of what a transformer block of Stable Diffusion 1.5 moves, 3 % with its gradient.
+# result: 12 % of what a transformer block of Stable Diffusion 1.5 moves, 3 % with its gradient. A LoRA's thin products
+# then stay apart as well: the embedded model's step moves 5 % less, in 2 % more kernels.
 _SINGLE_PRODUCTS = {"xla_gpu_dot_merger_threshold_mb": 0}
 _TRAINING: dict[str, Options] = {
     "cpu": {_YNNPACK: "LIBRARY_FUSION_TYPE_REDUCE"},
