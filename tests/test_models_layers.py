@@ -45,7 +45,8 @@ def test_norms_at_mean_100(norm, shape, grouped, axes, dtype):
     want = ((exact - mean) / np.sqrt(var + 1e-6)).reshape(shape) * scale + bias
     got = norm(epsilon=1e-6, run=Run(dtype)).apply({"params": {"scale": scale, "bias": bias}}, x)
     assert got.dtype == dtype
-    parity.close(np.asarray(got, np.float64), want, rtol=ROUNDED[dtype], atol=800 * parity.EPS)
+    one_pass = 4 * parity.EPS * 100**2 if dtype == jnp.bfloat16 else 0  # GroupNorm's, see below
+    parity.close(np.asarray(got, np.float64), want, rtol=ROUNDED[dtype] + one_pass, atol=800 * parity.EPS)
 
 
 def normalised(x: np.ndarray, groups: int, epsilon: float) -> np.ndarray:
@@ -135,11 +136,12 @@ def test_traffic_of_a_resnet_on_a_gpu(gradient, most, kernels):
 
 
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-6])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("norm", [functools.partial(GroupNorm, 1), LayerNorm])
-def test_epsilon_of_norms(norm, epsilon):
+def test_epsilon_of_norms(norm, dtype, epsilon):
     """For a small input: at the variance of 1 in tests of whole networks, 1e-5 and 1e-6 differ only by rounding."""
-    x = 1e-3 * draw(3, 64)
-    exact = x.astype(np.float64) - x.mean(-1, keepdims=True, dtype=np.float64)
+    x = jnp.asarray(1e-3 * draw(3, 64), dtype)
+    exact = np.asarray(x, np.float64) - np.asarray(x, np.float64).mean(-1, keepdims=True)
     want = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + epsilon)
     got = norm(epsilon=epsilon).apply({"params": {"scale": np.ones(64), "bias": np.zeros(64)}}, x)
     parity.close(got, want, rtol=0, of_max=16 * parity.EPS)
