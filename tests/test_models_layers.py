@@ -56,11 +56,11 @@ def normalised(x: np.ndarray, groups: int, epsilon: float) -> np.ndarray:
     return ((grouped - mean) / np.sqrt(var + epsilon)).reshape(x.shape)
 
 
-def apply_norm(x: jax.Array, added: jax.Array | None = None, run: Run = Run()) -> jax.Array:  # noqa: B008
-    """GroupNorm of 8 groups, scale 1 and bias 0."""
+def apply_norm(x: jax.Array, added: jax.Array | None = None, dtype=jnp.float32) -> jax.Array:
+    """GroupNorm of 8 groups, scale 1 and bias 0; dtype: of the output."""
     c = x.shape[-1]
     variables = {"params": {"scale": jnp.ones(c), "bias": jnp.zeros(c)}}
-    return jax.jit(GroupNorm(8, 1e-6, run).apply)(variables, x, added)
+    return jax.jit(GroupNorm(8, 1e-6, Run(dtype)).apply)(variables, x, added)
 
 
 @pytest.mark.parametrize("mean", [0, 10, 100, 1000])
@@ -108,7 +108,7 @@ def test_other_dtypes_take_two_passes(dtype, with_added):
         centred = x - mean(x)
         return (centred * jax.lax.rsqrt(mean(jnp.square(centred)) + 1e-6)).astype(dtype)
 
-    got = apply_norm(x, added if with_added else None, Run(dtype))
+    got = apply_norm(x, added if with_added else None, dtype)
     np.testing.assert_array_equal(got, two_passes(x, added))
 
 
@@ -127,7 +127,10 @@ def test_traffic_of_a_resnet_on_a_gpu(gradient, most, kernels):
     module = ResnetBlock2D(320, 32, 1e-5, Run(jnp.bfloat16))
     args = [jax.ShapeDtypeStruct(dims, jnp.bfloat16) for dims in ((4, 64, 64, 320), (4, 1280))]
     params = jax.eval_shape(module.init, jax.random.key(0), *args)
-    total = lambda *args: module.apply(*args).astype(jnp.float32).sum()  # noqa: E731
+
+    def total(*args):
+        return module.apply(*args).astype(jnp.float32).sum()
+
     program = jax.grad(total, (0, 1)) if gradient else module.apply
     compiled = jax.jit(program).lower(*jax.tree.map(shape, (params, *args))).compile()
     operations = [one for one in hlo.operations(hlo.read(compiled.as_text())) if one.bytes]
