@@ -129,9 +129,10 @@ def generator_of(config: ConfigDict, mesh: Mesh) -> tuple[Generator, Request]:
     """What generates with the config's student, adapters merged, and a request at its resolution, without weights."""
     models = run_models.shapes(config)
     unet, params = models.student.unet, models.student_params["unet"]
-    pipeline = dataclasses.replace(models.student, unet=kernels.plain_module(unet))
-    params = {**models.teacher_params, "unet": params["base"] if isinstance(unet, Adapted) else params}
     dtype = jnp.dtype(config.model.dtype)  # that of the weights, too
+    vae = models.student.vae.clone(dtype=dtype)  # a training run's may be float32, for the encoder
+    pipeline = dataclasses.replace(models.student, unet=kernels.plain_module(unet), vae=vae)
+    params = {**models.teacher_params, "unet": params["base"] if isinstance(unet, Adapted) else params}
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
     side = config.data.resolution
     scale = None if pipeline.has_w_embedding else 1.0

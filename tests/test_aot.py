@@ -262,6 +262,13 @@ def test_a_tiny_model_for_four_chips(tmp_path):
     assert done.stdout.startswith("devices") and "compile options" in done.stdout
 
 
+def test_generating_for_absent_devices_decodes_in_the_dtype_asked_for(tiny):
+    """As `lcm_jax.load` has it; a training run's VAE, which encodes, may be float32 beside networks in bfloat16."""
+    config = config_of("shapes_lcm", **{"model.teacher": tiny, "model.dtype": "bfloat16"})
+    assert run_models.shapes(config).student.vae.dtype == jnp.float32
+    assert aot.generator_of(config, one_device())[0].pipeline.vae.dtype == jnp.bfloat16
+
+
 @pytest.mark.gpu_aot
 @gpu_kit.needs_compiler
 def test_a_step_for_two_nodes_of_gpus(tmp_path):

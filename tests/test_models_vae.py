@@ -166,6 +166,29 @@ def test_either_vae_is_usable_wherever_a_vae_is(name):
     assert (out.shape, out.dtype) == (images.shape, jnp.bfloat16)
 
 
+def test_a_decoder_in_bfloat16_is_bfloat16_throughout():
+    low = vae.from_config(ALL["sd"], dtype=jnp.bfloat16)
+    variables = jax.eval_shape(low.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    decode = functools.partial(low.apply, method="decode", capture_intermediates=True, mutable="intermediates")
+    outputs = jax.tree.leaves(jax.eval_shape(decode, variables, jnp.zeros((1, 4, 4, 4)))[1])
+    assert len(outputs) > 50 and {output.dtype for output in outputs} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_bfloat16_decodes_what_overflows_float16():
+    """As SDXL's activations do, so that its VAE computes in float32 beside networks in float16 alone."""
+    _, module, variables = pair("sd")
+    variables = jax.tree.map(lambda x: x, variables)  # another dictionary
+    first = variables["params"]["decoder"]["conv_in"]
+    first["kernel"] = 1e5 * first["kernel"]
+    z = draw(1, 4, 6, 4)
+    want, got, wrong = (
+        np.asarray(jax.jit(functools.partial(module.clone(dtype=dtype).apply, method="decode"))(variables, z), float)
+        for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+    )
+    assert not np.isfinite(wrong).any()
+    parity.near(got, want, 3 * parity.BFLOAT16)  # the roundings of some 20 layers, which add up as independent ones
+
+
 REFUSED = [
     ("sd", "_class_name", "VQModel"),
     ("sd", "act_fn", "gelu"),

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import json
 import re
 import resource
 import shutil
@@ -253,6 +254,15 @@ def test_another_size_and_half_precision(lcm, tmp_path):
     options = ("--height=10", "--width=14", "--num_images=1", "--batch_size=1", "--steps=1", "--dtype=bfloat16")
     image = generate(lcm, tmp_path, *options)["0000_0000.png"]
     assert image.size == (14, 10) and image.text["steps"] == "1"
+
+
+@pytest.mark.parametrize(("dtype", "of_vae"), [("bfloat16", "bfloat16"), ("float16", "float32")])
+def test_a_vae_that_overflows_float16_decodes_in_bfloat16(dtype, of_vae, lcm, tmp_path):
+    folder = shutil.copytree(lcm, tmp_path / "lcm")
+    path = folder / "vae/config.json"
+    tiny.write_json(path, json.loads(path.read_text()) | {"force_upcast": True})
+    pipeline = lcm_jax.load(folder, dtype=dtype).pipeline
+    assert pipeline.unet.dtype == dtype and pipeline.vae.dtype == of_vae
 
 
 def test_three_lines_give_the_images_of_the_program(three, lcm):

@@ -1,6 +1,6 @@
-"""What causes the memory traffic of one UNet block on a TPU, forward and with its gradient; needs no TPU.
+"""What causes the memory traffic of one UNet block on a TPU or GPU, forward and with its gradient; needs neither.
 
-    python -m experiments.aot.block_bytes --model=sd15 --block=resnet [--images=8] [--chips=v5e:2x2]
+    python -m experiments.aot.block_bytes --model=sd15 --block=resnet [--images=8] [--chips=v5e:2x2|h100:1]
         [--remat=none] [--attention=auto] [--thorough] [--lower=FILE]
 
 One chip, bfloat16, weights float32. Blocks: resnet, transformer (at the upper level), low (the transformer at the level

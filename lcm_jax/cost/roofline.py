@@ -110,8 +110,8 @@ def _memory(
     "outside" is what CUDA takes beside that.
     """
     stats = compiled.memory_analysis()
-    # The gradient of cuDNN's attention sums dq in float32, twice but for Hopper and Blackwell in data centres (says cuDNN
-    # 9.28 itself); XLA learns this on a real GPU alone.
+    # The gradient of cuDNN's attention sums dq in float32, twice but for Hopper and Blackwell in data centres (cuDNN
+    # 9.28's own answer); XLA learns this on a real GPU alone.
     copies = 1 if isinstance(chip, chips.Gpu) and chip.capability[0] in (9, 10) else 2
     workspaces = [4 * copies * math.prod(one["q"]) for one in kernels if "fmhaSoftmaxBackward" in one["name"]]
     parts = {

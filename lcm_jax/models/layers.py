@@ -2,6 +2,17 @@
 
 GroupNorm and LayerNorm compute their statistics in two passes (the mean, then the mean squared deviation) and in
 float32 whatever the compute dtype: Flax's default, E[x^2] - E[x]^2 in one pass, is off by 1e-2 at a mean of 100.
+
+GroupNorm of a bfloat16 input takes the one pass all the same: it reads x once for both moments, writes nothing of its
+size in float32, and so moves a third of the bytes on a GPU. What it is off by is less than what rounding x to bfloat16
+has changed (root mean squares of the normalised output, x of deviation 1, 4096 places, 10 channels a group):
+
+    mean of x                    0        10       100     1000
+    off by one pass              6e-8     4e-6     3e-4    0.07
+    off by rounding the input    2e-3     0.02     0.14    1
+    off by rounding the output   2e-3     2e-3     2e-3    2e-3
+
+LayerNorm does not: XLA's one kernel for it reads a row once anyway.
 """
 
 import dataclasses
@@ -119,31 +130,44 @@ def conv3x3(features: int, name: str, run: Run, padding: tuple[int, int] = (1, 1
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm of [b ... c] with a scale and a bias for each channel."""
+    """GroupNorm of [b ... c] with a scale and a bias for each channel; in how many passes: see the module."""
 
     num_groups: int
     epsilon: float
     run: Run = Run()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, added: jax.Array | None = None) -> jax.Array:
+        """The norm of x + added; added: [b c], the same at every place."""
         c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
-        scale, bias = self.run.weights(scale=scale, bias=bias)
-        x = x.astype(jnp.float32)
+        scale, bias = (weights.astype(jnp.float32) for weights in self.run.weights(scale=scale, bias=bias))
         spatial = tuple(range(1, x.ndim - 1))
+        added = None if added is None else jnp.expand_dims(added, spatial)
 
-        def group_mean(v: jax.Array) -> jax.Array:
+        def mean(v: jax.Array) -> jax.Array:
+            return v.mean(spatial, keepdims=True)
+
+        def group(per_channel: jax.Array) -> jax.Array:
             # By channel first: a reduction with channels innermost vectorises, and all groups have the same size.
-            per_channel = v.mean(spatial)
             grouped = per_channel.reshape(-1, self.num_groups, c // self.num_groups)
-            full = jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(per_channel.shape)
-            return full.reshape(full.shape[0], *(1 for _ in spatial), c)
+            return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(per_channel.shape)
 
-        centred = x - group_mean(x)
-        inv = jax.lax.rsqrt(group_mean(jnp.square(centred)) + self.epsilon)
-        return (centred * (inv * scale.astype(jnp.float32)) + bias.astype(jnp.float32)).astype(self.run.dtype)
+        if x.dtype == jnp.bfloat16:
+            x = x.astype(jnp.float32)
+            first, second, offset = mean(x), mean(jnp.square(x)), 0.0
+            if added is not None:  # E[(x + a)^2] = E[x^2] + a (2 E[x] + a): x + a need not be written
+                offset = added.astype(jnp.float32)
+                first, second = first + offset, second + offset * (2 * first + offset)
+            centre = group(first)
+            variance = jnp.maximum(group(second) - jnp.square(centre), 0.0)  # rounding may make it negative
+            slope = jax.lax.rsqrt(variance + self.epsilon) * scale
+            return (x * slope + (bias + (offset - centre) * slope)).astype(self.run.dtype)
+        x = (x if added is None else x + added).astype(jnp.float32)
+        centred = x - group(mean(x))
+        inv = jax.lax.rsqrt(group(mean(jnp.square(centred))) + self.epsilon)
+        return (centred * (inv * scale) + bias).astype(self.run.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -220,9 +244,8 @@ class ResnetBlock2D(nn.Module):
             x = jnp.concatenate([x, skip], axis=-1)
         h = nn.silu(GroupNorm(self.groups, self.epsilon, run, name="norm1")(x))
         h = conv3x3(self.out_channels, "conv1", run)(h)
-        if temb is not None:
-            h = h + dense(self.out_channels, "time_emb_proj", run)(nn.silu(temb))[:, None, None]
-        h = nn.silu(GroupNorm(self.groups, self.epsilon, run, name="norm2")(h))
+        time = None if temb is None else dense(self.out_channels, "time_emb_proj", run)(nn.silu(temb))
+        h = nn.silu(GroupNorm(self.groups, self.epsilon, run, name="norm2")(h, time))
         h = conv3x3(self.out_channels, "conv2", run)(h)
         if x.shape[-1] != self.out_channels:
             x = conv1x1(self.out_channels, "conv_shortcut", run)(x)
