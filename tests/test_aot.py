@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu_kit
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,28 +77,6 @@ def test_build_gives_the_program_of_arrays(name, tiny):
     models = run_models.Models(teacher, params, *run_models.load_student(config, teacher, params))
     of_arrays = run_step.make(config, models, mesh)
     assert report.build(config, mesh)[0].lower().as_text() == of_arrays.lower().as_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("gpu", [gpu_kit.A100, gpu_kit.H100], ids=["A100", "H100"])
-@pytest.mark.parametrize(
-    ("name", "layers"),
-    [
-        ("sd15_lcm_lora", 32),
-        ("sd15_lcm", 32),
-        ("sd21_lcm", 32),
-        ("sdxl_lcm_lora", 140),
-    ],
-)
-def test_full_size_steps_lower_for_cuda(monkeypatch, name, layers, gpu):
-    """Self- and cross-attention of every layer are cuDNN's, forward and backward; on Ampere not with heads of 160."""
-    gpu_kit.pretend(monkeypatch, gpu)
-    choose = kernels.choose
-    monkeypatch.setattr(kernels, "choose", lambda implementation, dtype, mesh: choose(implementation, dtype, gpu))
-    step, _ = report.build(config_of(name, **{"model.dtype": "bfloat16"}), one_device())
-    text = gpu_kit.lowered(step.step.trace(step.state, step.frozen, step.batch, step.key))
-    others = 12 if gpu is gpu_kit.A100 and name.startswith("sd15") else 0
-    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == layers - others
 
 
 @pytest.fixture(scope="module")
