@@ -1,7 +1,6 @@
 """GPUs and TPUs that are not here, as far as tracing and lowering ask for them; no CUDA, libtpu or plugin is needed."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +11,11 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from lcm_jax.data import encoding
-from lcm_jax.pretrained import text
 from lcm_jax.run import models as run_models
 from lcm_jax.run import step as run_step
 from lcm_jax.runtime.mesh import AXES, batch_sharding
 from lcm_jax.sampling.generator import Generator
-from lcm_jax.sampling.request import Settings, is_guided, make_plan
+from lcm_jax.sampling.request import make_request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,35 +59,22 @@ def lowered(traced: jax.stages.Traced, mesh: Mesh = A100) -> str:
     return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
 
 
-def programs(config: ConfigDict, mesh: Mesh) -> dict[str, Callable[[], jax.stages.Traced]]:
-    """Name -> tracing it: all that a run of a resolved config compiles, and a picture's sampling, from shapes alone."""
+def traced(config: ConfigDict, mesh: Mesh) -> dict[str, jax.stages.Traced]:
+    """All that a run of a resolved config compiles, and sampling 4 pictures in 4 steps, traced from shapes alone."""
     models = run_models.shapes(config)
     step = run_step.make(config, models, mesh)
     generator = Generator(models.student, models.student_params, mesh)
-    pipeline, params = generator.pipeline, generator.params
-    b, side = config.data.batch_size, config.data.resolution
-    of_text = {name: params[name] for name in pipeline.tokenizers}
-    ids = {name: _shape(b, getattr(pipeline, name).max_position_embeddings, dtype=jnp.int32) for name in of_text}
-    pixels = _shape(b, side, side, 3, dtype=jnp.uint8, sharding=batch_sharding(mesh))
+    side = config.data.resolution
+    scale = config.sample.guidance_scale
+    request = make_request(generator.pipeline, steps=4, guidance_scale=scale, height=side, width=side)
+    shape = config.data.batch_size, side, side, 3
+    pixels = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh))
 
     def encode(params, rows):
         return encoding.make_encode(models.teacher, params, mesh, config.data.encode_chunk)(rows)
 
-    scale, settings = config.sample.guidance_scale, Settings(steps=4)
-    z = step.batch["mean"]
-    cond, noise = step.batch["cond"], _shape(settings.steps, *z.shape)
-    null = run_step.text_shapes(models, 1) if is_guided(pipeline, scale) else None
-    plan = make_plan(pipeline, settings)
     return {
-        "step": lambda: step.step.trace(step.state, step.frozen, step.batch, step.key),
-        "text": lambda: text._encode_tokens.trace(pipeline.text_encoders, of_text, ids),
-        "encode": lambda: jax.jit(encode).trace(params, {"pixels": pixels}),
-        "sample": lambda: generator._sample.trace(
-            pipeline.unet, pipeline.schedule, plan, params["unet"], cond, null, noise, scale
-        ),
-        "decode": lambda: generator._decode.trace(pipeline.vae, params["vae"], z),
+        "step": step.step.trace(step.state, step.frozen, step.batch, step.key),
+        "encode": jax.jit(encode).trace(generator.params, {"pixels": pixels}),
+        **generator.trace(request, 4),
     }
-
-
-def _shape(*shape: int, dtype=jnp.float32, sharding=None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

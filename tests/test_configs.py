@@ -195,8 +195,7 @@ def test_every_program_traces_for_a_gpu(name, monkeypatch):
     One config of each architecture is lowered for CUDA as well.
     """
     gpu_kit.pretend(monkeypatch, gpu_kit.H100)
-    programs = gpu_kit.programs(aot.prepared(reduced(name)), gpu_kit.H100)
-    traced = {program: trace() for program, trace in programs.items()}
+    traced = gpu_kit.traced(aot.prepared(reduced(name)), gpu_kit.H100)
     (before, *_), _ = traced["step"].in_avals
     after, metrics = traced["step"].out_info
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), after, before)
@@ -204,7 +203,7 @@ def test_every_program_traces_for_a_gpu(name, monkeypatch):
     check_names(load(name), flatten_dict(after.params, sep="/"))
     if name in LOWERED:
         texts = {program: gpu_kit.lowered(each) for program, each in traced.items()}
-        assert "@__cudnn$fmhaSoftmaxBackward(" in texts["step"] and "@__cudnn$fmhaSoftmax(" in texts["sample"]
+        assert "@__cudnn$fmhaSoftmaxBackward(" in texts["step"] and "@__cudnn$fmhaSoftmax(" in texts["sampler"]
 
 
 def check_names(config: ConfigDict, weights: dict) -> None:
@@ -253,15 +252,15 @@ def test_every_program_lowers_at_full_size(name, target, monkeypatch, tmp_path):
         gpu_kit.pretend(monkeypatch, mesh)
     if name == "shapes_lcf":
         config.model.student = str(embedded_lcm(tmp_path))
-    programs = gpu_kit.programs(aot.prepared(config), mesh)
-    texts = {program: gpu_kit.lowered(trace(), mesh) for program, trace in programs.items()}
+    traced = gpu_kit.traced(aot.prepared(config), mesh)
+    texts = {program: gpu_kit.lowered(each, mesh) for program, each in traced.items()}
     if name in EMBEDDED:
         layers, others = 8, 0
     else:
         layers, others = LAYERS[FAMILIES[name]]
     if target == "TPU":
-        long = name not in EMBEDDED  # 1,024 tokens or more
-        assert ("@tpu_custom_call(" in texts["step"]) == ("@tpu_custom_call(" in texts["sample"]) == long
+        splash = ["@tpu_custom_call(" in texts[program] for program in ("step", "sampler")]
+        assert splash == [name not in EMBEDDED] * 2  # which have 1,024 tokens or more
     else:
         others = others if target == "A100" else 0
         assert texts["step"].count("@__cudnn$fmhaSoftmaxBackward(") == layers - others
