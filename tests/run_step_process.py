@@ -134,10 +134,10 @@ def moves(text, mesh):
 
 
 def distances(one, other):
-    return {
-        name: max(float(np.linalg.norm(other[name][leaf] - x) / np.linalg.norm(x)) for leaf, x in part.items())
-        for name, part in one.items()
-    }
+    def far(x, other):  # also of a gradient that is 0: of the last bias, in forward mode
+        return float(np.linalg.norm(other - x) / max(np.linalg.norm(x), np.finfo(x.dtype).tiny))
+
+    return {name: max(far(x, other[name][leaf]) for leaf, x in part.items()) for name, part in one.items()}
 
 
 def main(teacher, cases, steps, small):
