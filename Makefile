@@ -14,7 +14,7 @@ FUZZ   := $(VENV)/.fuzz
 DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
 
 .PHONY: help demo demo-full notebooks test test-core test-parity test-mutants test-slow test-slow-part test-gpu \
-  test-tpu-aot test-clients test-cudnn fuzz lint install install-test clean
+  test-aot test-clients test-cudnn fuzz lint install install-test clean
 
 help:
 	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about five minutes"
@@ -22,7 +22,7 @@ help:
 	@echo "make notebooks  execute notebooks/ from clean kernels, outputs in place"
 	@echo "make test       the default suite        make test-slow  all that takes minutes; test-slow-part: a 14th"
 	@echo "make test-core  the tests that need no torch, for a Python that has none (PYTHON=python3.13 VENV=.venv313)"
-	@echo "make test-gpu   tests on an accelerator  make test-tpu-aot  compiling for TPUs, without one"
+	@echo "make test-gpu   tests on an accelerator  make test-aot   for GPUs and TPUs, without one: minutes"
 	@echo "make test-clients  programs that nobody here wrote, on our files: stable-diffusion.cpp, LyCORIS; minutes, 13 GB"
 	@echo "make test-cudnn  cuDNN's own answers for GPUs that are not here; 5 minutes, 2.2 GB, needs gcc"
 	@echo "make test-parity   tests against torch and closed forms, and which come nearest to their bounds"
@@ -101,9 +101,11 @@ fuzz: $(FUZZ)
 test-gpu: $(TESTS)
 	LCM_JAX_TEST_PLATFORMS= $(PY) -m pytest -m gpu
 
-test-tpu-aot: $(TESTS)
-	$(PIP) --editable '.[tpu]'
-	JAX_PLATFORMS=cpu $(PY) -m pytest -m tpu_aot
+# Every config is traced and lowered; a few programs are compiled, by one process, because libtpu serves no second one.
+test-aot: $(TESTS)
+	$(PIP) --editable '.[tpu,cuda-aot]'
+	$(PYTEST) --dist=load -m aot
+	JAX_PLATFORMS=cpu $(PY) -m pytest -m "tpu_aot or gpu_aot"
 
 # A folder of their own keeps them out of the environment that everything else is tested in. Wheels of Python 3.11.
 $(CLIENTS)/.installed: Makefile | $(TESTS)

@@ -1,35 +1,85 @@
-"""A GPU that is not here, as far as tracing and lowering for CUDA ask for one; no CUDA, cuDNN or plugin is needed."""
+"""GPUs and TPUs that are not here, as far as tracing and lowering ask for them; no CUDA, libtpu or plugin is needed."""
 
+import dataclasses
 import importlib.util
-from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
+from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
+
+from lcm_jax.data import encoding
+from lcm_jax.run import models as run_models
+from lcm_jax.run import step as run_step
+from lcm_jax.runtime.mesh import AXES, batch_sharding
+from lcm_jax.sampling.generator import Generator
+from lcm_jax.sampling.request import make_request
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs jax's CUDA plugin"
 )
 
 
-def devices(platform: str, count: int = 1, capability: str = "8.0") -> SimpleNamespace:
-    """What `runtime.attention` reads of a mesh."""
-    flat = [SimpleNamespace(platform=platform, compute_capability=capability)] * count
-    return SimpleNamespace(devices=np.array(flat, object), size=count)
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What jax and `runtime` read of a device of a mesh before anything is compiled."""
+
+    platform: str
+    compute_capability: str
+    id: int
+    process_index: int = 0
+
+    @property
+    def device_kind(self) -> str:
+        return self.platform
+
+    @property
+    def client(self) -> object:
+        return jax.devices()[0].client
+
+
+def devices(platform: str, count: int = 1, capability: str = "8.0", fsdp: int = 1) -> Mesh:
+    """A mesh of absent devices."""
+    flat = np.array([Device(platform, capability, i) for i in range(count)], object)
+    return Mesh(flat.reshape(1, count // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 TPU, CPU = devices("tpu", 4), devices("cpu")
 A100, H100, B200 = (devices("gpu", capability=capability) for capability in ("8.0", "9.0", "10.0"))
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, mesh: SimpleNamespace) -> None:
+def pretend(monkeypatch: pytest.MonkeyPatch, mesh: Mesh) -> None:
     """jax's cuDNN attention, which asks the default backend, answers as on the GPU of `mesh` with cuDNN 9.10."""
     capability = float(mesh.devices.flat[0].compute_capability)
     monkeypatch.setattr(jax_cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(jax_cudnn, "check_compute_capability", lambda least: capability >= float(least))
 
 
-def lowered(traced: jax.stages.Traced) -> str:
-    """The program for CUDA."""
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
+def lowered(traced: jax.stages.Traced, mesh: Mesh = A100) -> str:
+    """The program for the devices of a mesh."""
+    platform = mesh.devices.flat[0].platform
+    return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
+
+
+def traced(config: ConfigDict, mesh: Mesh) -> dict[str, jax.stages.Traced]:
+    """All that a run of a resolved config compiles, and sampling 4 pictures in 4 steps, traced from shapes alone."""
+    models = run_models.shapes(config)
+    step = run_step.make(config, models, mesh)
+    generator = Generator(models.student, models.student_params, mesh)
+    side = config.data.resolution
+    scale = config.sample.guidance_scale
+    request = make_request(generator.pipeline, steps=4, guidance_scale=scale, height=side, width=side)
+    shape = config.data.batch_size, side, side, 3
+    pixels = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh))
+
+    def encode(params, rows):
+        return encoding.make_encode(models.teacher, params, mesh, config.data.encode_chunk)(rows)
+
+    return {
+        "step": step.step.trace(step.state, step.frozen, step.batch, step.key),
+        "encode": jax.jit(encode).trace(generator.params, {"pixels": pixels}),
+        **generator.trace(request, 4),
+    }

@@ -4,8 +4,9 @@
 
 `jnp.float32` becomes float64 before the package is imported, so that the step computes everything in float64, casts
 inside the networks included, and differences between two programs are not rounding. CASES is JSON, {case: [[data, fsdp,
-slices], options]}, null for one device; SMALL is the number of elements from which weights are sharded, because a tiny
-model has no large ones. Prints one JSON object with, for each case,
+slices], options]}, null for one device; the options may name the objective "tangent" (tangent.py). SMALL is the number
+of elements from which weights are sharded, because a tiny model has no large ones. Prints one JSON object with, for
+each case,
 
     distances      the largest relative L2 distance among the arrays of the first gradient and of the last state; losses
     moved          [[kind, axes of the mesh, dimensions], ...] of all collectives in the compiled step
@@ -14,6 +15,7 @@ model has no large ones. Prints one JSON object with, for each case,
 """
 
 import dataclasses
+import functools
 import json
 import os
 import runpy
@@ -29,7 +31,10 @@ import numpy as np
 jax.config.update("jax_enable_x64", True)
 jnp.float32 = jnp.float64
 
+import tangent  # noqa: E402
+
 from lcm_jax.cost import hlo  # noqa: E402
+from lcm_jax.distill import OBJECTIVES  # noqa: E402
 from lcm_jax.run import models as run_models  # noqa: E402
 from lcm_jax.run import step as run_step  # noqa: E402
 from lcm_jax.run.config import resolve  # noqa: E402
@@ -47,9 +52,7 @@ def make_config(teacher, options):
     config.data.batch_size = BATCH
     config = resolve(config).unlock()
     config.model.dtype = config.model.teacher_dtype = config.train.mu_dtype = "float64"
-    for name, value in options.items():
-        section, key = name.split(".")
-        config[section][key] = value
+    config.update_from_flattened_dict(options)
     return config
 
 
@@ -131,21 +134,26 @@ def moves(text, mesh):
 
 
 def distances(one, other):
-    return {
-        name: max(float(np.linalg.norm(other[name][leaf] - x) / np.linalg.norm(x)) for leaf, x in part.items())
-        for name, part in one.items()
-    }
+    def far(x, other):  # also of a gradient that is 0: of the last bias, in forward mode
+        return float(np.linalg.norm(other - x) / max(np.linalg.norm(x), np.finfo(x.dtype).tiny))
+
+    return {name: max(far(x, other[name][leaf]) for leaf, x in part.items()) for name, part in one.items()}
 
 
 def main(teacher, cases, steps, small):
     for function in (param_sharding, state_shardings, abstract_state):
         function.__defaults__ = (int(small),)
     kernels.CHUNK_LOGITS = LOGITS
-    one, _ = run(teacher, int(steps))
+    OBJECTIVES["tangent"] = tangent.TANGENT
+
+    @functools.cache
+    def one(objective):
+        return run(teacher, int(steps), options={"objective": objective, "model.attention": "xla"})[0]
+
     found = {}
     for case, (sizes, options) in json.loads(cases).items():
         other, about = run(teacher, int(steps), sizes, options)
-        found[case] = {"distances": distances(one, other), **about}
+        found[case] = {"distances": distances(one(options.get("objective", "lcd")), other), **about}
     print(json.dumps(found))
 
 

@@ -89,28 +89,6 @@ def test_the_step_is_compiled_with_the_options_for_its_devices(tiny, monkeypatch
         step.lower().compile()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("gpu", [gpu_kit.A100, gpu_kit.H100], ids=["A100", "H100"])
-@pytest.mark.parametrize(
-    ("name", "layers"),
-    [
-        ("sd15_lcm_lora", 32),
-        ("sd15_lcm", 32),
-        ("sd21_lcm", 32),
-        ("sdxl_lcm_lora", 140),
-    ],
-)
-def test_full_size_steps_lower_for_cuda(monkeypatch, name, layers, gpu):
-    """Self- and cross-attention of every layer are cuDNN's, forward and backward; on Ampere not with heads of 160."""
-    gpu_kit.pretend(monkeypatch, gpu)
-    choose = kernels.choose
-    monkeypatch.setattr(kernels, "choose", lambda implementation, dtype, mesh: choose(implementation, dtype, gpu))
-    step, _ = report.build(config_of(name, **{"model.dtype": "bfloat16"}), one_device())
-    text = gpu_kit.lowered(step.step.trace(step.state, step.frozen, step.batch, step.key))
-    others = 12 if gpu is gpu_kit.A100 and name.startswith("sd15") else 0
-    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == layers - others
-
-
 @pytest.fixture(scope="module")
 def compiled(tiny):
     """(config, its step, the step compiled)."""

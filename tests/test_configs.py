@@ -5,22 +5,24 @@ Models and batch are reduced; everything else is the file's own.
 
 import contextlib
 import functools
+import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 
+import gpu_kit
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tangent
 import tiny_family
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from lcm_jax import train
-from lcm_jax.diffusion.denoiser import student_output
+from lcm_jax import aot, assets, train
 from lcm_jax.distill import OBJECTIVES
-from lcm_jax.distill.objective import Objective, draw, l2, noised, student_weights
 from lcm_jax.errors import LcmError
 from lcm_jax.models import attention
 from lcm_jax.run import config as config_lib
@@ -28,7 +30,6 @@ from lcm_jax.run import models as student_lib
 from lcm_jax.run import step as training_step
 from lcm_jax.runtime import checkpoints as checkpoint
 from lcm_jax.runtime import kernels, telemetry
-from lcm_jax.runtime import mesh as mesh_lib
 
 FILES = {file.stem: file for file in sorted((Path(__file__).parents[1] / "configs").glob("*.py"))}
 FAMILIES = {
@@ -47,8 +48,8 @@ FAMILIES = {
     "ssd1b_lcm": "ssd-1b",
     "ssd1b_lcm_lora": "ssd-1b",
 }
-# One of each program: the others differ from these only in numbers.
-TRACED = ("sd15_lcm", "sd15_lcm_lora", "pokemon_lcf", "sd21_lcm", "sdxl_lcm_lora", "lcm_xl_pokemon_blip", "ssd1b_lcm")
+# One of each architecture.
+LOWERED = ("sd15_lcm_lora", "sd21_lcm", "sdxl_lcm", "ssd1b_lcm_lora", "shapes_lcm_lora")
 EMBEDDED = {name for name in FILES if name.startswith("shapes_")}
 
 
@@ -187,16 +188,35 @@ def test_the_hyper_parameters_are_the_published_ones(name):
     assert {key: values[key] for key in PUBLISHED[name]} == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", TRACED)
-def test_the_step_traces(name):
-    """From shapes alone, as `train` builds it: the state keeps its shapes, the loss is one number."""
-    config = config_lib.resolve(reduced(name))
-    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-    program = training_step.make(config, student_lib.shapes(config), mesh)
-    state, metrics = jax.eval_shape(program.step, program.state, program.frozen, program.batch, program.key)
-    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, program.state)
+# Keys that change numbers in a program, or nothing at all. Configs that are equal but for these share one trace.
+NUMBERS = (
+    *("seed", "data.", "log.", "checkpoint.", "sample.prompts", "sample.every", "distill.w_m", "distill.huber_c"),
+    *("train.steps", "train.learning_rate", "train.ema_decay", "train.lr_", "model.teacher", "model.student"),
+)
+
+
+def structure(name: str) -> str:
+    """Equal for configs of one program, at `reduced` sizes."""
+    values = flatten_dict(load(name).to_dict(), sep=".")
+    return FAMILIES.get(name, "shapes") + repr(sorted((k, v) for k, v in values.items() if not k.startswith(NUMBERS)))
+
+
+@pytest.mark.parametrize("name", {structure(name): name for name in FILES}.values())
+def test_every_program_traces_for_a_gpu(name, monkeypatch):
+    """From shapes alone, as `train` and `sample` build them: the state keeps its shapes, the loss is one number.
+
+    One config of each architecture is lowered for CUDA as well.
+    """
+    gpu_kit.pretend(monkeypatch, gpu_kit.H100)
+    traced = gpu_kit.traced(aot.prepared(reduced(name)), gpu_kit.H100)
+    (before, *_), _ = traced["step"].in_avals
+    after, metrics = traced["step"].out_info
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), after, before)
     assert all(jax.tree.leaves(same)) and metrics["loss"].shape == ()
-    check_names(config, flatten_dict(state.params, sep="/"))
+    check_names(load(name), flatten_dict(after.params, sep="/"))
+    if name in LOWERED:
+        texts = {program: gpu_kit.lowered(each) for program, each in traced.items()}
+        assert "@__cudnn$fmhaSoftmaxBackward(" in texts["step"] and "@__cudnn$fmhaSoftmax(" in texts["sampler"]
 
 
 def check_names(config: ConfigDict, weights: dict) -> None:
@@ -207,35 +227,62 @@ def check_names(config: ConfigDict, weights: dict) -> None:
         assert ("time_embedding/cond_proj/kernel" in weights) == (config.distill.w_embedding_dim > 0)
 
 
-def tangent_loss(problem, params, target_params, frozen, batch, draws):
-    """Of the student's derivative along the noise, in forward mode."""
-    z, weights = noised(problem, batch, draws, problem.grid.timesteps), student_weights(problem, frozen, params)
-    t = problem.grid.timesteps[0]
-    student = lambda z: student_output(problem.student, weights, z, t, batch["cond"], draws.w)  # noqa: E731
-    return l2(*jax.jvp(student, (z,), (draws.noise,)))
-
-
 def test_a_forward_mode_objective_needs_an_attention_that_has_it(monkeypatch):
-    """What an objective declares is what the run reads: no teacher is loaded, and kernels without `jvp` are refused."""
-    monkeypatch.setitem(OBJECTIVES, "tangent", Objective(tangent_loss, "", "", forward_mode=True))
+    """What an objective declares is what the run reads: no teacher is loaded, and kernels without `jvp` are refused.
+
+    With the others the step differentiates through weights that are split and blocks that are rematerialised.
+    """
+    monkeypatch.setitem(OBJECTIVES, "tangent", tangent.TANGENT)
     config = load("shapes_lcm")
     config.objective = "tangent"
+    config.data.batch_size = 4
     config_lib.validate(config)
     config = config_lib.resolve(config)
-    mesh, models = mesh_lib.make_mesh(devices=jax.devices()[:1]), student_lib.shapes(config)
+    mesh, models = gpu_kit.devices("cpu", 4, fsdp=4), student_lib.shapes(config)
     for config.model.attention in ("auto", "cudnn", "splash"):
         words = f"attention = '{config.model.attention}': .*'tangent' .* forward mode.*xla, chunked"
         with pytest.raises(LcmError, match=words):
             training_step.make(config, models, mesh)
-    config.model.attention = "xla"
-    program = training_step.make(config, models, mesh)
-    assert program.problem.teacher is None and program.frozen.teacher is None
+    for config.model.attention, config.train.remat in (("xla", "attention"), ("chunked", "block")):
+        program = training_step.make(config, models, mesh)
+        assert program.problem.teacher is None and program.frozen.teacher is None
+        _, metrics = jax.eval_shape(program.step, program.state, program.frozen, program.batch, program.key)
+        assert metrics["loss"].shape == ()
 
-    def loss(params, batch, key):
-        draws = draw(program.problem, key, batch["mean"].shape)
-        return tangent_loss(program.problem, params, params, program.frozen, batch, draws)
 
-    jax.jit(loss).lower(program.state.params, program.batch, program.key)
+# Layers of attention in a UNet; of them those with heads of 160, which Ampere's cuDNN does not differentiate.
+LAYERS = {"sd15": (32, 12), "sd21-base": (32, 0), "sd21-768": (32, 0), "sdxl": (140, 0), "ssd-1b": (68, 0)}
+LAYERS["shapes"] = 8, 0
+MESHES = {"H100": gpu_kit.H100, "A100": gpu_kit.A100, "TPU": gpu_kit.devices("tpu")}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", MESHES)
+@pytest.mark.parametrize("name", FILES)
+def test_every_program_lowers_at_full_size(name, target, monkeypatch, tmp_path):
+    """Attention of every layer is cuDNN's, forward and backward, and on TPUs splash's where it is long."""
+    mesh, config = MESHES[target], load(name)
+    if target != "TPU":
+        gpu_kit.pretend(monkeypatch, mesh)
+    if name == "shapes_lcf":
+        config.model.student = str(embedded_lcm(tmp_path))
+    traced = gpu_kit.traced(aot.prepared(config), mesh)
+    texts = {program: gpu_kit.lowered(each, mesh) for program, each in traced.items()}
+    layers, others = LAYERS[FAMILIES.get(name, "shapes")]
+    if target == "TPU":
+        splash = ["@tpu_custom_call(" in texts[program] for program in ("step", "sampler")]
+        assert splash == [name not in EMBEDDED] * 2  # which have 1,024 tokens or more
+    else:
+        others = others if target == "A100" else 0
+        assert texts["step"].count("@__cudnn$fmhaSoftmaxBackward(") == layers - others
+
+
+def embedded_lcm(folder: Path) -> Path:
+    """Configs of the LCM that `make demo` exports, which `shapes_lcf` starts from."""
+    shutil.copytree(assets.path("shapes"), folder / "lcm", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = folder / "lcm" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"time_cond_proj_dim": 256}))
+    return folder / "lcm"
 
 
 KERNELS = {

@@ -24,12 +24,20 @@ CASES = {  # (data, fsdp, slices), None: one device; options
     "chunked attention": (None, {"model.attention": "chunked"}),
     "fsdp 8, attention": ((1, 8, 1), {"train.remat": "attention"}),
 }
+TANGENT = {
+    f"forward mode, {attention}, {remat}": (
+        (2, 4, 1),
+        {"objective": "tangent", "model.attention": attention, "train.remat": remat},
+    )
+    for attention, remat in (("xla", "none"), ("chunked", "block"), ("xla", "attention"))
+}
+ALL = CASES | TANGENT
 EXACT = 1e-10  # float64: far above its rounding, far below that of anything in float32
 
 
 def measured(teacher: Path | str, cases, steps: int = 2, small: int = 64) -> dict:
     """What run_step_process.py prints."""
-    options = str(teacher), json.dumps({case: CASES[case] for case in cases}), str(steps), str(small)
+    options = str(teacher), json.dumps({case: ALL[case] for case in cases}), str(steps), str(small)
     program = [sys.executable, str(ROOT / "tests" / "run_step_process.py"), *options]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(program, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -37,7 +45,11 @@ def measured(teacher: Path | str, cases, steps: int = 2, small: int = 64) -> dic
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("cases", [["all"], [case for case in CASES if case != "all"]], ids=["all switches", "each"])
+@pytest.mark.parametrize(
+    "cases",
+    [["all"], [case for case in CASES if case != "all"], list(TANGENT)],
+    ids=["all switches", "each", "forward mode"],
+)
 def test_a_step_is_that_of_one_device_and_moves_weights_and_gradients_alone(cases, tmp_path):
     found = measured(tiny.build("teacher", tmp_path / "teacher"), cases)
     assert list(found) == cases
@@ -47,7 +59,7 @@ def test_a_step_is_that_of_one_device_and_moves_weights_and_gradients_alone(case
         assert {"gradient", "loss 2", "params", "ema_params", "moments"} < distances.keys()
         parity.close(max(distances.values()), 0, atol=EXACT)
         assert about["same_text"], "the step of shapes and that of weights differ"
-        data, fsdp, slices = CASES[case][0] or (1, 1, 1)
+        data, fsdp, slices = ALL[case][0] or (1, 1, 1)
         whole, shards = ({tuple(shape) for shape in shapes} for shapes in about["weights"])
         for kind, axes, shape in about["moved"]:
             if kind == "all-gather":

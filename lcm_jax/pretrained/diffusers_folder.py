@@ -197,6 +197,12 @@ def folder_record(source: str | Path, weights: bool = True) -> Config:
     return digests.without(foreign.read_json(path)) if path.is_file() else {}
 
 
+def folder_scheduler(source: str | Path, weights: bool = True) -> Config:
+    """Content of the scheduler_config.json of a folder or hub repository; {} if it has none. weights: as above."""
+    path = _local(source, [SCHEDULER], weights) / SCHEDULER
+    return foreign.read_json(path) if path.is_file() else {}
+
+
 def scheduler_config(folder: Path, index: Config) -> Config:
     """The scheduler's config; if it names no class, with that of model_index.json.
 

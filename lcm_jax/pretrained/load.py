@@ -92,6 +92,11 @@ def load_vae(
     return diffusers_folder.load_parts({"vae": source}, variant, dtype, param_dtype, put, parts_read(weights))["vae"]
 
 
-def read_record(source: str | Path) -> Config:
-    """The `lcm_config.json` of a folder or hub repository, or what stands for it in a single file's header; else {}."""
-    return single_file.read_record(source) if is_single_file(source) else diffusers_folder.folder_record(source)
+def read_record(source: str | Path, weights: bool = True) -> Config:
+    """The `lcm_config.json` of a folder or hub repository, or what stands for it in a single file's header; else {}.
+
+    weights: False: if the hub cannot be asked, the package's own configs are used.
+    """
+    if is_single_file(source):
+        return single_file.read_record(source)
+    return diffusers_folder.folder_record(source, weights)

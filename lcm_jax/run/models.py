@@ -22,7 +22,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from lcm_jax import assets, foreign
+from lcm_jax import assets
 from lcm_jax.diffusion import schedule
 from lcm_jax.diffusion.consistency import SIGMA_DATA, TIMESTEP_SCALING
 from lcm_jax.distill import OBJECTIVES
@@ -32,7 +32,7 @@ from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.models.config import RUN_FIELDS
 from lcm_jax.pretrained import Pipeline, hub, load_pipeline, load_unet, read_record
-from lcm_jax.pretrained.diffusers_folder import check_noise
+from lcm_jax.pretrained.diffusers_folder import check_noise, folder_scheduler
 from lcm_jax.pretrained.model import (
     SCHEDULER,
     TOKENIZER_OF,
@@ -185,15 +185,15 @@ def load_student(
         other constants or another w embedding than the config's.
     """
     unet, params = teacher.unet, teacher_params["unet"]
+    weights = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
     if needs_teacher(config) and config.model.student not in (None, config.model.teacher):
-        weights = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
         source = assets.resolve(config.model.student)
         check_noise(source, teacher.schedule, config.model.teacher, weights)
         variant = config.model.variant
         unet, params = load_unet(source, variant, unet.dtype, put=put, weights=weights, or_without=True)
     dim = config.distill.w_embedding_dim
     if OBJECTIVES[config.objective].needs_lcm:
-        _check_lcm(config, unet)
+        _check_lcm(config, unet, weights)
     if config.lora.rank and dim and unet.time_cond_proj_dim is None:
         raise LcmError(f"config.distill.w_embedding_dim = {dim}: {W_EMBEDDING_OF_A_LORA}")
     unet, params = student_of(unet, params, dim, put)
@@ -255,16 +255,15 @@ def _check_student(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> 
             )
 
 
-def _check_lcm(config: ConfigDict, unet: Any) -> None:
+def _check_lcm(config: ConfigDict, unet: Any, weights: bool) -> None:
     """Raises LcmError unless `config.model.student` is an LCM that was distilled with the config's constants.
 
     If its files do not record them, timestep scaling and sigma_data are those of the published LCMs, and any number of
-    solver steps is accepted.
+    solver steps is accepted. weights: False: if the hub cannot be asked, the package's own configs are used.
     """
     distill, name = config.distill, config.model.student
     source, has_w_embedding = assets.resolve(name), unet.time_cond_proj_dim is not None
-    record, path = read_record(source), hub.local_folder(source, [SCHEDULER]) / SCHEDULER
-    scheduler = foreign.read_json(path) if path.is_file() else {}
+    record, scheduler = read_record(source, weights), folder_scheduler(source, weights)
     scheduler = scheduler if scheduler.get("_class_name") == "LCMScheduler" else {}
     if not (has_w_embedding or record or scheduler):
         raise LcmError(

@@ -149,6 +149,7 @@ class GatherWeights:
     dtype: Any
 
     def __call__(self, tree: Any, after: jax.Array | None = None) -> Any:
+        after = jax.lax.stop_gradient(after)  # `jax.jvp` by a block's input must not reach a custom_vjp
         return jax.tree.map(lambda weight: self._gather(weight, after), tree)
 
     def _gather(self, weight: jax.Array, after: jax.Array | None) -> jax.Array:

@@ -302,7 +302,7 @@ class Generator:
             guidance_scale,
         )
 
-    def lower(self, request: Request, batch: int) -> dict[str, jax.stages.Lowered]:
+    def trace(self, request: Request, batch: int) -> dict[str, jax.stages.Traced]:
         """The programs that make a batch of images, from shapes: "text", "sampler", "decoder". It needs a mesh."""
         pipeline, params, whole = self.pipeline, self.params, replicated(self.mesh)
 
@@ -323,8 +323,8 @@ class Generator:
         )
         noise = np.zeros((noise_entries(request.settings), *z.shape), np.float32)
         return {
-            "text": encode.lower(*args),
-            "sampler": self._sample.lower(
+            "text": encode.trace(*args),
+            "sampler": self._sample.trace(
                 pipeline.unet,
                 pipeline.schedule,
                 plan,
@@ -334,7 +334,7 @@ class Generator:
                 shaped(noise),
                 request.guidance_scale,
             ),
-            "decoder": self._decode.lower(vae, params["vae"], shaped(z)),
+            "decoder": self._decode.trace(vae, params["vae"], shaped(z)),
         }
 
     def decode(self, z: jax.Array) -> np.ndarray:

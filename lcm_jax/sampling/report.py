@@ -26,8 +26,8 @@ def report(
       DoesNotFit: with the report.
     """
     programs, mesh = {}, generator.mesh
-    for name, lowered in generator.lower(request, batch).items():
-        compiled, seconds = timed(lambda: lowered.compile(compiler_options=options))  # noqa: B023 (called at once)
+    for name, traced in generator.trace(request, batch).items():
+        compiled, seconds = timed(lambda: traced.lower().compile(compiler_options=options))  # noqa: B023 (called at once)
         programs[name] = roofline.report(compiled, mesh, batch, 0.0, chip, options) | {"compile_seconds": seconds}
     beside = {name: one["memory"]["needed"] - one["memory"]["arguments"] for name, one in programs.items()}
     weights, available = device_bytes(generator.params), programs["sampler"]["memory"]["available"]
