@@ -96,10 +96,8 @@ def prepared(config: ConfigDict) -> ConfigDict:
     """The resolved config of a run on accelerators. It need not name its data, which do not matter here."""
     config = ConfigDict(config.to_dict())
     config.data.source, config.data.path, config.data.mixture = "shapes", None, ()
-    if config.model.dtype == "auto":
-        config.model.dtype = "bfloat16"
     validate(config)
-    return resolve(config)
+    return resolve(config, "tpu")
 
 
 def analyse(config: ConfigDict, devices: list[jax.Device], chip: chips.Chip, fitting: bool) -> dict[str, Any]:

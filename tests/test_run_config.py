@@ -37,7 +37,7 @@ BAD = {
     "model.config": "x",
     "model.prediction_type": "eps",
     "model.dtype": "float16",
-    "model.teacher_dtype": "auto",
+    "model.teacher_dtype": "float16",
     "model.attention": "flash",
     "data.source": "imagenet",
     "data.path": "/x",

@@ -158,6 +158,11 @@ class Generator:
         self._sample, self._decode = _programs(mesh)
         self._null: dict[str | None, Conditioning] = {}
 
+    @property
+    def dtype(self) -> str:
+        """What the networks compute in."""
+        return self.pipeline.unet.dtype.name
+
     def __call__(
         self,
         prompts: str | Sequence[str],
