@@ -52,6 +52,7 @@ from lcm_jax.sampling.request import (
 )
 
 Conditioning = Mapping[str, jax.Array]
+UNROLLED = 4  # steps at most that are no loop on a GPU: compiling takes twice as long as for a loop
 
 
 def draw_noise(seed: int, numbers: Sequence[int], steps: int, shape: Sequence[int]) -> np.ndarray:
@@ -117,17 +118,27 @@ def _fill(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(fill, tree)
 
 
+def loop_on(platform: str) -> Callable:
+    """How the steps become one program on devices of a platform: a loop; on GPUs few steps follow each other.
+
+    Then XLA computes once what all steps share (keys and values of the text), and the steps can be one CUDA graph,
+    which a loop cannot. A network is compiled as often as there are steps.
+    """
+    return functools.partial(samplers.scan, unrolled=UNROLLED if platform == "gpu" else 0)
+
+
 @functools.lru_cache
 def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
     """(latents, decode), jitted for a mesh; their static arguments are equal for models of one architecture."""
     platform = mesh and mesh.devices.flat[0].platform
+    loop = loop_on(platform or jax.default_backend())
     options = {"out_shardings": mesh and replicated(mesh), "compiler_options": kernels.inference(platform)}
 
     @functools.partial(jax.jit, static_argnames=("unet", "schedule", "plan"), **options)
     def sample(unet, schedule, plan, params, cond, null, noise, scale):
         rows = noise.shape[1]
         cond, noise = _fill(cond, mesh), _fill(noise.swapaxes(0, 1), mesh).swapaxes(0, 1)
-        return latents(unet, schedule, plan, params, cond, null, noise, scale)[:rows]
+        return latents(unet, schedule, plan, params, cond, null, noise, scale, loop=loop)[:rows]
 
     @functools.partial(jax.jit, static_argnames="vae", **options)
     def decode(vae, params, z):
