@@ -89,6 +89,13 @@ def test_weights_held_as_they_are_used_compute_the_same_bits():
     assert any((one != other).any() for one, other in zip(rounded, want, strict=True))
 
 
+@pytest.mark.parametrize(("dtype", "of_vae"), [("float16", "float32"), ("bfloat16", "bfloat16")])
+def test_a_vae_that_overflows_in_float16_computes_and_is_held_in_float32(dtype, of_vae):
+    pipeline, shapes = load_pipeline(tiny.folder("micro lcm"), dtype=dtype, param_dtype=None, weights=False)
+    assert pipeline.vae.force_upcast and (pipeline.unet.dtype, pipeline.vae.dtype) == (dtype, of_vae)
+    assert shapes["vae"]["decoder"]["conv_in"]["kernel"].dtype == of_vae
+
+
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_what_decides_images_makes_another_pipeline(other, what):
     same, _ = load_pipeline(other)
