@@ -34,7 +34,7 @@ from lcm_jax import files
 from lcm_jax.cost import chips, roofline
 from lcm_jax.cost.chips import GIB
 from lcm_jax.ending import exit_code
-from lcm_jax.models.lora import Adapted
+from lcm_jax.pretrained import names
 from lcm_jax.run import models as run_models
 from lcm_jax.run.config import flag_help, parse_flags, resolve, to_json, validate
 from lcm_jax.run.report import DoesNotFit, report
@@ -96,10 +96,8 @@ def prepared(config: ConfigDict) -> ConfigDict:
     """The resolved config of a run on accelerators. It need not name its data, which do not matter here."""
     config = ConfigDict(config.to_dict())
     config.data.source, config.data.path, config.data.mixture = "shapes", None, ()
-    if config.model.dtype == "auto":
-        config.model.dtype = "bfloat16"
     validate(config)
-    return resolve(config)
+    return resolve(config, "tpu")  # a GPU's dtypes are the same
 
 
 def analyse(config: ConfigDict, devices: list[jax.Device], chip: chips.Chip, fitting: bool) -> dict[str, Any]:
@@ -128,12 +126,9 @@ def analyse(config: ConfigDict, devices: list[jax.Device], chip: chips.Chip, fit
 def generator_of(config: ConfigDict, mesh: Mesh) -> tuple[Generator, Request]:
     """What generates with the config's student, adapters merged, and a request at its resolution, without weights."""
     models = run_models.shapes(config)
-    unet, params = models.student.unet, models.student_params["unet"]
-    dtype = jnp.dtype(config.model.dtype)  # that of the weights, too
-    vae = models.student.vae.clone(dtype=dtype)  # a training run's may be float32, for the encoder
-    pipeline = dataclasses.replace(models.student, unet=kernels.plain_module(unet), vae=vae)
-    params = {**models.teacher_params, "unet": params["base"] if isinstance(unet, Adapted) else params}
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+    unet, vae = kernels.plain_module(models.student.unet), models.student.vae.clone(dtype=jnp.dtype(config.model.dtype))
+    pipeline = dataclasses.replace(models.student, unet=unet, vae=vae)
+    params = {part: names.param_shapes(module, None) for part, module in pipeline.parts.items()}  # as `load` holds them
     side = config.data.resolution
     scale = None if pipeline.has_w_embedding else 1.0
     return Generator(pipeline, params, mesh), make_request(pipeline, guidance_scale=scale, height=side, width=side)

@@ -224,7 +224,7 @@ def load_endpoints(
     path = next((spec.path or "shapes" for spec in specs if spec.name == "shapes"), None)
     if path is None:
         return None
-    teacher = load(path, mesh=generator.mesh)
+    teacher = load(path, dtype="float32", mesh=generator.mesh)
     if teacher.pipeline.has_w_embedding:
         raise LcmError(f"--metric=shapes:{path} is distilled itself (it has a w embedding); give its teacher")
     (channels, factor), own = ((p.unet.in_channels, p.vae.factor) for p in (teacher.pipeline, generator.pipeline))
@@ -255,8 +255,9 @@ def run(args: argparse.Namespace) -> list[Path]:
     measured = [measures.load(s, found.captions, size, reference, mesh, batch_size, style) for s in specs]
     measures.check_used(reference, measured)
     endpoints = load_endpoints(args, specs, generator, found.captions, requests[0])
-    program = {key: getattr(args, key) for key in ("dtype", "negative_prompt", "tiled", "fsdp", "timings")}
-    program |= {"batch_size": batch_size, "device": f"{mesh.size} x {jax.devices()[0].device_kind}"}
+    program = {key: getattr(args, key) for key in ("negative_prompt", "tiled", "fsdp", "timings")}
+    program |= {"dtype": generator.dtype, "batch_size": batch_size}
+    program |= {"device": f"{mesh.size} x {jax.devices()[0].device_kind}"}
     evaluation = Evaluation(
         model=args.name or " + ".join([args.model, *filter(None, (args.unet, args.vae)), *args.lora]),
         generator=generator,

@@ -79,8 +79,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def about_images(args: argparse.Namespace, request: Request) -> dict[str, Any]:
-    """What each image records of the command line."""
+def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict[str, Any]:
+    """What each image records of the command line, and the dtype that its networks computed in."""
     return {
         "model": args.model,
         **{key: getattr(args, key) for key in ("unet", "vae") if getattr(args, key)},
@@ -92,7 +92,7 @@ def about_images(args: argparse.Namespace, request: Request) -> dict[str, Any]:
         "guidance_scale": request.guidance_scale,
         "seed": args.seed,
         "size": f"{request.width}x{request.height}",
-        "dtype": args.dtype,
+        "dtype": dtype,
     }
 
 
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
     keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt")
     request = make_request(model.pipeline, **{key: getattr(args, key) for key in keys})
     files.tidy(args.out.absolute())
-    about, total = about_images(args, request), len(prompts) * args.num_images
+    about, total = about_images(args, request, model.dtype), len(prompts) * args.num_images
     if not args.overwrite:
         check_out(args.out, prompts, args.num_images, about)
     try:

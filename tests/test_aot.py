@@ -89,6 +89,19 @@ def test_the_step_is_compiled_with_the_options_for_its_devices(tiny, monkeypatch
         step.lower().compile()
 
 
+@pytest.mark.parametrize("name", ["shapes_lcm", "shapes_lcm_lora"])
+def test_frozen_weights_of_an_accelerator_are_in_16_bits_and_what_is_trained_is_not(name, tiny):
+    config = config_of(name, **{"model.teacher": tiny, "model.dtype": "auto", "lora.targets": ("to_q",)})
+    assert (config.model.dtype, config.model.teacher_dtype) == ("bfloat16", "bfloat16")
+    step, _ = report.build(config, one_device())
+    assert step.frozen.base is None and {x.dtype for x in jax.tree.leaves(step.frozen.null)} == {np.dtype("float32")}
+    frozen = step.frozen.teacher
+    layers = frozen["conv_in"]["kernel"], frozen["conv_in"]["bias"], *frozen["conv_norm_out"].values()
+    assert [x.dtype.name for x in layers] == ["bfloat16"] * 2 + ["float32"] * 2
+    trained = [x for x in jax.tree.leaves(step.state) if jax.numpy.issubdtype(x.dtype, np.floating)]
+    assert {x.dtype.name for x in trained} == {"float32"}
+
+
 @pytest.fixture(scope="module")
 def compiled(tiny):
     """(config, its step, the step compiled)."""

@@ -10,6 +10,7 @@ import pytest
 
 from lcm_jax.diffusion import consistency, samplers, schedule, solvers, timesteps
 from lcm_jax.errors import LcmError
+from lcm_jax.sampling.generator import loop_on
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -346,6 +347,22 @@ def test_stepwise_runs_the_same_steps(name):
     sampler(noise_schedule, FALLING, hook=lambda x0, x, t, i: seen.append(i) or x)
     assert len(steps) == 4 and len(seen) == 1  # a scan traces its body once
     parity.close(steps[-1][1], sampler(noise_schedule, FALLING), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("platform", "steps", "loop"), [("gpu", 4, False), ("gpu", 5, True), ("cpu", 4, True), ("tpu", 4, True)]
+)
+def test_on_gpus_few_steps_are_no_loop(platform, steps, loop):
+    noise_schedule, table = schedule.from_config(LATENT), np.arange(900, 0, -150, dtype=np.int32)[:steps]
+
+    def sample(x, noise, loop):
+        return samplers.lcm(fake_model(jnp, noise_schedule), x, noise, noise_schedule, table, loop=loop)
+
+    given = start_and_noise(steps)
+    sampled = jax.jit(functools.partial(sample, loop=loop_on(platform)))
+    program = sampled.lower(*given).compile().as_text()
+    assert (" while(" in program) == loop
+    parity.close(sampled(*given), sample(*given, samplers.scan), atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("num_steps", (1, 2, 50))

@@ -4,14 +4,17 @@ Parts and records that do not fit each other or the program are refused before w
 """
 
 import dataclasses
+import functools
 import gc
 import json
 import weakref
 
 import jax
+import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+from flax.traverse_util import flatten_dict
 
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import RECORD, load_pipeline, text
@@ -58,6 +61,39 @@ def test_models_of_one_architecture_are_equal(other):
     leaf = "text_encoder", "final_layer_norm", "bias"
     assert (params[leaf[0]][leaf[1]][leaf[2]] != weights[leaf[0]][leaf[1]][leaf[2]]).any()
     assert pipeline != dataclasses.replace(pipeline, unet=pipeline.unet.clone(time_cond_proj_dim=None))
+
+
+def test_weights_held_as_they_are_used_compute_the_same_bits():
+    """With norms and embeddings rounded as well it would not be so."""
+    read = functools.partial(load_pipeline, tiny.folder("micro lcm"), dtype="bfloat16")
+    pipeline, whole = read()
+    held, shapes = (read(param_dtype=None, weights=weights)[1] for weights in (True, False))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), held) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+    for path, value in flatten_dict(held).items():
+        exact = "norm" in path[-2] or path[-1] == "embedding"
+        assert value.dtype == ("float32" if exact else "bfloat16"), path
+
+    draw, width = np.random.default_rng(0).standard_normal, pipeline.unet.cross_attention_dim
+    inputs = {
+        "unet": (draw((1, 8, 8, 4)), np.array([500.0]), draw((1, 7, width))),
+        "text_encoder": (np.arange(7)[None],),
+    }
+
+    def leaves(part, params):
+        return jax.tree.leaves(jax.jit(pipeline.parts[part].apply)({"params": params}, *inputs[part]))
+
+    for part in inputs:
+        want = leaves(part, whole[part])
+        jax.tree.map(np.testing.assert_array_equal, leaves(part, held[part]), want)
+    rounded = leaves(part, jax.tree.map(lambda x: x.astype("bfloat16"), whole[part]))
+    assert any((one != other).any() for one, other in zip(rounded, want, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "of_vae"), [("float16", "float32"), ("bfloat16", "bfloat16")])
+def test_a_vae_that_overflows_in_float16_computes_and_is_held_in_float32(dtype, of_vae):
+    pipeline, shapes = load_pipeline(tiny.folder("micro lcm"), dtype=dtype, param_dtype=None, weights=False)
+    assert pipeline.vae.force_upcast and (pipeline.unet.dtype, pipeline.vae.dtype) == (dtype, of_vae)
+    assert shapes["vae"]["decoder"]["conv_in"]["kernel"].dtype == of_vae
 
 
 @pytest.mark.parametrize("what", DIFFERENT)

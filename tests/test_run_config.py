@@ -37,7 +37,7 @@ BAD = {
     "model.config": "x",
     "model.prediction_type": "eps",
     "model.dtype": "float16",
-    "model.teacher_dtype": "auto",
+    "model.teacher_dtype": "float16",
     "model.attention": "flash",
     "data.source": "imagenet",
     "data.path": "/x",
@@ -150,6 +150,25 @@ def test_resolve(shapes):
     assert not config_lib.needs_teacher(shapes)
 
 
+@pytest.mark.parametrize(
+    ("platform", "dtype", "want"),
+    [
+        ("cpu", "auto", ("float32", "float32")),
+        ("gpu", "auto", ("bfloat16", "bfloat16")),
+        ("tpu", "auto", ("bfloat16", "bfloat16")),
+        ("cpu", "bfloat16", ("bfloat16", "float32")),
+        ("gpu", "float32", ("float32", "float32")),
+    ],
+)
+def test_frozen_weights_are_held_in_the_compute_dtype_but_on_a_cpu(shapes, platform, dtype, want):
+    shapes.model.dtype = dtype
+    resolved = config_lib.resolve(shapes, platform)
+    assert (resolved.model.dtype, resolved.model.teacher_dtype) == want
+    for given in config_lib.DTYPES:
+        shapes.model.teacher_dtype = given
+        assert config_lib.resolve(shapes, platform).model.teacher_dtype == given
+
+
 def test_unknown_and_missing_keys(shapes):
     with pytest.raises(AttributeError, match="steps"):  # the file itself: the config is locked
         shapes.train.stepz = 3
@@ -175,6 +194,16 @@ def test_differences(shapes):
     different = config_lib.differences(saved, shapes)
     assert different["train.lr_decay_steps"] == (400, 9) and different["sample.prompts"][1] == ["x"]
     assert set(different) == {"train.lr_decay_steps", "sample.prompts"}
+
+
+@pytest.mark.parametrize(("dtype", "differs"), [("bfloat16", False), ("float32", True)])
+def test_the_dtype_of_frozen_weights_may_change_where_their_use_rounds_them_anyway(shapes, dtype, differs):
+    """So a run that an older version began on an accelerator, with float32, goes on with the default of today."""
+    shapes.model.dtype, shapes.model.teacher_dtype = dtype, "float32"
+    saved = json.loads(config_lib.to_json(shapes))
+    shapes.model.teacher_dtype = "bfloat16"
+    changed = {"model.teacher_dtype": ("float32", "bfloat16")}
+    assert config_lib.differences(saved, shapes) == (changed if differs else {})
 
 
 def test_a_config_of_another_version_differs_only_in_what_the_run_would_do(shapes, capsys):

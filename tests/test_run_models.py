@@ -22,6 +22,7 @@ from lcm_jax.run import config as config_lib
 from lcm_jax.run import models as run_models
 from lcm_jax.run import step as training_step
 from lcm_jax.run.models import Models
+from lcm_jax.runtime.mesh import make_mesh
 
 DIM = 16
 
@@ -119,6 +120,26 @@ def test_merged_is_the_adapted_model_as_an_ordinary_one(teacher):
     assert module is models.teacher.unet
     assert same(merged, lora.merge(base, [(trained, 0.5)])) and not same(merged, base)
     assert student_lib.merged(module, base) == (module, base) and student_lib.trainable(module, base) is base
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 4])
+def test_steps_in_bfloat16_are_the_same_with_frozen_weights_in_either_dtype(teacher, rank):
+    """To the bit: each use of a frozen weight rounds it anyway, and norms stay in float32."""
+
+    def trained(dtype):
+        options = {"lora__rank": rank, "distill__w_embedding_dim": 0 if rank else DIM, "sample__guidance_scale": 1.0}
+        config = make_config(teacher, model__dtype="bfloat16", model__teacher_dtype=dtype, **options)
+        models, mesh = load(config), make_mesh(devices=jax.devices()[:1])
+        program, rng = training_step.make(config, models, mesh), np.random.default_rng(0)
+        state, frozen = program.begin(models.trainable), program.place_frozen(models)
+        assert frozen.teacher["conv_in"]["kernel"].dtype == dtype
+        for _ in range(2):
+            batch = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), program.batch)
+            state, metrics = program.step(state, frozen, batch, jax.random.key(1))
+        return metrics["loss"], state.params, state.ema_params
+
+    jax.tree.map(np.testing.assert_array_equal, trained("bfloat16"), trained("float32"))
 
 
 def test_lora_on_another_student_brings_its_base(teacher, lcm):

@@ -146,6 +146,13 @@ def test_choice(implementation, mesh, q, length, want):
         assert chosen(implementation, mesh, q, length) == want
 
 
+@pytest.mark.parametrize(("platform", "want"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])
+def test_auto_is_bfloat16_but_on_a_cpu(monkeypatch, platform, want):
+    assert attention.auto_dtype(platform) == want
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert attention.auto_dtype() == want
+
+
 def test_float32_never_meets_cudnn():
     assert chosen("auto", H100, (2, 4096, 8, 40), dtype=jnp.float32) == "chunked"
     assert chosen("auto", H100, (2, 256, 8, 40), dtype=jnp.float32) == "xla"

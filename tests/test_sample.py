@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 import lcm_jax
 from lcm_jax import pretrained, sample
 from lcm_jax.errors import BadArgument, LcmError
+from lcm_jax.runtime import kernels
 from lcm_jax.sampling.generator import Generator, draw_noise
 from lcm_jax.sampling.png import grid
 from lcm_jax.sampling.request import make_plan, make_request, warnings
@@ -250,10 +251,11 @@ def test_the_teacher_generates_the_images_of_diffusers(tmp_path, sampler, schedu
     assert difference <= 2
 
 
-def test_another_size_and_half_precision(lcm, tmp_path):
-    options = ("--height=10", "--width=14", "--num_images=1", "--batch_size=1", "--steps=1", "--dtype=bfloat16")
+def test_another_size_and_half_precision_which_is_the_default_but_on_a_cpu(lcm, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "auto_dtype", {"cpu": "bfloat16"}.get)  # by the platform of the mesh
+    options = ("--height=10", "--width=14", "--num_images=1", "--batch_size=1", "--steps=1")
     image = generate(lcm, tmp_path, *options)["0000_0000.png"]
-    assert image.size == (14, 10) and image.text["steps"] == "1"
+    assert image.size == (14, 10) and (image.text["steps"], image.text["dtype"]) == ("1", "bfloat16")
 
 
 @pytest.mark.parametrize(("dtype", "of_vae"), [("bfloat16", "bfloat16"), ("float16", "float32")])

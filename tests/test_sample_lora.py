@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 
 import diffusers
+import jax
+import jax.numpy as jnp
 import lora_kit
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ import tiny
 from test_export import diffusers_images
 from test_sample import PROMPT, arrays, generate
 
+import lcm_jax
 from lcm_jax import sample
 from lcm_jax.errors import BadArgument
+from lcm_jax.models.layers import dtypes_in_use
 from lcm_jax.pretrained import RECORD, load_pipeline, lora_keys, save_single_file, text
 from lcm_jax.sampling.generator import draw_noise
 from lcm_jax.sampling.load import add_loras, parse_lora
@@ -181,6 +185,19 @@ def test_add_loras_joins_the_records(lora_files, tmp_path):
     other = lora_with_record(tmp_path / "v", {"prediction_type": "v_prediction"})
     with pytest.raises(BadArgument, match="prediction_type is epsilon for the model, v_prediction for"):
         constants(other)
+
+
+def test_loras_are_added_in_float32_and_rounded_once(lora_files):
+    """Whatever the dtype, each leaf is the one of float32, in the dtype in which it is used."""
+    loras = [f"{lora_files[0]}:0.5", str(lora_files[1])]
+    model = lcm_jax.load(tiny.folder("sd1"), loras=loras, dtype="float32")
+    half = lcm_jax.load(tiny.folder("sd1"), loras=loras, dtype="bfloat16")
+    dtypes = dtypes_in_use(model.params, "bfloat16")
+    assert half.params["unet"]["down_blocks_0"]["resnets_0"]["conv1"]["kernel"].dtype == jnp.bfloat16
+    jax.tree.map(np.testing.assert_array_equal, half.params, jax.tree.map(jnp.astype, model.params, dtypes))
+    pipeline, params = load_pipeline(tiny.folder("sd1"))
+    merged = add_loras(pipeline, params, [(str(lora_files[0]), 0.5), (str(lora_files[1]), 1.0)])[1]
+    jax.tree.map(np.testing.assert_array_equal, model.params, dict(merged))
 
 
 def test_loras_that_do_not_fit_are_refused(tmp_path, capsys, caplog):

@@ -56,9 +56,11 @@ Step = Callable[[Carry, Any], tuple[Carry, jax.Array]]
 _LOWER_ORDER_FINAL = 15  # with fewer steps DPM-Solver's last is of order 1, for stability (diffusers' number)
 
 
-def scan(step: Step, carry: Carry, rows: Any) -> jax.Array:
-    """All steps as one compiled loop -> the latent."""
-    return jax.lax.scan(lambda carry, row: (step(carry, row)[0], None), carry, rows)[0][0]
+def scan(step: Step, carry: Carry, rows: Any, unrolled: int = 0) -> jax.Array:
+    """All steps as one compiled loop, or up to `unrolled` of them one after the other -> the latent."""
+    steps = len(rows[0])
+    unroll = steps if steps <= unrolled else 1
+    return jax.lax.scan(lambda carry, row: (step(carry, row)[0], None), carry, rows, unroll=unroll)[0][0]
 
 
 def stepwise(step: Step, carry: Carry, rows: Any) -> Iterator[tuple[jax.Array, jax.Array]]:

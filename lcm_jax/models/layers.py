@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 
@@ -71,6 +72,17 @@ class Run:
             used = self.weights_fn({"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias})
             kernel, bias = used["kernel"], used.get("bias")
         return promote_dtype(x, kernel, bias, **kwargs)
+
+
+def dtypes_in_use(params: Any, dtype: DTypeLike) -> Any:
+    """The dtype in which a network that computes in `dtype` uses each of its weights: a tree like `params`.
+
+    That is float32 for norms and embeddings whatever `dtype` is. A network whose weights are held so computes the same,
+    bit for bit, as with float32 weights, which each layer casts where it uses them.
+    """
+    flat = traverse_util.flatten_dict(params)
+    exact = {path for path in flat if path[-1] == "embedding" or (*path[:-1], "scale") in flat}
+    return traverse_util.unflatten_dict({path: jnp.dtype("float32" if path in exact else dtype) for path in flat})
 
 
 def remat(target: Any, choice: str, static_argnums: tuple[int, ...] = ()) -> Any:

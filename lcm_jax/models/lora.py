@@ -8,9 +8,11 @@ An adapter tree mirrors the parameter tree down to the layers, each of which is 
 """
 
 import dataclasses
+import functools
+import operator
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from lcm_jax.errors import LcmError
 Params = Any
 Path = tuple[str, ...]
 Scale = float | Mapping[Path, float]
+Changes = Mapping[Path, Callable[[], Any]]  # path of a leaf -> a function that computes what is added to it, float32
 
 # The layers that the LCM-LoRA report adapts, as endings of torch's module names: attention, feed-forward, projections
 # of the transformers, resnets with their time projections, down- and upsamplers.
@@ -172,36 +175,58 @@ def merge(
 ) -> Params:
     """W + sum_i scale_i A_i B_i for every adapted kernel, summed in float32; other leaves are shared with `params`.
 
+    Arguments and errors are those of `changes`. `params` are not changed: one base serves any number of combinations.
+    """
+    return add_changes(params, changes(params, adapters, deltas))
+
+
+def add_changes(params: Params, found: Changes) -> Params:
+    """`params` with `changes` added."""
+    flat = dict(traverse_util.flatten_dict(params))
+    for path, change in found.items():
+        flat[path] = (flat[path].astype(np.float32) + change()).astype(flat[path].dtype)
+    return traverse_util.unflatten_dict(flat)
+
+
+def changes(
+    params: Params,
+    adapters: Sequence[tuple[Params, Scale]],
+    deltas: Sequence[tuple[Mapping[Path, Any], float]] = (),
+) -> Changes:
+    """What adapters add to the leaves that they change; nothing of it is computed yet.
+
     Args:
-      params: the model's tree. It is not changed, so that one base serves any number of combinations.
+      params: the model's tree, of arrays or of shapes.
       adapters: (adapter tree, scale) pairs; the scale is one number, or a number for each layer's path.
       deltas: (path of a leaf -> what is added to it, scale) pairs, beside the adapters.
 
     Raises:
       LcmError: adapters for layers, or deltas for leaves, that `params` does not have, or of other shapes.
     """
-    flat = dict(traverse_util.flatten_dict(params))
-    changes: dict[Path, Any] = {}
+    flat = traverse_util.flatten_dict(params)
+    terms: dict[Path, list[Callable[[], Any]]] = {}
 
-    def add(path: Path, change: Any) -> None:
-        changes[path] = changes[path] + change if path in changes else change
+    def product(factors: Mapping[str, Any], scale: float) -> Any:
+        a, b = (factors[name].astype(np.float32) for name in ("lora_A", "lora_B"))
+        return scale * (a @ b.reshape(b.shape[-2:]))
 
     for tree, scale in adapters:
         layers = by_layer(tree)
         _check_unknown({path for path in layers if (*path, "kernel") not in flat}, "the model's layers")
         _check_shapes(layers, flat)
         for path, factors in layers.items():
-            a, b = (factors[name].astype(np.float32) for name in ("lora_A", "lora_B"))
-            one = (scale[path] if isinstance(scale, Mapping) else scale) * (a @ b.reshape(b.shape[-2:]))
-            add((*path, "kernel"), one)
+            own = scale[path] if isinstance(scale, Mapping) else scale
+            terms.setdefault((*path, "kernel"), []).append(functools.partial(product, factors, own))
     for delta, scale in deltas:
         wrong = {path for path, change in delta.items() if path not in flat or flat[path].shape != change.shape}
         _check_unknown(wrong, "the model's parameters")
         for path, change in delta.items():
-            add(path, scale * change)
-    for path, change in changes.items():
-        flat[path] = (flat[path].astype(np.float32) + change).astype(flat[path].dtype)
-    return traverse_util.unflatten_dict(flat)
+            terms.setdefault(path, []).append(functools.partial(operator.mul, scale, change))
+    return {path: functools.partial(_sum, added) for path, added in terms.items()}
+
+
+def _sum(terms: Sequence[Callable[[], Any]]) -> Any:
+    return functools.reduce(operator.add, (term() for term in terms))
 
 
 def _check_unknown(unknown: set[Path], what: str) -> None:

@@ -10,6 +10,7 @@ final name, synced to disk, and renamed: under the final name there is either no
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ from lcm_jax.pretrained.model import (
     make_module,
     parts_read,
 )
-from lcm_jax.pretrained.names import Params, PutFn
+from lcm_jax.pretrained.names import Params, PartChangeFn, PutFn
 from lcm_jax.pretrained.tokenizer import load_tokenizer
 from lcm_jax.typed import checked, config_of
 
@@ -56,11 +57,12 @@ def load_folder(
     source: str | Path,
     variant: str | None = None,
     dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = jnp.float32,
     *,
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     put: PutFn | None = None,
+    change: PartChangeFn | None = None,
     weights: bool | Collection[str] = True,
 ) -> tuple[Pipeline, PipelineParams]:
     """(pipeline, params) of a diffusers folder; see `load.load_pipeline`."""
@@ -103,7 +105,7 @@ def load_folder(
     with config_of(folder):
         pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
     params = {
-        part: _params(part, modules[part], path, variants[part], param_dtype, put)
+        part: _params(part, modules[part], path, variants[part], param_dtype, put, change)
         if part in read
         else names.param_shapes(modules[part], param_dtype)
         for part, path in folders.items()
@@ -115,10 +117,11 @@ def load_parts(
     sources: Mapping[str, str | Path],
     variant: str | None,
     dtype: DTypeLike,
-    param_dtype: DTypeLike,
+    param_dtype: DTypeLike | None,
     put: PutFn | None,
     read: Collection[str],
     or_without: bool = False,
+    change: PartChangeFn | None = None,
 ) -> dict[str, tuple[nn.Module, Params]]:
     """Part -> (module, params), each from a source of its own; see `load.load_unet`. read: parts to read weights of."""
     folders = {part: _part_folder(source, part, variant, part in read) for part, source in sources.items()}
@@ -131,7 +134,7 @@ def load_parts(
     return {
         part: (
             module,
-            _params(part, module, folders[part], variants[part], param_dtype, put)
+            _params(part, module, folders[part], variants[part], param_dtype, put, change)
             if part in read
             else names.param_shapes(module, param_dtype),
         )
@@ -348,10 +351,17 @@ def _config(folder: Path, part: str) -> Config:
 
 
 def _params(
-    part: str, module: nn.Module, folder: Path, variant: str | None, dtype: DTypeLike, put: PutFn | None
+    part: str,
+    module: nn.Module,
+    folder: Path,
+    variant: str | None,
+    dtype: DTypeLike | None,
+    put: PutFn | None,
+    change: PartChangeFn | None = None,
 ) -> Params:
+    change = change and functools.partial(change, part)
     with safetensors_io.open_weights(folder, _weights_name(part), variant) as weights:
-        return names.read_params(module, weights.shapes, weights.read, dtype, str(weights.source), put)
+        return names.read_params(module, weights.shapes, weights.read, dtype, str(weights.source), put, change)
 
 
 _LCM_SCHEDULER = {

@@ -12,19 +12,20 @@ from lcm_jax.models.unet import UNet2DConditionModel
 from lcm_jax.pretrained import diffusers_folder, single_file
 from lcm_jax.pretrained.hub import is_single_file
 from lcm_jax.pretrained.model import Config, Pipeline, PipelineParams, parts_read
-from lcm_jax.pretrained.names import Params, PutFn
+from lcm_jax.pretrained.names import Params, PartChangeFn, PutFn
 
 
 def load_pipeline(
     source: str | Path,
     variant: str | None = None,
     dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = jnp.float32,
     *,
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     config: str | Path | None = None,
     put: PutFn | None = None,
+    change: PartChangeFn | None = None,
     weights: bool | Collection[str] = True,
 ) -> tuple[Pipeline, PipelineParams]:
     """(pipeline, params) of a diffusers folder, or a single-file checkpoint, of the Stable Diffusion family.
@@ -35,11 +36,13 @@ def load_pipeline(
       source: folder or hub id; or NAME.safetensors with the original key names (see `load_single_file`).
       variant: weights to read, e.g. "fp16", of every part that has them, as in diffusers; None: those without a suffix.
       dtype: compute dtype of the modules.
-      param_dtype: dtype of the parameters, whatever the files hold.
+      param_dtype: dtype of the parameters, whatever the files hold; None: that in which the network uses each
+        (`layers.dtypes_in_use`), which in 16 bits is half the memory for the same numbers.
       unet, vae: folders or hub ids of a UNet or VAE to use instead of the source's, which need not be there then.
       config: for a single file: folder or hub id with what it lacks, tokenizers and configs.
       put: takes each parameter as soon as it is read and converted, as `runtime.mesh.place` does to its shards; None:
         parameters stay on the host as numpy arrays.
+      change: (part, path, float32 tensor) -> tensor, applied to each before it is rounded and put, to merge LoRAs.
       weights: False: only configs are read, and parameters are ShapeDtypeStructs. No weight file has to exist, and the
         configs of the published models come with the package (assets/architectures/hub.json). Names of parts
         (`ENCODERS`): only their weights are read, and the parameters of the others are ShapeDtypeStructs.
@@ -48,7 +51,7 @@ def load_pipeline(
       LcmError: folder missing, incomplete, damaged or of another kind; each names the file and what to do.
       UnsupportedConfig: a config asks for something outside the Stable Diffusion family.
     """
-    options = {"unet": unet, "vae": vae, "put": put, "weights": weights}
+    options = {"unet": unet, "vae": vae, "put": put, "change": change, "weights": weights}
     if is_single_file(source):
         return single_file.load_single_file(source, variant, dtype, param_dtype, config=config, **options)
     if config is not None:

@@ -141,12 +141,23 @@ def read_lora(source: str | Path, modules: Mapping[str, nn.Module], ignore_unuse
 def merge_into(pipeline: Pipeline, params: PipelineParams, loras: Sequence[tuple[LoraFile, float]]) -> PipelineParams:
     """The weights W + sum_i weight_i * scale_i * B_i A_i of every adapted layer; `params` are not changed.
 
+    See `changes`, which warns and raises.
+    """
+    found = changes(pipeline, params, loras)
+    return {**params, **{part: lora.add_changes(params[part], of_part) for part, of_part in found.items()}}
+
+
+def changes(
+    pipeline: Pipeline, params: PipelineParams, loras: Sequence[tuple[LoraFile, float]]
+) -> dict[str, lora.Changes]:
+    """Part -> `lora.changes` of all LoRAs together, for the parts that they adapt; params: arrays or shapes.
+
     A LoRA that is marked for other noise than the pipeline's is merged with a warning.
 
     Raises:
       LcmError: a weight that is not finite, or a LoRA for a part that the pipeline does not have.
     """
-    params, noise = dict(params), pipeline.schedule
+    found, noise = {}, pipeline.schedule
     for one, weight in loras:
         if not math.isfinite(weight):
             raise LcmError(f"LoRA weight {weight} is not finite; 1 is the LoRA as it was trained")
@@ -158,8 +169,8 @@ def merge_into(pipeline: Pipeline, params: PipelineParams, loras: Sequence[tuple
             raise LcmError(f"the LoRA adapts a {part}, which this model does not have; use the model it was made for")
         adapters = [(one.tree(part), one.scales(part, weight)) for one, weight in loras if part in one.parts]
         deltas = [(one.deltas[part], weight) for one, weight in loras if part in one.deltas]
-        params[part] = lora.merge(params[part], adapters, deltas)
-    return params
+        found[part] = lora.changes(params[part], adapters, deltas)
+    return found
 
 
 def write_lora(

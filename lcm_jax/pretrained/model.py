@@ -227,15 +227,19 @@ _FROM_CONFIG = {
 def make_module(part: str, config: Config, dtype: DTypeLike = jnp.float32, file: object = None) -> nn.Module:
     """The module of a part's `config.json`; file: where it is from, for errors.
 
+    A VAE that overflows in float16 (SDXL's) computes in float32 if that is asked for.
+
     Raises:
       UnsupportedConfig: the config asks for something outside the Stable Diffusion family.
     """
     with config_of(file or f"config of the {part.replace('_', ' ')}"):
-        return _FROM_CONFIG[part](config, dtype=jnp.dtype(dtype))  # one form, so that modules compare equal
+        module = _FROM_CONFIG[part](config, dtype=jnp.dtype(dtype))  # one form, so that modules compare equal
+    overflows = module.dtype == jnp.float16 and getattr(module, "force_upcast", False)
+    return module.clone(dtype=jnp.dtype("float32")) if overflows else module
 
 
 def in_half_precision(pipeline: Pipeline, half: bool = True) -> Pipeline:
-    """The pipeline for networks in 16 bits, if `half`: a VAE that overflows in them (SDXL's) computes in float32."""
+    """The pipeline for training in 16 bits, if `half`: a VAE that overflows in float16 (SDXL's) computes in float32."""
     if not (half and getattr(pipeline.vae, "force_upcast", False)):
         return pipeline
     return dataclasses.replace(pipeline, vae=pipeline.vae.clone(dtype=jnp.dtype("float32")))

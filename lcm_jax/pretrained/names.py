@@ -30,12 +30,15 @@ from jax.typing import DTypeLike
 
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models.clip import CLIPTextModel
+from lcm_jax.models.layers import dtypes_in_use
 from lcm_jax.models.unet import UNet2DConditionModel
 
 Params = dict[str, Any]
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
 PutFn = Callable[[np.ndarray], Any]  # puts a tensor where it belongs, as `runtime.mesh.place` does on its shards
+ChangeFn = Callable[[Path, np.ndarray], np.ndarray]  # (path, float32 tensor) -> what is loaded instead
+PartChangeFn = Callable[[str, Path, np.ndarray], np.ndarray]  # the same of (part, path, float32 tensor)
 
 # Module names that end in a number of their own; every other number is an index into a module list.
 _NUMBERED = re.compile(r"linear_\d+|branch.*")
@@ -114,9 +117,11 @@ def torch_table(module: nn.Module) -> Mapping[str, Parameter]:
     return table
 
 
-def param_shapes(module: nn.Module, dtype: DTypeLike) -> Params:
-    """The module's parameter tree as `jax.ShapeDtypeStruct`s of `dtype`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), abstract_params(module))
+def param_shapes(module: nn.Module, dtype: DTypeLike | None) -> Params:
+    """The module's parameter tree as `jax.ShapeDtypeStruct`s of `dtype`; None: as the module uses them."""
+    shapes = abstract_params(module)
+    dtypes = dtypes_in_use(shapes, module.dtype) if dtype is None else jax.tree.map(lambda _: jnp.dtype(dtype), shapes)
+    return jax.tree.map(lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype), shapes, dtypes)
 
 
 def num_params(module: nn.Module) -> int:
@@ -128,34 +133,51 @@ def read_params(
     module: nn.Module,
     shapes: Mapping[str, Shape],
     read: Callable[[str], np.ndarray],
-    dtype: DTypeLike = np.float32,
+    dtype: DTypeLike | None = np.float32,
     what: str = "state dict",
     put: PutFn | None = None,
+    change: ChangeFn | None = None,
 ) -> Params:
     """The parameter tree of `module` from torch tensors, converted one at a time.
 
     Args:
       shapes: torch key -> shape of every tensor in the file.
       read: torch key -> tensor; called once for each tensor that is needed.
-      dtype: of the result.
+      dtype: of the result; None: as the module uses them (`layers.dtypes_in_use`).
       what: origin of the tensors, for errors.
       put: takes each tensor before the next is read, so that the host never holds a full copy of the model; None: the
         tensors stay on the host as numpy arrays.
+      change: is applied to each tensor in float32, before it is rounded and put.
 
     Raises:
       LcmError: tensors missing, left over or of a wrong shape, all listed in one error; or not of floating point.
     """
     table = torch_table(module)
     keys = _keys_in_file(table, shapes, what)
-    flat = {p.path: read_leaf(read(keys[key]), p, dtype, f"{what}: {keys[key]}", put) for key, p in table.items()}
-    return traverse_util.unflatten_dict(flat)
+    shapes = traverse_util.flatten_dict(param_shapes(module, dtype))
+
+    def leaf(key: str, parameter: Parameter) -> Any:
+        wanted, name = shapes[parameter.path].dtype, keys[key]
+        return read_leaf(read(name), parameter, wanted, f"{what}: {name}", put, change)
+
+    return traverse_util.unflatten_dict({p.path: leaf(key, p) for key, p in table.items()})
 
 
-def read_leaf(tensor: np.ndarray, parameter: Parameter, dtype: DTypeLike, what: str, put: PutFn | None = None) -> Any:
+def read_leaf(
+    tensor: np.ndarray,
+    parameter: Parameter,
+    dtype: DTypeLike,
+    what: str,
+    put: PutFn | None = None,
+    change: ChangeFn | None = None,
+) -> Any:
     """A torch tensor in the tree's layout and `dtype`, put where it belongs. Raises LcmError for integers."""
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise LcmError(f"{what} is {tensor.dtype}; only floating-point weights can be loaded")
-    value = to_jax(tensor, parameter, dtype)
+    if change is None:
+        value = to_jax(tensor, parameter, dtype)
+    else:
+        value = change(parameter.path, to_jax(tensor, parameter, np.float32)).astype(dtype)
     return value if put is None else put(value)
 
 

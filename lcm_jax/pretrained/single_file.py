@@ -48,7 +48,7 @@ from lcm_jax.pretrained.model import (
     make_module,
     parts_read,
 )
-from lcm_jax.pretrained.names import PutFn, Shape
+from lcm_jax.pretrained.names import PartChangeFn, PutFn, Shape
 from lcm_jax.pretrained.safetensors_io import Weights
 from lcm_jax.pretrained.single_file_spellings import SD1_TEXT, SD2_TEXT, SGM, UNET, VAE
 from lcm_jax.pretrained.tokenizer import load_tokenizer
@@ -156,12 +156,13 @@ def load_single_file(
     source: str | Path,
     variant: str | None = None,
     dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = jnp.float32,
     *,
     config: str | Path | None = None,
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     put: PutFn | None = None,
+    change: PartChangeFn | None = None,
     weights: bool | Collection[str] = True,
 ) -> tuple[Pipeline, PipelineParams]:
     """(pipeline, params) of a checkpoint of SD 1.x, SD 2.x, SDXL or its refiner, also pruned or for inpainting.
@@ -173,7 +174,7 @@ def load_single_file(
       config: diffusers folder or hub id of the family. Its tokenizers are used, and each config that it has, except for
         what the tensors themselves decide (input channels, w embedding). None: tokenizers of the family's repository
         on the hub, configs as described above (module docstring).
-      unet, vae, put, weights: as in `load_pipeline`; the file must exist, because its header shows what it holds.
+      unet, vae, put, change, weights: as in `load_pipeline`; the file must exist: its header shows what it holds.
 
     Raises:
       LcmError: no such file, unknown family (names the keys looked for), tokenizers not available, tensors that do not
@@ -188,7 +189,7 @@ def load_single_file(
         stored = spellings.original(file)
         family = _family(stored.shapes, path, others)
         folder = _config_folder(config, family, path)
-        replaced = diffusers_folder.load_parts(others, variant, dtype, param_dtype, put, read)
+        replaced = diffusers_folder.load_parts(others, variant, dtype, param_dtype, put, read, change=change)
         configs = _configs(None if config is None else folder, family, stored, replaced)
         configs |= {part: to_config(module) for part, (module, _) in replaced.items()}
         noise = schedule.from_config(configs["scheduler"])
@@ -212,8 +213,9 @@ def load_single_file(
         for part, (layout, prefix) in layouts(family, made).items():
             what = f"{part.replace('_', ' ')} of {path}"
             keys.check_part(layout, prefix, stored.shapes, what)
+            edit = change and functools.partial(change, part)
             params[part] = (
-                keys.read_part(modules[part], layout, prefix, stored.read, param_dtype, what, put)
+                keys.read_part(modules[part], layout, prefix, stored.read, param_dtype, what, put, edit)
                 if part in read
                 else names.param_shapes(modules[part], param_dtype)
             )

@@ -216,22 +216,25 @@ def read_part(
     layout: Layout,
     prefix: str,
     read: Callable[[str], np.ndarray],
-    dtype: DTypeLike,
+    dtype: DTypeLike | None,
     what: str,
     put: PutFn | None = None,
+    change: names.ChangeFn | None = None,
 ) -> Params:
     """The parameter tree of `module` from the keys that begin with `prefix`; see `names.read_params`.
 
     Raises:
       LcmError: tensors that are not floating point.
     """
-    table = names.torch_table(module)
-    flat = {}
+    table, flat = names.torch_table(module), {}
+    shapes = traverse_util.flatten_dict(names.param_shapes(module, dtype))
     for key, stored in layout.tensors.items():
         tensor = read(prefix + key)
         tensor = tensor.T if stored.transposed else tensor
         for name, piece in zip(stored.keys, np.split(tensor, len(stored.keys)), strict=True):
-            flat[table[name].path] = names.read_leaf(piece, table[name], dtype, f"{what}: {prefix}{key}", put)
+            path = table[name].path
+            where = f"{what}: {prefix}{key}"
+            flat[path] = names.read_leaf(piece, table[name], shapes[path].dtype, where, put, change)
     return traverse_util.unflatten_dict(flat)
 
 

@@ -223,7 +223,12 @@ KEYS = (
         "what the model's files must say that it predicts; None: anything",
     ),
     Key("model.dtype", "auto", one_of(("auto", *DTYPES)), "compute dtype; auto: float32 on CPU, bfloat16 elsewhere"),
-    Key("model.teacher_dtype", "float32", one_of(DTYPES), "dtype of the frozen weights; bfloat16: half the memory"),
+    Key(
+        "model.teacher_dtype",
+        "auto",
+        one_of(("auto", *DTYPES)),
+        "dtype of the frozen weights (norms: float32); auto: float32 on CPU, model.dtype elsewhere",
+    ),
     Key(
         "model.attention",
         "auto",
@@ -391,13 +396,18 @@ def needs_teacher(config: ConfigDict) -> bool:
     return OBJECTIVES[config.objective].needs_teacher or config.distill.lcd_weight > 0
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
-    """Copy of `config` with what depends on other values filled in: `model.student`, `model.dtype`, `lora.targets`."""
-    config = ConfigDict(config.to_dict())
+def resolve(config: ConfigDict, platform: str | None = None) -> ConfigDict:
+    """Copy of `config` with what depends on other values filled in: `model.student`, dtypes, `lora.targets`.
+
+    platform: of the run's devices: "cpu", "gpu", "tpu"; None: the default backend's.
+    """
+    config, auto = ConfigDict(config.to_dict()), kernels.auto_dtype(platform)
     if config.model.student is None:
         config.model.student = config.model.teacher
     if config.model.dtype == "auto":
-        config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        config.model.dtype = auto
+    if config.model.teacher_dtype == "auto":
+        config.model.teacher_dtype = "float32" if auto == "float32" else config.model.dtype
     if config.lora.rank and not config.lora.targets:
         config.lora.targets = lora.DEFAULT_TARGETS
     return config.lock()
@@ -571,6 +581,8 @@ def differences(
     both = from_saved(saved, where), resolve(config)
     before, now = (flatten_dict(json.loads(to_json(part)), sep=".") for part in both)
     pairs = {key: (before[key.name], now[key.name]) for key in KEYS if not key.may_change}
+    if before["model.dtype"] == now["model.dtype"] == "bfloat16":  # to which each use of frozen weights rounds them
+        pairs = {key: pair for key, pair in pairs.items() if key.name != "model.teacher_dtype"}
     return {key.name: pair for key, pair in pairs.items() if not key.same(*pair)}
 
 

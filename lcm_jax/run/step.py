@@ -24,6 +24,7 @@ from lcm_jax.distill.state import TrainState, create
 from lcm_jax.distill.step import learning_rate_schedule, make_optimizer, make_step
 from lcm_jax.errors import LcmError
 from lcm_jax.models.attention import dot_product_attention
+from lcm_jax.models.layers import dtypes_in_use
 from lcm_jax.models.lora import Adapted
 from lcm_jax.pretrained import text
 from lcm_jax.pretrained.model import Pipeline
@@ -118,8 +119,11 @@ def make(config: ConfigDict, models: Models, mesh: Mesh) -> TrainingStep:
     theta = _shapes(models.trainable)
     state = abstract_state(mesh, jax.eval_shape(lambda params: create(params, optimizer), theta))
     null = text_shapes(models, 1) if problem.teacher is not None else None
-    frozen = _shapes(make_frozen(problem, models, None), jnp.dtype(config.model.teacher_dtype))
-    frozen = abstract_state(mesh, frozen.replace(null=null))
+    frozen = make_frozen(problem, models, None)
+    weights = {name: tree for name in ("teacher", "base") if (tree := getattr(frozen, name)) is not None}
+    dtypes = dtypes_in_use(weights, config.model.teacher_dtype)
+    weights = jax.tree.map(lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype), weights, dtypes)
+    frozen = abstract_state(mesh, Frozen(null=null, **weights))
     rows, whole = batch_sharding(mesh), replicated(mesh)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_shapes(config, models))
     step = jax.jit(
@@ -197,8 +201,8 @@ def make_frozen(problem: Problem, models: Models, null: Any) -> Frozen:
     return Frozen(teacher=weights, null=null, base=None if base is weights else base)
 
 
-def _shapes(tree: Any, dtype: Any = None) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), tree)
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def _shardings(tree: Any) -> Any:

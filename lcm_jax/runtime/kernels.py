@@ -282,6 +282,11 @@ def plain_module(unet: Any) -> Any:
     return unet.module if isinstance(unet, Adapted) else unet
 
 
+def auto_dtype(platform: str | None = None) -> str:
+    """What "auto" computes in, in training and sampling: float32 on a CPU, else bfloat16; None: the default backend."""
+    return "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
+
+
 Options = dict[str, str | int | bool]
 
 _YNNPACK = "xla_cpu_experimental_ynn_fusion_type"

@@ -47,7 +47,12 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
         help="LoRA to merge: file, folder or hub id; may be given several times",
     )
     p.add_argument("--ignore_unused", action="store_true", help="ignore keys of a LoRA that match no layer")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the networks")
+    p.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the networks; auto: float32 on CPU, bfloat16 elsewhere",
+    )
     p.add_argument("--fsdp", type=int, default=1, help="devices that hold one copy of the weights together; -1: all")
     p.add_argument("--tiled", action="store_true", help="decode large images in tiles: less memory, faint seams")
 

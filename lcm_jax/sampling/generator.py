@@ -52,6 +52,7 @@ from lcm_jax.sampling.request import (
 )
 
 Conditioning = Mapping[str, jax.Array]
+UNROLLED = 4  # steps at most that are no loop on a GPU, see `loop_on`
 
 
 def draw_noise(seed: int, numbers: Sequence[int], steps: int, shape: Sequence[int]) -> np.ndarray:
@@ -117,17 +118,29 @@ def _fill(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(fill, tree)
 
 
+def loop_on(platform: str) -> Callable:
+    """How the steps become one program on devices of a platform: a loop; on GPUs few steps follow each other.
+
+    Then XLA computes once what all steps share (keys and values of the text), and the steps can be one CUDA graph,
+    which a loop cannot. 4 steps of one picture on an H100 are, of Stable Diffusion 1.5, 3,142 kernels instead of 3,349
+    and move 4 % fewer bytes; of SDXL 6,292 instead of 6,826, and 17 % fewer. Compiling takes 2 to 2.5 times as long,
+    and longer with each step more.
+    """
+    return functools.partial(samplers.scan, unrolled=UNROLLED if platform == "gpu" else 0)
+
+
 @functools.lru_cache
 def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
     """(latents, decode), jitted for a mesh; their static arguments are equal for models of one architecture."""
     platform = mesh and mesh.devices.flat[0].platform
+    loop = loop_on(platform or jax.default_backend())
     options = {"out_shardings": mesh and replicated(mesh), "compiler_options": kernels.inference(platform)}
 
     @functools.partial(jax.jit, static_argnames=("unet", "schedule", "plan"), **options)
     def sample(unet, schedule, plan, params, cond, null, noise, scale):
         rows = noise.shape[1]
         cond, noise = _fill(cond, mesh), _fill(noise.swapaxes(0, 1), mesh).swapaxes(0, 1)
-        return latents(unet, schedule, plan, params, cond, null, noise, scale)[:rows]
+        return latents(unet, schedule, plan, params, cond, null, noise, scale, loop=loop)[:rows]
 
     @functools.partial(jax.jit, static_argnames="vae", **options)
     def decode(vae, params, z):
@@ -157,6 +170,11 @@ class Generator:
         self.mesh, self.tiled = mesh, tiled
         self._sample, self._decode = _programs(mesh)
         self._null: dict[str | None, Conditioning] = {}
+
+    @property
+    def dtype(self) -> str:
+        """What the networks compute in."""
+        return self.pipeline.unet.dtype.name
 
     def __call__(
         self,

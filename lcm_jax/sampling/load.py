@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from lcm_jax import assets, files
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained import digests, is_single_file, load_pipeline, lora_files, read_record
-from lcm_jax.pretrained.model import Pipeline, PipelineParams, check_text_to_image, in_half_precision, recorded
+from lcm_jax.pretrained.model import Pipeline, PipelineParams, check_text_to_image, recorded
+from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import place
 from lcm_jax.sampling.generator import Generator
 
@@ -34,7 +36,7 @@ def load(
     vae: str | None = None,
     variant: str | None = None,
     model_config: str | None = None,
-    dtype: Any = "float32",
+    dtype: Any = "auto",
     mesh: Mesh | None = None,
     tiled: bool = False,
     ignore_unused: bool = False,
@@ -47,7 +49,8 @@ def load(
       unet, vae: folders or hub ids of a UNet or a VAE to use instead.
       variant: weight files to read, such as "fp16".
       model_config: for a single file: folder or hub id with its tokenizers and configs.
-      dtype: compute dtype of the networks: "float32", "bfloat16" or "float16".
+      dtype: that the networks compute in, and hold their weights in (`layers.dtypes_in_use`): "float32", "bfloat16",
+        "float16", or "auto": `kernels.auto_dtype`.
       mesh: of the devices that share the work (`runtime.mesh.make_mesh`); None: the default device.
       tiled: decode large images in tiles: less memory, faint seams.
       ignore_unused: ignore keys of a LoRA that match no layer of the model, instead of refusing it.
@@ -55,7 +58,9 @@ def load(
     Raises:
       LcmError: the model cannot be loaded, or a LoRA does not fit it.
     """
-    source, dtype = str(source), jnp.dtype(dtype)
+    source = str(source)
+    if isinstance(dtype, str) and dtype == "auto":
+        dtype = kernels.auto_dtype(mesh and mesh.devices.flat[0].platform)
     if model_config is not None and not is_single_file(source):
         raise BadArgument(
             "model_config", model_config, f"is for a single .safetensors file, which {source} is not; remove it"
@@ -69,19 +74,25 @@ def load(
         load_pipeline,
         assets.resolve(source),
         variant,
-        dtype,
+        jnp.dtype(dtype),
+        None,
         unet=unet,
         vae=vae,
         config=model_config and assets.resolve(model_config),
     )
     name = source if unet is None else f"{source} with the UNet of {unet}"
-    check_text_to_image(read(weights=False)[0], name)  # before minutes of reading
-    pipeline, params = read(put=jax.device_put if mesh is None else place(mesh))
-    pipeline = in_half_precision(pipeline, dtype == jnp.float16)
-    if unet is not None:
-        pipeline = dataclasses.replace(pipeline, may_be_lcm=True)
-    if pairs:
-        pipeline, params = add_loras(pipeline, params, pairs, ignore_unused)
+    described, shapes = read(weights=False)
+    check_text_to_image(described, name)  # before minutes of reading
+    found, record = _read_loras(described, pairs, ignore_unused)
+    changes = lora_files.changes(described, shapes, found)
+
+    def merged(part: str, path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
+        change = changes.get(part, {}).get(path)
+        return value if change is None else value + change()
+
+    pipeline, params = read(put=jax.device_put if mesh is None else place(mesh), change=merged if pairs else None)
+    if unet is not None or pairs:
+        pipeline = dataclasses.replace(pipeline, record=record, may_be_lcm=True)
     return Generator(pipeline, params, mesh, tiled)
 
 
@@ -96,6 +107,15 @@ def add_loras(
     Raises:
       LcmError: a file that cannot be used (`lora_files.read_lora`), or records that contradict each other.
     """
+    read, record = _read_loras(pipeline, loras, ignore_unused)
+    merged = lora_files.merge_into(pipeline, params, read)
+    return dataclasses.replace(pipeline, record=record, may_be_lcm=True), merged
+
+
+def _read_loras(
+    pipeline: Pipeline, loras: Sequence[Lora], ignore_unused: bool
+) -> tuple[list[tuple[lora_files.LoraFile, float]], dict[str, Any]]:
+    """(LoRAs with their weights, the record that joins those of the model and the LoRAs); see `add_loras`."""
     modules = lora_files.modules_of(pipeline)
     read = [(lora_files.read_lora(source, modules, ignore_unused), weight) for source, weight in loras]
     of_loras = {source: read_record(source) for source, _ in loras}
@@ -112,8 +132,7 @@ def add_loras(
             problem = f"{key} is {listed}; they cannot go together, use LoRAs made for this model"
             raise BadArgument("lora", ", ".join(of_loras), problem)
     joined = {key: value for record in (pipeline.record, *of_loras.values()) for key, value in record.items()}
-    merged = lora_files.merge_into(pipeline, params, read)
-    return dataclasses.replace(pipeline, record=joined, may_be_lcm=True), merged
+    return read, joined
 
 
 def parse_lora(text: str) -> Lora:

@@ -51,7 +51,7 @@ def check_installed() -> None:
 
 def compare(folder: str | Path, prompts: Sequence[str], steps: int = STEPS, seed: int = 0) -> Difference:
     """Generates one image per prompt with each of the two from the folder of an LCM, and compares them."""
-    model = load(folder)
+    model = load(folder, dtype="float32")
     request = make_request(model.pipeline, steps=steps)
     size, numbers = (request.height, request.width), range(len(prompts))
     model.check_memory(request, len(prompts))
