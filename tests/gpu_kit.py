@@ -1,5 +1,6 @@
 """GPUs and TPUs that are not here, as far as tracing and lowering ask for them; no CUDA, libtpu or plugin is needed."""
 
+import contextlib
 import dataclasses
 import importlib.util
 
@@ -7,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from lcm_jax.data import encoding
 from lcm_jax.run import models as run_models
 from lcm_jax.run import step as run_step
+from lcm_jax.runtime import jax_private
 from lcm_jax.runtime.mesh import AXES, batch_sharding
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.request import make_request
@@ -51,11 +52,12 @@ TPU, CPU = devices("tpu", 4), devices("cpu")
 A100, H100, B200 = (devices("gpu", capability=capability) for capability in ("8.0", "9.0", "10.0"))
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, mesh: Mesh) -> None:
-    """jax's cuDNN attention, which asks the default backend, answers as on the GPU of `mesh` with cuDNN 9.10."""
-    capability = float(mesh.devices.flat[0].compute_capability)
-    monkeypatch.setattr(jax_cudnn, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(jax_cudnn, "check_compute_capability", lambda least: capability >= float(least))
+def tracing_for(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+    """The block in which programs for the devices of a mesh must be traced; with cuDNN 9.28 on GPUs."""
+    device = mesh.devices.flat[0]
+    if device.platform != "gpu":
+        return contextlib.nullcontext()
+    return jax_private.absent_gpu(tuple(map(int, device.compute_capability.split("."))), 92800)
 
 
 def lowered(traced: jax.stages.Traced, mesh: Mesh = A100) -> str:

@@ -202,20 +202,21 @@ def structure(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", {structure(name): name for name in FILES}.values())
-def test_every_program_traces_for_a_gpu(name, monkeypatch):
+def test_every_program_traces_for_a_gpu(name):
     """From shapes alone, as `train` and `sample` build them: the state keeps its shapes, the loss is one number.
 
     One config of each architecture is lowered for CUDA as well.
     """
-    gpu_kit.pretend(monkeypatch, gpu_kit.H100)
-    traced = gpu_kit.traced(aot.prepared(reduced(name)), gpu_kit.H100)
+    with gpu_kit.tracing_for(gpu_kit.H100):
+        traced = gpu_kit.traced(aot.prepared(reduced(name)), gpu_kit.H100)
+        lowers = traced.items() if name in LOWERED else ()
+        texts = {program: gpu_kit.lowered(each) for program, each in lowers}
     (before, *_), _ = traced["step"].in_avals
     after, metrics = traced["step"].out_info
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), after, before)
     assert all(jax.tree.leaves(same)) and metrics["loss"].shape == ()
     check_names(load(name), flatten_dict(after.params, sep="/"))
-    if name in LOWERED:
-        texts = {program: gpu_kit.lowered(each) for program, each in traced.items()}
+    if texts:
         assert "@__cudnn$fmhaSoftmaxBackward(" in texts["step"] and "@__cudnn$fmhaSoftmax(" in texts["sampler"]
 
 
@@ -259,15 +260,14 @@ MESHES = {"H100": gpu_kit.H100, "A100": gpu_kit.A100, "TPU": gpu_kit.devices("tp
 @pytest.mark.aot
 @pytest.mark.parametrize("target", MESHES)
 @pytest.mark.parametrize("name", FILES)
-def test_every_program_lowers_at_full_size(name, target, monkeypatch, tmp_path):
+def test_every_program_lowers_at_full_size(name, target, tmp_path):
     """Attention of every layer is cuDNN's, forward and backward, and on TPUs splash's where it is long."""
     mesh, config = MESHES[target], load(name)
-    if target != "TPU":
-        gpu_kit.pretend(monkeypatch, mesh)
     if name == "shapes_lcf":
         config.model.student = str(embedded_lcm(tmp_path))
-    traced = gpu_kit.traced(aot.prepared(config), mesh)
-    texts = {program: gpu_kit.lowered(each, mesh) for program, each in traced.items()}
+    with gpu_kit.tracing_for(mesh):
+        traced = gpu_kit.traced(aot.prepared(config), mesh)
+        texts = {program: gpu_kit.lowered(each, mesh) for program, each in traced.items()}
     layers, others = LAYERS[FAMILIES.get(name, "shapes")]
     if target == "TPU":
         splash = ["@tpu_custom_call(" in texts[program] for program in ("step", "sampler")]

@@ -218,13 +218,13 @@ LENGTHS = [
 
 @pytest.mark.parametrize("mesh", [A100, H100], ids=["A100", "H100"])
 @pytest.mark.parametrize(("queries", "keys", "d"), LENGTHS)
-def test_gradient_of_auto_lowers_for_cuda(monkeypatch, mesh, queries, keys, d):
+def test_gradient_of_auto_lowers_for_cuda(mesh, queries, keys, d):
     """Every length and head size of SD 1.x, 2.x and XL, and an odd one; no GPU, CUDA plugin or cuDNN is needed."""
-    gpu_kit.pretend(monkeypatch, mesh)
     fn = attention.choose("auto", jnp.bfloat16, mesh)
     q, k = (jax.ShapeDtypeStruct((2, tokens, 8, d), jnp.bfloat16) for tokens in (queries, keys))
     gradient = jax.jit(jax.grad(lambda *qkv: fn(*qkv).astype(jnp.float32).sum(), (0, 1, 2)))
-    text = gpu_kit.lowered(gradient.trace(q, k, k))
+    with gpu_kit.tracing_for(mesh):
+        text = gpu_kit.lowered(gradient.trace(q, k, k))
     assert ("__cudnn$fmhaSoftmaxBackward" in text) == (fn.kind(q.shape, k.shape) == "cudnn")
 
 
