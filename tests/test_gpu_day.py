@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import random
 import re
 import signal
@@ -16,6 +15,7 @@ import pytest
 from experiments.gpu_day import driver
 from experiments.gpu_day import rows as rows_lib
 from experiments.gpu_day.driver import Day, Row
+from experiments.speed import run as speed
 from experiments.speed import side, workloads
 from lcm_jax import assets
 from lcm_jax.errors import LcmError
@@ -126,14 +126,13 @@ def wait_for(condition, seconds: float = 60.0):
 
 
 DAY = """
-import sys
-sys.path.insert(0, "tests")
+import json, sys
 from pathlib import Path
-import test_gpu_day as kit
 from experiments.gpu_day import driver
 from lcm_jax.ending import exit_code
-rows = [kit.row("first"), kit.row("second", "print(os.getpid(), flush=True); time.sleep(60)")]
-day = kit.made(Path(sys.argv[1]))
+folder, environment = Path(sys.argv[1]), json.loads(sys.argv[2])
+rows = [driver.Row(*one, lambda folder, log: {"result": log.strip()}) for one in json.loads(sys.argv[3])]
+day = driver.Day(folder, {}, "a", environment)
 sys.exit(exit_code(lambda: driver.run(rows, day, 60.0, lambda line: None), "rows are kept"))
 """
 
@@ -141,9 +140,10 @@ sys.exit(exit_code(lambda: driver.run(rows, day, 60.0, lambda line: None), "rows
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_day_leaves_its_rows_and_no_process(tmp_path, number):
     """A second call in the folder is refused while the first one lives."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", DAY, str(tmp_path)]
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+    rows = [row("first"), row("second", "print(os.getpid(), flush=True); time.sleep(60)")]
+    described = json.dumps(made(tmp_path).environment), json.dumps([(one.name, one.command) for one in rows])
+    command = [sys.executable, "-c", DAY, str(tmp_path), *described]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "logs" / "second.log"
     pid = int(wait_for(lambda: log.exists() and log.read_text().strip()))
     with pytest.raises(LcmError, match="another call"):
@@ -219,12 +219,18 @@ def test_what_is_read_of_a_row(tmp_path):
     assert found["result"] == model and driver.kind_of(found["error"]) == driver.UNFIT
 
 
-def test_a_day_without_a_gpu_is_refused(tmp_path):
-    """In one line, before anything is written."""
-    command = [sys.executable, "-m", "experiments.gpu_day", f"--out={tmp_path}"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"PATH": ""}, capture_output=True, text=True)
-    assert done.returncode == 2 and re.fullmatch("error: --device=gpu: nvidia-smi finds no GPU .*\n", done.stderr)
-    assert not list(tmp_path.iterdir())
+def test_a_day_without_a_gpu_is_refused(tmp_path, monkeypatch):
+    """In one line, before anything is written; also where there is one that jax does not find."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(LcmError, match="nvidia-smi finds no GPU"):
+        speed.card_name("gpu")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H200\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    command = [sys.executable, "-m", "experiments.gpu_day", f"--out={tmp_path / 'out'}"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch("error: --device=gpu: jax does not find it .*\n", done.stderr)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

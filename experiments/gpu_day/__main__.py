@@ -13,6 +13,7 @@ Exit code 0: every row is there (or does not fit the card); 1: some are missing 
 
 import argparse
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from lcm_jax import files
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import LcmError
 
-PLATFORMS = {"gpu": "cuda,cpu", "cpu": "cpu"}  # jax fails where it finds no GPU, instead of taking the CPU
+PLATFORMS = {"gpu": "cuda,cpu", "cpu": "cpu"}
 
 
 def main() -> int:
@@ -42,6 +43,7 @@ def main() -> int:
     listed = [row for row in rows.rows(folder, card, rehearsal) if args.only in row.name]
     if not listed:
         raise LcmError(f"--only={args.only}: no row has that in its name; see {folder / 'table.md'}")
+    check_jax(args.device, day)
     complete = False
     try:
         complete = driver.run(listed, day, args.budget_s, teller())
@@ -50,6 +52,17 @@ def main() -> int:
         files.write_atomic(folder / "table.md", text)
         print(f"\n{text}\n{folder}")
     return 0 if complete else 1
+
+
+def check_jax(device: str, day: driver.Day) -> None:
+    """Raises LcmError if the rows' jax would take the CPU in place of a GPU. This process leaves the card alone."""
+    asks = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    done = subprocess.run(asks, env=os.environ | day.environment, capture_output=True, text=True)
+    if done.stdout.strip() != device:
+        said = driver.last_error(done.stderr) or f"its backend is {done.stdout.strip()}"
+        raise LcmError(
+            f"--device={device}: jax does not find it ({said}); pip install 'lcm_jax[cuda]', or --device=cpu"
+        )
 
 
 def environment(device: str, cache: Path) -> dict[str, str]:
@@ -63,8 +76,7 @@ def environment(device: str, cache: Path) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
     }
-    # A rehearsal's time goes into compiling.
-    return found | ({"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    return found | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
 
 
 if __name__ == "__main__":

@@ -55,8 +55,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Day:
-    """Attributes: folder of the results; settings of all rows (a row measured with others is measured again); code: a
-    hash that rows are told with; environment: of the processes, beside this one's."""
+    """Where rows are kept, and what they share.
+
+    Attributes:
+      folder: of the results.
+      settings: as versions of packages; a row that was measured with others is measured again.
+      code: a hash of the sources; rows that were measured with others are marked.
+      environment: of the processes, besides this one's.
+    """
 
     folder: Path
     settings: Mapping[str, Any]
@@ -70,7 +76,9 @@ class Day:
         return self.folder / "logs" / f"{row.name}.log"
 
     def asked(self, row: Row) -> dict[str, Any]:
-        return {"command": list(row.command), "settings": dict(self.settings)}
+        """What a row is, wherever the folder and the interpreter are."""
+        command = [part.replace(str(self.folder), "FOLDER") for part in row.command[1:]]
+        return {"command": command, "settings": dict(self.settings)}
 
     def kept(self, row: Row) -> dict[str, Any] | None:
         """What an earlier call has of a row; None: nothing, or it was asked something else."""

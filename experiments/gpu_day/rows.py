@@ -1,6 +1,5 @@
 """The rows of the day, what is worth most first: commands, and what is read of their results."""
 
-import importlib.util
 import json
 import re
 import statistics
@@ -9,15 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments import stage
 from experiments.gpu_day.driver import Row
 from experiments.speed import report, side, workloads
 from experiments.speed.workloads import Workload
+from lcm_jax import assets
 from lcm_jax.cost import chips
 from lcm_jax.cost.chips import GIB
 
 TRAINING = ("lora-sd15-512-b8", "lcd-sd15-512-b8", "lora-sdxl-1024-b4", "lcd-sdxl-1024-b4")
 SAMPLING = ("sample-sd15-512-b1", "sample-sdxl-1024-b1", "sample-sd15-512-b4", "sample-sdxl-1024-b4")
-CONFIGS = Path("configs")
+CONFIGS, TESTS = Path("configs"), Path("tests")
 REHEARSED_STEPS = 20  # of the demo's training
 
 Read = Callable[[Path, str], dict[str, Any]]
@@ -26,7 +27,8 @@ Read = Callable[[Path, str], dict[str, Any]]
 def rows(folder: Path, card: str, rehearsal: bool) -> list[Row]:
     """The rows of a day on a card, in the order of their value.
 
-    rehearsal: on this machine's CPU, by the same programs, on narrow models and small images.
+    rehearsal: on this machine's CPU, by the same programs, on narrow models and small images; of the rows that differ
+      in sizes alone, and of the configs of one model, there is one.
     """
     listed = workloads.gpu()
     product = [work for work in listed if work.kind == "matmul"]
@@ -35,11 +37,12 @@ def rows(folder: Path, card: str, rehearsal: bool) -> list[Row]:
         for names in (TRAINING, SAMPLING)
     )
     configs = sorted(CONFIGS.glob("*.py"), key=lambda path: (side.of_config(path, False).size, path))
-    steps = [side.of_config(path, rehearsal) for path in configs]
     if rehearsal:
+        configs = list({_models(path): path for path in configs}.values())  # one of each model
         product, training, sampling = (
             list(dict.fromkeys(work.narrowed() for work in found)) for found in (product, training, sampling)
         )
+    steps = [side.of_config(path, rehearsal) for path in configs]
     flags = (f"--device={'cpu' if rehearsal else 'gpu'}", f"--results={folder}", f"--profiles={folder / 'profiles'}")
     flags += ("--narrow",) * rehearsal
 
@@ -50,10 +53,11 @@ def rows(folder: Path, card: str, rehearsal: bool) -> list[Row]:
         chosen = f"--config={CONFIGS / work.model}.py" if work.kind == "step" else f"--only={work.name}"
         return _row(work.name, "experiments.speed.run", *flags, "--profile", chosen, read=_alone(work, card))
 
-    without_torch = ("--without-torch",) * (importlib.util.find_spec("torch") is None)
+    # Other files may need packages that this machine lacks.
+    tests = [str(path) for path in sorted(TESTS.glob("test_*.py")) if re.search(r"mark\.gpu\b", path.read_text())]
     demo = (f"--workdir={folder / 'demo'}", *[f"--steps={REHEARSED_STEPS}"] * rehearsal)
     return [
-        _row("tests", "pytest", "-m", "gpu", "-rfE", *without_torch, read=_tests),
+        _row("tests", "pytest", "-m", "gpu", "-rfE", "--continue-on-collection-errors", *tests, read=_tests),
         _row("demo", "experiments.shapes_lcm.demo", *demo, read=_demo),
         *map(beside, product),
         *map(alone, training),
@@ -63,15 +67,23 @@ def rows(folder: Path, card: str, rehearsal: bool) -> list[Row]:
     ]
 
 
+def _models(config: Path) -> tuple[Any, ...]:
+    """Teacher and student, by their architectures."""
+    model = stage.read_config(config).model
+    return tuple(assets.architecture(str(name)) or name for name in (model.teacher, model.student))
+
+
 def _row(name: str, module: str, *flags: str, read: Read) -> Row:
     return Row(name, (sys.executable, "-m", module, *flags), read)
 
 
 def _tests(folder: Path, log: str) -> dict[str, Any]:
-    """pytest's last line, and the tests that failed."""
+    """pytest's last line, the tests that failed, and the files that it could not import."""
     (summary,) = re.findall(r"^=+ (.* in [\d.]+s.*?) =+$", log, re.MULTILINE)[-1:]
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", log, re.MULTILINE)
-    return {"result": summary, "tests": failed} | ({"error": f"failed: {', '.join(failed)}"} if failed else {})
+    missing = re.findall(r"^E +(ModuleNotFoundError: .*)$", log, re.MULTILINE)
+    error = {"error": f"failed: {', '.join([*failed, *dict.fromkeys(missing)])}"} if failed else {}
+    return {"result": summary, "tests": failed} | error
 
 
 def _demo(folder: Path, log: str) -> dict[str, Any]:

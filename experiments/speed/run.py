@@ -129,6 +129,7 @@ def profile(workload: Workload, args: argparse.Namespace, deadline: float, say: 
         files.write_atomic(folder / "summary.json", results.to_json(found, 2))
 
     say(workload.name)
+    keep({})  # what an earlier command has found is no longer there, whatever becomes of this one
     workload = dataclasses.replace(workload, alone=True)
     try:
         with Worker("jax", workload, args.device, deadline, log_file(args)) as jax:

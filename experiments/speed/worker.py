@@ -56,6 +56,8 @@ class Worker:
         }
         if device == "cpu":
             environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        if workload.narrow:  # the time of a rehearsal goes into compiling
+            environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=serve, args=(other, side, environment, log), daemon=True)
