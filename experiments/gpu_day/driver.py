@@ -11,12 +11,12 @@ over, or a signal ends the day, all its processes end.
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import json
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -169,13 +169,12 @@ def attempt(row: Row, day: Day, seconds: float) -> dict[str, Any]:
 def processed(row: Row, day: Day, seconds: float, log: Any) -> int | None:
     """The exit code of a row's process, whose group has ended when this returns or raises; None: the time was over."""
     process = subprocess.Popen(
-        row.command,
+        [sys.executable, processes.__file__, str(os.getpid()), *row.command],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         env=os.environ | day.environment,
         start_new_session=True,
-        preexec_fn=functools.partial(processes.end_with, os.getpid()),
     )
     try:
         return process.wait(seconds)
