@@ -13,12 +13,13 @@ CUDNN  := .cache/cudnn
 FUZZ   := $(VENV)/.fuzz
 DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
 
-.PHONY: help demo demo-full notebooks test test-core test-parity test-mutants test-slow test-slow-part test-gpu \
-  test-aot test-clients test-cudnn fuzz lint install install-test clean
+.PHONY: help demo demo-full gpu-day notebooks test test-core test-parity test-mutants test-slow test-slow-part \
+  test-gpu test-aot test-clients test-cudnn fuzz lint install install-test clean
 
 help:
 	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about five minutes"
 	@echo "make demo-full  the same, with the teacher's rows of the table computed anew"
+	@echo "make gpu-day    all that needs a GPU, in BUDGET_S=1500 seconds; goes on when called again; DEVICE=cpu rehearses"
 	@echo "make notebooks  execute notebooks/ from clean kernels, outputs in place"
 	@echo "make test       the default suite        make test-slow  all that takes minutes; test-slow-part: a 14th"
 	@echo "make test-core  the tests that need no torch, for a Python that has none (PYTHON=python3.13 VENV=.venv313)"
@@ -61,6 +62,13 @@ demo: $(CORE)
 demo-full: $(CORE)
 	$(DEMO) --full
 
+# The accelerator's own jax comes from the extras "cuda" or "tpu".
+BUDGET_S ?= 1500
+OUT      ?= runs/gpu_day
+DEVICE   ?= gpu
+gpu-day: $(TESTS)
+	$(PY) -m experiments.gpu_day --device=$(DEVICE) --budget_s=$(BUDGET_S) --out=$(OUT)
+
 # Each has a kernel of its own and trains what it needs.
 notebooks: $(TESTS)
 	$(PY) -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
@@ -97,7 +105,6 @@ TARGET  ?=
 fuzz: $(FUZZ)
 	$(PY) tests/fuzz.py --seconds=$(SECONDS) $(TARGET)
 
-# The accelerator's own jax comes from the extras "cuda" or "tpu".
 test-gpu: $(TESTS)
 	LCM_JAX_TEST_PLATFORMS= $(PY) -m pytest -m gpu
 

@@ -95,10 +95,16 @@ def measured(workload, torch_ways, found=None, ours=0.25, code="a" * 64):
     found = {} if found is None else found
     found |= {"workload": dataclasses.asdict(workload), "versions": {"jax": "1"}, "code": code}
     script = {"jax": {"lcm_jax": ours}, "torch": torch_ways}
+
+    def start(name):
+        if script[name] is None:
+            raise worker.Failed("No module named 'torch'")
+        return Scripted(name, script[name], log)
+
     measure.measure(
         found,
         workload,
-        lambda name: Scripted(name, script[name], log),
+        start,
         lambda: kept.append(json.dumps(found)),
         lambda line: None,
     )
@@ -143,6 +149,16 @@ def test_a_cut_measurement_is_resumed():
     assert "error" not in again["jax"] and again["torch"].keys() == {"eager"} and not measure.complete(again)
     failed, _, _ = measured(SMALL["lcd"], {"eager": 0.5}, ours=None)
     assert failed["jax"]["error"] == "out of memory" and measure.complete(failed)
+
+
+def test_our_side_is_measured_without_torch():
+    """Where it is not installed; with it, both are measured again, as versions then differ."""
+    for workload in (SMALL["lcd"], dataclasses.replace(SMALL["lcd"], alone=True)):
+        found, log, _ = measured(workload, None)
+        assert found["error"] == "torch: No module named 'torch'" and found["jax"]["seconds"] == [0.25] * measure.TURNS
+        assert measure.complete(found) and len(log) == 3 + measure.TURNS
+        found = measure.current(found, {"jax": "1", "torch": "2"})
+        assert "jax" not in found and "error" not in found
 
 
 def test_other_versions_are_measured_again():
@@ -227,6 +243,8 @@ def test_commands(capsys, tmp_path):
     assert [w.name for w in only] == ["lcd-sd15-768-b16-bfloat16"]
     with pytest.raises(LcmError, match="no such workload"):
         run.main(["--device=cpu", "--only=nothing"])
+    narrow = workloads.chosen("cpu", ["sample-sd15"], narrow=True)
+    assert [w.name for w in narrow] == ["sample-sd15-64-b1-bfloat16-narrow"]  # all sizes are one
     with pytest.raises(SystemExit):
         run.parse(["--device=cpu", "--again", "--budget_s=100"])
     assert "--again starts over" in capsys.readouterr().err
@@ -257,8 +275,8 @@ def test_profile(tmp_path):
     """Our step of the embedded model, in its process."""
     with worker.Worker("jax", SMALL["lcd"], "cpu", time.monotonic() + 900, tmp_path / "log") as one:
         assert one.ready["flops"] > 0 and one.time("lcm_jax", 1)["peak_bytes"] > 0
-        found = one.ask({"do": "profile", "folder": str(tmp_path)})
-    assert found["kernels"] and found["cost"]["model_flops"] == one.ready["flops"]
+        facts, found = (one.ask({"do": what, "folder": str(tmp_path)}) for what in ("facts", "profile"))
+    assert found["kernels"] and facts["cost"]["model_flops"] == one.ready["flops"]
     assert (tmp_path / "cost.txt").read_text()
 
 

@@ -1,7 +1,7 @@
 """`make demo`: distil the embedded teacher, export it, sample it in 1 to 8 steps, and compare it with the teacher.
 
     python -m experiments.shapes_lcm.demo [--workdir=runs/shapes_lcm] [--config=configs/shapes_lcm.py]
-                                          [--count=256] [--full]
+                                          [--steps=500] [--count=256] [--full]
 
 Writes table.md, table.json and grid.png to the workdir, beside the run and its export/. The rows of the teacher, of
 renders and of their reconstructions come from experiments/shapes_teacher/teacher_rows.json; --full measures them anew.
@@ -30,13 +30,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/shapes_lcm"))
     parser.add_argument("--config", type=Path, default=Path("configs/shapes_lcm.py"))
+    parser.add_argument("--steps", type=int, help="of training, instead of the config's")
     parser.add_argument("--count", type=int, default=256, help="images per row")
     parser.add_argument("--full", action="store_true", help="measure the teacher instead of reading its rows")
     args = parser.parse_args()
     say = teller()
     embedded.check_count(args.count)
     rows = [] if args.full else embedded.recorded_rows(args.count)  # fails before the training
-    if not stage.trained_and_exported(stage.read_config(args.config), args.workdir, say):
+    config = stage.read_config(args.config)
+    config = stage.with_steps(config, args.steps) if args.steps else config
+    if not stage.trained_and_exported(config, args.workdir, say):
         return 1
 
     folder = args.workdir / "export"

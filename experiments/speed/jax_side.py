@@ -137,14 +137,15 @@ def _training(workload: Workload) -> Prepared:
 def _prepared(
     function: Callable[[], Any], count: float, facts: Callable[[str], dict[str, Any]] = lambda folder: {}
 ) -> Prepared:
-    """`function` as the one way of this side; facts: what its profile has besides the kernels."""
+    """`function` as the one way of this side."""
     return Prepared(
         ways={WAY: function},
         wait=jax.block_until_ready,
         finite=lambda result: bool(np.isfinite(np.asarray(result, np.float32)).all()),
         peak_bytes=_peak_bytes,
         flops=count,
-        profile=lambda folder: facts(folder) | trace.kernels(folder, function, REPEATS),
+        facts=facts,
+        profile=lambda folder: trace.kernels(folder, function, REPEATS),
     )
 
 
@@ -156,7 +157,7 @@ def _peak_bytes() -> int:
 def _pipeline(workload: Workload) -> tuple[Pipeline, dict[str, Any]]:
     """An LCM with a w embedding; weights in the compute dtype."""
     dtype = jnp.dtype(workload.dtype)
-    pipeline, params = load_pipeline(side.source_folder(workload.model), dtype=dtype, param_dtype=dtype, weights=False)
+    pipeline, params = load_pipeline(side.source_folder(workload), dtype=dtype, param_dtype=dtype, weights=False)
     unet, unet_params = student_of(pipeline.unet, params["unet"], side.W_EMBEDDING)
     pipeline = dataclasses.replace(pipeline, unet=unet, record={"solver_steps": 50})
     return with_tokenizers(pipeline), random_weights({**params, "unet": unet_params})

@@ -54,12 +54,11 @@ def measure(
     stamp = {"versions": found["versions"], "code": found["code"]}
     found.setdefault("torch", {})
     with contextlib.ExitStack() as stack:
-        if "seconds" not in found.get("jax", {}):  # else: measured alone by an earlier command
+        if not (workload.alone and "seconds" in found.get("jax", {})):  # else: measured by an earlier command
             try:
                 jax = stack.enter_context(start("jax"))
-                ours = _warm_up(jax, JAX, say) | {"prepare_s": jax.ready["prepare_s"]} | stamp
-                if workload.alone:
-                    ours["seconds"] = [_turn(jax, JAX, ours) for _ in range(TURNS)]
+                ours = (alone(jax, say) if workload.alone else _warm_up(jax, JAX, say)) | stamp
+                ours["prepare_s"] = jax.ready["prepare_s"]
             except Failed as error:
                 if not any("ratio" in one for one in found["torch"].values()):  # it does not replace measurements
                     found["jax"] = {"error": str(error)} | stamp
@@ -71,8 +70,11 @@ def measure(
             stack.close()
         try:
             torch = stack.enter_context(start("torch"))
-        except Failed as error:
+        except Failed as error:  # as where it is not installed; then our side has its numbers nevertheless
             found["error"] = f"torch: {error}"
+            if not workload.alone:
+                with contextlib.suppress(Failed):
+                    found["jax"]["seconds"] = [_turn(jax, JAX, found["jax"]) for _ in range(TURNS)]
             return keep()
         found["ways"] = torch.ready["ways"]
         for way in found["ways"]:
@@ -90,6 +92,12 @@ def measure(
                 theirs = {"error": str(error)}
             found["torch"][way] = theirs | stamp
             keep()
+
+
+def alone(jax: Worker, say: Say) -> dict[str, Any]:
+    """What our side needs without another beside it: as `_warm_up`, and "seconds" of a run in each turn."""
+    ours = _warm_up(jax, JAX, say)
+    return ours | {"seconds": [_turn(jax, JAX, ours) for _ in range(TURNS)]}
 
 
 def _interleaved(jax: Worker, ours: dict[str, Any], torch: Worker, way: str, theirs: dict[str, Any]) -> dict[str, Any]:

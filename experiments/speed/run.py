@@ -1,12 +1,13 @@
 """`lcm_jax` and torch on the same work, each in its own process, interleaved: sampling, LCD and LCM-LoRA steps.
 
     python -m experiments.speed.run --device=cpu|gpu [--only=lcd-sd15] [--budget_s=540] [--profile] [--list]
+    python -m experiments.speed.run --device=gpu --profile --config=configs/sdxl_lcm.py
     python -m experiments.speed.run --report
 
 Results go to results/<card>.json as soon as they are measured and are kept (unless --again is given, or the versions of
-the packages change), so the same command resumes a run that was cut. `--profile` traces our side of each workload
-chosen by --only, into --profiles, instead of timing it. `--report` makes table.md, the charts and README.md's section
-of all cards. Needs lcm_jax[torch].
+the packages change), so the same command resumes a run that was cut. `--profile` times and traces our side alone, of
+each workload chosen by --only or of the step of a config, into --profiles. `--narrow` rehearses the GPU's workloads.
+`--report` makes table.md, the charts and README.md's section of all cards. The other side needs lcm_jax[torch].
 """
 
 import argparse
@@ -19,7 +20,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import lcm_jax
 from experiments import results
@@ -45,7 +48,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON files")
     parser.add_argument("--remat", choices=("none", "attention", "block"), help="of all training steps")
     parser.add_argument("--again", action="store_true", help="measure again what is in the results")
-    parser.add_argument("--profile", action="store_true", help="report where the time of our side goes")
+    parser.add_argument("--profile", action="store_true", help="time our side alone, and report where the time goes")
+    parser.add_argument("--config", type=Path, help="of configs/: with --profile, its training step")
+    parser.add_argument("--narrow", action="store_true", help="the GPU's workloads, at a CPU's size")
     parser.add_argument("--profiles", type=Path, default=Path("runs/speed"), help="folder of traces and the log")
     parser.add_argument("--list", action="store_true", help="print the workloads' names and exit")
     parser.add_argument("--report", action="store_true", help="make table and charts of the results and exit")
@@ -62,7 +67,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.report:
         print(report.write(args.results, HERE))
         return 0
-    chosen = workloads.chosen(args.device, args.only, args.remat)
+    if args.config:
+        from experiments.speed import side  # imports jax, which a worker must not do before it has its environment
+
+        chosen = [side.of_config(args.config, args.narrow)]
+    else:
+        chosen = workloads.chosen(args.device, args.only, args.remat, args.narrow)
     if not chosen:
         raise LcmError(f"--only={' '.join(args.only)}: no such workload; --list names them")
     if args.list:
@@ -85,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(chosen: list[Workload], args: argparse.Namespace, deadline: float, say: measure.Say) -> None:
     """Measures what is missing of the workloads, in their order."""
     name = card_name(args.device)
-    path = args.results / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    path = args.results / f"{file_name(name)}.json"
     card = json.loads(path.read_text()) if path.exists() else {"card": name, "device": args.device, "workloads": {}}
     now = versions()
     for workload in chosen:
@@ -109,17 +119,30 @@ def run(chosen: list[Workload], args: argparse.Namespace, deadline: float, say: 
 
 
 def profile(workload: Workload, args: argparse.Namespace, deadline: float, say: measure.Say) -> None:
-    """Writes PROFILES/<workload>/: summary.json, cost.txt of a training step, and the trace."""
+    """Writes PROFILES/<workload>/: summary.json as far as it is known, cost.txt of a training step, and the trace."""
     folder = args.profiles / workload.name
     folder.mkdir(exist_ok=True)
-    alone = dataclasses.replace(workload, alone=True)
+    found = {"workload": dataclasses.asdict(workload), "versions": versions(), "code": code()}
+
+    def keep(more: Mapping[str, Any]) -> None:
+        found.update(more)
+        files.write_atomic(folder / "summary.json", results.to_json(found, 2))
+
+    say(workload.name)
+    keep({})  # what an earlier command has found is no longer there, whatever becomes of this one
+    workload = dataclasses.replace(workload, alone=True)
     try:
-        with Worker("jax", alone, args.device, deadline, log_file(args)) as jax:
-            found = jax.ask({"do": "profile", "folder": str(folder)})
+        with Worker("jax", workload, args.device, deadline, log_file(args)) as jax:
+            keep(jax.ready)
+            try:
+                keep(measure.alone(jax, say))
+            finally:  # what does not fit was compiled, and says what it needs
+                keep(jax.ask({"do": "facts", "folder": str(folder)}))
+            keep(jax.ask({"do": "profile", "folder": str(folder)}))
     except Failed as error:
+        keep({"error": str(error)})
         raise LcmError(f"{workload.name} cannot be profiled: {error}") from None
-    (folder / "summary.json").write_text(results.to_json(found, 2))
-    say(f"{workload.name}: {folder}")
+    say(f"  {folder}")
     for name, seconds in found.get("stage_seconds", {}).items():
         print(f"  {1e3 * seconds:10.2f} ms  {name}")
     for kernel in found["kernels"][:20]:
@@ -130,6 +153,11 @@ def profile(workload: Workload, args: argparse.Namespace, deadline: float, say: 
 def log_file(args: argparse.Namespace) -> Path:
     """For the workers' standard error."""
     return args.profiles / "workers.log"
+
+
+def file_name(card: str) -> str:
+    """Of the card's results, without an ending."""
+    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
 
 
 def card_name(device: str) -> str:
@@ -147,11 +175,9 @@ def card_name(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that are compared. Raises LcmError if one is missing."""
-    try:
-        return {name: importlib.metadata.version(name) for name in PACKAGES}
-    except importlib.metadata.PackageNotFoundError as error:
-        raise LcmError(f"{error.name} is not installed; pip install 'lcm_jax[torch]'") from None
+    """Of the packages that are compared, as far as they are installed."""
+    installed = {package.name for package in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
 
 
 def code() -> str:

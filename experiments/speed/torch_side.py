@@ -163,7 +163,7 @@ def _pipeline(workload: Workload) -> StableDiffusionPipeline | StableDiffusionXL
         "unet": _unet_with_w(workload),
         "text_encoder": _text_encoder(CLIPTextModel, workload, "text_encoder"),
     }
-    if (Path(side.source_folder(workload.model)) / "text_encoder_2").is_dir():
+    if (Path(side.source_folder(workload)) / "text_encoder_2").is_dir():
         parts["text_encoder_2"] = _text_encoder(CLIPTextModelWithProjection, workload, "text_encoder_2")
     parts = {name: _for_inference(part, workload) for name, part in parts.items()}
     parts |= {"tokenizer": tokenizer, "scheduler": LCMScheduler.from_config(_config(workload, "scheduler"))}
@@ -178,7 +178,7 @@ def _pipeline(workload: Workload) -> StableDiffusionPipeline | StableDiffusionXL
 
 def _config(workload: Workload, part: str) -> dict[str, Any]:
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    return foreign.read_json(Path(side.source_folder(workload.model)) / part / name)
+    return foreign.read_json(Path(side.source_folder(workload)) / part / name)
 
 
 def _text_encoder(kind: type, workload: Workload, part: str) -> torch.nn.Module:

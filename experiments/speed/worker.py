@@ -2,7 +2,8 @@
 
     {"do": "prepare", "workload"}       -> {"ways", "flops", "prepare_s"}
     {"do": "time", "way", "runs"}       -> {"seconds" of all runs, "peak_bytes"}
-    {"do": "profile", "folder"}         -> facts about where the time goes
+    {"do": "facts", "folder"}           -> facts about the work
+    {"do": "profile", "folder"}         -> where the time goes
 
 A request that fails is answered by {"error"}.
 """
@@ -18,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
 
+from experiments import processes
 from experiments.speed.workloads import Workload
 from lcm_jax.errors import LcmError
 
@@ -54,6 +56,8 @@ class Worker:
         }
         if device == "cpu":
             environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        if workload.narrow:  # the time of a rehearsal goes into compiling
+            environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=serve, args=(other, side, environment, log), daemon=True)
@@ -100,6 +104,7 @@ def serve(pipe: Connection, side: str, environment: Mapping[str, str], log: Path
 
     This module imports neither jax nor torch, which read the environment when they are imported.
     """
+    processes.end_with(multiprocessing.parent_process().pid)
     os.environ.update(environment)
     with log.open("a") as stream:
         for output in (1, 2):
@@ -117,8 +122,8 @@ def serve(pipe: Connection, side: str, environment: Mapping[str, str], log: Path
                 made = module.prepare(request["workload"])
                 seconds = time.perf_counter() - begun
                 answer = {"ways": list(made.ways), "flops": made.flops, "prepare_s": seconds}
-            elif request["do"] == "profile":
-                answer = made.profile(request["folder"])
+            elif request["do"] in ("facts", "profile"):
+                answer = getattr(made, request["do"])(request["folder"])
             else:
                 answer = timed(made, request["way"], request["runs"])
         except Exception as error:  # out of memory, a compiler that gives up: other ways may still work

@@ -5,13 +5,14 @@ unet     one pass of the UNet
 sample   prompts -> images on the host: tokenizer, text encoders, 4 LCM steps conditioned on w, VAE
 lcd      one training step of Latent Consistency Distillation, encoded latents and text given
 lora     the same for an LCM-LoRA
+step     one training step of a file of configs/ as it stands, on models with random weights; `lcm_jax` alone
 """
 
 import dataclasses
 from collections.abc import Sequence
 
-KINDS = ("matmul", "unet", "sample", "lcd", "lora")
-TRAINING = ("lcd", "lora")
+KINDS = ("matmul", "unet", "sample", "lcd", "lora", "step")
+TRAINING = ("lcd", "lora", "step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +21,14 @@ class Workload:
 
     Attributes:
       kind: one of KINDS.
-      model: a key of MODELS.
+      model: a key of MODELS; of a "step" the config's name.
       size: side of the images in pixels; for "matmul" the side of the matrices.
       batch: images.
       dtype: of the networks' computation.
       remat: of training, a choice of `lcm_jax.models.layers`: activations are recomputed for gradients; in torch by
         gradient checkpointing, unless it is "none".
       alone: the sides do not fit on a card together, so one ends before the other begins.
+      narrow: rehearsed on a CPU, see `narrowed`.
     """
 
     kind: str
@@ -36,12 +38,19 @@ class Workload:
     dtype: str
     remat: str = "none"
     alone: bool = False
+    narrow: bool = False
 
     @property
     def name(self) -> str:
         """Of the line, as in --only."""
         remat = f"-remat-{self.remat}" if self.remat != "none" else ""
-        return f"{self.kind}-{self.model}-{self.size}-b{self.batch}-{self.dtype}{remat}"
+        narrow = "-narrow" if self.narrow else ""
+        return f"{self.kind}-{self.model}-{self.size}-b{self.batch}-{self.dtype}{remat}{narrow}"
+
+    def narrowed(self) -> "Workload":
+        """The same work at a size for CPUs: one image of 64 pixels, models of `side.narrow_copy`."""
+        size = 256 if self.kind == "matmul" else 64
+        return dataclasses.replace(self, size=size, batch=1, narrow=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +114,12 @@ def gpu() -> list[Workload]:
 LISTS = {"cpu": cpu, "gpu": gpu}
 
 
-def chosen(device: str, only: Sequence[str], remat: str | None = None) -> list[Workload]:
+def chosen(device: str, only: Sequence[str], remat: str | None = None, narrow: bool = False) -> list[Workload]:
     """The device's workloads whose names contain one of `only` (all, if it is empty).
 
     remat: of every training step, instead of the list's.
+    narrow: those of a GPU, narrowed.
     """
-    found = [w for w in LISTS[device]() if not only or any(part in w.name for part in only)]
+    listed = dict.fromkeys(w.narrowed() for w in gpu()) if narrow else LISTS[device]()
+    found = [w for w in listed if not only or any(part in w.name for part in only)]
     return [dataclasses.replace(w, remat=remat) if remat and w.kind in TRAINING else w for w in found]
