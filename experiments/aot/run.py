@@ -55,9 +55,23 @@ GPUS: dict[str, tuple[str, str, dict[str, Any], bool]] = {
 }
 SAMPLED = {"sd15": "sd15_lcm", "sdxl": "sdxl_lcm"}  # model -> config, for one RTX 4090
 BATCHES = (1, 4, 8)
-# Each config as it stands -> the smallest card that it fits. test_experiments_aot.py holds the configs to it.
+# Each config as it stands, on the smallest card that it fits; tests/test_configs.py holds their docstrings to it.
 CARDS = {
+    "shapes_lcm": "rtx3060:1",
+    "shapes_lcm_lora": "rtx3060:1",
     "sd15_lcm_lora": "rtx4090:1",
+    "collage_lcm_lora": "rtx3060:1",
+    "sd15_lcm": "a100-40:1",
+    "dreamshaper_v7_lcm": "a100-80:1",
+    "pokemon_lcf": "a100-80:1",
+    "sd21_base_lcm": "h200:1",
+    "sd21_lcm": "a100-80:1",
+    "ssd1b_lcm_lora": "a100-80:1",
+    "ssd1b_lcm": "h200:1",
+    "lcm_xl_lora_pokemon_blip": "rtx5090:1",
+    "lcm_xl_pokemon_blip": "h200:1",
+    "sdxl_lcm_lora": "h200:1",
+    "sdxl_lcm": "b200:1",
 }
 
 TITLES = {
