@@ -67,7 +67,7 @@ def lowered(traced: jax.stages.Traced, mesh: Mesh = A100) -> str:
 
 
 def traced(config: ConfigDict, mesh: Mesh) -> dict[str, jax.stages.Traced]:
-    """All that a run of a resolved config compiles, and sampling 4 pictures in 4 steps, traced from shapes alone."""
+    """All that a run of a resolved config compiles, and sampling 4 images in 4 steps, traced from shapes alone."""
     models = run_models.shapes(config)
     step = run_step.make(config, models, mesh)
     generator = Generator(models.student, models.student_params, mesh)
