@@ -728,8 +728,8 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
     """pytest's exit code, and what it said, for tests of the copy in `folder`."""
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-    command = [sys.executable, "-m", "pytest", "-m", "not gpu", "-q", "--tb=short", "--durations=0"]
-    command += ["-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "not (gpu or aot or gpu_aot or tpu_aot)", "-q"]
+    command += ["--tb=short", "--durations=0", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, *(f"tests/{test}" for test in tests)],
         cwd=folder,
