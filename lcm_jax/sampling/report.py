@@ -87,7 +87,7 @@ def text(found: dict[str, Any]) -> str:
         )
     share = memory["needed"] / memory["available"]
     lines += [
-        f"{'peak HBM':<18} {memory['needed'] / GIB:.2f} GiB of {memory['available'] / GIB:.2f} ({share:.0%})",
+        f"{'peak memory':<18} {memory['needed'] / GIB:.2f} GiB of {memory['available'] / GIB:.2f} ({share:.0%})",
         f"{'a batch':<18} roofline {1e3 * seconds['roofline']:.1f} ms, serial {1e3 * seconds['serial']:.1f} ms",
     ]
     return "\n".join(lines) + "\n"
