@@ -236,8 +236,9 @@ def text(found: dict[str, Any]) -> str:
             f"{traffic['loops']:.2e})",
         ),
     ]
-    for row in found["kinds"]:
-        rows.append((f"{row['count']} kernels", f"{row['kind']}: {row['flops']:.2e} FLOPs, {row['bytes']:.2e} bytes"))
+    for row in found["kinds"]:  # FLOPs of attention are in "kernels"
+        products = f"{row['flops']:.2e} FLOPs, " if row["flops"] else ""
+        rows.append((f"{row['count']} kernels", f"{row['kind']}: {products}{row['bytes']:.2e} bytes"))
     for kind, by_axis in found["collectives"].items():
         for axis, entry in by_axis.items():
             rows.append((kind, f"{_gib(entry['bytes'])} over {axis}, {entry['count']} times"))
