@@ -19,11 +19,11 @@ DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
 help:
 	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about five minutes"
 	@echo "make demo-full  the same, with the teacher's rows of the table computed anew"
-	@echo "make gpu-day    all that needs a GPU, in BUDGET_S=1500 seconds; goes on when called again; DEVICE=cpu rehearses"
+	@echo "make gpu-day    all that needs a GPU, in BUDGET_S=1500 seconds; resumes when called again; DEVICE=cpu rehearses"
 	@echo "make notebooks  execute notebooks/ from clean kernels, outputs in place"
 	@echo "make test       the default suite        make test-slow  all that takes minutes; test-slow-part: a 14th"
 	@echo "make test-core  the tests that need no torch, for a Python that has none (PYTHON=python3.13 VENV=.venv313)"
-	@echo "make test-gpu   tests on an accelerator  make test-aot   for GPUs and TPUs, without one: minutes"
+	@echo "make test-gpu   tests on an accelerator  make test-aot   compiling for GPUs and TPUs, without one"
 	@echo "make test-clients  programs that nobody here wrote, on our files: stable-diffusion.cpp, LyCORIS; minutes, 13 GB"
 	@echo "make test-cudnn  cuDNN's own answers for GPUs that are not here; 5 minutes, 2.2 GB, needs gcc"
 	@echo "make test-parity   tests against torch and closed forms, and which come nearest to their bounds"

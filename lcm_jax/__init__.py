@@ -23,7 +23,7 @@ if sys.argv[:1] == ["-m"] and "lcm_jax." in sys.orig_argv[-len(sys.argv)]:
     from lcm_jax.ending import signals
 
     signals.begin()
-    # jax takes three quarters of a GPU's memory unless it is told before it starts, by one of these two, not by both.
+    # By default jax takes three quarters of a GPU's memory. It reads either variable as it starts, and refuses both.
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(POOL)
 

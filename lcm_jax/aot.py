@@ -34,6 +34,7 @@ from lcm_jax import files
 from lcm_jax.cost import chips, roofline
 from lcm_jax.cost.chips import GIB
 from lcm_jax.ending import exit_code
+from lcm_jax.errors import BadArgument
 from lcm_jax.pretrained import names
 from lcm_jax.run import models as run_models
 from lcm_jax.run.config import flag_help, parse_flags, resolve, to_json, validate
@@ -157,10 +158,15 @@ def run() -> int:
     """What the command line asks for."""
     values = flags.FLAGS
     config = ConfigDict(values.config.to_dict())
-    if values.slices is not None:
-        config.mesh.slices = values.slices
-    config = prepared(config)
     chip, _ = chips.of_topology(values.topology)
+    if values.slices is not None:
+        if isinstance(chip, chips.Gpu):
+            raise BadArgument("slices", values.slices, "is of TPUs; several nodes of GPUs are --topology=h100:2x8")
+        config.mesh.slices = values.slices
+    for name, of_training in (("batch_size", "set --config.data.batch_size"), ("steps", "remove it")):
+        if values[name].present and not values.sampling:
+            raise BadArgument(name, values[name].value, f"is for --sampling; for training {of_training}")
+    config = prepared(config)
     devices = topology.devices(values.topology, config.mesh.slices)
     text, error = sampling.text if values.sampling else roofline.text, None
     try:

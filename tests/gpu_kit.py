@@ -11,10 +11,11 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
+from lcm_jax.cost import chips
 from lcm_jax.data import encoding
 from lcm_jax.run import models as run_models
 from lcm_jax.run import step as run_step
-from lcm_jax.runtime import jax_private
+from lcm_jax.runtime import topology
 from lcm_jax.runtime.mesh import AXES, batch_sharding
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.request import make_request
@@ -53,11 +54,12 @@ A100, H100, B200 = (devices("gpu", capability=capability) for capability in ("8.
 
 
 def tracing_for(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
-    """The block in which programs for the devices of a mesh must be traced; with cuDNN 9.28 on GPUs."""
+    """The block in which programs for the devices of a mesh must be traced."""
     device = mesh.devices.flat[0]
     if device.platform != "gpu":
         return contextlib.nullcontext()
-    return jax_private.absent_gpu(tuple(map(int, device.compute_capability.split("."))), 92800)
+    capability = tuple(map(int, device.compute_capability.split(".")))
+    return topology.tracing_for(next(gpu for gpu in chips.GPUS.values() if gpu.capability == capability))
 
 
 def lowered(traced: jax.stages.Traced, mesh: Mesh = A100) -> str:
@@ -67,7 +69,7 @@ def lowered(traced: jax.stages.Traced, mesh: Mesh = A100) -> str:
 
 
 def traced(config: ConfigDict, mesh: Mesh) -> dict[str, jax.stages.Traced]:
-    """All that a run of a resolved config compiles, and sampling 4 pictures in 4 steps, traced from shapes alone."""
+    """All that a run of a resolved config compiles, and sampling 4 images in 4 steps, traced from shapes alone."""
     models = run_models.shapes(config)
     step = run_step.make(config, models, mesh)
     generator = Generator(models.student, models.student_params, mesh)

@@ -458,8 +458,8 @@ NUMBERS = [
     Mutant(
         "LoRA: differences at full weight",
         "models/lora.py",
-        "add(path, scale * change)",
-        "add(path, change)",
+        "functools.partial(operator.mul, scale, change)",
+        "functools.partial(operator.mul, 1.0, change)",
         LORA_DELTAS,
     ),
     Mutant(
@@ -631,6 +631,87 @@ CONTRACTS = [
         ("test_runtime_kernels.py::test_gradient_of_auto_lowers_for_cuda",),
         False,
     ),
+    # What GPUs are promised, without one.
+    Mutant(
+        "Blackwell gets heads above 128",
+        "runtime/kernels.py",
+        "if 9 <= capability < 10 else",
+        "if capability >= 9 else",
+        ("test_runtime_kernels.py::test_choice", "test_runtime_kernels.py::test_cudnn_names_the_layer_it_cannot_run"),
+        False,
+    ),
+    Mutant(
+        "auto is float32 on GPUs",
+        "runtime/kernels.py",
+        '== "cpu" else "bfloat16"',
+        '!= "tpu" else "bfloat16"',
+        ("test_runtime_kernels.py::test_auto_is_bfloat16_but_on_a_cpu",),
+        False,
+    ),
+    Mutant(
+        "several GPUs without overlap",
+        "runtime/kernels.py",
+        "if devices > 1 else {}",
+        "if devices > 2 else {}",
+        ("test_runtime_compiler.py::test_each_platform_has_its_own",),
+        False,
+    ),
+    Mutant(
+        "XLA takes a whole GPU",
+        "cost/chips.py",
+        "POOL = 0.92",
+        "POOL = 1.0",
+        ("test_cost_chips.py::test_constants_have_plausible_units",),
+        False,
+    ),
+    Mutant(
+        "Hopper's workspace on Ampere",
+        "cost/roofline.py",
+        "chip.capability[0] in (9, 10)",
+        "chip.capability[0] in (8, 9, 10)",
+        ("test_cost_roofline.py::test_memory_of_a_gpu",),
+        False,
+    ),
+    Mutant(
+        "a backward convolution's filter taken for its output",
+        "cost/hlo.py",
+        '"Filter": (result, right)',
+        '"Filter": (right, result)',
+        ("test_cost_hlo.py",),
+        False,
+    ),
+    Mutant(
+        "sampling on GPUs as a loop",
+        "sampling/generator.py",
+        'UNROLLED if platform == "gpu" else 0',
+        "0",
+        ("test_diffusion_samplers.py::test_on_gpus_few_steps_are_no_loop",),
+        False,
+    ),
+    Mutant(
+        "norms held in 16 bits",
+        "models/layers.py",
+        'path[-1] == "embedding" or (*path[:-1], "scale") in flat',
+        'path[-1] == "embedding"',
+        ("test_pretrained_model.py::test_weights_held_as_they_are_used_compute_the_same_bits",),
+        False,
+    ),
+    Mutant(
+        "a LoRA added to a rounded weight",
+        "pretrained/names.py",
+        "to_jax(tensor, parameter, np.float32)).astype(dtype)",
+        "to_jax(tensor, parameter, dtype)).astype(dtype)",
+        ("test_sample_lora.py::test_loras_are_added_in_float32_and_rounded_once",),
+        False,
+    ),
+    Mutant(
+        "three sums of squares an array on GPUs",
+        "distill/step.py",
+        "cuda=_squared_together",
+        "cuda=_squared_by_products",
+        ("test_distill_step.py::test_a_gpus_program_sums_the_norms_of_an_array_at_once",),
+        False,
+    ),
 ]
 
 
@@ -647,8 +728,8 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
     """pytest's exit code, and what it said, for tests of the copy in `folder`."""
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-    command = [sys.executable, "-m", "pytest", "-m", "not gpu", "-q", "--tb=short", "--durations=0"]
-    command += ["-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "not (gpu or aot or gpu_aot or tpu_aot)", "-q"]
+    command += ["--tb=short", "--durations=0", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, *(f"tests/{test}" for test in tests)],
         cwd=folder,

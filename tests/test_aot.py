@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import gpu_kit
@@ -29,6 +30,8 @@ from lcm_jax.run import report
 from lcm_jax.run import step as run_step
 from lcm_jax.runtime import kernels, topology
 from lcm_jax.runtime.mesh import abstract_state, batch_sharding, gather_weights, make_mesh, replicated
+from lcm_jax.sampling import report as sampling
+from lcm_jax.sampling.request import Request, Settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -160,10 +163,10 @@ def test_model_flops_do_not_depend_on_rematerialisation_or_accumulation(tiny):
 
 
 class _Exhausted:
-    """A step of 2 GiB of arguments that XLA finds too large."""
+    """A program of 2 GiB of arguments that XLA finds too large."""
 
-    def __init__(self, message: str):
-        whole = replicated(one_device())
+    def __init__(self, message: str, devices: int = 1):
+        whole = replicated(gpu_kit.devices("tpu", devices))
         self.message, self.frozen, self.batch = message, None, {}
         self.state = jax.ShapeDtypeStruct((2**29,), "float32", sharding=whole)
         self.key = jax.ShapeDtypeStruct((), "uint32", sharding=whole)
@@ -194,11 +197,32 @@ def test_compile_step_reports_how_much_is_missing_and_what_to_change(message, wo
     config, step = config_of("shapes_lcm", **{"train.remat": "none", "data.batch_size": 8}), _Exhausted(message)
     with pytest.raises(report.DoesNotFit, match=words) as caught:
         report.compile_step(step, config, {})
-    for way in ("mesh.fsdp", "train.remat=block", "data.batch_size (now 8)", "teacher_dtype=bfloat16"):
+    for way in ("train.remat=block", "data.batch_size (now 8)", "teacher_dtype=bfloat16"):
         assert way in str(caught.value)
+    assert "mesh.fsdp" not in str(caught.value)  # of one device
+    with pytest.raises(report.DoesNotFit, match=r"mesh\.fsdp"):
+        report.compile_step(_Exhausted(message, devices=2), config, {})
+    mesh = gpu_kit.devices("tpu")
+    weights = jax.ShapeDtypeStruct((2**29,), "float32", sharding=replicated(mesh))
+    generator = types.SimpleNamespace(mesh=mesh, params=weights, trace=lambda *_: {"sampler": _Exhausted(message)})
+    request = Request(Settings(), 1.0, 512, 512)
+    with pytest.raises(report.DoesNotFit, match=f"8 images of 512 x 512 .*: {words.partition(',')[0]} on each"):
+        sampling.report(generator, request, 8, {}, chips.CHIPS["v5e"])
     other = _Exhausted("INTERNAL: Mosaic failed: Used 3.00G of 2.00G")
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
         report.compile_step(other, config, {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--topology=h100:8", "--slices=2"), r"--slices=2: is of TPUs; .* --topology=h100:2x8"),
+        (("--topology=h100:8", "--batch_size=4"), r"--batch_size=4: is for --sampling; .* --config\.data\.batch_size"),
+    ],
+)
+def test_flags_that_would_not_count_are_refused(flags, words):
+    done = program("--config=configs/sd15_lcm.py", *flags)
+    assert done.returncode == 2 and re.match(f"error: {words}", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +298,7 @@ def test_a_step_for_two_nodes_of_gpus(tmp_path):
     assert kinds["cuDNN convolution"]["count"] > 100 and "convolution" not in kinds
     assert {kernel["name"] for kernel in found["kernels"]} == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
     parity.close(found["flops"]["total"], found["model_flops"], rtol=0.05)
-    assert "cuDNN attention, gradient" in done.stdout and "of CUDA's own" in done.stdout
+    assert "cuDNN attention, gradient" in done.stdout and "CUDA takes 1.10 GiB outside" in done.stdout
 
 
 @pytest.mark.gpu_aot

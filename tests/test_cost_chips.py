@@ -23,7 +23,8 @@ KINDS = {
 
 def test_lookup_by_device_kind():
     assert {kind: chips.lookup(kind).name for kind in KINDS} == KINDS
-    for unknown in ("cpu", "TPU v3", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "Tesla T4"):
+    others = "GeForce RTX 3090 Ti", "H100 PCIe", "H100 NVL", "A100-PCIE-40GB", "H100 80GB HBM3 MIG 1g.10gb"
+    for unknown in ("cpu", "TPU v3", "Tesla T4", *(f"NVIDIA {name}" for name in others)):
         assert chips.lookup(unknown) is None, unknown
 
 

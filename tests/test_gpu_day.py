@@ -1,4 +1,4 @@
-"""experiments/gpu_day: rows in processes of their own, kept at once; what ends early goes on."""
+"""experiments/gpu_day: rows in processes of their own, kept at once; what is cut resumes."""
 
 import dataclasses
 import json
@@ -235,7 +235,7 @@ def test_a_day_without_a_gpu_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_day_rehearsed(tmp_path):
-    """Every row, by the day's own code, on narrow models; the day is killed in a training step, and goes on."""
+    """Every row, by the day's own code, on narrow models; the day is killed in a training step, and resumes."""
     command = [sys.executable, "-m", "experiments.gpu_day", "--device=cpu", "--budget_s=7200", f"--out={tmp_path}"]
     process = subprocess.Popen(command, cwd=REPOSITORY)
     wait_for(lambda: any(tmp_path.glob("*/logs/lora-sd15*")), 3600)

@@ -1,9 +1,9 @@
 """Layers alone: statistics and softmax against numpy in float64, resizing and sinusoids against torch."""
 
 import functools
-import importlib.util
 
 import diffusers.models.embeddings as reference
+import gpu_kit
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,7 +113,7 @@ def test_other_dtypes_take_two_passes(dtype, with_added):
 
 
 @pytest.mark.gpu_aot
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs jax's CUDA plugin")
+@gpu_kit.needs_compiler
 @pytest.mark.parametrize(("gradient", "most", "kernels"), [(False, 16, 17), (True, 45, 41)])
 def test_traffic_of_a_resnet_on_a_gpu(gradient, most, kernels):
     """12.6 and 38.4 of its activations, by 15 and 38 kernels; 26.6 and 72.4 with float32 copies in its norms."""

@@ -198,7 +198,7 @@ def test_differences(shapes):
 
 @pytest.mark.parametrize(("dtype", "differs"), [("bfloat16", False), ("float32", True)])
 def test_the_dtype_of_frozen_weights_may_change_where_their_use_rounds_them_anyway(shapes, dtype, differs):
-    """So a run that an older version began on an accelerator, with float32, goes on with the default of today."""
+    """So a run that an older version began on an accelerator, with float32, resumes with the default of today."""
     shapes.model.dtype, shapes.model.teacher_dtype = dtype, "float32"
     saved = json.loads(config_lib.to_json(shapes))
     shapes.model.teacher_dtype = "bfloat16"

@@ -1,4 +1,4 @@
-"""What XLA is told beside the program: options that this jaxlib knows and that reach the programs, memory, caches."""
+"""What XLA gets beside the program: options that this jaxlib knows and that reach the programs, memory, caches."""
 
 import os
 import re

@@ -248,6 +248,9 @@ def test_commands(capsys, tmp_path):
     with pytest.raises(SystemExit):
         run.parse(["--device=cpu", "--again", "--budget_s=100"])
     assert "--again starts over" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run.parse(["--device=cpu", "--config=configs/sdxl_lcm.py"])
+    assert "--config is for --profile" in capsys.readouterr().err
     assert run.main(["--device=cpu", "--budget_s=1", f"--results={tmp_path}", f"--profiles={tmp_path}"]) == 0
     assert "the same command resumes" in capsys.readouterr().out and not list(tmp_path.glob("*.json"))
 

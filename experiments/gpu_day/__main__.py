@@ -8,7 +8,7 @@ traces. Weights are random, models of the published sizes. See `rows`; each row 
 Results are in OUT/CARD: table.md and rows/ for the eye, CARD.json for `experiments.speed.run --report`, logs/ and
 profiles/ to look closer. Beside it, OUT/cache keeps what the compilers made, so that another call is quicker.
 
-Exit code 0: every row is there (or does not fit the card); 1: some are missing or failed, and the same command goes on.
+Exit code 0: every row is there (or does not fit the card); 1: some are missing or failed, and the same command resumes.
 """
 
 import argparse
@@ -80,4 +80,4 @@ def environment(device: str, cache: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, left="the rows that are finished are kept, and the same command goes on"))
+    sys.exit(exit_code(main, left="the rows that are finished are kept, and the same command resumes"))

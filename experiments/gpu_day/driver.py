@@ -1,4 +1,4 @@
-"""Rows of work, each a process of its own, until the budget ends; what is there is kept, and another call goes on.
+"""Rows of work, each a process of its own, until the budget ends; what is there is kept, and another call resumes.
 
     FOLDER/rows/NAME.json   how a row ended, what it found, and what it was asked
     FOLDER/logs/NAME.log    what it printed
@@ -130,7 +130,7 @@ def run(rows: Sequence[Row], day: Day, budget_s: float, say: Say) -> bool:
         for row in left:
             seconds = min(row.limit_s, deadline - time.monotonic() - GRACE_S)
             if seconds < min(LEAST_S, row.limit_s):
-                say("the budget is used up; the same command goes on")
+                say("the budget is used up; the same command resumes")
                 break
             say(row.name)
             found = attempt(row, day, seconds)
@@ -219,7 +219,7 @@ def table(rows: Sequence[Row], day: Day) -> str:
         seconds = "" if found["seconds"] is None else f"{found['seconds']:.0f}"
         cells = [row.name, status + "*" * (found["code"] != day.code), seconds, found.get("result", "")]
         lines.append([*cells, found.get("error", "").replace("|", "/")])
-    note = "\n\\* measured with other sources of lcm_jax; without its file in rows/ it is measured anew.\n"
+    note = "\n\\* measured with other sources of lcm_jax; remove its file in rows/ to measure it again.\n"
     return results.table(("row", "status", "seconds", "result", "error"), lines) + note * others
 
 

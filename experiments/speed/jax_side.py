@@ -155,9 +155,9 @@ def _peak_bytes() -> int:
 
 
 def _pipeline(workload: Workload) -> tuple[Pipeline, dict[str, Any]]:
-    """An LCM with a w embedding; weights in the compute dtype."""
+    """An LCM with a w embedding; weights are held as `lcm_jax.load` holds them."""
     dtype = jnp.dtype(workload.dtype)
-    pipeline, params = load_pipeline(side.source_folder(workload), dtype=dtype, param_dtype=dtype, weights=False)
+    pipeline, params = load_pipeline(side.source_folder(workload), dtype=dtype, param_dtype=None, weights=False)
     unet, unet_params = student_of(pipeline.unet, params["unet"], side.W_EMBEDDING)
     pipeline = dataclasses.replace(pipeline, unet=unet, record={"solver_steps": 50})
     return with_tokenizers(pipeline), random_weights({**params, "unet": unet_params})

@@ -57,6 +57,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device is None and not args.report:
         parser.error("--device=cpu or gpu is needed, or --report")
+    if args.config and not args.profile:
+        parser.error("--config is for --profile: torch has no such step to compare it with")
     if args.again and args.budget_s < NO_BUDGET_S:
         parser.error("--again starts over with every command, so that a --budget_s never suffices; give one of them")
     return args

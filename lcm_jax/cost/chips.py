@@ -1,7 +1,7 @@
 """Peak FLOP/s, memory and bandwidths of chips, and how to name several of them.
 
     peak_flops      dense bfloat16 FLOP/s, sums in float32
-    hbm_bytes       memory per chip that XLA may use (its error says "of 15.75G hbm" on a v5e); of a GPU its POOL
+    hbm_bytes       memory per chip that XLA may use (its error says "of 15.75G hbm" on a v5e); of a GPU the share POOL
     hbm_bandwidth   bytes/s
     link_bandwidth  bytes/s that a chip receives over the inter-chip network in a collective. TPU: one direction of one
                     link per dimension of the torus, which is all that a corner chip of a slice without wrap-around has.
@@ -24,9 +24,9 @@ from lcm_jax.errors import LcmError
 
 GIB = 2**30
 GPUS_PER_NODE = 8  # of a topology with several nodes; their numbers are consecutive
-POOL = 0.92  # of a GPU's memory for XLA; the rest is for
-CONTEXT = int(0.6 * GIB)  # what CUDA and its libraries take on a GPU, and
-NCCL = int(0.5 * GIB)  # the buffers of collectives, if there are several: both usual sizes, not measured
+POOL = 0.92  # share of a GPU's memory that XLA takes
+# Outside of it, usual sizes, not measured: CUDA and its libraries; the buffers of collectives between several GPUs.
+CONTEXT, NCCL = int(0.6 * GIB), int(0.5 * GIB)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ _KINDS = {
     "H100": "h100",
 } | {gpu.device_kind.removeprefix("NVIDIA "): name for name, gpu in GPUS.items()}
 # Chips of the same name with other numbers.
-_VARIANT = re.compile(r"\b(PCIe|NVL|Ti|SUPER|Laptop|D)\b")
+_VARIANT = re.compile(r"\b(PCI[eE]|MIG|NVL|Ti|SUPER|Laptop|D)\b")
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")

@@ -219,12 +219,12 @@ def text(found: dict[str, Any]) -> str:
     flops, traffic = found["flops"], found["bytes"]
     sizes = ", ".join(f"{size} {axis}" for axis, size in found["mesh"].items() if size > 1) or "one device"
     available = f" of {_gib(memory['available'])} ({found['hbm_share']:.0%})" if chip else ""
-    beside = f"; beside it {_gib(memory['outside'])} of CUDA's own" if "outside" in memory else ""
+    beside = f"; CUDA takes {_gib(memory['outside'])} outside of it" if "outside" in memory else ""
     rows = [
         ("devices", f"{found['devices']} x {found['device_kind']} ({sizes})"),
         ("images", f"{found['images_per_step']} a step, {found['images_per_device']:g} a device"),
         *((part, _gib(memory[part])) for part in PARTS if memory[part]),
-        ("peak HBM", f"{_gib(memory['needed'])}{available}{beside}"),
+        ("peak memory", f"{_gib(memory['needed'])}{available}{beside}"),
         (
             "FLOPs",
             f"{flops['total']:.3e} (kernels {flops['kernels']:.2e}, loop iterations after the first "
@@ -236,8 +236,9 @@ def text(found: dict[str, Any]) -> str:
             f"{traffic['loops']:.2e})",
         ),
     ]
-    for row in found["kinds"]:
-        rows.append((f"{row['count']} kernels", f"{row['kind']}: {row['flops']:.2e} FLOPs, {row['bytes']:.2e} bytes"))
+    for row in found["kinds"]:  # FLOPs of attention are in "kernels"
+        products = f"{row['flops']:.2e} FLOPs, " if row["flops"] else ""
+        rows.append((f"{row['count']} kernels", f"{row['kind']}: {products}{row['bytes']:.2e} bytes"))
     for kind, by_axis in found["collectives"].items():
         for axis, entry in by_axis.items():
             rows.append((kind, f"{_gib(entry['bytes'])} over {axis}, {entry['count']} times"))
@@ -257,7 +258,7 @@ def _limit_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "chip",
-            f"{chip['name']}: {chip['peak_flops'] / 1e12:g} TFLOP/s, {chip['hbm_bandwidth'] / 1e9:g} GB/s of HBM, "
+            f"{chip['name']}: {chip['peak_flops'] / 1e12:g} TFLOP/s, {chip['hbm_bandwidth'] / 1e9:g} GB/s of memory, "
             f"{chip['link_bandwidth'] / 1e9:g} GB/s of links, {chip['dcn_bandwidth'] / 1e9:g} GB/s of DCN",
         ),
         ("roofline", f"{1e3 * seconds['roofline']:.1f} ms, bound by {seconds['bound']} (ms: {parts})"),

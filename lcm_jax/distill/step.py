@@ -163,7 +163,7 @@ def _squared_by_products(*trees: Any) -> list[jax.Array]:
 
 
 def _squared_together(*trees: Any) -> list[jax.Array]:
-    """The sum of squares of each of several like trees, in one reduction for each place in them.
+    """The sum of squares of each of several trees of one structure, in one reduction for each leaf of it.
 
     On a GPU the kernel that updates an array can then sum for all trees. Three reductions, or products, would be three
     more kernels for each array, and XLA would no longer update it in place but copy it.
@@ -176,5 +176,5 @@ def _squared_together(*trees: Any) -> list[jax.Array]:
         zeros = tuple(jnp.zeros((), x.dtype) for x in arrays)
         return jax.lax.reduce(tuple(map(jnp.square, arrays)), zeros, add, tuple(range(arrays[0].ndim)))
 
-    places = zip(*map(jax.tree.leaves, trees), strict=True)
-    return [sum(sums) for sums in zip(*(squared(*arrays) for arrays in places), strict=True)]
+    leaves = zip(*map(jax.tree.leaves, trees), strict=True)
+    return [sum(sums) for sums in zip(*(squared(*arrays) for arrays in leaves), strict=True)]

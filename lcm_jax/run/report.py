@@ -63,7 +63,7 @@ def report(config: ConfigDict, mesh: Mesh, options: dict[str, Any], chip: chips.
     found["compile_seconds"] = seconds
     memory = found["memory"]
     if found["chip"] and memory["needed"] > memory["available"]:  # XLA itself complains on TPUs only
-        raise _does_not_fit(config, found["device_kind"], memory["needed"], memory["available"], found)
+        raise _does_not_fit(config, mesh, memory["needed"], memory["available"], found)
     return found
 
 
@@ -84,17 +84,17 @@ def compile_step(
     try:
         return step.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        needed, available = _memory_asked(str(error))
+        needed, available = memory_asked(str(error), device_bytes((step.state, step.frozen, step.batch)))
         if not needed:
             raise
-        if "HLO temporaries" in str(error):  # XLA gave up before it added the arguments of the step
-            needed += device_bytes((step.state, step.frozen, step.batch))
-        kind = step.key.sharding.mesh.devices.flat[0].device_kind
-        raise _does_not_fit(config, kind, needed + encoders, available) from error
+        raise _does_not_fit(config, step.key.sharding.mesh, needed + encoders, available) from error
 
 
-def _memory_asked(message: str) -> tuple[float, float]:
-    """(bytes needed, bytes available) of XLA's complaint about memory; zeros if `message` is another error."""
+def memory_asked(message: str, arguments: int) -> tuple[float, float]:
+    """(bytes needed, bytes available) of XLA's complaint about memory; zeros if `message` is another error.
+
+    arguments: bytes of the program's, which XLA has not added yet if temporaries alone are too large.
+    """
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return 0.0, 0.0
     size, units = r"([\d.]+)([KMGT])", {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
@@ -102,15 +102,16 @@ def _memory_asked(message: str) -> tuple[float, float]:
     if not found:
         return 0.0, 0.0
     needed, unit, available, other_unit = filter(None, found.groups())
-    return float(needed) * units[unit], float(available) * units[other_unit]
+    before = arguments if "HLO temporaries" in message else 0
+    return float(needed) * units[unit] + before, float(available) * units[other_unit]
 
 
 def _does_not_fit(
-    config: ConfigDict, kind: str, needed: float, available: float, report: dict[str, Any] | None = None
+    config: ConfigDict, mesh: Mesh, needed: float, available: float, report: dict[str, Any] | None = None
 ) -> DoesNotFit:
     """The error, with the changes to the config that save memory; those that cost least come first."""
     train, ways = config.train, []
-    if config.mesh.fsdp == 1:
+    if config.mesh.fsdp == 1 and mesh.size > 1:
         ways.append("--config.mesh.fsdp=-1 --config.mesh.data=1 (or a smaller fsdp) splits weights and optimiser")
     if train.remat == "none":
         ways.append("--config.train.remat=block keeps fewer activations")
@@ -124,6 +125,7 @@ def _does_not_fit(
         ways.append("--config.model.teacher_dtype=bfloat16")
     if train.mu_dtype == "float32":
         ways.append("--config.train.mu_dtype=bfloat16")
+    kind = mesh.devices.flat[0].device_kind
     return DoesNotFit(
         f"this config does not fit {kind}: {needed / GIB:.2f} GiB of {available / GIB:.2f}, "
         f"{(needed - available) / GIB:.2f} too much; {'; '.join(ways)}",

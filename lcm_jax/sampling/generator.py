@@ -122,7 +122,7 @@ def loop_on(platform: str) -> Callable:
     """How the steps become one program on devices of a platform: a loop; on GPUs few steps follow each other.
 
     Then XLA computes once what all steps share (keys and values of the text), and the steps can be one CUDA graph,
-    which a loop cannot. 4 steps of one picture on an H100 are, of Stable Diffusion 1.5, 3,142 kernels instead of 3,349
+    which a loop cannot. 4 steps of one image on an H100 are, of Stable Diffusion 1.5, 3,142 kernels instead of 3,349
     and move 4 % fewer bytes; of SDXL 6,292 instead of 6,826, and 17 % fewer. Compiling takes 2 to 2.5 times as long,
     and longer with each step more.
     """
@@ -161,7 +161,7 @@ class Generator:
 
         Args:
           pipeline, params: from `load_pipeline`; the UNet's weights may be given to `latents` instead. Shapes are
-            enough for `lower`.
+            enough for `trace`.
           mesh: of the devices that share the work, weights sharded by its rule; None: the default device.
           tiled: decode large images in overlapping tiles, for less memory (`models.tiling`).
         """

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from lcm_jax.cost import chips, roofline
 from lcm_jax.cost.chips import GIB
-from lcm_jax.run.report import DoesNotFit, device_bytes, timed
+from lcm_jax.run.report import DoesNotFit, device_bytes, memory_asked, timed
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.request import Request
 
@@ -23,14 +26,20 @@ def report(
       options: compile options besides the generator's own.
 
     Raises:
-      DoesNotFit: with the report.
+      DoesNotFit: with the report, if XLA could compile the programs.
     """
-    programs, mesh = {}, generator.mesh
+    programs, mesh, weights = {}, generator.mesh, device_bytes(generator.params)
     for name, traced in generator.trace(request, batch).items():
-        compiled, seconds = timed(lambda: traced.lower().compile(compiler_options=options))  # noqa: B023 (called at once)
+        try:
+            compiled, seconds = timed(lambda: traced.lower().compile(compiler_options=options))  # noqa: B023
+        except jax.errors.JaxRuntimeError as error:  # on TPUs
+            needed, available = memory_asked(str(error), weights)
+            if not needed:
+                raise
+            raise _does_not_fit(request, batch, mesh, needed, available) from error
         programs[name] = roofline.report(compiled, mesh, batch, 0.0, chip, options) | {"compile_seconds": seconds}
     beside = {name: one["memory"]["needed"] - one["memory"]["arguments"] for name, one in programs.items()}
-    weights, available = device_bytes(generator.params), programs["sampler"]["memory"]["available"]
+    available = programs["sampler"]["memory"]["available"]
     needed = weights + max(beside.values())
     found = {
         "images": batch,
@@ -43,14 +52,21 @@ def report(
         "seconds": {way: sum(one["seconds"][way] for one in programs.values()) for way in ("roofline", "serial")},
     }
     if needed > available:
-        raise DoesNotFit(
-            f"{batch} images of {request.width} x {request.height} do not fit {found['device_kind']}: "
-            f"{needed / GIB:.2f} GiB of {available / GIB:.2f}; use a smaller --batch_size, or --tiled for the decoder",
-            needed,
-            available,
-            found,
-        )
+        raise _does_not_fit(request, batch, mesh, needed, available, found)
     return found
+
+
+def _does_not_fit(
+    request: Request, batch: int, mesh: Mesh, needed: float, available: float, found: dict[str, Any] | None = None
+) -> DoesNotFit:
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    return DoesNotFit(
+        f"{batch} images of {request.width} x {request.height} do not fit {devices}: {needed / GIB:.2f} GiB of "
+        f"{available / GIB:.2f} on each; use a smaller --batch_size (lcm_jax.sample --tiled decodes in less memory)",
+        needed,
+        available,
+        found,
+    )
 
 
 def text(found: dict[str, Any]) -> str:
@@ -71,7 +87,7 @@ def text(found: dict[str, Any]) -> str:
         )
     share = memory["needed"] / memory["available"]
     lines += [
-        f"{'peak HBM':<18} {memory['needed'] / GIB:.2f} GiB of {memory['available'] / GIB:.2f} ({share:.0%})",
+        f"{'peak memory':<18} {memory['needed'] / GIB:.2f} GiB of {memory['available'] / GIB:.2f} ({share:.0%})",
         f"{'a batch':<18} roofline {1e3 * seconds['roofline']:.1f} ms, serial {1e3 * seconds['serial']:.1f} ms",
     ]
     return "\n".join(lines) + "\n"
