@@ -3,6 +3,7 @@
 Models and batch are reduced; everything else is the file's own.
 """
 
+import ast
 import contextlib
 import functools
 import json
@@ -22,6 +23,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from lcm_jax import aot, assets, train
+from lcm_jax.cost import chips
 from lcm_jax.distill import OBJECTIVES
 from lcm_jax.errors import LcmError
 from lcm_jax.models import attention
@@ -32,6 +34,7 @@ from lcm_jax.runtime import checkpoints as checkpoint
 from lcm_jax.runtime import kernels, telemetry
 
 FILES = {file.stem: file for file in sorted((Path(__file__).parents[1] / "configs").glob("*.py"))}
+MODELLED_ROWS = Path(__file__).parents[1] / "experiments" / "aot" / "rows"
 FAMILIES = {
     "dreamshaper_v7_lcm": "sd15",
     "sd15_lcm": "sd15",
@@ -186,6 +189,23 @@ PUBLISHED = {
 def test_the_hyper_parameters_are_the_published_ones(name):
     values = flatten_dict(load(name).to_dict(), sep=".")
     assert {key: values[key] for key in PUBLISHED[name]} == PUBLISHED[name]
+
+
+MODELLED = {
+    name: MODELLED_ROWS / f"config-{name}.json" for name in FILES if (MODELLED_ROWS / f"config-{name}.json").exists()
+}
+
+
+@pytest.mark.parametrize("name", MODELLED)
+def test_the_modelled_memory_is_that_of_the_compiled_step(name):
+    """`python -m experiments.aot.run` compiled it for the card that the docstring names; the next smaller will not do."""
+    one = json.loads(MODELLED[name].read_text())
+    memory, (card, _) = one["report"]["memory"], chips.of_topology(one["row"]["topology"])
+    docs = ast.get_docstring(ast.parse(FILES[name].read_text()))
+    assert f"Modelled: {memory['needed'] / chips.GIB:.1f} GiB on one {card.name}" in " ".join(docs.split())
+    smaller = [gpu.hbm_bytes for gpu in chips.GPUS.values() if gpu.hbm_bytes < card.hbm_bytes]
+    assert max(smaller, default=0) < memory["needed"] <= memory["available"]
+    assert one["report"]["images_per_step"] == load(name).data.batch_size
 
 
 # Keys that change numbers in a program, or nothing at all. Configs that are equal but for these share one trace.

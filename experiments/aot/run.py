@@ -59,7 +59,7 @@ BATCHES = (1, 4, 8)
 CARDS = {
     "shapes_lcm": "rtx3060:1",
     "shapes_lcm_lora": "rtx3060:1",
-    "sd15_lcm_lora": "rtx4090:1",
+    "sd15_lcm_lora": "l4:1",
     "collage_lcm_lora": "rtx3060:1",
     "sd15_lcm": "a100-40:1",
     "dreamshaper_v7_lcm": "a100-80:1",
