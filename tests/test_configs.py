@@ -198,7 +198,7 @@ MODELLED = {
 
 @pytest.mark.parametrize("name", MODELLED)
 def test_the_modelled_memory_is_that_of_the_compiled_step(name):
-    """`python -m experiments.aot.run` compiled it for the card that the docstring names; the next smaller will not do."""
+    """`python -m experiments.aot.run` compiled it for the card that the docstring names; the next one is too small."""
     one = json.loads(MODELLED[name].read_text())
     memory, (card, _) = one["report"]["memory"], chips.of_topology(one["row"]["topology"])
     docs = ast.get_docstring(ast.parse(FILES[name].read_text()))
