@@ -3,8 +3,8 @@
 Command   python -m lcm_jax.train --config=configs/lcm_xl_lora_pokemon_blip.py --workdir=runs/lcm_xl_lora_pokemon_blip
               --config.data.path=FOLDER_OR_HUB_ID
 Data      As in `lcm_xl_pokemon_blip`
-Hardware  14.5 GB before activations, two images at a time: the base once, 20 bytes for each of 25 million adapter
-          weights, VAE and text encoders; one 40 GB card; not yet measured
+Hardware  9.3 GB before activations, two images at a time: the base once in bfloat16, 20 bytes for each of 25 million
+          adapter weights, VAE and text encoders. Not yet measured
 Time      Not yet measured
 Source    diffengine, lcm_xl_lora: rank 8, alpha 8, the 14 kinds of layers, lr 1e-5, no target network; the rest,
           including w in [3, 15], as in `lcm_xl_pokemon_blip`, from which this config starts

@@ -4,8 +4,8 @@ Command   python -m lcm_jax.train --config=configs/sdxl_lcm.py --workdir=runs/sd
               --config.data.path='SHARDS/{00000..00999}.tar'
 Data      Captioned images of at least 1024 pixels; the README uses CC12M, enlarged. As in the script, images
           smaller than 700 pixels or with a watermark score above 0.5 are left out
-Hardware  61.6 GB before activations (24 bytes for each of 2.57 billion weights), 3.6 GB of VAE and text encoders: one
-          141 GB card, not yet measured; `sdxl_lcm_lora` needs far less
+Hardware  56.5 GB before activations (22 bytes for each of 2.57 billion weights), 3.6 GB of VAE and text encoders;
+          `sdxl_lcm_lora` needs far less. Not yet measured
 Time      Not yet measured
 Source    README: teacher, fp16-fix VAE, and all else as in `sd15_lcm`, from which this config starts. Defaults of its
           script: 1024 pixels, w in [3, 15]

@@ -3,8 +3,8 @@
 Command   python -m lcm_jax.train --config=configs/ssd1b_lcm_lora.py --workdir=runs/ssd1b_lcm_lora
               --config.data.path='SHARDS/{00000..00999}.tar'
 Data      As in `sdxl_lcm`
-Hardware  11 GB before activations: the base once (5.3 GB), 20 bytes for each of 105 million adapter weights, VAE and
-          text encoders; one 40 GB card; not yet measured
+Hardware  8.4 GB before activations: the base once in bfloat16 (2.7 GB), 20 bytes for each of 105 million adapter
+          weights, VAE and text encoders. Not yet measured
 Time      Not yet measured
 Source    LCM-LoRA report: 105 million weights, guidance scale 7.5; README of diffusers' scripts: as in `ssd1b_lcm`,
           with the adapters of `sd15_lcm_lora` instead of the whole model

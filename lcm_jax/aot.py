@@ -51,13 +51,15 @@ QUICK: dict[str, dict[str, Any]] = {
     "tpu": {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
     "gpu": {},
 }
-VERIFY = 3  # compilations at most with which --fit verifies its estimate
+VERIFY = 5  # compilations at most with which --fit verifies its estimate, and
+GROWTH = 4  # how many times the largest batch tried the next one may be
 
 
 def fit(attempt: Callable[[int], tuple[float, float, Any]], say: Callable[[str], None]) -> tuple[int, Any]:
     """The largest number of images per device that was verified to fit, and the result of its attempt.
 
-    Memory is assumed to be linear in the number: two attempts give the line, up to VERIFY more verify its prediction.
+    Memory is assumed to be linear in the number: two attempts give the line, up to VERIFY more verify its prediction,
+    which goes no further than GROWTH times: in larger batches the peak may be in another place, and grow faster.
 
     Args:
       attempt: images per device -> (bytes needed, bytes available, result); raises DoesNotFit.
@@ -86,7 +88,7 @@ def fit(attempt: Callable[[int], tuple[float, float, Any]], say: Callable[[str],
         slope = max((high_need - low_need) / (high - low), 1.0)
         guess = int(low + (available - low_need) / slope)
         too_many = [images for images, (need, limit) in points.items() if need > limit]
-        guess = min([guess, *(images - 1 for images in too_many)])
+        guess = min([guess, GROWTH * high, *(images - 1 for images in too_many)])
         if guess <= max(images for images, _ in fitting):
             break
         points[guess] = needed(guess)

@@ -42,16 +42,16 @@ MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]]]] = {
 LARGER = {64: "v5e:8x8", 256: "v5e:16x16"}
 SCALED = ("sd15", "sdxl")
 
-# GPUs. LCM-LoRA on cards of 24 GB, full distillation on 80 GB and on eight such cards: (config, topology, settings,
-# whether the largest batch is looked for).
-GPUS: dict[str, tuple[str, str, dict[str, Any], bool]] = {
-    "sd15_lora-rtx4090": ("sd15_lcm_lora", "rtx4090:1", {"data.batch_size": 4}, False),
-    "sd15_lora-rtx4090-most": ("sd15_lcm_lora", "rtx4090:1", {}, True),
-    "sdxl_lora-rtx4090-most": ("sdxl_lcm_lora", "rtx4090:1", {"train.remat": "block"}, True),
-    "sd15-a100-80": ("sd15_lcm", "a100-80:1", {}, False),
-    "sd15-h100-8": ("sd15_lcm", "h100:8", {"data.batch_size": 96}, False),
-    "sdxl-a100-80": ("sdxl_lcm", "a100-80:1", REMAT | {"mesh.fsdp": 1, "data.batch_size": 1}, False),
-    "sdxl-h100-8": ("sdxl_lcm", "h100:8", REMAT | {"mesh.fsdp": 8, "data.batch_size": 32}, False),
+# GPUs. LCM-LoRA on cards of 24 GB, full distillation on 80 GB and on eight such cards: (config, topology, settings).
+GPUS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "sd15_lora-rtx4090": ("sd15_lcm_lora", "rtx4090:1", {"data.batch_size": 4}),
+    "sd15_lora-rtx4090-15": ("sd15_lcm_lora", "rtx4090:1", {"data.batch_size": 15}),
+    "sd15_lora-rtx4090-16": ("sd15_lcm_lora", "rtx4090:1", {"data.batch_size": 16}),
+    "sdxl_lora-rtx4090": ("sdxl_lcm_lora", "rtx4090:1", {"train.remat": "block"}),
+    "sd15-a100-80": ("sd15_lcm", "a100-80:1", {}),
+    "sd15-h100-8": ("sd15_lcm", "h100:8", {"data.batch_size": 96}),
+    "sdxl-a100-80": ("sdxl_lcm", "a100-80:1", {"train.remat": "block", "data.batch_size": 1}),
+    "sdxl-h100-8": ("sdxl_lcm", "h100:8", {"train.remat": "block", "mesh.fsdp": 8, "data.batch_size": 32}),
 }
 SAMPLED = {"sd15": "sd15_lcm", "sdxl": "sdxl_lcm"}  # model -> config, for one RTX 4090
 BATCHES = (1, 4, 8)
@@ -125,8 +125,8 @@ def gpu_rows() -> dict[str, dict[str, Any]]:
         return {"table": table, "model": model, **place, "flags": list(asked)}
 
     found = {
-        name: row("training", name.split("-")[0], config, topology, settings, *["--fit"] * fitting)
-        for name, (config, topology, settings, fitting) in GPUS.items()
+        name: row("training", name.split("-")[0], config, topology, settings)
+        for name, (config, topology, settings) in GPUS.items()
     }
     for model, config in SAMPLED.items():
         for n in BATCHES:
