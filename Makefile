@@ -25,7 +25,7 @@ help:
 	@echo "make test-core  the tests that need no torch, for a Python that has none (PYTHON=python3.13 VENV=.venv313)"
 	@echo "make test-gpu   tests on an accelerator  make test-aot   compiling for GPUs and TPUs, without one"
 	@echo "make test-clients  programs that nobody here wrote, on our files: stable-diffusion.cpp, LyCORIS; minutes, 13 GB"
-	@echo "make test-cudnn  cuDNN's own answers for GPUs that are not here; 5 minutes, 2.2 GB, needs gcc"
+	@echo "make test-cudnn  cuDNN's own answers for GPUs that are not here; 10 minutes, 2.2 GB, needs gcc"
 	@echo "make test-parity   tests against torch and closed forms, and which come nearest to their bounds"
 	@echo "make test-mutants  wrong answers that the tests must notice, one after another: 15 minutes"
 	@echo "make fuzz       odd files for every reader, SECONDS=600 in all; TARGET=lora: one of them"

@@ -46,7 +46,7 @@ SCALED = ("sd15", "sdxl")
 GPUS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sd15_lora-rtx4090": ("sd15_lcm_lora", "rtx4090:1", {"data.batch_size": 4}),
     "sd15_lora-rtx4090-15": ("sd15_lcm_lora", "rtx4090:1", {"data.batch_size": 15}),
-    "sd15_lora-rtx4090-16": ("sd15_lcm_lora", "rtx4090:1", {"data.batch_size": 16}),
+    "sd15_lora-rtx4090-20": ("sd15_lcm_lora", "rtx4090:1", {"data.batch_size": 20}),
     "sdxl_lora-rtx4090": ("sdxl_lcm_lora", "rtx4090:1", {"train.remat": "block"}),
     "sd15-a100-80": ("sd15_lcm", "a100-80:1", {}),
     "sd15-h100-8": ("sd15_lcm", "h100:8", {"data.batch_size": 96}),
