@@ -5,7 +5,7 @@ Command   python -m lcm_jax.train --config=configs/sd15_lcm.py --workdir=runs/sd
 Data      Captioned images of at least 512 pixels; the README uses CC12M, as img2dataset writes it (for other formats
           set --config.data.source). For a dry run on rendered images set --config.data.source=shapes, and no path
 Hardware  Student, gradient, AdamW's moments and target in float32 and the teacher in bfloat16 take 18.9 GB before
-          activations. Modelled: 29.7 GiB on one a100-40, the smallest card (experiments/aot); not yet measured
+          activations. Modelled: 29.7 GiB on one a100-40 (experiments/aot); not yet measured
 Time      Not yet measured
 Source    README of the script: lr 1e-6, weight decay 0, pseudo-Huber c = 1e-3, target EMA 0.95, batch 12, 1,000
           steps, checkpoints and samples every 200. Its defaults: w in [5, 15], 50 solver steps (k = 20), w embedding

@@ -4,7 +4,7 @@ Command   python -m lcm_jax.train --config=configs/sd15_lcm_lora.py --workdir=ru
               --config.data.path='SHARDS/{00000..00999}.tar'
 Data      As in `sd15_lcm`
 Hardware  3.1 GB before activations: the base once in bfloat16 (1.7 GB), 20 bytes for each of 67.5 million adapter
-          weights. Modelled: 17.6 GiB on one l4, the smallest card (experiments/aot); not yet measured
+          weights. Modelled: 17.6 GiB on one l4 (experiments/aot); not yet measured
 Time      Not yet measured
 Source    LCM-LoRA report: 67.5 million weights in the 14 kinds of layers, guidance fixed at scale 7.5, that is w = 6.5;
           no EMA. README of diffusers' scripts: rank 64, lr 1e-4; defaults of its script: alpha 64; all else

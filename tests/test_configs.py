@@ -198,13 +198,12 @@ MODELLED = {
 
 @pytest.mark.parametrize("name", MODELLED)
 def test_the_modelled_memory_is_that_of_the_compiled_step(name):
-    """`python -m experiments.aot.run` compiled it for the card that the docstring names; the next one is too small."""
+    """`python -m experiments.aot.run` compiled it for the card that the docstring names."""
     one = json.loads(MODELLED[name].read_text())
     memory, (card, _) = one["report"]["memory"], chips.of_topology(one["row"]["topology"])
     docs = ast.get_docstring(ast.parse(FILES[name].read_text()))
     assert f"Modelled: {memory['needed'] / chips.GIB:.1f} GiB on one {card.name}" in " ".join(docs.split())
-    smaller = [gpu.hbm_bytes for gpu in chips.GPUS.values() if gpu.hbm_bytes < card.hbm_bytes]
-    assert max(smaller, default=0) < memory["needed"] <= memory["available"]
+    assert memory["needed"] <= memory["available"]
     assert one["report"]["images_per_step"] == load(name).data.batch_size
 
 

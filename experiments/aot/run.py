@@ -55,7 +55,7 @@ GPUS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 SAMPLED = {"sd15": "sd15_lcm", "sdxl": "sdxl_lcm"}  # model -> config, for one RTX 4090
 BATCHES = (1, 4, 8)
-# Each config as it stands, on the smallest card that it fits; tests/test_configs.py holds their docstrings to it.
+# Each config as it stands, on a card that it should fit; tests/test_configs.py holds their docstrings to it.
 CARDS = {
     "shapes_lcm": "rtx3060:1",
     "shapes_lcm_lora": "rtx3060:1",
@@ -251,7 +251,7 @@ GPU_TABLES: dict[str, tuple[str, dict[str, Callable[[dict[str, Any]], Any]]]] = 
         },
     ),
     "configs": (
-        "Every config on the smallest card that it fits",
+        "Configs as they stand, on a card that they fit",
         {"images a step": lambda report: report["images_per_step"], **_FIT, **_TIMES},
     ),
 }
