@@ -43,7 +43,7 @@ def run(rows: list[Row], day: Day, budget_s: float = 60.0) -> tuple[bool, list[s
 
 
 def test_rows_are_kept_and_not_run_again(tmp_path):
-    """Unless they were asked something else. With other sources of the package they are told apart in the table."""
+    """Unless they were asked something else. The table marks those measured with other sources of the package."""
     rows = [row("b", "print(3)"), row("a")]
     assert run(rows, made(tmp_path)) == (True, ["b", "a"])
     assert driver.Day.kept(made(tmp_path), rows[0])["result"] == "3"
