@@ -6,15 +6,17 @@
     python -m lcm_jax.evaluate --model=DIR --source=webdataset --path=COCO.tar --count=5000 --row=ddim:50:7.5 \\
                                --metric=fid:pt_inception-2015-12-05-6726825d.pth --out=table
 
-Image i of every row is of caption i, from noise that depends on (seed, i) alone. Each row is written to OUT/rows/ as
-soon as it is measured: the same command resumes where it was stopped, and measures only rows whose numbers would differ
-now. Further commands may add rows of other models to OUT, with the same seed, prompts, number and size of images.
-OUT/table.md, table.json and plot.png are made of all rows. Latency is of sampler and VAE, without compiling.
+Image i of every row is of caption i, from noise that depends on (seed, i) alone; --images_per_caption=N takes N images
+of each caption. Each row is written to OUT/rows/ as soon as it is measured: the same command resumes where it was
+stopped, and measures only rows whose numbers would differ now. Further commands may add rows of other models to OUT,
+with the same seed, prompts, number and size of images. OUT/table.md, table.json and plot.png are made of all rows.
+Latency is of sampler and VAE, without compiling.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -87,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     add("--style", help="of the source shapes")
     add("--count", type=int, help=f"images per row; default: one of each prompt, {SOURCE_COUNT} of a source")
     reference_help = "statistics or images to compare with; may be given several times; default: the source's images"
+    add("--images_per_caption", type=int, default=1, help="so many of --count in a row; shapes: measures coverage")
     add("--reference", action="append", type=files.expanded, default=[], metavar="FILE.npz|FOLDER", help=reference_help)
     add("--references", type=int, help="number of the source's images to compare with; default: --count")
     add("--spacing", choices=SPACINGS, default="trailing", help="of the timesteps of samplers other than lcm")
@@ -136,7 +139,7 @@ def _errors_of(row: RowRequest) -> Iterator[None]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises LcmError for what is wrong with a command line for any model."""
-    counted = ("count", "references", "batch_size", "timings", "endpoint_steps")
+    counted = ("count", "images_per_caption", "references", "batch_size", "timings", "endpoint_steps")
     check_numbers(args.seed, **{flag: getattr(args, flag) for flag in counted})
     for flag, most in MOST.items():
         if (getattr(args, flag) or 0) > most:
@@ -164,9 +167,12 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def read_inputs(args: argparse.Namespace) -> Inputs:
     """The captions. Raises LcmError: none, fewer than --count, or a source that cannot be read."""
+    count, each = args.count, args.images_per_caption
     if args.prompts is not None:
-        return inputs.of_prompts(flags.read_lines("prompts", args.prompts), args.count, f"--prompts={args.prompts}")
-    count = args.count or SOURCE_COUNT
+        prompts = flags.read_lines("prompts", args.prompts)
+        found = inputs.of_prompts(prompts, count and math.ceil(count / each), f"--prompts={args.prompts}")
+        return found.repeated(each, count)
+    count = count or SOURCE_COUNT
     given = {key: getattr(args, key) for key in SOURCE_FLAGS if getattr(args, key) is not None}
     if args.source == "shapes":
         given = {"split": "heldout", "num_examples": max(count, args.references or 0)} | given
@@ -174,7 +180,8 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     with flags_named("--"):
         source = open_source(args.source, path and os.path.expanduser(path), **given)
     words = [args.source, path, *(f"{key}={given[key]}" for key in SOURCE_FLAGS if key in given)]
-    return inputs.of_source(source, count, " ".join(word for word in words if word))
+    found = inputs.of_source(source, math.ceil(count / each), " ".join(word for word in words if word))
+    return found.repeated(each, count)
 
 
 def read_reference(args: argparse.Namespace, found: Inputs, specs: Sequence[Spec]) -> Reference:

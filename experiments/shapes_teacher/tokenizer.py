@@ -1,7 +1,7 @@
 """The embedded teacher's tokenizer in CLIP's format: byte-level BPE over lower-case words ending in "</w>".
 
 The vocabulary follows CLIP's scheme: 256 byte characters, the same with "</w>", one entry per merge, and the two
-special tokens at the end. Every word of the captions becomes one token; any other text is split into pieces.
+special tokens at the end. Every word of the captions becomes one token, as their commas do; any other text is split into pieces.
 """
 
 import functools
@@ -15,13 +15,15 @@ from lcm_jax.data import shapes
 from lcm_jax.models.clip import CLIPTextModel
 from lcm_jax.pretrained.tokenizer import load_tokenizer, tokenize
 
-LENGTH = 24  # two objects need 23
+LENGTH = 24  # a caption needs 16 at most
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def words() -> list[str]:
     """The captions' words in order of first use."""
-    text = "a at the and on background " + " ".join(" ".join(names) for names in shapes.ATTRIBUTES.values())
+    text = "a an at the on there is background shape " + " ".join(
+        " ".join(names) for names in shapes.ATTRIBUTES.values()
+    )
     return list(dict.fromkeys(text.split()))
 
 

@@ -62,7 +62,7 @@ def evaluate(scorer: shapes_scorer.Scorer, count: int) -> dict:
     specs = [shapes.spec(i, "heldout") for i in range(count)]
     images, labels = shapes.render_batch(specs), shapes.label_arrays(specs)
     parts = (augment(jax.random.key(i), shapes_scorer.to_float(images[i : i + 128])) for i in range(0, count, 128))
-    soft = np.concatenate([np.asarray(part) for part in parts])
+    soft = np.concatenate([np.rint((np.asarray(part) + 1.0) * 127.5).astype(np.uint8) for part in parts])
     read, features = shapes_scorer.score(images, scorer)
     read_soft, _ = shapes_scorer.score(soft, scorer)
     _, others = shapes_scorer.score(shapes.examples(count, count, "heldout")[0], scorer)

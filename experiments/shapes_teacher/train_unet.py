@@ -1,10 +1,8 @@
 """The embedded teacher's UNet and CLIP text encoder, trained together on the latents of the VAE.
 
-v-prediction, mean squared error, t uniform; 10 % of the captions are "". From step 4,500 on some captions belong to
-another image, as many captions on the web do: guidance is there to correct that, and without it a sampler follows such
-captions, too. They are 15 % at first and 6 % from step 13,500 on: with 15 % to the end, one image in thirty showed
-another caption even under guidance. The text encoder learns through the UNet's cross-attention. Adam, EMA 0.999; the
-rate is 1.5e-3, linear to almost 0 by step 13,500, and then 5e-4, linear to 0.
+v-prediction, mean squared error, t uniform; 10 % of the captions are "". An image that comes again is described in other
+words. The text encoder learns through the UNet's cross-attention. Adam, EMA 0.999; the rate is 1.5e-3 and decays
+linearly to 0 over the last 40 % of the steps.
 
     python -m experiments.shapes_teacher.train_unet --workdir=/tmp/shapes_teacher
 """
@@ -23,7 +21,6 @@ from lcm_jax.data import shapes
 from lcm_jax.data.order import batch_indices
 from lcm_jax.diffusion import schedule
 from lcm_jax.models import clip, unet, vae
-from lcm_jax.runtime.checkpoints import list_steps, load_subtree
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -61,17 +58,14 @@ UNET = {
     "cross_attention_dim": 96,
     "attention_head_dim": 4,
 }
-EXAMPLES = 49_152
+EXAMPLES = 65_536
 BATCH = 32
-SWAPPED = {0: 0.0, 4_500: 0.15, 13_500: 0.06}  # from this step on: share of captions of another image
-STEPS, DECAY, SECOND = 16_500, (9_500, 13_500), 13_500  # the rate's first decay, and where it starts again
+STEPS, DECAY = 32_000, 19_200
 
 
 def trained_vae(workdir: Path):
     """(module, EMA weights, scaling factor) of the newest VAE checkpoint; the factor gives latents unit variance."""
-    folder = workdir / "vae" / "checkpoints"
-    params = load_subtree(folder, list_steps(folder)[-1], "ema")
-    module = vae.from_config(train_vae.CONFIG)
+    module, params = vae.from_config(train_vae.CONFIG), train_vae.newest(workdir)
     images, _ = shapes.examples(0, 1024)
     mean, logvar = encoder(module)(params, images)
     factor = 1.0 / float(np.sqrt(np.var(mean) + np.exp(logvar).mean()))
@@ -83,18 +77,16 @@ def encoder(module):
 
 
 def cache(workdir: Path) -> dict[str, np.ndarray]:
-    """Scaled posterior moments and token ids of the training images; computed once, kept beside the run."""
+    """Scaled posterior moments of the training images; computed once, kept beside the run."""
     path = workdir / "latents.npz"
     if not path.exists():
         module, params = trained_vae(workdir)
         encode, parts = encoder(module), []
         for start in range(0, EXAMPLES, 256):
-            images, captions = shapes.examples(start, 256)
-            mean, logvar = jax.device_get(encode(params, images))
-            std = np.exp(0.5 * logvar)
-            parts.append((mean * module.scaling_factor, std * module.scaling_factor, tokenizer.encode(captions)))
-        mean, std, ids = (np.concatenate(column) for column in zip(*parts, strict=True))
-        np.savez(path, mean=mean.astype(np.float32), std=std.astype(np.float32), ids=ids)
+            mean, logvar = jax.device_get(encode(params, shapes.examples(start, 256)[0]))
+            parts.append((mean * module.scaling_factor, np.exp(0.5 * logvar) * module.scaling_factor))
+        mean, std = (np.concatenate(column) for column in zip(*parts, strict=True))
+        np.savez(path, mean=mean.astype(np.float32), std=std.astype(np.float32))
     with np.load(path) as arrays:
         return dict(arrays)
 
@@ -109,9 +101,7 @@ def loss_fn(denoiser, text_encoder, noise_schedule, null_ids, params, batch, key
 
 def rate(step: jax.Array) -> jax.Array:
     """Learning rate; see the module's docstring."""
-    start, end = DECAY
-    first = 1.5e-3 * jnp.minimum(1.0, (step + 1) / 200) * jnp.clip((end - step) / (end - start), 0.01, 1.0)
-    return jnp.where(step < SECOND, first, 5e-4 * jnp.maximum(0.0, (STEPS - step) / (STEPS - SECOND)))
+    return 1.5e-3 * jnp.minimum(1.0, (step + 1) / 200) * jnp.clip((STEPS - step) / (STEPS - DECAY), 0.0, 1.0)
 
 
 def main() -> None:
@@ -123,25 +113,21 @@ def main() -> None:
     noise_schedule = schedule.from_config(SCHEDULER)
 
     keys = jax.random.split(jax.random.key(1))
-    ids = data["ids"][:1]
-    text = jax.jit(text_encoder.init)(keys[0], ids)["params"]
+    null_ids = tokenizer.encode([""])
+    text = jax.jit(text_encoder.init)(keys[0], null_ids)["params"]
     hidden = jnp.zeros((1, tokenizer.LENGTH, TEXT["hidden_size"]))
     net = jax.jit(denoiser.init)(keys[1], jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), hidden)["params"]
     params = {"unet": net, "text_encoder": text}
 
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
-    null_ids = tokenizer.encode([""])
     step = make_step(
         lambda p, b, k: loss_fn(denoiser, text_encoder, noise_schedule, null_ids, p, b, k), optimizer, ema_decay=0.999
     )
 
     def batch(i: int) -> dict[str, np.ndarray]:
-        rows = batch_indices(0, i, BATCH, EXAMPLES)
-        out = {name: array[rows] for name, array in data.items()}
-        share = SWAPPED[max(step for step in SWAPPED if step <= i)]
-        swap = np.random.default_rng((1, i)).random(BATCH) < share
-        out["ids"] = np.where(swap[:, None], np.roll(out["ids"], 1, axis=0), out["ids"])
-        return out
+        rows, epoch = batch_indices(0, i, BATCH, EXAMPLES), i * BATCH // EXAMPLES
+        captions = [shapes.caption(shapes.spec(int(row), wording=epoch)) for row in rows]
+        return {name: array[rows] for name, array in data.items()} | {"ids": tokenizer.encode(captions)}
 
     run(args.workdir / "unet", make_state(params, optimizer), step, batch, STEPS, save_every=500)
 

@@ -1,12 +1,18 @@
 """Captioned images of coloured shapes, rendered by code: the embedded data set, and a source of records (`open`).
 
-Every example is a pure function of (split, index, num_objects). The random numbers are the raw output of Philox-4x64,
-a counter-based generator, keyed by the split and the index: example 10**9 costs what example 0 costs, and the set is
-the same on every platform and with every NumPy.
+Every example is a pure function of (split, index). The random numbers are the raw output of Philox-4x64, a
+counter-based generator, keyed by the split and the index: example 10**9 costs what example 0 costs, and the set is the
+same on every platform and with every NumPy.
 
-An image is 64 px wide and high, holds one object (or up to three that do not touch), and is described by
+An image is 64 px wide and high and holds one object. Captions are open: each of the five attributes is named with
+probability 0.6, at least one of them, in one of three forms:
 
     a small red circle at the top left on a white background
+    on a white background there is a circle
+    red shape, top left
+
+Neither choice depends on the image, so what a caption does not name is distributed as before it was written: uniform and
+independent. `law` is that distribution.
 
 Objects are rendered from signed distances d (pixels, negative inside): coverage = clip(1/2 - d, 0, 1), which is a box
 filter one pixel wide, and pixel = background + coverage * (colour - background).
@@ -22,8 +28,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -32,7 +39,7 @@ from lcm_jax.errors import BadArgument, LcmError
 
 RESOLUTION = 64
 SPLITS = ("train", "heldout")
-MAX_OBJECTS = 3
+NAMED = 0.6  # probability that a caption names an attribute, before captions that name none are drawn again
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
@@ -77,21 +84,14 @@ _CELL = {
 _CIRCUMRADIUS = {"circle": 0.96, "square": 0.8 * 2**0.5, "triangle": 1.16, "star": 1.16, "cross": 1.112, "ring": 1.0}
 _COUNTS = tuple(len(words) for words in ATTRIBUTES.values())
 _HELDOUT_FRACTION = 0.1
-_KEY = 0x5EED_5AA9_E500  # first word of the Philox key, added to the split's number and the number of objects
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """Where objects lie and how large they are, in pixels."""
-
-    centres: tuple[float, float, float]
-    jitter: float
-    radii: dict[str, tuple[float, float]]
-
-
-# One object may fill its third of the image and more; several must fit into cells 20 px apart.
-_ONE = _Layout((18.56, 32.0, 45.44), 2.0, {"small": (9.0, 10.5), "large": (15.0, 17.0)})
-_SEVERAL = _Layout((12.0, 32.0, 52.0), 0.5, {"small": (4.6, 4.9), "large": (6.9, 7.3)})
+_KEY = 0x5EED_5AA9_E500  # first word of the Philox key, added to the split's number
+_CENTRES, _CENTRE_JITTER = (18.56, 32.0, 45.44), 2.0  # pixels
+_RADII = {"small": (9.0, 10.5), "large": (15.0, 17.0)}  # pixels, smallest and largest
+# Every set of attributes that a caption may name, with its probability.
+_NAMES = tuple(names for n in range(1, 6) for names in itertools.combinations(ATTRIBUTES, n))
+_NAMES_P = np.array([NAMED ** len(names) * (1 - NAMED) ** (5 - len(names)) for names in _NAMES]) / (
+    1 - (1 - NAMED) ** 5
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,35 +114,37 @@ STYLES = {"plain": Style(), "card": Style(stretch=(0.95, 1.12), growth=0.4, corn
 
 
 @dataclasses.dataclass(frozen=True)
-class Object:
-    """One object: its words, and what the words leave open.
+class Spec:
+    """Everything that determines one image and its caption.
 
-    `centre` is (x, y) in pixels from the image's top left corner (pixel (0, 0) has its middle at (0.5, 0.5)),
-    `radius` in pixels, `angle` in degrees, `rgb` in 0..255.
+    Attributes:
+      shape, colour, size, position, background: words of `ATTRIBUTES`.
+      centre: of the object, (x, y) in pixels from the image's top left corner (pixel (0, 0) has its middle at
+        (0.5, 0.5)).
+      radius: in pixels.
+      angle: in degrees.
+      rgb, background_rgb: in 0..255.
+      named: the attributes that the caption names.
+      form: of the caption, 0, 1 or 2.
     """
 
     shape: str
     colour: str
     size: str
     position: str
+    background: str
     centre: tuple[float, float]
     radius: float
     angle: float
     rgb: tuple[float, float, float]
+    background_rgb: tuple[float, float, float]
+    named: tuple[str, ...] = tuple(ATTRIBUTES)
+    form: int = 0
 
     @property
     def extent(self) -> float:
         """Radius in pixels of the smallest circle around `centre` that contains the object."""
         return self.radius * _CIRCUMRADIUS[self.shape]
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """Everything that determines one image."""
-
-    background: str
-    background_rgb: tuple[float, float, float]
-    objects: tuple[Object, ...]
 
 
 def combination(shape: str, colour: str, size: str, position: str, background: str) -> int:
@@ -170,100 +172,138 @@ def _choices(split: str) -> tuple[np.ndarray, ...]:
     return tuple(table[table[:, 4] == b, :4] for b in range(len(BACKGROUNDS)))
 
 
-def spec(index: int, split: str = "train", num_objects: int = 1) -> Spec:
-    """Image number `index` (0 or more) of a split ("train" or "heldout"), with one to three objects."""
+def spec(index: int, split: str = "train", wording: int = 0) -> Spec:
+    """Image number `index` (0 or more) of a split ("train" or "heldout") and one of its captions.
+
+    A training that sees an image again can describe it in other words: `wording` (0 or more) draws `named` and `form`.
+    """
     if split not in SPLITS:
         raise LcmError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
-    if not 1 <= num_objects <= MAX_OBJECTS:
-        raise LcmError(f"num_objects={num_objects}: an image holds 1 to {MAX_OBJECTS} objects")
     if not 0 <= index < 2**63:
         raise LcmError(f"example index {index} is out of range: use 0 or more")
-    key = _KEY + 16 * (1 + SPLITS.index(split)) + num_objects
-    raw = np.random.Philox(key=np.array([key, index], np.uint64)).random_raw(2 + 8 * num_objects)
-    u = (raw >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
-    choices = _choices(split)
+    key = _KEY + 16 * (1 + SPLITS.index(split))
+    u = _uniform(key + 1, index, 10)
     # Backgrounds in proportion to their numbers of combinations make all combinations equally likely.
+    choices = _choices(split)
     sizes = np.cumsum([len(c) for c in choices])
     b = int(np.searchsorted(sizes, u[0] * sizes[-1], side="right"))
-    shade = SHADE_JITTER * (2.0 * u[1] - 1.0)
-    background_rgb = tuple(c + float(shade) for c in BACKGROUND_RGB[BACKGROUNDS[b]])
-    layout = _ONE if num_objects == 1 else _SEVERAL
-    objects: list[Object] = []
-    table = choices[b]
-    for n in range(num_objects):
-        draws = u[2 + 8 * n : 10 + 8 * n]
-        row = table[int(draws[0] * len(table))]
-        objects.append(_object(row, draws[1:], layout))
-        if n + 1 < num_objects:
-            table = table[table[:, 3] != row[3]]
-    objects.sort(key=lambda o: _CELL[o.position][::-1])  # reading order
-    return Spec(BACKGROUNDS[b], background_rgb, tuple(objects))
-
-
-def _object(row: np.ndarray, u: np.ndarray, layout: _Layout) -> Object:
-    """One object from its indices (shape, colour, size, position) and seven uniform numbers."""
-    shape, colour, size, position = SHAPES[row[0]], COLOURS[row[1]], SIZES[row[2]], POSITIONS[row[3]]
-    low, high = layout.radii[size]
-    radius = float(low + (high - low) * u[0])
+    shape, colour, size, position = (
+        words[number]
+        for words, number in zip(ATTRIBUTES.values(), choices[b][int(u[2] * len(choices[b]))], strict=False)
+    )
+    low, high = _RADII[size]
+    radius = float(low + (high - low) * u[3])
     margin = radius * _CIRCUMRADIUS[shape] + 2.0  # the soft edge reaches beyond sharp corners
-    centre = tuple(
-        float(np.clip(layout.centres[cell] + layout.jitter * (2.0 * v - 1.0), margin, RESOLUTION - margin))
-        for cell, v in zip(_CELL[position], u[1:3], strict=True)
+    centre = (
+        float(np.clip(_CENTRES[cell] + _CENTRE_JITTER * (2.0 * v - 1.0), margin, RESOLUTION - margin))
+        for cell, v in zip(_CELL[position], u[4:6], strict=True)
     )
-    angle = float(ANGLE_JITTER * (2.0 * u[3] - 1.0))
-    rgb = tuple(
+    rgb = (
         float(np.clip(c + COLOUR_JITTER * (2.0 * v - 1.0), 0.0, 255.0))
-        for c, v in zip(COLOUR_RGB[colour], u[4:7], strict=True)
+        for c, v in zip(COLOUR_RGB[colour], u[7:10], strict=True)
     )
-    return Object(shape, colour, size, position, centre, radius, angle, rgb)
+    shade = SHADE_JITTER * (2.0 * u[1] - 1.0)
+    which, form = _uniform(key, index, 2, counter=wording)
+    return Spec(
+        shape=shape,
+        colour=colour,
+        size=size,
+        position=position,
+        background=BACKGROUNDS[b],
+        centre=tuple(centre),
+        radius=radius,
+        angle=float(ANGLE_JITTER * (2.0 * u[6] - 1.0)),
+        rgb=tuple(rgb),
+        background_rgb=tuple(c + float(shade) for c in BACKGROUND_RGB[BACKGROUNDS[b]]),
+        named=_NAMES[min(int(np.searchsorted(_NAMES_P.cumsum(), which, side="right")), len(_NAMES) - 1)],
+        form=int(form * len(_FORMS)),
+    )
+
+
+def _uniform(key: int, index: int, count: int, counter: int = 0) -> np.ndarray:
+    """Numbers in [0, 1): float64 [count]."""
+    raw = np.random.Philox(key=np.array([key, index], np.uint64), counter=counter).random_raw(count)
+    return (raw >> np.uint64(11)) * 2.0**-53
 
 
 def caption(spec: Spec) -> str:
-    """The image in words, all lower case; several objects in reading order, joined by "and"."""
-    objects = " and ".join(f"a {o.size} {o.colour} {o.shape} at the {o.position}" for o in spec.objects)
-    return f"{objects} on a {spec.background} background"
+    """The image in words, all lower case: what `spec.named` lists, in the form `spec.form`."""
+    return describe({name: getattr(spec, name) for name in spec.named}, spec.form)
 
 
-_CAPTION = re.compile(r"(?P<objects>.+) on a (?P<background>\w+) background")
-_OBJECT = re.compile(r"a (?P<size>\w+) (?P<colour>\w+) (?P<shape>\w+) at the (?P<position>\w+( \w+)?)")
+def describe(words: Mapping[str, str], form: int = 0) -> str:
+    """The caption that names these words, {attribute: word}, in one of the forms 0, 1 and 2."""
+    noun = words.get("shape", "shape")
+    position, background = words.get("position"), words.get("background")
+    if form == 2:
+        tags = [" ".join(filter(None, (words.get("colour"), noun))), words.get("size"), position]
+        return ", ".join(filter(None, (*tags, background and f"{background} background")))
+    thing = " ".join(filter(None, (words.get("size"), words.get("colour"), noun)))
+    thing = f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
+    where = (position and f"at the {position}", background and f"on a {background} background")
+    return " ".join(filter(None, (*where, "there is", thing) if form else (thing, *where)))
 
 
-def parse_caption(text: str) -> list[dict[str, int]]:
-    """Class indices of each object that a caption names, as `labels` gives them: the inverse of `caption`."""
-    whole = _CAPTION.fullmatch(text)
-    parts = [_OBJECT.fullmatch(p) for p in whole["objects"].split(" and ")] if whole else [None]
-    try:
-        return [
-            {
-                name: words.index(whole[name] if name == "background" else part[name])
-                for name, words in ATTRIBUTES.items()
-            }
-            for part in parts
-        ]
-    except (TypeError, ValueError):
-        raise LcmError(
-            f"not a caption of the shapes set: {text!r}; the form is "
-            "'a small red circle at the top left on a white background'"
-        ) from None
+def _pattern(name: str) -> str:
+    return f"(?P<{name}>{'|'.join(sorted(ATTRIBUTES[name], key=len, reverse=True))})"
 
 
-def labels(spec: Spec, which: int = 0) -> dict[str, int]:
-    """Class indices {shape, colour, size, position, background} of the object number `which`."""
-    o = spec.objects[which]
-    words = {
-        "shape": o.shape,
-        "colour": o.colour,
-        "size": o.size,
-        "position": o.position,
-        "background": spec.background,
-    }
-    return {name: ATTRIBUTES[name].index(word) for name, word in words.items()}
+_NOUN = rf"(?:{_pattern('shape')}|shape)"
+_THING = rf"an? (?:{_pattern('size')} )?(?:{_pattern('colour')} )?{_NOUN}"
+_AT, _ON = rf"at the {_pattern('position')}", rf"on a {_pattern('background')} background"
+_FORMS = tuple(
+    re.compile(form)
+    for form in (
+        rf"{_THING}(?: {_AT})?(?: {_ON})?",
+        rf"(?:{_AT} )?(?:{_ON} )?there is {_THING}",
+        rf"(?:{_pattern('colour')} )?{_NOUN}(?:, {_pattern('size')})?(?:, {_pattern('position')})?"
+        rf"(?:, {_pattern('background')} background)?",
+    )
+)
+
+
+def parse_caption(text: str) -> dict[str, int]:
+    """Class indices of the attributes that a caption names: the inverse of `describe`.
+
+    Raises:
+      LcmError: not a caption of this set.
+    """
+    if found := next(filter(None, (form.fullmatch(text) for form in _FORMS)), None):
+        return {name: words.index(found[name]) for name, words in ATTRIBUTES.items() if found[name]}
+    raise LcmError(
+        f"not a caption of the shapes set: {text!r}; the forms are 'a small red circle at the top left on a white "
+        "background', 'at the top left on a white background there is a small red circle' and 'red circle, small, "
+        "top left, white background'; each word of them may be left out, and 'shape' stands for no shape's name"
+    )
+
+
+def law(caption: str, split: str | None = None) -> np.ndarray:
+    """p(attributes | caption), float64 [6 8 2 9 5] in the order of `ATTRIBUTES`: uniform over what the caption allows.
+
+    Without a split it is that of the whole world, in which attributes are independent; a split's own has holes where
+    combinations belong to the other one.
+
+    Raises:
+      LcmError: not a caption of this set.
+    """
+    allowed = np.zeros(_COUNTS)
+    named = parse_caption(caption)
+    allowed[tuple(named.get(name, slice(None)) for name in ATTRIBUTES)] = 1.0
+    if split is not None:
+        held = np.isin(np.arange(allowed.size), list(heldout_combinations())).reshape(_COUNTS)
+        allowed *= held if split == "heldout" else ~held
+    return allowed / allowed.sum()
+
+
+def labels(spec: Spec) -> dict[str, int]:
+    """Class indices {shape, colour, size, position, background} of the image."""
+    return {name: words.index(getattr(spec, name)) for name, words in ATTRIBUTES.items()}
 
 
 def label_arrays(specs: Iterable[Spec | str]) -> dict[str, np.ndarray]:
-    """Class indices of one-object images, given as specs or captions: {attribute: int32 [b]}."""
-    rows = [parse_caption(s)[0] if isinstance(s, str) else labels(s) for s in specs]
-    return {name: np.array([r[name] for r in rows], np.int32) for name in ATTRIBUTES}
+    """Class indices of images, given as specs or captions: {attribute: int32 [b]}; -1 where a caption does not tell."""
+    rows = [parse_caption(s) if isinstance(s, str) else labels(s) for s in specs]
+    return {name: np.array([r.get(name, -1) for r in rows], np.int32) for name in ATTRIBUTES}
 
 
 def render(spec: Spec, style: str = "plain") -> np.ndarray:
@@ -274,18 +314,17 @@ def render(spec: Spec, style: str = "plain") -> np.ndarray:
     image = np.empty((RESOLUTION, RESOLUTION, 3), np.float32)
     image[:] = spec.background_rgb
     if rendering.corner_radius:
-        _mark_corners(image, spec.objects[0].rgb, rendering.corner_radius)
+        _mark_corners(image, spec.rgb, rendering.corner_radius)
     across, along = rendering.stretch
-    for o in spec.objects:
-        # Only the square around the object; one pixel more on every side for the soft edge.
-        reach = o.extent * max(rendering.stretch) + rendering.growth
-        x0, y0 = (max(int(c - reach) - 1, 0) for c in o.centre)
-        x1, y1 = (min(int(c + reach) + 2, RESOLUTION) for c in o.centre)
-        x = (np.arange(x0, x1, dtype=np.float32)[None, :] + np.float32(0.5 - o.centre[0])) / across
-        y = (np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(0.5 - o.centre[1])) / along
-        c, s = np.float32(np.cos(np.deg2rad(o.angle))), np.float32(np.sin(np.deg2rad(o.angle)))
-        distance = _signed_distance(o.shape, c * x + s * y, c * y - s * x, np.float32(o.radius))
-        _paint(image[y0:y1, x0:x1], o.rgb, distance * min(rendering.stretch) - rendering.growth)
+    # Only the square around the object; one pixel more on every side for the soft edge.
+    reach = spec.extent * max(rendering.stretch) + rendering.growth
+    x0, y0 = (max(int(c - reach) - 1, 0) for c in spec.centre)
+    x1, y1 = (min(int(c + reach) + 2, RESOLUTION) for c in spec.centre)
+    x = (np.arange(x0, x1, dtype=np.float32)[None, :] + np.float32(0.5 - spec.centre[0])) / across
+    y = (np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(0.5 - spec.centre[1])) / along
+    c, s = np.float32(np.cos(np.deg2rad(spec.angle))), np.float32(np.sin(np.deg2rad(spec.angle)))
+    distance = _signed_distance(spec.shape, c * x + s * y, c * y - s * x, np.float32(spec.radius))
+    _paint(image[y0:y1, x0:x1], spec.rgb, distance * min(rendering.stretch) - rendering.growth)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
@@ -334,17 +373,15 @@ def render_batch(specs: Sequence[Spec], style: str = "plain") -> np.ndarray:
     return np.stack(images) if images else np.empty((0, RESOLUTION, RESOLUTION, 3), np.uint8)
 
 
-def example(index: int, split: str = "train", num_objects: int = 1, style: str = "plain") -> tuple[np.ndarray, str]:
+def example(index: int, split: str = "train", style: str = "plain") -> tuple[np.ndarray, str]:
     """Image (uint8 [64 64 3]) and caption number `index` of a split."""
-    s = spec(index, split, num_objects)
+    s = spec(index, split)
     return render(s, style), caption(s)
 
 
-def examples(
-    start: int, count: int, split: str = "train", num_objects: int = 1, style: str = "plain"
-) -> tuple[np.ndarray, list[str]]:
+def examples(start: int, count: int, split: str = "train", style: str = "plain") -> tuple[np.ndarray, list[str]]:
     """Images (uint8 [count 64 64 3]) and captions number `start` .. `start + count - 1` of a split."""
-    specs = [spec(i, split, num_objects) for i in range(start, start + count)]
+    specs = [spec(i, split) for i in range(start, start + count)]
     return render_batch(specs, style), [caption(s) for s in specs]
 
 
@@ -373,7 +410,7 @@ class ShapesSource:
         return f"shapes/{self.split}/{self.style}", str(number)
 
     def digest(self) -> str:
-        return digest_of(self.split, self.style, str(self.num_examples))
+        return digest_of("open captions", self.split, self.style, str(self.num_examples))
 
 
 def open(*, num_examples: int = 4096, style: str = "plain", split: str = "train") -> ShapesSource:

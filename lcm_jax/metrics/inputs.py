@@ -42,6 +42,11 @@ class Inputs:
     source: Source | None = None
     skipped: int = 0
 
+    def repeated(self, times: int, count: int | None) -> Inputs:
+        """Each caption `times` times in a row, `count` in all; None: every one as often."""
+        captions = (caption for caption in self.captions for _ in range(times))
+        return dataclasses.replace(self, captions=tuple(itertools.islice(captions, count)))
+
     def about(self) -> dict[str, str]:
         """Identifies these captions in this order; "from" is for the reader alone."""
         return {"from": self.name, "sha256": hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()}

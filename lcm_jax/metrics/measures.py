@@ -5,7 +5,8 @@
     fd_dinov2[/RESIZE]:FOLDER  DINOv2 in transformers format                statistics of the reference
     cmmd[/RESIZE]:FOLDER       CLIP in transformers format                  features of the reference
     clip_score:FOLDER          CLIP in transformers format                  the captions
-    shapes[:TEACHER]           come with the package                        the captions, and held-out renders
+    shapes[:TEACHER]           come with the package                        the captions, held-out renders, and the law
+                                                                            of what captions leave open
 
 Batches are added one after another, so images need not be kept.
 """
@@ -171,7 +172,7 @@ def check_used(reference: Reference, measures: Sequence[Measure]) -> None:
 
 
 class Shapes(Measure):
-    """Caption accuracy and Frechet distance of shapes images, by the package's own scorer."""
+    """Caption accuracy, Frechet distance and coverage of shapes images, by the package's own scorer."""
 
     name = "shapes"
 
@@ -181,7 +182,8 @@ class Shapes(Measure):
                 f"--metric=shapes: the scorer reads images of {RESOLUTION} x {RESOLUTION}, these are {size[1]} x "
                 f"{size[0]}; leave it out, or give --height={RESOLUTION} --width={RESOLUTION}"
             )
-        self.labels, self.style, self.batch_size = label_arrays(captions), style, batch_size
+        self.captions, self.labels = captions, label_arrays(captions)
+        self.style, self.batch_size = style, batch_size
         scorer = load_extractor("shapes")
         self.min_images = scorer.dim + 1
         reference = {"from": "held-out renders", "pictures": shapes.REFERENCES, "style": style}
@@ -194,8 +196,12 @@ class Shapes(Measure):
         return [*(state or []), score(images, batch_size=self.batch_size)]
 
     def values(self, state: list) -> dict[str, float]:
-        accuracy, distance = shapes.judge(*shapes.joined(state), self.labels, shapes.reference(self.style))
-        return {"caption_accuracy": accuracy, "shapes_frechet": distance}
+        predicted, features = shapes.joined(state)
+        accuracy, distance = shapes.judge(predicted, features, self.labels, shapes.reference(self.style))
+        values = {"caption_accuracy": accuracy, "shapes_frechet": distance}
+        if found := shapes.coverage(predicted, self.captions):
+            values |= {"coverage_distance": found.distance, "collapsed": found.collapsed, "diversity": found.diversity}
+        return values
 
 
 class ClipScore(Measure):

@@ -1,7 +1,8 @@
 """How well a model generates the shapes set: its images by their captions, and one step by the end of the ODE.
 
-    caption accuracy   share of images whose five attributes are those of their caption
+    caption accuracy   share of images that show every attribute that their caption names
     Frechet distance   to 2,048 held-out renders in the scorer's features; comparable only among sets of one count
+    coverage distance  of what captions leave open, from its known law; see `Coverage`
     endpoint error     RMSE(z_one_step, z_end) / std(z_end);  z_end: DDIM over the solver grid, from the same noise
 
 Distillation makes the endpoint error small: a consistency model without error jumps to z_end in one step (Luo et al.
@@ -10,7 +11,9 @@ Distillation makes the endpoint error small: a consistency model without error j
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -58,6 +61,71 @@ def judge(
       to: statistics of the reference (`reference`).
     """
     return scorer.caption_accuracy(predicted, labels), frechet_distance(statistics(features), to)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """How much of the law of what captions leave open is found among several images of each.
+
+    Means over captions with at least two images and an attribute that is not named. Of images drawn from the law
+    itself, `distance` is 0 and `diversity` 1 in expectation, however many there are.
+
+    Attributes:
+      distance: total variation between the histogram of an unnamed attribute and its law, sum |X_k / n - p_k| / 2, less
+        what it is for n draws from the law, p_k = 1/k; mean over the unnamed attributes.
+      collapsed: share of captions with an unnamed attribute that is the same in all images.
+      diversity: number of different combinations of the unnamed attributes over what n draws from the law would show,
+        K (1 - (1 - 1/K)^n) of K.
+    """
+
+    distance: float
+    collapsed: float
+    diversity: float
+
+
+def expected_distance(k: int, n: int) -> float:
+    """Total variation between the uniform law on k values and the histogram of n draws from it, in expectation.
+
+    The count X of a value is binomial, p = 1/k, and E |X - n p| = 2 v (1 - p) P(X = v), v = floor(n p) + 1 (de Moivre).
+    """
+    p, v = 1.0 / k, n // k + 1
+    choose = math.lgamma(n + 1) - math.lgamma(v + 1) - math.lgamma(n - v + 1)
+    return k * v * (1.0 - p) * math.exp(choose + v * math.log(p) + (n - v) * math.log1p(-p)) / n
+
+
+def coverage(predicted: Mapping[str, np.ndarray], captions: Sequence[str]) -> Coverage | None:
+    """The coverage of images that the scorer has read, whose captions repeat; None if none of those counts.
+
+    Args:
+      predicted: from `score` of metrics/networks/shapes.py: class indices [n] of each attribute.
+      captions: of the images.
+    """
+    groups: dict[str, list[int]] = {}
+    for number, caption in enumerate(captions):
+        groups.setdefault(caption, []).append(number)
+    found = []
+    for caption, numbers in groups.items():
+        named = shapes.parse_caption(caption)
+        if len(numbers) > 1 and len(named) < len(shapes.ATTRIBUTES):
+            open_ = [name for name in shapes.ATTRIBUTES if name not in named]
+            found.append(_coverage(np.stack([predicted[name][numbers] for name in open_]), open_))
+    if not found:
+        return None
+    return Coverage(*(float(value) for value in np.mean(found, axis=0)))
+
+
+def _coverage(read: np.ndarray, names: Sequence[str]) -> tuple[float, float, float]:
+    """(distance, collapsed, diversity) of the images of one caption, from what was read of the open attributes [a n]."""
+    n = read.shape[1]
+    counts = [len(shapes.ATTRIBUTES[name]) for name in names]
+    distances = []
+    for values, k in zip(read, counts, strict=True):
+        distance = np.abs(np.bincount(values, minlength=k) / n - 1.0 / k).sum() / 2.0
+        distances.append(distance - expected_distance(k, n))
+    total = math.prod(counts)
+    expected = total * -math.expm1(n * math.log1p(-1.0 / total))
+    same = any((values == values[0]).all() for values in read)
+    return float(np.mean(distances)), float(same), np.unique(read, axis=1).shape[1] / expected
 
 
 def joined(read: Sequence[tuple[Mapping[str, np.ndarray], np.ndarray]]) -> tuple[dict[str, np.ndarray], np.ndarray]:

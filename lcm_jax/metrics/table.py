@@ -50,6 +50,9 @@ class Column:
 COLUMNS = {
     "caption_accuracy": Column("caption accuracy", "{:.1%}", True),
     "shapes_frechet": Column("Frechet distance (shapes)", "{:.2f}"),
+    "coverage_distance": Column("coverage distance", "{:.3f}"),
+    "collapsed": Column("collapsed captions", "{:.1%}"),
+    "diversity": Column("diversity", "{:.1%}", True),
     "endpoint_error": Column("one-step error", "{:.3f}"),
     "fid": Column("FID", "{:.2f}"),
     "clip_score": Column("CLIP score", "{:.2f}", True),

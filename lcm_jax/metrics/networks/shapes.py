@@ -3,7 +3,7 @@
 A small convolutional classifier with one head per attribute on a common feature vector, trained on renders only
 (experiments/shapes_teacher/train_scorer.py), never on samples. It gives two measures of generated images:
 
-    caption accuracy = share of images whose attributes, all five, are those of their caption
+    caption accuracy = share of images that show every attribute that their caption names
     Frechet distance = between the features of generated images and those of held-out renders (metrics/distances.py)
 
 The features are the inputs of the last nonlinearity, which would cut them off at zero.
@@ -127,11 +127,9 @@ def _features(output: tuple[dict[str, jax.Array], jax.Array]) -> jax.Array:
     return output[1]
 
 
-def to_float(images: np.ndarray | jax.Array) -> jax.Array:
-    """Images as float32 in [-1, 1]: from uint8 0..255, or from float in [-1, 1] (clipped)."""
-    if images.dtype == np.uint8:
-        return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1.0
-    return jnp.clip(jnp.asarray(images).astype(jnp.float32), -1.0, 1.0)
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 0..255 as float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 @functools.cache
@@ -151,7 +149,7 @@ def score(
     """Predicted class indices {attribute: int32 [n]} and features float32 [n d] of images [n 64 64 3].
 
     Args:
-      images: uint8, or float in [-1, 1].
+      images: uint8. Floats are refused: whether they lie in [0, 1] or in [-1, 1] cannot be told from a few of them.
       scorer: None: the package's own.
       batch_size: images per call; the last call is padded, so that one program serves all n.
 
@@ -161,8 +159,8 @@ def score(
     images = np.asarray(images)
     if images.ndim != 4 or len(images) == 0 or images.shape[1:] != (RESOLUTION, RESOLUTION, 3):
         raise LcmError(f"images of shape {images.shape}: the scorer reads [n {RESOLUTION} {RESOLUTION} 3]")
-    if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
-        raise LcmError(f"images of type {images.dtype}: give uint8 in 0..255 or float in [-1, 1]")
+    if images.dtype != np.uint8:
+        raise LcmError(f"images of type {images.dtype}: give uint8 in 0..255, as sampling.png.to_uint8 makes them")
     scorer = scorer or _packaged()
     batches = [jax.device_get(_program()(scorer.module, scorer.params, part)) for part in filled(images, batch_size)]
     logits, features = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *batches)
@@ -175,26 +173,37 @@ def _packaged() -> Scorer:
 
 
 def caption_accuracy(predicted: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> float:
-    """Share (0..1) of images with all attributes right.
+    """Share (0..1) of images with all named attributes right.
 
     Args:
-      predicted: class indices [n] or logits [n classes] of each attribute.
-      labels: class indices [n] of each attribute, as from `data.shapes.label_arrays` (which takes captions, too).
+      predicted: class indices [n] of each attribute.
+      labels: class indices [n] of each attribute, -1 where it is not named (`data.shapes.label_arrays`).
+
+    Raises:
+      LcmError: the lengths differ.
     """
     return float(np.mean(np.all(list(_right(predicted, labels).values()), axis=0)))
 
 
-def attribute_accuracies(predicted: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Share (0..1) of images with this attribute right, for each attribute; arguments as for `caption_accuracy`."""
-    return {name: float(np.mean(right)) for name, right in _right(predicted, labels).items()}
+def attribute_accuracies(
+    predicted: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]
+) -> dict[str, float | None]:
+    """For each attribute the share (0..1) of images with it right among those whose caption names it, None for none.
+
+    Arguments and errors as for `caption_accuracy`.
+    """
+    named = {name: np.asarray(labels[name]) >= 0 for name in ATTRIBUTES}
+    return {
+        name: float(np.mean(right[named[name]])) if named[name].any() else None
+        for name, right in _right(predicted, labels).items()
+    }
 
 
 def _right(predicted: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     right = {}
     for name in ATTRIBUTES:
-        p, want = np.asarray(predicted[name]), np.asarray(labels[name])
-        p = p.argmax(-1) if p.ndim == 2 else p
-        if p.shape != want.shape:
-            raise LcmError(f"{p.shape[0]} predictions of {name} for {want.shape[0]} labels: give as many of both")
-        right[name] = p == want
+        found, want = np.asarray(predicted[name]), np.asarray(labels[name])
+        if found.shape != want.shape:
+            raise LcmError(f"{found.shape[0]} predictions of {name} for {want.shape[0]} labels: give as many of both")
+        right[name] = (found == want) | (want < 0)
     return right
