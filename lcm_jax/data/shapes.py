@@ -187,36 +187,51 @@ def spec(index: int, split: str = "train", wording: int = 0) -> Spec:
     choices = _choices(split)
     sizes = np.cumsum([len(c) for c in choices])
     b = int(np.searchsorted(sizes, u[0] * sizes[-1], side="right"))
-    shape, colour, size, position = (
-        words[number]
-        for words, number in zip(ATTRIBUTES.values(), choices[b][int(u[2] * len(choices[b]))], strict=False)
-    )
-    low, high = _RADII[size]
+    row = (*choices[b][int(u[2] * len(choices[b]))], b)
+    words = {name: names[number] for (name, names), number in zip(ATTRIBUTES.items(), row, strict=True)}
+    which, form = _uniform(key, index, 2, counter=wording)
+    named = _NAMES[min(int(np.searchsorted(_NAMES_P.cumsum(), which, side="right")), len(_NAMES) - 1)]
+    return _spec(words, u, named, int(form * len(_FORMS)))
+
+
+def drawn(caption: str, index: int) -> Spec:
+    """Image number `index` (0 or more) of those that a caption allows, drawn from `law(caption)`; of no split.
+
+    Raises:
+      LcmError: not a caption of this set.
+    """
+    named = parse_caption(caption)
+    u = _uniform(_KEY, index, 10 + len(ATTRIBUTES))
+    words = {
+        name: names[named.get(name, int(v * len(names)))]
+        for (name, names), v in zip(ATTRIBUTES.items(), u[10:], strict=True)
+    }
+    return _spec(words, u, tuple(named), 0)
+
+
+def _spec(words: Mapping[str, str], u: np.ndarray, named: tuple[str, ...], form: int) -> Spec:
+    """The image of these words; what they leave open comes from the uniform numbers u[1] and u[3] .. u[9]."""
+    low, high = _RADII[words["size"]]
     radius = float(low + (high - low) * u[3])
-    margin = radius * _CIRCUMRADIUS[shape] + 2.0  # the soft edge reaches beyond sharp corners
+    margin = radius * _CIRCUMRADIUS[words["shape"]] + 2.0  # the soft edge reaches beyond sharp corners
     centre = (
         float(np.clip(_CENTRES[cell] + _CENTRE_JITTER * (2.0 * v - 1.0), margin, RESOLUTION - margin))
-        for cell, v in zip(_CELL[position], u[4:6], strict=True)
+        for cell, v in zip(_CELL[words["position"]], u[4:6], strict=True)
     )
     rgb = (
         float(np.clip(c + COLOUR_JITTER * (2.0 * v - 1.0), 0.0, 255.0))
-        for c, v in zip(COLOUR_RGB[colour], u[7:10], strict=True)
+        for c, v in zip(COLOUR_RGB[words["colour"]], u[7:10], strict=True)
     )
     shade = SHADE_JITTER * (2.0 * u[1] - 1.0)
-    which, form = _uniform(key, index, 2, counter=wording)
     return Spec(
-        shape=shape,
-        colour=colour,
-        size=size,
-        position=position,
-        background=BACKGROUNDS[b],
+        **words,
         centre=tuple(centre),
         radius=radius,
         angle=float(ANGLE_JITTER * (2.0 * u[6] - 1.0)),
         rgb=tuple(rgb),
-        background_rgb=tuple(c + float(shade) for c in BACKGROUND_RGB[BACKGROUNDS[b]]),
-        named=_NAMES[min(int(np.searchsorted(_NAMES_P.cumsum(), which, side="right")), len(_NAMES) - 1)],
-        form=int(form * len(_FORMS)),
+        background_rgb=tuple(c + float(shade) for c in BACKGROUND_RGB[words["background"]]),
+        named=named,
+        form=form,
     )
 
 
