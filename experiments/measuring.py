@@ -17,7 +17,7 @@ STEPS = (1, 2, 4, 8)
 BATCH = 64
 SHAPES = f"--source=shapes --metric=shapes --batch_size={BATCH}"
 # The one-step error of every model refers to the same ODE solution, whatever its own solver grid is.
-EMBEDDED = f"{SHAPES} --endpoint_steps=100"
+EMBEDDED = f"{SHAPES} --endpoint_steps=100 --count=2048 --images_per_caption=8"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

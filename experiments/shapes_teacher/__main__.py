@@ -17,7 +17,8 @@ def main() -> None:
         ("train_vae", workdir),
         ("train_unet", workdir),
         ("build", workdir),
-        ("teacher_rows", "--scan", "--count=256"),
+        ("teacher_rows", "--scan"),
+        ("teacher_rows", "--thorough"),
     ):
         print(f"== {module} {' '.join(options)}", flush=True)
         subprocess.run([sys.executable, "-m", f"experiments.shapes_teacher.{module}", *options], check=True)

@@ -1,7 +1,7 @@
 """The embedded teacher's tokenizer in CLIP's format: byte-level BPE over lower-case words ending in "</w>".
 
 The vocabulary follows CLIP's scheme: 256 byte characters, the same with "</w>", one entry per merge, and the two
-special tokens at the end. Every word of the captions becomes one token, as their commas do; any other text is split into pieces.
+special tokens at the end. Every word and comma of the captions becomes one token; any other text is split into pieces.
 """
 
 import functools

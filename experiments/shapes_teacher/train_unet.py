@@ -1,7 +1,7 @@
 """The embedded teacher's UNet and CLIP text encoder, trained together on the latents of the VAE.
 
-v-prediction, mean squared error, t uniform; 10 % of the captions are "". An image that comes again is described in other
-words. The text encoder learns through the UNet's cross-attention. Adam, EMA 0.999; the rate is 1.5e-3 and decays
+v-prediction, mean squared error, t uniform; 10 % of the captions are "". An image that comes again is described in
+other words. The text encoder learns through the UNet's cross-attention. Adam, EMA 0.999; the rate is 1.5e-3 and decays
 linearly to 0 over the last 40 % of the steps.
 
     python -m experiments.shapes_teacher.train_unet --workdir=/tmp/shapes_teacher
@@ -60,7 +60,7 @@ UNET = {
 }
 EXAMPLES = 65_536
 BATCH = 32
-STEPS, DECAY = 32_000, 19_200
+STEPS, DECAY = 24_000, 14_400
 
 
 def trained_vae(workdir: Path):

@@ -2,9 +2,9 @@
 
     loss = mean |x - y| + 4 mean (x - y)^2 + 0.5 mean |grad x - grad y| + 2e-4 KL      (KL: mean over latent values)
 
-The gradients' term is there because shapes differ in their edges. First both halves are trained, then the decoder alone,
-on the latents of a fixed encoder: edges become sharper, and the latents stay what they are, so that the UNet can be
-trained on them meanwhile. Adam, 2e-3 and 1e-3, cosine.
+The gradients' term is there because shapes differ in their edges. First both halves are trained, then the decoder
+alone, on the latents of a fixed encoder: edges become sharper, and the latents stay what they are, so that the UNet can
+be trained on them meanwhile. Adam, 2e-3 and 1e-3, cosine.
 
     python -m experiments.shapes_teacher.train_vae --workdir=/tmp/shapes_teacher
 """

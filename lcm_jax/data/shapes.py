@@ -11,8 +11,8 @@ probability 0.6, at least one of them, in one of three forms:
     on a white background there is a circle
     red shape, top left
 
-Neither choice depends on the image, so what a caption does not name is distributed as before it was written: uniform and
-independent. `law` is that distribution.
+Neither choice depends on the image, so what a caption does not name is distributed as before it was written: uniform
+and independent. `law` is that distribution, and `drawn` draws from it.
 
 Objects are rendered from signed distances d (pixels, negative inside): coverage = clip(1/2 - d, 0, 1), which is a box
 filter one pixel wide, and pixel = background + coverage * (colour - background).

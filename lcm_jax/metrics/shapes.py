@@ -115,7 +115,7 @@ def coverage(predicted: Mapping[str, np.ndarray], captions: Sequence[str]) -> Co
 
 
 def _coverage(read: np.ndarray, names: Sequence[str]) -> tuple[float, float, float]:
-    """(distance, collapsed, diversity) of the images of one caption, from what was read of the open attributes [a n]."""
+    """(distance, collapsed, diversity) of one caption's images, from what was read of its open attributes [a n]."""
     n = read.shape[1]
     counts = [len(shapes.ATTRIBUTES[name]) for name in names]
     distances = []
