@@ -17,8 +17,8 @@ def main() -> None:
         ("train_vae", workdir),
         ("train_unet", workdir),
         ("build", workdir),
-        ("teacher_rows", "--scan"),
-        ("teacher_rows", "--thorough"),
+        ("teacher_rows", "--scan", "--thorough"),
+        ("teacher_rows",),
     ):
         print(f"== {module} {' '.join(options)}", flush=True)
         subprocess.run([sys.executable, "-m", f"experiments.shapes_teacher.{module}", *options], check=True)

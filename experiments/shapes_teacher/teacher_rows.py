@@ -1,11 +1,12 @@
 """The teacher's rows of the demo's tables and its best guidance scale, recorded in teacher_rows.json.
 
-    python -m experiments.shapes_teacher.teacher_rows --scan        # guidance.md and guidance.png, too
-    python -m experiments.shapes_teacher.teacher_rows --thorough    # 2,000 captions, and 64 images of each of 64
+    python -m experiments.shapes_teacher.teacher_rows --scan --thorough    # guidance.md and guidance.png, too
+    python -m experiments.shapes_teacher.teacher_rows                      # those of `make demo`
 
---scan first measures DDIM with 50 steps over guidance scales and takes that of the best caption accuracy (ties: the
-smaller Frechet distance). Tables of several sizes stand side by side; the asset's hash says what they belong to. Rows
-are kept in the workdir: the same command resumes.
+--thorough measures 2,000 captions, and 64 images of each of 64 for coverage. --scan first measures DDIM with 50 steps
+over guidance scales and takes that of the best caption accuracy (ties: the smaller Frechet distance). Tables of several
+sizes stand side by side; the asset's hash says what they belong to. Rows are kept in the workdir: the same command
+resumes.
 """
 
 import argparse
@@ -55,14 +56,14 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--thorough", action="store_true", help=f"rows of {embedded.name_of(THOROUGH)} images")
+    parser.add_argument("--thorough", action="store_true", help=f"{embedded.name_of(THOROUGH)} images per row")
     parser.add_argument("--scan", action="store_true", help="find the best guidance scale anew; drops all other rows")
     parser.add_argument("--workdir", type=Path, default=Path("runs/shapes_teacher_rows"))
     args = parser.parse_args()
     here = embedded.RECORD.parent
     size = THOROUGH if args.thorough else DEMO
     if args.scan:
-        rows = sampled(args.workdir, DEMO, f"--row=ddim:{MANY}:{','.join(f'{scale:g}' for scale in SCAN)}")
+        rows = sampled(args.workdir, size, f"--row=ddim:{MANY}:{','.join(f'{scale:g}' for scale in SCAN)}")
         best = max(rows, key=lambda row: (row["accuracy"], -row["frechet"]))["guidance_scale"]
         asset = embedded.asset_hash(assets.path("shapes"))
         record = {"asset": asset, "best_guidance_scale": best, "scan": rows, "tables": {}}

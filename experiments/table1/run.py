@@ -3,7 +3,8 @@
     python -m experiments.table1.run [--count=N] [--publish]
 
     WORKDIR/                               a run of the config, and its export/; trained now if it is missing
-    WORKDIR/table1/                        table.md, table.json, plot.png and rows/ of `lcm_jax.evaluate`, and result.md
+    WORKDIR/table1/                        table.md, table.json, plot.png and rows/ of `lcm_jax.evaluate`; result.md;
+                                           evaluations.png: quality against network evaluations
 
 result.md has the layout of the paper's table, with the paper's numbers below. The same command resumes what was
 stopped; `--publish` copies the results beside this file. The paper's own table is
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import embedded, measuring, results, stage
-from experiments.table1 import paper
+from experiments.table1 import figure, paper
 from experiments.terminal import teller
 from lcm_jax import files
 from lcm_jax.ending import exit_code
@@ -56,15 +57,18 @@ def main() -> int:
     text = result(rows)
     files.write_atomic(out / "result.md", text)
     print("\n" + text)
+    if args.plot:
+        figure.write(rows, out / "evaluations.png")
     if args.publish:
-        results.publish(Path(__file__).parent, {name: out / name for name in ("result.md", "plot.png", "table.json")})
+        names = ("result.md", "plot.png", "evaluations.png", "table.json")
+        results.publish(Path(__file__).parent, {name: out / name for name in names})
     say(f"done: {out}/result.md and table.json")
     return 0
 
 
 def result(rows: Sequence[table.Row]) -> str:
     """The rows in the paper's layout, one table per guidance scale, and the paper's own table; the best is bold."""
-    keys = [key for key in table.columns(rows) if all(row.values.get(key) is not None for row in rows)]
+    keys = [key for key in figure.KEYS if all(row.values.get(key) is not None for row in rows)]
     texts = []
     for scale in sorted({row.guidance_scale for row in rows}):
         values = {
