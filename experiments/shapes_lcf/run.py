@@ -24,12 +24,11 @@ from lcm_jax.metrics.shapes import REFERENCES, heldout
 CONFIG = "configs/shapes_lcf.py"
 LCD_WEIGHT = 0.5
 RUNS = {"lcf": ("LCF", 0.0), "mix": (f"LCF + {LCD_WEIGHT:g} LCD", LCD_WEIGHT)}  # folder -> (name, lcd_weight)
-SCALES = (3.0, 7.5)
 STEPS = 4
 NOTE = (
     "{count} images of held-out captions in every row, same noise, 4 steps. FD: Frechet distance to {references} "
     'held-out renders, in the style "{style}" and plain, in the scorer\'s features. Answer to w: RMS change of the '
-    "latents between guidance scales 3 and 7.5, in standard deviations: {answers}."
+    "latents between guidance scales {low:g} and {high:g}, in standard deviations: {answers}."
 )
 
 
@@ -49,14 +48,15 @@ def main() -> int:
             return 1
 
     say(f"generating {args.count} images per row")
-    style = config.data.style
+    style, scales = config.data.style, (embedded.best_guidance_scale(), embedded.HIGH_SCALE)
     folders = {"LCM": Path(config.model.student)}
     folders |= {name: args.workdir / part / "export" for part, (name, _) in RUNS.items()}
-    models = [(name, [f"--model={folder}"], "lcm", STEPS, s) for name, folder in folders.items() for s in SCALES]
+    models = [(name, [f"--model={folder}"], "lcm", STEPS, s) for name, folder in folders.items() for s in scales]
     rows, lines = embedded.styled(args.workdir / "evaluate", args.count, style, models)
-    answers = {name: answer_to_w(folder) for name, folder in folders.items()}
+    answers = {name: answer_to_w(folder, scales) for name, folder in folders.items()}
     listed = ", ".join(f"{name} {value:.2f}" for name, value in answers.items())
-    note = NOTE.format(count=args.count, references=REFERENCES, style=style, answers=listed)
+    low, high = scales
+    note = NOTE.format(count=args.count, references=REFERENCES, style=style, low=low, high=high, answers=listed)
     table = {"note": note, "config": CONFIG, "answers": answers, "verdict": verdict(rows), "rows": rows}
     embedded.write_styled(args.workdir, table, lines)
     if args.publish:
@@ -67,8 +67,8 @@ def main() -> int:
     return 0
 
 
-def answer_to_w(folder: Path) -> float:
-    """RMS difference of the latents at both of SCALES from the same noise, in their standard deviations.
+def answer_to_w(folder: Path, scales: tuple[float, float]) -> float:
+    """RMS difference of the latents at two guidance scales from the same noise, in their standard deviations.
 
     Near 0 the model ignores w: its guidance is lost.
     """
@@ -76,7 +76,7 @@ def answer_to_w(folder: Path) -> float:
     captions = [shapes.caption(spec) for spec in heldout(measuring.BATCH)]
     noise = model.noise(0, range(len(captions)), STEPS, *model.pipeline.default_size)
     cond, settings = model.encode(captions), lcm_jax.Settings(steps=STEPS)
-    low, high = (np.asarray(model.latents(cond, noise, scale, settings)) for scale in SCALES)
+    low, high = (np.asarray(model.latents(cond, noise, scale, settings)) for scale in scales)
     return float(np.sqrt(np.mean(np.square(high - low))) / np.std(low))
 
 
