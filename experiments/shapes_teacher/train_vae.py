@@ -49,7 +49,7 @@ class Stage:
 
 
 BOTH = Stage("vae", 2_500, 2e-3, 0.99)
-DECODER = Stage("decoder", 6_000, 1e-3, 0.999, frozen=ENCODER)
+DECODER = Stage("decoder", 4_500, 1e-3, 0.999, frozen=ENCODER)
 
 
 def loss_fn(module, frozen, params, images, key):
