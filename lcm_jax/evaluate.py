@@ -16,7 +16,6 @@ Latency is of sampler and VAE, without compiling.
 import argparse
 import contextlib
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -52,7 +51,7 @@ from lcm_jax.sampling.request import (
     warnings,
 )
 
-MOST = {"count": 10_000_000, "references": 10_000_000, "timings": 100_000}
+MOST = {"count": 10_000_000, "images_per_caption": 100_000, "references": 10_000_000, "timings": 100_000}
 SOURCE_COUNT = 2000  # images per row if captions are from a data source
 SOURCE_FLAGS = ("path", "split", "image_key", "caption_key", "style")
 
@@ -88,8 +87,9 @@ def parser() -> argparse.ArgumentParser:
     add("--caption_key", help="of the data source: what holds the caption")
     add("--style", help="of the source shapes")
     add("--count", type=int, help=f"images per row; default: one of each prompt, {SOURCE_COUNT} of a source")
+    each_help = "so many of --count in a row; with 8 or more, --metric=shapes measures coverage"
+    add("--images_per_caption", type=int, default=1, help=each_help)
     reference_help = "statistics or images to compare with; may be given several times; default: the source's images"
-    add("--images_per_caption", type=int, default=1, help="so many of --count in a row; shapes: measures coverage")
     add("--reference", action="append", type=files.expanded, default=[], metavar="FILE.npz|FOLDER", help=reference_help)
     add("--references", type=int, help="number of the source's images to compare with; default: --count")
     add("--spacing", choices=SPACINGS, default="trailing", help="of the timesteps of samplers other than lcm")
@@ -167,12 +167,11 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def read_inputs(args: argparse.Namespace) -> Inputs:
     """The captions. Raises LcmError: none, fewer than --count, or a source that cannot be read."""
-    count, each = args.count, args.images_per_caption
+    each = args.images_per_caption
     if args.prompts is not None:
         prompts = flags.read_lines("prompts", args.prompts)
-        found = inputs.of_prompts(prompts, count and math.ceil(count / each), f"--prompts={args.prompts}")
-        return found.repeated(each, count)
-    count = count or SOURCE_COUNT
+        return inputs.of_prompts(prompts, args.count, f"--prompts={args.prompts}", each)
+    count = args.count or SOURCE_COUNT
     given = {key: getattr(args, key) for key in SOURCE_FLAGS if getattr(args, key) is not None}
     if args.source == "shapes":
         given = {"split": "heldout", "num_examples": max(count, args.references or 0)} | given
@@ -180,8 +179,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     with flags_named("--"):
         source = open_source(args.source, path and os.path.expanduser(path), **given)
     words = [args.source, path, *(f"{key}={given[key]}" for key in SOURCE_FLAGS if key in given)]
-    found = inputs.of_source(source, math.ceil(count / each), " ".join(word for word in words if word))
-    return found.repeated(each, count)
+    return inputs.of_source(source, count, " ".join(word for word in words if word), each)
 
 
 def read_reference(args: argparse.Namespace, found: Inputs, specs: Sequence[Spec]) -> Reference:
@@ -197,7 +195,7 @@ def read_reference(args: argparse.Namespace, found: Inputs, specs: Sequence[Spec
         )
     images = next((FolderImages(path) for path in args.reference if path.is_dir()), None)
     if images is None and found.source is not None:
-        count = args.references or len(found.captions)
+        count = args.references or min(len(found.captions), len(found.source))
         if count > len(found.source):
             raise LcmError(f"--references={count}: the source has {len(found.source)} records; give no more")
         images = SourceImages(found.source, count, found.name)

@@ -30,6 +30,7 @@ import dataclasses
 import functools
 import itertools
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -177,8 +178,7 @@ def spec(index: int, split: str = "train", wording: int = 0) -> Spec:
 
     A training that sees an image again can describe it in other words: `wording` (0 or more) draws `named` and `form`.
     """
-    if split not in SPLITS:
-        raise LcmError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+    _check_split(split)
     if not 0 <= index < 2**63:
         raise LcmError(f"example index {index} is out of range: use 0 or more")
     key = _KEY + 16 * (1 + SPLITS.index(split))
@@ -194,14 +194,22 @@ def spec(index: int, split: str = "train", wording: int = 0) -> Spec:
     return _spec(words, u, named, int(form * len(_FORMS)))
 
 
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise LcmError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+
+
 def drawn(caption: str, index: int) -> Spec:
     """Image number `index` (0 or more) of those that a caption allows, drawn from `law(caption)`; of no split.
+
+    Images of two captions are drawn independently of each other.
 
     Raises:
       LcmError: not a caption of this set.
     """
     named = parse_caption(caption)
-    u = _uniform(_KEY, index, 10 + len(ATTRIBUTES))
+    count = 10 + len(ATTRIBUTES)
+    u = _uniform(_KEY, index, count, counter=count * zlib.crc32(caption.encode()))
     words = {
         name: names[named.get(name, int(v * len(names)))]
         for (name, names), v in zip(ATTRIBUTES.items(), u[10:], strict=True)
@@ -299,14 +307,19 @@ def law(caption: str, split: str | None = None) -> np.ndarray:
     combinations belong to the other one.
 
     Raises:
-      LcmError: not a caption of this set.
+      LcmError: not a caption of this set, an unknown split, or one without any image of the caption.
     """
     allowed = np.zeros(_COUNTS)
     named = parse_caption(caption)
     allowed[tuple(named.get(name, slice(None)) for name in ATTRIBUTES)] = 1.0
     if split is not None:
+        _check_split(split)
         held = np.isin(np.arange(allowed.size), list(heldout_combinations())).reshape(_COUNTS)
         allowed *= held if split == "heldout" else ~held
+        if not allowed.any():
+            raise LcmError(
+                f"{caption!r}: the split {split!r} has no image of it; leave the split out, or take the other"
+            )
     return allowed / allowed.sum()
 
 

@@ -1,7 +1,7 @@
 """What an evaluation generates from and compares with: captions of a file or a data source, and reference images.
 
-Image i of every row is of caption i. A data source gives the first captions of its first usable records; the others are
-skipped and counted.
+Image i of every row is of caption i; captions stand there as often in a row as one has images. A data source gives the
+first captions of its first usable records; the others are skipped and counted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,46 +34,52 @@ class Inputs:
     Attributes:
       captions: one for each image of a row.
       name: of their origin: "--prompts=a.txt", or source and path.
+      each: number of images of a caption.
       source: of the captions, with images; None if they are from a file.
       skipped: unusable records among those that were read.
     """
 
     captions: tuple[str, ...]
     name: str
+    each: int = 1
     source: Source | None = None
     skipped: int = 0
 
-    def repeated(self, times: int, count: int | None) -> Inputs:
-        """Each caption `times` times in a row, `count` in all; None: every one as often."""
-        captions = (caption for caption in self.captions for _ in range(times))
-        return dataclasses.replace(self, captions=tuple(itertools.islice(captions, count)))
-
     def about(self) -> dict[str, str]:
         """Identifies these captions in this order; "from" is for the reader alone."""
-        return {"from": self.name, "sha256": hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()}
+        origin = self.name if self.each == 1 else f"{self.name}, {self.each} images of each"
+        return {"from": origin, "sha256": hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()}
 
 
-def of_prompts(prompts: Sequence[str], count: int | None, name: str) -> Inputs:
-    """`count` captions from a list of prompts, which is repeated if it is shorter; None: each prompt once.
+def of_prompts(prompts: Sequence[str], count: int | None, name: str, each: int = 1) -> Inputs:
+    """Captions of `count` images from a list of prompts, which is repeated if it is too short; None: all of them.
 
     Raises:
       LcmError: there is no prompt.
     """
     if not prompts:
         raise LcmError(f"{name} holds no prompt; write one per line")
-    return Inputs(tuple(itertools.islice(itertools.cycle(prompts), count or len(prompts))), name)
+    return Inputs(_repeated(itertools.cycle(prompts), each, count or len(prompts) * each), name, each)
 
 
-def of_source(source: Source, count: int, name: str) -> Inputs:
-    """The captions of the first `count` usable records. Raises LcmError if there are fewer."""
+def of_source(source: Source, count: int, name: str, each: int = 1) -> Inputs:
+    """Captions of `count` images from the first usable records. Raises LcmError if there are too few."""
     if source.notes:
         logging.warning(f"{name}: not used: {', '.join(source.notes)}")
-    found = list(itertools.islice(_usable(source, lambda record: record.captions[0]), count))
-    if len(found) < count:
+    records = math.ceil(count / each)
+    found = list(itertools.islice(_usable(source, lambda record: record.captions[0]), records))
+    if len(found) < records:
         raise LcmError(
-            f"{name} has {len(found)} usable records, fewer than --count={count}; give --count={len(found)} or less"
+            f"{name} has {len(found)} usable records, --count={count} needs {records}; give "
+            f"--count={len(found) * each} or less"
         )
-    return Inputs(tuple(caption for _, caption in found), name, source, found[-1][0] + 1 - count)
+    captions = _repeated((caption for _, caption in found), each, count)
+    return Inputs(captions, name, each, source, found[-1][0] + 1 - records)
+
+
+def _repeated(captions: Iterable[str], each: int, count: int) -> tuple[str, ...]:
+    """Each caption `each` times in a row, `count` in all."""
+    return tuple(itertools.islice((caption for caption in captions for _ in range(each)), count))
 
 
 def _usable(source: Source, use: Callable[[Record], Any]) -> Iterator[tuple[int, Any]]:
