@@ -334,6 +334,8 @@ def test_metrics_by_networks_of_folders(lcm, prompts, tmp_path, monkeypatch):
         (["--row=lcm"], r"--row=lcm: write SAMPLER:STEPS"),
         (["--row=euler:2"], r"--row=euler:2: sampler 'euler' is unknown; choose one of lcm"),
         (["--count=0"], r"--count=0: must be at least 1"),
+        (["--images_per_caption=0"], r"--images_per_caption=0: must be at least 1"),
+        (["--images_per_caption=1000000"], r"--images_per_caption=1000000: give 100000 at most"),
         (["--endpoint_steps=0"], r"--endpoint_steps=0: must be at least 1"),
         (["--timings=0"], r"--timings=0: must be at least 1"),
         (["--timings=1000000000"], r"--timings=1000000000: give 100000 at most"),
@@ -391,6 +393,10 @@ def test_bad_input_is_one_line_before_long_work(
         (["--count=4"], r"of pictures 5, this command's is 4; .* the same --count"),
         (["--height=32"], r"of height 16, this command's is 32; .* the same --height"),
         (["--prompts=OTHER"], r"of prompts --prompts=\S+prompts.txt \(sha256 \w{12}\), this command's is --prompts="),
+        (
+            ["--images_per_caption=2"],
+            r"of prompts --prompts=\S+prompts.txt \(\S+ \w{12}\), .*, 2 images of each \(sha256",
+        ),
     ],
 )
 def test_incomparable_rows_are_refused(first, lcm, prompts, tmp_path, capsys, options, message):
@@ -418,10 +424,32 @@ def test_captions_and_references_of_a_source_are_of_its_usable_records(tmp_path)
     assert [image.shape for image in reference.images.read(32, 32)] == [(32, 32, 3)] * 2
     with pytest.raises(LcmError, match=r"--references=2 is of --source's images, but --reference gives a folder"):
         evaluate.check_flags(arguments(*source, "--references=2", f"--reference={tmp_path}"))
-    with pytest.raises(LcmError, match=r"has 3 usable records, fewer than --count=4; give --count=3 or less"):
+    with pytest.raises(LcmError, match=r"has 3 usable records, --count=4 needs 4; give --count=3 or less"):
         evaluate.read_inputs(arguments(*source, "--count=4"))
+    with pytest.raises(LcmError, match=r"has 3 usable records, --count=25 needs 4; give --count=24 or less"):
+        evaluate.read_inputs(arguments(*source, "--count=25", "--images_per_caption=8"))
+    several = arguments(*source, "--count=24", "--images_per_caption=8")
+    found = evaluate.read_inputs(several)
+    assert len(found.captions) == 24
+    assert evaluate.read_reference(several, found, ()).images.about["pictures"] == 3  # all that the source has
     with pytest.raises(LcmError, match=r"^--split=heldout: the source 'folder' does not use it; leave it out"):
         evaluate.read_inputs(arguments(*source, "--split=heldout"))
+
+
+def test_images_per_caption_stand_in_a_row(prompts):
+    """`--count` is that of the images: the last caption may have fewer, and a list of prompts begins again."""
+    one, two, three = PROMPTS
+
+    def captions(*options):
+        return list(evaluate.read_inputs(arguments(f"--prompts={prompts}", *options)).captions)
+
+    assert captions("--images_per_caption=2") == [one, one, two, two, three, three]
+    assert captions("--images_per_caption=2", "--count=3") == [one, one, two]
+    assert captions("--images_per_caption=3", "--count=11") == [one] * 3 + [two] * 3 + [three] * 3 + [one] * 2
+    assert captions("--images_per_caption=9", "--count=2") == [one, one]
+    found = evaluate.read_inputs(arguments("--source=shapes", "--count=20", "--images_per_caption=8"))
+    first, second, third = (shapes.example(i, "heldout")[1] for i in range(3))
+    assert list(found.captions) == [first] * 8 + [second] * 8 + [third] * 4
 
 
 def test_captions_of_shapes_are_held_out():
@@ -531,6 +559,7 @@ def test_shapes_are_judged_by_their_captions(monkeypatch):
     right, wrong = judged(renders), judged(renders[::-1])
     assert right["caption_accuracy"] == 1.0 and wrong["caption_accuracy"] < 0.2
     parity.close(right["shapes_frechet"], wrong["shapes_frechet"], rtol=1e-6)
+    assert right.keys() == {"caption_accuracy", "shapes_frechet"}  # a caption each: nothing to tell of coverage
     styles = []
     monkeypatch.setattr(shapes_metric, "reference", styles.append)
     card = load(style="card")
@@ -540,6 +569,26 @@ def test_shapes_are_judged_by_their_captions(monkeypatch):
         load(captions[:64])
     with pytest.raises(LcmError, match="not a caption of the shapes set: 'hello'"):
         load(["hello"] * 80)
+
+
+def test_coverage_of_shapes_is_measured_and_shown(monkeypatch):
+    """Ten captions: one render of each, eight times, or eight renders of its law."""
+    monkeypatch.setattr(shapes_metric, "reference", lambda style: None)
+    monkeypatch.setattr(shapes_metric, "judge", lambda *args: (1.0, 0.0))
+    captions = [shapes.caption(spec) for spec in shapes_metric.heldout(10) for _ in range(8)]
+    measure = measures.load(measures.Spec("shapes"), captions, (64, 64), measures.Reference((), None, Path("unused")))
+
+    def row(name, numbers):
+        images = shapes.render_batch([shapes.drawn(*drawn) for drawn in zip(captions, numbers, strict=True)])
+        values = measure.values(measure.add(None, images, captions))
+        return dataclasses.replace(ROW, model=name, values=values, comparison=comparison(), settings=settings())
+
+    same, law = row("same", [i - i % 8 for i in range(80)]), row("law", range(80))
+    assert same.values["collapsed"] == 1.0 and law.values["collapsed"] <= 0.1
+    assert same.values["coverage_distance"] > 0.3 > abs(law.values["coverage_distance"])
+    assert same.values["diversity"] < 0.5 < 0.8 < law.values["diversity"] < 1.2  # of two sizes, one is a half
+    text = table.markdown([same, law])
+    assert "| coverage distance | collapsed captions | diversity |" in text and "| 100.0% |" in text
 
 
 VALUES = {"caption_accuracy": 0.5, "endpoint_error": 0.25}

@@ -34,7 +34,7 @@ def test_score_reads_heldout_renders(heldout):
     assert caption_accuracy(predicted, labels) >= 0.95
     assert min(attribute_accuracies(predicted, labels).values()) >= 0.95
     assert features.shape == (COUNT, 64) and features.dtype == np.float32
-    again, more = score(images[:130].astype(np.float32) / 127.5 - 1.0)  # floats, and a last batch that is padded
+    again, more = score(images[:130])  # a last batch that is padded
     for name in ATTRIBUTES:
         np.testing.assert_array_equal(again[name], predicted[name][:130])
     parity.close(more, features[:130], atol=1e-3)
@@ -58,14 +58,26 @@ def test_accuracies_of_wrong_captions(heldout):
 
 def test_caption_accuracy_needs_all_attributes():
     labels = {name: np.zeros(4, np.int32) for name in ATTRIBUTES}
-    logits = {name: np.tile([2.0, 1.0, 0.0], (4, 1)) for name in ATTRIBUTES}
-    logits["size"][0] = [0.0, 1.0, 0.5]
-    logits["colour"][1] = [0.0, 1.0, 0.5]
-    assert caption_accuracy(logits, labels) == 0.5
+    read = labels | {"size": np.array([1, 0, 0, 0]), "colour": np.array([0, 1, 0, 0])}
+    assert caption_accuracy(read, labels) == 0.5
     wrong = {"colour": 0.75, "size": 0.75}
-    assert attribute_accuracies(logits, labels) == dict.fromkeys(ATTRIBUTES, 1.0) | wrong
-    with pytest.raises(LcmError, match="3 labels"):
-        caption_accuracy(logits, {name: values[:3] for name, values in labels.items()})
+    assert attribute_accuracies(read, labels) == dict.fromkeys(ATTRIBUTES, 1.0) | wrong
+    with pytest.raises(LcmError, match="4 predictions of shape for 3 labels"):
+        caption_accuracy(read, {name: values[:3] for name, values in labels.items()})
+
+
+def test_accuracies_are_of_named_attributes():
+    labels = label_arrays(["a large circle", "there is a square", "circle, small", "a square at the center"])
+    assert [labels["size"].tolist(), labels["colour"].tolist()] == [[1, -1, 0, -1], [-1] * 4]
+    read = {name: np.zeros(4, np.int32) for name in ATTRIBUTES}  # small red circles at the center, on white
+    assert caption_accuracy(read, labels) == 0.25
+    assert attribute_accuracies(read, labels) == {
+        "shape": 0.5,
+        "colour": None,
+        "size": 0.5,
+        "position": 1.0,
+        "background": None,
+    }
 
 
 def test_features_tell_renders_from_ghosts(heldout):
@@ -106,5 +118,17 @@ def test_refusals(tmp_path):
     refused("no readable scorer")
     with pytest.raises(LcmError, match=r"\(64, 64, 3\)"):
         score(np.zeros((64, 64, 3), np.uint8))
-    with pytest.raises(LcmError, match="int64"):
-        score(np.zeros((1, 64, 64, 3), np.int64))
+
+
+def test_images_that_are_not_uint8_are_refused(heldout):
+    """Floats too, in whatever range: those in [0, 1] were read as images in [-1, 1] without contrast."""
+    image = heldout[0][:1]
+    for other in (
+        image / np.float32(255),
+        image / np.float32(127.5) - np.float32(1),
+        image.astype(np.float64),
+        image.astype(np.int64),
+    ):
+        match = rf"images of type {other.dtype}: give uint8 in 0\.\.255, as sampling\.png\.to_uint8 makes them"
+        with pytest.raises(LcmError, match=match):
+            score(other)
