@@ -85,12 +85,13 @@ def test_evaluated(tmp_path, monkeypatch):
 
 
 def test_recorded_rows():
-    """Only for counts that were measured; fewer images than a Frechet distance needs are refused."""
-    for count in (256, 2000):
-        methods = [one["method"] for one in embedded.recorded_rows(count)]
-        assert methods == ["renders", "VAE reconstructions", *(["DDIM"] * 5 + ["DPM-Solver++(2M)"] * 5) * 2]
-    with pytest.raises(LcmError, match="--count=100: teacher rows are recorded for 256, 2000 images"):
-        embedded.recorded_rows(100)
+    """Only for sizes that were measured; fewer images than a Frechet distance needs are refused."""
+    for size in (embedded.DEMO, embedded.THOROUGH):
+        methods = [one["method"] for one in embedded.recorded_rows(size)]
+        assert methods[:3] == ["renders", "VAE reconstructions", "one render of each caption"]
+        assert set(methods[3:]) == {"DDIM", "DPM-Solver++(2M)"}
+    with pytest.raises(LcmError, match=r"teacher rows are recorded for .*, not for 100x1; give --full"):
+        embedded.recorded_rows(((100, 1),))
     with pytest.raises(LcmError, match="--count=64: .* at least 65"):
         embedded.check_count(64)
 
