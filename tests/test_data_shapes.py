@@ -250,7 +250,7 @@ def test_wording_changes_words_and_not_the_image():
         for s in specs[1:]:
             assert dataclasses.replace(s, named=specs[0].named, form=specs[0].form) == specs[0]
         told.append([shapes.caption(s) for s in specs])
-    # The named sets of two wordings agree with probability sum p^2 = 0.043, their forms with 1/3: 0.015 of 200 are 3.
+    # Two wordings name the same with probability sum p^2 = 0.039, in the same form with 1/3: 2.6 of 200.
     for one, other in itertools.combinations(np.array(told).T, 2):
         assert (one == other).sum() < 12
 
