@@ -13,13 +13,15 @@ CUDNN  := .cache/cudnn
 FUZZ   := $(VENV)/.fuzz
 DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
 
-.PHONY: help demo demo-full gpu-day notebooks test test-core test-parity test-mutants test-slow test-slow-part \
-  test-gpu test-aot test-clients test-cudnn fuzz lint install install-test clean
+.PHONY: help demo demo-full gpu-day evidence stale notebooks test test-core test-parity test-mutants test-slow \
+  test-slow-part test-gpu test-aot test-clients test-cudnn fuzz lint install install-test clean
 
 help:
 	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about five minutes"
 	@echo "make demo-full  the same, with the teacher's rows of the table computed anew"
 	@echo "make gpu-day    all that needs a GPU, in BUDGET_S=1500 seconds; resumes when called again; DEVICE=cpu rehearses"
+	@echo "make evidence   every experiment whose numbers stand in README and docs; resumes, keeps what is current; hours"
+	@echo "make stale      which of them are not current, and why        ONLY=demo,table1: make evidence of some"
 	@echo "make notebooks  execute notebooks/ from clean kernels, outputs in place"
 	@echo "make test       the default suite        make test-slow  all that takes minutes; test-slow-part: a 14th"
 	@echo "make test-core  the tests that need no torch, for a Python that has none (PYTHON=python3.13 VENV=.venv313)"
@@ -68,6 +70,14 @@ OUT      ?= runs/gpu_day
 DEVICE   ?= gpu
 gpu-day: $(TESTS)
 	$(PY) -m experiments.gpu_day --device=$(DEVICE) --budget_s=$(BUDGET_S) --out=$(OUT)
+
+# Published files and experiments/evidence.json are to be committed together.
+ONLY ?=
+evidence: $(TESTS)
+	$(PY) -m experiments.evidence --only=$(ONLY)
+
+stale: $(CORE)
+	$(PY) -m experiments.evidence --stale
 
 # Each has a kernel of its own and trains what it needs.
 notebooks: $(TESTS)

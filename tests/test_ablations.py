@@ -27,7 +27,7 @@ def test_variants():
     for name in ("shapes_lcm", "sd21_base_lcm", "sd15_lcm"):
         base = config(name)
         for study in studies.STUDIES.values():
-            for changes in study.variants.values():
+            for changes in (studies.changes(base, variant) for variant in study.variants.values()):
                 variant = stage.changed(base, changes)
                 config_lib.validate(variant)
                 for key, value in changes.items():
@@ -40,14 +40,24 @@ def test_folder():
     """Equal models have one folder, over all studies."""
     base = config("shapes_lcm")
     folders = {
-        name: [studies.folder(base, changes) for changes in study.variants.values()]
+        name: [studies.folder(base, studies.changes(base, variant)) for variant in study.variants.values()]
         for name, study in studies.STUDIES.items()
     }
     assert all(len(set(found)) == len(found) for found in folders.values())
     assert set(folders["skip"]) < set(folders["solver"]) and len(folders["solver"]) == 15
     assert [name for name, found in folders.items() if "base" in found] == ["solver", "skip", "ema", "loss"]
+    assert folders["ema"][:2] == ["ema_decay=0.0,learning_rate=0.0001", "ema_decay=0.0"]
     assert studies.folder(base, {"distill.solver": "dpm_solver", "distill.solver_steps": 50}) == "solver=dpm_solver"
     assert studies.folder(config("sd21_base_lcm"), studies.STUDIES["guidance"].variants["w in [2, 14]"]) == "base"
+
+
+def test_a_value_made_from_the_configs_own():
+    """Whatever the config's learning rate is, the slow training without EMA has a tenth of it."""
+    for name in ("shapes_lcm", "sd15_lcm"):
+        base = config(name)
+        found = studies.changes(base, studies.STUDIES["ema"].variants["EMA 0, lr / 10"])
+        rate = base.train.learning_rate / 10
+        assert found == {"train.ema_decay": 0.0, "train.learning_rate": rate}
 
 
 def test_parse_settings():
@@ -96,6 +106,8 @@ def test_figure(tmp_path):
     variants = ["DDIM, k = 1", "DDIM, k = 5", "DPM-Solver, k = 1"]
     assert figure._lines([(0, 0.1), (1, 0.2), (2, 0.3)], variants) == [[(0, 0.1), (1, 0.2)], [(2, 0.3)]]
     assert figure._lines([(0, 0.1), (1, 0.2)], ["EMA 0", "EMA 0.9"]) == [[(0, 0.1), (1, 0.2)]]
+    alone = [(0, 0.1), (1, 0.2), (2, 0.3)]
+    assert figure._lines(alone, ["EMA 0, lr / 10", "EMA 0", "EMA 0.9"]) == [alone[:1], alone[1:]]
     rows = [
         table.Row(name, "lcm", n, 3.0, n, {"caption_accuracy": 0.5}, 1.0, (1.0, 1.0), 1, 0.0, {}, {})
         for name in variants

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import jobs
 from experiments.gpu_day import driver
 from experiments.gpu_day import rows as rows_lib
 from experiments.gpu_day.driver import Day, Row
@@ -96,7 +97,7 @@ def test_time(tmp_path, monkeypatch):
             wait_for(lambda: day.log(long).read_text().strip())
             raise subprocess.TimeoutExpired(self.args, timeout)
 
-    monkeypatch.setattr(driver.subprocess, "Popen", Impatient)
+    monkeypatch.setattr(jobs.subprocess, "Popen", Impatient)
     child = f"import subprocess; p = subprocess.Popen([{sys.executable!r}, '-c', 'import time; time.sleep(60)']); "
     long = row("long", f"{child} print(p.pid, flush=True); time.sleep(60)", limit)
     assert run([long, row("a")], day) == (False, ["long", "a"])
@@ -105,7 +106,7 @@ def test_time(tmp_path, monkeypatch):
     wait_for(lambda: not alive(pid))
     assert run([long, row("b")], day)[1] == ["long", "b"]
     assert run([long, row("c")], day)[1] == ["c", "long"]
-    assert run([row("d")], day, driver.GRACE_S + 1) == (False, [])
+    assert run([row("d")], day, jobs.GRACE_S + 1) == (False, [])
 
 
 def alive(pid: int) -> bool:

@@ -45,7 +45,8 @@ def main() -> int:
     check(study, base, args)
     row = measuring.rows_flag("lcm", study.scales or embedded.scales(base))
     rows = []
-    for number, (name, changes) in enumerate(study.variants.items(), 1):
+    for number, (name, variant) in enumerate(study.variants.items(), 1):
+        changes = studies.changes(base, variant)
         folder = workdir / studies.folder(base, changes)
         say(f"variant {number} of {len(study.variants)}: {name}")
         if not stage.made(stage.changed(base, changes), folder, say):
@@ -70,8 +71,8 @@ def main() -> int:
 def check(study: Study, base: ConfigDict, args: argparse.Namespace) -> None:
     """Raises LcmError, or ends the program, for what would otherwise fail after the training."""
     measuring.check(base, args)
-    for changes in study.variants.values():
-        config_lib.validate(stage.changed(base, changes))
+    for variant in study.variants.values():
+        config_lib.validate(stage.changed(base, studies.changes(base, variant)))
 
 
 def read_config(args: argparse.Namespace) -> ConfigDict:

@@ -13,7 +13,8 @@ GUIDANCE_WEIGHTS = (2, 4, 6, 8, 10, 12, 14)
 EMA_DECAYS = (0.0, 0.9, 0.95, 0.99)
 LOSSES = {"huber": "pseudo-Huber", "l2": "l2"}
 
-Variants = Mapping[str, Mapping[str, Any]]  # name in the table -> config keys and their values
+# Name in the table -> config keys and their values; a function makes the value from the config's own.
+Variants = Mapping[str, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ _SKIPS_OF_THE_PAPER = (
     "2,000 iterations; at k = 50 DDIM degrades, its solver error is large, while DPM-Solver and DPM-Solver++ stay "
     "usable; k = 20 is the paper's choice."
 )
+_SLOWLY = {"train.ema_decay": 0.0, "train.learning_rate": lambda rate: rate / 10}
 _WEIGHTS = {"distill.w_min": float(GUIDANCE_WEIGHTS[0]), "distill.w_max": float(GUIDANCE_WEIGHTS[-1])}
 
 STUDIES = {
@@ -60,8 +62,9 @@ STUDIES = {
     ),
     "ema": Study(
         "EMA rate of the target",
-        {f"EMA {decay:g}": {"train.ema_decay": decay} for decay in EMA_DECAYS},
-        "The paper trains with 0.999943 and diffusers' scripts with 0.95; we know of no table that compares rates.",
+        {"EMA 0, lr / 10": _SLOWLY} | {f"EMA {decay:g}": {"train.ema_decay": decay} for decay in EMA_DECAYS},
+        "The paper trains with 0.999943, diffusers' scripts with 0.95, those of LCM-LoRA without EMA at lr 1e-4; we "
+        "know of no table that compares rates.",
     ),
     "loss": Study(
         "Distance",
@@ -70,6 +73,15 @@ STUDIES = {
         "compares them.",
     ),
 }
+
+
+def changes(config: ConfigDict, variant: Mapping[str, Any]) -> dict[str, Any]:
+    """{dotted key: value} of a variant of `config`."""
+    found = {}
+    for key, value in variant.items():
+        section, _, name = key.partition(".")
+        found[key] = value(config[section][name]) if callable(value) else value
+    return found
 
 
 def folder(config: ConfigDict, changes: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from experiments import jobs
 from experiments.gpu_day import driver, rows
 from experiments.speed import run as speed
 from experiments.terminal import teller
@@ -59,7 +60,7 @@ def check_jax(device: str, day: driver.Day) -> None:
     asks = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
     done = subprocess.run(asks, env=os.environ | day.environment, capture_output=True, text=True)
     if done.stdout.strip() != device:
-        said = driver.last_error(done.stderr) or f"its backend is {done.stdout.strip()}"
+        said = jobs.last_error(done.stderr) or f"its backend is {done.stdout.strip()}"
         raise LcmError(
             f"--device={device}: jax does not find it ({said}); pip install 'lcm_jax[cuda]', or --device=cpu"
         )

@@ -8,26 +8,18 @@ A row never ends the others: its error is its result. It has the time that its l
 over, or a signal ends the day, all its processes end.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import processes, results
+from experiments import jobs, results
 from lcm_jax import files
-from lcm_jax.errors import LcmError
 
 LEAST_S = 45  # of budget, with which a row is begun
-GRACE_S = 10  # between asking a row's processes to end, and ending them
 TRIES = 2  # of a row that was cut; then those that have not been tried go first
 DONE, FAILED, CUT, BEGUN, UNFIT, ABSENT = "done", "failed", "cut", "begun", "does not fit", "not installed"
 ANSWERED = (DONE, UNFIT)  # nothing is left to find out
@@ -89,18 +81,6 @@ class Day:
     def keep(self, row: Row, found: Mapping[str, Any]) -> None:
         files.write_atomic(self.path(row), results.to_json({"row": row.name, **found, "asked": self.asked(row)}, 2))
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Raises LcmError if another call is at work in the folder."""
-        for name in ("rows", "logs"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise LcmError(f"{self.folder}: another call fills this folder; wait for it, or use another") from None
-            yield
-
 
 def order(rows: Sequence[Row], day: Day) -> list[Row]:
     """The rows that are to be run: new ones and those that were cut in their order, then those that failed."""
@@ -124,11 +104,11 @@ def run(rows: Sequence[Row], day: Day, budget_s: float, say: Say) -> bool:
       LcmError: another call is at work in the folder.
     """
     deadline = time.monotonic() + budget_s
-    with day.held():
+    with jobs.held(day.folder):
         left = order(rows, day)
         say(f"{len(rows) - len(left)} of {len(rows)} rows are there")
         for row in left:
-            seconds = min(row.limit_s, deadline - time.monotonic() - GRACE_S)
+            seconds = min(row.limit_s, deadline - time.monotonic() - jobs.GRACE_S)
             if seconds < min(LEAST_S, row.limit_s):
                 say("the budget is used up; the same command resumes")
                 break
@@ -146,8 +126,7 @@ def attempt(row: Row, day: Day, seconds: float) -> dict[str, Any]:
     found: dict[str, Any] = {"status": BEGUN, "tries": before["tries"] + 1, "code": day.code, "seconds": None}
     day.keep(row, found)  # so that a row which takes the whole machine down is not begun for ever
     begun = time.monotonic()
-    with day.log(row).open("w") as log:
-        code = processed(row, day, seconds, log)
+    code = jobs.run(row.command, day.log(row), day.environment, seconds)
     found["seconds"] = round(time.monotonic() - begun, 1)
     text = day.log(row).read_text(errors="replace")
     try:
@@ -158,48 +137,12 @@ def attempt(row: Row, day: Day, seconds: float) -> dict[str, Any]:
     if code is None:
         found |= {"status": CUT, "error": f"not finished in {seconds:.0f} s"}
     elif code or "error" in found:
-        found.setdefault("error", last_error(text) or f"exit code {code}")
+        found.setdefault("error", jobs.last_error(text) or f"exit code {code}")
         found["status"] = kind_of(found["error"])
     else:
         found["status"] = DONE
     day.keep(row, found)
     return found
-
-
-def processed(row: Row, day: Day, seconds: float, log: Any) -> int | None:
-    """The exit code of a row's process, whose group has ended when this returns or raises; None: the time was over."""
-    process = subprocess.Popen(
-        [sys.executable, processes.__file__, str(os.getpid()), *row.command],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=os.environ | day.environment,
-        start_new_session=True,
-    )
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        end(process)
-
-
-def end(process: subprocess.Popen) -> None:
-    """Ends a process and its group."""
-    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(GRACE_S)
-    with contextlib.suppress(ProcessLookupError):  # what it has left behind
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def last_error(log: str) -> str:
-    """The line of a log that says what went wrong: the last that looks like an error, else the last one."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception|Failed)\b", line)]
-    return (errors or lines or [""])[-1][:500]
 
 
 def kind_of(error: str) -> str:

@@ -2,8 +2,9 @@
 
     python -m experiments.shapes_lcf.run [--workdir=runs/shapes_lcf] [--count=2000] [--publish]
 
-It starts from the demo's LCM, runs/shapes_lcm/export (`make demo`; another by --student). A finished part is kept, a
-stopped training is resumed. Results: WORKDIR/{table.md,table.json,grid.png}; `--publish` copies them beside this file.
+It starts from the demo's LCM in runs/shapes_lcm (another folder by --lcm), which is trained now if it is missing. A
+finished part is kept, a stopped training is resumed. Results: WORKDIR/{table.md,table.json,grid.png}; `--publish`
+copies them beside this file.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from lcm_jax.data import shapes
 from lcm_jax.ending import exit_code
 from lcm_jax.metrics.shapes import REFERENCES, heldout
 
-CONFIG = "configs/shapes_lcf.py"
+CONFIG, LCM_CONFIG = "configs/shapes_lcf.py", "configs/shapes_lcm.py"
 LCD_WEIGHT = 0.5
 RUNS = {"lcf": ("LCF", 0.0), "mix": (f"LCF + {LCD_WEIGHT:g} LCD", LCD_WEIGHT)}  # folder -> (name, lcd_weight)
 STEPS = 4
@@ -35,12 +36,14 @@ NOTE = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     embedded.add_arguments(parser, "runs/shapes_lcf")
-    parser.add_argument("--student", help="LCM to fine-tune; default: that of the config, runs/shapes_lcm/export")
+    parser.add_argument("--lcm", type=Path, default=Path("runs/shapes_lcm"), help=f"run of {LCM_CONFIG} to start from")
     args = parser.parse_args()
     embedded.check_count(args.count)
     say = teller()
+    if not stage.made(stage.read_config(LCM_CONFIG), args.lcm, say):
+        return 1
     config = stage.read_config(CONFIG)
-    config.model.student = args.student or config.model.student
+    config.model.student = str(args.lcm / "export")
     for part, (_, weight) in RUNS.items():
         config.distill.lcd_weight = weight
         config.model.teacher = "shapes" if weight else None
