@@ -3,7 +3,7 @@
 A chunk is start, 75 tokens at most, end, and padding. Where a long prompt is split:
 
     plain    not at all: what does not fit is cut off
-    a1111    after the last comma if at most 20 tokens follow it, else at the 75th token; an embedding stays whole
+    a1111    after the last comma if it is one of the last 20 tokens, else after 75; an embedding stays whole
     comfy    before a word that does not fit; words of 8 or more tokens are split
 
 An embedding is where its name stands, a word of its own; in comfy where `embedding:NAME` stands.

@@ -249,13 +249,11 @@ def loras(text: str) -> dict[str, float]:
 
 def check_loras(name: str, texts: Iterable[str], merged: Mapping[str, float]) -> None:
     """Raises BadArgument, which names the argument, for a1111 prompts that ask for LoRAs other than those `merged`."""
+    there = ", ".join(f"<lora:{lora}:{weight:g}>" for lora, weight in merged.items()) or "none"
     for text in texts:
         for lora, weight in loras(text).items():
             if merged.get(lora) != weight:
-                there = ", ".join(f"<lora:{key}:{value:g}>" for key, value in merged.items()) or "none"
-                raise BadArgument(
-                    name,
-                    _short(text),
-                    f"asks for <lora:{lora}:{weight:g}>; LoRAs are merged as a model is loaded, here {there}; load that "
-                    "one at that weight, or remove the tag",
+                problem = (
+                    f"asks for <lora:{lora}:{weight:g}>, and the model is loaded with {there}; load it with that LoRA"
                 )
+                raise BadArgument(name, _short(text), problem)
