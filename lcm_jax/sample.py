@@ -121,7 +121,7 @@ def with_loras_of(args: argparse.Namespace, prompts: Sequence[str]) -> list[str]
                 "prompt", prompts[0], f"<lora:{name}:{weight:g}> {problem}; --lora and --lora_dir have {listed}"
             )
         added[name] = weight
-    check_loras("prompt", prompts, given | added)
+    check_loras("prompt", [*prompts, args.negative_prompt or ""], given | added)
     return [*args.lora, *(f"{folder[name][0]}:{weight}" for name, weight in added.items())]
 
 

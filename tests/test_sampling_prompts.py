@@ -48,6 +48,7 @@ def pieces(prompt: str, syntax: str) -> list[tuple[str | None, float]]:
         ("(a)(b)[[c]]", [("ab", 1.1), ("c", 0.826446)], [("ab", 1.1), ("[[c]]", 1)]),
         ("a BREAK (b BREAK c)", [("a", 1), (None, 1), ("b", 1.1), (None, 1.1), ("c", 1.1)], None),
         ("BREAKFAST", [("BREAKFAST", 1)], [("BREAKFAST", 1)]),
+        ("BREAK  a BREAK BREAK\tb BREAK ", [(None, 1), ("a", 1), (None, 1), (None, 1), ("b", 1), (None, 1)], None),
         ("(a:-.5) <lora:x:0.8>b", [("a", -0.5), (" b", 1)], [("a", -0.5), (" <lora:x:0.8>b", 1)]),
     ],
 )

@@ -29,9 +29,9 @@ _DEEPEST = 100  # brackets in brackets; more is no prompt
 _A1111 = re.compile(
     r":(?P<weight>[+-]?[.\d]+)\)|:\s*(?P<step>[+-]?[.\d]+)\s*(?=\])|\\[()\[\]\\]?|[()\[\]:|]|[^\\()\[\]:|]+"
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 _AND = re.compile(r"\bAND\b")
-_TAG = re.compile(r"<(\w+):([^>]+)>")
+_TAG = re.compile(r"<(\w+):([^<>]+)>")
 _BRACKETS = {"a1111": re.compile(r"\\.|[()\[\]]", re.S), "comfy": re.compile(r"\\[()]|[()]")}
 _PAIR = {")": "(", "]": "["}
 
@@ -163,7 +163,9 @@ def _a1111(text: str) -> list[Piece]:
             pieces.append(Piece(token[1:]))
         else:
             first, *others = _BREAK.split(token)
-            pieces += [Piece(first), *(piece for other in others for piece in (Piece(None), Piece(other)))]
+            pieces.append(Piece(first.rstrip() if others else first))
+            for n, other in enumerate(others, 1):
+                pieces += [Piece(None), Piece(other.strip() if n < len(others) else other.lstrip())]
     while opened:
         close(opened[-1][0], _FACTOR if opened[-1][0] == "(" else 1 / _FACTOR)
     return pieces
