@@ -73,12 +73,14 @@ def test_what_does_not_fit_the_model_is_one_line(name, content, message, tmp_pat
 
 
 def test_names_and_files_that_cannot_be_are_one_line(tmp_path):
-    file, image = tmp_path / "x.safetensors", tmp_path / "x.PNG"
+    file, blank, image = (tmp_path / name for name in ("x.safetensors", "blank.safetensors", "x.PNG"))
     save_file({"emb_params": ONE}, file)
+    save_file({" ": ONE}, blank)
     image.touch()
     for given, message in (
         ([f"X={file}", str(file)], "'x' is given twice; name one of them NAME=FILE"),
         ([f"={file}"], "has no name before the ="),
+        ([str(blank)], "gives its word no name; write NAME=FILE"),
         (["a=/nowhere.safetensors"], "/nowhere.safetensors does not exist"),
         ([str(tmp_path)], "is no regular file"),
         ([str(image)], "is an image; embeddings inside of images are not read"),

@@ -93,7 +93,9 @@ def read_embedding(pipeline: Pipeline, file: Path, name: str | None = None) -> E
     counts = [len(value) for value in vectors.values()]
     if len(set(counts)) > 1:
         raise LcmError(f"{file} has {counts[0]} vectors and {counts[1]}; it is damaged, download it again")
-    return Embedding(name or word, vectors)
+    if not (name := (name or word).strip()):
+        raise LcmError(f"{file} gives its word no name; write NAME=FILE")
+    return Embedding(name, vectors)
 
 
 def _keys(file: Path, shapes: Mapping[str, tuple[int, ...]], pipeline: Pipeline) -> tuple[dict[str, str], str]:
