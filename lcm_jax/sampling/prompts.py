@@ -195,7 +195,7 @@ def _comfy(text: str, weight: float) -> list[Piece]:
             depth -= 1
             if depth == 0:
                 inner, own = text[start + 1 : match.start()], weight * _FACTOR
-                before, colon, after = inner.rpartition(":")
+                before, _, after = inner.rpartition(":")
                 try:
                     inner, own = (before, float(after)) if before else (inner, own)
                 except ValueError:  # the colon is text
