@@ -9,6 +9,7 @@ prompt, or not at all at scale 1, the default of an LCM without w embedding; its
 """
 
 import argparse
+import collections
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,13 @@ from lcm_jax import files
 from lcm_jax.diffusion.timesteps import SPACINGS
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import BadArgument, LcmError
-from lcm_jax.pretrained.text import truncated
+from lcm_jax.pretrained.safetensors_io import SUFFIX
 from lcm_jax.sampling import flags, png
+from lcm_jax.sampling.chunks import truncated, unused
 from lcm_jax.sampling.generator import Generator
+from lcm_jax.sampling.load import lora_name, parse_lora
 from lcm_jax.sampling.png import not_finite, to_uint8, write_png
+from lcm_jax.sampling.prompts import check_loras, check_readable, check_syntax, is_marked, loras
 from lcm_jax.sampling.request import (
     SAMPLERS,
     Request,
@@ -35,6 +39,7 @@ from lcm_jax.sampling.request import (
 )
 
 SMALLEST = 2**12  # bytes that a PNG file takes on a disk at least
+MOST_LISTED = 20  # names in an error
 _NAME = re.compile(r"(\d+)_(\d+)\.png")
 
 
@@ -42,6 +47,7 @@ def parser() -> flags.Parser:
     p = flags.Parser(prog="python -m lcm_jax.sample", description=__doc__.splitlines()[0])
     flags.add_model_flags(p)
     flags.add_image_flags(p)
+    flags.add_prompt_flags(p)
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
     p.add_argument("--prompts", type=files.expanded, help="text file, one prompt per line")
     p.add_argument("--sampler", choices=SAMPLERS, default="lcm")
@@ -74,18 +80,62 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     check_numbers(args.seed, num_images=args.num_images, batch_size=args.batch_size)
     check_steps(args.steps)
     check_guidance_scale(args.guidance_scale)
+    syntax = args.prompt_syntax or "plain"
+    check_syntax(syntax, args.emphasis)
+    check_readable(syntax, prompt=prompts, negative_prompt=args.negative_prompt)
     if args.out.exists() and not args.out.is_dir():
         raise BadArgument("out", args.out, "is a file; give a folder")
     return prompts
 
 
+def with_loras_of(args: argparse.Namespace, prompts: Sequence[str]) -> list[str]:
+    """`--lora` and, from `--lora_dir`, the LoRAs that a1111 prompts ask for.
+
+    Raises:
+      BadArgument: a LoRA that is neither given nor in the folder, or prompts that ask for different ones.
+    """
+    if args.prompt_syntax != "a1111":
+        if args.lora_dir is not None:
+            problem = "is for <lora:NAME:WEIGHT> in a1111 prompts; add --prompt_syntax=a1111, or give --lora"
+            raise BadArgument("lora_dir", args.lora_dir, problem)
+        return args.lora
+    if args.lora_dir is not None and not args.lora_dir.is_dir():
+        raise BadArgument("lora_dir", args.lora_dir, "is no folder; give the one with the .safetensors of LoRAs")
+    wanted = [loras(f"{prompt} {args.negative_prompt or ''}") for prompt in prompts]
+    for prompt, others in zip(prompts, wanted, strict=True):
+        if others != wanted[0]:
+            problem = "asks for other LoRAs than the first prompt; they are merged for all, so run it once for each"
+            raise BadArgument("prompt", prompt, problem)
+    given = {lora_name(source): weight for source, weight in map(parse_lora, args.lora)}
+    folder = collections.defaultdict(list)
+    for path in sorted(args.lora_dir.rglob("*" + SUFFIX)) if args.lora_dir else ():
+        folder[lora_name(path)].append(path)
+    added = {}
+    for name, weight in wanted[0].items():
+        if name in given:
+            continue
+        if len(folder[name]) != 1:
+            listed = ", ".join(sorted({*given, *filter(folder.get, folder)})[:MOST_LISTED]) or "none"
+            problem = f"is there {len(folder[name])} times" if folder[name] else "is not there"
+            raise BadArgument(
+                "prompt", prompts[0], f"<lora:{name}:{weight:g}> {problem}; --lora and --lora_dir have {listed}"
+            )
+        added[name] = weight
+    check_loras("prompt", [*prompts, args.negative_prompt or ""], given | added)
+    return [*args.lora, *(f"{folder[name][0]}:{weight}" for name, weight in added.items())]
+
+
 def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict[str, Any]:
     """What each image records of the command line, and the dtype that its networks computed in."""
+    syntax = request.reading.syntax
     return {
         "model": args.model,
         **{key: getattr(args, key) for key in ("unet", "vae") if getattr(args, key)},
         **({"lora": ", ".join(args.lora)} if args.lora else {}),
+        **({"embedding": ", ".join(args.embedding)} if args.embedding else {}),
         **({} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}),
+        **({} if syntax == "plain" else {"prompt_syntax": syntax, "emphasis": request.reading.emphasis}),
+        **({} if args.clip_skip is None else {"clip_skip": args.clip_skip}),
         "sampler": args.sampler,
         **({} if args.sampler == "lcm" else {"spacing": args.spacing}),
         "steps": args.steps,
@@ -110,9 +160,11 @@ def check_out(out: Path, prompts: Sequence[str], num_images: int, about: Mapping
 def run(args: argparse.Namespace, written: list[Path]) -> None:
     """Generates what the command line asks for; adds the files to `written` as they are made."""
     prompts = read_prompts(args)
-    model = flags.load_model(args)
+    args.lora = with_loras_of(args, prompts)
+    model = flags.load_model(args, args.embedding)
     keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt")
-    request = make_request(model.pipeline, **{key: getattr(args, key) for key in keys})
+    given = {key: getattr(args, key) for key in (*keys, "emphasis", "clip_skip")}
+    request = make_request(model.pipeline, prompt_syntax=args.prompt_syntax or "plain", **given)
     files.tidy(args.out.absolute())
     about, total = about_images(args, request, model.dtype), len(prompts) * args.num_images
     if not args.overwrite:
@@ -122,7 +174,7 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
     except LcmError as error:
         raise BadArgument("num_images", args.num_images, str(error)) from None
     batches = model.batches(request, prompts, args.num_images, args.seed, args.batch_size)
-    warn(model, request, prompts)
+    warn(model, request, prompts, args.prompt_syntax is not None)
 
     first = 0
     for images in batches:
@@ -141,11 +193,20 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
         first += len(images)
 
 
-def warn(model: Generator, request: Request, prompts: Sequence[str]) -> None:
-    """Prints `request.warnings`, and prompts that are too long, on stderr."""
-    found = warnings(model.pipeline, request)
+def warn(model: Generator, request: Request, prompts: Sequence[str], syntax_given: bool) -> None:
+    """Prints on stderr `request.warnings`, embeddings without use, and prompts that lose something."""
+    found, syntax = warnings(model.pipeline, request), request.reading.syntax
     texts = [*prompts, *([request.negative_prompt] if request.negative_prompt else [])]
-    for prompt, (length, kept) in truncated(model.pipeline, texts).items():
+    if not syntax_given and (marked := next(filter(is_marked, texts), None)):
+        found.append(
+            f"without --prompt_syntax=a1111 (or comfy) brackets and tags are plain text: {marked[:60]!r}; "
+            "--prompt_syntax=plain keeps it so, without this warning"
+        )
+    for name in unused(model.embeddings, texts, syntax):
+        written = f"embedding:{name}" if syntax == "comfy" else name
+        found.append(f"no prompt has the embedding {name}; write {written} where it belongs")
+    cut = truncated(model.pipeline, model.embeddings, texts) if syntax == "plain" else {}
+    for prompt, (length, kept) in cut.items():
         found.append(f"a prompt of {length} tokens is cut to {kept}, {length - kept} are lost: {prompt[:60]!r}...")
     for warning in found:
         print(f"warning: {warning}", file=sys.stderr)

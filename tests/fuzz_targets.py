@@ -39,9 +39,10 @@ from lcm_jax.data.sources import open_source, tar_index
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import statistics, table
 from lcm_jax.metrics.networks import torch_file
-from lcm_jax.pretrained import load_pipeline, lora_files, lora_keys, safetensors_io
+from lcm_jax.pretrained import embeddings, load_pipeline, lora_files, lora_keys, safetensors_io
 from lcm_jax.pretrained.tokenizer import tokenize
 from lcm_jax.runtime import boards, checkpoints, lost, telemetry, workdir
+from lcm_jax.sampling import prompts
 
 SECONDS = 5.0  # of all processors together that one input may take
 _OUTSIDE = "outside.bin"  # beside the folder that a target reads: no reader may get there
@@ -371,12 +372,16 @@ def _(content: bytes, folder: Path) -> None:
 
 
 @functools.cache
-def _modules() -> Mapping[str, Any]:
+def _described() -> Any:
     folder = Path("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp", f"lcm_jax_fuzz_lora_{os.getpid()}")
     try:
-        return lora_files.modules_of(load_pipeline(_write(folder, _tiny_folder()), weights=False)[0])
+        return load_pipeline(_write(folder, _tiny_folder()), weights=False)[0]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _modules() -> Mapping[str, Any]:
+    return lora_files.modules_of(_described())
 
 
 def _loras(folder: Path) -> list[bytes]:
@@ -411,6 +416,21 @@ def _(content: bytes, folder: Path) -> None:
         for factors in layers.values():
             _check_finite("a scale", factors.scale)
             _check_finite("a factor", factors.lora_A, factors.lora_B)
+
+
+def _embeddings(folder: Path) -> list[bytes]:
+    value = np.full((2, _described().text_encoder.hidden_size), 0.1, "f4")
+    return [_tensor_file({"emb_params": value}), _tensor_file({"<word>": value[0].astype("f2")})]
+
+
+@_target("embedding", mutations.in_safetensors, _embeddings)
+def _(content: bytes, folder: Path) -> None:
+    path = folder / "word.safetensors"
+    path.write_bytes(content)
+    found = embeddings.read_embedding(_described(), path)
+    if not found.name:
+        raise WrongError("an embedding has no name")
+    _check_finite("a vector", *found.vectors.values())
 
 
 # torch's files and NumPy's
@@ -739,6 +759,21 @@ def _(content: bytes, folder: Path) -> None:
         raise WrongError("prompts are not the lines of their file")
     if lines[0].strip() and content.startswith(b"\xef\xbb\xbf") and found[0].startswith("\ufeff"):
         raise WrongError("a prompt begins with a byte order mark")
+
+
+def _syntax(folder: Path) -> list[bytes]:
+    return [rb"a (red:1.3) [hat] ((b) \(c\)), x BREAK y <lora:z:0.8>", rb"(a (b:0.5) c:1.2:1.5) [[d]] \\ e:f"]
+
+
+@_target("syntax", mutations.in_text, _syntax, names=("prompt=",))
+def _(content: bytes, folder: Path) -> None:
+    text = content.decode(errors="ignore")
+    for syntax in prompts.SYNTAXES:
+        prompts.check_readable(syntax, prompt=text)
+        found = prompts.parse(text, syntax)
+        _check_finite("a weight", *(piece.weight for piece in found))
+        if {*"".join(piece.text or "" for piece in found)} - {*text}:
+            raise WrongError("a piece has characters that its prompt has not")
 
 
 # A run's own files, which a crash, another version or a person may have changed

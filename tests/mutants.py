@@ -527,6 +527,22 @@ CONTRACTS = [
         False,
     ),
     Mutant(
+        "clip skip counted as in diffusers",
+        "pretrained/text.py",
+        "skip = clip_skip or (2 if is_xl else 1)",
+        "skip = clip_skip + 1 if clip_skip else (2 if is_xl else 1)",
+        ("test_pretrained_text.py::test_clip_skip_takes_the_hidden_states_of_transformers",),
+        False,
+    ),
+    Mutant(
+        "the last chunk pooled",
+        "pretrained/text.py",
+        "pooled[::count]",
+        "pooled[count - 1 :: count]",
+        ("test_pretrained_text.py::test_chunks_are_encoded_one_by_one_and_the_first_is_pooled",),
+        False,
+    ),
+    Mutant(
         "latents multiplied by the VAE's factor before decoding",
         "sampling/generator.py",
         "z = z / vae.scaling_factor",

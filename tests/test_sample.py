@@ -162,6 +162,12 @@ def test_guidance_outside_the_record_is_one_warning_and_the_image_is_made(lcm, t
         (["--model=EDM"], r"unsupported _class_name='EDMEulerScheduler'"),
         (["--unet=EDM"], r"unsupported _class_name='EDMEulerScheduler'"),
         (["--prompts=LATIN1"], r"--prompts=.*: cannot be read \(not UTF-8\)"),
+        (["--prompt_syntax=compel"], r"argument --prompt_syntax: invalid choice: 'compel'"),
+        (["--prompt_syntax=a1111", "--prompt=(b"], r"--prompt=\(b: the bracket \( \(character 1\) has no partner"),
+        (["--emphasis=no_norm"], r"--emphasis=no_norm: is what weights do, which plain prompts do not have"),
+        (["--clip_skip=3"], r"--clip_skip=3: out of range; choose 1, the last layer, to 2"),
+        (["--embedding=/no/such.safetensors"], r"--embedding=\S+: /no/such.safetensors does not exist"),
+        (["--lora_dir=/no"], r"--lora_dir=/no: is for <lora:NAME:WEIGHT> in a1111 prompts"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(lcm, tmp_path, capsys, options, message):
@@ -305,6 +311,51 @@ def test_the_record_decides_how_an_lcm_is_sampled(lcm):
     assert make_plan(dataclasses.replace(pipeline, record={}), settings).timesteps == (999, 759, 499, 259)
     assert dict(make_plan(other, settings).options) == {"timestep_scaling": 5.0, "sigma_data": 1.0}
     assert pipeline != other and pipeline == dataclasses.replace(pipeline, record=RECORD | {"step": 3})
+
+
+def test_prompts_with_weights_and_embeddings_are_recorded(three, lcm, tmp_path, capsys):
+    """And the program's images are the library's."""
+    star = tmp_path / "Star.safetensors"
+    save_file({"emb_params": np.random.default_rng(0).standard_normal((2, 32), np.float32)}, star)
+    options = (*ONE, "--prompt_syntax=a1111", "--clip_skip=2", f"--embedding={star}")
+    prompt = "a (small:1.4) star, [red] circle"
+    images = generate(lcm, tmp_path / "out", *options, prompt=prompt)
+    about = images["0000_0000.png"].text
+    keys = ("prompt", "prompt_syntax", "emphasis", "clip_skip", "embedding")
+    assert [about[key] for key in keys] == [prompt, "a1111", "original", "2", str(star)]
+    assert not capsys.readouterr().err
+    model = lcm_jax.load(lcm, embeddings=[str(star)])
+    again = model(prompt, steps=3, seed=5, prompt_syntax="a1111", clip_skip=2)
+    assert (arrays(images) == np.asarray(again[0])).all()
+    assert np.abs(arrays(images) - arrays(three)[0]).max() > 8
+
+    plain = make_request(model.pipeline, steps=3)
+    sample.warn(model, plain, [prompt, "a"], syntax_given=False)
+    sample.warn(model, plain, ["a (red) hat"], syntax_given=True)
+    marked, unused = capsys.readouterr().err.splitlines()
+    assert re.match("warning: without --prompt_syntax=a1111 .* plain text: 'a \\(small:1.4", marked), marked
+    assert unused == "warning: no prompt has the embedding Star; write Star where it belongs"
+
+
+def test_prompts_of_different_lengths_are_guided_together():
+    """Both are repeated to a common length; what needs the model is refused at once."""
+    model = lcm_jax.load(tiny.folder("sd1"))
+    model._sample = lambda unet, schedule, plan, params, cond, null, noise, scale: (cond, null)
+    options = {"guidance_scale": 2.0, "prompt_syntax": "a1111", "negative_prompt": "red " * 200}
+    request = make_request(model.pipeline, **options)
+    model.decode = lambda z: z
+    cond, null = model.generate(request, ["red " * 76, "a"], [0, 0], 0)
+    lengths = [text["encoder_hidden_states"].shape for text in (cond, null)]
+    assert lengths == [(2, 6 * 77, 32), (1, 6 * 77, 32)]
+    assert null["encoder_hidden_states"].std(0).max() == 0
+    for prompt, syntax, message in (
+        ("a <lora:x:1>", "a1111", "asks for <lora:x:1>, and the model is loaded with none"),
+        ("(a", "comfy", r"the bracket \( \(character 1\) has no partner"),
+        ("embedding:x", "comfy", "there is no embedding 'x'; those given: none"),
+        ("red " * 6000, "a1111", "prompts of 80 chunks of 75 tokens share no length of at most 64 chunks"),
+    ):
+        with pytest.raises(LcmError, match=message):
+            model(prompt, prompt_syntax=syntax)
 
 
 @contextlib.contextmanager

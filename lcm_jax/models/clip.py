@@ -6,6 +6,7 @@ CLIPTextModel, CLIPTextModelWithProjection:
 
     x   = token embedding + position embedding                      then layers with causal attention
     hidden_states = [embeddings, layer 1, ..., layer L]             before the final LayerNorm
+    last_hidden_state = final LN(hidden_states[-clip_skip])         1: of the last layer
     pooled = final LN(x) at the end-of-text token [@ text_projection]
 
 CLIPVisionModelWithProjection, the image half of CLIPModel:
@@ -139,6 +140,10 @@ class CLIPTextOutput(NamedTuple):
     pooled: jax.Array
 
 
+# Vectors [b l d] to take in place of token embeddings, and where: bool [b l].
+Spliced = tuple[jax.Array, jax.Array]
+
+
 class CLIPEmbeddings(nn.Module):
     vocab_size: int
     max_position_embeddings: int
@@ -146,10 +151,13 @@ class CLIPEmbeddings(nn.Module):
     run: Run
 
     @nn.compact
-    def __call__(self, input_ids: jax.Array) -> jax.Array:
-        tokens = embedding(self.vocab_size, self.hidden_size, "token_embedding", self.run)
+    def __call__(self, input_ids: jax.Array, spliced: Spliced | None) -> jax.Array:
+        x = embedding(self.vocab_size, self.hidden_size, "token_embedding", self.run)(input_ids)
+        if spliced is not None:
+            vectors, here = spliced
+            x = jnp.where(here[..., None], vectors, x)
         positions = embedding(self.max_position_embeddings, self.hidden_size, "position_embedding", self.run)
-        return (tokens(input_ids) + positions(jnp.arange(input_ids.shape[1]))).astype(self.run.dtype)
+        return (x + positions(jnp.arange(input_ids.shape[1]))).astype(self.run.dtype)
 
 
 class CLIPTextModel(nn.Module):
@@ -178,21 +186,26 @@ class CLIPTextModel(nn.Module):
     FIXED: ClassVar[Mapping[str, tuple]] = _FIXED | {"model_type": ("clip_text_model",)}
 
     @nn.compact
-    def __call__(self, input_ids: jax.Array) -> CLIPTextOutput:
-        """input_ids: int [b l], l at most max_position_embeddings. There is no padding mask: padding is attended."""
+    def __call__(self, input_ids: jax.Array, spliced: Spliced | None = None, clip_skip: int = 1) -> CLIPTextOutput:
+        """input_ids: int [b l], l at most max_position_embeddings. There is no padding mask: padding is attended.
+
+        spliced: textual-inversion vectors; `input_ids` has any id there that does not end a text.
+        clip_skip: layer that `last_hidden_state` is taken from, counted from the last, which is 1.
+        """
         if input_ids.shape[1] > self.max_position_embeddings:
             raise ValueError(f"{input_ids.shape[1]} tokens; this text encoder has {self.max_position_embeddings}")
         run = Run(self.dtype, self.attention_fn, self.weights_fn)
         embeddings = CLIPEmbeddings(
             self.vocab_size, self.max_position_embeddings, self.hidden_size, run, name="embeddings"
         )
-        states = _encoder(self, causal=True, run=run)(embeddings(input_ids))
-        last = LayerNorm(self.layer_norm_eps, run, name="final_layer_norm")(states[-1])
+        states = _encoder(self, causal=True, run=run)(embeddings(input_ids, spliced))
+        norm = LayerNorm(self.layer_norm_eps, run, name="final_layer_norm")
+        last = norm(states[-1])
         # Along an axis: indexing by [b] positions would gather over the devices of a sharded batch.
         pooled = jnp.take_along_axis(last, self.end_of_text(input_ids)[:, None, None], axis=1)[:, 0]
         if self.with_projection:
             pooled = dense(self.projection_dim, "text_projection", run, use_bias=False)(pooled)
-        return CLIPTextOutput(last, states, pooled)
+        return CLIPTextOutput(last if clip_skip == 1 else norm(states[-clip_skip]), states, pooled)
 
     def end_of_text(self, input_ids: jax.Array) -> jax.Array:
         """Position [b] that is pooled: that of the largest id (legacy files), else of the first `eos_token_id`."""

@@ -140,19 +140,23 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str]) -> np.ndarray:
     return tokenize_counted(tokenizer, captions)[0]
 
 
-def tokenize_counted(tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(`tokenize`, number of tokens of each caption that were cut off: int32 [b]). Raises as `check_text`."""
+def tokenize_whole(tokenizer: Tokenizer, captions: Sequence[str]) -> list[list[int]]:
+    """Captions -> ids from start to end, neither padded nor cut. Raises as `check_text`."""
     if isinstance(captions, str):
         raise TypeError(f"tokenize takes a sequence of captions, not one string: {captions!r}")
     for caption in captions:
         check_text(caption)
+    encode = tokenizer.clip  # transformers takes no empty batch
+    return encode(list(captions), truncation=False, padding=False, verbose=False).input_ids if len(captions) else []
+
+
+def tokenize_counted(tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(`tokenize`, number of tokens of each caption that were cut off: int32 [b]). Raises as `check_text`."""
     # Cut and padded here, because transformers keeps how it does that as a state of the tokenizer, which threads would
     # change under each other.
     ids = np.full((len(captions), tokenizer.length), tokenizer.clip.pad_token_id, np.int32)
     lost = np.zeros(len(captions), np.int32)
-    encode = tokenizer.clip
-    whole = encode(list(captions), truncation=False, padding=False, verbose=False).input_ids if len(captions) else []
-    for row, found in enumerate(whole):  # transformers takes no empty batch
+    for row, found in enumerate(tokenize_whole(tokenizer, captions)):
         lost[row] = max(0, len(found) - tokenizer.length)
         kept = [*found[: tokenizer.length - 1], found[-1]] if lost[row] else found
         ids[row, : len(kept)] = kept

@@ -4,6 +4,7 @@ import argparse
 import codecs
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,9 +13,11 @@ from jax.sharding import Mesh
 
 from lcm_jax import files
 from lcm_jax.errors import BadArgument, LcmError
+from lcm_jax.pretrained.text import EMPHASES
 from lcm_jax.runtime.mesh import make_mesh
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.load import load
+from lcm_jax.sampling.prompts import SYNTAXES
 from lcm_jax.sampling.request import MAX_PROMPT
 
 SMALLER = "use a smaller --batch_size, --height or --width, --dtype=bfloat16, --tiled, or more devices with --fsdp=-1"
@@ -63,11 +66,37 @@ def add_image_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--width", type=int, help="pixels; default: the model's")
 
 
-def load_model(args: argparse.Namespace) -> Generator:
+def add_prompt_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--prompt_syntax",
+        choices=SYNTAXES,
+        help="plain (default): all is text; a1111, comfy: weights in brackets and prompts of any length, as those "
+        "programs read them",
+    )
+    p.add_argument("--emphasis", choices=EMPHASES, help="what weights do; default: original, of comfy interpolate")
+    p.add_argument(
+        "--clip_skip",
+        type=int,
+        help="layer of the text encoders to use, counted from the last, which is 1; default: the model's, of SDXL 2",
+    )
+    p.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="textual inversion, used where prompts have its name (comfy: embedding:NAME); may be given several times",
+    )
+    p.add_argument(
+        "--lora_dir", type=files.expanded, help="folder of the LoRAs that a1111 prompts name <lora:NAME:0.8>"
+    )
+
+
+def load_model(args: argparse.Namespace, embeddings: Sequence[str] = ()) -> Generator:
     """The model of the command line, on all devices."""
     return load(
         args.model,
         loras=args.lora,
+        embeddings=embeddings,
         unet=args.unet,
         vae=args.vae,
         variant=args.variant,

@@ -33,10 +33,13 @@ from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError
 from lcm_jax.models import tiling
 from lcm_jax.pretrained import text
+from lcm_jax.pretrained.embeddings import Embedding
 from lcm_jax.pretrained.model import Pipeline, PipelineParams
 from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import batch_sharding, place, replicated
+from lcm_jax.sampling.chunks import chunked
 from lcm_jax.sampling.png import not_finite, to_uint8
+from lcm_jax.sampling.prompts import PLAIN, Reading, check_loras, check_readable
 from lcm_jax.sampling.request import (
     Plan,
     Request,
@@ -156,7 +159,15 @@ class Generator:
     process.
     """
 
-    def __init__(self, pipeline: Pipeline, params: PipelineParams, mesh: Mesh | None = None, tiled: bool = False):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        params: PipelineParams,
+        mesh: Mesh | None = None,
+        tiled: bool = False,
+        embeddings: Mapping[str, Embedding] | None = None,
+        loras: Mapping[str, float] | None = None,
+    ):
         """Puts the weights on the devices.
 
         Args:
@@ -164,12 +175,15 @@ class Generator:
             enough for `trace`.
           mesh: of the devices that share the work, weights sharded by its rule; None: the default device.
           tiled: decode large images in overlapping tiles, for less memory (`models.tiling`).
+          embeddings: textual inversions, name in lower case -> embedding.
+          loras: file's name without suffix -> weight of the LoRAs merged, which prompts may name.
         """
         self.pipeline = pipeline if mesh is None else kernels.on_mesh(pipeline, mesh)
         self.params = jax.tree.map(jax.device_put if mesh is None else place(mesh), dict(params))
         self.mesh, self.tiled = mesh, tiled
+        self.embeddings, self.loras = dict(embeddings or {}), dict(loras or {})
         self._sample, self._decode = _programs(mesh)
-        self._null: dict[str | None, Conditioning] = {}
+        self._null: dict[tuple[str | None, Reading], Conditioning] = {}
 
     @property
     def dtype(self) -> str:
@@ -190,6 +204,9 @@ class Generator:
         sampler: str = "lcm",
         spacing: str = "trailing",
         batch_size: int = 4,
+        prompt_syntax: str = "plain",
+        emphasis: str | None = None,
+        clip_skip: int | None = None,
     ) -> list[Image.Image]:
         """`num_images` images of each prompt, in order; logs `request.warnings`.
 
@@ -203,6 +220,10 @@ class Generator:
           height, width: pixels; None: the model's own.
           sampler: one of `request.SAMPLERS`. spacing: of the timesteps of those other than "lcm".
           batch_size: images generated at once.
+          prompt_syntax: "plain"; or "a1111" or "comfy", with weights in brackets and prompts of any length.
+          emphasis: what weights do, one of `text.EMPHASES`; None: what the syntax's program does.
+          clip_skip: layer of the text encoders whose states are used, counted from the last, which is 1; None: the
+            model's own, 1, of SDXL 2.
 
         Raises:
           BadArgument: a value is wrong, or the model cannot do it.
@@ -220,7 +241,11 @@ class Generator:
             height=height,
             width=width,
             negative_prompt=negative_prompt,
+            prompt_syntax=prompt_syntax,
+            emphasis=emphasis,
+            clip_skip=clip_skip,
         )
+        check_readable(prompt_syntax, prompts=prompts, negative_prompt=negative_prompt)
         for warning in warnings(self.pipeline, request):
             logging.warning(warning)
         found = []
@@ -243,15 +268,22 @@ class Generator:
 
         Raises:
           BadArgument: at once, for a batch that needs more memory than there is.
+          LcmError: at once, for prompts that cannot be read, see `check_prompts`.
         """
         total = len(prompts) * num_images
         size = self.whole_batch(min(batch_size, max(total, 1)))
         self.check_memory(request, size)
 
+        def jobs_from(start: int) -> list[tuple[int, int]]:
+            """(prompt, number) of each image of a batch."""
+            return [divmod(min(start + i, total - 1), num_images) for i in range(size)]
+
+        for together in {frozenset(prompt for prompt, _ in jobs_from(start)) for start in range(0, total, size)}:
+            self.check_prompts(request, [prompts[prompt] for prompt in sorted(together)])
+
         def generated() -> Iterator[np.ndarray]:
             for start in range(0, total, size):
-                count = min(size, total - start)
-                jobs = [divmod(min(start + i, total - 1), num_images) for i in range(size)]
+                count, jobs = min(size, total - start), jobs_from(start)
                 texts, numbers = [prompts[prompt] for prompt, _ in jobs], [number for _, number in jobs]
                 yield self.generate(request, texts, numbers, seed)[:count]
 
@@ -261,6 +293,16 @@ class Generator:
         """Raises BadArgument for a batch that needs more memory than there is, see `request.check_memory`."""
         check_memory(self.pipeline, request, batch, self.mesh, self.tiled)
 
+    def check_prompts(self, request: Request, prompts: Sequence[str]) -> None:
+        """Raises LcmError for the prompts of a batch that cannot be read together, see `chunks.chunked`."""
+        reading = request.reading
+        if reading.syntax == "plain":
+            return
+        texts = [*prompts, *([] if request.negative_prompt is None else [request.negative_prompt])]
+        if reading.syntax == "a1111":
+            check_loras("prompt", texts, self.loras)
+        chunked(self.pipeline, self.embeddings, texts, reading)
+
     def whole_batch(self, batch_size: int) -> int:
         """`batch_size`, rounded up to a multiple of the devices."""
         devices = 1 if self.mesh is None else self.mesh.size
@@ -269,8 +311,9 @@ class Generator:
     def generate(self, request: Request, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> np.ndarray:
         """One batch of images, float32 in [0, 1], [b H W 3], for prompts and image numbers, [b] each."""
         noise = self.noise(seed, numbers, noise_entries(request.settings), request.height, request.width)
-        cond = self.encode(prompts)
-        z = self.latents(cond, noise, request.guidance_scale, request.settings, request.negative_prompt)
+        cond = self.encode(prompts, reading=request.reading)
+        scale, settings, negative_prompt = request.guidance_scale, request.settings, request.negative_prompt
+        z = self.latents(cond, noise, scale, settings, negative_prompt, reading=request.reading)
         return self.decode(z)
 
     def noise(self, seed: int, numbers: Sequence[int], steps: int, height: int, width: int) -> np.ndarray:
@@ -278,15 +321,20 @@ class Generator:
         factor = self.pipeline.vae.factor
         return draw_noise(seed, numbers, steps, (height // factor, width // factor, self.pipeline.vae.latent_channels))
 
-    def encode(self, captions: Sequence[str], report: bool = False) -> dict[str, jax.Array]:
-        """Conditioning [b ...] of captions; report: log those that are too long."""
-        return text.encode(self.pipeline, self.params, captions, report)
+    def encode(self, captions: Sequence[str], report: bool = False, reading: Reading = PLAIN) -> dict[str, jax.Array]:
+        """Conditioning [b ...] of captions; report: log plain ones that are too long."""
+        if reading == PLAIN and not self.embeddings:
+            return text.encode(self.pipeline, self.params, captions, report)
+        chunks = chunked(self.pipeline, self.embeddings, captions, reading)
+        return text.encode_chunks(self.pipeline, self.params, chunks, reading.emphasis, reading.clip_skip)
 
-    def null(self, negative_prompt: str | None = None) -> Conditioning:
+    def null(self, negative_prompt: str | None = None, reading: Reading = PLAIN) -> Conditioning:
         """Conditioning [1 ...] of the second pass; None: the model's own null (`text.null`)."""
-        if negative_prompt not in self._null:
-            self._null[negative_prompt] = text.null(self.pipeline, self.params, negative_prompt)
-        return self._null[negative_prompt]
+        key = negative_prompt, reading
+        if key not in self._null:
+            encoded = self.encode([negative_prompt or ""], reading=reading)
+            self._null[key] = text.null_of(self.pipeline, encoded, negative_prompt)
+        return self._null[key]
 
     def latents(
         self,
@@ -296,6 +344,7 @@ class Generator:
         settings: Settings,
         negative_prompt: str | None = None,
         unet_params: Any = None,
+        reading: Reading = PLAIN,
     ) -> jax.Array:
         """Scaled latents [b h w c].
 
@@ -303,19 +352,24 @@ class Generator:
           cond: `encode`d captions [b ...].
           noise: [steps b h w c], see `noise`; for samplers other than "lcm" one entry is enough.
           guidance_scale: w + 1.
+          negative_prompt: of the second pass, see `null`.
           unet_params: used instead of the model's own UNet weights.
+          reading: how the negative prompt is read.
         """
         pipeline = self.pipeline
         if pipeline.is_xl:
             height, width = (side * pipeline.vae.factor for side in noise.shape[2:4])
             cond = {**cond, "time_ids": text.time_ids(height, width, noise.shape[1])}
+        null = self.null(negative_prompt, reading) if is_guided(pipeline, guidance_scale) else None
+        if null is not None:
+            cond, null = text.same_length(cond, null)
         return self._sample(
             pipeline.unet,
             pipeline.schedule,
             make_plan(pipeline, settings),
             self.params["unet"] if unet_params is None else unet_params,
             cond,
-            self.null(negative_prompt) if is_guided(pipeline, guidance_scale) else None,
+            null,
             noise,
             guidance_scale,
         )

@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 from lcm_jax import assets, files
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained import digests, is_single_file, load_pipeline, lora_files, read_record
+from lcm_jax.pretrained.embeddings import read_embeddings
 from lcm_jax.pretrained.model import Pipeline, PipelineParams, check_text_to_image, recorded
+from lcm_jax.pretrained.safetensors_io import SUFFIX
 from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import place
 from lcm_jax.sampling.generator import Generator
@@ -32,6 +34,7 @@ def load(
     source: str | Path,
     *,
     loras: Sequence[str | Lora] = (),
+    embeddings: Sequence[str] = (),
     unet: str | None = None,
     vae: str | None = None,
     variant: str | None = None,
@@ -46,6 +49,7 @@ def load(
     Args:
       source: a diffusers folder, a hub id, a single .safetensors file, or "shapes", the embedded teacher.
       loras: merged in: "FILE", "FILE:WEIGHT" or (file, weight); files, folders or hub ids.
+      embeddings: textual inversions, "FILE" or "NAME=FILE" (`pretrained.embeddings`); prompts use them by name.
       unet, vae: folders or hub ids of a UNet or a VAE to use instead.
       variant: weight files to read, such as "fp16".
       model_config: for a single file: folder or hub id with its tokenizers and configs.
@@ -56,7 +60,7 @@ def load(
       ignore_unused: ignore keys of a LoRA that match no layer of the model, instead of refusing it.
 
     Raises:
-      LcmError: the model cannot be loaded, or a LoRA does not fit it.
+      LcmError: the model cannot be loaded, or a LoRA or an embedding does not fit it.
     """
     source = str(source)
     if isinstance(dtype, str) and dtype == "auto":
@@ -83,6 +87,7 @@ def load(
     name = source if unet is None else f"{source} with the UNet of {unet}"
     described, shapes = read(weights=False)
     check_text_to_image(described, name)  # before minutes of reading
+    words = read_embeddings(described, embeddings)
     found, record = _read_loras(described, pairs, ignore_unused)
     changes = lora_files.changes(described, shapes, found)
 
@@ -93,7 +98,7 @@ def load(
     pipeline, params = read(put=jax.device_put if mesh is None else place(mesh), change=merged if pairs else None)
     if unet is not None or pairs:
         pipeline = dataclasses.replace(pipeline, record=record, may_be_lcm=True)
-    return Generator(pipeline, params, mesh, tiled)
+    return Generator(pipeline, params, mesh, tiled, words, {lora_name(lora): weight for lora, weight in pairs})
 
 
 def add_loras(
@@ -133,6 +138,11 @@ def _read_loras(
             raise BadArgument("lora", ", ".join(of_loras), problem)
     joined = {key: value for record in (pipeline.record, *of_loras.values()) for key, value in record.items()}
     return read, joined
+
+
+def lora_name(source: str | Path) -> str:
+    """What prompts call the LoRA of a file, folder or hub id: <lora:NAME:WEIGHT>."""
+    return Path(source).name.removesuffix(SUFFIX)
 
 
 def parse_lora(text: str) -> Lora:

@@ -16,6 +16,7 @@ from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import BadArgument
 from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE, Pipeline, check_text_to_image
 from lcm_jax.runtime import memory
+from lcm_jax.sampling.prompts import PLAIN, Reading, make_reading
 
 SAMPLERS = tuple(samplers.SAMPLERS)
 MAX_STEPS = 50
@@ -89,6 +90,7 @@ class Request:
       guidance_scale: the user's, w + 1.
       height, width: of the images, in pixels.
       negative_prompt: text that guidance moves away from; None: the model's null text.
+      reading: how the prompts, the negative one too, are read and encoded.
     """
 
     settings: Settings
@@ -96,6 +98,7 @@ class Request:
     height: int
     width: int
     negative_prompt: str | None = None
+    reading: Reading = PLAIN
 
 
 def make_request(
@@ -108,6 +111,9 @@ def make_request(
     height: int | None = None,
     width: int | None = None,
     negative_prompt: str | None = None,
+    prompt_syntax: str = "plain",
+    emphasis: str | None = None,
+    clip_skip: int | None = None,
 ) -> Request:
     """A request with the model's default guidance scale and size for those that are None.
 
@@ -136,7 +142,8 @@ def make_request(
             "this UNet has a w embedding: guidance against the null text was distilled in, so there is no second pass "
             "for another text; leave it out, or use an LCM-LoRA on the base model",
         )
-    return Request(Settings(sampler, steps, spacing), float(scale), *size, negative_prompt)
+    reading = make_reading(pipeline, prompt_syntax, emphasis, clip_skip)
+    return Request(Settings(sampler, steps, spacing), float(scale), *size, negative_prompt, reading)
 
 
 def check_steps(steps: int, most: int = MAX_STEPS) -> None:
