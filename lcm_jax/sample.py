@@ -11,11 +11,16 @@ prompt, or not at all at scale 1, the default of an LCM without w embedding; its
 """
 
 import argparse
+import contextlib
+import functools
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 from lcm_jax import files
 from lcm_jax.diffusion.timesteps import SPACINGS
@@ -26,6 +31,7 @@ from lcm_jax.sampling import flags, like, png
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.noise import SOURCES
 from lcm_jax.sampling.png import not_finite, to_uint8, write_png
+from lcm_jax.sampling.preview import load_preview
 from lcm_jax.sampling.request import (
     SAMPLERS,
     Request,
@@ -75,6 +81,11 @@ def parser() -> flags.Parser:
         "--model replaces its model with parts and LoRAs, an empty --negative_prompt drops its own",
     )
     p.add_argument("--batch_size", type=int, default=4, help="images generated at once")
+    p.add_argument(
+        "--preview",
+        metavar="TAESD",
+        help="folder, file or hub id of a TAESD: OUT/preview.png shows what each step expects, until all is done",
+    )
     p.add_argument(
         "--out", type=files.expanded, required=True, help="folder for the PNG files; may have those of this command"
     )
@@ -163,6 +174,9 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
     model = flags.load_model(args)
     keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt", "noise")
     request = make_request(model.pipeline, **{key: getattr(args, key) for key in keys})
+    preview = args.out / "preview.png"
+    if args.preview is not None:
+        model.preview = load_preview(args.preview, model.pipeline, functools.partial(show, preview))
     files.tidy(args.out.absolute())
     numbers = range(args.first_image, args.first_image + args.num_images)
     about, total = about_images(args, request, model.dtype), len(prompts) * args.num_images
@@ -190,6 +204,15 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
                 "check whether the weights are finite"
             )
         first += len(images)
+    if args.preview is not None:
+        jax.effects_barrier()  # the last step may still be shown
+        preview.unlink(missing_ok=True)
+
+
+def show(path: Path, images: np.ndarray, step: int) -> None:
+    """Writes the images of a step as one; a disk that is full is for the images themselves to report."""
+    with contextlib.suppress(files.CannotWrite):
+        write_png(path, png.grid(images, min(len(images), 4)), {"step": step})
 
 
 def warn(model: Generator, request: Request, prompts: Sequence[str]) -> None:

@@ -167,7 +167,7 @@ def test_parameters_of_a1111_are_flags_as_far_as_they_go(lcm, tmp_path, capsys):
         ({}, [], r"--like=\S+: does not record how it was made; give a PNG file of lcm_jax.sample, or of A1111"),
         ({"prompt": '{"3": {"class_type": "KSampler"}}', "workflow": "{}"}, [], "does not record how it was made"),
         ({"parameters": "a red circle"}, [], "does not record how it was made"),
-        ({"parameters": "a\nSteps: 4, Seed: 1, Size: 8"}, [], r"records what cannot be used \(.*--width: invalid int"),
+        ({"parameters": "a\nSteps: 4, Seed: 1, Size: 8by8"}, [], r"records what cannot be used \(.*--width: invalid int"),
         ({"parameters": "a\nSteps: four, Seed: 1"}, [], r"records what cannot be used \(.*--steps: invalid int value"),
         ({"parameters": "a\nSteps: 4, Seed: 1, CFG scale: 0"}, ["--model=m"], r"--guidance_scale=0: .*use 1 or more"),
         ({"parameters": "a\nSteps: 4, Seed: 1"}, [], r"error: no model; give --model=FOLDER"),

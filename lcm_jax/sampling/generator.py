@@ -36,10 +36,12 @@ from lcm_jax.errors import LcmError
 from lcm_jax.models import tiling
 from lcm_jax.pretrained import text
 from lcm_jax.pretrained.model import Pipeline, PipelineParams
+from lcm_jax.pretrained.names import Params
 from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import batch_sharding, place, replicated
 from lcm_jax.sampling.noise import draw_noise
 from lcm_jax.sampling.png import not_finite, to_uint8
+from lcm_jax.sampling.preview import Preview
 from lcm_jax.sampling.request import (
     Plan,
     Request,
@@ -124,11 +126,12 @@ def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
     loop = loop_on(platform or jax.default_backend())
     options = {"out_shardings": mesh and replicated(mesh), "compiler_options": kernels.inference(platform)}
 
-    @functools.partial(jax.jit, static_argnames=("unet", "schedule", "plan"), **options)
-    def sample(unet, schedule, plan, params, cond, null, noise, scale):
+    @functools.partial(jax.jit, static_argnames=("unet", "schedule", "plan", "preview"), **options)
+    def sample(unet, schedule, plan, params, cond, null, noise, scale, preview=None, preview_params=None):
         rows = noise.shape[1]
         cond, noise = _fill(cond, mesh), _fill(noise.swapaxes(0, 1), mesh).swapaxes(0, 1)
-        return latents(unet, schedule, plan, params, cond, null, noise, scale, loop=loop)[:rows]
+        hook = preview and preview.hook(preview_params)
+        return latents(unet, schedule, plan, params, cond, null, noise, scale, hook, loop)[:rows]
 
     @functools.partial(jax.jit, static_argnames="vae", **options)
     def decode(vae, params, z):
@@ -142,6 +145,8 @@ class Generator:
 
     On a mesh the images of a batch are split over all devices, padded to a multiple of them; results are whole on every
     process.
+
+    preview: shows what comes of each step, see `sampling.preview`; None: nothing does.
     """
 
     def __init__(self, pipeline: Pipeline, params: PipelineParams, mesh: Mesh | None = None, tiled: bool = False):
@@ -156,6 +161,7 @@ class Generator:
         self.pipeline = pipeline if mesh is None else kernels.on_mesh(pipeline, mesh)
         self.params = jax.tree.map(jax.device_put if mesh is None else place(mesh), dict(params))
         self.mesh, self.tiled = mesh, tiled
+        self.preview: tuple[Preview, Params] | None = None
         self._sample, self._decode = _programs(mesh)
         self._null: dict[str | None, Conditioning] = {}
 
@@ -323,6 +329,7 @@ class Generator:
             self.null(negative_prompt) if is_guided(pipeline, guidance_scale) else None,
             noise,
             guidance_scale,
+            *(self.preview or ()),
         )
 
     def trace(self, request: Request, batch: int) -> dict[str, jax.stages.Traced]:
