@@ -20,6 +20,7 @@ def taesd(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_each_step_shows_x0_and_changes_nothing(taesd):
     """The last x0 of an LCM is the latent itself; one program more may round differently, by one level of 255."""
     model, shown = lcm_jax.load(tiny.folder("micro lcm")), {}
