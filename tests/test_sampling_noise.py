@@ -176,6 +176,7 @@ def test_parameters_of_a1111_are_flags_as_far_as_they_go(lcm, tmp_path, capsys):
         ({"parameters": "a\nSteps: four, Seed: 1"}, [], r"records what cannot be used \(.*--steps: invalid int value"),
         ({"parameters": "a\nSteps: 4, Seed: 1, CFG scale: 0"}, ["--model=m"], r"--guidance_scale=0: .*use 1 or more"),
         ({"parameters": "a\nSteps: 4, Seed: 1"}, [], r"error: no model; give --model=FOLDER"),
+        ({"parameters": "a\nSteps: 4, Seed: 1," + 9_000 * " "}, [], r"error: no model; give --model=FOLDER"),
         ({"parameters": "a\nSteps: 4"}, ["--model=m", "--noise=torch-batch", "--first_image=2"], "leave it out"),
     ],
 )

@@ -50,7 +50,7 @@ from lcm_jax.typed import checked, config_of
 
 _ENCODER_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _CLASSES = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny")}
-XL_FACTOR = 0.13025  # scaling_factor of SDXL's VAE
+_XL_FACTOR = 0.13025  # scaling_factor of SDXL's VAE
 _SLACK = 1 << 20  # bytes for headers, configs and the file system's own rounding
 
 
@@ -184,7 +184,7 @@ def warn_of_scale(vae: nn.Module, own: Config, source: str | Path, other: str | 
         return  # a tiny one takes them as the UNet does
     factor = own.get("scaling_factor", AutoencoderKL.scaling_factor)
     if not isinstance(vae, AutoencoderKL):
-        if taesd_file.is_xl(other) not in (None, factor == XL_FACTOR):
+        if taesd_file.is_xl(other) not in (None, factor == _XL_FACTOR):
             logging.warning("%s is, by its name, for another family than %s: if so, colours are wrong", other, source)
     elif vae.scaling_factor != factor:
         logging.warning(

@@ -6,27 +6,17 @@ from pathlib import Path
 from lcm_jax.errors import BadArgument
 from lcm_jax.sampling import png
 
-# Recorded under the names of their flags: the first of what the model is, the others of how it is sampled.
+# What is recorded under the names of its flags: what the model is, how it is sampled, and how that is computed.
 MODEL = ("model", "unet", "vae", "variant", "model_config", "lora", "ignore_unused")
-SAMPLED = (
-    "prompt",
-    "negative_prompt",
-    "sampler",
-    "spacing",
-    "steps",
-    "guidance_scale",
-    "seed",
-    "noise",
-    "dtype",
-    "tiled",
-)
+SAMPLED = ("prompt", "negative_prompt", "sampler", "spacing", "steps", "guidance_scale", "seed", "noise")
+COMPUTED = ("dtype", "tiled")
 SWITCHES = ("ignore_unused", "tiled")  # flags without a value
 
 _SAMPLERS = {"LCM": "lcm", "DDIM": "ddim", "DPM++ 2M": "dpm_solver_pp_2m"}
 _NOISE = {"CPU": "torch", "NV": "nv", "GPU": "nv"}
 _OTHERS = {"Steps": "steps", "CFG scale": "guidance_scale", "Seed": "seed"}
 _NO_EFFECT = {"Version", "Batch size", "Batch pos"}  # each image records its own seed
-_FIELD = re.compile(r'\s*([^:,"]+):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
+_FIELD = re.compile(r'([^:,"]+):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 _MAX_FIELDS = 10_000  # characters
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
@@ -41,13 +31,11 @@ def recorded(path: Path) -> tuple[dict[str, str | list[str]], list[str]]:
     """
     if not path.is_file():
         raise BadArgument("like", path, "is no file; give a PNG file")
-    about = png.read_about(path)
+    about, flags, lost = png.read_about(path), {}, []
     if "parameters" in about:
         flags, lost = _of_a1111(about["parameters"])
     elif {"prompt", "image", "seed", "steps", "size"} <= about.keys():
         flags, lost = _of_ours(about)
-    else:
-        flags = None
     if not flags:
         problem = "does not record how it was made; give a PNG file of lcm_jax.sample, or of A1111 with its parameters"
         raise BadArgument("like", path, problem)
@@ -61,14 +49,12 @@ def words(flags: dict[str, str | list[str]]) -> list[str]:
 
 
 def _of_ours(about: dict[str, str]) -> tuple[dict[str, str | list[str]], list[str]]:
-    flags = {name: about[name] for name in (*MODEL, *SAMPLED) if name in about}
+    flags = {name: about[name] for name in (*MODEL, *SAMPLED, *COMPUTED) if name in about}
     if "lora" in about:
         flags["lora"] = about["lora"].split(", ")
-    batch = {"num_images": about["num_images"]} if "num_images" in about else None
-    return (
-        flags | _size(about["size"]) | (batch or {"first_image": about["image"], "num_images": "1"}),
-        [f"{name} {about[name]}" for name in about.keys() - flags.keys() - {"image", "size", "num_images"}],
-    )
+    whole = {"num_images": about["num_images"]} if "num_images" in about else None
+    lost = [f"{name} {text}" for name, text in about.items() if name not in {*flags, "image", "size", "num_images"}]
+    return flags | _size(about["size"]) | (whole or {"first_image": about["image"], "num_images": "1"}), lost
 
 
 def _of_a1111(text: str) -> tuple[dict[str, str], list[str]]:
@@ -81,6 +67,7 @@ def _of_a1111(text: str) -> tuple[dict[str, str], list[str]]:
     flags |= {"num_images": "1", "noise": _NOISE["GPU"]}
     lost = []
     for name, value in _FIELD.findall(line):
+        name = name.strip()
         if name in _OTHERS:
             flags[_OTHERS[name]] = value
         elif name == "Size":
