@@ -103,28 +103,33 @@ def difference(a: Image.Image, b: Image.Image) -> int:
     return np.abs(np.asarray(a, int) - np.asarray(b, int)).max()
 
 
-@pytest.mark.parametrize("noise", ["jax", "torch-batch"])
-def test_like_repeats_the_pixels_of_an_image(noise, lcm, tmp_path):
-    """A batch of another size is another program, whose sums may round differently: one level of 255 at most."""
-    options = (f"--model={lcm}", f"--prompt={PROMPT}", "--seed=5", "--steps=2", "--num_images=2", "--batch_size=2")
-    first = generate(tmp_path / "a", *options, f"--noise={noise}")
-    assert difference(*first.values()) > 8
+def test_like_repeats_the_pixels_of_an_image(lcm, tmp_path):
+    """To the last bit, because it is the same program: a batch of one."""
+    options = (f"--model={lcm}", f"--prompt={PROMPT}", "--seed=5", "--steps=2", "--num_images=1", "--tiled")
+    (image,) = generate(tmp_path / "a", *options, "--first_image=3", "--noise=nv").values()
+    assert (image.text["noise"], image.text["tiled"]) == ("nv", "True")
+    (again,) = generate(tmp_path / "b", f"--like={tmp_path / 'a' / '0000_0003.png'}").values()
+    assert again.text == image.text and difference(again, image) == 0
+    options = ("--seed=6", f"--like={tmp_path / 'a' / '0000_0003.png'}", "--noise=jax", "--prompt=b", "--prompt=c")
+    others = generate(tmp_path / "c", *options, "--batch_size=1")  # flags given win, whatever their order
+    assert list(others) == ["0000_0003.png", "0001_0003.png"]
+    for prompt, other in zip("bc", others.values(), strict=True):
+        assert other.text | {"noise": "nv"} == image.text | {"prompt": prompt, "seed": "6"}
+        assert difference(other, image) > 8
+
+
+@pytest.mark.slow
+def test_like_repeats_the_whole_of_a_torch_batch(lcm, tmp_path):
+    """Images of the program and of the library; one of another size of batch differs by a level of 255 at most."""
+    options = (f"--model={lcm}", f"--prompt={PROMPT}", "--seed=5", "--steps=2")
+    first = generate(tmp_path / "a", *options, "--num_images=2", "--noise=torch-batch")
     second = generate(tmp_path / "b", f"--like={tmp_path / 'a' / '0000_0001.png'}")
-    assert list(second) == (list(first) if noise == "torch-batch" else ["0000_0001.png"])
-    image, again = first["0000_0001.png"], second["0000_0001.png"]
-    assert image.text == again.text and image.text.get("noise", "jax") == noise
-    assert difference(image, again) <= (0 if noise == "torch-batch" else 1)
-    (api,) = lcm_jax.load(lcm)(PROMPT, steps=2, seed=5, num_images=2, noise=noise)[1:]
-    assert difference(image, api) == 0
-
-
-def test_flags_given_win_over_those_of_the_image(lcm, tmp_path):
-    first = generate(tmp_path / "a", f"--model={lcm}", f"--prompt={PROMPT}", "--num_images=1", "--steps=2", "--tiled")
-    path = tmp_path / "a" / "0000_0000.png"
-    assert first[path.name].text["tiled"] == "True"
-    second = generate(tmp_path / "b", "--seed=6", f"--like={path}", "--noise=torch", "--prompt=b", "--num_images=2")
-    about = second["0000_0001.png"].text
-    assert about == first[path.name].text | {"prompt": "b", "seed": "6", "noise": "torch", "image": "1"}
+    api = lcm_jax.load(lcm)(PROMPT, steps=2, seed=5, num_images=2, noise="torch-batch")
+    for image, again, third in zip(first.values(), second.values(), api, strict=True):
+        assert again.text == image.text and image.text["num_images"] == "2"
+        assert difference(image, again) == difference(image, third) == 0
+    pieces = generate(tmp_path / "c", f"--like={tmp_path / 'a' / '0000_0001.png'}", "--batch_size=1")
+    assert max(map(difference, first.values(), pieces.values())) <= 1
 
 
 def write(path, **texts) -> None:

@@ -130,7 +130,7 @@ def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
     def sample(unet, schedule, plan, params, cond, null, noise, scale, preview=None, preview_params=None):
         rows = noise.shape[1]
         cond, noise = _fill(cond, mesh), _fill(noise.swapaxes(0, 1), mesh).swapaxes(0, 1)
-        hook = preview and preview.hook(preview_params)
+        hook = preview and preview.hook(preview_params, mesh)
         return latents(unet, schedule, plan, params, cond, null, noise, scale, hook, loop)[:rows]
 
     @functools.partial(jax.jit, static_argnames="vae", **options)

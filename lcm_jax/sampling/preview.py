@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lcm_jax.diffusion.samplers import Hook
 from lcm_jax.errors import BadArgument
@@ -18,6 +19,7 @@ from lcm_jax.pretrained import load_vae
 from lcm_jax.pretrained.diffusers_folder import warn_of_scale
 from lcm_jax.pretrained.model import Pipeline
 from lcm_jax.pretrained.names import Params
+from lcm_jax.runtime.mesh import replicated
 
 Show = Callable[[np.ndarray, int], None]
 
@@ -32,12 +34,14 @@ class Preview:
     vae: AutoencoderTiny
     show: Show
 
-    def hook(self, params: Params) -> Hook:
-        """For `diffusion.samplers`: shows x0 and leaves x as it is."""
+    def hook(self, params: Params, mesh: Mesh | None) -> Hook:
+        """For `diffusion.samplers`, in a program on a mesh or on one device: shows x0 and leaves x as it is."""
 
         def after_step(x0: jax.Array, x: jax.Array, t: jax.Array, i: jax.Array) -> jax.Array:
             images = self.vae.apply({"params": params}, x0 / self.vae.scaling_factor, method="decode")
             pixels = jnp.round(jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+            if mesh is not None:  # a callback has one device
+                pixels = jax.lax.with_sharding_constraint(pixels, replicated(mesh))
             jax.debug.callback(self._shown, pixels, i)
             return x
 
