@@ -2,30 +2,39 @@
 
     python -m lcm_jax.sample --model=DIR --out=images --prompt="a large red star at the left on a white background"
     python -m lcm_jax.sample --model=BASE --lora=LCM_LORA --lora=STYLE.safetensors:0.8 --out=images --prompt="..."
+    python -m lcm_jax.sample --like=images/0000_0002.png --out=again --steps=8
 
 One prompt gives `--num_images` images; image i of a prompt depends on (seed, i) alone, not on how many are generated.
+`--noise` takes the random numbers of other programs; `--like` repeats the image of a PNG file, but for flags given.
 A UNet with w embedding is conditioned on w = guidance_scale - 1. Any other is guided by a second pass with the negative
 prompt, or not at all at scale 1, the default of an LCM without w embedding; its images suffer above 2.
 """
 
 import argparse
 import collections
+import contextlib
+import functools
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from lcm_jax import files
 from lcm_jax.diffusion.timesteps import SPACINGS
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained.safetensors_io import SUFFIX
-from lcm_jax.sampling import flags, png
+from lcm_jax.sampling import flags, like, png
 from lcm_jax.sampling.chunks import truncated, unused
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.load import lora_name, parse_lora
+from lcm_jax.sampling.noise import SOURCES
 from lcm_jax.sampling.png import not_finite, to_uint8, write_png
+from lcm_jax.sampling.preview import load_preview
 from lcm_jax.sampling.prompts import check_loras, check_readable, check_syntax, is_marked, loras
 from lcm_jax.sampling.request import (
     SAMPLERS,
@@ -38,6 +47,7 @@ from lcm_jax.sampling.request import (
     warnings,
 )
 
+OPTIONAL = ("unet", "vae", "variant", "model_config", "ignore_unused", "tiled")  # flags recorded only if given
 SMALLEST = 2**12  # bytes that a PNG file takes on a disk at least
 MOST_LISTED = 20  # names in an error
 _NAME = re.compile(r"(\d+)_(\d+)\.png")
@@ -45,7 +55,7 @@ _NAME = re.compile(r"(\d+)_(\d+)\.png")
 
 def parser() -> flags.Parser:
     p = flags.Parser(prog="python -m lcm_jax.sample", description=__doc__.splitlines()[0])
-    flags.add_model_flags(p)
+    flags.add_model_flags(p, required=False)
     flags.add_image_flags(p)
     flags.add_prompt_flags(p)
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
@@ -61,7 +71,27 @@ def parser() -> flags.Parser:
     )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--num_images", type=int, default=4, help="images per prompt")
+    p.add_argument("--first_image", type=int, default=0, help="number of the first image of each prompt")
+    p.add_argument(
+        "--noise",
+        choices=SOURCES,
+        default="jax",
+        help="random numbers. torch: a CPU generator of seed + i for image i, as diffusers with a list of generators "
+        "and A1111 on the CPU; torch-batch: one generator for all images of a prompt; nv: a GPU's, A1111's default",
+    )
+    p.add_argument(
+        "--like",
+        type=files.expanded,
+        metavar="PNG",
+        help="repeat the image of a file of this program's or of A1111's: its flags are the defaults of all others; "
+        "--model replaces its model with parts and LoRAs, an empty --negative_prompt drops its own",
+    )
     p.add_argument("--batch_size", type=int, default=4, help="images generated at once")
+    p.add_argument(
+        "--preview",
+        metavar="TAESD",
+        help="folder, file or hub id of a TAESD: OUT/preview.png shows what each step expects, until all is done",
+    )
     p.add_argument(
         "--out", type=files.expanded, required=True, help="folder for the PNG files; may have those of this command"
     )
@@ -69,8 +99,32 @@ def parser() -> flags.Parser:
     return p
 
 
+def repeated(p: flags.Parser, argv: Sequence[str], path: Path) -> argparse.Namespace:
+    """The flags of `argv`, with those that the PNG file `path` records as defaults; prints what is not repeated."""
+    given = p.parse_args(argv)
+    found, lost = like.recorded(path)
+    if lost:
+        print(f"warning: --like={path}: not repeated: {', '.join(one[:60] for one in lost)}", file=sys.stderr)
+    replaced = {
+        *(like.MODEL if given.model else ()),
+        *(("prompt",) if given.prompt or given.prompts else ()),
+        *(("lora",) if given.lora else ()),
+    }
+    words = like.words({name: value for name, value in found.items() if name not in replaced})
+    p.exit_on_error = False
+    try:
+        args = p.parse_args([*words, *argv])
+    except argparse.ArgumentError as error:
+        raise BadArgument("like", path, f"records what cannot be used ({error})") from None
+    if given.negative_prompt == "":
+        args.negative_prompt = None
+    return args
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of a command line. Raises LcmError for what is wrong with any model, before one is loaded."""
+    if args.model is None:
+        raise LcmError("no model; give --model=FOLDER, hub id or single file")
     prompts = list(args.prompt)
     if args.prompts is not None:
         prompts += flags.read_lines("prompts", args.prompts)
@@ -83,6 +137,11 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     syntax = args.prompt_syntax or "plain"
     check_syntax(syntax, args.emphasis)
     check_readable(syntax, prompt=prompts, negative_prompt=args.negative_prompt)
+    if not 0 <= args.first_image < 2**31:
+        raise BadArgument("first_image", args.first_image, f"out of range; choose 0 to {2**31 - 1}")
+    if args.first_image and args.noise == "torch-batch":
+        problem = "noise torch-batch draws all images of a prompt together; leave it out"
+        raise BadArgument("first_image", args.first_image, problem)
     if args.out.exists() and not args.out.is_dir():
         raise BadArgument("out", args.out, "is a file; give a folder")
     return prompts
@@ -130,7 +189,7 @@ def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict
     syntax = request.reading.syntax
     return {
         "model": args.model,
-        **{key: getattr(args, key) for key in ("unet", "vae") if getattr(args, key)},
+        **{key: getattr(args, key) for key in OPTIONAL if getattr(args, key)},
         **({"lora": ", ".join(args.lora)} if args.lora else {}),
         **({"embedding": ", ".join(args.embedding)} if args.embedding else {}),
         **({} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}),
@@ -141,16 +200,18 @@ def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict
         "steps": args.steps,
         "guidance_scale": request.guidance_scale,
         "seed": args.seed,
+        **({} if args.noise == "jax" else {"noise": args.noise}),
+        **({"num_images": args.num_images} if args.noise == "torch-batch" else {}),
         "size": f"{request.width}x{request.height}",
         "dtype": dtype,
     }
 
 
-def check_out(out: Path, prompts: Sequence[str], num_images: int, about: Mapping[str, Any]) -> None:
+def check_out(out: Path, prompts: Sequence[str], numbers: range, about: Mapping[str, Any]) -> None:
     """Raises BadArgument if `out` has images under the names of these prompts' that are not of this request."""
     for path in sorted(out.glob("*.png")):
         prompt, number = map(int, found.groups()) if (found := _NAME.fullmatch(path.name)) else (len(prompts), 0)
-        if prompt < len(prompts) and number < num_images:
+        if prompt < len(prompts) and number in numbers:
             wanted = {"prompt": prompts[prompt], "image": number, **about}
             if png.read_about(path) != {key: png.text_of(value) for key, value in wanted.items()}:
                 problem = f"has {path.name} of another prompt, model or settings; choose another folder, or --overwrite"
@@ -162,23 +223,27 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
     prompts = read_prompts(args)
     args.lora = with_loras_of(args, prompts)
     model = flags.load_model(args, args.embedding)
-    keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt")
+    keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt", "noise")
     given = {key: getattr(args, key) for key in (*keys, "emphasis", "clip_skip")}
     request = make_request(model.pipeline, prompt_syntax=args.prompt_syntax or "plain", **given)
+    preview = args.out / "preview.png"
+    if args.preview is not None:
+        model.preview = load_preview(args.preview, model.pipeline, functools.partial(show, preview))
     files.tidy(args.out.absolute())
+    numbers = range(args.first_image, args.first_image + args.num_images)
     about, total = about_images(args, request, model.dtype), len(prompts) * args.num_images
     if not args.overwrite:
-        check_out(args.out, prompts, args.num_images, about)
+        check_out(args.out, prompts, numbers, about)
     try:
         files.check_space(args.out, total * SMALLEST)
     except LcmError as error:
         raise BadArgument("num_images", args.num_images, str(error)) from None
-    batches = model.batches(request, prompts, args.num_images, args.seed, args.batch_size)
+    batches = model.batches(request, prompts, args.num_images, args.seed, args.batch_size, args.first_image)
     warn(model, request, prompts, args.prompt_syntax is not None)
 
     first = 0
     for images in batches:
-        jobs = [divmod(first + n, args.num_images) for n in range(len(images))]
+        jobs = [(job // len(numbers), numbers[job % len(numbers)]) for job in range(first, first + len(images))]
         paths = [args.out / f"{prompt:04d}_{number:04d}.png" for prompt, number in jobs]
         bad = not_finite(images)
         for n, image in enumerate(to_uint8(images)):
@@ -191,6 +256,15 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
                 "check whether the weights are finite"
             )
         first += len(images)
+    if args.preview is not None:
+        jax.effects_barrier()  # the last step may still be shown
+        preview.unlink(missing_ok=True)
+
+
+def show(path: Path, images: np.ndarray, step: int) -> None:
+    """Writes the images of a step as one; a disk that is full is for the images themselves to report."""
+    with contextlib.suppress(files.CannotWrite):
+        write_png(path, png.grid(images, min(len(images), 4)), {"step": step})
 
 
 def warn(model: Generator, request: Request, prompts: Sequence[str], syntax_given: bool) -> None:
@@ -213,10 +287,11 @@ def warn(model: Generator, request: Request, prompts: Sequence[str], syntax_give
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, written = parser().parse_args(argv), []
+    p, argv, written = parser(), sys.argv[1:] if argv is None else argv, []
+    args = p.parse_args(argv)
 
     def program() -> None:
-        run(args, written)
+        run(args if args.like is None else repeated(p, argv, args.like), written)
         print(f"{len(written)} images in {args.out}")
 
     def left() -> str:

@@ -29,7 +29,7 @@ from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip
 from lcm_jax.models.config import DIFFUSERS_VERSION, class_name, to_config
 from lcm_jax.models.vae import AutoencoderKL
-from lcm_jax.pretrained import digests, hub, names, safetensors_io
+from lcm_jax.pretrained import digests, hub, names, safetensors_io, taesd_file
 from lcm_jax.pretrained.model import (
     PARTS,
     RECORD,
@@ -50,6 +50,7 @@ from lcm_jax.typed import checked, config_of
 
 _ENCODER_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _CLASSES = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny")}
+_XL_FACTOR = 0.13025  # scaling_factor of SDXL's VAE
 _SLACK = 1 << 20  # bytes for headers, configs and the file system's own rounding
 
 
@@ -147,14 +148,16 @@ def _variants(
 ) -> dict[str, str | None]:
     """Part -> the variant of its weights to read: `variant`, or None if only other parts have it, as in diffusers.
 
-    origins: part -> (folder or hub id, local folder of the part).
+    origins: part -> (folder or hub id, local folder of the part). A file has no variant.
     or_without: None, too, if none of them has it, as when a part that is not read may have it.
 
     Raises:
       LcmError: no part has the variant, or a part has no weights to read.
     """
+    singles = [part for part, (_, path) in origins.items() if path.is_file()]
+    origins = {part: origin for part, origin in origins.items() if part not in singles}
     having = {p for p, (_, path) in origins.items() if safetensors_io.has_weights(path, _weights_name(p), variant)}
-    found = {}
+    found = dict.fromkeys(singles)
     for part, (source, path) in origins.items():
         name = _weights_name(part)
         found[part] = variant if part in having or not (having or or_without) else None
@@ -177,10 +180,13 @@ def check_parts(modules: Mapping[str, Any], source: str | Path, others: Mapping[
 
 def warn_of_scale(vae: nn.Module, own: Config, source: str | Path, other: str | Path) -> None:
     """Warns if the `vae` of `other` takes latents of another scale than that of `source`, of the config `own`."""
-    if not isinstance(vae, AutoencoderKL) or class_name(own, "AutoencoderKL") != "AutoencoderKL":
+    if class_name(own, "AutoencoderKL") != "AutoencoderKL":
         return  # a tiny one takes them as the UNet does
     factor = own.get("scaling_factor", AutoencoderKL.scaling_factor)
-    if vae.scaling_factor != factor:
+    if not isinstance(vae, AutoencoderKL):
+        if taesd_file.is_xl(other) not in (None, factor == _XL_FACTOR):
+            logging.warning("%s is, by its name, for another family than %s: if so, colours are wrong", other, source)
+    elif vae.scaling_factor != factor:
         logging.warning(
             "the VAE of %s has scaling_factor %s, that of %s %s: if it is for another family, images will be wrong; if "
             "not, correct its config.json",
@@ -274,7 +280,9 @@ def _local(source: str | Path, patterns: Sequence[str], weights: bool, part: str
 
 
 def _part_folder(source: str | Path, part: str, variant: str | None, weights: bool) -> Path:
-    """Folder of one part: SOURCE/part if there is one, else SOURCE itself."""
+    """Folder of one part: SOURCE/part if there is one, else SOURCE itself; or the file of a TAESD."""
+    if part == "vae" and taesd_file.is_taesd(file := files.expanded(source)):
+        return file
     tensors = safetensors_io.download_patterns(_weights_name(part), variant) if weights else []
     patterns = [prefix + pattern for prefix in ("", f"{part}/") for pattern in ("config.json", *tensors)]
     folder = _local(source, ["model_index.json", RECORD, *patterns], weights, part)
@@ -343,6 +351,8 @@ def _encoders(folder: Path, index: Config) -> dict[str, tuple[str, str]]:
 
 
 def _config(folder: Path, part: str) -> Config:
+    if folder.is_file():
+        return taesd_file.CONFIG
     config, supported = foreign.read_json(folder / "config.json"), _CLASSES.get(part, _ENCODER_CLASSES)
     kind = config.get("_class_name")
     if kind is not None and str(kind).removeprefix("Flax") not in supported:
@@ -360,7 +370,11 @@ def _params(
     change: PartChangeFn | None = None,
 ) -> Params:
     change = change and functools.partial(change, part)
-    with safetensors_io.open_weights(folder, _weights_name(part), variant) as weights:
+    if folder.is_file():
+        opened = taesd_file.open_both(folder)
+    else:
+        opened = safetensors_io.open_weights(folder, _weights_name(part), variant)
+    with opened as weights:
         return names.read_params(module, weights.shapes, weights.read, dtype, str(weights.source), put, change)
 
 

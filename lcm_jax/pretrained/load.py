@@ -38,7 +38,8 @@ def load_pipeline(
       dtype: compute dtype of the modules.
       param_dtype: dtype of the parameters, whatever the files hold; None: that in which the network uses each
         (`layers.dtypes_in_use`), which in 16 bits is half the memory for the same numbers.
-      unet, vae: folders or hub ids of a UNet or VAE to use instead of the source's, which need not be there then.
+      unet, vae: folders or hub ids of a UNet or VAE to use instead of the source's, which need not be there then; for
+        the VAE also the file of a TAESD (`taesd_file`).
       config: for a single file: folder or hub id with what it lacks, tokenizers and configs.
       put: takes each parameter as soon as it is read and converted, as `runtime.mesh.place` does to its shards; None:
         parameters stay on the host as numpy arrays.
@@ -88,7 +89,7 @@ def load_vae(
     put: PutFn | None = None,
     weights: bool = True,
 ) -> tuple[nn.Module, Params]:
-    """(module, params) of a pipeline's `vae/`, or of a folder or hub repository that holds only a VAE, at its root.
+    """(module, params) of a pipeline's `vae/`, of a folder or hub repository with a VAE alone, or of a TAESD's file.
 
     Arguments and errors are those of `load_pipeline`.
     """

@@ -34,13 +34,13 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def add_model_flags(p: argparse.ArgumentParser) -> None:
+def add_model_flags(p: argparse.ArgumentParser, required: bool = True) -> None:
     p.add_argument(
-        "--model", required=True, help='model folder in diffusers format, hub id, single .safetensors, or "shapes"'
+        "--model", required=required, help='model folder in diffusers format, hub id, single .safetensors, or "shapes"'
     )
     p.add_argument("--model_config", help="for a single file: folder or hub id with its tokenizers and configs")
     p.add_argument("--unet", help="UNet folder to use instead (as lcm-sdxl's: config.json at its root)")
-    p.add_argument("--vae", help="VAE folder to use instead")
+    p.add_argument("--vae", help="VAE folder to use instead, or file of a TAESD (the other half beside it)")
     p.add_argument("--variant", help="weight files to read, such as fp16")
     p.add_argument(
         "--lora",

@@ -7,7 +7,8 @@
     z = model.latents(cond, noise, 8.0, Settings(steps=4))
     images = model.decode(z)
 
-Image i depends on (seed, i) alone, not on how many are generated together. `guidance_scale` is the user's, w + 1:
+Image i depends on (seed, i) alone, not on how many are generated together; `noise` of other sources repeats the images
+of other programs (`sampling.noise`). `guidance_scale` is the user's, w + 1:
 
     UNet with w embedding     one pass a step, conditioned on w
     without                   guidance scale 1: one pass; else two, cond + w (cond - null), null of the negative prompt
@@ -15,6 +16,7 @@ Image i depends on (seed, i) alone, not on how many are generated together. `gui
 Weights are arguments of the compiled programs, so models of one architecture share the programs.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,10 +37,13 @@ from lcm_jax.models import tiling
 from lcm_jax.pretrained import text
 from lcm_jax.pretrained.embeddings import Embedding
 from lcm_jax.pretrained.model import Pipeline, PipelineParams
+from lcm_jax.pretrained.names import Params
 from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import batch_sharding, place, replicated
 from lcm_jax.sampling.chunks import chunked
+from lcm_jax.sampling.noise import draw_noise
 from lcm_jax.sampling.png import not_finite, to_uint8
+from lcm_jax.sampling.preview import Preview
 from lcm_jax.sampling.prompts import PLAIN, Reading, check_loras, check_readable
 from lcm_jax.sampling.request import (
     Plan,
@@ -56,21 +61,6 @@ from lcm_jax.sampling.request import (
 
 Conditioning = Mapping[str, jax.Array]
 UNROLLED = 4  # steps at most that are no loop on a GPU, see `loop_on`
-
-
-def draw_noise(seed: int, numbers: Sequence[int], steps: int, shape: Sequence[int]) -> np.ndarray:
-    """Standard normal noise [steps b h w c]: entry 0 starts the sampler, the others are added between an LCM's steps.
-
-    The noise of image i is a function of (seed, i); its first entries are the same for every number of steps.
-
-    numbers: i of each image, [b]. shape: of a latent, [h w c].
-    """
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(numbers, jnp.uint32))
-
-    def of_step(step):
-        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), tuple(shape)))(keys)
-
-    return np.asarray(jax.vmap(of_step)(jnp.arange(steps)))
 
 
 def latents(
@@ -139,11 +129,12 @@ def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
     loop = loop_on(platform or jax.default_backend())
     options = {"out_shardings": mesh and replicated(mesh), "compiler_options": kernels.inference(platform)}
 
-    @functools.partial(jax.jit, static_argnames=("unet", "schedule", "plan"), **options)
-    def sample(unet, schedule, plan, params, cond, null, noise, scale):
+    @functools.partial(jax.jit, static_argnames=("unet", "schedule", "plan", "preview"), **options)
+    def sample(unet, schedule, plan, params, cond, null, noise, scale, preview=None, preview_params=None):
         rows = noise.shape[1]
         cond, noise = _fill(cond, mesh), _fill(noise.swapaxes(0, 1), mesh).swapaxes(0, 1)
-        return latents(unet, schedule, plan, params, cond, null, noise, scale, loop=loop)[:rows]
+        hook = preview and preview.hook(preview_params, mesh)
+        return latents(unet, schedule, plan, params, cond, null, noise, scale, hook, loop)[:rows]
 
     @functools.partial(jax.jit, static_argnames="vae", **options)
     def decode(vae, params, z):
@@ -157,6 +148,8 @@ class Generator:
 
     On a mesh the images of a batch are split over all devices, padded to a multiple of them; results are whole on every
     process.
+
+    preview: shows what comes of each step, see `sampling.preview`; None: nothing does.
     """
 
     def __init__(
@@ -182,6 +175,7 @@ class Generator:
         self.params = jax.tree.map(jax.device_put if mesh is None else place(mesh), dict(params))
         self.mesh, self.tiled = mesh, tiled
         self.embeddings, self.loras = dict(embeddings or {}), dict(loras or {})
+        self.preview: tuple[Preview, Params] | None = None
         self._sample, self._decode = _programs(mesh)
         self._null: dict[tuple[str | None, Reading], Conditioning] = {}
 
@@ -203,6 +197,7 @@ class Generator:
         width: int | None = None,
         sampler: str = "lcm",
         spacing: str = "trailing",
+        noise: str = "jax",
         batch_size: int = 4,
         prompt_syntax: str = "plain",
         emphasis: str | None = None,
@@ -219,6 +214,7 @@ class Generator:
           num_images: of each prompt.
           height, width: pixels; None: the model's own.
           sampler: one of `request.SAMPLERS`. spacing: of the timesteps of those other than "lcm".
+          noise: one of `noise.SOURCES`; with "torch-batch" an image depends on num_images, too.
           batch_size: images generated at once.
           prompt_syntax: "plain"; or "a1111" or "comfy", with weights in brackets and prompts of any length.
           emphasis: what weights do, one of `text.EMPHASES`; None: what the syntax's program does.
@@ -241,6 +237,7 @@ class Generator:
             height=height,
             width=width,
             negative_prompt=negative_prompt,
+            noise=noise,
             prompt_syntax=prompt_syntax,
             emphasis=emphasis,
             clip_skip=clip_skip,
@@ -259,9 +256,11 @@ class Generator:
         return found
 
     def batches(
-        self, request: Request, prompts: Sequence[str], num_images: int, seed: int, batch_size: int
+        self, request: Request, prompts: Sequence[str], num_images: int, seed: int, batch_size: int, first: int = 0
     ) -> Iterator[np.ndarray]:
         """`num_images` images of each prompt, in order, float32 in [0, 1], [b H W 3]; b is `whole_batch(batch_size)`.
+
+        Those of a prompt have the numbers first, first + 1, ...
 
         The last batch is generated padded to the same size, so that it compiles nothing, and yielded cut. Fewer images
         than `batch_size` are one batch of their own size.
@@ -272,6 +271,7 @@ class Generator:
         """
         total = len(prompts) * num_images
         size = self.whole_batch(min(batch_size, max(total, 1)))
+        request = dataclasses.replace(request, num_images=first + num_images)
         self.check_memory(request, size)
 
         def jobs_from(start: int) -> list[tuple[int, int]]:
@@ -284,7 +284,7 @@ class Generator:
         def generated() -> Iterator[np.ndarray]:
             for start in range(0, total, size):
                 count, jobs = min(size, total - start), jobs_from(start)
-                texts, numbers = [prompts[prompt] for prompt, _ in jobs], [number for _, number in jobs]
+                texts, numbers = [prompts[prompt] for prompt, _ in jobs], [first + number for _, number in jobs]
                 yield self.generate(request, texts, numbers, seed)[:count]
 
         return generated()
@@ -310,16 +310,27 @@ class Generator:
 
     def generate(self, request: Request, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> np.ndarray:
         """One batch of images, float32 in [0, 1], [b H W 3], for prompts and image numbers, [b] each."""
-        noise = self.noise(seed, numbers, noise_entries(request.settings), request.height, request.width)
+        steps, size = noise_entries(request.settings), (request.height, request.width)
+        noise = self.noise(seed, numbers, steps, *size, request.noise, request.num_images)
         cond = self.encode(prompts, reading=request.reading)
         scale, settings, negative_prompt = request.guidance_scale, request.settings, request.negative_prompt
         z = self.latents(cond, noise, scale, settings, negative_prompt, reading=request.reading)
         return self.decode(z)
 
-    def noise(self, seed: int, numbers: Sequence[int], steps: int, height: int, width: int) -> np.ndarray:
+    def noise(
+        self,
+        seed: int,
+        numbers: Sequence[int],
+        steps: int,
+        height: int,
+        width: int,
+        source: str = "jax",
+        num_images: int | None = None,
+    ) -> np.ndarray:
         """`draw_noise` for images of height x width pixels: [steps b h w c]."""
         factor = self.pipeline.vae.factor
-        return draw_noise(seed, numbers, steps, (height // factor, width // factor, self.pipeline.vae.latent_channels))
+        shape = (height // factor, width // factor, self.pipeline.vae.latent_channels)
+        return draw_noise(seed, numbers, steps, shape, source, num_images)
 
     def encode(self, captions: Sequence[str], report: bool = False, reading: Reading = PLAIN) -> dict[str, jax.Array]:
         """Conditioning [b ...] of captions; report: log plain ones that are too long."""
@@ -372,6 +383,7 @@ class Generator:
             null,
             noise,
             guidance_scale,
+            *(self.preview or ()),
         )
 
     def trace(self, request: Request, batch: int) -> dict[str, jax.stages.Traced]:

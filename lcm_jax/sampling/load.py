@@ -50,7 +50,7 @@ def load(
       source: a diffusers folder, a hub id, a single .safetensors file, or "shapes", the embedded teacher.
       loras: merged in: "FILE", "FILE:WEIGHT" or (file, weight); files, folders or hub ids.
       embeddings: textual inversions, "FILE" or "NAME=FILE" (`pretrained.embeddings`); prompts use them by name.
-      unet, vae: folders or hub ids of a UNet or a VAE to use instead.
+      unet, vae: folders or hub ids of a UNet or a VAE to use instead; for the VAE also the file of a TAESD.
       variant: weight files to read, such as "fp16".
       model_config: for a single file: folder or hub id with its tokenizers and configs.
       dtype: that the networks compute in, and hold their weights in (`layers.dtypes_in_use`): "float32", "bfloat16",

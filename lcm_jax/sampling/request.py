@@ -16,6 +16,7 @@ from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import BadArgument
 from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE, Pipeline, check_text_to_image
 from lcm_jax.runtime import memory
+from lcm_jax.sampling import noise as noise_lib
 from lcm_jax.sampling.prompts import PLAIN, Reading, make_reading
 
 SAMPLERS = tuple(samplers.SAMPLERS)
@@ -90,6 +91,8 @@ class Request:
       guidance_scale: the user's, w + 1.
       height, width: of the images, in pixels.
       negative_prompt: text that guidance moves away from; None: the model's null text.
+      noise: where it comes from, one of `noise.SOURCES`.
+      num_images: of a prompt, which noise "torch-batch" draws together; None: as many as are generated at once.
       reading: how the prompts, the negative one too, are read and encoded.
     """
 
@@ -98,6 +101,8 @@ class Request:
     height: int
     width: int
     negative_prompt: str | None = None
+    noise: str = "jax"
+    num_images: int | None = None
     reading: Reading = PLAIN
 
 
@@ -111,6 +116,7 @@ def make_request(
     height: int | None = None,
     width: int | None = None,
     negative_prompt: str | None = None,
+    noise: str = "jax",
     prompt_syntax: str = "plain",
     emphasis: str | None = None,
     clip_skip: int | None = None,
@@ -126,6 +132,8 @@ def make_request(
         raise BadArgument("sampler", sampler, f"choose one of {', '.join(SAMPLERS)}")
     if spacing not in timesteps.SPACINGS:
         raise BadArgument("spacing", spacing, f"choose one of {', '.join(timesteps.SPACINGS)}")
+    if noise not in noise_lib.SOURCES:
+        raise BadArgument("noise", noise, f"choose one of {', '.join(noise_lib.SOURCES)}")
     check_steps(steps, min(MAX_STEPS, pipeline.constants.solver_steps) if sampler == "lcm" else MAX_STEPS)
     check_guidance_scale(guidance_scale)
     scale = pipeline.default_guidance_scale(sampler) if guidance_scale is None else guidance_scale
@@ -143,7 +151,7 @@ def make_request(
             "for another text; leave it out, or use an LCM-LoRA on the base model",
         )
     reading = make_reading(pipeline, prompt_syntax, emphasis, clip_skip)
-    return Request(Settings(sampler, steps, spacing), float(scale), *size, negative_prompt, reading)
+    return Request(Settings(sampler, steps, spacing), float(scale), *size, negative_prompt, noise, reading=reading)
 
 
 def check_steps(steps: int, most: int = MAX_STEPS) -> None:
@@ -166,6 +174,14 @@ def check_memory(pipeline: Pipeline, request: Request, batch: int, mesh: Mesh | 
     """
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     on_cpu, here, host = devices[0].platform == "cpu", memory.of_devices(devices), memory.of_host()
+
+    if request.noise == "torch-batch":
+        pixels = request.height * request.width * (request.num_images or batch)
+        drawn = 8 * noise_entries(request.settings) * pixels // pipeline.vae.factor**2 * pipeline.vae.latent_channels
+        if drawn > host:
+            found = f"{drawn / memory.GIB:.1f} GiB of memory or more, {host / memory.GIB:.1f} GiB are free"
+            problem = f"noise torch-batch draws all images of a prompt together, which needs {found}; ask for fewer"
+            raise BadArgument("num_images", request.num_images, problem)
 
     def lacking(images: int) -> tuple[int, int] | None:
         """(bytes that this many need, bytes that are there), if they do not fit."""

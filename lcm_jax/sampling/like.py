@@ -1,0 +1,86 @@
+"""The flags that repeat an image, from what its PNG file records of the command line: ours, or A1111's "parameters"."""
+
+import re
+from pathlib import Path
+
+from lcm_jax.errors import BadArgument
+from lcm_jax.sampling import png
+
+# What is recorded under the names of its flags: what the model is, how it is sampled, and how that is computed.
+MODEL = ("model", "unet", "vae", "variant", "model_config", "lora", "embedding", "ignore_unused")
+PROMPTS = ("prompt", "negative_prompt", "prompt_syntax", "emphasis", "clip_skip")
+SAMPLED = (*PROMPTS, "sampler", "spacing", "steps", "guidance_scale", "seed", "noise")
+COMPUTED = ("dtype", "tiled")
+SWITCHES = ("ignore_unused", "tiled")  # flags without a value
+
+_SAMPLERS = {"LCM": "lcm", "DDIM": "ddim", "DPM++ 2M": "dpm_solver_pp_2m"}
+_NOISE = {"CPU": "torch", "NV": "nv", "GPU": "nv"}
+_OTHERS = {"Steps": "steps", "CFG scale": "guidance_scale", "Seed": "seed", "Clip skip": "clip_skip"}
+_NO_EFFECT = {"Version", "Batch size", "Batch pos"}  # each image records its own seed
+_FIELD = re.compile(r'([^:,"]+):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
+_MAX_FIELDS = 10_000  # characters
+_SIZE = re.compile(r"(\d+)x(\d+)")
+
+
+def recorded(path: Path) -> tuple[dict[str, str | list[str]], list[str]]:
+    """({flag: value} that repeats the image, what else its file records and is not repeated).
+
+    Of "torch-batch", where an image depends on those beside it, the flags repeat them all.
+
+    Raises:
+      BadArgument: no PNG file, or one that does not record how it was made.
+    """
+    if not path.is_file():
+        raise BadArgument("like", path, "is no file; give a PNG file")
+    about, flags, lost = png.read_about(path), {}, []
+    if "parameters" in about:
+        flags, lost = _of_a1111(about["parameters"])
+    elif {"prompt", "image", "seed", "steps", "size"} <= about.keys():
+        flags, lost = _of_ours(about)
+    if not flags:
+        problem = "does not record how it was made; give a PNG file of lcm_jax.sample, or of A1111 with its parameters"
+        raise BadArgument("like", path, problem)
+    return flags, lost
+
+
+def words(flags: dict[str, str | list[str]]) -> list[str]:
+    """`recorded` flags as words of a command line."""
+    pairs = [(name, one) for name, value in flags.items() for one in (value if isinstance(value, list) else [value])]
+    return [f"--{name}" if name in SWITCHES and value == "True" else f"--{name}={value}" for name, value in pairs]
+
+
+def _of_ours(about: dict[str, str]) -> tuple[dict[str, str | list[str]], list[str]]:
+    flags = {name: about[name] for name in (*MODEL, *SAMPLED, *COMPUTED) if name in about}
+    flags |= {name: about[name].split(", ") for name in ("lora", "embedding") if name in about}
+    whole = {"num_images": about["num_images"]} if "num_images" in about else None
+    lost = [f"{name} {text}" for name, text in about.items() if name not in {*flags, "image", "size", "num_images"}]
+    return flags | _size(about["size"]) | (whole or {"first_image": about["image"], "num_images": "1"}), lost
+
+
+def _of_a1111(text: str) -> tuple[dict[str, str], list[str]]:
+    """Of the prompt, "Negative prompt: ..." and a last line "Steps: 4, Sampler: LCM, ..."; {} if that is missing."""
+    texts, _, line = text.strip().rpartition("\n")
+    if not line.startswith("Steps: ") or len(line) > _MAX_FIELDS:
+        return {}, []
+    prompt, negative, negative_prompt = f"\n{texts}".partition("\nNegative prompt: ")
+    flags = {"prompt": prompt.strip(), **({"negative_prompt": negative_prompt.strip()} if negative else {})}
+    flags |= {"prompt_syntax": "a1111", "num_images": "1", "noise": _NOISE["GPU"]}
+    lost = []
+    for name, value in _FIELD.findall(line):
+        name = name.strip()
+        if name in _OTHERS:
+            flags[_OTHERS[name]] = value
+        elif name == "Size":
+            flags |= _size(value)
+        elif name == "Sampler" and value in _SAMPLERS:
+            flags["sampler"] = _SAMPLERS[value]
+        elif name == "RNG" and value in _NOISE:
+            flags["noise"] = _NOISE[value]
+        elif name not in _NO_EFFECT:
+            lost.append(f"{name} {value}")
+    return flags, lost
+
+
+def _size(text: str) -> dict[str, str]:
+    width, height = found.groups() if (found := _SIZE.fullmatch(text)) else (text, text)
+    return {"width": width, "height": height}
