@@ -9,6 +9,7 @@ prompt, or not at all at scale 1, the default of an LCM without w embedding; its
 """
 
 import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,10 @@ from lcm_jax.diffusion.timesteps import SPACINGS
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained.text import truncated
-from lcm_jax.sampling import flags, png
+from lcm_jax.sampling import control, flags, png
+from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.generator import Generator
+from lcm_jax.sampling.image import read_image
 from lcm_jax.sampling.png import not_finite, to_uint8, write_png
 from lcm_jax.sampling.request import (
     SAMPLERS,
@@ -53,6 +56,16 @@ def parser() -> flags.Parser:
         help="w + 1; 1 is no guidance. Default: 1 for an LCM without w embedding (LCM-LoRA), else 8, or "
         "the middle of the range the model was distilled on",
     )
+    p.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar=control.FORM,
+        help="ControlNet (folder, hub id or .safetensors) and its image; START-END: parts of the steps, such as 0-0.5; "
+        "may be given several times. Default size of images: that of the first one",
+    )
+    p.add_argument("--control_guess", action="store_true", help="nets lead, also without a prompt (guess mode)")
+    p.add_argument("--canny", metavar="LOW,HIGH", help="edges of --control's images are the nets' input; needs OpenCV")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--num_images", type=int, default=4, help="images per prompt")
     p.add_argument("--batch_size", type=int, default=4, help="images generated at once")
@@ -79,6 +92,20 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def read_control(args: argparse.Namespace) -> list[Control]:
+    """The ControlNets of a command line, by name, with their images; raises as `read_prompts`."""
+    for flag in ("canny", "control_guess"):
+        if getattr(args, flag) and not args.control:
+            raise BadArgument(flag, getattr(args, flag), f"is for ControlNets; give --control={control.FORM}")
+    thresholds = args.canny and control.parse_canny(args.canny)
+    found = []
+    for text in args.control:
+        net, image, *numbers = control.parse(text)
+        control.check_values(*numbers, thresholds)
+        found.append(Control(net, read_image(image, "control", smallest=1), *numbers, thresholds))
+    return found
+
+
 def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict[str, Any]:
     """What each image records of the command line, and the dtype that its networks computed in."""
     return {
@@ -86,6 +113,9 @@ def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict
         **{key: getattr(args, key) for key in ("unet", "vae") if getattr(args, key)},
         **({"lora": ", ".join(args.lora)} if args.lora else {}),
         **({} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}),
+        **({"control": ", ".join(args.control)} if args.control else {}),
+        **({"control_guess": True} if args.control_guess else {}),
+        **({"canny": args.canny} if args.canny else {}),
         "sampler": args.sampler,
         **({} if args.sampler == "lcm" else {"spacing": args.spacing}),
         "steps": args.steps,
@@ -109,10 +139,12 @@ def check_out(out: Path, prompts: Sequence[str], num_images: int, about: Mapping
 
 def run(args: argparse.Namespace, written: list[Path]) -> None:
     """Generates what the command line asks for; adds the files to `written` as they are made."""
-    prompts = read_prompts(args)
+    prompts, controls = read_prompts(args), read_control(args)
     model = flags.load_model(args)
-    keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt")
-    request = make_request(model.pipeline, **{key: getattr(args, key) for key in keys})
+    nets = {name: model.control_net(name, args.variant) for name in dict.fromkeys(one.net for one in controls)}
+    controls = [dataclasses.replace(one, net=nets[one.net]) for one in controls]
+    keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt", "control_guess")
+    request = make_request(model.pipeline, control=controls, **{key: getattr(args, key) for key in keys})
     files.tidy(args.out.absolute())
     about, total = about_images(args, request, model.dtype), len(prompts) * args.num_images
     if not args.overwrite:

@@ -18,6 +18,7 @@ Weights are arguments of the compiled programs, so models of one architecture sh
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,9 +34,11 @@ from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError
 from lcm_jax.models import tiling
 from lcm_jax.pretrained import text
+from lcm_jax.pretrained.controlnets import load_controlnet
 from lcm_jax.pretrained.model import Pipeline, PipelineParams
 from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import batch_sharding, place, replicated
+from lcm_jax.sampling.control import Conditions, Control, Controlled, Net, conditions
 from lcm_jax.sampling.png import not_finite, to_uint8
 from lcm_jax.sampling.request import (
     Plan,
@@ -81,6 +84,7 @@ def latents(
     guidance_scale: jax.Array,
     hook: samplers.Hook | None = None,
     loop: Callable = samplers.scan,
+    control: Conditions | None = None,
 ) -> Any:
     """Scaled latents [b h w c]; pure, one scan over the steps.
 
@@ -92,7 +96,9 @@ def latents(
       noise: [steps b h w c] from `draw_noise`.
       guidance_scale: scalar; a UNet with w embedding is conditioned on w = guidance_scale - 1.
       hook, loop: see `diffusion.samplers`.
+      control: of ControlNets.
     """
+    unet = unet if control is None else Controlled(unet, control, plan.timesteps, bool(null))
     batch = noise.shape[1]
     w = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32) - 1.0, (batch,))
 
@@ -137,10 +143,10 @@ def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
     options = {"out_shardings": mesh and replicated(mesh), "compiler_options": kernels.inference(platform)}
 
     @functools.partial(jax.jit, static_argnames=("unet", "schedule", "plan"), **options)
-    def sample(unet, schedule, plan, params, cond, null, noise, scale):
+    def sample(unet, schedule, plan, params, cond, null, noise, scale, control=None):
         rows = noise.shape[1]
         cond, noise = _fill(cond, mesh), _fill(noise.swapaxes(0, 1), mesh).swapaxes(0, 1)
-        return latents(unet, schedule, plan, params, cond, null, noise, scale, loop=loop)[:rows]
+        return latents(unet, schedule, plan, params, cond, null, noise, scale, loop=loop, control=control)[:rows]
 
     @functools.partial(jax.jit, static_argnames="vae", **options)
     def decode(vae, params, z):
@@ -166,8 +172,8 @@ class Generator:
           tiled: decode large images in overlapping tiles, for less memory (`models.tiling`).
         """
         self.pipeline = pipeline if mesh is None else kernels.on_mesh(pipeline, mesh)
-        self.params = jax.tree.map(jax.device_put if mesh is None else place(mesh), dict(params))
-        self.mesh, self.tiled = mesh, tiled
+        self.mesh, self.tiled, self._put = mesh, tiled, jax.device_put if mesh is None else place(mesh)
+        self.params = jax.tree.map(self._put, dict(params))
         self._sample, self._decode = _programs(mesh)
         self._null: dict[str | None, Conditioning] = {}
 
@@ -175,6 +181,19 @@ class Generator:
     def dtype(self) -> str:
         """What the networks compute in."""
         return self.pipeline.unet.dtype.name
+
+    def control_net(self, source: str | Path, variant: str | None = None) -> Net:
+        """A ControlNet for this model, to be used with any number of images.
+
+        Args:
+          source: folder or hub id of a ControlNet in diffusers format, or a single .safetensors file.
+          variant: weight files to read, such as "fp16".
+
+        Raises:
+          LcmError: it cannot be loaded, or is for another family.
+        """
+        net, params = load_controlnet(source, self.pipeline, variant, put=self._put)
+        return Net(str(source), net if self.mesh is None else kernels.equipped(net, self.mesh), params)
 
     def __call__(
         self,
@@ -189,6 +208,8 @@ class Generator:
         width: int | None = None,
         sampler: str = "lcm",
         spacing: str = "trailing",
+        control: Sequence[Control] = (),
+        control_guess: bool = False,
         batch_size: int = 4,
     ) -> list[Image.Image]:
         """`num_images` images of each prompt, in order; logs `request.warnings`.
@@ -202,6 +223,7 @@ class Generator:
           num_images: of each prompt.
           height, width: pixels; None: the model's own.
           sampler: one of `request.SAMPLERS`. spacing: of the timesteps of those other than "lcm".
+          control: images that steer through ControlNets. control_guess: guess mode (`sampling.control`).
           batch_size: images generated at once.
 
         Raises:
@@ -220,6 +242,8 @@ class Generator:
             height=height,
             width=width,
             negative_prompt=negative_prompt,
+            control=control,
+            control_guess=control_guess,
         )
         for warning in warnings(self.pipeline, request):
             logging.warning(warning)
@@ -270,7 +294,10 @@ class Generator:
         """One batch of images, float32 in [0, 1], [b H W 3], for prompts and image numbers, [b] each."""
         noise = self.noise(seed, numbers, noise_entries(request.settings), request.height, request.width)
         cond = self.encode(prompts)
-        z = self.latents(cond, noise, request.guidance_scale, request.settings, request.negative_prompt)
+        control = conditions(request.control, request.settings.steps, request.control_guess)
+        z = self.latents(
+            cond, noise, request.guidance_scale, request.settings, request.negative_prompt, control=control
+        )
         return self.decode(z)
 
     def noise(self, seed: int, numbers: Sequence[int], steps: int, height: int, width: int) -> np.ndarray:
@@ -296,6 +323,7 @@ class Generator:
         settings: Settings,
         negative_prompt: str | None = None,
         unet_params: Any = None,
+        control: Conditions | None = None,
     ) -> jax.Array:
         """Scaled latents [b h w c].
 
@@ -304,6 +332,7 @@ class Generator:
           noise: [steps b h w c], see `noise`; for samplers other than "lcm" one entry is enough.
           guidance_scale: w + 1.
           unet_params: used instead of the model's own UNet weights.
+          control: of ControlNets, for as many steps.
         """
         pipeline = self.pipeline
         if pipeline.is_xl:
@@ -318,6 +347,7 @@ class Generator:
             self.null(negative_prompt) if is_guided(pipeline, guidance_scale) else None,
             noise,
             guidance_scale,
+            control,
         )
 
     def trace(self, request: Request, batch: int) -> dict[str, jax.stages.Traced]:

@@ -16,6 +16,8 @@ from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import BadArgument
 from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE, Pipeline, check_text_to_image
 from lcm_jax.runtime import memory
+from lcm_jax.sampling import control as control_lib
+from lcm_jax.sampling.control import Control
 
 SAMPLERS = tuple(samplers.SAMPLERS)
 MAX_STEPS = 50
@@ -89,6 +91,8 @@ class Request:
       guidance_scale: the user's, w + 1.
       height, width: of the images, in pixels.
       negative_prompt: text that guidance moves away from; None: the model's null text.
+      control: with images of this size, uint8 [height width 3].
+      control_guess: whether their nets are in guess mode (`sampling.control`).
     """
 
     settings: Settings
@@ -96,6 +100,8 @@ class Request:
     height: int
     width: int
     negative_prompt: str | None = None
+    control: tuple[Control, ...] = ()
+    control_guess: bool = False
 
 
 def make_request(
@@ -108,8 +114,12 @@ def make_request(
     height: int | None = None,
     width: int | None = None,
     negative_prompt: str | None = None,
+    control: Sequence[Control] = (),
+    control_guess: bool = False,
 ) -> Request:
     """A request with the model's default guidance scale and size for those that are None.
+
+    The default size beside `control` is that of its first image, rounded down to whole latents.
 
     Raises:
       BadArgument: a value is wrong, or the model cannot do it.
@@ -123,8 +133,11 @@ def make_request(
     check_steps(steps, min(MAX_STEPS, pipeline.constants.solver_steps) if sampler == "lcm" else MAX_STEPS)
     check_guidance_scale(guidance_scale)
     scale = pipeline.default_guidance_scale(sampler) if guidance_scale is None else guidance_scale
-    size, factor = [], pipeline.vae.factor
-    for name, side, default in zip(("height", "width"), (height, width), pipeline.default_size, strict=True):
+    size, factor, defaults = [], pipeline.vae.factor, pipeline.default_size
+    control = control_lib.read(control, pipeline)
+    if control and height is None and width is None:
+        defaults = tuple(side // factor * factor for side in control[0].image.shape[:2])
+    for name, side, default in zip(("height", "width"), (height, width), defaults, strict=True):
         side = default if side is None else side
         if side < factor or side % factor:
             raise BadArgument(name, side, f"not a multiple of the VAE's factor {factor}; use one")
@@ -136,7 +149,8 @@ def make_request(
             "this UNet has a w embedding: guidance against the null text was distilled in, so there is no second pass "
             "for another text; leave it out, or use an LCM-LoRA on the base model",
         )
-    return Request(Settings(sampler, steps, spacing), float(scale), *size, negative_prompt)
+    control = control_lib.fitted(control, *size, factor)
+    return Request(Settings(sampler, steps, spacing), float(scale), *size, negative_prompt, control, control_guess)
 
 
 def check_steps(steps: int, most: int = MAX_STEPS) -> None:
@@ -232,6 +246,13 @@ def warnings(pipeline: Pipeline, request: Request) -> list[str]:
             "this may not be a Latent Consistency Model (no w embedding, lcm_config.json, LCMScheduler or LoRA); if it "
             "is not, few steps give blurred images: use the sampler ddim, or add an LCM-LoRA"
         )
+    steps = request.settings.steps
+    for control in request.control:
+        if not control.on(steps).any():
+            found.append(
+                f"{control.net.source} has no effect: none of {steps} steps lies within {control.start:g}-"
+                f"{control.end:g}; use more steps, or a wider window"
+            )
     return found
 
 
