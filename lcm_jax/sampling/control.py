@@ -78,9 +78,7 @@ def read(controls: Sequence[Control], pipeline: Pipeline) -> tuple[Control, ...]
     found = []
     for control in controls:
         if not isinstance(control.net, Net):
-            raise BadArgument(
-                "control", control.net, "is no net; load it with model.control_net, and give what it returns"
-            )
+            raise BadArgument("control", control.net, "is no net; give what model.control_net returns")
         check_values(control.scale, control.start, control.end, control.canny)
         check_fit(control.net.module, pipeline, control.net.source)
         image = read_image(control.image, "control", _SMALLEST * pipeline.vae.factor)
