@@ -99,6 +99,8 @@ def check_fit(net: ControlNetModel, pipeline: Pipeline, source: str | Path) -> N
         return f"{_FAMILIES.get(width, 'a model of another kind')} (context {width})"
 
     def inputs(module: Encoder) -> str:
+        if module.addition_embed_type is None:
+            return "neither pooled text nor sizes"
         return f"{module.projection_class_embeddings_input_dim} features of pooled text and sizes"
 
     def skips(module: Encoder) -> str:
@@ -107,7 +109,7 @@ def check_fit(net: ControlNetModel, pipeline: Pipeline, source: str | Path) -> N
     problem = None
     if family(net) != family(unet):
         problem = f"is for {family(net)}, the model is {family(unet)}"
-    elif net.addition_embed_type != unet.addition_embed_type or inputs(net) != inputs(unet):
+    elif inputs(net) != inputs(unet):
         problem = f"takes {inputs(net)}, the model's UNet {inputs(unet)}"
     elif net.skip_widths != unet.skip_widths:
         problem = f"is for {skips(net)}, the model's UNet has {skips(unet)}"

@@ -123,7 +123,7 @@ class Conditions:
 
     Attributes:
       modules: of the nets.
-      first_alone: whether each net gives nothing to the second pass.
+      first_alone: whether each net is for the first of two passes alone, whose rows are interleaved.
       params: their weights.
       images: float32 [1 H W 3] in [0, 1] for each.
       gains: float32 [nets steps skips + 1].
@@ -136,8 +136,8 @@ class Conditions:
     gains: jax.Array
 
 
-def conditions(controls: Sequence[Control], steps: int, guess: bool) -> Conditions | None:
-    """Of `fitted` controls, for so many steps; None if there are none."""
+def conditions(controls: Sequence[Control], steps: int, guess: bool, guided: bool) -> Conditions | None:
+    """Of `fitted` controls, for so many steps of two passes, if guided, or one; None if there are no controls."""
     if not controls:
         return None
     nets = [control.net for control in controls]
@@ -149,7 +149,7 @@ def conditions(controls: Sequence[Control], steps: int, guess: bool) -> Conditio
     ]
     return Conditions(
         tuple(net.module for net in nets),
-        tuple(guess or net.module.global_pool_conditions for net in nets),
+        tuple(guided and (guess or net.module.global_pool_conditions) for net in nets),
         tuple(net.params for net in nets),
         tuple(np.float32(control.image[None]) / np.float32(255) for control in controls),
         np.array(gains, np.float32),
@@ -164,13 +164,11 @@ class Controlled:
       unet: the UNet.
       conditions: of the nets.
       timesteps: of the sampler, all different, to find the step.
-      guided: whether rows are those of two passes, interleaved.
     """
 
     unet: Any
     conditions: Conditions
     timesteps: tuple[int, ...]
-    guided: bool
 
     @property
     def time_cond_proj_dim(self) -> int | None:
@@ -189,8 +187,7 @@ class Controlled:
         gains = given.gains[:, jnp.argmax(jnp.array(self.timesteps) == t[0])]
         parts = zip(given.modules, given.first_alone, given.params, given.images, gains, strict=True)
         of_nets = []
-        for module, first_alone, params, image, gain in parts:
-            alone = self.guided and first_alone
+        for module, alone, params, image, gain in parts:
             x, times, text, more = jax.tree.map(lambda rows: rows[::2], inputs) if alone else inputs
             found = module.apply({"params": params}, x, times, text, image, more)
             found = [one * gain[n] for n, one in enumerate(found)]

@@ -96,9 +96,9 @@ def latents(
       noise: [steps b h w c] from `draw_noise`.
       guidance_scale: scalar; a UNet with w embedding is conditioned on w = guidance_scale - 1.
       hook, loop: see `diffusion.samplers`.
-      control: of ControlNets.
+      control: of ControlNets, for these steps and passes.
     """
-    unet = unet if control is None else Controlled(unet, control, plan.timesteps, bool(null))
+    unet = unet if control is None else Controlled(unet, control, plan.timesteps)
     batch = noise.shape[1]
     w = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32) - 1.0, (batch,))
 
@@ -294,7 +294,8 @@ class Generator:
         """One batch of images, float32 in [0, 1], [b H W 3], for prompts and image numbers, [b] each."""
         noise = self.noise(seed, numbers, noise_entries(request.settings), request.height, request.width)
         cond = self.encode(prompts)
-        control = conditions(request.control, request.settings.steps, request.control_guess)
+        guided = is_guided(self.pipeline, request.guidance_scale)
+        control = conditions(request.control, request.settings.steps, request.control_guess, guided)
         z = self.latents(
             cond, noise, request.guidance_scale, request.settings, request.negative_prompt, control=control
         )
@@ -332,7 +333,7 @@ class Generator:
           noise: [steps b h w c], see `noise`; for samplers other than "lcm" one entry is enough.
           guidance_scale: w + 1.
           unet_params: used instead of the model's own UNet weights.
-          control: of ControlNets, for as many steps.
+          control: of ControlNets, for these steps and passes.
         """
         pipeline = self.pipeline
         if pipeline.is_xl:
