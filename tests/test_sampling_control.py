@@ -300,6 +300,18 @@ def test_the_program_asks_for_what_its_flags_say(micro, nets, tmp_path, monkeypa
     assert about["control"].startswith(f"{flag}, ") and about["control_guess"] == "True" and "canny" not in about
 
 
+@pytest.mark.slow
+def test_the_program_generates_the_images_of_the_library(micro, model, nets, tmp_path):
+    """On a mesh, with weights placed by its rule."""
+    flags = [f"--control={micro / name}:{micro / 'image.png'}:0.8:0-0.8" for name in "ab"]
+    words = [f"--model={micro / 'model'}", f"--out={tmp_path}", "--prompt=a", "--num_images=2"]
+    assert sample.main([*words, *flags]) == 0
+    control = [Control(nets[name], micro / "image.png", 0.8, end=0.8) for name in "ab"]
+    for n, want in enumerate(model("a", num_images=2, control=control)):
+        got = np.asarray(Image.open(tmp_path / f"0000_000{n}.png"), int)
+        assert np.abs(got - np.asarray(want, int)).max() <= 1  # a value that is rounded
+
+
 def test_bad_flags_are_one_line(micro, tmp_path, capsys):
     image = micro / "image.png"
     for flags, message in (

@@ -3,9 +3,9 @@
     FOLDER/config.json, diffusion_pytorch_model[.VARIANT].safetensors     as diffusers writes them
     NAME.safetensors    the same keys without a config, or the original's, with or without `control_model.` before them:
 
-    time_embed.{0,2}  label_emb.0.{0,2}  input_blocks.N  middle_block.{0,1,2}      as a UNet's (`single_file_keys`)
+    time_embed.{0,2}, label_emb.0.{0,2}, input_blocks.N, middle_block.{0,1,2}: as a UNet's (`single_file_keys`)
     input_hint_block.{0,2,..12,14}   controlnet_cond_embedding.{conv_in, blocks.0, ..5, conv_out}
-    zero_convs.N.0, middle_block_out.0                             controlnet_down_blocks.N, controlnet_mid_block
+    zero_convs.N.0, middle_block_out.0   controlnet_down_blocks.N, controlnet_mid_block
 
 What a file without config does not show (heads, groups of norms, sinusoids) is that of the UNet it is loaded for.
 """
@@ -71,20 +71,22 @@ def load_controlnet(
     """
     config: Config | None = None
     if hub.is_single_file(source):
-        weights = safetensors_io.open_file(hub.local_file(source))
+        where = hub.local_file(source)
+        weights = safetensors_io.open_file(where)
     else:
         folder = diffusers_folder.part_folder(source, "controlnet", variant, True)
         kept = diffusers_folder.find_variants({"controlnet": (source, folder)}, variant, or_without=True)["controlnet"]
         weights = safetensors_io.open_weights(folder, safetensors_io.DIFFUSERS_NAME, kept)
-        config = foreign.read_json(folder / "config.json")
+        where = folder / "config.json"
+        config = foreign.read_json(where)
     with weights as stored:
         keys = torch_names(stored.shapes)
         if (other := _other(stored.shapes)) or _FIRST not in keys:
             raise LcmError(f"{stored.source} is {other or _unknown(stored.shapes)}")
         shapes = {name: stored.shapes[key] for name, key in keys.items()}
-        with config_of(stored.source):
-            given = config_from_shapes(shapes, pipeline.unet, stored.source) if config is None else config
-            net = controlnet.from_config(given, pipeline.unet.dtype)
+        with config_of(where):
+            config = config_from_shapes(shapes, pipeline.unet, where) if config is None else config
+            net = controlnet.from_config(config, pipeline.unet.dtype)
         check_fit(net, pipeline, source)
         what = str(stored.source)
         return net, names.read_params(net, shapes, lambda name: stored.read(keys[name]), param_dtype, what, put)

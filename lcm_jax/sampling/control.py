@@ -31,7 +31,7 @@ from lcm_jax.errors import BadArgument
 from lcm_jax.models.controlnet import ControlNetModel
 from lcm_jax.pretrained.controlnets import check_fit
 from lcm_jax.pretrained.model import Pipeline
-from lcm_jax.sampling.image import Picture, read_image, resized
+from lcm_jax.sampling.image import ImageLike, read_image, resized
 
 FORM = "NET:IMAGE[:SCALE[:START-END]]"
 ASPECT = 0.01  # that an image's may differ from the request's, beside what whole latents force on it
@@ -55,14 +55,14 @@ class Control:
 
     Attributes:
       net: from `Generator.control_net`; its name, as long as there is no model.
-      image: what the net was trained on, such as edges or depth; see `image.Picture`.
+      image: what the net was trained on, such as edges or depth; see `image.ImageLike`.
       scale: of the net's residuals.
       start, end: parts of the steps between which the net is on, 0 to 1.
       canny: thresholds (low, high): the net reads the edges of the image instead; needs OpenCV.
     """
 
     net: Net | str
-    image: Picture
+    image: ImageLike
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0

@@ -15,15 +15,15 @@ from lcm_jax.data import images
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.sampling.png import to_uint8
 
-Picture = str | Path | Image.Image | np.ndarray  # a file, a Pillow image, or [h w 3]: uint8, or floats in [0, 1]
+ImageLike = str | Path | Image.Image | np.ndarray  # a file, a Pillow image, or [h w 3]: uint8, or floats in [0, 1]
 MAX_FILE = 2**28  # bytes
 
 
-def read_image(source: Picture, name: str = "image", smallest: int = 64) -> np.ndarray:
+def read_image(source: ImageLike, name: str = "image", smallest: int = 64) -> np.ndarray:
     """An image as upright uint8 RGB [h w 3].
 
     Args:
-      source: see `Picture`.
+      source: see `ImageLike`.
       name: of the argument, for errors.
       smallest: pixels that each side has at least.
 
