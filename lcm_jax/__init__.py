@@ -31,13 +31,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lcm_jax.sampling.control import Control
     from lcm_jax.sampling.load import load
     from lcm_jax.sampling.request import Settings
 
 __version__ = "0.1.0"
-__all__ = ["Settings", "__version__", "load"]
+__all__ = ["Control", "Settings", "__version__", "load"]
 
-_HOMES = {"load": "lcm_jax.sampling.load", "Settings": "lcm_jax.sampling.request"}
+_HOMES = {
+    "Control": "lcm_jax.sampling.control",
+    "load": "lcm_jax.sampling.load",
+    "Settings": "lcm_jax.sampling.request",
+}
 
 
 def __getattr__(name: str) -> Any:  # importing lcm_jax alone imports no jax

@@ -13,6 +13,7 @@ prompt, or not at all at scale 1, the default of an LCM without w embedding; its
 import argparse
 import collections
 import contextlib
+import dataclasses
 import functools
 import re
 import sys
@@ -28,9 +29,11 @@ from lcm_jax.diffusion.timesteps import SPACINGS
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained.safetensors_io import SUFFIX
-from lcm_jax.sampling import flags, like, png
+from lcm_jax.sampling import control, flags, like, png
 from lcm_jax.sampling.chunks import truncated, unused
+from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.generator import Generator
+from lcm_jax.sampling.image import read_image
 from lcm_jax.sampling.load import lora_name, parse_lora
 from lcm_jax.sampling.noise import SOURCES
 from lcm_jax.sampling.png import not_finite, to_uint8, write_png
@@ -69,6 +72,16 @@ def parser() -> flags.Parser:
         help="w + 1; 1 is no guidance. Default: 1 for an LCM without w embedding (LCM-LoRA), else 8, or "
         "the middle of the range the model was distilled on",
     )
+    p.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar=control.FORM,
+        help="ControlNet (folder, hub id or .safetensors) and its image; START-END: parts of the steps, such as 0-0.5; "
+        "may be given several times. Default size of images: that of the first one",
+    )
+    p.add_argument("--control_guess", action="store_true", help="nets lead, also without a prompt (guess mode)")
+    p.add_argument("--canny", metavar="LOW,HIGH", help="edges of --control's images are the nets' input; needs OpenCV")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--num_images", type=int, default=4, help="images per prompt")
     p.add_argument("--first_image", type=int, default=0, help="number of the first image of each prompt")
@@ -184,6 +197,20 @@ def with_loras_of(args: argparse.Namespace, prompts: Sequence[str]) -> list[str]
     return [*args.lora, *(f"{folder[name][0]}:{weight}" for name, weight in added.items())]
 
 
+def read_control(args: argparse.Namespace) -> list[Control]:
+    """The ControlNets of a command line, by name, with their images; raises as `read_prompts`."""
+    for flag in ("canny", "control_guess"):
+        if getattr(args, flag) and not args.control:
+            raise BadArgument(flag, getattr(args, flag), f"is for ControlNets; give --control={control.FORM}")
+    thresholds = args.canny and control.parse_canny(args.canny)
+    found = []
+    for text in args.control:
+        net, image, *numbers = control.parse(text)
+        control.check_values(*numbers, thresholds)
+        found.append(Control(net, read_image(image, "control", smallest=1), *numbers, thresholds))
+    return found
+
+
 def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict[str, Any]:
     """What each image records of the command line, and the dtype that its networks computed in."""
     syntax = request.reading.syntax
@@ -195,6 +222,9 @@ def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict
         **({} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}),
         **({} if syntax == "plain" else {"prompt_syntax": syntax, "emphasis": request.reading.emphasis}),
         **({} if args.clip_skip is None else {"clip_skip": args.clip_skip}),
+        **({"control": ", ".join(args.control)} if args.control else {}),
+        **({"control_guess": True} if args.control_guess else {}),
+        **({"canny": args.canny} if args.canny else {}),
         "sampler": args.sampler,
         **({} if args.sampler == "lcm" else {"spacing": args.spacing}),
         "steps": args.steps,
@@ -220,12 +250,14 @@ def check_out(out: Path, prompts: Sequence[str], numbers: range, about: Mapping[
 
 def run(args: argparse.Namespace, written: list[Path]) -> None:
     """Generates what the command line asks for; adds the files to `written` as they are made."""
-    prompts = read_prompts(args)
+    prompts, controls = read_prompts(args), read_control(args)
     args.lora = with_loras_of(args, prompts)
     model = flags.load_model(args, args.embedding)
+    nets = {name: model.control_net(name, args.variant) for name in dict.fromkeys(one.net for one in controls)}
+    controls = [dataclasses.replace(one, net=nets[one.net]) for one in controls]
     keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt", "noise")
-    given = {key: getattr(args, key) for key in (*keys, "emphasis", "clip_skip")}
-    request = make_request(model.pipeline, prompt_syntax=args.prompt_syntax or "plain", **given)
+    given = {key: getattr(args, key) for key in (*keys, "emphasis", "clip_skip", "control_guess")}
+    request = make_request(model.pipeline, control=controls, prompt_syntax=args.prompt_syntax or "plain", **given)
     preview = args.out / "preview.png"
     if args.preview is not None:
         model.preview = load_preview(args.preview, model.pipeline, functools.partial(show, preview))

@@ -39,7 +39,12 @@ from lcm_jax.data.sources import open_source, tar_index
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import statistics, table
 from lcm_jax.metrics.networks import torch_file
-from lcm_jax.pretrained import embeddings, load_pipeline, lora_files, lora_keys, safetensors_io
+from lcm_jax.models.config import RUN_FIELDS
+from lcm_jax.models.controlnet import ControlNetModel
+from lcm_jax.models.unet import Encoder
+from lcm_jax.pretrained import Pipeline, embeddings, load_pipeline, lora_files, lora_keys, safetensors_io
+from lcm_jax.pretrained.controlnets import load_controlnet
+from lcm_jax.pretrained.names import torch_table
 from lcm_jax.pretrained.tokenizer import tokenize
 from lcm_jax.runtime import boards, checkpoints, lost, telemetry, workdir
 from lcm_jax.sampling import prompts
@@ -372,16 +377,33 @@ def _(content: bytes, folder: Path) -> None:
 
 
 @functools.cache
-def _described() -> Any:
-    folder = Path("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp", f"lcm_jax_fuzz_lora_{os.getpid()}")
+def _pipeline() -> Pipeline:
+    folder = Path("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp", f"lcm_jax_fuzz_pipeline_{os.getpid()}")
     try:
         return load_pipeline(_write(folder, _tiny_folder()), weights=False)[0]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _controlnets(folder: Path) -> list[bytes]:
+    """A net for the tiny model, of one latent for one pixel, by diffusers' keys."""
+    names = {field.name for field in dataclasses.fields(Encoder)} - RUN_FIELDS
+    fields = {name: getattr(_pipeline().unet, name) for name in names}
+    net = ControlNetModel(**fields, conditioning_embedding_out_channels=(4,))
+    tensors = {key: np.full(one.torch_shape, 0.01, "f4") for key, one in torch_table(net).items()}
+    return [_tensor_file(tensors)]
+
+
+@_target("controlnet", mutations.in_safetensors, _controlnets)
+def _(content: bytes, folder: Path) -> None:
+    path = folder / "net.safetensors"
+    path.write_bytes(content)
+    load_controlnet(path, _pipeline())  # weights that are not finite show in the images
+
+
+@functools.cache
 def _modules() -> Mapping[str, Any]:
-    return lora_files.modules_of(_described())
+    return lora_files.modules_of(_pipeline())
 
 
 def _loras(folder: Path) -> list[bytes]:
@@ -419,7 +441,7 @@ def _(content: bytes, folder: Path) -> None:
 
 
 def _embeddings(folder: Path) -> list[bytes]:
-    value = np.full((2, _described().text_encoder.hidden_size), 0.1, "f4")
+    value = np.full((2, _pipeline().text_encoder.hidden_size), 0.1, "f4")
     return [_tensor_file({"emb_params": value}), _tensor_file({"<word>": value[0].astype("f2")})]
 
 
@@ -427,7 +449,7 @@ def _embeddings(folder: Path) -> list[bytes]:
 def _(content: bytes, folder: Path) -> None:
     path = folder / "word.safetensors"
     path.write_bytes(content)
-    found = embeddings.read_embedding(_described(), path)
+    found = embeddings.read_embedding(_pipeline(), path)
     if not found.name:
         raise WrongError("an embedding has no name")
     _check_finite("a vector", *found.vectors.values())

@@ -66,14 +66,15 @@ def check_choice(decoder: str, resize_filter: str = "area") -> None:
         problem = f"the decoder {decoder} has only {', '.join(FILTERS[decoder])}"
         raise BadArgument("resize_filter", resize_filter, problem)
     if decoder == "opencv":
-        _opencv()
+        opencv()
 
 
-def _opencv():
+def opencv(user: str = "the decoder 'opencv'"):
+    """The module cv2. Raises LcmError, which names its `user`, if it is not installed."""
     try:
         import cv2
     except ImportError:
-        raise LcmError("the decoder 'opencv' needs OpenCV: pip install 'lcm_jax[data]'") from None
+        raise LcmError(f"{user} needs OpenCV: pip install 'lcm_jax[data]'") from None
     return cv2
 
 
@@ -170,7 +171,7 @@ def _decode_opencv(data: bytes, opened: Image.Image) -> np.ndarray | None:
     """uint8 RGB [h w 3], not yet upright; None if Pillow must decode or judge the image."""
     if opened.format != "JPEG" or opened.mode not in ("L", "RGB") or not _has_end(data):
         return None
-    cv2 = _opencv()
+    cv2 = opencv()
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
@@ -198,9 +199,15 @@ def decode(data: bytes | np.ndarray, decoder: str = "pillow") -> np.ndarray:
         opened = _open(data)
         image = _decode_opencv(data, opened) if decoder == "opencv" else None
         if image is None:
-            opened.load()  # first, since it may change mode and orientation (Pillow turns a TIFF here)
-            image = np.asarray(_rgb(opened))
+            return upright(opened)
         return _upright(image, _orientation(opened))
+
+
+def upright(opened: Image.Image) -> np.ndarray:
+    """uint8 [h w 3] of an image of any mode, see the module. Raises BadRecordError with the reason."""
+    with _bad_record():
+        opened.load()  # first, since it may change mode and orientation (Pillow turns a TIFF here)
+        return _upright(np.asarray(_rgb(opened)), _orientation(opened))
 
 
 def header_size(data: bytes | np.ndarray) -> tuple[int, int]:
@@ -275,7 +282,7 @@ def _resize_pillow(image: np.ndarray, crop: Crop, height: int, width: int, resiz
 
 
 def _resize_opencv(image: np.ndarray, crop: Crop, height: int, width: int, flip: bool) -> np.ndarray:
-    cv2 = _opencv()
+    cv2 = opencv()
     whole = cv2.resize(
         cv2.flip(image, 1) if flip else image, (crop.resized_width, crop.resized_height), interpolation=cv2.INTER_AREA
     )

@@ -130,9 +130,9 @@ def embedding(count: int, features: int, name: str, run: Run) -> nn.Embed:
     return nn.Embed(count, features, embedding_init=init, promote_dtype=promote, name=name)
 
 
-def conv1x1(features: int, name: str | None, run: Run) -> nn.Conv:
+def conv1x1(features: int, name: str | None, run: Run, **kwargs) -> nn.Conv:
     """1x1 convolution; `name` is None in a `setup`, which names it itself."""
-    return nn.Conv(features, (1, 1), dtype=run.dtype, promote_dtype=run.promote, name=name)
+    return nn.Conv(features, (1, 1), dtype=run.dtype, promote_dtype=run.promote, name=name, **kwargs)
 
 
 def conv3x3(features: int, name: str, run: Run, padding: tuple[int, int] = (1, 1), **kwargs) -> nn.Conv:

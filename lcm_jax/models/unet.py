@@ -9,7 +9,7 @@ In every block x is [b h w c], temb [b 4*C0] and context [b l e]. Submodules hav
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import jax
@@ -213,39 +213,130 @@ _MOST_BLOCKS = 300  # resnets and transformer blocks of one UNet; SDXL has 75
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 
 
-class UNet2DConditionModel(nn.Module):
-    """eps, v or x0 prediction from noisy latents, timestep and text.
+class Encoder(nn.Module):
+    """The half of a UNet that its ControlNets copy: time embedding, way down and middle.
 
-    Fields: those of diffusers' UNet2DConditionModel with its defaults; the last four: see `layers.Run`.
+    Fields: those of diffusers' constructors, with their defaults; the last four: see `layers.Run`.
     `attention_head_dim` is the number of heads (a historic misnomer that every published config shares).
     """
 
-    sample_size: Channels | tuple[Channels, Channels] | None = None
     in_channels: Channels = 4
-    out_channels: Channels = 4
     flip_sin_to_cos: bool = True
     freq_shift: Annotated[float, Range(0, 1)] = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     block_out_channels: Levels = (320, 640, 1280, 1280)
     layers_per_block: Depth | tuple[Depth, ...] = 2
     norm_num_groups: Channels = 32
     norm_eps: Epsilon = 1e-5
     cross_attention_dim: Channels | tuple[Channels, ...] = 1280
     transformer_layers_per_block: Depth | tuple[Depth | tuple[Depth, ...], ...] = 1
-    reverse_transformer_layers_per_block: tuple[Depth | tuple[Depth, ...], ...] | None = None
     attention_head_dim: Channels | tuple[Channels, ...] = 8
     use_linear_projection: bool = False
     upcast_attention: bool | None = False  # kept for the file: logits and softmax are always float32 here
     addition_embed_type: str | None = None
     addition_time_embed_dim: Embedding | None = None
     projection_class_embeddings_input_dim: Channels | None = None
-    time_cond_proj_dim: Embedding | None = None
     dtype: DTypeLike = jnp.float32
     attention_fn: AttentionFn = dot_product_attention
     weights_fn: WeightsFn | None = None
     remat: str = "none"
+
+    time_cond_proj_dim: ClassVar[int | None] = None  # a field of UNets alone: no ControlNet has a w embedding
+
+    @property
+    def run(self) -> Run:
+        return Run(self.dtype, self.attention_fn, self.weights_fn, self.remat)
+
+    @property
+    def style(self) -> BlockStyle:
+        return BlockStyle(
+            groups=self.norm_num_groups,
+            epsilon=self.norm_eps,
+            use_linear_projection=self.use_linear_projection,
+            run=self.run,
+        )
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.block_out_channels)
+
+    @property
+    def skip_widths(self) -> tuple[int, ...]:
+        """Channels of the skips in order: of conv_in, then of each level's layers and its downsampler."""
+        last, widths = self.num_levels - 1, [self.block_out_channels[0]]
+        for i, count in enumerate(self.per_level("layers_per_block")):
+            widths += [self.block_out_channels[i]] * (count + (i < last))
+        return tuple(widths)
+
+    def per_level(self, field: str) -> tuple:
+        """A scalar field repeated for every level, in the order of the down blocks."""
+        value = getattr(self, field)
+        return value if isinstance(value, tuple) else (value,) * self.num_levels
+
+    def down_depths(self, i: int) -> Depths:
+        if not ATTENTION_BLOCK[self.down_block_types[i]]:
+            return ()
+        return _depths(self.per_level("transformer_layers_per_block")[i], self.per_level("layers_per_block")[i])
+
+    def mid_depth(self) -> int:
+        """Depth of the middle transformer: that of the last level (its first entry if it lists several)."""
+        depth = self.per_level("transformer_layers_per_block")[-1]
+        return depth[0] if isinstance(depth, tuple) else depth
+
+    def _down(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """The way down from what comes after conv_in: its end, and all skips, x first."""
+        skips, last = [x], self.num_levels - 1
+        layers, heads = self.per_level("layers_per_block"), self.per_level("attention_head_dim")
+        for i, width in enumerate(self.block_out_channels):
+            block = DownBlock2D(
+                self.style, width, layers[i], self.down_depths(i), heads[i], i < last, name=f"down_blocks_{i}"
+            )
+            x, block_skips = block(x, temb, context)
+            skips += block_skips
+        return x, skips
+
+    def _middle(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
+        if self.mid_block_type is None:
+            return x
+        depth = self.mid_depth() if self.mid_block_type == "UNetMidBlock2DCrossAttn" else None
+        heads = self.per_level("attention_head_dim")[-1]
+        return MidBlock2D(self.style, self.block_out_channels[-1], depth, heads, name="mid_block")(x, temb, context)
+
+    def _time(self, timesteps, timestep_cond, added_cond_kwargs) -> jax.Array:
+        """temb [b 4*C0], which every resnet adds."""
+        if timestep_cond is not None and self.time_cond_proj_dim is None:
+            raise ValueError("this UNet has no w embedding (time_cond_proj_dim is null); leave timestep_cond out")
+        embed = functools.partial(sinusoid, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift)
+        width = self.block_out_channels[0]
+        mlp = TimestepEmbedding(4 * width, self.time_cond_proj_dim, self.run, name="time_embedding")
+        cond = None if timestep_cond is None else timestep_cond.astype(self.dtype)
+        temb = mlp(embed(timesteps, width).astype(self.dtype), cond)
+        if self.addition_embed_type is None:
+            return temb
+        missing = {"text_embeds", "time_ids"} - set(added_cond_kwargs or {})
+        if missing:
+            raise ValueError(f"this UNet is conditioned on sizes and pooled text; add {missing} to added_cond_kwargs")
+        # The ids stay float32, as bfloat16 would round 1023 to 1024.
+        ids = added_cond_kwargs["time_ids"].astype(jnp.float32)
+        sizes = embed(ids.reshape(-1), self.addition_time_embed_dim).reshape(ids.shape[0], -1)
+        added = jnp.concatenate([added_cond_kwargs["text_embeds"].astype(self.dtype), sizes.astype(self.dtype)], -1)
+        if added.shape[-1] != self.projection_class_embeddings_input_dim:
+            raise ValueError(
+                f"text_embeds {added_cond_kwargs['text_embeds'].shape} and time_ids {ids.shape} make "
+                f"{added.shape[-1]} features; this UNet takes {self.projection_class_embeddings_input_dim}"
+            )
+        return temb + TimestepEmbedding(4 * width, None, self.run, name="add_embedding")(added)
+
+
+class UNet2DConditionModel(Encoder):
+    """eps, v or x0 prediction from noisy latents, timestep and text. Fields: see `Encoder`."""
+
+    sample_size: Channels | tuple[Channels, Channels] | None = None
+    out_channels: Channels = 4
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    reverse_transformer_layers_per_block: tuple[Depth | tuple[Depth, ...], ...] | None = None
+    time_cond_proj_dim: Embedding | None = None
 
     FIXED: ClassVar[Mapping[str, tuple]] = {
         "act_fn": ("silu", "swish", None),
@@ -278,35 +369,12 @@ class UNet2DConditionModel(nn.Module):
         "_diffusers_version": (DIFFUSERS_VERSION,),
     }
 
-    @property
-    def run(self) -> Run:
-        return Run(self.dtype, self.attention_fn, self.weights_fn, self.remat)
-
-    @property
-    def num_levels(self) -> int:
-        return len(self.block_out_channels)
-
-    def per_level(self, field: str) -> tuple:
-        """A scalar field repeated for every level, in the order of the down blocks."""
-        value = getattr(self, field)
-        return value if isinstance(value, tuple) else (value,) * self.num_levels
-
-    def down_depths(self, i: int) -> Depths:
-        if not ATTENTION_BLOCK[self.down_block_types[i]]:
-            return ()
-        return _depths(self.per_level("transformer_layers_per_block")[i], self.per_level("layers_per_block")[i])
-
     def up_depths(self, i: int) -> Depths:
         """Up block i works at level n-1-i with one more layer; the reverse list, if given, is in the order of these."""
         if not ATTENTION_BLOCK[self.up_block_types[i]]:
             return ()
         depths = self.reverse_transformer_layers_per_block or self.per_level("transformer_layers_per_block")[::-1]
         return _depths(depths[i], self.per_level("layers_per_block")[::-1][i] + 1)
-
-    def mid_depth(self) -> int:
-        """Depth of the middle transformer: that of the last level (its first entry if it lists several)."""
-        depth = self.per_level("transformer_layers_per_block")[-1]
-        return depth[0] if isinstance(depth, tuple) else depth
 
     @nn.compact
     def __call__(
@@ -316,6 +384,7 @@ class UNet2DConditionModel(nn.Module):
         encoder_hidden_states: jax.Array,
         timestep_cond: jax.Array | None = None,
         added_cond_kwargs: Mapping[str, jax.Array] | None = None,
+        residuals: Sequence[jax.Array] | None = None,
     ) -> jax.Array:
         """One evaluation.
 
@@ -325,6 +394,7 @@ class UNet2DConditionModel(nn.Module):
           encoder_hidden_states: text [b l cross_attention_dim].
           timestep_cond: an LCM's w embedding [b time_cond_proj_dim]; None is an embedding of zeros.
           added_cond_kwargs: SDXL's {"text_embeds": [b p], "time_ids": [b 6]}.
+          residuals: of ControlNets, scaled: one for each skip, [b h w c] of its level or [b 1 1 c], and the middle's.
 
         Returns:
           The prediction [b h w out_channels] in the compute dtype.
@@ -335,37 +405,22 @@ class UNet2DConditionModel(nn.Module):
         x = sample.astype(self.dtype)
         context = encoder_hidden_states.astype(self.dtype)
         temb = self._time(jnp.broadcast_to(timesteps, x.shape[:1]), timestep_cond, added_cond_kwargs)
-        heads = self.per_level("attention_head_dim")
-        layers = self.per_level("layers_per_block")
-        widths = self.block_out_channels
+        x, skips = self._down(conv3x3(self.block_out_channels[0], "conv_in", self.run)(x), temb, context)
+        x = self._middle(x, temb, context)
+        if residuals is not None:
+            skips = [skip + one.astype(x.dtype) for skip, one in zip(skips, residuals[:-1], strict=True)]
+            x = x + residuals[-1].astype(x.dtype)
+
+        heads, layers = self.per_level("attention_head_dim"), self.per_level("layers_per_block")
         last = self.num_levels - 1
-        style = BlockStyle(
-            groups=self.norm_num_groups,
-            epsilon=self.norm_eps,
-            use_linear_projection=self.use_linear_projection,
-            run=self.run,
-        )
-
-        x = conv3x3(widths[0], "conv_in", self.run)(x)
-        skips = [x]
-        for i in range(self.num_levels):
-            block = DownBlock2D(
-                style, widths[i], layers[i], self.down_depths(i), heads[i], i < last, name=f"down_blocks_{i}"
-            )
-            x, block_skips = block(x, temb, context)
-            skips += block_skips
-
-        if self.mid_block_type is not None:
-            depth = self.mid_depth() if self.mid_block_type == "UNetMidBlock2DCrossAttn" else None
-            x = MidBlock2D(style, widths[-1], depth, heads[-1], name="mid_block")(x, temb, context)
-
         for i in range(self.num_levels):
             level = last - i
             count = layers[level] + 1
             block_skips, skips = skips[-count:], skips[:-count]
             # Every upsampler aims at the next skip's size: twice its own, or one less if a side was odd.
             size = skips[-1].shape[1:3] if i < last else None
-            block = UpBlock2D(style, widths[level], self.up_depths(i), heads[level], name=f"up_blocks_{i}")
+            width, depths = self.block_out_channels[level], self.up_depths(i)
+            block = UpBlock2D(self.style, width, depths, heads[level], name=f"up_blocks_{i}")
             x = block(x, block_skips, temb, context, size)
 
         return remat(UNet2DConditionModel._out, self.remat)(self, x)
@@ -373,31 +428,6 @@ class UNet2DConditionModel(nn.Module):
     def _out(self, x: jax.Array) -> jax.Array:
         x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, self.run, name="conv_norm_out")(x))
         return conv3x3(self.out_channels, "conv_out", self.run)(x)
-
-    def _time(self, timesteps, timestep_cond, added_cond_kwargs) -> jax.Array:
-        """temb [b 4*C0], which every resnet adds."""
-        if timestep_cond is not None and self.time_cond_proj_dim is None:
-            raise ValueError("this UNet has no w embedding (time_cond_proj_dim is null); leave timestep_cond out")
-        embed = functools.partial(sinusoid, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift)
-        width = self.block_out_channels[0]
-        mlp = TimestepEmbedding(4 * width, self.time_cond_proj_dim, self.run, name="time_embedding")
-        cond = None if timestep_cond is None else timestep_cond.astype(self.dtype)
-        temb = mlp(embed(timesteps, width).astype(self.dtype), cond)
-        if self.addition_embed_type is None:
-            return temb
-        missing = {"text_embeds", "time_ids"} - set(added_cond_kwargs or {})
-        if missing:
-            raise ValueError(f"this UNet is conditioned on sizes and pooled text; add {missing} to added_cond_kwargs")
-        # The ids stay float32, as bfloat16 would round 1023 to 1024.
-        ids = added_cond_kwargs["time_ids"].astype(jnp.float32)
-        sizes = embed(ids.reshape(-1), self.addition_time_embed_dim).reshape(ids.shape[0], -1)
-        added = jnp.concatenate([added_cond_kwargs["text_embeds"].astype(self.dtype), sizes.astype(self.dtype)], -1)
-        if added.shape[-1] != self.projection_class_embeddings_input_dim:
-            raise ValueError(
-                f"text_embeds {added_cond_kwargs['text_embeds'].shape} and time_ids {ids.shape} make "
-                f"{added.shape[-1]} features; this UNet takes {self.projection_class_embeddings_input_dim}"
-            )
-        return temb + TimestepEmbedding(4 * width, None, self.run, name="add_embedding")(added)
 
 
 def _depths(entry: int | tuple[int, ...], count: int) -> Depths:
@@ -425,33 +455,12 @@ def from_config(config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> UN
 
 
 def _check(unet: UNet2DConditionModel) -> None:
-    for key in ("down_block_types", "up_block_types"):
-        for kind in getattr(unet, key):
-            if kind not in ATTENTION_BLOCK:
-                raise UnsupportedConfig(key, kind, supported=tuple(ATTENTION_BLOCK))
-    if unet.mid_block_type not in MID_BLOCKS:
-        raise UnsupportedConfig("mid_block_type", unet.mid_block_type, supported=MID_BLOCKS)
-    if unet.addition_embed_type not in (None, "text_time"):
-        raise UnsupportedConfig("addition_embed_type", unet.addition_embed_type, supported=(None, "text_time"))
-    for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-        if unet.addition_embed_type is not None and getattr(unet, key) is None:
-            raise UnsupportedConfig(key, None, supported="a whole number, with addition_embed_type")
-    per_level = ("layers_per_block", "attention_head_dim", "cross_attention_dim", "transformer_layers_per_block")
-    counts = {"down_block_types": len(unet.down_block_types), "up_block_types": len(unet.up_block_types)}
-    counts |= {key: len(unet.per_level(key)) for key in per_level}
+    check_encoder(unet)
+    _check_types("up_block_types", unet)
+    counts = {"up_block_types": len(unet.up_block_types)}
     if unet.reverse_transformer_layers_per_block is not None:
         counts["reverse_transformer_layers_per_block"] = len(unet.reverse_transformer_layers_per_block)
-    for key, count in counts.items():
-        if count != unet.num_levels:
-            value = getattr(unet, key)
-            raise UnsupportedConfig(key, value, supported=f"{unet.num_levels} entries, like block_out_channels")
-    if len(set(unet.per_level("cross_attention_dim"))) > 1:
-        raise UnsupportedConfig("cross_attention_dim", unet.cross_attention_dim, supported="one width for all levels")
-    half = unet.block_out_channels[0] // 2
-    if half <= unet.freq_shift:  # the sinusoids divide by the difference
-        raise UnsupportedConfig(
-            "freq_shift", unet.freq_shift, supported=f"less than {half}, half of block_out_channels[0]"
-        )
+    _check_counts(unet, counts)
     depths = unet.transformer_layers_per_block
     if isinstance(depths, tuple) and unet.reverse_transformer_layers_per_block is None:
         if any(isinstance(entry, tuple) for entry in depths):
@@ -460,28 +469,71 @@ def _check(unet: UNet2DConditionModel) -> None:
                 depths,
                 supported="nested depths only with reverse_transformer_layers_per_block",
             )
+    layers = unet.per_level("layers_per_block")
     for i in range(unet.num_levels):
-        layers = unet.per_level("layers_per_block")
-        for key, got, want in (
-            ("transformer_layers_per_block", unet.down_depths(i), layers[i]),
-            ("reverse_transformer_layers_per_block", unet.up_depths(i), layers[::-1][i] + 1),
-        ):
-            if got and len(got) != want:
-                raise UnsupportedConfig(key, got, supported=f"{want} entries at block {i}")
-    blocks = sum(2 * count + 1 for count in unet.per_level("layers_per_block"))
-    blocks += sum(sum(unet.down_depths(i)) + sum(unet.up_depths(i)) for i in range(unet.num_levels))
-    if blocks > _MOST_BLOCKS:
+        _check_depths("reverse_transformer_layers_per_block", unet.up_depths(i), layers[::-1][i] + 1, i)
+    _check_blocks(unet, sum(count + 1 + sum(unet.up_depths(i)) for i, count in enumerate(layers)))
+
+
+def check_encoder(module: Encoder) -> None:
+    """Raises UnsupportedConfig, which names the field and its value, for an encoder that cannot exist."""
+    _check_types("down_block_types", module)
+    if module.mid_block_type not in MID_BLOCKS:
+        raise UnsupportedConfig("mid_block_type", module.mid_block_type, supported=MID_BLOCKS)
+    if module.addition_embed_type not in (None, "text_time"):
+        raise UnsupportedConfig("addition_embed_type", module.addition_embed_type, supported=(None, "text_time"))
+    for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+        if module.addition_embed_type is not None and getattr(module, key) is None:
+            raise UnsupportedConfig(key, None, supported="a whole number, with addition_embed_type")
+    per_level = ("layers_per_block", "attention_head_dim", "cross_attention_dim", "transformer_layers_per_block")
+    counts = {"down_block_types": len(module.down_block_types)}
+    _check_counts(module, counts | {key: len(module.per_level(key)) for key in per_level})
+    if len(set(module.per_level("cross_attention_dim"))) > 1:
+        raise UnsupportedConfig("cross_attention_dim", module.cross_attention_dim, supported="one width for all levels")
+    half = module.block_out_channels[0] // 2
+    if half <= module.freq_shift:  # the sinusoids divide by the difference
         raise UnsupportedConfig(
-            "layers_per_block",
-            unet.layers_per_block,
-            supported=f"at most {_MOST_BLOCKS} resnets and transformer blocks in all; with "
-            f"transformer_layers_per_block={unet.transformer_layers_per_block} these are {blocks}",
+            "freq_shift", module.freq_shift, supported=f"less than {half}, half of block_out_channels[0]"
         )
-    for i, width in enumerate(unet.block_out_channels):
-        heads = unet.per_level("attention_head_dim")[i]
-        if width % unet.norm_num_groups:
+    for i, count in enumerate(module.per_level("layers_per_block")):
+        _check_depths("transformer_layers_per_block", module.down_depths(i), count, i)
+    _check_blocks(module)
+    for i, width in enumerate(module.block_out_channels):
+        heads = module.per_level("attention_head_dim")[i]
+        if width % module.norm_num_groups:
             raise UnsupportedConfig(
-                "block_out_channels", width, supported=f"multiples of norm_num_groups={unet.norm_num_groups}"
+                "block_out_channels", width, supported=f"multiples of norm_num_groups={module.norm_num_groups}"
             )
         if width % heads:
             raise UnsupportedConfig("attention_head_dim", heads, supported=f"divisors of the level's width {width}")
+
+
+def _check_types(key: str, module: Encoder) -> None:
+    for kind in getattr(module, key):
+        if kind not in ATTENTION_BLOCK:
+            raise UnsupportedConfig(key, kind, supported=tuple(ATTENTION_BLOCK))
+
+
+def _check_counts(module: Encoder, counts: Mapping[str, int]) -> None:
+    for key, count in counts.items():
+        if count != module.num_levels:
+            value = getattr(module, key)
+            raise UnsupportedConfig(key, value, supported=f"{module.num_levels} entries, like block_out_channels")
+
+
+def _check_depths(key: str, depths: Depths, count: int, i: int) -> None:
+    if depths and len(depths) != count:
+        raise UnsupportedConfig(key, depths, supported=f"{count} entries at block {i}")
+
+
+def _check_blocks(module: Encoder, more: int = 0) -> None:
+    """more: resnets and transformer blocks of the way up."""
+    layers = module.per_level("layers_per_block")
+    blocks = sum(count + sum(module.down_depths(i)) for i, count in enumerate(layers)) + more
+    if blocks > _MOST_BLOCKS:
+        raise UnsupportedConfig(
+            "layers_per_block",
+            module.layers_per_block,
+            supported=f"at most {_MOST_BLOCKS} resnets and transformer blocks in all; with "
+            f"transformer_layers_per_block={module.transformer_layers_per_block} these are {blocks}",
+        )

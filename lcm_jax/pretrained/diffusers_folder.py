@@ -81,7 +81,7 @@ def load_folder(
     folders = {}
     for part in ("unet", "vae"):
         own = folder / part
-        folders[part] = _part_folder(others[part], part, variant, part in read) if part in others else own
+        folders[part] = part_folder(others[part], part, variant, part in read) if part in others else own
         if part not in others and not (own / "config.json").exists():
             missing = f"{own / 'config.json'} is missing; the folder is incomplete"
             raise LcmError(f"{missing}: copy or download it again, or give another {part} with {hub.ARGUMENTS[part]}")
@@ -101,7 +101,7 @@ def load_folder(
         tokenizers[TOKENIZER_OF[part]] = load_tokenizer(tokenizer, modules[part])
     # All are found before minutes go into reading the first.
     origins = {part: (others.get(part, source), path) for part, path in folders.items() if part in read}
-    variants = _variants(origins, variant, or_without=len(origins) < len(folders))
+    variants = find_variants(origins, variant, or_without=len(origins) < len(folders))
     record = folder_record(unet or folder, bool(read))
     with config_of(folder):
         pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
@@ -125,13 +125,13 @@ def load_parts(
     change: PartChangeFn | None = None,
 ) -> dict[str, tuple[nn.Module, Params]]:
     """Part -> (module, params), each from a source of its own; see `load.load_unet`. read: parts to read weights of."""
-    folders = {part: _part_folder(source, part, variant, part in read) for part, source in sources.items()}
+    folders = {part: part_folder(source, part, variant, part in read) for part, source in sources.items()}
     modules = {
         part: make_module(part, _config(folder, part), dtype, folder / "config.json")
         for part, folder in folders.items()
     }
     origins = {part: (source, folders[part]) for part, source in sources.items() if part in read}
-    variants = _variants(origins, variant, or_without or len(origins) < len(sources))
+    variants = find_variants(origins, variant, or_without or len(origins) < len(sources))
     return {
         part: (
             module,
@@ -143,7 +143,7 @@ def load_parts(
     }
 
 
-def _variants(
+def find_variants(
     origins: Mapping[str, tuple[str | Path, Path]], variant: str | None, or_without: bool = False
 ) -> dict[str, str | None]:
     """Part -> the variant of its weights to read: `variant`, or None if only other parts have it, as in diffusers.
@@ -279,7 +279,7 @@ def _local(source: str | Path, patterns: Sequence[str], weights: bool, part: str
         return embedded
 
 
-def _part_folder(source: str | Path, part: str, variant: str | None, weights: bool) -> Path:
+def part_folder(source: str | Path, part: str, variant: str | None, weights: bool) -> Path:
     """Folder of one part: SOURCE/part if there is one, else SOURCE itself; or the file of a TAESD."""
     if part == "vae" and taesd_file.is_taesd(file := files.expanded(source)):
         return file

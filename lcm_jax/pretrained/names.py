@@ -30,8 +30,9 @@ from jax.typing import DTypeLike
 
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models.clip import CLIPTextModel
+from lcm_jax.models.controlnet import ControlNetModel
 from lcm_jax.models.layers import dtypes_in_use
-from lcm_jax.models.unet import UNet2DConditionModel
+from lcm_jax.models.unet import Encoder
 
 Params = dict[str, Any]
 Path = tuple[str, ...]
@@ -80,7 +81,7 @@ def torch_name(path: Path) -> str:
 def abstract_params(module: nn.Module) -> Params:
     """The module's parameter tree as `jax.ShapeDtypeStruct`s; nothing is computed. Do not change the tree.
 
-    module: UNet2DConditionModel, CLIPTextModel or a VAE.
+    module: UNet2DConditionModel, ControlNetModel, CLIPTextModel or a VAE.
     """
     return jax.eval_shape(module.init, jax.random.key(0), *_inputs(module))["params"]
 
@@ -90,10 +91,12 @@ def _inputs(module: nn.Module) -> tuple[Any, ...]:
     if isinstance(module, CLIPTextModel):
         return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    if not isinstance(module, UNet2DConditionModel):
+    if not isinstance(module, Encoder):
         return (array((1, 64, 64, 3)),)  # a VAE; all of their factors divide 64
     side, width = 2 ** (module.num_levels - 1), module.per_level("cross_attention_dim")[0]  # the same at all levels
     arguments = (array((1, side, side, module.in_channels)), array((1,)), array((1, 1, width)), None)
+    if isinstance(module, ControlNetModel):
+        arguments = (*arguments[:-1], array((1, side * module.factor, side * module.factor, 3)))
     if module.addition_embed_type is None:
         return arguments
     total, one = module.projection_class_embeddings_input_dim, module.addition_time_embed_dim

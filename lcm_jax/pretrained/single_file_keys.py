@@ -30,7 +30,7 @@ from lcm_jax.pretrained.names import Params, PutFn, Shape
 _SD1_HEADS = 8  # at every width
 _HEAD_CHANNELS = 64  # of SD 2.x and SDXL, at every width
 
-_RESNET = {
+RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
@@ -87,7 +87,7 @@ def unet_layout(module: UNet2DConditionModel) -> Layout:
     modules = dict(UNET_ENDS)
 
     def resnet(old: str, new: str) -> None:
-        modules.update({f"{old}.{a}": f"{new}.{b}" for a, b in _RESNET.items()})
+        modules.update({f"{old}.{a}": f"{new}.{b}" for a, b in RESNET.items()})
 
     layers, last = module.per_level("layers_per_block"), module.num_levels - 1
     n = 1

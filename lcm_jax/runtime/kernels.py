@@ -263,18 +263,19 @@ def on_mesh(pipeline: Pipeline, mesh: Mesh, unet_attention: str = "auto", remat:
       LcmError: the mesh's devices cannot run that attention, or not at the size of a head; the layer is named.
     """
     check(plain_module(pipeline.unet), unet_attention, mesh)
-
-    def equipped(module: Any, implementation: str, **fields: Any) -> Any:
-        if isinstance(module, Adapted):
-            return dataclasses.replace(module, module=equipped(module.module, implementation, **fields))
-        fields["weights_fn"] = mesh_lib.gather_weights(mesh, module.dtype)
-        if hasattr(module, "attention_fn"):
-            fields["attention_fn"] = choose(implementation, module.dtype, mesh)
-        return module.clone(**fields)
-
     others = {part: getattr(pipeline, part) for part in PARTS[1:]}
-    others = {part: equipped(module, "auto") for part, module in others.items() if module is not None}
-    return dataclasses.replace(pipeline, unet=equipped(pipeline.unet, unet_attention, remat=remat), **others)
+    others = {part: equipped(module, mesh) for part, module in others.items() if module is not None}
+    return dataclasses.replace(pipeline, unet=equipped(pipeline.unet, mesh, unet_attention, remat=remat), **others)
+
+
+def equipped(module: Any, mesh: Mesh, implementation: str = "auto", **fields: Any) -> Any:
+    """A network for `mesh`: with weights gathered where a layer uses them, and attention, see `on_mesh`."""
+    if isinstance(module, Adapted):
+        return dataclasses.replace(module, module=equipped(module.module, mesh, implementation, **fields))
+    fields["weights_fn"] = mesh_lib.gather_weights(mesh, module.dtype)
+    if hasattr(module, "attention_fn"):
+        fields["attention_fn"] = choose(implementation, module.dtype, mesh)
+    return module.clone(**fields)
 
 
 def plain_module(unet: Any) -> Any:

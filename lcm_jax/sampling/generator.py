@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,12 +36,14 @@ from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError
 from lcm_jax.models import tiling
 from lcm_jax.pretrained import text
+from lcm_jax.pretrained.controlnets import load_controlnet
 from lcm_jax.pretrained.embeddings import Embedding
 from lcm_jax.pretrained.model import Pipeline, PipelineParams
 from lcm_jax.pretrained.names import Params
 from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import batch_sharding, place, replicated
 from lcm_jax.sampling.chunks import chunked
+from lcm_jax.sampling.control import Conditions, Control, Controlled, Net, conditions
 from lcm_jax.sampling.noise import draw_noise
 from lcm_jax.sampling.png import not_finite, to_uint8
 from lcm_jax.sampling.preview import Preview
@@ -74,6 +77,7 @@ def latents(
     guidance_scale: jax.Array,
     hook: samplers.Hook | None = None,
     loop: Callable = samplers.scan,
+    control: Conditions | None = None,
 ) -> Any:
     """Scaled latents [b h w c]; pure, one scan over the steps.
 
@@ -85,7 +89,9 @@ def latents(
       noise: [steps b h w c] from `draw_noise`.
       guidance_scale: scalar; a UNet with w embedding is conditioned on w = guidance_scale - 1.
       hook, loop: see `diffusion.samplers`.
+      control: of ControlNets, for these steps and passes.
     """
+    unet = unet if control is None else Controlled(unet, control, plan.timesteps)
     batch = noise.shape[1]
     w = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32) - 1.0, (batch,))
 
@@ -130,11 +136,11 @@ def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
     options = {"out_shardings": mesh and replicated(mesh), "compiler_options": kernels.inference(platform)}
 
     @functools.partial(jax.jit, static_argnames=("unet", "schedule", "plan", "preview"), **options)
-    def sample(unet, schedule, plan, params, cond, null, noise, scale, preview=None, preview_params=None):
+    def sample(unet, schedule, plan, params, cond, null, noise, scale, control=None, preview=None, preview_params=None):
         rows = noise.shape[1]
         cond, noise = _fill(cond, mesh), _fill(noise.swapaxes(0, 1), mesh).swapaxes(0, 1)
         hook = preview and preview.hook(preview_params, mesh)
-        return latents(unet, schedule, plan, params, cond, null, noise, scale, hook, loop)[:rows]
+        return latents(unet, schedule, plan, params, cond, null, noise, scale, hook, loop, control)[:rows]
 
     @functools.partial(jax.jit, static_argnames="vae", **options)
     def decode(vae, params, z):
@@ -172,8 +178,8 @@ class Generator:
           loras: file's name without suffix -> weight of the LoRAs merged, which prompts may name.
         """
         self.pipeline = pipeline if mesh is None else kernels.on_mesh(pipeline, mesh)
-        self.params = jax.tree.map(jax.device_put if mesh is None else place(mesh), dict(params))
-        self.mesh, self.tiled = mesh, tiled
+        self.mesh, self.tiled, self._put = mesh, tiled, jax.device_put if mesh is None else place(mesh)
+        self.params = jax.tree.map(self._put, dict(params))
         self.embeddings, self.loras = dict(embeddings or {}), dict(loras or {})
         self.preview: tuple[Preview, Params] | None = None
         self._sample, self._decode = _programs(mesh)
@@ -183,6 +189,19 @@ class Generator:
     def dtype(self) -> str:
         """What the networks compute in."""
         return self.pipeline.unet.dtype.name
+
+    def control_net(self, source: str | Path, variant: str | None = None) -> Net:
+        """A ControlNet for this model, to be used with any number of images.
+
+        Args:
+          source: folder or hub id of a ControlNet in diffusers format, or a single .safetensors file.
+          variant: weight files to read, such as "fp16".
+
+        Raises:
+          LcmError: it cannot be loaded, or is for another family.
+        """
+        net, params = load_controlnet(source, self.pipeline, variant, put=self._put)
+        return Net(str(source), net if self.mesh is None else kernels.equipped(net, self.mesh), params)
 
     def __call__(
         self,
@@ -198,6 +217,8 @@ class Generator:
         sampler: str = "lcm",
         spacing: str = "trailing",
         noise: str = "jax",
+        control: Sequence[Control] = (),
+        control_guess: bool = False,
         batch_size: int = 4,
         prompt_syntax: str = "plain",
         emphasis: str | None = None,
@@ -215,6 +236,7 @@ class Generator:
           height, width: pixels; None: the model's own.
           sampler: one of `request.SAMPLERS`. spacing: of the timesteps of those other than "lcm".
           noise: one of `noise.SOURCES`; with "torch-batch" an image depends on num_images, too.
+          control: images that steer through ControlNets. control_guess: guess mode (`sampling.control`).
           batch_size: images generated at once.
           prompt_syntax: "plain"; or "a1111" or "comfy", with weights in brackets and prompts of any length.
           emphasis: what weights do, one of `text.EMPHASES`; None: what the syntax's program does.
@@ -241,6 +263,8 @@ class Generator:
             prompt_syntax=prompt_syntax,
             emphasis=emphasis,
             clip_skip=clip_skip,
+            control=control,
+            control_guess=control_guess,
         )
         check_readable(prompt_syntax, prompts=prompts, negative_prompt=negative_prompt)
         for warning in warnings(self.pipeline, request):
@@ -313,8 +337,10 @@ class Generator:
         steps, size = noise_entries(request.settings), (request.height, request.width)
         noise = self.noise(seed, numbers, steps, *size, request.noise, request.num_images)
         cond = self.encode(prompts, reading=request.reading)
+        guided = is_guided(self.pipeline, request.guidance_scale)
+        control = conditions(request.control, request.settings.steps, request.control_guess, guided)
         scale, settings, negative_prompt = request.guidance_scale, request.settings, request.negative_prompt
-        z = self.latents(cond, noise, scale, settings, negative_prompt, reading=request.reading)
+        z = self.latents(cond, noise, scale, settings, negative_prompt, reading=request.reading, control=control)
         return self.decode(z)
 
     def noise(
@@ -356,6 +382,7 @@ class Generator:
         negative_prompt: str | None = None,
         unet_params: Any = None,
         reading: Reading = PLAIN,
+        control: Conditions | None = None,
     ) -> jax.Array:
         """Scaled latents [b h w c].
 
@@ -366,6 +393,7 @@ class Generator:
           negative_prompt: of the second pass, see `null`.
           unet_params: used instead of the model's own UNet weights.
           reading: how the negative prompt is read.
+          control: of ControlNets, for these steps and passes.
         """
         pipeline = self.pipeline
         if pipeline.is_xl:
@@ -383,6 +411,7 @@ class Generator:
             null,
             noise,
             guidance_scale,
+            control,
             *(self.preview or ()),
         )
 

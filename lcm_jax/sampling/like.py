@@ -9,9 +9,11 @@ from lcm_jax.sampling import png
 # What is recorded under the names of its flags: what the model is, how it is sampled, and how that is computed.
 MODEL = ("model", "unet", "vae", "variant", "model_config", "lora", "embedding", "ignore_unused")
 PROMPTS = ("prompt", "negative_prompt", "prompt_syntax", "emphasis", "clip_skip")
-SAMPLED = (*PROMPTS, "sampler", "spacing", "steps", "guidance_scale", "seed", "noise")
+CONTROL = ("control", "control_guess", "canny")
+SAMPLED = (*PROMPTS, *CONTROL, "sampler", "spacing", "steps", "guidance_scale", "seed", "noise")
 COMPUTED = ("dtype", "tiled")
-SWITCHES = ("ignore_unused", "tiled")  # flags without a value
+SWITCHES = ("ignore_unused", "tiled", "control_guess")  # flags without a value
+LISTS = ("lora", "embedding", "control")  # flags that may be given several times
 
 _SAMPLERS = {"LCM": "lcm", "DDIM": "ddim", "DPM++ 2M": "dpm_solver_pp_2m"}
 _NOISE = {"CPU": "torch", "NV": "nv", "GPU": "nv"}
@@ -51,7 +53,7 @@ def words(flags: dict[str, str | list[str]]) -> list[str]:
 
 def _of_ours(about: dict[str, str]) -> tuple[dict[str, str | list[str]], list[str]]:
     flags = {name: about[name] for name in (*MODEL, *SAMPLED, *COMPUTED) if name in about}
-    flags |= {name: about[name].split(", ") for name in ("lora", "embedding") if name in about}
+    flags |= {name: about[name].split(", ") for name in LISTS if name in about}
     whole = {"num_images": about["num_images"]} if "num_images" in about else None
     lost = [f"{name} {text}" for name, text in about.items() if name not in {*flags, "image", "size", "num_images"}]
     return flags | _size(about["size"]) | (whole or {"first_image": about["image"], "num_images": "1"}), lost

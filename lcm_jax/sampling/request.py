@@ -16,7 +16,9 @@ from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import BadArgument
 from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE, Pipeline, check_text_to_image
 from lcm_jax.runtime import memory
+from lcm_jax.sampling import control as control_lib
 from lcm_jax.sampling import noise as noise_lib
+from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.prompts import PLAIN, Reading, make_reading
 
 SAMPLERS = tuple(samplers.SAMPLERS)
@@ -94,6 +96,8 @@ class Request:
       noise: where it comes from, one of `noise.SOURCES`.
       num_images: of a prompt, which noise "torch-batch" draws together; None: as many as are generated at once.
       reading: how the prompts, the negative one too, are read and encoded.
+      control: with images of this size, uint8 [height width 3].
+      control_guess: whether their nets are in guess mode (`sampling.control`).
     """
 
     settings: Settings
@@ -104,6 +108,8 @@ class Request:
     noise: str = "jax"
     num_images: int | None = None
     reading: Reading = PLAIN
+    control: tuple[Control, ...] = ()
+    control_guess: bool = False
 
 
 def make_request(
@@ -120,8 +126,12 @@ def make_request(
     prompt_syntax: str = "plain",
     emphasis: str | None = None,
     clip_skip: int | None = None,
+    control: Sequence[Control] = (),
+    control_guess: bool = False,
 ) -> Request:
     """A request with the model's default guidance scale and size for those that are None.
+
+    The default size beside `control` is that of its first image, rounded down to whole latents.
 
     Raises:
       BadArgument: a value is wrong, or the model cannot do it.
@@ -137,8 +147,11 @@ def make_request(
     check_steps(steps, min(MAX_STEPS, pipeline.constants.solver_steps) if sampler == "lcm" else MAX_STEPS)
     check_guidance_scale(guidance_scale)
     scale = pipeline.default_guidance_scale(sampler) if guidance_scale is None else guidance_scale
-    size, factor = [], pipeline.vae.factor
-    for name, side, default in zip(("height", "width"), (height, width), pipeline.default_size, strict=True):
+    size, factor, defaults = [], pipeline.vae.factor, pipeline.default_size
+    control = control_lib.read(control, pipeline)
+    if control and height is None and width is None:
+        defaults = tuple(side // factor * factor for side in control[0].image.shape[:2])
+    for name, side, default in zip(("height", "width"), (height, width), defaults, strict=True):
         side = default if side is None else side
         if side < factor or side % factor:
             raise BadArgument(name, side, f"not a multiple of the VAE's factor {factor}; use one")
@@ -151,7 +164,17 @@ def make_request(
             "for another text; leave it out, or use an LCM-LoRA on the base model",
         )
     reading = make_reading(pipeline, prompt_syntax, emphasis, clip_skip)
-    return Request(Settings(sampler, steps, spacing), float(scale), *size, negative_prompt, noise, reading=reading)
+    control = control_lib.fitted(control, *size, factor)
+    return Request(
+        Settings(sampler, steps, spacing),
+        float(scale),
+        *size,
+        negative_prompt=negative_prompt,
+        noise=noise,
+        reading=reading,
+        control=control,
+        control_guess=control_guess,
+    )
 
 
 def check_steps(steps: int, most: int = MAX_STEPS) -> None:
@@ -255,6 +278,13 @@ def warnings(pipeline: Pipeline, request: Request) -> list[str]:
             "this may not be a Latent Consistency Model (no w embedding, lcm_config.json, LCMScheduler or LoRA); if it "
             "is not, few steps give blurred images: use the sampler ddim, or add an LCM-LoRA"
         )
+    steps = request.settings.steps
+    for control in request.control:
+        if not control.on(steps).any():
+            found.append(
+                f"{control.net.source} has no effect: none of {steps} steps lies within {control.start:g}-"
+                f"{control.end:g}; use more steps, or a wider window"
+            )
     return found
 
 

@@ -1,0 +1,73 @@
+"""Images that a user gives: every kind becomes upright RGB of 8 bits, and what is none is one line."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lcm_jax.errors import BadArgument
+from lcm_jax.sampling.image import read_image, resized
+
+RGB = np.random.default_rng(0).integers(0, 256, (65, 70, 3), np.uint8)
+GREY = np.repeat(RGB[:, :, :1], 3, axis=2)
+
+
+def test_every_kind_of_image_is_rgb(tmp_path):
+    image = Image.fromarray(RGB)
+    alpha = np.full(RGB.shape[:2], 255, np.uint8)
+    alpha[:, :30] = 0
+    clear = Image.fromarray(np.dstack([RGB, alpha]))
+    on_white = np.where(alpha[:, :, None] == 0, 255, RGB)
+    palette = image.quantize(16)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the first row is the right side
+    for name, given, want, options in (
+        ("rgb.png", image, RGB, {}),
+        ("alpha.png", clear, on_white, {}),
+        ("palette.png", palette, np.asarray(palette.convert("RGB")), {}),
+        ("deep.png", Image.fromarray(RGB[:, :, 0].astype(np.uint16) * 257), GREY, {}),
+        ("grey.png", Image.fromarray(RGB[:, :, 0]), GREY, {}),
+        ("turned.png", image, np.rot90(RGB, -1), {"exif": exif}),
+    ):
+        given.save(tmp_path / name, **options)
+        np.testing.assert_array_equal(read_image(tmp_path / name), want, err_msg=name)
+        if not options:
+            np.testing.assert_array_equal(read_image(given), want, err_msg=name)
+    np.testing.assert_array_equal(read_image(RGB), RGB)
+    np.testing.assert_array_equal(read_image(RGB / np.float32(255)), RGB)
+
+
+def test_resizing_is_pillows_lanczos_stretched():
+    want = np.asarray(Image.fromarray(RGB).resize((48, 64), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(resized(RGB, 64, 48), want)
+    np.testing.assert_array_equal(resized(RGB, 65, 70), RGB)
+
+
+def test_what_is_no_image_is_one_line(tmp_path):
+    frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "text.png").write_text("no image")
+    Image.fromarray(RGB).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:500])
+    header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\1IDAT")
+    floats = RGB / 255
+    for given, message in (
+        (tmp_path / "nowhere.png", r"nowhere.png: cannot be read \(No such file or directory\); give an image file"),
+        (tmp_path, "cannot be read .Is a directory.; give an image file"),
+        (tmp_path / "text.png", "text.png: not an image of a known format; give one image, such as a PNG"),
+        (tmp_path / "cut.jpg", "cut.jpg: undecodable image"),
+        (tmp_path / "moving.gif", "moving.gif: has 2 frames; give one image"),
+        (tmp_path / "huge.png", r"huge.png: undecodable image: .*900000000 pixels\) exceeds limit"),
+        (RGB[:63], r"picture=uint8 \[63, 70, 3\]: has 70 x 63 pixels; each side needs at least 64"),
+        (RGB.astype(np.int32), "is no image: arrays are .h w 3., of uint8, or of floats"),
+        (RGB[:, :, 0], "is no image"),
+        (np.where(floats > 0.9, np.nan, floats), "has values that are not finite"),
+        (2 * floats - 1, r"has floats from -1 to 1, not in \[0, 1\]"),
+    ):
+        with pytest.raises(BadArgument, match=message) as caught:
+            read_image(given, "picture")
+        assert caught.value.name == "picture" and "\n" not in str(caught.value)
