@@ -22,25 +22,25 @@ def get_config():
     config.data.batch_size = 32
     config.data.num_examples = 4096
     config.data.encode = "start"
-    config.train.steps = 500
+    config.train.steps = 800
     config.train.learning_rate = 1e-3
-    config.train.lr_decay_start = 250
-    config.train.lr_decay_steps = 250
+    config.train.lr_decay_start = 400
+    config.train.lr_decay_steps = 400
     config.train.ema_decay = 0.95
     config.distill.loss = "huber"
     config.distill.huber_c = 1e-3
     config.distill.w_min = 0.5
     config.distill.w_max = 7.0
-    config.checkpoint.every = 250
+    config.checkpoint.every = 400
     config.checkpoint.keep = 2
     config.log.every = 10
-    config.sample.every = 250
+    config.sample.every = 400
     config.sample.steps = 4
     config.sample.guidance_scale = 3.0
     config.sample.prompts = (
         "a large red circle at the center on a white background",
-        "a small blue square at the top left on a gray background",
-        "a large green triangle at the right on a black background",
-        "a small yellow star at the bottom on a navy background",
+        "at the top left there is a blue shape",
+        "triangle, small, black background",
+        "a yellow star",
     )
     return config
