@@ -4,8 +4,8 @@ Command   python -m lcm_jax.train --config=configs/collage_lcm_lora.py --workdir
               --config.model.teacher=FOLDER_OR_HUB_ID --config.data.path=FOLDER
 Data      Captioned images in the model's style: those it was fine-tuned on, or a few thousand that it generated; a
           .txt beside each, or metadata.jsonl
-Hardware  3.9 GB before activations, with VAE and text encoder, four images at a time. Not yet measured. If it does
-          not fit: --config.train.accumulation_steps=6, or 12
+Hardware  3.9 GB before activations, with VAE and text encoder, four images at a time. Modelled: 9.7 GiB on one
+          rtx3060 (experiments/aot); not yet measured. If it does not fit: --config.train.accumulation_steps=6, or 12
 Time      Not yet measured
 Source    LCM-LoRA report and README of diffusers' scripts: all as in `sd15_lcm_lora`, from which this config starts;
           taking the batch of 12 in three parts is our choice and gives the same update

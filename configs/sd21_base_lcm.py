@@ -4,8 +4,8 @@ Command   python -m lcm_jax.train --config=configs/sd21_base_lcm.py --workdir=ru
               --config.data.path='SHARDS/{00000..00999}.tar'
 Data      LAION-5B with an aesthetic score above 6: 12 million captioned images (paper). To select them from a
           larger set: --config.data.filters="('AESTHETIC_SCORE >= 6',)", with the score's name in the shards' JSON
-Hardware  19.1 GB before activations, as in `sd15_lcm`. Not yet measured. --config.train.accumulation_steps=N takes
-          the batch of 72 in parts
+Hardware  19.1 GB before activations, as in `sd15_lcm`. Modelled: 82.7 GiB on one h200 (experiments/aot); not yet
+          measured. --config.train.accumulation_steps=N takes the batch of 72 in parts
 Time      Not yet measured
 Source    Paper, experiments: teacher, batch 72, 100,000 steps, lr 8e-6, target EMA 0.999943, w in [2, 14], DDIM with
           k = 20, squared l2 distance. AdamW without decay, clipping at norm 1 and the w embedding of 256 are those

@@ -4,7 +4,7 @@ Command   python -m lcm_jax.train --config=configs/ssd1b_lcm_lora.py --workdir=r
               --config.data.path='SHARDS/{00000..00999}.tar'
 Data      As in `sdxl_lcm`
 Hardware  8.4 GB before activations: the base once in bfloat16 (2.7 GB), 20 bytes for each of 105 million adapter
-          weights, VAE and text encoders. Not yet measured
+          weights, VAE and text encoders. Modelled: 64.2 GiB on one a100-80 (experiments/aot); not yet measured
 Time      Not yet measured
 Source    LCM-LoRA report: 105 million weights, guidance scale 7.5; README of diffusers' scripts: as in `ssd1b_lcm`,
           with the adapters of `sd15_lcm_lora` instead of the whole model

@@ -83,7 +83,7 @@ def test_read_config():
     """The decay is scaled with --steps, unless --set gives it."""
     own, longer = (run.read_config(asked("shapes_lcm", steps=steps)).train for steps in (None, 1000))
     assert (longer.steps, longer.lr_decay_start, longer.lr_decay_steps) == (1000, 500, 500)
-    assert (own.steps, own.lr_decay_start, own.lr_decay_steps) == (500, 250, 250)
+    assert (own.steps, own.lr_decay_start, own.lr_decay_steps) == (800, 400, 400)
     given = run.read_config(asked("shapes_lcm", steps=1000, set=["train.lr_decay_steps=7"])).train
     assert (given.lr_decay_start, given.lr_decay_steps) == (500, 7)
     with pytest.raises(LcmError, match="not together with --set=train.steps"):

@@ -20,7 +20,7 @@ from lcm_jax.ending import exit_code
 from lcm_jax.metrics.shapes import REFERENCES
 
 NOTE = (
-    "Every row: {size} images of held-out captions, from the same noise. Accuracy: of the attributes that a caption "
+    "Every row: {size}; held-out captions, the same noise. Accuracy: of the attributes that a caption "
     "names. Frechet distance to {references} held-out renders in the scorer's features. Coverage distance: from the "
     "law of what captions leave open, 0 for images drawn from it; collapsed: share of captions whose images all agree "
     "in something left open; diversity: number of different combinations, relative to that law. Baselines have "
@@ -57,8 +57,8 @@ def main() -> int:
     rows += embedded.sampled(out, "LCM", size, f"--model={folder}", error_grid, row)
     shown = [row | {"method": row["method"] + " (recorded)" * row.get("recorded", False)} for row in rows]
     recorded = "" if args.full else ", those of recorded rows on another"
-    sets = " and ".join(f"{count:,}, {each} of each caption," for count, each in size)
-    note = NOTE.format(size=sets.removesuffix(","), references=f"{REFERENCES:,}", recorded=recorded)
+    sets = ", and ".join(f"{count:,} images, {each} of each caption" for count, each in size)
+    note = NOTE.format(size=sets, references=f"{REFERENCES:,}", recorded=recorded)
     text = f"{results.table_of(embedded.COLUMNS, shown)}\n{note}\n"
     (args.workdir / "table.md").write_text(text)
     table = {"note": note, "config": str(args.config), "rows": rows}
