@@ -17,7 +17,7 @@ DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
   test-slow-part test-gpu test-aot test-clients test-cudnn fuzz lint install install-test clean
 
 help:
-	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about five minutes"
+	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about four minutes"
 	@echo "make demo-full  the same, with the teacher's rows of the table computed anew"
 	@echo "make gpu-day    all that needs a GPU, in BUDGET_S=1500 seconds; resumes when called again; DEVICE=cpu rehearses"
 	@echo "make evidence   every experiment whose numbers stand in README and docs; resumes, keeps what is current; hours"
