@@ -227,7 +227,7 @@ def test_laws_of_the_splits_mix_to_that_of_the_world(caption):
 
 
 def test_drawn_is_the_law_of_a_caption():
-    """All combinations of what it leaves open; positions lie where a split's do."""
+    """Every combination of what it leaves open is drawn, and centres stay in their cells."""
     specs = [shapes.drawn("a small pink shape", i) for i in range(1800)]
     found = shapes.label_arrays(specs)
     assert {(s.size, s.colour) for s in specs} == {("small", "pink")}

@@ -1,7 +1,7 @@
 """`make demo`: distil the embedded teacher, export it, sample it in 1 to 8 steps, and compare it with the teacher.
 
     python -m experiments.shapes_lcm.demo [--workdir=runs/shapes_lcm] [--config=configs/shapes_lcm.py]
-                                          [--steps=500] [--thorough] [--full] [--publish]
+                                          [--steps=800] [--thorough] [--full] [--publish]
 
 Writes table.md, table.json and grid.png to the workdir, beside the run and its export/; --publish copies them beside
 this file. --thorough measures 2,000 captions, and 64 images of each of 64 for coverage. The rows of the teacher, of

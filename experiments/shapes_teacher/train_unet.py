@@ -7,7 +7,7 @@ linear heads that are thrown away, which word of each attribute the caption name
 
     loss = mean (v_theta - v)^2 + 0.05 sum over attributes of the heads' cross-entropies
 
-Adam, EMA 0.999; the rate is 1.5e-3 and decays linearly to 0 over the last 40 % of the steps.
+Adam, EMA 0.999; the rate is 1.5e-3 and decays linearly from step 9,500 to 0 at 17,000.
 
     python -m experiments.shapes_teacher.train_unet --workdir=/tmp/shapes_teacher
 """
