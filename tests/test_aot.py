@@ -110,7 +110,7 @@ def compiled(tiny):
     """(config, its step, the step compiled)."""
     config = config_of("shapes_lcm", **{"model.teacher": tiny})
     step, _ = report.build(config, one_device())
-    return config, step, report.compile_step(step, config, {})
+    return config, step, report.compile_step(step, config, {})[0]
 
 
 def test_roofline_report_of_a_step_on_this_machine(compiled):
@@ -132,7 +132,7 @@ def test_roofline_report_of_a_step_on_this_machine(compiled):
 
 def test_report_counts_the_encoders(compiled, monkeypatch):
     (config, _, compiled), mesh = compiled, one_device()
-    monkeypatch.setattr(report, "compile_step", lambda *args: compiled)
+    monkeypatch.setattr(report, "compile_step", lambda *args: (compiled, {}))
     found = report.report(config, mesh, {}, chips.CHIPS["v5e"])
     memory = found["memory"]
     params = run_models.shapes(config).teacher_params

@@ -15,7 +15,6 @@ from lcm_jax.diffusion import schedule
 from lcm_jax.models import clip, unet
 from lcm_jax.pretrained import Pipeline, save_pipeline
 from lcm_jax.pretrained.tokenizer import load_tokenizer
-from lcm_jax.runtime.checkpoints import list_steps, load_subtree
 
 ASSET = Path(__file__).parents[2] / "lcm_jax" / "assets" / "shapes_teacher"
 
@@ -26,8 +25,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSET)
     args = parser.parse_args()
     vae, vae_params = train_unet.trained_vae(args.workdir)
-    checkpoints = args.workdir / "unet" / "checkpoints"
-    params = load_subtree(checkpoints, list_steps(checkpoints)[-1], "ema")
+    params = train_unet.newest(args.workdir / list(train_unet.LEGS)[-1])
     source = args.workdir / "source"
     tokenizer.write(source / "tokenizer")
     pipeline = Pipeline(

@@ -15,7 +15,7 @@ from lcm_jax.cost.chips import GIB
 from lcm_jax.errors import LcmError
 from lcm_jax.run import models as run_models
 from lcm_jax.run import step as run_step
-from lcm_jax.runtime import kernels
+from lcm_jax.runtime import kernels, topology
 from lcm_jax.runtime.mesh import abstract_state
 
 
@@ -57,7 +57,7 @@ def report(config: ConfigDict, mesh: Mesh, options: dict[str, Any], chip: chips.
       DoesNotFit: as `compile_step`; or the step fits, but not beside the encoders.
     """
     step, encoders = build(config, mesh)
-    compiled, seconds = timed(lambda: compile_step(step, config, options, encoders))
+    (compiled, options), seconds = timed(lambda: compile_step(step, config, options, encoders))
     options = options | kernels.training(mesh.devices.flat[0].platform, mesh.size)
     found = roofline.report(compiled, mesh, config.data.batch_size, step.model_flops(), chip, options, encoders)
     found["compile_seconds"] = seconds
@@ -75,14 +75,14 @@ def timed(compile_: Callable[[], Any]) -> tuple[Any, float]:
 
 def compile_step(
     step: run_step.TrainingStep, config: ConfigDict, options: dict[str, Any], encoders: int = 0
-) -> jax.stages.Compiled:
-    """The compiled step; encoders: see `build`.
+) -> tuple[jax.stages.Compiled, dict[str, Any]]:
+    """The compiled step, and the options it was compiled with besides its own; encoders: see `build`.
 
     Raises:
       DoesNotFit: the device has less memory than step and encoders need; the message says how to reduce it.
     """
     try:
-        return step.lower().compile(compiler_options=options)
+        return topology.compile_program(step.lower(), options)
     except jax.errors.JaxRuntimeError as error:
         needed, available = memory_asked(str(error), device_bytes((step.state, step.frozen, step.batch)))
         if not needed:

@@ -15,7 +15,7 @@ import jax
 
 from lcm_jax.cost.chips import GPUS_PER_NODE, Chip, Gpu, of_topology
 from lcm_jax.errors import LcmError
-from lcm_jax.runtime import jax_private
+from lcm_jax.runtime import jax_private, waiting
 
 CUDNN = (9, 10, 0)  # the version that programs for absent GPUs are compiled for
 CUDA = "12.9.0"
@@ -23,6 +23,7 @@ CUDA = "12.9.0"
 # Without these libtpu would ask the metadata server of a TPU machine.
 _NO_MACHINE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+_NO_TILES = "Couldn't find output tile sizes"  # XLA, of a product of matrices that it would write in Triton
 
 
 def devices(topology: str, slices: int = 1) -> list[jax.Device]:
@@ -41,6 +42,22 @@ def tracing_for(chip: Chip) -> contextlib.AbstractContextManager[None]:
         major, minor, patch = CUDNN
         return jax_private.absent_gpu(chip.capability, 10_000 * major + 100 * minor + patch)
     return contextlib.nullcontext()
+
+
+def compile_program(lowered: jax.stages.Lowered, options: dict[str, Any]) -> tuple[jax.stages.Compiled, dict[str, Any]]:
+    """(compiled program, the options that it was compiled with).
+
+    XLA's compiler for GPUs tries tiles for its own products of matrices on the card, and leaves a product to cuBLAS where
+    none is better. Without a card it takes tiles unseen, which some products do not have: then all are left to cuBLAS.
+    """
+    try:
+        return lowered.compile(compiler_options=options), options
+    except jax.errors.JaxRuntimeError as error:
+        if _NO_TILES not in str(error):
+            raise
+    waiting.say("XLA has no tiles for a product of this program without a card: compiling with cuBLAS for all products")
+    options = options | {"xla_gpu_enable_triton_gemm": False}
+    return lowered.compile(compiler_options=options), options
 
 
 def _tpus(topology: str, slices: int) -> list[jax.Device]:

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from lcm_jax.cost import chips, roofline
 from lcm_jax.cost.chips import GIB
 from lcm_jax.run.report import DoesNotFit, device_bytes, memory_asked, timed
+from lcm_jax.runtime import topology
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.request import Request
 
@@ -31,13 +32,13 @@ def report(
     programs, mesh, weights = {}, generator.mesh, device_bytes(generator.params)
     for name, traced in generator.trace(request, batch).items():
         try:
-            compiled, seconds = timed(lambda: traced.lower().compile(compiler_options=options))  # noqa: B023
+            (compiled, used), seconds = timed(lambda: topology.compile_program(traced.lower(), options))  # noqa: B023
         except jax.errors.JaxRuntimeError as error:  # on TPUs
             needed, available = memory_asked(str(error), weights)
             if not needed:
                 raise
             raise _does_not_fit(request, batch, mesh, needed, available) from error
-        programs[name] = roofline.report(compiled, mesh, batch, 0.0, chip, options) | {"compile_seconds": seconds}
+        programs[name] = roofline.report(compiled, mesh, batch, 0.0, chip, used) | {"compile_seconds": seconds}
     beside = {name: one["memory"]["needed"] - one["memory"]["arguments"] for name, one in programs.items()}
     available = programs["sampler"]["memory"]["available"]
     needed = weights + max(beside.values())
