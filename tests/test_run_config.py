@@ -81,6 +81,8 @@ BAD = {
     "distill.timestep_scaling": 0.0,
     "distill.sigma_data": float("inf"),
     "distill.lcd_weight": -1.0,
+    "distill.map": "phase",
+    "distill.phases": 0,
     "lora.rank": -1,
     "lora.alpha": 0.0,
     "lora.targets": (1,),
@@ -95,6 +97,9 @@ BAD = {
     "sample.guidance_scale": 0.5,
     "sample.prompts": (3,),
 }
+
+
+PHASED = {"distill.map": "phased"}
 
 
 def test_validate_names_key_and_value(shapes):
@@ -127,6 +132,18 @@ def test_validate_names_key_and_value(shapes):
             r"the loss evaluates no teacher; .* set distill.lcd_weight",
         ),
         ({"distill.w_embedding_dim": 0}, r"guidance_scale = 3.0: .*set 1 "),
+        ({"distill.phases": 2}, r'phases = 2: distill.map = "origin" has none'),
+        ({"distill.stages": ("2:10",)}, r'stages = .*: distill.map = "origin" has none'),
+        (PHASED | {"distill.sigma_data": 1.0}, r'sigma_data = 1.0: distill.map = "phased" has none'),
+        (PHASED | {"distill.phases": 60, "sample.steps": 50}, r"phases = 60: at most distill.solver_steps = 50"),
+        (PHASED | {"sample.steps": 2}, r"sample.steps = 2: the map that is trained last has 4 phases.*set 4"),
+        (PHASED | {"distill.stages": ("2:100", "1:300")}, r"sample.steps = 4: .* last has 1 phases"),
+        (PHASED | {"distill.stages": ("2:100", "2:300")}, r"stages = '2:300': .* before it: 2 from step 100"),
+        (PHASED | {"distill.stages": ("2:100", "1:100")}, r"stages = '1:100': .* begins at a later step"),
+        (PHASED | {"distill.stages": ("8:100",)}, r"stages = '8:100': each stage has fewer phases"),
+        (PHASED | {"distill.stages": ("0:100",)}, r"stages = '0:100': .*at least 1"),
+        (PHASED | {"distill.stages": ("two at 100",)}, r"stages = 'two at 100': write PHASES:STEP"),
+        (PHASED | {"distill.stages": ("2:800",), "sample.steps": 2}, r"begins after train.steps = 800"),
     ],
 )
 def test_values_that_contradict_each_other(shapes, changes, words):
@@ -134,6 +151,16 @@ def test_values_that_contradict_each_other(shapes, changes, words):
     with pytest.raises(LcmError, match=words) as error:
         config_lib.validate(shapes)
     assert "\n" not in str(error.value)
+
+
+def test_stages_of_a_phased_map(shapes):
+    assert config_lib.phases_at_end(shapes) == 0
+    shapes.distill.map, shapes.distill.phases, shapes.distill.stages = "phased", 8, ("4:100", "1:300")
+    shapes.sample.steps = 1
+    config_lib.validate(shapes)
+    assert config_lib.stages(shapes.distill) == [(8, 0), (4, 100), (1, 300)]
+    assert config_lib.phases_at_end(shapes) == 1
+    config_lib.validate(ConfigDict(json.loads(config_lib.to_json(shapes))))  # tuples come back as lists
 
 
 def test_resolve(shapes):

@@ -176,6 +176,24 @@ def test_lcf_has_no_teacher_unless_it_is_mixed_with_lcd(teacher, lcm):
     assert frozen.base is models.teacher_params["unet"]
 
 
+def test_a_phased_map_in_the_step_and_in_the_record(teacher, tmp_path):
+    phased = {"distill__map": "phased", "distill__w_embedding_dim": DIM, "sample__steps": 2}
+    config = make_config(teacher, **phased, distill__stages=("2:30",), train__steps=60)
+    models = load(config)
+    problem, _ = frozen_of(config, models)
+    assert problem.stages == (30,) and problem.ends.shape == (2, 50)
+    assert {*problem.ends[0].tolist()} == {759, 499, 259, 0} and {*problem.ends[1].tolist()} == {499, 0}
+    assert models.student.record["map"] == "phased" and models.student.record["phases"] == 2
+    assert models.student.constants.phases == 2
+    made = make_lcm(teacher, tmp_path / "phased", DIM, **models.student.record)
+    lcf = {"objective": "lcf", "model__student": str(made)}
+    assert load(make_config(None, **lcf, **phased, distill__phases=2)).student.constants.phases == 2
+    with pytest.raises(LcmError, match=r"phases = 4, but .* distilled with 2; set that"):
+        load(make_config(None, **lcf, **phased | {"sample__steps": 4}))
+    with pytest.raises(LcmError, match=r"map = 'origin', but .* distilled with 'phased'"):
+        load(make_config(None, **lcf, distill__w_embedding_dim=DIM))
+
+
 def test_how_an_lcm_is_recognised(teacher, lcm, tmp_path):
     """By time_cond_proj_dim, a record, or LCMScheduler; the latter two also without w embedding."""
     lcf = {"objective": "lcf", "distill__w_embedding_dim": 0, "sample__guidance_scale": 1.0}
@@ -201,6 +219,7 @@ def test_how_an_lcm_is_recognised(teacher, lcm, tmp_path):
         ({"distill__solver_steps": 25}, r"solver_steps = 25, but .* was distilled with 50"),
         ({"distill__timestep_scaling": 5.0}, r"timestep_scaling = 5.0, but .* 10.0"),
         ({"distill__sigma_data": 1.0}, r"sigma_data = 1.0, but .* 0.5"),
+        ({"distill__map": "phased"}, r"map = 'phased', but .* 'origin'; set that"),
         ({"distill__w_max": 20.0}, r"w_max = 20: .* on w in \[2, 14\]"),
         ({"distill__w_embedding_dim": 256}, r"dimension 16.*w_embedding_dim is 256"),
         ({"model__prediction_type": "v_prediction"}, r"'v_prediction', but .* 'epsilon'"),

@@ -11,6 +11,9 @@ In LCD (Algorithm 1) the teacher decides where z_end is; in LCF (an LCM on new d
             z_end = DDIM jump of (x0(o), eps(o)) from t_start to t_end, or a second-order jump, which evaluates
                     o once more, at a timestep between them
     LCF     z_end = alpha z + sigma eps      at t_end, with the noise of z_start
+
+f goes to the origin (`diffusion.consistency`), or, of a phased map, to the edge of the phase (`diffusion.phases`; PCM,
+arXiv 2405.18407), the same for prediction and target.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lcm_jax.diffusion import phases
 from lcm_jax.diffusion.consistency import consistency_function
 from lcm_jax.diffusion.denoiser import Conditioning, Params, student_output
 from lcm_jax.distill.objective import Draws, Frozen, Objective, Problem, noised, student_weights, teacher_jump
@@ -63,12 +67,17 @@ ConsistencyFn = Callable[[Params, jax.Array, Any], jax.Array]
 
 
 def _consistency(problem: Problem, frozen: Frozen, cond: Conditioning, draws: Draws) -> ConsistencyFn:
-    """f(theta, z_t, timesteps) = f_theta(z_t, w, c, t) [b h w c], t being `timesteps` [N] at the draws' index."""
+    """f(theta, z_t, timesteps) = f_theta(z_t, w, c, t) [b h w c], t being `timesteps` [N] at the draws' index.
+
+    It ends at the origin, or at `draws.end`.
+    """
     p = problem
 
     def f(theta: Params, z_t: jax.Array, timesteps: Any) -> jax.Array:
         t = jnp.asarray(timesteps)[draws.index]
         output = student_output(p.student, student_weights(p, frozen, theta), z_t, t, cond, draws.w)
+        if draws.end is not None:
+            return phases.jump(p.schedule, output, z_t, t, draws.end)
         return consistency_function(p.schedule, output, z_t, t, p.sigma_data, p.timestep_scaling)
 
     return f

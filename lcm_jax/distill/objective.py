@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 
@@ -70,6 +71,9 @@ class Problem:
       sigma_data, timestep_scaling: of the boundary scalings.
       objective: a key of `lcm_jax.distill.OBJECTIVES`.
       lcd_weight: of the LCD loss that LCF adds to its own, so that the student keeps the teacher's guidance.
+      ends: where the student's step from each grid point ends, int32 [stages N] of `phases.ends`; None: at the origin,
+        with boundary scalings.
+      stages: the steps of training at which the rows of `ends` after the first begin.
     """
 
     student: nn.Module | Adapted
@@ -84,15 +88,21 @@ class Problem:
     timestep_scaling: float = consistency.TIMESTEP_SCALING
     objective: str = "lcd"
     lcd_weight: float = 0.0
+    ends: np.ndarray | None = None
+    stages: tuple[int, ...] = ()
 
 
 class Draws(struct.PyTreeNode):
-    """The randomness of one loss: posterior and noise, normal [b h w c]; index, int32 [b]; w, float32 [b]."""
+    """The randomness of one loss: posterior and noise, normal [b h w c]; index, int32 [b]; w, float32 [b].
+
+    end: int32 [b], the timestep at which the student's step from `index` ends; None: the origin.
+    """
 
     posterior: jax.Array
     noise: jax.Array
     index: jax.Array
     w: jax.Array
+    end: jax.Array | None = None
 
 
 class Frozen(struct.PyTreeNode):
@@ -107,15 +117,19 @@ class Frozen(struct.PyTreeNode):
     base: Params | None = None
 
 
-def draw(problem: Problem, key: jax.Array, shape: tuple[int, ...]) -> Draws:
-    """Draws for latents of `shape` [b h w c]; the solver index is uniform over the grid."""
+def draw(problem: Problem, key: jax.Array, shape: tuple[int, ...], step: Any = 0) -> Draws:
+    """Draws for latents of `shape` [b h w c] at a step of training; the solver index is uniform over the grid."""
     keys = jax.random.split(key, 4)
-    return Draws(
+    draws = Draws(
         posterior=jax.random.normal(keys[0], shape),
         noise=jax.random.normal(keys[1], shape),
         index=jax.random.randint(keys[2], shape[:1], 0, problem.grid.num_steps),
         w=guidance.sample_w(keys[3], shape[:1], problem.w_min, problem.w_max),
     )
+    if problem.ends is None:
+        return draws
+    stage = jnp.searchsorted(jnp.asarray(problem.stages, jnp.int32), step, side="right")
+    return draws.replace(end=jnp.asarray(problem.ends)[stage, draws.index])
 
 
 def student_weights(problem: Problem, frozen: Frozen, theta: Params) -> Params:

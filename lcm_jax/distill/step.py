@@ -82,7 +82,7 @@ def make_step(
         return jnp.mean(each), each
 
     def step(state: TrainState, frozen: Frozen, batch: Any, key: jax.Array):
-        draws = draw(problem, jax.random.fold_in(key, state.step), batch["mean"].shape)
+        draws = draw(problem, jax.random.fold_in(key, state.step), batch["mean"].shape, state.step)
 
         def value_and_grad(batch, draws):
             of_params = jax.value_and_grad(loss_fn, has_aux=True)

@@ -60,6 +60,7 @@ class Constants:
     Attributes:
       solver_steps: N of the solver's grid, from which `lcm` takes its timesteps.
       timestep_scaling, sigma_data: of the boundary scalings (`diffusion.consistency`).
+      phases: of a phased map, whose sampler takes as many steps (`diffusion.phases`); 0: the map goes to the origin.
       w_min, w_max: the range of guidance weights of the distillation; the user's guidance scale is w + 1.
       set_alpha_to_one: whether DDIM ends at abar = 1, or at abar_0.
       zero_null: whether the null text of SDXL is zeros instead of the encoded "".
@@ -68,6 +69,7 @@ class Constants:
     solver_steps: Annotated[int, Range(1, 10_000)] = 50
     timestep_scaling: Positive = TIMESTEP_SCALING
     sigma_data: Positive = SIGMA_DATA
+    phases: Annotated[int, Range(0, 10_000)] = 0
     w_min: _GuidanceWeight = 0.0
     w_max: _GuidanceWeight = math.inf
     set_alpha_to_one: bool = True
@@ -81,7 +83,7 @@ _IN_SCHEDULER = {
     "set_alpha_to_one": "set_alpha_to_one",
 }
 _IN_INDEX = {"force_zeros_for_empty_prompt": "zero_null"}
-_IN_RECORD = {key: key for key in ("solver_steps", "timestep_scaling", "sigma_data", "w_min", "w_max")}
+_IN_RECORD = {key: key for key in ("solver_steps", "timestep_scaling", "sigma_data", "phases", "w_min", "w_max")}
 
 
 def recorded(record: Mapping[str, Any]) -> dict[str, Any]:

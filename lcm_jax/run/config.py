@@ -49,6 +49,7 @@ W_EMBEDDING_OF_A_LORA = (
     "a LoRA run cannot train a student with a w embedding, because adapters cannot add an input to the base model; set "
     "0 (--config.distill.w_embedding_dim=0), or lora.rank = 0 to train the whole model"
 )
+MAPS = ("origin", "phased")
 MAX_SOLVER_STEPS = 1000  # the solver grid is a subset of the 1000 training timesteps
 
 
@@ -348,6 +349,24 @@ KEYS = (
         ),
         "width of the embedding of w, the UNet's time_cond_proj_dim; 0: student without w",
     ),
+    Key(
+        "distill.map",
+        "origin",
+        one_of(MAPS),
+        "where the student's step ends. origin: at the data (LCM); phased: at the edge of its phase (PCM)",
+    ),
+    Key(
+        "distill.phases",
+        4,
+        between(1, MAX_SOLVER_STEPS),
+        "of map phased: into how many parts the path is cut, for that many steps of the sampler",
+    ),
+    Key(
+        "distill.stages",
+        (),
+        None,
+        'of map phased: fewer phases later, "PHASES:STEP" from a step of training on, as ("2:4000", "1:6000")',
+    ),
     Key("distill.timestep_scaling", 10.0, SCALE, "s of the boundary scalings: c_skip and c_out depend on s * t"),
     Key("distill.sigma_data", 0.5, SCALE, "of the boundary scalings"),
     Key("distill.lcd_weight", 0.0, WEIGHT, "of lcf: weight of an added LCD loss; keeps guidance, needs a teacher"),
@@ -430,6 +449,7 @@ def validate(config: ConfigDict, models: bool = True) -> None:
         _check_models(config)
     _check_training(config)
     _check_guidance(config)
+    _check_map(config)
 
 
 def _refusal(name: str, value: Any, remedy: str) -> LcmError:
@@ -528,6 +548,53 @@ def _check_guidance(config: ConfigDict) -> None:
             "a student without w embedding (distill.w_embedding_dim = 0) is guided already; set 1 (one pass a step), "
             f"or up to {MAX_TWO_PASS_SCALE:g} (two passes)",
         )
+
+
+def stages(distill: ConfigDict) -> list[tuple[int, int]]:
+    """(phases, first step of training) of each stage of a phased map.
+
+    Raises:
+      LcmError: a stage that cannot be read, or that does not have fewer phases than the one before, and begin later.
+    """
+    found = [(distill.phases, 0)]
+    for text in distill.stages:
+        count, colon, step = text.partition(":")
+        if not (colon and count.isdecimal() and step.isdecimal() and len(text) < 20):
+            raise _refusal("distill.stages", text, 'write PHASES:STEP, as "2:4000"')
+        found.append((int(count), int(step)))
+        if not 1 <= found[-1][0] < found[-2][0] or found[-1][1] <= found[-2][1]:
+            problem = "each stage has fewer phases than the one before (at least 1), and begins at a later step"
+            raise _refusal("distill.stages", text, f"{problem}; before it: {found[-2][0]} from step {found[-2][1]}")
+    return found
+
+
+def phases_at_end(config: ConfigDict) -> int:
+    """The phases of the map that training ends with; 0: it goes to the origin."""
+    return stages(config.distill)[-1][0] if config.distill.map == "phased" else 0
+
+
+def _check_map(config: ConfigDict) -> None:
+    """The keys of the map are those of the chosen one, and the sample grids are of its number of steps."""
+    distill, sample = config.distill, config.sample
+    of_other = {"origin": ("phases", "stages"), "phased": ("timestep_scaling", "sigma_data")}[distill.map]
+    defaults = {key.name: key.default for key in KEYS}
+    for key in of_other:
+        if _plain(distill[key]) != _plain(defaults[f"distill.{key}"]):
+            raise _refusal(f"distill.{key}", distill[key], f'distill.map = "{distill.map}" has none; leave it out')
+    if distill.map == "origin":
+        return
+    if distill.phases > distill.solver_steps:
+        raise _refusal("distill.phases", distill.phases, f"at most distill.solver_steps = {distill.solver_steps}")
+    last = stages(distill)[-1]
+    if last[1] >= config.train.steps:
+        raise _refusal("distill.stages", distill.stages, f"the last begins after train.steps = {config.train.steps}")
+    if sample.steps != last[0]:
+        problem = f"the map that is trained last has {last[0]} phases, for as many steps; set {last[0]}"
+        raise _refusal("sample.steps", sample.steps, problem)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else value
 
 
 def from_saved(saved: Mapping[str, Any], where: object) -> ConfigDict:

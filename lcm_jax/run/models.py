@@ -42,7 +42,7 @@ from lcm_jax.pretrained.model import (
     recorded,
 )
 from lcm_jax.pretrained.names import PutFn
-from lcm_jax.run.config import W_EMBEDDING_OF_A_LORA, needs_teacher
+from lcm_jax.run.config import W_EMBEDDING_OF_A_LORA, needs_teacher, phases_at_end
 from lcm_jax.run.data import check_sizes
 from lcm_jax.runtime.workdir import digest_entry
 
@@ -220,6 +220,7 @@ def record(config: ConfigDict, student: Pipeline) -> dict[str, Any]:
         "solver_steps": distill.solver_steps,
         "timestep_scaling": distill.timestep_scaling,
         "sigma_data": distill.sigma_data,
+        **({"map": distill.map, "phases": phases} if (phases := phases_at_end(config)) else {}),
         "prediction_type": student.schedule.prediction_type,
         **({"lora": lora} if config.lora.rank else {}),
     }
@@ -277,10 +278,12 @@ def _check_lcm(config: ConfigDict, unet: Any, weights: bool) -> None:
             "without w embedding; set 0"
         )
     constants = recorded(record)
+    phases = constants.get("phases", 0)
     made_with = {
         "solver_steps": constants.get("solver_steps", scheduler.get("original_inference_steps", distill.solver_steps)),
         "timestep_scaling": constants.get("timestep_scaling", scheduler.get("timestep_scaling", TIMESTEP_SCALING)),
         "sigma_data": constants.get("sigma_data", SIGMA_DATA),
+        **({"map": "phased", "phases": phases} if phases else {"map": "origin"}),
     }
     for key, value in made_with.items():
         if distill[key] != value:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lcm_jax.cost import flops
+from lcm_jax.diffusion import phases
 from lcm_jax.diffusion.solvers import solver_grid
 from lcm_jax.distill import OBJECTIVES
 from lcm_jax.distill.objective import Frozen, Problem, draw, l2, pseudo_huber
@@ -28,7 +29,7 @@ from lcm_jax.models.layers import dtypes_in_use
 from lcm_jax.models.lora import Adapted
 from lcm_jax.pretrained import text
 from lcm_jax.pretrained.model import Pipeline
-from lcm_jax.run.config import needs_teacher
+from lcm_jax.run.config import needs_teacher, stages
 from lcm_jax.run.models import Models
 from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import abstract_state, batch_sharding, check_batch, replicated
@@ -148,11 +149,13 @@ def _plain(unet: Any) -> Any:
 def make_problem(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> Problem:
     """What the config distils. `student` is the teacher's pipeline with the student's UNet."""
     distill = config.distill
+    grid = solver_grid(teacher.schedule, distill.solver_steps, distill.solver)
+    phased = stages(distill) if distill.map == "phased" else []
     return Problem(
         student=student.unet,
         teacher=teacher.unet if needs_teacher(config) else None,
         schedule=teacher.schedule,
-        grid=solver_grid(teacher.schedule, distill.solver_steps, distill.solver),
+        grid=grid,
         distance={"l2": l2, "huber": functools.partial(pseudo_huber, c=distill.huber_c)}[distill.loss],
         w_min=distill.w_min,
         w_max=distill.w_max,
@@ -161,6 +164,8 @@ def make_problem(config: ConfigDict, teacher: Pipeline, student: Pipeline) -> Pr
         timestep_scaling=distill.timestep_scaling,
         objective=config.objective,
         lcd_weight=distill.lcd_weight,
+        ends=phases.ends(teacher.schedule, grid, [count for count, _ in phased]) if phased else None,
+        stages=tuple(step for _, step in phased[1:]),
     )
 
 
