@@ -1,6 +1,7 @@
 """From files to the step's batches: four formats, real processes, damaged records, mixtures, buckets, encoding."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
@@ -285,6 +286,27 @@ def test_dropped_captions_are_empty_ones(paths, loaded, pipeline, encode_at):
     null = text.tokens(pipeline, [""]) if encode_at == "step" else jax.device_get(text.encode(*loaded, [""]))
     dropped = np.array([np.allclose(row, null[name][0], atol=1e-5) for row in batch[name]])
     assert 10 < dropped.sum() < 34
+
+
+@pytest.mark.parametrize("encode_at", ["step", "start"])
+@pytest.mark.parametrize("zero_null", [True, False])
+def test_dropped_captions_of_sdxl_are_its_own_null_text(paths, encode_at, zero_null):
+    """Zeros, as guidance takes them at inference, and not the states of "", unless the model says so."""
+    pipeline, params = load_pipeline(tiny.folder("sdxl"))
+    index = {**pipeline.configs["model_index"], "force_zeros_for_empty_prompt": zero_null}
+    pipeline = dataclasses.replace(pipeline, configs={**pipeline.configs, "model_index": index})
+    encode = encoding.make_encode(pipeline, params)
+    config = config_of("folder", paths["folder"], encode=encode_at, caption_dropout=0.5, batch_size=16)
+    (batch,) = batches_of(config, pipeline, 1, encode=encode)
+    batch = encoding.encode_rows(encode, {n: v for n, v in batch.items() if n not in ("pixels", "time_ids")}, 16)
+    null = jax.device_get(text.null(pipeline, params))
+    dropped = np.array([np.allclose(row, null["text_embeds"][0], atol=1e-5) for row in batch["text_embeds"]])
+    assert 2 < dropped.sum() < 14
+    parity.close(
+        batch["encoder_hidden_states"][dropped], np.repeat(null["encoder_hidden_states"], dropped.sum(), 0), atol=1e-5
+    )
+    assert np.abs(null["text_embeds"]).max() == 0 if zero_null else np.abs(null["text_embeds"]).max() > 0
+    assert np.abs(batch["text_embeds"][~dropped]).max(1).min() > 0
 
 
 def test_data_log_reports_captions_that_are_cut(tmp_path, pipeline):

@@ -31,6 +31,7 @@ from lcm_jax.runtime.mesh import AXES, batch_sharding, replicated, spread
 ENCODE_PIXELS = 8 * 1024**2  # of a batch that is encoded outside a step: a few GB of the VAE's activations
 MAX_BATCH = 64
 LEVELS = np.arange(256, dtype=np.float32) / 127.5 - 1.0  # 0..255 -> [-1, 1]; XLA would round the division otherwise
+NO_TEXT = -1  # token id of rows whose conditioning is zeros: the null text of SDXL (`Constants.zero_null`)
 AHEAD = 128  # rows that are read before they are asked for
 
 Rows = dict[str, np.ndarray]
@@ -90,6 +91,9 @@ def _programs(vae: Any, text_encoders: tuple[Any, Any], mesh: Mesh | None, chunk
         ids = {name: encoded.pop(name) for name in TEXT_ENCODERS if name in rows}
         if ids:
             text = encode_tokens(text_encoders, params, ids)
+            if text_encoders[1] is not None:
+                has_text = next(iter(ids.values()))[:, 0] != NO_TEXT
+                text = {name: jnp.where(_rows_like(has_text, value), value, 0) for name, value in text.items()}
             encoded |= {name: value.astype(np.float32) for name, value in text.items()}
         return encoded
 
@@ -100,6 +104,11 @@ def _programs(vae: Any, text_encoders: tuple[Any, Any], mesh: Mesh | None, chunk
     split = jit(encode, out_shardings=mesh and batch_sharding(mesh))
     whole = jit(encode_first, static_argnums=2, out_shardings=mesh and replicated(mesh))
     return encode, split, whole
+
+
+def _rows_like(rows: jax.Array, like: jax.Array) -> jax.Array:
+    """[b] -> [b 1 ...], to broadcast against `like` [b ...]."""
+    return rows.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def in_chunks(fn: Callable[[jax.Array], Any], x: jax.Array, chunk: int, mesh: Mesh | None = None) -> Any:

@@ -281,7 +281,12 @@ KEYS = (
     Key("data.flip", 0.0, SHARE, "probability that an image is mirrored"),
     Key("data.resize_filter", "lanczos", None, "lanczos, bicubic, bilinear, box: Pillow's; area: OpenCV's"),
     Key("data.decoder", "pillow", one_of(images.FILTERS), "pillow: the reference; opencv: faster, needs OpenCV"),
-    Key("data.caption_dropout", 0.0, SHARE, "probability that a caption is replaced by ''"),
+    Key(
+        "data.caption_dropout",
+        0.0,
+        SHARE,
+        "probability that a caption is replaced by the model's null text: '', of SDXL zeros",
+    ),
     Key(
         "data.encode_chunk",
         0,

@@ -264,6 +264,8 @@ def open_examples(
         examples.append(rows)
     if data.caption_dropout:
         null = tokens(pipeline, [""])
+        if pipeline.is_xl and pipeline.constants.zero_null:
+            null = {name: np.full_like(ids, encoding.NO_TEXT) for name, ids in null.items()}
         if data.encode == "start" or any(is_cached(p) and p.source.manifest["text"] != "ids" for p in parts):
             null = encoding.encode_rows(encode, null, 1)
         null = {name: value[0] for name, value in null.items()}
