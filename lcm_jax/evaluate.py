@@ -37,7 +37,7 @@ from lcm_jax.pretrained import Pipeline
 from lcm_jax.pretrained.text import truncated
 from lcm_jax.runtime.telemetry import Progress
 from lcm_jax.runtime.workdir import locked
-from lcm_jax.sampling import flags
+from lcm_jax.sampling import flags, nag
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.load import load
 from lcm_jax.sampling.request import (
@@ -145,6 +145,7 @@ def check_flags(args: argparse.Namespace) -> None:
         if (getattr(args, flag) or 0) > most:
             raise BadArgument(flag, getattr(args, flag), f"give {most} at most")
     check_texts(negative_prompt=args.negative_prompt)
+    nag.check_scale(args.nag_scale)
     if (args.prompts is None) == (args.source is None):
         raise LcmError("captions come from --prompts=FILE or from --source=NAME; give one of them")
     for flag in (*SOURCE_FLAGS, "references"):
@@ -214,6 +215,7 @@ def make_requests(rows: Sequence[RowRequest], pipeline: Pipeline, args: argparse
                 height=args.height,
                 width=args.width,
                 negative_prompt=args.negative_prompt,
+                nag_scale=args.nag_scale,
             )
         found |= dict.fromkeys(warnings(pipeline, request))
         requests[request] = None
@@ -262,6 +264,8 @@ def run(args: argparse.Namespace) -> list[Path]:
     endpoints = load_endpoints(args, specs, generator, found.captions, requests[0])
     program = {key: getattr(args, key) for key in ("negative_prompt", "tiled", "fsdp", "timings")}
     program |= {"dtype": generator.dtype, "batch_size": batch_size}
+    if args.nag_scale != 1.0:
+        program["negative_prompt"] = f"{args.negative_prompt or ''} (nag_scale {args.nag_scale:g})"
     program |= {"device": f"{mesh.size} x {jax.devices()[0].device_kind}"}
     evaluation = Evaluation(
         model=args.name or " + ".join([args.model, *filter(None, (args.unet, args.vae)), *args.lora]),

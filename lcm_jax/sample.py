@@ -8,7 +8,8 @@
 One prompt gives `--num_images` images; image i of a prompt depends on (seed, i) alone, not on how many are generated.
 `--noise` takes the random numbers of other programs; `--like` repeats the image of a PNG file, but for flags given.
 A UNet with w embedding is conditioned on w = guidance_scale - 1. Any other is guided by a second pass with the negative
-prompt, or not at all at scale 1, the default of an LCM without w embedding; its images suffer above 2.
+prompt, or not at all at scale 1, the default of an LCM without w embedding; its images suffer above 2. With
+`--nag_scale` the negative prompt takes effect in the same pass, for either.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from lcm_jax.diffusion.timesteps import SPACINGS
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained.safetensors_io import SUFFIX
-from lcm_jax.sampling import control, flags, like, png
+from lcm_jax.sampling import control, flags, like, nag, png
 from lcm_jax.sampling.chunks import truncated, unused
 from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.generator import Generator
@@ -153,6 +154,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     check_numbers(args.seed, num_images=args.num_images, batch_size=args.batch_size)
     check_steps(args.steps)
     check_guidance_scale(args.guidance_scale)
+    nag.check_scale(args.nag_scale)
     check_strength(args.strength)
     syntax = args.prompt_syntax or "plain"
     check_syntax(syntax, args.emphasis)
@@ -240,6 +242,7 @@ def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict
         **({"lora": ", ".join(args.lora)} if args.lora else {}),
         **({"embedding": ", ".join(args.embedding)} if args.embedding else {}),
         **({} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}),
+        **({} if args.nag_scale == 1.0 else {"nag_scale": args.nag_scale}),
         **({} if syntax == "plain" else {"prompt_syntax": syntax, "emphasis": request.reading.emphasis}),
         **({} if args.clip_skip is None else {"clip_skip": args.clip_skip}),
         **({"control": ", ".join(args.control)} if args.control else {}),
@@ -277,7 +280,7 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
     model = flags.load_model(args, args.embedding)
     nets = {name: model.control_net(name, args.variant) for name in dict.fromkeys(one.net for one in controls)}
     controls = [dataclasses.replace(one, net=nets[one.net]) for one in controls]
-    keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt", "noise")
+    keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt", "nag_scale", "noise")
     keys += ("emphasis", "clip_skip", "control_guess", "strength", "fit", "background", "max_side", "posterior")
     given = {key: getattr(args, key) for key in keys} | {"prompt_syntax": args.prompt_syntax or "plain"}
     requests = [make_request(model.pipeline, control=controls, image=one, **given) for one in sources]

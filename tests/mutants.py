@@ -756,6 +756,28 @@ CONTRACTS = [
         False,
     ),
     Mutant(
+        "attention guidance that bounds each feature by itself",
+        "sampling/nag.py",
+        "jnp.abs(x).sum((2, 3), keepdims=True)",
+        "jnp.abs(x)",
+        ("test_sampling_nag.py::test_one_layer_is_the_formula_before_the_last_projection",),
+    ),
+    Mutant(
+        "attention guidance by the paper's scale",
+        "sampling/nag.py",
+        "(scale - 1.0) * (z - negative)",
+        "scale * (z - negative)",
+        ("test_sampling_nag.py::test_one_layer_is_the_formula_before_the_last_projection",),
+    ),
+    Mutant(
+        "attention guidance in self-attention",
+        "sampling/nag.py",
+        '_CROSS_ATTENTION = "attn2"',
+        '_CROSS_ATTENTION = "attn1"',
+        ("test_sampling_nag.py::test_images_of_diffusers_with_the_formula_in_its_attention",),
+        False,
+    ),
+    Mutant(
         "norms held in 16 bits",
         "models/layers.py",
         'path[-1] == "embedding" or (*path[:-1], "scale") in flat',

@@ -98,8 +98,8 @@ print("fine")
 SAMPLE = (
     START
     + """
-def images_of(model, noise):
-    return model.decode(model.latents(model.encode(prompts), noise, 3.0, lcm_jax.Settings(steps=2)))
+def images_of(model, noise, **options):
+    return model.decode(model.latents(model.encode(prompts), noise, 3.0, lcm_jax.Settings(steps=2), **options))
 
 prompts = ["a red circle", "a blue square", "hello"]
 noise = draw_noise(3, range(3), 2, (8, 8, 4))
@@ -110,6 +110,7 @@ assert weights.sharding.shard_shape(weights.shape) == (3, 3, 4, 8)
 images = images_of(several, noise)
 assert images.shape == (3, 16, 16, 3)
 close(images, images_of(one, noise), 1e-4)
+close(images_of(several, noise, nag_scale=3.0), images_of(one, noise, nag_scale=3.0), 1e-4)
 wide = draw_noise(3, range(3), 1, (8, 16, 4))[0]
 close(*(lcm_jax.load(source, mesh=mesh, tiled=True).decode(wide) for mesh in (mesh, None)), 1e-4)
 options = [f"--model={source}", f"--out={sys.argv[2]}", "--num_images=1", "--steps=2"]

@@ -100,7 +100,14 @@ class Evaluation:
             steps = settings.steps if settings.sampler == "lcm" else 1
             noise = generator.noise(self.seed, numbers, steps, request.height, request.width)
             start = time.perf_counter()
-            z = generator.latents(cond, noise, request.guidance_scale, settings, request.negative_prompt)
+            z = generator.latents(
+                cond,
+                noise,
+                request.guidance_scale,
+                settings,
+                request.negative_prompt,
+                nag_scale=request.nag_scale,
+            )
             images = generator.decode(z)
             seconds = time.perf_counter() - start
             if bad := dict.fromkeys(str(numbers[i]) for i in not_finite(images)):

@@ -176,7 +176,8 @@ class Endpoints:
     def error(self, generator: Generator, request: Request) -> float:
         """RMSE between the result of a request of one step and the endpoints, in standard deviations of the latter."""
         cond, scale = generator.encode(self.captions), request.guidance_scale
-        z = np.asarray(generator.latents(cond, self.noise, scale, request.settings, request.negative_prompt))
+        of_text = {"negative_prompt": request.negative_prompt, "nag_scale": request.nag_scale}
+        z = np.asarray(generator.latents(cond, self.noise, scale, request.settings, **of_text))
         end = self.at(scale)
         return float(np.sqrt(np.mean(np.square(z - end))) / np.std(end))
 

@@ -43,15 +43,21 @@ Depths = tuple[int, ...]  # transformer blocks after each resnet of a level; emp
 
 
 class Attention(nn.Module):
-    """Attention of x [b s c] over context [b l e]; over x itself if there is no context."""
+    """Attention of x [b s c] over context [b l e]; over x itself if there is no context.
+
+    attention_fn: instead of `run`'s.
+    """
 
     heads: int
     run: Run = Run()
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, attention_fn: AttentionFn | None = None
+    ) -> jax.Array:
         context = x if context is None else context
-        return multi_head_attention(x, context, heads=self.heads, qkv_bias=False, run=self.run)
+        run = self.run if attention_fn is None else dataclasses.replace(self.run, attention_fn=attention_fn)
+        return multi_head_attention(x, context, heads=self.heads, qkv_bias=False, run=run)
 
 
 class GEGLU(nn.Module):

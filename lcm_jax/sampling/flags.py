@@ -63,7 +63,16 @@ def add_model_flags(p: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def add_image_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--negative_prompt", help="text that guidance moves away from; only for a UNet without w embedding")
+    p.add_argument(
+        "--negative_prompt",
+        help="text that guidance moves away from; of a UNet with w embedding, or at guidance scale 1, by --nag_scale",
+    )
+    p.add_argument(
+        "--nag_scale",
+        type=float,
+        default=1.0,
+        help="guidance in attention, away from the negative prompt, in the same pass; default: 1, none; usual: 3",
+    )
     p.add_argument("--height", type=int, help="pixels; default: the model's")
     p.add_argument("--width", type=int, help="pixels; default: the model's")
 

@@ -12,6 +12,7 @@ of other programs (`sampling.noise`). `guidance_scale` is the user's, w + 1:
 
     UNet with w embedding     one pass a step, conditioned on w
     without                   guidance scale 1: one pass; else two, cond + w (cond - null), null of the negative prompt
+    either, nag_scale > 1     the same passes, with the negative prompt in attention (`sampling.nag`)
 
 Weights are arguments of the compiled programs, so models of one architecture share the programs.
 """
@@ -46,6 +47,7 @@ from lcm_jax.sampling.chunks import chunked
 from lcm_jax.sampling.control import Conditions, Control, Controlled, Net, conditions
 from lcm_jax.sampling.image import ImageLike
 from lcm_jax.sampling.image_to_image import Encoder, check_count
+from lcm_jax.sampling.nag import Guided, Negative
 from lcm_jax.sampling.noise import draw_noise
 from lcm_jax.sampling.png import not_finite, to_uint8
 from lcm_jax.sampling.preview import Preview
@@ -80,6 +82,7 @@ def latents(
     hook: samplers.Hook | None = None,
     loop: Callable = samplers.scan,
     control: Conditions | None = None,
+    nag: Negative | None = None,
 ) -> Any:
     """Scaled latents [b h w c]; pure, one scan over the steps.
 
@@ -92,7 +95,9 @@ def latents(
       guidance_scale: scalar; a UNet with w embedding is conditioned on w = guidance_scale - 1.
       hook, loop: see `diffusion.samplers`.
       control: of ControlNets, for these steps and passes.
+      nag: a negative text in attention.
     """
+    unet = unet if nag is None else Guided(unet, nag)
     unet = unet if control is None else Controlled(unet, control, plan.t)
     batch = noise.shape[1]
     w = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32) - 1.0, (batch,))
@@ -138,11 +143,13 @@ def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
     options = {"out_shardings": mesh and replicated(mesh), "compiler_options": kernels.inference(platform)}
 
     @functools.partial(jax.jit, static_argnames=("unet", "schedule", "preview"), **options)
-    def sample(unet, schedule, plan, params, cond, null, noise, scale, control=None, preview=None, preview_params=None):
+    def sample(
+        unet, schedule, plan, params, cond, null, noise, scale, control=None, nag=None, preview=None, taesd_params=None
+    ):
         rows = noise.shape[1]
         cond, noise = _fill(cond, mesh), _fill(noise.swapaxes(0, 1), mesh).swapaxes(0, 1)
-        hook = preview and preview.hook(preview_params, mesh)
-        return latents(unet, schedule, plan, params, cond, null, noise, scale, hook, loop, control)[:rows]
+        hook = preview and preview.hook(taesd_params, mesh)
+        return latents(unet, schedule, plan, params, cond, null, noise, scale, hook, loop, control, nag)[:rows]
 
     @functools.partial(jax.jit, static_argnames="vae", **options)
     def decode(vae, params, z):
@@ -214,6 +221,7 @@ class Generator:
         guidance_scale: float | None = None,
         seed: int = 0,
         negative_prompt: str | None = None,
+        nag_scale: float = 1.0,
         num_images: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -240,7 +248,9 @@ class Generator:
           steps: of the sampler: 1 to 8 for an LCM, 50 for its teacher.
           guidance_scale: w + 1; 1 is no guidance. None: the model's own.
           seed: 0 .. 2^32 - 1; image i of a prompt depends on (seed, i) alone.
-          negative_prompt: text that guidance moves away from; only for a UNet without w embedding.
+          negative_prompt: text that guidance moves away from; a UNet with w embedding, or guidance scale 1, needs
+            nag_scale for it.
+          nag_scale: of guidance in attention (`sampling.nag`); 1 is none, 3 usual.
           num_images: of each prompt.
           height, width: pixels; None: the model's own.
           sampler: one of `request.SAMPLERS`. spacing: of the timesteps of those other than "lcm".
@@ -274,6 +284,7 @@ class Generator:
             height=height,
             width=width,
             negative_prompt=negative_prompt,
+            nag_scale=nag_scale,
             noise=noise,
             prompt_syntax=prompt_syntax,
             emphasis=emphasis,
@@ -361,8 +372,16 @@ class Generator:
         cond = self.encode(prompts, reading=request.reading)
         guided = is_guided(self.pipeline, request.guidance_scale)
         control = conditions(request.control, request.settings.steps, request.control_guess, guided)
-        scale, settings, negative_prompt = request.guidance_scale, request.settings, request.negative_prompt
-        z = self.latents(cond, noise, scale, settings, negative_prompt, reading=request.reading, control=control)
+        z = self.latents(
+            cond,
+            noise,
+            request.guidance_scale,
+            request.settings,
+            request.negative_prompt,
+            reading=request.reading,
+            control=control,
+            nag_scale=request.nag_scale,
+        )
         return self.decode(z)
 
     def start(self, request: Request, numbers: Sequence[int], seed: int) -> np.ndarray:
@@ -419,6 +438,7 @@ class Generator:
         unet_params: Any = None,
         reading: Reading = PLAIN,
         control: Conditions | None = None,
+        nag_scale: float = 1.0,
     ) -> jax.Array:
         """Scaled latents [b h w c].
 
@@ -427,10 +447,11 @@ class Generator:
           noise: [steps b h w c], see `noise`; for samplers other than "lcm" one entry is enough. With a strength its
             entry 0 is the noised image, see `start`.
           guidance_scale: w + 1.
-          negative_prompt: of the second pass, see `null`.
+          negative_prompt: of the second pass, see `null`, and of `nag_scale`.
           unet_params: used instead of the model's own UNet weights.
           reading: how the negative prompt is read.
           control: of ControlNets, for these steps and passes.
+          nag_scale: of guidance in attention (`sampling.nag`), of "" if there is no negative prompt; 1 is none.
         """
         pipeline = self.pipeline
         if pipeline.is_xl:
@@ -439,6 +460,9 @@ class Generator:
         null = self.null(negative_prompt, reading) if is_guided(pipeline, guidance_scale) else None
         if null is not None:
             cond, null = text.same_length(cond, null)
+        nag = None
+        if nag_scale != 1.0:
+            nag = Negative(self.null(negative_prompt or "", reading)["encoder_hidden_states"], jnp.float32(nag_scale))
         return self._sample(
             pipeline.unet,
             pipeline.schedule,
@@ -449,6 +473,7 @@ class Generator:
             noise,
             guidance_scale,
             control,
+            nag,
             *(self.preview or ()),
         )
 

@@ -8,7 +8,7 @@ from lcm_jax.sampling import png
 
 # What is recorded under the names of its flags: what the model is, how it is sampled, and how that is computed.
 MODEL = ("model", "unet", "vae", "variant", "model_config", "lora", "embedding", "ignore_unused")
-PROMPTS = ("prompt", "negative_prompt", "prompt_syntax", "emphasis", "clip_skip")
+PROMPTS = ("prompt", "negative_prompt", "nag_scale", "prompt_syntax", "emphasis", "clip_skip")
 CONTROL = ("control", "control_guess", "canny")
 IMAGE = ("image", "strength", "fit", "background", "posterior")
 SAMPLED = (*PROMPTS, *CONTROL, *IMAGE[1:], "sampler", "spacing", "steps", "guidance_scale", "seed", "noise")

@@ -17,7 +17,7 @@ from lcm_jax.errors import BadArgument
 from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE, Pipeline, check_text_to_image
 from lcm_jax.runtime import memory
 from lcm_jax.sampling import control as control_lib
-from lcm_jax.sampling import image_to_image
+from lcm_jax.sampling import image_to_image, nag
 from lcm_jax.sampling import noise as noise_lib
 from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.image import ImageLike
@@ -126,6 +126,7 @@ class Request:
       guidance_scale: the user's, w + 1.
       height, width: of the images, in pixels.
       negative_prompt: text that guidance moves away from; None: the model's null text.
+      nag_scale: of guidance in attention (`sampling.nag`); 1 is none.
       noise: where it comes from, one of `noise.SOURCES`.
       num_images: of a prompt, which noise "torch-batch" draws together; None: as many as are generated at once.
       reading: how the prompts, the negative one too, are read and encoded.
@@ -139,6 +140,7 @@ class Request:
     height: int
     width: int
     negative_prompt: str | None = None
+    nag_scale: float = 1.0
     noise: str = "jax"
     num_images: int | None = None
     reading: Reading = PLAIN
@@ -161,6 +163,7 @@ def make_request(
     height: int | None = None,
     width: int | None = None,
     negative_prompt: str | None = None,
+    nag_scale: float = 1.0,
     noise: str = "jax",
     prompt_syntax: str = "plain",
     emphasis: str | None = None,
@@ -192,6 +195,7 @@ def make_request(
         raise BadArgument("noise", noise, f"choose one of {', '.join(noise_lib.SOURCES)}")
     check_steps(steps, min(MAX_STEPS, pipeline.constants.solver_steps) if sampler == "lcm" else MAX_STEPS)
     check_guidance_scale(guidance_scale)
+    nag.check_scale(nag_scale)
     scale = pipeline.default_guidance_scale(sampler) if guidance_scale is None else guidance_scale
     size, factor, defaults = [], pipeline.vae.factor, pipeline.default_size
     control = control_lib.read(control, pipeline)
@@ -216,12 +220,13 @@ def make_request(
         if side < factor or side % factor:
             raise BadArgument(name, side, f"not a multiple of the VAE's factor {factor}; use one")
         size.append(side)
-    if negative_prompt is not None and pipeline.has_w_embedding:
+    if negative_prompt is not None and pipeline.has_w_embedding and nag_scale == 1.0:
         raise BadArgument(
             "negative_prompt",
             negative_prompt,
             "this UNet has a w embedding: guidance against the null text was distilled in, so there is no second pass "
-            "for another text; leave it out, or use an LCM-LoRA on the base model",
+            f"for another text; add nag_scale={nag.SCALE:g} (guidance in attention), leave it out, or use an "
+            "LCM-LoRA on the base model",
         )
     reading = make_reading(pipeline, prompt_syntax, emphasis, clip_skip)
     control = control_lib.fitted(control, *size, factor)
@@ -230,6 +235,7 @@ def make_request(
         float(scale),
         *size,
         negative_prompt=negative_prompt,
+        nag_scale=float(nag_scale),
         noise=noise,
         reading=reading,
         control=control,
@@ -341,8 +347,11 @@ def warnings(pipeline: Pipeline, request: Request) -> list[str]:
             f"{MAX_TWO_PASS_SCALE:g} images come out oversaturated, with burnt contrast and broken shapes; use 1 (one "
             f"pass) to {MAX_TWO_PASS_SCALE:g}"
         )
-    if request.negative_prompt is not None and scale == 1.0:
-        found.append("a negative prompt has no effect at guidance scale 1, which is one pass; use a scale above 1")
+    if request.negative_prompt is not None and scale == request.nag_scale == 1.0:
+        found.append(
+            "a negative prompt has no effect at guidance scale 1, which is one pass; use a scale above 1, or "
+            f"nag_scale {nag.SCALE:g}"
+        )
     if sampler == "lcm" and not (pipeline.is_lcm or pipeline.may_be_lcm):
         found.append(
             "this may not be a Latent Consistency Model (no w embedding, lcm_config.json, LCMScheduler or LoRA); if it "
