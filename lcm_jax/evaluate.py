@@ -41,6 +41,8 @@ from lcm_jax.sampling import flags, nag
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.load import load
 from lcm_jax.sampling.request import (
+    EULER,
+    ON_GRID,
     SAMPLERS,
     Request,
     check_guidance_scale,
@@ -92,7 +94,8 @@ def parser() -> argparse.ArgumentParser:
     reference_help = "statistics or images to compare with; may be given several times; default: the source's images"
     add("--reference", action="append", type=files.expanded, default=[], metavar="FILE.npz|FOLDER", help=reference_help)
     add("--references", type=int, help="number of the source's images to compare with; default: --count")
-    add("--spacing", choices=SPACINGS, default="trailing", help="of the timesteps of samplers other than lcm")
+    add("--spacing", choices=SPACINGS, default="trailing", help="of the timesteps of ddim and dpm")
+    add("--gamma", type=float, help="of tcd, 0 to 1: share of fresh noise in a step; default 0, none")
     add("--endpoint_steps", type=int, default=50, help="steps of the teacher's ODE for the one-step error of shapes")
     add("--seed", type=int, default=0)
     add("--batch_size", type=int, default=16, help="images generated at once")
@@ -211,7 +214,8 @@ def make_requests(rows: Sequence[RowRequest], pipeline: Pipeline, args: argparse
             request = make_request(
                 pipeline,
                 **dataclasses.asdict(row),
-                spacing=args.spacing,
+                spacing="trailing" if row.sampler in (*ON_GRID, *EULER) else args.spacing,
+                gamma=args.gamma if row.sampler == "tcd" else None,
                 height=args.height,
                 width=args.width,
                 negative_prompt=args.negative_prompt,

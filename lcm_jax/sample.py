@@ -31,7 +31,7 @@ from lcm_jax.diffusion.timesteps import SPACINGS
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained.safetensors_io import SUFFIX
-from lcm_jax.sampling import control, flags, like, nag, png
+from lcm_jax.sampling import control, flags, like, nag, png, presets
 from lcm_jax.sampling.chunks import truncated, unused
 from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.generator import Generator
@@ -43,8 +43,11 @@ from lcm_jax.sampling.png import not_finite, to_uint8, write_png
 from lcm_jax.sampling.preview import load_preview
 from lcm_jax.sampling.prompts import check_loras, check_readable, check_syntax, is_marked, loras
 from lcm_jax.sampling.request import (
+    EULER,
+    ON_GRID,
     SAMPLERS,
     Request,
+    Settings,
     check_guidance_scale,
     check_numbers,
     check_steps,
@@ -69,9 +72,16 @@ def parser() -> flags.Parser:
     flags.add_prompt_flags(p)
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
     p.add_argument("--prompts", type=files.expanded, help="text file, one prompt per line")
-    p.add_argument("--sampler", choices=SAMPLERS, default="lcm")
+    p.add_argument("--sampler", choices=SAMPLERS, help="default: that of the model's map: lcm, of a phased one tcd")
     p.add_argument("--spacing", choices=SPACINGS, default="trailing", help="timesteps of ddim and dpm")
-    p.add_argument("--steps", type=int, default=4)
+    p.add_argument("--steps", type=int, help="default: 4, of a phased map its phases")
+    p.add_argument("--timesteps", type=flags.parse_timesteps, default=(), help="by hand, as 999,749,499,249")
+    p.add_argument("--gamma", type=float, help="of tcd, 0 to 1: share of fresh noise in a step; default 0, none")
+    p.add_argument(
+        "--preset",
+        choices=tuple(presets.PRESETS),
+        help="flags for a published few-step LoRA or UNet; others win over it",
+    )
     p.add_argument(
         "--guidance_scale",
         type=float,
@@ -152,7 +162,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         raise LcmError('no prompt; give --prompt="..." or --prompts=FILE with one per line')
     check_texts(prompt=args.prompt, negative_prompt=args.negative_prompt)
     check_numbers(args.seed, num_images=args.num_images, batch_size=args.batch_size)
-    check_steps(args.steps)
+    if args.steps is not None:
+        check_steps(args.steps)
     check_guidance_scale(args.guidance_scale)
     nag.check_scale(args.nag_scale)
     check_strength(args.strength)
@@ -250,15 +261,26 @@ def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict
         **({"canny": args.canny} if args.canny else {}),
         **({"strength": strength, "fit": source.fit, "posterior": source.posterior} if source else {}),
         **({"background": args.background} if args.background else {}),
-        "sampler": args.sampler,
-        **({} if args.sampler == "lcm" or source else {"spacing": args.spacing}),
-        "steps": args.steps,
+        **about_sampler(request.settings),
         "guidance_scale": request.guidance_scale,
         "seed": args.seed,
         **({} if args.noise == "jax" else {"noise": args.noise}),
         **({"num_images": args.num_images} if args.noise == "torch-batch" else {}),
         "size": f"{request.width}x{request.height}",
         "dtype": dtype,
+    }
+
+
+def about_sampler(settings: Settings) -> dict[str, Any]:
+    """What each image records of its sampler: flags that repeat it."""
+    by_hand = ",".join(map(str, settings.timesteps))
+    spaced = settings.sampler not in (*ON_GRID, *EULER) and settings.strength is None
+    return {
+        "sampler": settings.sampler,
+        **({"spacing": settings.spacing} if spaced else {}),
+        **({"gamma": settings.gamma} if settings.sampler == "tcd" else {}),
+        "steps": settings.steps,
+        **({"timesteps": by_hand} if by_hand else {}),
     }
 
 
@@ -280,7 +302,19 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
     model = flags.load_model(args, args.embedding)
     nets = {name: model.control_net(name, args.variant) for name in dict.fromkeys(one.net for one in controls)}
     controls = [dataclasses.replace(one, net=nets[one.net]) for one in controls]
-    keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt", "nag_scale", "noise")
+    keys = (
+        "sampler",
+        "steps",
+        "spacing",
+        "gamma",
+        "timesteps",
+        "guidance_scale",
+        "height",
+        "width",
+        "negative_prompt",
+        "nag_scale",
+        "noise",
+    )
     keys += ("emphasis", "clip_skip", "control_guess", "strength", "fit", "background", "max_side", "posterior")
     given = {key: getattr(args, key) for key in keys} | {"prompt_syntax": args.prompt_syntax or "plain"}
     requests = [make_request(model.pipeline, control=controls, image=one, **given) for one in sources]
@@ -389,7 +423,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
 
     def program() -> None:
-        run(args if args.like is None else repeated(p, argv, args.like), written)
+        given = argv if args.preset is None else [*presets.words(args.preset, args.steps), *argv]
+        asked = p.parse_args(given) if args.like is None else repeated(p, given, args.like)
+        asked.lora = asked.lora if args.preset is None else presets.weighted(args.preset, asked.lora)
+        run(asked, written)
         print(f"{len(written)} images in {args.out}")
 
     def left() -> str:

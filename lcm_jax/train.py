@@ -271,7 +271,7 @@ def sample_grid(
     side = config.data.resolution
     noise = generator.noise(config.seed, range(len(captions)), config.sample.steps, side, side)
     cond = generator.encode(captions)
-    settings, scale = Settings(steps=config.sample.steps), config.sample.guidance_scale
+    settings, scale = Settings(student.default_sampler, config.sample.steps), config.sample.guidance_scale
 
     def make_grid(trained: Any) -> np.ndarray:
         weights = student_weights(program.problem, frozen, trained)

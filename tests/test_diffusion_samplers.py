@@ -130,6 +130,51 @@ def lcm_case(num_steps, config, original_steps=50, timestep_scaling=10.0):
     parity.close(got, want, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+def drawn(count, seed=7):
+    """The noise that a diffusers scheduler draws from a generator of this seed, [count b h w c]."""
+    generator = torch.Generator().manual_seed(seed)
+    return np.stack(
+        [np.zeros(SHAPE, np.float32), *(torch.randn(SHAPE, generator=generator).numpy() for _ in range(count))]
+    )[1:]
+
+
+def tcd_case(num_steps, config, gamma, original_steps=50):
+    noise_schedule = schedule.from_config(config)
+    scheduler = diffusers.TCDScheduler(**config, original_inference_steps=original_steps)
+    x, _ = start_and_noise(num_steps)
+    noise, generator = drawn(num_steps - 1), torch.Generator().manual_seed(7)
+    want = torch_trajectory(scheduler, noise_schedule, x, num_steps, eta=gamma, generator=generator)
+    table, model = timesteps.lcm(num_steps, 1000, original_steps), fake_model(jnp, noise_schedule)
+    np.testing.assert_array_equal(table, scheduler.timesteps)
+    options = {"gamma": gamma, "loop": trajectory}
+    got = jax.jit(lambda x, noise: samplers.tcd(model, x, noise, noise_schedule, table, **options))(x, noise)
+    parity.close(got, want, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def euler_case(name, num_steps, config):
+    """Theirs is x / alpha, and begins with noise times sigma / alpha; ours with noise times sigma."""
+    config = {**config, "timestep_spacing": "trailing"}
+    noise_schedule = schedule.from_config(config)
+    scheduler = {
+        "euler": diffusers.EulerDiscreteScheduler,
+        "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    }
+    scheduler = scheduler[name](**config)
+    scheduler.set_timesteps(num_steps)
+    table, model = timesteps.ddim(num_steps), fake_model(torch, noise_schedule)
+    np.testing.assert_array_equal(table, scheduler.timesteps)
+    noise, _ = start_and_noise(num_steps)
+    x, generator, want = torch.from_numpy(noise) * scheduler.init_noise_sigma, torch.Generator().manual_seed(7), []
+    for i, t in enumerate(scheduler.timesteps):
+        output = model(scheduler.scale_model_input(x, t), t.long())
+        x = scheduler.step(output, t, x, generator=generator).prev_sample
+        want.append((x / (scheduler.sigmas[i + 1] ** 2 + 1) ** 0.5).numpy())
+    sampler, ours = samplers.SAMPLERS[name], fake_model(jnp, noise_schedule)
+    start = noise_schedule.sigmas[table[0]] * noise
+    got = jax.jit(lambda x, xi: sampler(ours, x, xi, noise_schedule, table, loop=trajectory))(start, drawn(num_steps))
+    parity.close(got, np.stack(want), atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def cases(steps):
     """Every number of steps at every spacing for epsilon; other predictions are converted alike at all of them."""
     others = set(schedule.PREDICTION_TYPES) - {"epsilon"}
@@ -159,6 +204,40 @@ def test_dpm_solver_equals_diffusers(num_steps, spacing, prediction_type):
 @pytest.mark.parametrize(("num_steps", "prediction_type"), [(n, p) for n, _, p in cases(STEPS) if _ == "trailing"])
 def test_lcm_equals_diffusers(num_steps, prediction_type):
     lcm_case(num_steps, {**LATENT, "prediction_type": prediction_type})
+
+
+@pytest.mark.parametrize("gamma", (0.0, 0.3, 1.0))
+@pytest.mark.parametrize(("num_steps", "prediction_type"), [(n, p) for n, _, p in cases(STEPS) if _ == "trailing"])
+def test_tcd_equals_diffusers(num_steps, prediction_type, gamma):
+    tcd_case(num_steps, {**LATENT, "prediction_type": prediction_type}, gamma)
+
+
+@pytest.mark.parametrize(("original_steps", "gamma"), ((40, 0.0), (250, 0.2)))
+def test_tcd_equals_diffusers_on_other_grids(original_steps, gamma):
+    tcd_case(4, {**LATENT, "prediction_type": "epsilon"}, gamma, original_steps)
+
+
+def test_deterministic_tcd_is_trailing_ddim_where_their_timesteps_agree():
+    """On 40 points 4 steps visit 999, 749, 499, 249, from which DDIM's stride of 250 leads to the next."""
+    noise_schedule, (x, _) = schedule.from_config(LATENT), start_and_noise(4)
+    model, table = fake_model(jnp, noise_schedule), timesteps.lcm(4, 1000, 40)
+    np.testing.assert_array_equal(table, timesteps.ddim(4))
+    ddim = samplers.ddim(model, x, None, noise_schedule, table, set_alpha_to_one=False)
+    parity.close(samplers.tcd(model, x, None, noise_schedule, table), ddim, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ("euler", "euler_ancestral"))
+@pytest.mark.parametrize(("num_steps", "prediction_type"), [(n, "epsilon") for n in STEPS[:-1]] + [(4, "v_prediction")])
+def test_euler_equals_diffusers(name, num_steps, prediction_type):
+    euler_case(name, num_steps, {**LATENT, "prediction_type": prediction_type})
+
+
+@pytest.mark.parametrize("name", ("tcd", "euler", "euler_ancestral"))
+def test_these_start_at_zero_terminal_snr_without_nan(name):
+    noise_schedule = schedule.from_config({**LATENT, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+    x, noise = start_and_noise(4)
+    got = samplers.SAMPLERS[name](fake_model(jnp, noise_schedule), x, noise, noise_schedule, timesteps.lcm(4))
+    assert noise_schedule.alphas[999] == 0 and np.isfinite(got).all()
 
 
 @pytest.mark.parametrize("num_steps", (1, 4, 50))

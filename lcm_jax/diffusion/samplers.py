@@ -4,8 +4,8 @@
 
     model      (x [b h w c], t scalar int32) -> network output, already guided
     x          standard normal noise [b h w c]
-    noise      fresh standard normal noise between steps, [steps - 1 b h w c] (more entries are not used); only `lcm`
-               reads it
+    noise      fresh standard normal noise between steps, [steps - 1 b h w c] (more entries are not used); only `lcm`,
+               `euler_ancestral`, and `tcd` with a gamma above 0 read it
     schedule   noise table and prediction type
     timesteps  int32 [steps] on the host, falling, from `diffusion.timesteps`; or the sampler's table of them, from
                `TABLES`, whose arrays may be traced: then one program serves all timesteps of one number
@@ -19,6 +19,17 @@ function one step at a time.
 
     x0 = f(x, t_i)            x = alpha_{t_{i+1}} x0 + sigma_{t_{i+1}} noise_i, or x0 after the last step
 
+`tcd` (Zheng et al. 2024, "Trajectory Consistency Distillation", algorithm 2: strategic stochastic sampling) goes less
+far and adds less, with t' = t_{i+1}, 0 after the last step, s = floor((1 - gamma) t'):
+
+    y = alpha_s x0 + sigma_s eps          x = sqrt(abar_{t'} / abar_s) y + sqrt(1 - abar_{t'} / abar_s) noise_i
+
+`euler` and `euler_ancestral` (Karras et al. 2022; the latter with fresh noise in each step but the last), in sigma /
+alpha, end at the clean latent. They are, with r = (sigma_{i+1} / alpha_{i+1}) / (sigma_i / alpha_i),
+
+    x_{i+1} = alpha_{i+1} x0 + sigma_{i+1} eps                                             euler
+    x_{i+1} = alpha_{i+1} x0 + sigma_{i+1} (r eps + sqrt(1 - r^2) noise_i)                 euler_ancestral
+
 `ddim` (Song et al. 2021, equation 12, eta = 0), `dpm_solver_2m` (Lu et al. 2022, "DPM-Solver", as a multistep method)
 and `dpm_solver_pp_2m` (Lu et al. 2022, "DPM-Solver++", algorithm 2) are what the teacher is measured with. With p =
 eps or, for DPM-Solver++, p = x0, lambda = ln(alpha / sigma), h_i = lambda_{i+1} - lambda_i and r_i = h_{i-1} / h_i:
@@ -27,7 +38,8 @@ eps or, for DPM-Solver++, p = x0, lambda = ln(alpha / sigma), h_i = lambda_{i+1}
     x_{i+1} = alpha_{i+1} / alpha_i x_i - sigma_{i+1} (e^{h_i} - 1) D_i                                DPM-Solver
     x_{i+1} = sigma_{i+1} / sigma_i x_i - alpha_{i+1} (e^{-h_i} - 1) D_i                               DPM-Solver++
 
-Each equals diffusers' scheduler of its name, step by step: LCMScheduler, DDIMScheduler, and
+Each equals diffusers' scheduler of its name, step by step: LCMScheduler, TCDScheduler (gamma is its eta),
+EulerDiscreteScheduler and EulerAncestralDiscreteScheduler with trailing timesteps, DDIMScheduler, and
 DPMSolverMultistepScheduler with its defaults; for DPM-Solver with algorithm_type "dpmsolver", which diffusers only
 takes with final_sigmas_type "sigma_min". That includes their oddities: DDIM goes from t to t - T // n even if the
 spacing puts the next timestep elsewhere (linspace, and n that does not divide T), one DDIM step with linspace spacing
@@ -100,12 +112,8 @@ def lcm(
     Raises:
       LcmError: noise of the wrong shape.
     """
-    table = timesteps if isinstance(timesteps, tuple) else lcm_table(schedule, timesteps)
-    x, between = jnp.asarray(x, jnp.float32), len(table[0]) - 1
-    noise = jnp.zeros((0, *x.shape), jnp.float32) if noise is None else jnp.asarray(noise, jnp.float32)[:between]
-    if noise.shape != (between, *x.shape):
-        raise LcmError(f"noise of shape {noise.shape} for {between + 1} steps; it must be {(between, *x.shape)}")
-    rows = (*table, jnp.concatenate([noise, jnp.zeros((1, *x.shape), jnp.float32)]))
+    rows, x = timesteps if isinstance(timesteps, tuple) else lcm_table(schedule, timesteps), jnp.asarray(x, jnp.float32)
+    rows = (*rows, _between(x, noise, len(rows[0])))
 
     def step(x, _, row):
         t, alpha, sigma, next_alpha, next_sigma, xi = row
@@ -114,6 +122,119 @@ def lcm(
         return next_alpha * x0 + next_sigma * xi, (), x0
 
     return _run(step, x, (), rows, hook, loop)
+
+
+def tcd_table(schedule: NoiseSchedule, timesteps: np.ndarray, *, gamma: float = 0.0) -> Table:
+    """alpha and sigma at each timestep t and at s; the weights of the jump's end and of fresh noise."""
+    t = np.asarray(timesteps)
+    following = np.append(t[1:], 0)
+    s = np.floor((1 - gamma) * following).astype(np.int64)
+    ratio = schedule.alphas_cumprod[following] / schedule.alphas_cumprod[s]
+    weights = np.sqrt(ratio), np.sqrt(np.maximum(np.float32(1) - ratio, 0))
+    return (t, schedule.alphas[t], schedule.sigmas[t], schedule.alphas[s], schedule.sigmas[s], *weights)
+
+
+def tcd(
+    model: Model,
+    x,
+    noise,
+    schedule: NoiseSchedule,
+    timesteps: np.ndarray | Table,
+    hook: Hook | None = None,
+    *,
+    gamma: float = 0.0,
+    loop: Callable = scan,
+):
+    """Strategic stochastic sampling; the module's docstring has the formula.
+
+    gamma: 0 is deterministic: DDIM along the timesteps, ending at abar_0; 1 goes to t = 0 and back, as `lcm` does.
+
+    Raises:
+      LcmError: noise of the wrong shape, if gamma is not 0.
+    """
+    rows = timesteps if isinstance(timesteps, tuple) else tcd_table(schedule, timesteps, gamma=gamma)
+    x = jnp.asarray(x, jnp.float32)
+    if gamma:
+        rows = (*rows, _between(x, noise, len(rows[0])))
+
+    def step(x, _, row):
+        t, alpha, sigma, end_alpha, end_sigma, keep, fresh, *xi = row
+        output = model(x, t)
+        x0 = x0_from_output(schedule.prediction_type, output, x, alpha, sigma)
+        eps = eps_from_output(schedule.prediction_type, output, x, alpha, sigma)
+        end = end_alpha * x0 + end_sigma * eps
+        return (keep * end + fresh * xi[0] if xi else end), (), x0
+
+    return _run(step, x, (), rows, hook, loop)
+
+
+def euler(
+    model: Model,
+    x,
+    noise,
+    schedule: NoiseSchedule,
+    timesteps: np.ndarray | Table,
+    hook: Hook | None = None,
+    *,
+    loop: Callable = scan,
+):
+    """Euler's method in sigma / alpha: DDIM from each timestep to the next one, the last step to abar = 1."""
+    rows = timesteps if isinstance(timesteps, tuple) else lcm_table(schedule, timesteps)
+
+    def step(x, _, row):
+        t, alpha, sigma, next_alpha, next_sigma = row
+        output = model(x, t)
+        x0 = x0_from_output(schedule.prediction_type, output, x, alpha, sigma)
+        eps = eps_from_output(schedule.prediction_type, output, x, alpha, sigma)
+        return next_alpha * x0 + next_sigma * eps, (), x0
+
+    return _run(step, x, (), rows, hook, loop)
+
+
+def euler_ancestral_table(schedule: NoiseSchedule, timesteps: np.ndarray) -> Table:
+    """alpha and sigma at each timestep; alpha at the next one, and the weights there of eps and of fresh noise."""
+    t, alpha, sigma, next_alpha, next_sigma = lcm_table(schedule, timesteps)
+    # sigma / alpha at the next timestep as a share of that here, which zero terminal SNR makes infinite.
+    share = np.asarray(alpha, np.float64) * next_sigma / (np.asarray(sigma, np.float64) * next_alpha)
+    return (t, alpha, sigma, next_alpha, *((next_sigma * x).astype(np.float32) for x in (share, np.sqrt(1 - share**2))))
+
+
+def euler_ancestral(
+    model: Model,
+    x,
+    noise,
+    schedule: NoiseSchedule,
+    timesteps: np.ndarray | Table,
+    hook: Hook | None = None,
+    *,
+    loop: Callable = scan,
+):
+    """Euler's method that goes further down, and back up by fresh noise; the module's docstring has the formula.
+
+    Raises:
+      LcmError: noise of the wrong shape.
+    """
+    rows = timesteps if isinstance(timesteps, tuple) else euler_ancestral_table(schedule, timesteps)
+    x = jnp.asarray(x, jnp.float32)
+    rows = (*rows, _between(x, noise, len(rows[0])))
+
+    def step(x, _, row):
+        t, alpha, sigma, next_alpha, eps_weight, fresh, xi = row
+        output = model(x, t)
+        x0 = x0_from_output(schedule.prediction_type, output, x, alpha, sigma)
+        eps = eps_from_output(schedule.prediction_type, output, x, alpha, sigma)
+        return next_alpha * x0 + eps_weight * eps + fresh * xi, (), x0
+
+    return _run(step, x, (), rows, hook, loop)
+
+
+def _between(x: jax.Array, noise: Any, steps: int) -> jax.Array:
+    """Noise added after each step, [steps b h w c]: none after the last. Raises LcmError for a wrong shape."""
+    between = steps - 1
+    noise = jnp.zeros((0, *x.shape), jnp.float32) if noise is None else jnp.asarray(noise, jnp.float32)[:between]
+    if noise.shape != (between, *x.shape):
+        raise LcmError(f"noise of shape {noise.shape} for {steps} steps; it must be {(between, *x.shape)}")
+    return jnp.concatenate([noise, jnp.zeros((1, *x.shape), jnp.float32)])
 
 
 def ddim_table(
@@ -258,9 +379,20 @@ def _dpm_solver_pp_coefficients(schedule: NoiseSchedule, t: np.ndarray) -> tuple
     return x_weight, x0_weight, difference_weight
 
 
-SAMPLERS = {"lcm": lcm, "ddim": ddim, "dpm_solver_2m": dpm_solver_2m, "dpm_solver_pp_2m": dpm_solver_pp_2m}
+SAMPLERS = {
+    "lcm": lcm,
+    "tcd": tcd,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "ddim": ddim,
+    "dpm_solver_2m": dpm_solver_2m,
+    "dpm_solver_pp_2m": dpm_solver_pp_2m,
+}
 TABLES = {
     "lcm": lcm_table,
+    "tcd": tcd_table,
+    "euler": lcm_table,
+    "euler_ancestral": euler_ancestral_table,
     "ddim": ddim_table,
     "dpm_solver_2m": dpm_solver_table,
     "dpm_solver_pp_2m": dpm_solver_pp_table,

@@ -23,7 +23,7 @@ from lcm_jax.metrics.table import Row, is_current, plain
 from lcm_jax.pretrained.model import weights_hash
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.png import not_finite, to_uint8
-from lcm_jax.sampling.request import Request, evaluations
+from lcm_jax.sampling.request import Request, evaluations, noise_entries
 
 _OF_WRITERS = ("transformers_version", "torch_dtype", "dtype")  # in a config: what wrote it, not what it is
 
@@ -97,8 +97,7 @@ class Evaluation:
         for i in range(max(len(parts), self.timings + 1)):
             numbers = parts[i] if i < len(parts) else parts[0]
             cond = jax.block_until_ready(generator.encode([self.captions[n] for n in numbers]))
-            steps = settings.steps if settings.sampler == "lcm" else 1
-            noise = generator.noise(self.seed, numbers, steps, request.height, request.width)
+            noise = generator.noise(self.seed, numbers, noise_entries(settings), request.height, request.width)
             start = time.perf_counter()
             z = generator.latents(
                 cond,

@@ -111,8 +111,14 @@ def _without_from(value: Any) -> Any:
 
 
 def sampler_of(row: Row) -> str:
-    """The row's sampler; of a baseline also the spacing of its timesteps unless it is trailing: "ddim-leading"."""
-    spacing = row.settings.get("sampling", {}).get("spacing", "trailing")
+    """The row's sampler, with the spacing of its timesteps unless it is trailing, or its gamma unless it is 0.
+
+    As "ddim-leading", "tcd-0.3".
+    """
+    sampling = row.settings.get("sampling", {})
+    spacing, gamma = sampling.get("spacing", "trailing"), sampling.get("gamma", 0.0)
+    if gamma:
+        return f"{row.sampler}-{gamma:g}"
     return row.sampler if row.sampler == "lcm" or spacing == "trailing" else f"{row.sampler}-{spacing}"
 
 

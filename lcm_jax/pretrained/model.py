@@ -204,6 +204,16 @@ class Pipeline:
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.vae.factor, width * self.vae.factor
 
+    @property
+    def default_sampler(self) -> str:
+        """The one that the map of the weights is for: "tcd" of a phased one, else "lcm"."""
+        return "tcd" if self.constants.phases else "lcm"
+
+    @property
+    def default_steps(self) -> int:
+        """The phases of a phased map, else 4."""
+        return self.constants.phases or 4
+
     def default_guidance_scale(self, sampler: str = "lcm") -> float:
         """The guidance scale to take if the user gives none.
 
@@ -211,7 +221,7 @@ class Pipeline:
         8 was not trained.
         """
         if not self.has_w_embedding:
-            return 1.0 if sampler == "lcm" else GUIDANCE_SCALE
+            return 1.0 if sampler in ("lcm", "tcd") else GUIDANCE_SCALE
         low, high = self.constants.w_min + 1.0, self.constants.w_max + 1.0
         if low <= GUIDANCE_SCALE <= high:
             return GUIDANCE_SCALE

@@ -122,6 +122,11 @@ def add_prompt_flags(p: argparse.ArgumentParser) -> None:
     )
 
 
+def parse_timesteps(text: str) -> tuple[int, ...]:
+    """--timesteps=999,749,499,249; argparse reports a ValueError."""
+    return tuple(int(word) for word in text.split(","))
+
+
 def load_model(args: argparse.Namespace, embeddings: Sequence[str] = ()) -> Generator:
     """The model of the command line, on all devices."""
     return load(

@@ -217,7 +217,7 @@ class Generator:
         self,
         prompts: str | Sequence[str],
         *,
-        steps: int = 4,
+        steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int = 0,
         negative_prompt: str | None = None,
@@ -225,8 +225,10 @@ class Generator:
         num_images: int = 1,
         height: int | None = None,
         width: int | None = None,
-        sampler: str = "lcm",
+        sampler: str | None = None,
         spacing: str = "trailing",
+        gamma: float | None = None,
+        timesteps: Sequence[int] = (),
         noise: str = "jax",
         control: Sequence[Control] = (),
         control_guess: bool = False,
@@ -245,7 +247,7 @@ class Generator:
 
         Args:
           prompts: one prompt, or several.
-          steps: of the sampler: 1 to 8 for an LCM, 50 for its teacher.
+          steps: of the sampler: 1 to 8 for an LCM, 50 for its teacher; None: 4, of a phased map its phases.
           guidance_scale: w + 1; 1 is no guidance. None: the model's own.
           seed: 0 .. 2^32 - 1; image i of a prompt depends on (seed, i) alone.
           negative_prompt: text that guidance moves away from; a UNet with w embedding, or guidance scale 1, needs
@@ -253,7 +255,7 @@ class Generator:
           nag_scale: of guidance in attention (`sampling.nag`); 1 is none, 3 usual.
           num_images: of each prompt.
           height, width: pixels; None: the model's own.
-          sampler: one of `request.SAMPLERS`. spacing: of the timesteps of those other than "lcm".
+          sampler: one of `request.SAMPLERS`; None: the model's own. spacing, gamma, timesteps: see `Settings`.
           noise: one of `noise.SOURCES`; with "torch-batch" an image depends on num_images, too.
           control: images that steer through ControlNets. control_guess: guess mode (`sampling.control`).
           batch_size: images generated at once.
@@ -280,6 +282,8 @@ class Generator:
             sampler=sampler,
             steps=steps,
             spacing=spacing,
+            gamma=gamma,
+            timesteps=timesteps,
             guidance_scale=guidance_scale,
             height=height,
             width=width,

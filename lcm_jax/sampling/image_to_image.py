@@ -6,7 +6,7 @@
 All steps are run, over the part of the timesteps that the strength names. `Source` is what a request has of it.
 
     sampler    timesteps of N steps at strength s
-    lcm        N of the first floor(O s) entries of the grid of O solver steps, evenly spaced from its end
+    lcm, tcd   N of the first floor(O s) entries of the grid of O solver steps, evenly spaced from its end
     others     trailing over T_s = round(T s): round(T_s - j T_s / N) - 1
 
 The first is that of diffusers' LatentConsistencyModelImg2ImgPipeline. Its other pipelines instead cut the table of N
@@ -124,11 +124,12 @@ def check_count(source: Source | None, prompts: Sequence[str]) -> None:
 
 def check_steps_left(pipeline: Pipeline, sampler: str, steps: int, strength: float) -> None:
     """Raises BadArgument if the part of the timesteps that a strength leaves is shorter than the steps."""
-    whole = pipeline.constants.solver_steps if sampler == "lcm" else pipeline.schedule.num_train_timesteps
-    left = kept(whole, strength) if sampler == "lcm" else round(whole * strength)
+    on_grid = sampler in ("lcm", "tcd")
+    whole = pipeline.constants.solver_steps if on_grid else pipeline.schedule.num_train_timesteps
+    left = kept(whole, strength) if on_grid else round(whole * strength)
     if left >= steps:
         return
-    which = "solver steps" if sampler == "lcm" else "timesteps"
+    which = "solver steps" if on_grid else "timesteps"
     fewer = f"{left} steps or fewer, or " if left else ""
     smallest = math.ceil(steps / whole * 1e4) / 1e4
     problem = f"leaves {left} of the {whole} {which} for {steps} steps; use {fewer}a strength of {smallest:g} or more"

@@ -11,7 +11,19 @@ MODEL = ("model", "unet", "vae", "variant", "model_config", "lora", "embedding",
 PROMPTS = ("prompt", "negative_prompt", "nag_scale", "prompt_syntax", "emphasis", "clip_skip")
 CONTROL = ("control", "control_guess", "canny")
 IMAGE = ("image", "strength", "fit", "background", "posterior")
-SAMPLED = (*PROMPTS, *CONTROL, *IMAGE[1:], "sampler", "spacing", "steps", "guidance_scale", "seed", "noise")
+SAMPLED = (
+    *PROMPTS,
+    *CONTROL,
+    *IMAGE[1:],
+    "sampler",
+    "spacing",
+    "gamma",
+    "timesteps",
+    "steps",
+    "guidance_scale",
+    "seed",
+    "noise",
+)
 COMPUTED = ("dtype", "tiled")
 SWITCHES = ("ignore_unused", "tiled", "control_guess")  # flags without a value
 LISTS = ("lora", "embedding", "control")  # flags that may be given several times

@@ -23,7 +23,13 @@ from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import place
 from lcm_jax.sampling.generator import Generator
 
-CONSTANTS = ("solver_steps", "timestep_scaling", "sigma_data", "prediction_type")  # in which records must agree
+CONSTANTS = (
+    "solver_steps",
+    "timestep_scaling",
+    "sigma_data",
+    "phases",
+    "prediction_type",
+)  # in which records must agree
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/.+)?")
 

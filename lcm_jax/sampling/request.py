@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lcm_jax.diffusion import samplers, timesteps
+from lcm_jax.diffusion import samplers
+from lcm_jax.diffusion import timesteps as timesteps_lib
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import BadArgument
 from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE, Pipeline, check_text_to_image
@@ -25,6 +26,8 @@ from lcm_jax.sampling.image_to_image import Source
 from lcm_jax.sampling.prompts import PLAIN, Reading, make_reading
 
 SAMPLERS = tuple(samplers.SAMPLERS)
+ON_GRID = ("lcm", "tcd")  # their timesteps are of the solver grid that the model was distilled on
+EULER = ("euler", "euler_ancestral")
 MAX_STEPS = 50
 MAX_PROMPT = 100_000  # characters; a text encoder reads the first 77 tokens
 
@@ -33,13 +36,18 @@ MAX_PROMPT = 100_000  # characters; a text encoder reads the first 77 tokens
 class Settings:
     """How to sample. Everything else, such as the solver grid of an LCM, comes from the model (`Constants`).
 
-    spacing: of the timesteps of samplers other than "lcm", one of `timesteps.SPACINGS`; with a strength "trailing".
+    spacing: of the timesteps of ddim and dpm, one of
+    `timesteps.SPACINGS`; with a strength "trailing".
+    gamma: of tcd, in [0, 1]: how much of each step is made of fresh noise.
+    timesteps: by hand, falling, instead of the sampler's own; () for those.
     strength: of image to image (`image_to_image`): the sampler starts from a noised image; None: from noise.
     """
 
     sampler: str = "lcm"
     steps: int = 4
     spacing: str = "trailing"
+    gamma: float = 0.0
+    timesteps: tuple[int, ...] = ()
     strength: float | None = None
 
 
@@ -66,8 +74,10 @@ class Plan:
         loop: Callable = samplers.scan,
     ) -> Any:
         """The latent [b h w c] from noise [steps b h w c]: entry 0 is the start, the others are added between steps."""
-        sampler, t = samplers.SAMPLERS[self.sampler], self.table or self.t
-        return sampler(model, noise[0], noise[1:], schedule, t, hook, **dict(self.options), loop=loop)
+        sampler, t, start = samplers.SAMPLERS[self.sampler], self.table or self.t, noise[0]
+        if self.sampler in EULER and self.table is None:
+            start = schedule.sigmas[self.t[0]] * start  # as these samplers' other implementations begin
+        return sampler(model, start, noise[1:], schedule, t, hook, **dict(self.options), loop=loop)
 
     @property
     def t(self) -> np.ndarray | jax.Array:
@@ -76,8 +86,9 @@ class Plan:
 
 
 def noise_entries(settings: Settings) -> int:
-    """Entries of noise that the sampler reads: the start, and for an LCM one between its steps."""
-    return settings.steps if settings.sampler == "lcm" else 1
+    """Entries of noise that the sampler reads: the start, and of some one between its steps."""
+    fresh = settings.sampler in ("lcm", "euler_ancestral") or (settings.sampler == "tcd" and settings.gamma > 0)
+    return settings.steps if fresh else 1
 
 
 def make_plan(pipeline: Pipeline, settings: Settings) -> Plan:
@@ -86,34 +97,29 @@ def make_plan(pipeline: Pipeline, settings: Settings) -> Plan:
     Raises:
       LcmError: steps out of range.
     """
-    constants, total = pipeline.constants, pipeline.schedule.num_train_timesteps
-    steps, options = settings.steps, {}
-    if settings.strength is not None:
-        return _from_image(pipeline, settings, settings.strength)
-    if settings.sampler == "lcm":
-        t = timesteps.lcm(steps, total, constants.solver_steps)
-        options = {"timestep_scaling": constants.timestep_scaling, "sigma_data": constants.sigma_data}
-    elif settings.sampler == "ddim":
-        # Stable Diffusion's schedulers shift leading timesteps by one; the other spacings ignore the offset.
-        t = timesteps.ddim(steps, total, settings.spacing, 1)
-        options = {"set_alpha_to_one": constants.set_alpha_to_one}
-    else:
-        t = timesteps.dpm_solver(steps, total, settings.spacing, 1)
-    return Plan(settings.sampler, tuple(t.tolist()), tuple(options.items()))
-
-
-def _from_image(pipeline: Pipeline, settings: Settings, strength: float) -> Plan:
-    """The part of the timesteps that a strength names, see `image_to_image`."""
     constants, schedule, name = pipeline.constants, pipeline.schedule, settings.sampler
-    total, options, of_table = schedule.num_train_timesteps, {}, {}
-    if name == "lcm":
-        t = timesteps.lcm(settings.steps, total, constants.solver_steps, strength)
-        options = {"timestep_scaling": constants.timestep_scaling, "sigma_data": constants.sigma_data}
+    total, steps, strength = schedule.num_train_timesteps, settings.steps, settings.strength
+    if settings.timesteps:
+        t = np.array(settings.timesteps, np.int32)
+    elif name in ON_GRID:
+        t = timesteps_lib.lcm(steps, total, constants.solver_steps, 1.0 if strength is None else strength)
+    elif strength is not None:  # see `image_to_image`; DPM-Solver's are the same
+        t = timesteps_lib.ddim(steps, round(total * strength), "trailing")
     else:
-        last = round(total * strength)
-        t = timesteps.ddim(settings.steps, last, "trailing")  # DPM-Solver's are the same
-        if name == "ddim":
-            of_table = {"stride": last // settings.steps, "set_alpha_to_one": constants.set_alpha_to_one}
+        # Stable Diffusion's schedulers shift leading timesteps by one; the other spacings ignore the offset.
+        of = timesteps_lib.dpm_solver if name.startswith("dpm") else timesteps_lib.ddim
+        t = of(steps, total, settings.spacing, 1)
+    options: dict[str, Any] = {}
+    if name == "lcm":
+        options = {"timestep_scaling": constants.timestep_scaling, "sigma_data": constants.sigma_data}
+    elif name == "tcd":
+        options = {"gamma": settings.gamma}
+    if strength is None:
+        options |= {"set_alpha_to_one": constants.set_alpha_to_one} if name == "ddim" else {}
+        return Plan(name, tuple(t.tolist()), tuple(options.items()))
+    of_table = {"gamma": settings.gamma} if name == "tcd" else {}
+    if name == "ddim":
+        of_table = {"stride": round(total * strength) // steps, "set_alpha_to_one": constants.set_alpha_to_one}
     return Plan(name, None, tuple(options.items()), samplers.TABLES[name](schedule, t, **of_table))
 
 
@@ -156,9 +162,11 @@ class Request:
 def make_request(
     pipeline: Pipeline,
     *,
-    sampler: str = "lcm",
-    steps: int = 4,
+    sampler: str | None = None,
+    steps: int | None = None,
     spacing: str = "trailing",
+    gamma: float | None = None,
+    timesteps: Sequence[int] = (),
     guidance_scale: float | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -177,7 +185,7 @@ def make_request(
     max_side: int | None = None,
     posterior: str | None = None,
 ) -> Request:
-    """A request with the model's default guidance scale and size for those that are None.
+    """A request with the model's default sampler, steps, guidance scale and size for those that are None.
 
     The default size is that of `image`, see `image_to_image.size_of`, or of the first image of `control`, rounded down
     to whole latents.
@@ -187,13 +195,21 @@ def make_request(
       LcmError: it is no text-to-image model.
     """
     check_text_to_image(pipeline, "the model")
+    sampler = pipeline.default_sampler if sampler is None else sampler
     if sampler not in SAMPLERS:
         raise BadArgument("sampler", sampler, f"choose one of {', '.join(SAMPLERS)}")
-    if spacing not in timesteps.SPACINGS:
-        raise BadArgument("spacing", spacing, f"choose one of {', '.join(timesteps.SPACINGS)}")
+    if spacing not in timesteps_lib.SPACINGS:
+        raise BadArgument("spacing", spacing, f"choose one of {', '.join(timesteps_lib.SPACINGS)}")
+    if spacing != "trailing" and sampler in EULER:
+        raise BadArgument("spacing", spacing, f"{sampler} has trailing timesteps; leave it out")
+    if gamma is not None and (sampler != "tcd" or not 0.0 <= gamma <= 1.0):
+        raise BadArgument("gamma", f"{gamma:g}", "is of the sampler tcd, from 0, no fresh noise, to 1")
+    timesteps = tuple(timesteps)
+    steps = check_timesteps(pipeline, sampler, timesteps, steps, image is not None)
     if noise not in noise_lib.SOURCES:
         raise BadArgument("noise", noise, f"choose one of {', '.join(noise_lib.SOURCES)}")
-    check_steps(steps, min(MAX_STEPS, pipeline.constants.solver_steps) if sampler == "lcm" else MAX_STEPS)
+    on_grid = sampler in ON_GRID and not timesteps
+    check_steps(steps, min(MAX_STEPS, pipeline.constants.solver_steps) if on_grid else MAX_STEPS)
     check_guidance_scale(guidance_scale)
     nag.check_scale(nag_scale)
     scale = pipeline.default_guidance_scale(sampler) if guidance_scale is None else guidance_scale
@@ -231,7 +247,7 @@ def make_request(
     reading = make_reading(pipeline, prompt_syntax, emphasis, clip_skip)
     control = control_lib.fitted(control, *size, factor)
     return Request(
-        Settings(sampler, steps, spacing, strength),
+        Settings(sampler, steps, spacing, gamma or 0.0, timesteps, strength),
         float(scale),
         *size,
         negative_prompt=negative_prompt,
@@ -250,6 +266,28 @@ def joined(requests: Sequence[Request]) -> Request:
         return requests[0]
     images = tuple(image for request in requests for image in request.source.images)
     return dataclasses.replace(requests[0], source=dataclasses.replace(requests[0].source, images=images))
+
+
+def check_timesteps(
+    pipeline: Pipeline, sampler: str, timesteps: Sequence[int], steps: int | None, of_image: bool
+) -> int:
+    """The number of steps: that of timesteps by hand, or the given one, or the model's own.
+
+    Raises:
+      BadArgument: timesteps that do not fall within the noise table, or that the sampler does not go by.
+    """
+    if not timesteps:
+        return pipeline.default_steps if steps is None else steps
+    shown, last = ",".join(map(str, timesteps)), pipeline.schedule.num_train_timesteps - 1
+    if not (last >= timesteps[0] and timesteps[-1] >= 0 and all(np.diff(timesteps) < 0)):
+        raise BadArgument("timesteps", shown, f"must fall, from {last} at most to 0 at least")
+    if sampler == "ddim":
+        raise BadArgument("timesteps", shown, "ddim goes by equal strides; take euler, which is DDIM along timesteps")
+    if of_image:
+        raise BadArgument("timesteps", shown, "image to image has those of its strength; leave them out")
+    if steps not in (None, len(timesteps)):
+        raise BadArgument("steps", steps, f"there are {len(timesteps)} timesteps; leave it out")
+    return len(timesteps)
 
 
 def check_steps(steps: int, most: int = MAX_STEPS) -> None:
@@ -358,6 +396,21 @@ def warnings(pipeline: Pipeline, request: Request) -> list[str]:
             "is not, few steps give blurred images: use the sampler ddim, or add an LCM-LoRA"
         )
     steps = request.settings.steps
+    if sampler == "lcm" and constants.phases:
+        found.append(
+            "sampler lcm on a phased map: it jumps to the data, and this model was trained to jump to the edge of a "
+            f"phase; use tcd in {constants.phases} steps"
+        )
+    if sampler == "tcd" and constants.phases not in (0, steps):
+        found.append(
+            f"{steps} steps of a phased map with {constants.phases} phases: its jumps end elsewhere; use "
+            f"{constants.phases}"
+        )
+    if sampler == "tcd" and request.settings.gamma < 1.0 and pipeline.is_lcm and not constants.phases:
+        found.append(
+            "sampler tcd on a map to the data: between its steps it goes on by noise that the model was not trained to "
+            "predict, which can raise contrast; compare with lcm"
+        )
     for control in request.control:
         if not control.on(steps).any():
             found.append(
