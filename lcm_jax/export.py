@@ -33,7 +33,7 @@ from lcm_jax.distill.student import merged, trainable, with_trainable
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import RECORD, Pipeline, lora_files, save_pipeline, save_single_file, save_unet
-from lcm_jax.pretrained.diffusers_folder import all_or_nothing, check_folder, lcm_scheduler_config
+from lcm_jax.pretrained.diffusers_folder import all_or_nothing, check_folder, lcm_scheduler_config, scheduler_class
 from lcm_jax.pretrained.model import PipelineParams, fold_w
 from lcm_jax.pretrained.safetensors_io import check_file
 from lcm_jax.run.config import MODELS_FILE, from_saved, validate
@@ -252,6 +252,7 @@ def write(
     else:
         scheduler = lcm_scheduler_config(
             student.configs["scheduler"],
+            _class_name=scheduler_class(student),
             original_inference_steps=record["solver_steps"],
             timestep_scaling=record["timestep_scaling"],
         )
@@ -262,7 +263,7 @@ def report_difference(folder: Path, record: Mapping[str, Any], given: Sequence[s
     """Prints how far diffusers' images are from ours; exit code 1 if they are not the same, else 0."""
     given = tuple(given) or PROMPTS
     prompts = [given[i % len(given)] for i in range(len(PROMPTS))]
-    steps = min(verify.STEPS, record["solver_steps"])
+    steps = record.get("phases", min(verify.STEPS, record["solver_steps"]))
     found = verify.compare(folder, prompts, steps)
     print(
         f"verify: diffusers and lcm_jax, {len(prompts)} images, {steps} steps, guidance scale "

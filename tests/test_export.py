@@ -153,6 +153,45 @@ def test_v_prediction_and_sdxl(teacher, tmp_path, capsys):
     assert scheduler["prediction_type"] == record["prediction_type"] == prediction_type
 
 
+PHASED = {"distill.map": "phased", "distill.phases": 2, "sample.steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "changes"),
+    [
+        ("sd1", {}),
+        pytest.param("sd2", {"distill.solver_steps": 40}, marks=pytest.mark.slow),
+        pytest.param("sdxl", {}, marks=pytest.mark.slow),
+        pytest.param(
+            "sd1", {"lora.rank": 4, "distill.w_embedding_dim": 0, "sample.guidance_scale": 1.0}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_phased_map_draws_the_same_images_in_diffusers(teacher, changes, tmp_path, capsys):
+    """With TCDScheduler in as many steps as it has phases, also conditioned on w and as a merged LoRA; v prediction."""
+    make_run(tmp_path / "run", tiny.folder(teacher), steps=(3,), **PHASED | changes)
+    out, is_lora = tmp_path / "model", "lora.rank" in changes
+    words = [f"--workdir={tmp_path / 'run'}", f"--out={out}", "--verify", *(["--format=merged"] if is_lora else [])]
+    assert export.main(words) == 0
+    output = capsys.readouterr().out
+    print(output)
+    assert "4 images, 2 steps" in output
+    scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "TCDScheduler"
+    assert scheduler["original_inference_steps"] == changes.get("distill.solver_steps", 50)
+    plain = "StableDiffusionXLPipeline" if teacher == "sdxl" else "StableDiffusionPipeline"
+    assert json.loads((out / "model_index.json").read_text())["_class_name"] == plain
+    record, card = pretrained.read_record(out), (out / "README.md").read_text()
+    assert (record["map"], record["phases"]) == ("phased", 2)
+    assert "A Phased Consistency Model: images in 2 steps, no fewer" in card and "num_inference_steps=2" in card
+    assert (
+        "each step jumps to the edge of one of 2 phases" in card and "--steps=2" in card and "LCMScheduler" not in card
+    )
+    if not is_lora and teacher == "sd1":  # other timesteps than those written for diffusers: the check notices
+        tiny.write_json(out / pretrained.RECORD, record | {"solver_steps": 30})
+        assert export.report_difference(out, record) == 1
+
+
 def flip(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1

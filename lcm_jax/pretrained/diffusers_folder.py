@@ -402,10 +402,15 @@ _LCM_SCHEDULER = {
 _LCM_KEYS = ("original_inference_steps", "timestep_scaling")
 
 
+def scheduler_class(pipeline: Pipeline) -> str:
+    """The diffusers scheduler that a distilled model's map is for."""
+    return "TCDScheduler" if pipeline.constants.phases else "LCMScheduler"
+
+
 def lcm_scheduler_config(source: Config, **overrides: Any) -> Config:
     """LCMScheduler's full config with the noise table and prediction type of a scheduler config `source`.
 
-    overrides: values of LCMScheduler's keys, e.g. original_inference_steps=100.
+    overrides: values of LCMScheduler's keys, e.g. original_inference_steps=100; TCDScheduler has the same.
 
     Raises:
       LcmError: LCMScheduler has no such key.
@@ -512,7 +517,7 @@ def _checked_scheduler(pipeline: Pipeline, config: Config | None) -> Config:
     if config is None:
         config = dict(pipeline.configs["scheduler"])
         if pipeline.has_w_embedding:
-            config = lcm_scheduler_config(config)
+            config = lcm_scheduler_config(config, _class_name=scheduler_class(pipeline))
     if "_class_name" not in config:
         raise LcmError("the scheduler config has no _class_name; diffusers needs it, e.g. LCMScheduler")
     made, mine = schedule.from_config(config), pipeline.schedule
@@ -557,7 +562,9 @@ def _pipeline_class(pipeline: Pipeline) -> str:
         return "StableDiffusionXLInpaintPipeline" if inpainting else "StableDiffusionXLPipeline"
     if inpainting:
         return "StableDiffusionInpaintPipeline"
-    return "LatentConsistencyModelPipeline" if pipeline.has_w_embedding else "StableDiffusionPipeline"
+    # The former hands its scheduler eta=None, which TCDScheduler does not take; the latter passes w on, too.
+    is_lcm = pipeline.has_w_embedding and not pipeline.constants.phases
+    return "LatentConsistencyModelPipeline" if is_lcm else "StableDiffusionPipeline"
 
 
 def _write(

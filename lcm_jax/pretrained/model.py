@@ -163,8 +163,8 @@ class Pipeline:
     @property
     def is_lcm(self) -> bool:
         """Whether the w embedding, the record or the scheduler shows that the model was distilled."""
-        is_lcm_scheduler = self.configs["scheduler"].get("_class_name") == "LCMScheduler"
-        return self.has_w_embedding or bool(self.record) or is_lcm_scheduler
+        of_distilled = self.configs["scheduler"].get("_class_name") in ("LCMScheduler", "TCDScheduler")
+        return self.has_w_embedding or bool(self.record) or of_distilled
 
     @property
     def is_xl(self) -> bool:
@@ -206,8 +206,9 @@ class Pipeline:
 
     @property
     def default_sampler(self) -> str:
-        """The one that the map of the weights is for: "tcd" of a phased one, else "lcm"."""
-        return "tcd" if self.constants.phases else "lcm"
+        """The one that the weights are for: "tcd" of a phased map, or if the model comes with that; else "lcm"."""
+        comes_with_tcd = self.configs["scheduler"].get("_class_name") == "TCDScheduler"
+        return "tcd" if self.constants.phases or comes_with_tcd else "lcm"
 
     @property
     def default_steps(self) -> int:

@@ -12,8 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from lcm_jax.pretrained.lora_files import FILE_NAME
 from lcm_jax.pretrained.single_file import SD2_GUESS, SD2_LARGEST_OF_EPSILON
 
-LCM = "lcm"  # the map of LCD and LCF, from every t to t = 0; a phased one would be another key
-MAPS = {LCM: ("an LCM or an LCM-LoRA", "4 to 8 steps")}  # what has it, and in how many steps
+LCM, PHASED = "lcm", "phased"  # the map from every t to t = 0; to the edge of its phase
+MAPS = {  # what has it, and in how many steps
+    LCM: ("an LCM or an LCM-LoRA", "4 to 8 steps"),
+    PHASED: ("a model or a LoRA of a phased map", "as many steps as it has phases"),
+}
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FOLDER, FILE, KOHYA, PEFT = "folder", "single-file", "lora-kohya", "lora-peft"
 KINDS = {
@@ -54,6 +57,7 @@ class Export:
       pruned: whether its UNet has other layers than the family's published one.
       has_w: whether it has a w embedding.
       constants: solver_steps, timestep_scaling, sigma_data.
+      map: one of MAPS.
     """
 
     kind: str
@@ -63,6 +67,7 @@ class Export:
     pruned: bool = False
     has_w: bool = False
     constants: tuple[float, float, float] = (50, 10.0, 0.5)
+    map: str = LCM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +79,20 @@ class Note:
     text: str
 
 
-def _same(text: str, kinds: Sequence[str] = ("epsilon", "v_prediction")) -> dict[tuple[str, str], str]:
-    """Settings that do not depend on the prediction type."""
-    return {(LCM, kind): text for kind in kinds}
+def _same(text: str, kinds: Sequence[str] = ("epsilon", "v_prediction"), of: str = LCM) -> dict[tuple[str, str], str]:
+    """Settings of a map that do not depend on the prediction type."""
+    return {(of, kind): text for kind in kinds}
 
 
-_NO_SAMPLE = {(LCM, "sample"): "cannot: knows no such prediction"}
+_NO_SAMPLE = {(of, "sample"): "cannot: knows no such prediction" for of in (LCM, PHASED)}
 _WEB_UI = {
     FILE: "`models/Stable-diffusion`",
     KOHYA: "`models/Lora`, and `<lora:{stem}:1>` in the prompt",
 }
 _WEB_UI_SETTINGS = "sampling method `LCM`, schedule type `Simple`, CFG scale 1"
 _SAMPLER = "KSampler: sampler `lcm`, scheduler `simple`, CFG 1"
+_EULER = "KSampler: sampler `euler`, scheduler `simple`, CFG 1"
+_EULER_SETTINGS = _same("sampling method `Euler`, schedule type `Simple`, CFG scale 1", of=PHASED)
 _UNKNOWN_KEYS = "not loaded: it knows none of the names"
 PROGRAMS = (
     Program(
@@ -97,8 +104,14 @@ PROGRAMS = (
             (LCM, "v_prediction"): f"no node `ModelSamplingDiscrete` with `lcm`, which takes every model for epsilon; "
             f"{_SAMPLER}",
             (LCM, "sample"): f"node `ModelSamplingDiscrete` with `x0`; {_SAMPLER}",
+            (PHASED, "epsilon"): f"node `ModelSamplingDiscrete` with `lcm`; {_EULER}",
+            (PHASED, "v_prediction"): f"no node `ModelSamplingDiscrete` with `lcm`; {_EULER}",
+            (PHASED, "sample"): f"node `ModelSamplingDiscrete` with `x0`; {_EULER}",
         },
-        {(LCM, "epsilon"): f"no node `ModelSamplingDiscrete` with `lcm`; {_SAMPLER}"},
+        {
+            (LCM, "epsilon"): f"no node `ModelSamplingDiscrete` with `lcm`; {_SAMPLER}",
+            (PHASED, "epsilon"): f"no node `ModelSamplingDiscrete` with `lcm`; {_EULER}",
+        },
         {PEFT: "half a LoRA: it leaves out every attention projection (a line each in its log) and reads no alpha"},
     ),
     Program(
@@ -108,6 +121,7 @@ PROGRAMS = (
         {
             (LCM, "epsilon"): _WEB_UI_SETTINGS + ". With `Automatic` one step more: its last, at t = 19, does little",
             (LCM, "v_prediction"): "cannot: its sampler `LCM` takes every model for epsilon",
+            **_EULER_SETTINGS,
             **_NO_SAMPLE,
         },
         wrong={PEFT: _UNKNOWN_KEYS},
@@ -116,29 +130,33 @@ PROGRAMS = (
         "Forge",
         "dfdcbab (2025): read in its source",
         _WEB_UI,
-        _same(_WEB_UI_SETTINGS) | _NO_SAMPLE,
+        _same(_WEB_UI_SETTINGS) | _EULER_SETTINGS | _NO_SAMPLE,
         wrong={PEFT: "as ComfyUI, whose reader it has"},
     ),
     Program(
         "stable-diffusion.cpp",
         "master-612-d7ecbe1 (PyPI `cyllama` 0.2.18): loads, applies LoRAs, draws: `make test-clients`",
         {FILE: "`--model`", KOHYA: "`--lora-model-dir` is its folder, and `<lora:{stem}:1>` in the prompt"},
-        _same("`--sampling-method lcm --scheduler lcm --cfg-scale 1`") | _NO_SAMPLE,
-        _same("`--sampling-method lcm --scheduler simple --cfg-scale 1`"),
+        _same("`--sampling-method lcm --scheduler lcm --cfg-scale 1`")
+        | _same("`--sampling-method euler --scheduler lcm --cfg-scale 1`", of=PHASED)
+        | _NO_SAMPLE,
+        _same("`--sampling-method lcm --scheduler simple --cfg-scale 1`")
+        | _same("`--sampling-method euler --scheduler simple --cfg-scale 1`", of=PHASED),
         {PEFT: "every layer, but it reads no alpha: right only where alpha is the rank"},
     ),
     Program(
         "InvokeAI",
         "6.14.2: identifies single files and LoRAs, finds every layer of a LoRA; drew nothing",
         {FOLDER: "model manager", FILE: "model manager", KOHYA: "model manager"},
-        _same("scheduler `LCM`, CFG scale 1") | _NO_SAMPLE,
+        _same("scheduler `LCM`, CFG scale 1") | _same("scheduler `TCD`, CFG scale 1", of=PHASED) | _NO_SAMPLE,
         wrong={PEFT: _UNKNOWN_KEYS},
     ),
     Program(
         "diffusers",
         "0.42.1: the oracle of the tests; `lcm_jax.export --verify` draws with it",
         dict.fromkeys(KINDS, "the model card's code"),
-        _same("`LCMScheduler`, as in the model card's code", PREDICTION_TYPES),
+        _same("`LCMScheduler`, as in the model card's code", PREDICTION_TYPES)
+        | _same("`TCDScheduler`, as in the model card's code", PREDICTION_TYPES, PHASED),
     ),
 )
 
@@ -159,6 +177,20 @@ TIMESTEPS = {
 }
 
 NOTES = (
+    Note(
+        "phased map",
+        lambda one: one.map == PHASED,
+        "Its steps end at the timesteps of as many steps as it has phases: with another number of steps, or a sampler "
+        "that adds noise, images are blurred. `euler` is right because it is DDIM from timestep to timestep; it ends "
+        "at sigma = 0 and not at the last edge, which changes little. Settings for this map were computed from the "
+        "programs' timesteps, not tried, but for diffusers.",
+    ),
+    Note(
+        "phased map, on a grid of 50 timesteps, A1111 and Forge",
+        lambda one: one.map == PHASED and one.constants[0] == 50,
+        "`Euler` goes by the timesteps of training's whole table: 749, 499, 249, where this model has 759, 499, 259. A "
+        "map that was trained on 40 timesteps (`distill.solver_steps=40`) has exactly those.",
+    ),
     Note(
         "SD 2.x, single file",
         lambda one: _single(one, "sd2"),
@@ -248,10 +280,10 @@ MEASURED = (
 )
 
 
-def recipe(export: Export, stem: str, which: str = LCM) -> str:
+def recipe(export: Export, stem: str) -> str:
     """Markdown for a model card: what every program but diffusers, whose code the card has, must be told.
 
-    stem: name of the export without suffix. which: its map.
+    stem: name of the export without suffix.
     """
     if export.has_w:
         return f"{W_EMBEDDING}."
@@ -259,13 +291,21 @@ def recipe(export: Export, stem: str, which: str = LCM) -> str:
     def settings(program: Program) -> dict[tuple[str, str], str]:
         return {**program.settings, **(program.other_grid if export.constants[0] != 50 else {})}
 
+    model = export.map, export.prediction_type
     rows = [
-        f"| {one.name} | {one.takes[export.kind].format(stem=stem)} | {settings(one)[which, export.prediction_type]} |"
+        f"| {one.name} | {one.takes[export.kind].format(stem=stem)} | {settings(one)[model]} |"
         for one in PROGRAMS[:-1]
         if export.kind in one.takes
     ]
     copy = f" (copy `{FILE_NAME}` as `{stem}.safetensors`)" if export.kind == KOHYA else ""
-    table = [f"Settings, in {MAPS[which][1]}{copy}:", "", "| program | file | settings |", "|---|---|---|", *rows, ""]
+    table = [
+        f"Settings, in {MAPS[export.map][1]}{copy}:",
+        "",
+        "| program | file | settings |",
+        "|---|---|---|",
+        *rows,
+        "",
+    ]
     notes = [f"- {note.text}" for note in NOTES if note.concerns(export)]
     notes += [f"- {INSTEAD[export.kind]}"] if export.kind in INSTEAD else []
     notes += [f"- {one.name}: {one.wrong[export.kind]}." for one in PROGRAMS if export.kind in one.wrong]

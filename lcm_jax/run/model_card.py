@@ -11,6 +11,7 @@ import lcm_jax
 from lcm_jax.distill import OBJECTIVES
 from lcm_jax.models import unet
 from lcm_jax.pretrained import Pipeline, single_file
+from lcm_jax.pretrained.diffusers_folder import scheduler_class
 from lcm_jax.pretrained.lora_files import FILE_NAME
 from lcm_jax.run import clients
 
@@ -35,8 +36,8 @@ pipeline_tag: text-to-image
 | End of a step | {step_end} |
 {adapters}| Weights | {network} after step {step:,} of {total_steps:,} |
 | Batch | {batch_size} images of {resolution} pixels a step (data: `{source}`) |
-{guided}| Solver | {solver} on a grid of {solver_steps} points; sample with 1 to 8 steps |
-| Boundary | timestep_scaling {timestep_scaling:g}, sigma_data {sigma_data:g} |
+{guided}| Solver | {solver} on a grid of {solver_steps} points; sample with {in_steps} |
+| {map} |
 | Made with | lcm_jax {version} |
 
 {measurements}## Use
@@ -46,7 +47,7 @@ pipeline_tag: text-to-image
 {diffusers}With lcm_jax:
 
 ```bash
-python -m lcm_jax.sample {flags} --prompt="..." --steps=4 --guidance_scale={scale:g} --out=pictures
+python -m lcm_jax.sample {flags} --prompt="..." --steps={steps} --guidance_scale={scale:g} --out=pictures
 ```
 
 {elsewhere}## Configuration
@@ -56,10 +57,22 @@ python -m lcm_jax.sample {flags} --prompt="..." --steps=4 --guidance_scale={scal
 {config}
 """
 _SUMMARY = (
-    "A Latent Consistency Model: images in one to eight steps, {made}. {guidance}, so a step is one pass.",
-    "An LCM-LoRA for `{base}`, {made}: with it that model, and others fine-tuned from the same one, generate images in "
-    "two to eight steps. It can be combined with other LoRAs.",
+    "{kind}: images in {in_steps}, {made}. {guidance}, so a step is one pass.",
+    "{kind} for `{base}`, {made}: with it that model, and others fine-tuned from the same one, generate images in "
+    "{in_steps}. It can be combined with other LoRAs.",
 )  # of a model; of a LoRA
+_KIND = {  # is phased -> of a model, of a LoRA: what it is, and in how many steps it samples
+    False: (("A Latent Consistency Model", "1 to 8 steps"), ("An LCM-LoRA", "2 to 8 steps")),
+    True: (
+        ("A Phased Consistency Model", "{steps}, no fewer"),
+        ("A LoRA of a Phased Consistency Model", "{steps}, no fewer"),
+    ),
+}
+_MAPS = {
+    False: "Boundary | timestep_scaling {timestep_scaling:g}, sigma_data {sigma_data:g}",
+    True: "Map | phased ([Wang et al. 2024](https://arxiv.org/abs/2405.18407)): each step jumps to the edge of one of "
+    "{phases} phases, which are the timesteps of {phases} steps",
+}
 _ADAPTERS = """\
 | Adapters | LoRA of rank {rank}, alpha {alpha:g} ([Luo et al. 2023](https://arxiv.org/abs/2311.05556)) |
 """
@@ -73,7 +86,7 @@ With diffusers:
 
 ```python
 CODE
-image = pipe("...", num_inference_steps=4, guidance_scale={scale:g}).images[0]
+image = pipe("...", num_inference_steps={steps}, guidance_scale={scale:g}).images[0]
 ```
 
 """
@@ -82,29 +95,29 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}")"""
 _SINGLE_FILE = """\
-from diffusers import LCMScheduler, {plain}
+from diffusers import {scheduler}, {plain}
 
 pipe = {plain}.from_single_file("{name}")
-pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, {constants}, {noise})"""
+pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {constants}, {noise})"""
 _LORA = """\
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import DiffusionPipeline, {scheduler}
 
 pipe = DiffusionPipeline.from_pretrained("{shown_base}")
-pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, {constants})
+pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {constants})
 pipe.load_lora_weights("{name}", weight_name="{lora_file}")"""
 _UNET = """\
-from diffusers import LCMScheduler, {pipeline}, UNet2DConditionModel
+from diffusers import {scheduler}, {pipeline}, UNet2DConditionModel
 
 unet = UNet2DConditionModel.from_pretrained("{name}")
-scheduler = LCMScheduler.from_pretrained("{shown_base}", subfolder="scheduler", {constants})
+scheduler = {scheduler}.from_pretrained("{shown_base}", subfolder="scheduler", {constants})
 pipe = {pipeline}.from_pretrained("{shown_base}", unet=unet, scheduler=scheduler)"""
 _UNET_XL = """\
 import torch
-from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, {scheduler}, StableDiffusionXLPipeline, UNet2DConditionModel
 
 unet = UNet2DConditionModel.from_pretrained("{name}", torch_dtype=torch.float16)
 vae = AutoencoderKL.from_pretrained("{vae}", torch_dtype=torch.float16)
-scheduler = LCMScheduler.from_pretrained("{shown_base}", subfolder="scheduler", {constants})
+scheduler = {scheduler}.from_pretrained("{shown_base}", subfolder="scheduler", {constants})
 pipe = StableDiffusionXLPipeline.from_pretrained(
     "{shown_base}", unet=unet, vae=vae, scheduler=scheduler, torch_dtype=torch.float16
 )"""
@@ -151,6 +164,8 @@ def model_card(
     elif kind == "single-file" and has_w:
         kind = "single-file with w embedding"
     flags, code, used_as = _KINDS[kind]
+    phases = record.get("phases", 0)
+    steps = phases or 4
     noise = student.schedule
     elsewhere = used_as and clients.recipe(export_of(used_as, student, record), name.removesuffix(".safetensors"))
     weight, low, high = config["distill"]["lcd_weight"], record.get("w_min", 0) + 1, record.get("w_max", 0) + 1
@@ -160,7 +175,7 @@ def model_card(
         "base": base,
         "shown_base": base if is_on_hub else "folder of the teacher",  # a path of ours means nothing to others
         "plain": plain,
-        "pipeline": "LatentConsistencyModelPipeline" if has_w else plain,
+        "pipeline": "LatentConsistencyModelPipeline" if has_w and not phases else plain,
         "constants": f"original_inference_steps={record['solver_steps']}, "
         f"timestep_scaling={record['timestep_scaling']:g}",
         "noise": f'prediction_type="{noise.prediction_type}"'
@@ -168,6 +183,10 @@ def model_card(
         "vae": _VAE_FOR_HALF,
         "lora_file": FILE_NAME,
         "scale": student.default_guidance_scale(),
+        "scheduler": scheduler_class(student),
+        "steps": steps,
+        "kind": _KIND[bool(phases)][is_lora][0],
+        "in_steps": _KIND[bool(phases)][is_lora][1].format(steps=f"{steps} step{'s' * (steps > 1)}"),
         "made": f"{made} from `{origin}`",
         "guidance": "The guidance scale is an input of the network" if has_w else "Guidance is distilled in",
         "low": low,
@@ -193,6 +212,7 @@ def model_card(
         "network": _NETWORKS[record["weights"]],
         "total_steps": config["train"]["steps"],
         "guided": guided,
+        "map": _MAPS[bool(phases)].format_map(record),
         "solver": _SOLVERS[config["distill"]["solver"]],
         "version": lcm_jax.__version__,
         "measurements": "" if table is None else f"## Measurements\n\n{table.strip()}\n\n",
@@ -211,6 +231,7 @@ def export_of(kind: str, student: Pipeline, record: Mapping[str, Any]) -> client
     # The refiner's own UNet is not among the configs that come with the package.
     has_published = family is not None and family.name != "sdxl-refiner"
     constants = tuple(record[key] for key in ("solver_steps", "timestep_scaling", "sigma_data"))
+    which = clients.PHASED if record.get("phases") else clients.LCM
     return clients.Export(
         kind,
         student.schedule.prediction_type,
@@ -219,6 +240,7 @@ def export_of(kind: str, student: Pipeline, record: Mapping[str, Any]) -> client
         pruned=has_published and _layers(student.unet) != _layers(unet.from_config(family.config("unet"))),
         has_w=bool(record["w_embedding_dim"]),
         constants=constants,
+        map=which,
     )
 
 

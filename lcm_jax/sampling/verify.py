@@ -16,7 +16,7 @@ import numpy as np
 from lcm_jax.errors import LcmError
 from lcm_jax.sampling.load import load
 from lcm_jax.sampling.png import to_uint8
-from lcm_jax.sampling.request import make_request
+from lcm_jax.sampling.request import make_request, noise_entries
 
 NEEDS = ("torch", "diffusers")
 STEPS = 4
@@ -55,21 +55,22 @@ def compare(folder: str | Path, prompts: Sequence[str], steps: int = STEPS, seed
     request = make_request(model.pipeline, steps=steps)
     size, numbers = (request.height, request.width), range(len(prompts))
     model.check_memory(request, len(prompts))
-    noise = model.noise(seed, numbers, steps, *size)
+    noise = model.noise(seed, numbers, noise_entries(request.settings), *size)
     with jax.default_matmul_precision("highest"):
         ours = model.generate(request, prompts, numbers, seed)
     scale = request.guidance_scale
-    theirs = diffusers_images(folder, prompts, noise, scale, size)
+    theirs = diffusers_images(folder, prompts, noise, steps, scale, size)
     pixels = np.abs(to_uint8(ours).astype(int) - to_uint8(theirs).astype(int))
     return Difference(int(pixels.max()), float(np.abs(ours - theirs).max()), scale)
 
 
 def diffusers_images(
-    folder: str | Path, prompts: Sequence[str], noise: np.ndarray, scale: float, size: tuple[int, int]
+    folder: str | Path, prompts: Sequence[str], noise: np.ndarray, steps: int, scale: float, size: tuple[int, int]
 ) -> np.ndarray:
     """Images in [0, 1], [b h w 3], of the diffusers pipeline that the folder's model_index.json names.
 
-    noise: [steps b h w c]; entry 0 holds the initial latents, the others replace LCMScheduler's random numbers.
+    noise: [n b h w c]; entry 0 holds the initial latents, the others replace LCMScheduler's random numbers, of which
+    TCDScheduler draws none by default.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -84,7 +85,7 @@ def diffusers_images(
             prompt=list(prompts),
             height=size[0],
             width=size[1],
-            num_inference_steps=len(noise),
+            num_inference_steps=steps,
             guidance_scale=scale,
             latents=start,
             output_type="np",
