@@ -40,6 +40,9 @@ FAMILIES = {
     "sd15_lcm": "sd15",
     "sd15_lcm_lora": "sd15",
     "collage_lcm_lora": "sd15",
+    "sd15_pcm": "sd15",
+    "sd15_pcm_lora": "sd15",
+    "sdxl_pcm_lora": "sdxl",
     "pokemon_lcf": "sd15",
     "simpsons_lcf": "sd15",
     "sd21_base_lcm": "sd21-base",
@@ -73,6 +76,8 @@ def reduced(name: str) -> ConfigDict:
     config.data.resolution, config.data.num_examples = 64, 4
     config.data.batch_size = max(2, config.train.accumulation_steps)
     config.train.steps = config.log.every = 1
+    if config.distill.stages:  # of one step there is only the first
+        config.distill.stages, config.sample.steps = (), config.distill.phases
     return config
 
 
@@ -126,6 +131,12 @@ def test_variants_change_what_their_cards_say_and_nothing_else():
     }
     for full in ("sd15_lcm", "sdxl_lcm", "ssd1b_lcm"):
         assert differences(full, f"{full}_lora") == adapters
+    phased = {"distill.map", "distill.solver_steps"}
+    assert differences("shapes_lcm", "shapes_pcm") == phased
+    assert differences("sd15_lcm", "sd15_pcm") == phased | {"distill.phases", "distill.stages"}
+    second_pass = {"train.learning_rate", "data.caption_dropout", "distill.w_min", "distill.w_max"}
+    assert differences("sd15_lcm_lora", "sd15_pcm_lora") == phased | second_pass | {"train.weight_decay"}
+    assert differences("sdxl_lcm_lora", "sdxl_pcm_lora") == phased | second_pass
     assert differences("pokemon_lcf", "simpsons_lcf") == {"sample.prompts", "data.path"}
 
 
