@@ -35,12 +35,14 @@ class Settings:
 
     spacing: of the timesteps of samplers other than "lcm", one of `timesteps.SPACINGS`; with a strength "trailing".
     strength: of image to image (`image_to_image`): the sampler starts from a noised image; None: from noise.
+    stop: timesteps below it are left to a refiner (`chain`); None: the sampler goes all the way.
     """
 
     sampler: str = "lcm"
     steps: int = 4
     spacing: str = "trailing"
     strength: float | None = None
+    stop: int | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -99,7 +101,23 @@ def make_plan(pipeline: Pipeline, settings: Settings) -> Plan:
         options = {"set_alpha_to_one": constants.set_alpha_to_one}
     else:
         t = timesteps.dpm_solver(steps, total, settings.spacing, 1)
-    return Plan(settings.sampler, tuple(t.tolist()), tuple(options.items()))
+    plan = Plan(settings.sampler, tuple(t.tolist()), tuple(options.items()))
+    return plan if settings.stop is None else _stopped(pipeline, plan, settings.stop)
+
+
+def _stopped(pipeline: Pipeline, plan: Plan, stop: int) -> Plan:
+    """The steps at timesteps >= stop; an LCM's end at x0, those of others where the last one leads."""
+    kept = int((plan.t >= stop).sum())
+    if plan.sampler == "lcm":
+        return dataclasses.replace(plan, timesteps=plan.timesteps[:kept])
+    table = samplers.TABLES[plan.sampler](pipeline.schedule, plan.t, **dict(plan.options))
+    return Plan(plan.sampler, None, (), tuple(column[:kept] for column in table))
+
+
+def noised(pipeline: Pipeline, settings: Settings, z: jax.Array, noise: jax.Array) -> np.ndarray:
+    """Scaled latents z with the noise of the sampler's first timestep, [b h w c] both: what it starts from."""
+    t = make_plan(pipeline, settings).t[0]
+    return pipeline.schedule.alphas[t] * np.asarray(z) + pipeline.schedule.sigmas[t] * np.asarray(noise)
 
 
 def _from_image(pipeline: Pipeline, settings: Settings, strength: float) -> Plan:
@@ -133,6 +151,7 @@ class Request:
       control: with images of this size, uint8 [height width 3].
       control_guess: whether their nets are in guess mode (`sampling.control`).
       source: the images of image to image; None: text alone.
+      second: a `chain.Second`: the pass behind this one; None: there is none.
     """
 
     settings: Settings
@@ -147,6 +166,7 @@ class Request:
     control: tuple[Control, ...] = ()
     control_guess: bool = False
     source: Source | None = None
+    second: Any = None
 
     def of(self, prompts: Sequence[int]) -> "Request":
         """The request for these prompts of its own."""
@@ -347,7 +367,7 @@ def warnings(pipeline: Pipeline, request: Request) -> list[str]:
             f"{MAX_TWO_PASS_SCALE:g} images come out oversaturated, with burnt contrast and broken shapes; use 1 (one "
             f"pass) to {MAX_TWO_PASS_SCALE:g}"
         )
-    if request.negative_prompt is not None and scale == request.nag_scale == 1.0:
+    if request.negative_prompt is not None and scale == request.nag_scale == 1.0 and request.settings.stop is None:
         found.append(
             "a negative prompt has no effect at guidance scale 1, which is one pass; use a scale above 1, or "
             f"nag_scale {nag.SCALE:g}"
