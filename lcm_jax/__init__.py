@@ -31,15 +31,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lcm_jax.sampling.chain import Hires, Refine
     from lcm_jax.sampling.control import Control
     from lcm_jax.sampling.load import load
     from lcm_jax.sampling.request import Settings
 
 __version__ = "0.1.0"
-__all__ = ["Control", "Settings", "__version__", "load"]
+__all__ = ["Control", "Hires", "Refine", "Settings", "__version__", "load"]
 
 _HOMES = {
     "Control": "lcm_jax.sampling.control",
+    "Hires": "lcm_jax.sampling.chain",
+    "Refine": "lcm_jax.sampling.chain",
     "load": "lcm_jax.sampling.load",
     "Settings": "lcm_jax.sampling.request",
 }

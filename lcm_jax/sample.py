@@ -31,7 +31,7 @@ from lcm_jax.diffusion.timesteps import SPACINGS
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained.safetensors_io import SUFFIX
-from lcm_jax.sampling import control, flags, like, nag, png, presets
+from lcm_jax.sampling import chain, control, flags, like, nag, png, presets
 from lcm_jax.sampling.chunks import truncated, unused
 from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.generator import Generator
@@ -69,6 +69,7 @@ def parser() -> flags.Parser:
     flags.add_model_flags(p, required=False)
     flags.add_image_flags(p)
     flags.add_source_flags(p)
+    flags.add_second_flags(p)
     flags.add_prompt_flags(p)
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
     p.add_argument("--prompts", type=files.expanded, help="text file, one prompt per line")
@@ -261,6 +262,7 @@ def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict
         **({"canny": args.canny} if args.canny else {}),
         **({"strength": strength, "fit": source.fit, "posterior": source.posterior} if source else {}),
         **({"background": args.background} if args.background else {}),
+        **chain.recorded(chain.of_flags(vars(args))),
         **about_sampler(request.settings),
         "guidance_scale": request.guidance_scale,
         "seed": args.seed,
@@ -298,6 +300,7 @@ def check_out(out: Path, abouts: Sequence[Mapping[str, Any]], numbers: range) ->
 def run(args: argparse.Namespace, written: list[Path]) -> None:
     """Generates what the command line asks for; adds the files to `written` as they are made."""
     prompts, controls, sources = read_prompts(args), read_control(args), read_sources(args)
+    then = chain.of_flags(vars(args))
     args.lora = with_loras_of(args, prompts)
     model = flags.load_model(args, args.embedding)
     nets = {name: model.control_net(name, args.variant) for name in dict.fromkeys(one.net for one in controls)}
@@ -318,6 +321,9 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
     keys += ("emphasis", "clip_skip", "control_guess", "strength", "fit", "background", "max_side", "posterior")
     given = {key: getattr(args, key) for key in keys} | {"prompt_syntax": args.prompt_syntax or "plain"}
     requests = [make_request(model.pipeline, control=controls, image=one, **given) for one in sources]
+    if args.refiner is not None:
+        then = dataclasses.replace(then, model=model.refiner(args.refiner, args.variant))
+    requests = [chain.followed(model.pipeline, request, then, controls) for request in requests]
     preview = args.out / "preview.png"
     if args.preview is not None:
         model.preview = load_preview(args.preview, model.pipeline, functools.partial(show, preview))
@@ -359,6 +365,8 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
     warn(model, requests[0], prompts, args.prompt_syntax is not None)
     if args.image is not None:
         print("timesteps", *make_plan(model.pipeline, requests[0].settings).t)
+    if then is not None:
+        print("timesteps", *chain.timesteps(model.pipeline, requests[0]))
     for images, group in batches:
         write_images(args.out, images, group, numbers, abouts, written)
     if args.preview is not None:

@@ -32,6 +32,7 @@ from lcm_jax.pretrained.tokenizer import tokenize, tokenize_counted
 Tokens = Mapping[str, Any]  # text encoder's name in the pipeline -> ids [b l]
 TextParams = Mapping[str, Any]  # text encoder's name -> its parameter tree; other parts are not used
 
+SCORE, NULL_SCORE = 6.0, 2.5  # aesthetic, that a refiner is asked for in its two passes (diffusers' defaults)
 EMPHASES = ("original", "no_norm", "interpolate")
 _LEAST_MEAN = 1e-6  # the mean of z w that "original" still divides by: CLIP's states cancel in it
 
@@ -200,6 +201,10 @@ def null_of(pipeline: Pipeline, encoded: dict[str, jax.Array], negative_prompt: 
     return jax.tree.map(jnp.zeros_like, encoded) if pipeline.is_xl and zeros else encoded
 
 
-def time_ids(height: int, width: int, batch: int) -> np.ndarray:
-    """SDXL's condition of uncropped images of this size in pixels: original h w, crop 0 0, target h w; [b 6]."""
-    return np.tile(np.array([height, width, 0, 0, height, width], np.float32), (batch, 1))
+def time_ids(height: int, width: int, batch: int, score: float | None = None) -> np.ndarray:
+    """SDXL's condition of uncropped images of this size in pixels: original h w, crop 0 0, target h w; [b 6].
+
+    score: of a refiner, which takes an aesthetic score in place of the target; [b 5].
+    """
+    last = [height, width] if score is None else [score]
+    return np.tile(np.array([height, width, 0, 0, *last], np.float32), (batch, 1))

@@ -15,6 +15,7 @@ from lcm_jax import files
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained.text import EMPHASES
 from lcm_jax.runtime.mesh import make_mesh
+from lcm_jax.sampling import chain
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.image import FITS
 from lcm_jax.sampling.image_to_image import POSTERIORS
@@ -95,6 +96,17 @@ def add_source_flags(p: argparse.ArgumentParser) -> None:
         choices=POSTERIORS,
         help="of the VAE's encoder; sample: with noise, as diffusers; default: mode, with --noise=torch sample",
     )
+
+
+def add_second_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--hires", type=float, metavar="SCALE", help="a second pass at SCALE times the size, 1 to 4")
+    p.add_argument("--hires_strength", type=float, help="how far from the first pass; default: 0.5")
+    p.add_argument("--hires_steps", type=int, help="of the second pass; default: --steps")
+    p.add_argument("--hires_by", choices=chain.WAYS, help="what is enlarged; default: latent")
+    p.add_argument("--refiner", metavar="MODEL", help="SDXL's refiner, which finishes images: folder, hub id or file")
+    p.add_argument("--refiner_start", type=float, help="part of the noise that --model removes before; default: 0.8")
+    p.add_argument("--refiner_steps", type=int, help="default: 10")
+    p.add_argument("--refiner_guidance_scale", type=float, help="default: 5")
 
 
 def add_prompt_flags(p: argparse.ArgumentParser) -> None:

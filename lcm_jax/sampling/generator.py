@@ -39,10 +39,12 @@ from lcm_jax.models import tiling
 from lcm_jax.pretrained import text
 from lcm_jax.pretrained.controlnets import load_controlnet
 from lcm_jax.pretrained.embeddings import Embedding
+from lcm_jax.pretrained.load import load_pipeline
 from lcm_jax.pretrained.model import Pipeline, PipelineParams
 from lcm_jax.pretrained.names import Params
 from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import batch_sharding, place, replicated
+from lcm_jax.sampling import chain
 from lcm_jax.sampling.chunks import chunked
 from lcm_jax.sampling.control import Conditions, Control, Controlled, Net, conditions
 from lcm_jax.sampling.image import ImageLike
@@ -63,6 +65,7 @@ from lcm_jax.sampling.request import (
     make_plan,
     make_request,
     noise_entries,
+    noised,
     warnings,
 )
 
@@ -213,6 +216,23 @@ class Generator:
         net, params = load_controlnet(source, self.pipeline, variant, put=self._put)
         return Net(str(source), net if self.mesh is None else kernels.equipped(net, self.mesh), params)
 
+    def refiner(self, source: str | Path, variant: str | None = None) -> "Generator":
+        """SDXL's refiner, to go on from this model's latents (`chain.Refine`); it has no decoder of its own.
+
+        Args:
+          source: folder or hub id in diffusers format, or a single .safetensors file.
+          variant: weight files to read, such as "fp16".
+
+        Raises:
+          LcmError: it cannot be loaded, is no refiner, or this model's latents are not SDXL's.
+        """
+        options = {"variant": variant, "dtype": self.dtype, "param_dtype": None}
+        chain.check_refiner(self.pipeline, load_pipeline(source, **options, weights=False)[0], source)
+        read = {"unet", "text_encoder_2"}
+        pipeline, params = load_pipeline(source, **options, put=self._put, weights=read)
+        params = {part: params[part] for part in read}
+        return Generator(pipeline, params, self.mesh, embeddings=self.embeddings, loras=self.loras)
+
     def __call__(
         self,
         prompts: str | Sequence[str],
@@ -242,6 +262,7 @@ class Generator:
         background: str | tuple[int, int, int] | None = None,
         max_side: int | None = None,
         posterior: str | None = None,
+        then: chain.Hires | chain.Refine | None = None,
     ) -> list[Image.Image]:
         """`num_images` images of each prompt, in order; logs `request.warnings`.
 
@@ -269,6 +290,7 @@ class Generator:
           fit: of an image of another aspect, one of `image.FITS`; None: "crop". background: colour under transparency.
           max_side: pixels that larger images are reduced to; None: twice the model's own size.
           posterior: of the VAE, "mode" or "sample"; None: "sample" with noise "torch" and "torch-batch", else "mode".
+          then: a second pass behind the first, see `sampling.chain`.
 
         Raises:
           BadArgument: a value is wrong, or the model cannot do it.
@@ -302,6 +324,7 @@ class Generator:
             max_side=max_side,
             posterior=posterior,
         )
+        request = chain.followed(self.pipeline, request, then, control)
         check_count(request.source, prompts)
         check_readable(prompt_syntax, prompts=prompts, negative_prompt=negative_prompt)
         for warning in warnings(self.pipeline, request):
@@ -353,7 +376,8 @@ class Generator:
 
     def check_memory(self, request: Request, batch: int) -> None:
         """Raises BadArgument for a batch that needs more memory than there is, see `request.check_memory`."""
-        check_memory(self.pipeline, request, batch, self.mesh, self.tiled)
+        for one in [request, *([request.second.request] if request.second else [])]:
+            check_memory(self.pipeline, one, batch, self.mesh, self.tiled)
 
     def check_prompts(self, request: Request, prompts: Sequence[str]) -> None:
         """Raises LcmError for the prompts of a batch that cannot be read together, see `chunks.chunked`."""
@@ -372,11 +396,17 @@ class Generator:
 
     def generate(self, request: Request, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> np.ndarray:
         """One batch of images, float32 in [0, 1], [b H W 3], for prompts and image numbers, [b] each."""
-        noise = self.start(request, numbers, seed)
+        z = self.sampled(request, prompts, self.start(request, numbers, seed))
+        if request.second is not None:
+            z = chain.second_pass(self, request, z, prompts, numbers, seed)
+        return self.decode(z)
+
+    def sampled(self, request: Request, prompts: Sequence[str], noise: np.ndarray) -> jax.Array:
+        """Scaled latents [b h w c] of the first pass of a request, from `start`'s noise."""
         cond = self.encode(prompts, reading=request.reading)
         guided = is_guided(self.pipeline, request.guidance_scale)
         control = conditions(request.control, request.settings.steps, request.control_guess, guided)
-        z = self.latents(
+        return self.latents(
             cond,
             noise,
             request.guidance_scale,
@@ -386,7 +416,6 @@ class Generator:
             control=control,
             nag_scale=request.nag_scale,
         )
-        return self.decode(z)
 
     def start(self, request: Request, numbers: Sequence[int], seed: int) -> np.ndarray:
         """What `latents` reads, [steps b h w c]: noise, of image to image with the noised images as its entry 0."""
@@ -397,8 +426,7 @@ class Generator:
             return noise
         xi, eps, between = noise[0] if before else None, noise[before], noise[before + 1 :]
         z = self.encoder.latents(source.pixels(*size), xi)
-        schedule, t = self.pipeline.schedule, make_plan(self.pipeline, request.settings).t[0]
-        return np.concatenate([(schedule.alphas[t] * z + schedule.sigmas[t] * eps)[None], between])
+        return np.stack([noised(self.pipeline, request.settings, z, eps), *between])
 
     def noise(
         self,
@@ -411,11 +439,12 @@ class Generator:
         num_images: int | None = None,
         before: int = 0,
         behind: int = 0,
+        again: bool = False,
     ) -> np.ndarray:
         """`draw_noise` for images of height x width pixels: [before + behind + steps b h w c]."""
         factor = self.pipeline.vae.factor
         shape = (height // factor, width // factor, self.pipeline.vae.latent_channels)
-        return draw_noise(seed, numbers, steps, shape, source, num_images, before, behind)
+        return draw_noise(seed, numbers, steps, shape, source, num_images, before, behind, again)
 
     def encode(self, captions: Sequence[str], report: bool = False, reading: Reading = PLAIN) -> dict[str, jax.Array]:
         """Conditioning [b ...] of captions; report: log plain ones that are too long."""
@@ -458,12 +487,14 @@ class Generator:
           nag_scale: of guidance in attention (`sampling.nag`), of "" if there is no negative prompt; 1 is none.
         """
         pipeline = self.pipeline
-        if pipeline.is_xl:
-            height, width = (side * pipeline.vae.factor for side in noise.shape[2:4])
-            cond = {**cond, "time_ids": text.time_ids(height, width, noise.shape[1])}
         null = self.null(negative_prompt, reading) if is_guided(pipeline, guidance_scale) else None
         if null is not None:
             cond, null = text.same_length(cond, null)
+        if pipeline.is_xl:
+            refines, size = pipeline.purpose == "refining", [side * pipeline.vae.factor for side in noise.shape[2:4]]
+            cond = {**cond, "time_ids": text.time_ids(*size, noise.shape[1], text.SCORE if refines else None)}
+            if refines and null is not None:
+                null = {**null, "time_ids": text.time_ids(*size, 1, text.NULL_SCORE)}
         nag = None
         if nag_scale != 1.0:
             nag = Negative(self.null(negative_prompt or "", reading)["encoder_hidden_states"], jnp.float32(nag_scale))

@@ -4,26 +4,16 @@ import re
 from pathlib import Path
 
 from lcm_jax.errors import BadArgument
-from lcm_jax.sampling import png
+from lcm_jax.sampling import chain, png
 
 # What is recorded under the names of its flags: what the model is, how it is sampled, and how that is computed.
 MODEL = ("model", "unet", "vae", "variant", "model_config", "lora", "embedding", "ignore_unused")
 PROMPTS = ("prompt", "negative_prompt", "nag_scale", "prompt_syntax", "emphasis", "clip_skip")
 CONTROL = ("control", "control_guess", "canny")
 IMAGE = ("image", "strength", "fit", "background", "posterior")
-SAMPLED = (
-    *PROMPTS,
-    *CONTROL,
-    *IMAGE[1:],
-    "sampler",
-    "spacing",
-    "gamma",
-    "timesteps",
-    "steps",
-    "guidance_scale",
-    "seed",
-    "noise",
-)
+SECOND = tuple(name for kind, (_, *others) in chain.FLAGS.items() for name in (kind, *(f"{kind}_{o}" for o in others)))
+SAMPLER = ("sampler", "spacing", "gamma", "timesteps", "steps")
+SAMPLED = (*PROMPTS, *CONTROL, *IMAGE[1:], *SECOND, *SAMPLER, "guidance_scale", "seed", "noise")
 COMPUTED = ("dtype", "tiled")
 SWITCHES = ("ignore_unused", "tiled", "control_guess")  # flags without a value
 LISTS = ("lora", "embedding", "control")  # flags that may be given several times

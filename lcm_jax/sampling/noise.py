@@ -26,6 +26,7 @@ import numpy as np
 
 SOURCES = ("jax", "torch", "torch-batch", "nv")
 _POSTERIORS = 2**30  # number of the first entry for a posterior in jax's noise, beyond those of all steps
+_SECOND_PASS = 2**29  # number of its first entry in jax's noise
 _BLOCK = 16  # numbers that torch transforms together
 
 
@@ -38,6 +39,7 @@ def draw_noise(
     num_images: int | None = None,
     before: int = 0,
     behind: int = 0,
+    again: bool = False,
 ) -> np.ndarray:
     """Noise [steps b h w c]: entry 0 starts the sampler, the others are added between an LCM's steps.
 
@@ -48,9 +50,11 @@ def draw_noise(
     num_images: that "torch-batch" draws together; None: up to the last of `numbers`.
     before, behind: entries for posteriors that a generator draws before and behind the start. Those come first in the
       result, [before + behind + steps b h w c]. "torch-batch" draws one row of each, for all images.
+    again: for a second pass: other numbers of jax; a generator begins anew, as in A1111.
     """
     if source == "jax":
-        entries = [*range(_POSTERIORS, _POSTERIORS + before + behind), *range(steps)]
+        first = _SECOND_PASS if again else 0
+        entries = [*range(_POSTERIORS, _POSTERIORS + before + behind), *range(first, first + steps)]
         return _of_jax(seed, numbers, entries, shape)
     height, width, channels = shape
     size = height * width * channels

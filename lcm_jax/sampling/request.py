@@ -36,11 +36,11 @@ MAX_PROMPT = 100_000  # characters; a text encoder reads the first 77 tokens
 class Settings:
     """How to sample. Everything else, such as the solver grid of an LCM, comes from the model (`Constants`).
 
-    spacing: of the timesteps of ddim and dpm, one of
-    `timesteps.SPACINGS`; with a strength "trailing".
+    spacing: of the timesteps of ddim and dpm, one of `timesteps.SPACINGS`; with a strength "trailing".
     gamma: of tcd, in [0, 1]: how much of each step is made of fresh noise.
     timesteps: by hand, falling, instead of the sampler's own; () for those.
     strength: of image to image (`image_to_image`): the sampler starts from a noised image; None: from noise.
+    stop: timesteps below it are left to a refiner (`chain`); None: the sampler goes all the way.
     """
 
     sampler: str = "lcm"
@@ -49,6 +49,7 @@ class Settings:
     gamma: float = 0.0
     timesteps: tuple[int, ...] = ()
     strength: float | None = None
+    stop: int | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -64,6 +65,7 @@ class Plan:
     timesteps: tuple[int, ...] | None = dataclasses.field(metadata={"static": True})
     options: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), metadata={"static": True})
     table: samplers.Table | None = None
+    scaled_start: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __call__(
         self,
@@ -75,8 +77,8 @@ class Plan:
     ) -> Any:
         """The latent [b h w c] from noise [steps b h w c]: entry 0 is the start, the others are added between steps."""
         sampler, t, start = samplers.SAMPLERS[self.sampler], self.table or self.t, noise[0]
-        if self.sampler in EULER and self.table is None:
-            start = schedule.sigmas[self.t[0]] * start  # as these samplers' other implementations begin
+        if self.scaled_start:
+            start = schedule.sigmas[self.t[0]] * start
         return sampler(model, start, noise[1:], schedule, t, hook, **dict(self.options), loop=loop)
 
     @property
@@ -116,11 +118,27 @@ def make_plan(pipeline: Pipeline, settings: Settings) -> Plan:
         options = {"gamma": settings.gamma}
     if strength is None:
         options |= {"set_alpha_to_one": constants.set_alpha_to_one} if name == "ddim" else {}
-        return Plan(name, tuple(t.tolist()), tuple(options.items()))
+        plan = Plan(name, tuple(t.tolist()), tuple(options.items()), scaled_start=name in EULER)
+        return plan if settings.stop is None else _stopped(pipeline, plan, settings.stop)
     of_table = {"gamma": settings.gamma} if name == "tcd" else {}
     if name == "ddim":
         of_table = {"stride": round(total * strength) // steps, "set_alpha_to_one": constants.set_alpha_to_one}
     return Plan(name, None, tuple(options.items()), samplers.TABLES[name](schedule, t, **of_table))
+
+
+def _stopped(pipeline: Pipeline, plan: Plan, stop: int) -> Plan:
+    """The steps at timesteps >= stop; an LCM's end at x0, those of others where the last one leads."""
+    kept = int((plan.t >= stop).sum())
+    if plan.sampler == "lcm":
+        return dataclasses.replace(plan, timesteps=plan.timesteps[:kept])
+    table = samplers.TABLES[plan.sampler](pipeline.schedule, plan.t, **dict(plan.options))
+    return dataclasses.replace(plan, timesteps=None, table=tuple(column[:kept] for column in table))
+
+
+def noised(pipeline: Pipeline, settings: Settings, z: jax.Array, noise: jax.Array) -> np.ndarray:
+    """Scaled latents z with the noise of the sampler's first timestep, [b h w c] both: what it starts from."""
+    t = make_plan(pipeline, settings).t[0]
+    return pipeline.schedule.alphas[t] * np.asarray(z) + pipeline.schedule.sigmas[t] * np.asarray(noise)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +157,7 @@ class Request:
       control: with images of this size, uint8 [height width 3].
       control_guess: whether their nets are in guess mode (`sampling.control`).
       source: the images of image to image; None: text alone.
+      second: a `chain.Second`: the pass behind this one; None: there is none.
     """
 
     settings: Settings
@@ -153,6 +172,7 @@ class Request:
     control: tuple[Control, ...] = ()
     control_guess: bool = False
     source: Source | None = None
+    second: Any = None
 
     def of(self, prompts: Sequence[int]) -> "Request":
         """The request for these prompts of its own."""
@@ -385,7 +405,7 @@ def warnings(pipeline: Pipeline, request: Request) -> list[str]:
             f"{MAX_TWO_PASS_SCALE:g} images come out oversaturated, with burnt contrast and broken shapes; use 1 (one "
             f"pass) to {MAX_TWO_PASS_SCALE:g}"
         )
-    if request.negative_prompt is not None and scale == request.nag_scale == 1.0:
+    if request.negative_prompt is not None and scale == request.nag_scale == 1.0 and request.settings.stop is None:
         found.append(
             "a negative prompt has no effect at guidance scale 1, which is one pass; use a scale above 1, or "
             f"nag_scale {nag.SCALE:g}"
