@@ -261,6 +261,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     measures.check_used(reference, measured)
     endpoints = load_endpoints(args, specs, generator, found.captions, requests[0])
     program = {key: getattr(args, key) for key in ("negative_prompt", "tiled", "fsdp", "timings")}
+    program |= {key: value for key in ("sliced", "weights", "offload") if (value := getattr(args, key))}
     program |= {"dtype": generator.dtype, "batch_size": batch_size}
     program |= {"device": f"{mesh.size} x {jax.devices()[0].device_kind}"}
     evaluation = Evaluation(

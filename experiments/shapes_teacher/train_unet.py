@@ -146,9 +146,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     args = parser.parse_args()
     data, null_ids, params = cache(args.workdir), tokenizer.encode([""]), initial()
-    loss = partial(
-        loss_fn, unet.from_config(UNET), clip.from_config(TEXT), schedule.from_config(SCHEDULER), null_ids
-    )
+    loss = partial(loss_fn, unet.from_config(UNET), clip.from_config(TEXT), schedule.from_config(SCHEDULER), null_ids)
 
     def batch(i: int) -> dict[str, np.ndarray]:
         rows, epoch = batch_indices(0, i, BATCH, EXAMPLES), i * BATCH // EXAMPLES

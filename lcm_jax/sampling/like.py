@@ -11,8 +11,8 @@ MODEL = ("model", "unet", "vae", "variant", "model_config", "lora", "embedding",
 PROMPTS = ("prompt", "negative_prompt", "prompt_syntax", "emphasis", "clip_skip")
 CONTROL = ("control", "control_guess", "canny")
 SAMPLED = (*PROMPTS, *CONTROL, "sampler", "spacing", "steps", "guidance_scale", "seed", "noise")
-COMPUTED = ("dtype", "tiled")
-SWITCHES = ("ignore_unused", "tiled", "control_guess")  # flags without a value
+COMPUTED = ("dtype", "tiled", "sliced", "weights")
+SWITCHES = ("ignore_unused", "tiled", "sliced", "control_guess")  # flags without a value
 LISTS = ("lora", "embedding", "control")  # flags that may be given several times
 
 _SAMPLERS = {"LCM": "lcm", "DDIM": "ddim", "DPM++ 2M": "dpm_solver_pp_2m"}
