@@ -4,6 +4,7 @@
         [--config.data.batch_size=64] [--config.mesh.fsdp=16] ...
     python -m lcm_jax.aot --config=configs/sdxl_lcm_lora.py --topology=rtx4090:1
     python -m lcm_jax.aot --config=configs/sdxl_lcm_lora.py --topology=rtx4090:1 --sampling [--batch_size=4] [--steps=4]
+        [--weights=int8] [--offload=text|all] [--sliced]
 
 A topology counts chips. TPU: v5e:4x4, v5p:2x2x4 and v6e:4x4 are 16 each, and need libtpu (`pip install
 'lcm_jax[tpu]'`). GPU: rtx4090:1, h100:8 (one node), h100:2x8 (two), and need jax's CUDA plugin (`pip install
@@ -13,7 +14,8 @@ published ones come with the package.
 The program is the training step of `lcm_jax.train`, its batch (`data.batch_size`) that of all chips; only the compile
 options that make compiling quick differ, and are printed. VAE and text encoders, which a run keeps beside the step, are
 counted. The temporary memory of encoding is not: `data.encode_chunk` bounds it, and a latent cache avoids it. With
-`--sampling` it is the programs of `lcm_jax.sample` with the config's student: text encoders, sampler, decoder.
+`--sampling` it is the programs of `lcm_jax.sample` with the config's student: text encoders, sampler, decoder; then
+`--topology=cpu` is this machine, whose report has memory alone.
 
 `--fit` looks for the largest batch that fits instead. Exit code 1: it does not fit; the last line says what to change.
 """
@@ -35,6 +37,7 @@ from lcm_jax.cost import chips, roofline
 from lcm_jax.cost.chips import GIB
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import BadArgument
+from lcm_jax.models import int8
 from lcm_jax.pretrained import names
 from lcm_jax.run import models as run_models
 from lcm_jax.run.config import flag_help, parse_flags, resolve, to_json, validate
@@ -43,6 +46,8 @@ from lcm_jax.runtime import kernels, topology, waiting
 from lcm_jax.runtime.mesh import make_mesh
 from lcm_jax.sampling import report as sampling
 from lcm_jax.sampling.generator import Generator
+from lcm_jax.sampling.load import WEIGHTS
+from lcm_jax.sampling.offload import MODES
 from lcm_jax.sampling.request import Request, Settings, check_steps, make_request
 
 # Minutes instead of hours for a step of thousands of operations; XLA then also searches less for a tight schedule. Its
@@ -51,6 +56,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "tpu": {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
     "gpu": {},
 }
+CPU = "cpu"  # the topology of this machine, whose memory is not known to the report
+SWITCHES = ("weights", "offload", "sliced")  # flags of `lcm_jax.sample` for less memory
 VERIFY = 5  # compilations at most with which --fit verifies its estimate, and
 GROWTH = 4  # how many times the largest batch tried the next one may be
 
@@ -126,31 +133,46 @@ def analyse(config: ConfigDict, devices: list[jax.Device], chip: chips.Chip, fit
     return attempt(config)[-1]
 
 
-def generator_of(config: ConfigDict, mesh: Mesh) -> tuple[Generator, Request]:
-    """What generates with the config's student, adapters merged, and a request at its resolution, without weights."""
+def generator_of(
+    config: ConfigDict, mesh: Mesh, weights: str | None = None, offload: str | None = None, sliced: bool = False
+) -> tuple[Generator, Request]:
+    """What generates with the config's student, adapters merged, and a request at its resolution, without weights.
+
+    weights, offload, sliced: as of `lcm_jax.load`.
+    """
     models = run_models.shapes(config)
     unet, vae = kernels.plain_module(models.student.unet), models.student.vae.clone(dtype=jnp.dtype(config.model.dtype))
     pipeline = dataclasses.replace(models.student, unet=unet, vae=vae)
     params = {part: names.param_shapes(module, None) for part, module in pipeline.parts.items()}  # as `load` holds them
+    if weights == "int8":
+        params = {part: tree if part == "vae" else int8.shapes(tree) for part, tree in params.items()}
     side = config.data.resolution
     scale = None if pipeline.has_w_embedding else 1.0
-    return Generator(pipeline, params, mesh), make_request(pipeline, guidance_scale=scale, height=side, width=side)
+    generator = Generator(pipeline, params, mesh, offload=offload, sliced=sliced)
+    return generator, make_request(pipeline, guidance_scale=scale, height=side, width=side)
 
 
 def analyse_sampling(
-    config: ConfigDict, devices: list[jax.Device], chip: chips.Chip, batch: int, steps: int, fitting: bool
+    config: ConfigDict,
+    devices: list[jax.Device],
+    chip: chips.Chip | None,
+    batch: int,
+    steps: int,
+    fitting: bool,
+    **switches: Any,
 ) -> dict[str, Any]:
     """The report of generating with the config's student, see `sampling.report`, in batches of `batch` images.
 
-    fitting: of the largest batch that fits, instead.
+    fitting: of the largest batch that fits, instead. switches: of `generator_of`.
     """
-    generator, request = generator_of(config, make_mesh(devices=devices))
+    generator, request = generator_of(config, make_mesh(devices=devices), **switches)
     check_steps(steps)
     request = dataclasses.replace(request, settings=Settings(steps=steps))
 
     def attempt(images: int) -> tuple[float, float, dict[str, Any]]:
         with topology.tracing_for(chip):
-            found = sampling.report(generator, request, images * len(devices), QUICK[devices[0].platform], chip)
+            options = QUICK.get(devices[0].platform, {})
+            found = sampling.report(generator, request, images * len(devices), options, chip)
         return found["memory"]["needed"], found["memory"]["available"], found
 
     return fit(attempt, waiting.say)[1] if fitting else attempt(-(-batch // len(devices)))[-1]
@@ -160,20 +182,25 @@ def run() -> int:
     """What the command line asks for."""
     values = flags.FLAGS
     config = ConfigDict(values.config.to_dict())
-    chip, _ = chips.of_topology(values.topology)
+    on_cpu = values.topology == CPU
+    if on_cpu and (not values.sampling or values.fit):
+        raise BadArgument("topology", CPU, "is for --sampling, without --fit; for training choose chips")
+    chip = None if on_cpu else chips.of_topology(values.topology)[0]
     if values.slices is not None:
         if isinstance(chip, chips.Gpu):
             raise BadArgument("slices", values.slices, "is of TPUs; several nodes of GPUs are --topology=h100:2x8")
         config.mesh.slices = values.slices
-    for name, of_training in (("batch_size", "set --config.data.batch_size"), ("steps", "remove it")):
+    for name in ("batch_size", "steps", *SWITCHES):
         if values[name].present and not values.sampling:
-            raise BadArgument(name, values[name].value, f"is for --sampling; for training {of_training}")
+            way = "set --config.data.batch_size" if name == "batch_size" else "remove it"
+            raise BadArgument(name, values[name].value, f"is for --sampling; for training {way}")
     config = prepared(config)
-    devices = topology.devices(values.topology, config.mesh.slices)
+    devices = jax.devices()[:1] if on_cpu else topology.devices(values.topology, config.mesh.slices)
     text, error = sampling.text if values.sampling else roofline.text, None
     try:
         if values.sampling:
-            found = analyse_sampling(config, devices, chip, values.batch_size, values.steps, values.fit)
+            switches = {name: values[name].value for name in SWITCHES}
+            found = analyse_sampling(config, devices, chip, values.batch_size, values.steps, values.fit, **switches)
         else:
             found = analyse(config, devices, chip, values.fit)
     except DoesNotFit as caught:
@@ -203,6 +230,9 @@ if __name__ == "__main__":
     flags.DEFINE_bool("sampling", False, "generating images with the config's student, instead of training it")
     flags.DEFINE_integer("batch_size", 4, "with --sampling: images at once", lower_bound=1)
     flags.DEFINE_integer("steps", 4, "with --sampling: of the sampler", lower_bound=1)
+    flags.DEFINE_enum("weights", None, WEIGHTS, "with --sampling: as of lcm_jax.sample")
+    flags.DEFINE_enum("offload", None, MODES, "with --sampling: as of lcm_jax.sample")
+    flags.DEFINE_bool("sliced", False, "with --sampling: as of lcm_jax.sample")
     flags.DEFINE_string("out", None, "JSON file for the report")
     flags.mark_flags_as_required(["config", "topology"])
     app.run(main, flags_parser=parse_flags)

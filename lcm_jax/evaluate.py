@@ -267,6 +267,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     measures.check_used(reference, measured)
     endpoints = load_endpoints(args, specs, generator, found.captions, requests[0])
     program = {key: getattr(args, key) for key in ("negative_prompt", "tiled", "fsdp", "timings")}
+    program |= {key: value for key in ("sliced", "weights", "offload") if (value := getattr(args, key))}
     program |= {"dtype": generator.dtype, "batch_size": batch_size}
     if args.nag_scale != 1.0:
         program["negative_prompt"] = f"{args.negative_prompt or ''} (nag_scale {args.nag_scale:g})"

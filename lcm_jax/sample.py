@@ -58,7 +58,8 @@ from lcm_jax.sampling.request import (
     warnings,
 )
 
-OPTIONAL = ("unet", "vae", "variant", "model_config", "ignore_unused", "tiled")  # flags recorded only if given
+# Flags recorded only if given.
+OPTIONAL = ("unet", "vae", "variant", "model_config", "ignore_unused", "tiled", "sliced", "weights")
 SMALLEST = 2**12  # bytes that a PNG file takes on a disk at least
 MOST_LISTED = 20  # names in an error
 _NAME = re.compile(r"(\d+)_(\d+)\.png")

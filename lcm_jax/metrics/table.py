@@ -34,8 +34,8 @@ FLAGS = {  # of `Row.comparison`, but for its metrics
     "height": "--height",
     "width": "--width",
 }
-NOTED = ("dtype", "spacing", "negative_prompt", "tiled")  # flags in the notes
-LATENCY = ("batch_size", "device", "fsdp", "timings")  # flags on which the time depends, but not the images
+NOTED = ("dtype", "spacing", "negative_prompt", "tiled", "sliced", "weights")  # flags in the notes
+LATENCY = ("batch_size", "device", "fsdp", "timings", "offload")  # flags on which the time depends, but not the images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,8 +264,10 @@ def _flag_note(rows: Sequence[Row], key: str) -> str:
     for row in rows:
         if key == "spacing" and row.sampler == "lcm":  # its timesteps are those it was distilled at
             continue
-        value = row.settings["sampling" if key == "spacing" else "program"][key]
+        value = row.settings["sampling" if key == "spacing" else "program"].get(key)
         found.setdefault("none" if value is None else str(value), {})[row.model] = None
+    if key in ("sliced", "weights") and set(found) == {"none"}:  # recorded only if given
+        return ""
     if len(found) < 2:
         return f"{key} {next(iter(found))}" if found else ""
     return f"{key} " + ", ".join(f"{value} ({', '.join(models)})" for value, models in found.items())

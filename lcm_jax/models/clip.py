@@ -78,10 +78,11 @@ class CLIPEncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        attention = CLIPAttention(self.heads, self.causal, self.run, name="self_attn")
-        x = x + attention(LayerNorm(self.epsilon, self.run, name="layer_norm1")(x))
-        mlp = CLIPMLP(self.intermediate_size, self.hidden_act, self.run, name="mlp")
-        return x + mlp(LayerNorm(self.epsilon, self.run, name="layer_norm2")(x))
+        run = self.run.after(x)
+        attention = CLIPAttention(self.heads, self.causal, run, name="self_attn")
+        x = x + attention(LayerNorm(self.epsilon, run, name="layer_norm1")(x))
+        mlp = CLIPMLP(self.intermediate_size, self.hidden_act, run, name="mlp")
+        return x + mlp(LayerNorm(self.epsilon, run, name="layer_norm2")(x))
 
 
 class CLIPEncoder(nn.Module):

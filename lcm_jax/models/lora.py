@@ -22,6 +22,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from lcm_jax.errors import LcmError
+from lcm_jax.models import int8
 
 Params = Any
 Path = tuple[str, ...]
@@ -201,8 +202,10 @@ def changes(
       deltas: (path of a leaf -> what is added to it, scale) pairs, beside the adapters.
 
     Raises:
-      LcmError: adapters for layers, or deltas for leaves, that `params` does not have, or of other shapes.
+      LcmError: adapters for layers, or deltas for leaves, that `params` does not have, or of other shapes; or weights
+        in 8 bits.
     """
+    int8.check_whole(params, "merging LoRAs")
     flat = traverse_util.flatten_dict(params)
     terms: dict[Path, list[Callable[[], Any]]] = {}
 

@@ -25,7 +25,7 @@ from lcm_jax.models.controlnet import ControlNetModel
 from lcm_jax.models.unet import MID_BLOCKS, Encoder
 from lcm_jax.pretrained import diffusers_folder, hub, names, safetensors_io
 from lcm_jax.pretrained.model import Config, Pipeline
-from lcm_jax.pretrained.names import Params, PutFn, Shape
+from lcm_jax.pretrained.names import ChangeFn, Params, PutFn, Shape
 from lcm_jax.pretrained.single_file_keys import RESNET, UNET_ENDS
 from lcm_jax.typed import config_of
 
@@ -57,13 +57,14 @@ def load_controlnet(
     param_dtype: DTypeLike | None = None,
     *,
     put: PutFn | None = None,
+    change: ChangeFn | None = None,
 ) -> tuple[ControlNetModel, Params]:
     """(module, params) of a ControlNet for the UNet of `pipeline`, in whose dtype it computes.
 
     Args:
       source: folder or hub id, whose folder `controlnet` is taken if there is one; or NAME.safetensors.
       variant: weights to read, e.g. "fp16"; if there are none, those without a variant.
-      param_dtype, put: as in `load_pipeline`.
+      param_dtype, put: as in `load_pipeline`. change: as in `names.read_params`.
 
     Raises:
       LcmError: nothing there, damaged, no ControlNet (the kind is named), or one for another family.
@@ -88,8 +89,8 @@ def load_controlnet(
             config = config_from_shapes(shapes, pipeline.unet, where) if config is None else config
             net = controlnet.from_config(config, pipeline.unet.dtype)
         check_fit(net, pipeline, source)
-        what = str(stored.source)
-        return net, names.read_params(net, shapes, lambda name: stored.read(keys[name]), param_dtype, what, put)
+        read, what = lambda name: stored.read(keys[name]), str(stored.source)
+        return net, names.read_params(net, shapes, read, param_dtype, what, put, change)
 
 
 def check_fit(net: ControlNetModel, pipeline: Pipeline, source: str | Path) -> None:

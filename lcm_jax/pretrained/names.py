@@ -29,6 +29,7 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from lcm_jax.errors import LcmError, UnsupportedConfig
+from lcm_jax.models import int8
 from lcm_jax.models.clip import CLIPTextModel
 from lcm_jax.models.controlnet import ControlNetModel
 from lcm_jax.models.layers import dtypes_in_use
@@ -38,8 +39,9 @@ Params = dict[str, Any]
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
 PutFn = Callable[[np.ndarray], Any]  # puts a tensor where it belongs, as `runtime.mesh.place` does on its shards
-ChangeFn = Callable[[Path, np.ndarray], np.ndarray]  # (path, float32 tensor) -> what is loaded instead
-PartChangeFn = Callable[[str, Path, np.ndarray], np.ndarray]  # the same of (part, path, float32 tensor)
+# (path, float32 tensor) -> what is loaded instead: a tensor, or a tree of them, which keep their dtypes (`models.int8`)
+ChangeFn = Callable[[Path, np.ndarray], Any]
+PartChangeFn = Callable[[str, Path, np.ndarray], Any]  # the same of (part, path, float32 tensor)
 
 # Module names that end in a number of their own; every other number is an index into a module list.
 _NUMBERED = re.compile(r"linear_\d+|branch.*")
@@ -180,8 +182,9 @@ def read_leaf(
     if change is None:
         value = to_jax(tensor, parameter, dtype)
     else:
-        value = change(parameter.path, to_jax(tensor, parameter, np.float32)).astype(dtype)
-    return value if put is None else put(value)
+        value = change(parameter.path, to_jax(tensor, parameter, np.float32))
+        value = value if isinstance(value, Mapping) else value.astype(dtype)
+    return value if put is None else jax.tree.map(put, value)
 
 
 def from_torch(module: nn.Module, state_dict: Mapping[str, Any], dtype: DTypeLike = np.float32) -> Params:
@@ -200,8 +203,9 @@ def torch_leaves(module: nn.Module, params: Params) -> dict[str, tuple[Parameter
     """Torch key -> (Parameter, leaf of `params`), nothing converted yet.
 
     Raises:
-      LcmError: `params` is not the tree of `module`.
+      LcmError: `params` is not the tree of `module`, or has weights in 8 bits.
     """
+    int8.check_whole(params, "saving")
     table = torch_table(module)
     flat = traverse_util.flatten_dict(params)
     found = {"/".join(path): tuple(leaf.shape) for path, leaf in flat.items()}

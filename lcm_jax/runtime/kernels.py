@@ -40,6 +40,7 @@ from lcm_jax.models.attention import (
     dot_product_attention,
     tag_attention,
 )
+from lcm_jax.models.int8 import Dequantise
 from lcm_jax.models.lora import Adapted
 from lcm_jax.models.unet import UNet2DConditionModel
 from lcm_jax.pretrained import Pipeline
@@ -276,6 +277,12 @@ def equipped(module: Any, mesh: Mesh, implementation: str = "auto", **fields: An
     if hasattr(module, "attention_fn"):
         fields["attention_fn"] = choose(implementation, module.dtype, mesh)
     return module.clone(**fields)
+
+
+def dequantising(module: Any, platform: str | None = None) -> Any:
+    """A network for weights in 8 bits, on devices of a platform; None: the default backend's."""
+    barriers = (platform or jax.default_backend()) != "cpu"
+    return module.clone(weights_fn=Dequantise(module.dtype, module.weights_fn, barriers))
 
 
 def plain_module(unet: Any) -> Any:

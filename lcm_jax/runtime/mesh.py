@@ -157,12 +157,13 @@ class GatherWeights:
         if shards.is_fully_replicated:
             return weight
         stored = weight.dtype
+        dtype = self.dtype if jnp.issubdtype(stored, jnp.floating) else stored  # 8 bits are gathered as they are
 
         @jax.custom_vjp
         def gather(w: jax.Array, after: jax.Array | None) -> jax.Array:
             w, _ = jax.lax.optimization_barrier((w, after))
             # The constraint before the gather makes XLA cast the shards; it could cast after the gather otherwise.
-            cast = jax.lax.with_sharding_constraint(w.astype(self.dtype), shards)
+            cast = jax.lax.with_sharding_constraint(w.astype(dtype), shards)
             return jax.lax.with_sharding_constraint(cast, whole)
 
         def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array, None]:
@@ -236,6 +237,18 @@ def spread(mesh: Mesh, rows: np.ndarray) -> jax.Array:
         return rows[np.minimum(np.arange(padded)[index[0]], count - 1)]
 
     return jax.make_array_from_callback((padded, *rows.shape[1:]), batch_sharding(mesh), shard)
+
+
+def one_by_one(fn: Callable[[jax.Array], jax.Array], rows: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """`fn` of rows [b ...], of one at a time; on a mesh, over whose devices b splits, of one on each device."""
+    devices = 1 if mesh is None else mesh.size
+    turns = rows.reshape(devices, -1, *rows.shape[1:]).swapaxes(0, 1)  # a device's rows stay its own
+
+    def one(x: jax.Array) -> jax.Array:
+        return fn(x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh)))
+
+    found = jax.lax.map(one, turns).swapaxes(0, 1)
+    return found.reshape(-1, *found.shape[2:])
 
 
 def report_unsharded(mesh: Mesh, tree: Any) -> str:

@@ -36,7 +36,7 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
     return _gpus(chip, count) if isinstance(chip, Gpu) else _tpus(topology, slices)
 
 
-def tracing_for(chip: Chip) -> contextlib.AbstractContextManager[None]:
+def tracing_for(chip: Chip | None) -> contextlib.AbstractContextManager[None]:
     """The block in which a program for these chips must be traced."""
     if isinstance(chip, Gpu):
         major, minor, patch = CUDNN

@@ -36,6 +36,7 @@ from lcm_jax.sampling.image import resized
 from lcm_jax.sampling.image_to_image import check_steps_left, check_strength
 from lcm_jax.sampling.png import to_uint8
 from lcm_jax.sampling.request import (
+    ON_GRID,
     Request,
     Settings,
     check_guidance_scale,
@@ -194,7 +195,7 @@ def _larger(pipeline: Pipeline, request: Request, then: Hires, control: Sequence
     size = [int(side * then.scale / factor + 1e-6) * factor for side in (request.height, request.width)]
     return dataclasses.replace(
         request,
-        settings=Settings(settings.sampler, steps, strength=then.strength),
+        settings=dataclasses.replace(settings, steps=steps, spacing="trailing", timesteps=(), strength=then.strength),
         height=size[0],
         width=size[1],
         control=control_lib.fitted(control_lib.read(control, pipeline), *size, factor),
@@ -210,7 +211,7 @@ def _refined(pipeline: Pipeline, request: Request, then: Refine) -> Request:
     if then.steps > last + 1:
         problem = f"the refiner has {last + 1} timesteps; use as many steps at most, or an earlier refiner_start"
         raise BadArgument("refiner_steps", then.steps, problem)
-    sampler = "ddim" if settings.sampler == "lcm" else settings.sampler
+    sampler = "ddim" if settings.sampler in ON_GRID else settings.sampler
     second = dataclasses.replace(
         request,
         settings=Settings(sampler, then.steps, strength=(last + 1) / total),

@@ -19,11 +19,15 @@ from lcm_jax.sampling import chain
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.image import FITS
 from lcm_jax.sampling.image_to_image import POSTERIORS
-from lcm_jax.sampling.load import load
+from lcm_jax.sampling.load import WEIGHTS, load
+from lcm_jax.sampling.offload import MODES
 from lcm_jax.sampling.prompts import SYNTAXES
 from lcm_jax.sampling.request import MAX_PROMPT
 
-SMALLER = "use a smaller --batch_size, --height or --width, --dtype=bfloat16, --tiled, or more devices with --fsdp=-1"
+SMALLER = (
+    "use a smaller --batch_size, --height or --width, --dtype=bfloat16, --weights=int8, --sliced, --tiled, "
+    "--offload=all, or more devices with --fsdp=-1"
+)
 MAX_TEXT = 2**26  # bytes of a text file that a flag names
 _UNSEEN = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\ufeff]")  # control characters but the tab, and byte order marks
 _BLANK = " \t\xa0\u3000"  # around a prompt
@@ -61,6 +65,14 @@ def add_model_flags(p: argparse.ArgumentParser, required: bool = True) -> None:
     )
     p.add_argument("--fsdp", type=int, default=1, help="devices that hold one copy of the weights together; -1: all")
     p.add_argument("--tiled", action="store_true", help="decode large images in tiles: less memory, faint seams")
+    p.add_argument("--sliced", action="store_true", help="decode images one at a time: less memory")
+    p.add_argument("--weights", choices=WEIGHTS, help="of UNet and text encoders: 8 bits a number, other images")
+    p.add_argument(
+        "--offload",
+        choices=MODES,
+        help="weights that wait in host memory, for less of the device's: text: the text encoders'; all: each "
+        "network's, which is on the device only while it runs",
+    )
 
 
 def add_image_flags(p: argparse.ArgumentParser) -> None:
@@ -152,6 +164,9 @@ def load_model(args: argparse.Namespace, embeddings: Sequence[str] = ()) -> Gene
         dtype=args.dtype,
         mesh=mesh_of(args.fsdp),
         tiled=args.tiled,
+        sliced=args.sliced,
+        weights=args.weights,
+        offload=args.offload,
         ignore_unused=args.ignore_unused,
     )
 

@@ -35,7 +35,7 @@ from lcm_jax.diffusion import samplers
 from lcm_jax.diffusion.denoiser import call, guided_output, student_output
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError
-from lcm_jax.models import tiling
+from lcm_jax.models import int8, tiling
 from lcm_jax.pretrained import text
 from lcm_jax.pretrained.controlnets import load_controlnet
 from lcm_jax.pretrained.embeddings import Embedding
@@ -43,7 +43,7 @@ from lcm_jax.pretrained.load import load_pipeline
 from lcm_jax.pretrained.model import Pipeline, PipelineParams
 from lcm_jax.pretrained.names import Params
 from lcm_jax.runtime import kernels
-from lcm_jax.runtime.mesh import batch_sharding, place, replicated
+from lcm_jax.runtime.mesh import batch_sharding, one_by_one, place, replicated
 from lcm_jax.sampling import chain
 from lcm_jax.sampling.chunks import chunked
 from lcm_jax.sampling.control import Conditions, Control, Controlled, Net, conditions
@@ -51,6 +51,7 @@ from lcm_jax.sampling.image import ImageLike
 from lcm_jax.sampling.image_to_image import Encoder, check_count
 from lcm_jax.sampling.nag import Guided, Negative
 from lcm_jax.sampling.noise import draw_noise
+from lcm_jax.sampling.offload import AHEAD, Weights
 from lcm_jax.sampling.png import not_finite, to_uint8
 from lcm_jax.sampling.preview import Preview
 from lcm_jax.sampling.prompts import PLAIN, Reading, check_loras, check_readable
@@ -154,9 +155,11 @@ def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
         hook = preview and preview.hook(taesd_params, mesh)
         return latents(unet, schedule, plan, params, cond, null, noise, scale, hook, loop, control, nag)[:rows]
 
-    @functools.partial(jax.jit, static_argnames="vae", **options)
-    def decode(vae, params, z):
-        return vae.apply({"params": params}, _fill(z, mesh), method="decode")[: z.shape[0]]
+    @functools.partial(jax.jit, static_argnames=("vae", "sliced"), **options)
+    def decode(vae, params, z, sliced=False):
+        rows, z = z.shape[0], _fill(z, mesh)
+        apply = functools.partial(vae.apply, {"params": params}, method="decode")
+        return (one_by_one(apply, z, mesh) if sliced else apply(z))[:rows]
 
     return sample, decode
 
@@ -178,25 +181,42 @@ class Generator:
         tiled: bool = False,
         embeddings: Mapping[str, Embedding] | None = None,
         loras: Mapping[str, float] | None = None,
+        offload: str | None = None,
+        sliced: bool = False,
     ):
-        """Puts the weights on the devices.
+        """Puts the weights where they are kept.
 
         Args:
-          pipeline, params: from `load_pipeline`; the UNet's weights may be given to `latents` instead. Shapes are
-            enough for `trace`.
+          pipeline, params: from `load_pipeline`, kernels perhaps in 8 bits (`models.int8`); the UNet's weights may be
+            given to `latents` instead. Shapes are enough for `trace`.
           mesh: of the devices that share the work, weights sharded by its rule; None: the default device.
           tiled: decode large images in overlapping tiles, for less memory (`models.tiling`).
           embeddings: textual inversions, name in lower case -> embedding.
           loras: file's name without suffix -> weight of the LoRAs merged, which prompts may name.
+          offload: weights that wait on the host, see `sampling.offload`; None: none do.
+          sliced: decode images one at a time, on a mesh one on each device, for less memory.
         """
-        self.pipeline = pipeline if mesh is None else kernels.on_mesh(pipeline, mesh)
-        self.mesh, self.tiled, self._put = mesh, tiled, jax.device_put if mesh is None else place(mesh)
-        self.params = jax.tree.map(self._put, dict(params))
+        pipeline = pipeline if mesh is None else kernels.on_mesh(pipeline, mesh)
+        quantised = {part for part, tree in params.items() if int8.has_quantised(tree)}
+        self._dequantising = functools.partial(
+            kernels.dequantising, platform=None if mesh is None else mesh.devices.flat[0].platform
+        )
+        parts = {part: self._dequantising(getattr(pipeline, part)) for part in quantised}
+        self.pipeline = dataclasses.replace(pipeline, **parts)
+        self.mesh, self.tiled, self.sliced = mesh, tiled, sliced
+        self._put = jax.device_put if mesh is None else place(mesh)
+        self.weights = Weights(params, mesh, offload)
+        self._ahead: dict[tuple[tuple[str, ...], Reading], Conditioning] = {}
         self.embeddings, self.loras = dict(embeddings or {}), dict(loras or {})
         self.preview: tuple[Preview, Params] | None = None
         self._sample, self._decode = _programs(mesh)
-        self.encoder = Encoder(self.pipeline.vae, self.params.get("vae"), mesh, tiled)
+        self.encoder = Encoder(self.pipeline.vae, self.weights, mesh, tiled)
         self._null: dict[tuple[str | None, Reading], Conditioning] = {}
+
+    @property
+    def params(self) -> PipelineParams:
+        """Part -> its weights where they are kept."""
+        return self.weights.home
 
     @property
     def dtype(self) -> str:
@@ -213,8 +233,10 @@ class Generator:
         Raises:
           LcmError: it cannot be loaded, or is for another family.
         """
-        net, params = load_controlnet(source, self.pipeline, variant, put=self._put)
-        return Net(str(source), net if self.mesh is None else kernels.equipped(net, self.mesh), params)
+        change = int8.change if int8.has_quantised(self.params["unet"]) else None
+        net, params = load_controlnet(source, self.pipeline, variant, put=self._put, change=change)
+        net = net if self.mesh is None else kernels.equipped(net, self.mesh)
+        return Net(str(source), net if change is None else self._dequantising(net), params)
 
     def refiner(self, source: str | Path, variant: str | None = None) -> "Generator":
         """SDXL's refiner, to go on from this model's latents (`chain.Refine`); it has no decoder of its own.
@@ -367,6 +389,9 @@ class Generator:
 
         def generated() -> Iterator[np.ndarray]:
             for start in range(0, total, size):
+                if self.weights.mode and start % (AHEAD * size) == 0:
+                    starts = range(start, total, size)[:AHEAD]
+                    self._encode_ahead(request, [[prompts[prompt] for prompt, _ in jobs_from(one)] for one in starts])
                 count, jobs = min(size, total - start), jobs_from(start)
                 texts, numbers = [prompts[prompt] for prompt, _ in jobs], [first + number for _, number in jobs]
                 asked = request.of([prompt for prompt, _ in jobs])
@@ -374,10 +399,21 @@ class Generator:
 
         return generated()
 
+    def _encode_ahead(self, request: Request, batches: Sequence[Sequence[str]]) -> None:
+        """Encodes the prompts of batches in one visit of the text encoders."""
+        self._ahead = {}
+        with self.weights.using(*self.pipeline.tokenizers):
+            for captions in batches:
+                self._ahead[tuple(captions), request.reading] = self.encode(captions, reading=request.reading)
+            if is_guided(self.pipeline, request.guidance_scale):
+                self.null(request.negative_prompt, request.reading)
+            if request.nag_scale != 1.0:
+                self.null(request.negative_prompt or "", request.reading)
+
     def check_memory(self, request: Request, batch: int) -> None:
         """Raises BadArgument for a batch that needs more memory than there is, see `request.check_memory`."""
         for one in [request, *([request.second.request] if request.second else [])]:
-            check_memory(self.pipeline, one, batch, self.mesh, self.tiled)
+            check_memory(self.pipeline, one, batch, self.mesh, self.tiled, self.sliced)
 
     def check_prompts(self, request: Request, prompts: Sequence[str]) -> None:
         """Raises LcmError for the prompts of a batch that cannot be read together, see `chunks.chunked`."""
@@ -448,10 +484,14 @@ class Generator:
 
     def encode(self, captions: Sequence[str], report: bool = False, reading: Reading = PLAIN) -> dict[str, jax.Array]:
         """Conditioning [b ...] of captions; report: log plain ones that are too long."""
-        if reading == PLAIN and not self.embeddings:
-            return text.encode(self.pipeline, self.params, captions, report)
-        chunks = chunked(self.pipeline, self.embeddings, captions, reading)
-        return text.encode_chunks(self.pipeline, self.params, chunks, reading.emphasis, reading.clip_skip)
+        if not report and (found := self._ahead.get((tuple(captions), reading))):
+            return found
+        with self.weights.using(*self.pipeline.tokenizers) as params:
+            if reading == PLAIN and not self.embeddings:
+                return self.weights.done(text.encode(self.pipeline, params, captions, report))
+            chunks = chunked(self.pipeline, self.embeddings, captions, reading)
+            found = text.encode_chunks(self.pipeline, params, chunks, reading.emphasis, reading.clip_skip)
+            return self.weights.done(found)
 
     def null(self, negative_prompt: str | None = None, reading: Reading = PLAIN) -> Conditioning:
         """Conditioning [1 ...] of the second pass; None: the model's own null (`text.null`)."""
@@ -495,22 +535,24 @@ class Generator:
             cond = {**cond, "time_ids": text.time_ids(*size, noise.shape[1], text.SCORE if refines else None)}
             if refines and null is not None:
                 null = {**null, "time_ids": text.time_ids(*size, 1, text.NULL_SCORE)}
-        nag = None
+        nag, plan = None, make_plan(pipeline, settings)
         if nag_scale != 1.0:
             nag = Negative(self.null(negative_prompt or "", reading)["encoder_hidden_states"], jnp.float32(nag_scale))
-        return self._sample(
-            pipeline.unet,
-            pipeline.schedule,
-            make_plan(pipeline, settings),
-            self.params["unet"] if unet_params is None else unet_params,
-            cond,
-            null,
-            noise,
-            guidance_scale,
-            control,
-            nag,
-            *(self.preview or ()),
-        )
+        with self.weights.using(*(["unet"] if unet_params is None else [])) as held:
+            z = self._sample(
+                pipeline.unet,
+                pipeline.schedule,
+                plan,
+                held["unet"] if unet_params is None else unet_params,
+                cond,
+                null,
+                noise,
+                guidance_scale,
+                control,
+                nag,
+                *(self.preview or ()),
+            )
+            return self.weights.done(z)
 
     def trace(self, request: Request, batch: int) -> dict[str, jax.stages.Traced]:
         """The programs that make a batch of images, from shapes: "text", "sampler", "decoder". It needs a mesh."""
@@ -544,15 +586,17 @@ class Generator:
                 shaped(noise),
                 request.guidance_scale,
             ),
-            "decoder": self._decode.trace(vae, params["vae"], shaped(z)),
+            "decoder": self._decode.trace(vae, params["vae"], shaped(z), self.sliced),
         }
 
     def decode(self, z: jax.Array) -> np.ndarray:
         """Scaled latents [b h w c] -> images float32 in [0, 1], [b H W 3]; NaN for values that are not finite."""
         vae = self.pipeline.vae
-        decode = functools.partial(self._decode, vae, self.params["vae"])
         z = z / vae.scaling_factor
-        images = tiling.decode(decode, z, tile=tiling.tile_size(vae), factor=vae.factor) if self.tiled else decode(z)
+        with self.weights.using("vae") as params:
+            decode = functools.partial(self._decode, vae, params["vae"], sliced=self.sliced)
+            tiles = {"tile": tiling.tile_size(vae), "factor": vae.factor} if self.tiled else {}
+            images = self.weights.done(tiling.decode(decode, z, **tiles) if self.tiled else decode(z))
         images = np.asarray(images, np.float32) / 2.0 + 0.5
         # Clipping would turn infinity into white or black before anyone could see it.
         return np.where(np.isfinite(images), np.clip(images, 0.0, 1.0), np.nan)

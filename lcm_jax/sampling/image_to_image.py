@@ -36,6 +36,7 @@ from lcm_jax.pretrained.model import Pipeline
 from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import batch_sharding, replicated
 from lcm_jax.sampling.image import FITS, ImageLike, fitted, parse_colour, read_image
+from lcm_jax.sampling.offload import Weights
 
 STRENGTH = 0.5  # if none is given
 POSTERIORS = ("mode", "sample")
@@ -176,11 +177,15 @@ def listed(path: Path) -> list[Path]:
 
 
 class Encoder:
-    """A VAE's encoder with its weights on the devices; remembers the posteriors of the last images."""
+    """A VAE's encoder; remembers the posteriors of the last images."""
 
-    def __init__(self, vae: Any, params: Any, mesh: Mesh | None, tiled: bool):
-        self._vae, self._tiled, self._known = vae, tiled, {}
-        self._run = functools.partial(_program(mesh), vae, params)
+    def __init__(self, vae: Any, weights: Weights, mesh: Mesh | None, tiled: bool):
+        self._vae, self._weights, self._tiled, self._known = vae, weights, tiled, {}
+        self._program = _program(mesh)
+
+    def _run(self, image: np.ndarray) -> Any:
+        with self._weights.using("vae") as params:
+            return self._weights.done(self._program(self._vae, params["vae"], image))
 
     def moments(self, image: np.ndarray) -> Moments:
         """Mean and standard deviation [h w c] of uint8 [H W 3], unscaled."""

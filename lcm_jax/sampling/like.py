@@ -14,8 +14,8 @@ IMAGE = ("image", "strength", "fit", "background", "posterior")
 SECOND = tuple(name for kind, (_, *others) in chain.FLAGS.items() for name in (kind, *(f"{kind}_{o}" for o in others)))
 SAMPLER = ("sampler", "spacing", "gamma", "timesteps", "steps")
 SAMPLED = (*PROMPTS, *CONTROL, *IMAGE[1:], *SECOND, *SAMPLER, "guidance_scale", "seed", "noise")
-COMPUTED = ("dtype", "tiled")
-SWITCHES = ("ignore_unused", "tiled", "control_guess")  # flags without a value
+COMPUTED = ("dtype", "tiled", "sliced", "weights")
+SWITCHES = ("ignore_unused", "tiled", "sliced", "control_guess")  # flags without a value
 LISTS = ("lora", "embedding", "control")  # flags that may be given several times
 
 _SAMPLERS = {"LCM": "lcm", "DDIM": "ddim", "DPM++ 2M": "dpm_solver_pp_2m"}

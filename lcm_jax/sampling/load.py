@@ -11,16 +11,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from lcm_jax import assets, files
 from lcm_jax.errors import BadArgument, LcmError
+from lcm_jax.models import int8
 from lcm_jax.pretrained import digests, is_single_file, load_pipeline, lora_files, read_record
 from lcm_jax.pretrained.embeddings import read_embeddings
 from lcm_jax.pretrained.model import Pipeline, PipelineParams, check_text_to_image, recorded
 from lcm_jax.pretrained.safetensors_io import SUFFIX
 from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import place
+from lcm_jax.sampling import offload as offload_lib
 from lcm_jax.sampling.generator import Generator
 
 CONSTANTS = (
@@ -30,6 +33,8 @@ CONSTANTS = (
     "phases",
     "prediction_type",
 )  # in which records must agree
+
+WEIGHTS = ("int8",)
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/.+)?")
 
@@ -48,6 +53,9 @@ def load(
     dtype: Any = "auto",
     mesh: Mesh | None = None,
     tiled: bool = False,
+    sliced: bool = False,
+    weights: str | None = None,
+    offload: str | None = None,
     ignore_unused: bool = False,
 ) -> Generator:
     """The model of a folder, file or hub id, on its devices, to be called for images.
@@ -63,12 +71,21 @@ def load(
         "float16", or "auto": `kernels.auto_dtype`.
       mesh: of the devices that share the work (`runtime.mesh.make_mesh`); None: the default device.
       tiled: decode large images in tiles: less memory, faint seams.
+      sliced: decode images one at a time, on a mesh one on each device: less memory.
+      weights: "int8": kernels of UNet, text encoders and ControlNets in 8 bits, LoRAs merged before (`models.int8`):
+        less memory, and other images; None: in `dtype`.
+      offload: weights that wait in host memory, "text" or "all" (`sampling.offload`): less memory, the same images.
       ignore_unused: ignore keys of a LoRA that match no layer of the model, instead of refusing it.
 
     Raises:
       LcmError: the model cannot be loaded, or a LoRA or an embedding does not fit it.
     """
     source = str(source)
+    if weights not in (None, *WEIGHTS):
+        raise BadArgument("weights", weights, f"choose {', '.join(WEIGHTS)}, or leave it out")
+    offload_lib.check(offload)
+    if offload and (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform) == "cpu":
+        logging.warning("offload=%s saves nothing here: a CPU's memory is the host's", offload)
     if isinstance(dtype, str) and dtype == "auto":
         dtype = kernels.auto_dtype(mesh and mesh.devices.flat[0].platform)
     if model_config is not None and not is_single_file(source):
@@ -97,14 +114,18 @@ def load(
     found, record = _read_loras(described, pairs, ignore_unused)
     changes = lora_files.changes(described, shapes, found)
 
-    def merged(part: str, path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
+    def changed(part: str, path: tuple[str, ...], value: np.ndarray) -> Any:
         change = changes.get(part, {}).get(path)
-        return value if change is None else value + change()
+        value = value if change is None else value + change()
+        return int8.change(path, value) if weights == "int8" and part != "vae" else value
 
-    pipeline, params = read(put=jax.device_put if mesh is None else place(mesh), change=merged if pairs else None)
+    put = jax.device_put if mesh is None else place(mesh)
+    put = functools.partial(offload_lib.to_host, mesh) if offload else put
+    pipeline, params = read(put=put, change=changed if pairs or weights else None)
     if unet is not None or pairs:
         pipeline = dataclasses.replace(pipeline, record=record, may_be_lcm=True)
-    return Generator(pipeline, params, mesh, tiled, words, {lora_name(lora): weight for lora, weight in pairs})
+    named = {lora_name(lora): weight for lora, weight in pairs}
+    return Generator(pipeline, params, mesh, tiled, words, named, offload, sliced)
 
 
 def add_loras(

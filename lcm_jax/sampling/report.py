@@ -10,21 +10,24 @@ from lcm_jax.cost.chips import GIB
 from lcm_jax.run.report import DoesNotFit, device_bytes, memory_asked, timed
 from lcm_jax.runtime import topology
 from lcm_jax.sampling.generator import Generator
+from lcm_jax.sampling.offload import AWAY, resident
 from lcm_jax.sampling.request import Request
 
 
 def report(
-    generator: Generator, request: Request, batch: int, options: dict[str, Any], chip: chips.Chip
+    generator: Generator, request: Request, batch: int, options: dict[str, Any], chip: chips.Chip | None
 ) -> dict[str, Any]:
     """Compiles the programs of a batch of images and says what they take, as JSON values.
 
-    {"programs": {name: `roofline.report`}, "memory": bytes on a device, "seconds": of the batch, at best}. All weights
-    stay on the device; "needed" is their sum and what the program that needs most takes beside them.
+    {"programs": {name: `roofline.report`}, "memory": bytes on a device, "seconds": of the batch, at best}. "peak" is,
+    by mode of `sampling.offload` ("none": without), the most that weights on the device and a program beside them take;
+    "needed" is that of the generator's own mode. The time of bringing weights to the device is not counted.
 
     Args:
       generator: on a mesh; its weights may be shapes.
       batch: images at once, over all devices.
       options: compile options besides the generator's own.
+      chip: of the mesh; None: of unknown limits, as a CPU; the report has no times and nothing is too large then.
 
     Raises:
       DoesNotFit: with the report, if XLA could compile the programs.
@@ -39,9 +42,17 @@ def report(
                 raise
             raise _does_not_fit(request, batch, mesh, needed, available) from error
         programs[name] = roofline.report(compiled, mesh, batch, 0.0, chip, used) | {"compile_seconds": seconds}
+    of_parts = {part: device_bytes(tree) for part, tree in generator.params.items()}
+    parts_of = {"text": tuple(generator.pipeline.tokenizers), "sampler": ("unet",), "decoder": ("vae",)}
     beside = {name: one["memory"]["needed"] - one["memory"]["arguments"] for name, one in programs.items()}
-    available = programs["sampler"]["memory"]["available"]
-    needed = weights + max(beside.values())
+    available = programs["sampler"]["memory"].get("available")
+    peak = {
+        mode or "none": max(
+            sum(of_parts[part] for part in resident(mode, of_parts, parts_of[name])) + beside[name] for name in programs
+        )
+        for mode in AWAY
+    }
+    needed = peak[generator.weights.mode or "none"]
     found = {
         "images": batch,
         "steps": request.settings.steps,
@@ -49,10 +60,18 @@ def report(
         "devices": mesh.size,
         "device_kind": programs["sampler"]["device_kind"],
         "programs": programs,
-        "memory": {"weights": weights, "beside": beside, "needed": needed, "available": available},
-        "seconds": {way: sum(one["seconds"][way] for one in programs.values()) for way in ("roofline", "serial")},
+        "memory": {
+            "weights": weights,
+            "of_parts": of_parts,
+            "beside": beside,
+            "peak": peak,
+            "needed": needed,
+            "available": available,
+        },
+        "seconds": chip
+        and {way: sum(one["seconds"][way] for one in programs.values()) for way in ("roofline", "serial")},
     }
-    if needed > available:
+    if chip and needed > available:
         raise _does_not_fit(request, batch, mesh, needed, available, found)
     return found
 
@@ -63,7 +82,7 @@ def _does_not_fit(
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     return DoesNotFit(
         f"{batch} images of {request.width} x {request.height} do not fit {devices}: {needed / GIB:.2f} GiB of "
-        f"{available / GIB:.2f} on each; use a smaller --batch_size (lcm_jax.sample --tiled decodes in less memory)",
+        f"{available / GIB:.2f} on each; use a smaller --batch_size, --sliced, --weights=int8, or --offload=all",
         needed,
         available,
         found,
@@ -83,12 +102,15 @@ def text(found: dict[str, Any]) -> str:
         kernels = sum(row["count"] for row in one["kinds"])
         lines.append(
             f"{name:<18} {memory['beside'][name] / GIB:.2f} GiB beside the weights, {kernels} kernels, "
-            f"{one['bytes']['total']:.3e} bytes, {one['flops']['total']:.3e} FLOPs, "
-            f"roofline {1e3 * one['seconds']['roofline']:.1f} ms, serial {1e3 * one['seconds']['serial']:.1f} ms"
+            f"{one['bytes']['total']:.3e} bytes, {one['flops']['total']:.3e} FLOPs" + _times(one.get("seconds"))
         )
-    share = memory["needed"] / memory["available"]
-    lines += [
-        f"{'peak memory':<18} {memory['needed'] / GIB:.2f} GiB of {memory['available'] / GIB:.2f} ({share:.0%})",
-        f"{'a batch':<18} roofline {1e3 * seconds['roofline']:.1f} ms, serial {1e3 * seconds['serial']:.1f} ms",
-    ]
+    share = f" of {memory['available'] / GIB:.2f} ({memory['needed'] / memory['available']:.0%})" if seconds else ""
+    modes = ", ".join(f"{mode} {size / GIB:.2f}" for mode, size in memory["peak"].items())
+    lines.append(f"{'peak memory':<18} {memory['needed'] / GIB:.2f} GiB{share}; by --offload: {modes}")
+    if seconds:
+        lines.append(f"{'a batch':<18} {_times(seconds).removeprefix(', ')}")
     return "\n".join(lines) + "\n"
+
+
+def _times(seconds: dict[str, float] | None) -> str:
+    return f", roofline {1e3 * seconds['roofline']:.1f} ms, serial {1e3 * seconds['serial']:.1f} ms" if seconds else ""

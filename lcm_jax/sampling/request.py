@@ -322,7 +322,9 @@ def check_guidance_scale(scale: float | None) -> None:
         raise BadArgument("guidance_scale", f"{scale:g}", "1 is no guidance; use 1 or more")
 
 
-def check_memory(pipeline: Pipeline, request: Request, batch: int, mesh: Mesh | None, tiled: bool) -> None:
+def check_memory(
+    pipeline: Pipeline, request: Request, batch: int, mesh: Mesh | None, tiled: bool, sliced: bool = False
+) -> None:
     """Raises BadArgument if a batch of images certainly needs more memory than there is: sizes that nobody means.
 
     Counted are noise, text, one layer of the UNet, of the decoder and of the encoder, and the images; a batch that
@@ -341,7 +343,7 @@ def check_memory(pipeline: Pipeline, request: Request, batch: int, mesh: Mesh | 
 
     def lacking(images: int) -> tuple[int, int] | None:
         """(bytes that this many need, bytes that are there), if they do not fit."""
-        device, machine = _bytes_needed(pipeline, request, images, len(devices), tiled)
+        device, machine = _bytes_needed(pipeline, request, images, len(devices), tiled, sliced)
         pairs = [(device + machine, host)] if on_cpu else [(device, here), (machine, host)]
         return next((pair for pair in pairs if pair[0] > pair[1]), None)
 
@@ -356,7 +358,9 @@ def check_memory(pipeline: Pipeline, request: Request, batch: int, mesh: Mesh | 
         )
 
 
-def _bytes_needed(pipeline: Pipeline, request: Request, batch: int, devices: int, tiled: bool) -> tuple[int, int]:
+def _bytes_needed(
+    pipeline: Pipeline, request: Request, batch: int, devices: int, tiled: bool, sliced: bool
+) -> tuple[int, int]:
     """(bytes on each device, bytes on the host) that a batch needs at least."""
     unet, vae = pipeline.unet, pipeline.vae
     rows, pixels = -(-batch // devices), request.height * request.width
@@ -365,7 +369,7 @@ def _bytes_needed(pipeline: Pipeline, request: Request, batch: int, devices: int
     text = 4 * batch * 77 * int(np.max(unet.cross_attention_dim))
     images = 4 * batch * pixels * 3
     widths = getattr(vae, "block_out_channels", (64,))[:2]  # its last block's output and input
-    decoder = 0 if tiled else rows * pixels * sum(widths) * np.dtype(vae.dtype).itemsize
+    decoder = 0 if tiled else (1 if sliced else rows) * pixels * sum(widths) * np.dtype(vae.dtype).itemsize
     encoder = 0 if tiled or request.source is None else 2 * pixels * widths[0] * np.dtype(vae.dtype).itemsize
     layers = 2 * rows * places * unet.block_out_channels[0] * np.dtype(unet.dtype).itemsize
     return noise + text + (0 if tiled else images) + max(decoder, encoder, layers), noise + 2 * images
