@@ -48,7 +48,8 @@ from lcm_jax.sampling import chain
 from lcm_jax.sampling.chunks import chunked
 from lcm_jax.sampling.control import Conditions, Control, Controlled, Net, conditions
 from lcm_jax.sampling.image import ImageLike
-from lcm_jax.sampling.image_to_image import Encoder, check_count
+from lcm_jax.sampling.image_to_image import Encoder, begin, check_count, posteriors
+from lcm_jax.sampling.inpaint import Painting, Start, together
 from lcm_jax.sampling.nag import Guided, Negative
 from lcm_jax.sampling.noise import draw_noise
 from lcm_jax.sampling.png import not_finite, to_uint8
@@ -65,7 +66,6 @@ from lcm_jax.sampling.request import (
     make_plan,
     make_request,
     noise_entries,
-    noised,
     warnings,
 )
 
@@ -86,6 +86,7 @@ def latents(
     loop: Callable = samplers.scan,
     control: Conditions | None = None,
     nag: Negative | None = None,
+    painting: Painting | None = None,
 ) -> Any:
     """Scaled latents [b h w c]; pure, one scan over the steps.
 
@@ -99,7 +100,9 @@ def latents(
       hook, loop: see `diffusion.samplers`.
       control: of ControlNets, for these steps and passes.
       nag: a negative text in attention.
+      painting: of inpainting.
     """
+    unet, hook = (unet, hook) if painting is None else (painting.on(unet), together(painting.hook(), hook))
     unet = unet if nag is None else Guided(unet, nag)
     unet = unet if control is None else Controlled(unet, control, plan.t)
     batch = noise.shape[1]
@@ -147,12 +150,26 @@ def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
 
     @functools.partial(jax.jit, static_argnames=("unet", "schedule", "preview"), **options)
     def sample(
-        unet, schedule, plan, params, cond, null, noise, scale, control=None, nag=None, preview=None, taesd_params=None
+        unet,
+        schedule,
+        plan,
+        params,
+        cond,
+        null,
+        noise,
+        scale,
+        control=None,
+        nag=None,
+        preview=None,
+        taesd_params=None,
+        painting=None,
     ):
         rows = noise.shape[1]
         cond, noise = _fill(cond, mesh), _fill(noise.swapaxes(0, 1), mesh).swapaxes(0, 1)
+        painting = painting and dataclasses.replace(painting, rows=_fill(painting.rows, mesh))
         hook = preview and preview.hook(taesd_params, mesh)
-        return latents(unet, schedule, plan, params, cond, null, noise, scale, hook, loop, control, nag)[:rows]
+        z = latents(unet, schedule, plan, params, cond, null, noise, scale, hook, loop, control, nag, painting)
+        return z[:rows]
 
     @functools.partial(jax.jit, static_argnames="vae", **options)
     def decode(vae, params, z):
@@ -260,6 +277,12 @@ class Generator:
         background: str | tuple[int, int, int] | None = None,
         max_side: int | None = None,
         posterior: str | None = None,
+        mask: ImageLike | Sequence[ImageLike] | None = None,
+        mask_blur: float | None = None,
+        mask_grow: int | None = None,
+        crop_padding: int | None = None,
+        paste: bool | None = None,
+        start: str | None = None,
         then: chain.Hires | chain.Refine | None = None,
     ) -> list[Image.Image]:
         """`num_images` images of each prompt, in order; logs `request.warnings`.
@@ -284,10 +307,12 @@ class Generator:
             model's own, 1, of SDXL 2.
           image: to start from, one for all prompts or one for each: a file, a Pillow image, or [h w 3], uint8 or floats
             in [0, 1]. Without height and width images have its size, in whole latents.
-          strength: how far from the image, more than 0 to 1; None: 0.5. All steps are run.
+          strength: how far from the image, more than 0 to 1; None: 0.5, with a mask 1. All steps are run.
           fit: of an image of another aspect, one of `image.FITS`; None: "crop". background: colour under transparency.
           max_side: pixels that larger images are reduced to; None: twice the model's own size.
           posterior: of the VAE, "mode" or "sample"; None: "sample" with noise "torch" and "torch-batch", else "mode".
+          mask: white where the image is painted, black where it is kept; an image, or [h w] of bool, too.
+          mask_blur, mask_grow, crop_padding, paste, start: see `inpaint.Mask`.
           then: a second pass behind the first, see `sampling.chain`.
 
         Raises:
@@ -319,6 +344,12 @@ class Generator:
             background=background,
             max_side=max_side,
             posterior=posterior,
+            mask=mask,
+            mask_blur=mask_blur,
+            mask_grow=mask_grow,
+            crop_padding=crop_padding,
+            paste=paste,
+            start=start,
         )
         request = chain.followed(self.pipeline, request, then, control)
         check_count(request.source, prompts)
@@ -358,8 +389,8 @@ class Generator:
             """(prompt, number) of each image of a batch."""
             return [divmod(min(start + i, total - 1), num_images) for i in range(size)]
 
-        for together in {frozenset(prompt for prompt, _ in jobs_from(start)) for start in range(0, total, size)}:
-            self.check_prompts(request, [prompts[prompt] for prompt in sorted(together)])
+        for batch in {frozenset(prompt for prompt, _ in jobs_from(start)) for start in range(0, total, size)}:
+            self.check_prompts(request, [prompts[prompt] for prompt in sorted(batch)])
 
         def generated() -> Iterator[np.ndarray]:
             for start in range(0, total, size):
@@ -392,13 +423,19 @@ class Generator:
 
     def generate(self, request: Request, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> np.ndarray:
         """One batch of images, float32 in [0, 1], [b H W 3], for prompts and image numbers, [b] each."""
-        z = self.sampled(request, prompts, self.start(request, numbers, seed))
+        noise, painting, canvases = self.start(request, numbers, seed)
+        z = self.sampled(request, prompts, noise, painting)
         if request.second is not None:
             z = chain.second_pass(self, request, z, prompts, numbers, seed)
-        return self.decode(z)
+        images = self.decode(z)
+        if painting is None or not request.source.mask.paste:
+            return images
+        return np.stack([canvas.pasted(image) for canvas, image in zip(canvases, images, strict=True)])
 
-    def sampled(self, request: Request, prompts: Sequence[str], noise: np.ndarray) -> jax.Array:
-        """Scaled latents [b h w c] of the first pass of a request, from `start`'s noise."""
+    def sampled(
+        self, request: Request, prompts: Sequence[str], noise: np.ndarray, painting: Painting | None = None
+    ) -> jax.Array:
+        """Scaled latents [b h w c] of the first pass of a request, from its `start`."""
         cond = self.encode(prompts, reading=request.reading)
         guided = is_guided(self.pipeline, request.guidance_scale)
         control = conditions(request.control, request.settings.steps, request.control_guess, guided)
@@ -411,18 +448,18 @@ class Generator:
             reading=request.reading,
             control=control,
             nag_scale=request.nag_scale,
+            painting=painting,
         )
 
-    def start(self, request: Request, numbers: Sequence[int], seed: int) -> np.ndarray:
-        """What `latents` reads, [steps b h w c]: noise, of image to image with the noised images as its entry 0."""
-        steps, size, source = noise_entries(request.settings), (request.height, request.width), request.source
-        before = int(source is not None and source.posterior == "sample")
-        noise = self.noise(seed, numbers, steps, *size, request.noise, request.num_images, before)
+    def start(self, request: Request, numbers: Sequence[int], seed: int) -> Start:
+        """What `latents` reads: noise [steps b h w c], of image to image with the noised images as its entry 0."""
+        settings, size, source = request.settings, (request.height, request.width), request.source
+        extra = posteriors(self.pipeline, source, settings.strength)
+        drawn = self.noise(seed, numbers, noise_entries(settings), *size, request.noise, request.num_images, *extra)
         if source is None:
-            return noise
-        xi, eps, between = noise[0] if before else None, noise[before], noise[before + 1 :]
-        z = self.encoder.latents(source.pixels(*size), xi)
-        return np.stack([noised(self.pipeline, request.settings, z, eps), *between])
+            return Start(drawn)
+        t = make_plan(self.pipeline, settings).t
+        return begin(self.pipeline, self.encoder, source, size, t, drawn, settings.strength)
 
     def noise(
         self,
@@ -468,6 +505,7 @@ class Generator:
         reading: Reading = PLAIN,
         control: Conditions | None = None,
         nag_scale: float = 1.0,
+        painting: Painting | None = None,
     ) -> jax.Array:
         """Scaled latents [b h w c].
 
@@ -481,6 +519,7 @@ class Generator:
           reading: how the negative prompt is read.
           control: of ControlNets, for these steps and passes.
           nag_scale: of guidance in attention (`sampling.nag`), of "" if there is no negative prompt; 1 is none.
+          painting: of inpainting, see `start`.
         """
         pipeline = self.pipeline
         null = self.null(negative_prompt, reading) if is_guided(pipeline, guidance_scale) else None
@@ -505,7 +544,8 @@ class Generator:
             guidance_scale,
             control,
             nag,
-            *(self.preview or ()),
+            *(self.preview or (None, None)),
+            painting,
         )
 
     def trace(self, request: Request, batch: int) -> dict[str, jax.stages.Traced]:
