@@ -832,7 +832,7 @@ CONTRACTS = [
     Mutant(
         "an image without noise handed to the refiner",
         "sampling/chain.py",
-        "            z = noised(then.model.pipeline, asked.settings, z, noise[behind])\n",
+        "            z = _noised(then.model.pipeline, asked.settings, z, noise[behind])\n",
         "",
         ("test_sampling_chain.py::test_an_lcm_hands_over_with_the_noise_of_the_refiners_first_timestep",),
     ),

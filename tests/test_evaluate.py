@@ -30,6 +30,7 @@ from lcm_jax.metrics.inputs import FolderImages, SourceImages
 from lcm_jax.metrics.networks.network import Network
 from lcm_jax.metrics.rows import Evaluation, model_about
 from lcm_jax.sampling import flags
+from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.png import not_finite, to_uint8
 from lcm_jax.sampling.request import Request, Settings
 
@@ -168,6 +169,19 @@ def test_rows_are_not_measured_again(first, lcm, prompts, tmp_path, monkeypatch)
         missing.clear()
         evaluated(lcm, prompts, out, "--count=5", "--row=lcm:2:4,8", "--name=tiny", option)
         assert len(missing) == 2, option
+
+
+def test_a_negative_prompt_in_attention_is_noted(lcm, prompts, tmp_path, monkeypatch):
+    latents, seen = Generator.latents, []
+
+    def noted(*args, **more):
+        seen.append((args[5], more))
+        return latents(*args, **more)
+
+    monkeypatch.setattr(Generator, "latents", noted)
+    found = evaluated(lcm, prompts, tmp_path, "--count=1", "--row=lcm:2:8", "--negative_prompt=b", "--nag_scale=3")
+    assert all(one == ("b", {"nag_scale": 3.0}) for one in seen)
+    assert any("negative_prompt b (nag_scale 3)" in note for note in found["notes"])
 
 
 def test_stopped_command_resumes(lcm, prompts, tmp_path, monkeypatch):
@@ -371,6 +385,7 @@ def test_metrics_by_networks_of_folders(lcm, prompts, tmp_path, monkeypatch):
         (["--metric=fid:EMPTY", "--count=4", "--reference=TORN"], r"0.png: not an image.*; remove it or replace it"),
         (["--out=EMPTY"], r"empty.txt is a file"),
         (["--negative_prompt=b"], r"this UNet has a w embedding"),
+        (["--nag_scale=0"], r"--nag_scale=0: 1 is no guidance in attention"),
         (["--model=/no/such"], r"/no/such does not exist"),
     ],
 )

@@ -34,6 +34,7 @@ from lcm_jax.sampling import control as control_lib
 from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.image import resized
 from lcm_jax.sampling.image_to_image import check_steps_left, check_strength
+from lcm_jax.sampling.inpaint import Canvas
 from lcm_jax.sampling.png import to_uint8
 from lcm_jax.sampling.request import (
     ON_GRID,
@@ -43,7 +44,6 @@ from lcm_jax.sampling.request import (
     check_steps,
     make_plan,
     noise_entries,
-    noised,
 )
 
 WAYS = ("latent", "pixel")
@@ -252,18 +252,24 @@ def second_pass(
         if request.settings.sampler == "lcm":
             behind = len(make_plan(model.pipeline, request.settings).t)  # the noise that the base has used
             noise = model.noise(seed, numbers, behind + 1, asked.height, asked.width, *of_noise)
-            z = noised(then.model.pipeline, asked.settings, z, noise[behind])
+            z = _noised(then.model.pipeline, asked.settings, z, noise[behind])
         return then.model.sampled(asked, prompts, np.asarray(z)[None])
     z, steps = enlarged(model, z, asked.height, asked.width, then.by), noise_entries(asked.settings)
     first, *between = model.noise(seed, numbers, steps, asked.height, asked.width, *of_noise, again=True)
-    return model.sampled(asked, prompts, np.stack([noised(model.pipeline, asked.settings, z, first), *between]))
+    return model.sampled(asked, prompts, np.stack([_noised(model.pipeline, asked.settings, z, first), *between]))
+
+
+def _noised(pipeline: Pipeline, settings: Settings, z: jax.Array, noise: jax.Array) -> np.ndarray:
+    """Scaled latents z with noise of the sampler's first timestep, [b h w c]: what it starts from."""
+    t = make_plan(pipeline, settings).t[0]
+    return pipeline.schedule.alphas[t] * np.asarray(z) + pipeline.schedule.sigmas[t] * np.asarray(noise)
 
 
 def enlarged(model: Any, z: jax.Array, height: int, width: int, by: str) -> np.ndarray:
     """Scaled latents [b h w c] -> those of images of this size in pixels."""
     if by == "pixel":
         images = model.decode(z)
-        z = model.encoder.latents([resized(image, height, width) for image in to_uint8(np.nan_to_num(images))])
+        z = model.encoder.latents([Canvas(resized(one, height, width)) for one in to_uint8(np.nan_to_num(images))])
         return np.where(np.isfinite(images).all((1, 2, 3), keepdims=True), z, np.nan)  # for `generate` to report
     factor, (b, _, _, c) = model.pipeline.vae.factor, z.shape
     # Whole on every process, so that each can resize it by itself.

@@ -169,9 +169,8 @@ def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
         cond, noise = _fill(cond, mesh), _fill(noise.swapaxes(0, 1), mesh).swapaxes(0, 1)
         painting = painting and dataclasses.replace(painting, rows=_fill(painting.rows, mesh))
         hook = preview and preview.hook(taesd_params, mesh)
-        return latents(unet, schedule, plan, params, cond, null, noise, scale, hook, loop, control, nag, painting)[
-            :rows
-        ]
+        z = latents(unet, schedule, plan, params, cond, null, noise, scale, hook, loop, control, nag, painting)
+        return z[:rows]
 
     @functools.partial(jax.jit, static_argnames=("vae", "sliced"), **options)
     def decode(vae, params, z, sliced=False):
