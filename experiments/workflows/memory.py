@@ -112,15 +112,19 @@ def markdown(kept: dict[str, dict[str, Any]]) -> str:
             (model, batch): [kept.get(f"{model}-{device}-{batch}-{name}") for name in ("whole", "lean")]
             for model, batch in columns
         }
-        if not any(all(pair) for pair in pairs.values()):
+        if not any(map(any, pairs.values())):
             continue
 
         def cell(pair: list[dict[str, Any] | None], line: tuple[bool, bool, str | None]) -> str:
-            return f"{peak(*(one['memory'] for one in pair), *line) / GIB:.2f}" if all(pair) else "not compiled"
+            whole, lean = (one and one["memory"] for one in pair)
+            known = lean if line[:2] == (True, True) else whole if line[:2] == (False, False) else whole and lean
+            return f"{peak(whole, lean, *line) / GIB:.2f}" if known else "not compiled"
 
         heads = ["switches", *(f"{model}, batch {batch}" for model, batch in columns)]
-        cells = [[name, *(cell(pairs[column], line) for column in columns)] for name, line in LINES.items()]
-        parts.append(f"Peak memory in GiB, {topology}, {dtype}:\n\n{results.table(heads, cells)}")
+        lines = {name: line for name, line in LINES.items() if device != "cpu" or line[2] is None}
+        cells = [[name, *(cell(pairs[column], line) for column in columns)] for name, line in lines.items()]
+        beside = "" if device != "cpu" else " (`--offload` saves nothing there: its memory is the host's)"
+        parts.append(f"Peak memory in GiB, {topology}, {dtype}{beside}:\n\n{results.table(heads, cells)}")
         times = [
             f"{model}, batch {batch}: {1e3 * pair[0]['serial']['sampler']:.0f} ms -> "
             f"{1e3 * pair[1]['serial']['sampler']:.0f} ms"

@@ -335,6 +335,7 @@ class Generator:
                 count, jobs = min(size, total - start), jobs_from(start)
                 texts, numbers = [prompts[prompt] for prompt, _ in jobs], [first + number for _, number in jobs]
                 yield self.generate(request, texts, numbers, seed)[:count]
+            self._ahead = {}
 
         return generated()
 
