@@ -1,5 +1,6 @@
 """Less memory: weights in 8 bits, networks that wait on the host, decoding one image at a time; what they change."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,11 +9,13 @@ import numpy as np
 import parity
 import pytest
 import tiny
+from diffusers import UNet2DConditionModel as TorchUNet
 from flax import traverse_util
 from test_sample import compilations
+from test_sampling_control import MICRO, picture, save_net
 
 import lcm_jax
-from lcm_jax import sample
+from lcm_jax import Control, sample
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.models import int8, lora
 from lcm_jax.models.unet import UNet2DConditionModel
@@ -189,6 +192,27 @@ def test_on_a_mesh(options):
     assert mesh.size > 1
     got = images(lcm_jax.load(tiny.folder("sd1"), mesh=mesh, **options))
     parity.close(got, images(model("sd1", **options)), atol=2e-4)
+
+
+@pytest.mark.slow
+def test_controlnets_are_in_8_bits_beside_a_unet_that_is(tmp_path):
+    folder = tiny.copy("micro lcm", tmp_path / "model")
+    tiny.randomise(TorchUNet(**MICRO), 1).save_pretrained(folder / "unet")
+    path = save_net(MICRO, 10, tmp_path / "net")
+    small, plain = lcm_jax.load(folder, weights="int8"), lcm_jax.load(folder)
+    rounded = Generator(plain.pipeline, {part: whole(tree) for part, tree in small.params.items()})
+    net, full = small.control_net(path), plain.control_net(path)
+    assert int8.has_quantised(net.params) and not int8.has_quantised(full.params)
+    made = [
+        images(model, control=[Control(net, picture(1))])
+        for model, net in (
+            (small, net),
+            (rounded, dataclasses.replace(full, params=whole(net.params))),
+            (rounded, full),
+        )
+    ]
+    parity.close(made[0], made[1], atol=2e-4)
+    assert np.abs(made[0] - made[2]).max() > 2e-3
 
 
 @pytest.mark.slow
