@@ -217,6 +217,8 @@ def test_compile_step_reports_how_much_is_missing_and_what_to_change(message, wo
     ("flags", "words"),
     [
         (("--topology=h100:8", "--slices=2"), r"--slices=2: is of TPUs; .* --topology=h100:2x8"),
+        (("--topology=cpu",), r"--topology=cpu: is for --sampling"),
+        (("--topology=h100:8", "--weights=int8"), r"--weights=int8: is for --sampling; .* remove it"),
         (("--topology=h100:8", "--batch_size=4"), r"--batch_size=4: is for --sampling; .* --config\.data\.batch_size"),
     ],
 )
@@ -282,6 +284,29 @@ def test_generating_for_absent_devices_decodes_in_the_dtype_asked_for(tiny):
     config = config_of("shapes_lcm", **{"model.teacher": tiny, "model.dtype": "bfloat16"})
     assert run_models.shapes(config).student.vae.dtype == jnp.float32
     assert aot.generator_of(config, one_device())[0].pipeline.vae.dtype == jnp.bfloat16
+
+
+@pytest.mark.slow
+def test_the_peak_by_what_waits_on_the_host(tiny):
+    """Of this CPU, which has no limits that are known; 8 bits are an eighth of float32's 32, all but a few."""
+    config = config_of("shapes_lcm", **{"model.teacher": tiny})
+    whole, lean = (
+        aot.analyse_sampling(config, jax.devices()[:1], None, 2, 1, False, **switches)
+        for switches in ({}, {"weights": "int8", "offload": "all", "sliced": True})
+    )
+    for found, mode in ((whole, "none"), (lean, "all")):
+        memory = found["memory"]
+        held, beside, peak = memory["of_parts"], memory["beside"], memory["peak"]
+        used = {"text": "text_encoder", "sampler": "unet", "decoder": "vae"}
+        assert memory["weights"] == sum(held.values()) and memory["needed"] == peak[mode]
+        assert peak["none"] == memory["weights"] + max(beside.values())
+        assert peak["all"] == max(held[part] + beside[name] for name, part in used.items())
+        rest = max(beside["sampler"], beside["decoder"]) - held["text_encoder"]
+        assert peak["text"] == memory["weights"] + max(beside["text"], rest)
+        assert "by --offload: none" in sampling.text(found) and "roofline" not in sampling.text(found)
+    assert lean["memory"]["of_parts"]["unet"] < 0.6 * whole["memory"]["of_parts"]["unet"]
+    assert lean["memory"]["of_parts"]["vae"] == whole["memory"]["of_parts"]["vae"]
+    assert lean["memory"]["beside"]["decoder"] < 0.7 * whole["memory"]["beside"]["decoder"]
 
 
 @pytest.mark.parametrize(

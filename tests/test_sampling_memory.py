@@ -1,5 +1,6 @@
 """Less memory: weights in 8 bits, networks that wait on the host, decoding one image at a time; what they change."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,18 +9,22 @@ import numpy as np
 import parity
 import pytest
 import tiny
+from diffusers import UNet2DConditionModel as TorchUNet
 from flax import traverse_util
 from test_sample import compilations
+from test_sampling_control import MICRO, picture, save_net
 
 import lcm_jax
-from lcm_jax import pretrained, sample
+from lcm_jax import Control, sample
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.models import int8, lora
 from lcm_jax.models.unet import UNet2DConditionModel
 from lcm_jax.pretrained import names
 from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import make_mesh, one_by_one
+from lcm_jax.sampling import load as load_lib
 from lcm_jax.sampling import offload
+from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.request import make_request
 
 PROMPTS = ["a small red circle", "a blue square"]
@@ -78,26 +83,38 @@ def test_int8_generates_what_the_rounded_weights_generate(name):
     """Exactly q s in float32; the images are near those of whole weights, and others."""
     small = model(name, weights="int8")
     params = {part: whole(tree) for part, tree in small.params.items()}
-    rounded = lcm_jax.sampling.generator.Generator(model(name).pipeline, params)
+    rounded = Generator(model(name).pipeline, params)
     got = images(small)
     parity.close(got, images(rounded), atol=2e-4)  # sums in another order; whole weights are off by 10 times as much
     difference = np.abs(got - images(model(name)))
     assert 2e-3 < difference.max() and difference.mean() < 0.05
 
 
-def test_a_lora_is_merged_before_and_refused_after(tmp_path):
-    small = model(weights="int8")
+def test_a_lora_is_added_before_and_refused_after(tmp_path, monkeypatch):
+    """What is quantised is the sum, in float32."""
+    small, kernel = model(weights="int8"), model().params["unet"]  # loaded before anything is patched
+    layer = "down_blocks_0", "resnets_0", "conv1", "kernel"
+    monkeypatch.setattr(load_lib.lora_files, "changes", lambda *_: {"unet": {layer: lambda: np.float32(0.25)}})
+    monkeypatch.setattr(load_lib, "_read_loras", lambda *_: ([], {}))
+    (tmp_path / "a.safetensors").touch()
+    monkeypatch.setattr(load_lib.digests, "warn", lambda *_: None)
+    merged = lcm_jax.load(tiny.folder("micro lcm"), loras=[str(tmp_path / "a.safetensors")], weights="int8")
+    got = merged.params["unet"]
+    for name in layer:
+        kernel, got = kernel[name], got[name]
+    jax.tree.map(np.testing.assert_array_equal, dict(got), int8.quantise(np.asarray(kernel) + np.float32(0.25)))
+
     with pytest.raises(LcmError, match="merging LoRAs needs whole weights, these are int8.*without int8"):
         lora.merge(small.params["unet"], [])
     with pytest.raises(LcmError, match="saving needs whole weights"):
-        pretrained.save_pipeline(small.pipeline, small.params, tmp_path / "out")
+        names.to_torch(small.pipeline.unet, small.params["unet"])
 
 
 def test_dequantised_kernels_are_never_all_whole_at_once():
     """Compiled for this CPU, whose compiler would make them whole before the loop over the steps."""
     unet = UNet2DConditionModel(
         block_out_channels=(64,),
-        layers_per_block=3,
+        layers_per_block=2,
         down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",),
         mid_block_type=None,
@@ -118,7 +135,7 @@ def test_dequantised_kernels_are_never_all_whole_at_once():
     assert compiled.memory_analysis().temp_size_in_bytes < large / 3
 
 
-@pytest.mark.parametrize("options", [{}, {"weights": "int8"}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"weights": "int8"}, marks=pytest.mark.slow)])
 def test_offloaded_networks_are_on_the_device_only_while_they_run(options, monkeypatch):
     plain = model(**options)
     away = lcm_jax.load(tiny.folder("micro lcm"), offload="all", **options)
@@ -135,7 +152,7 @@ def test_offloaded_networks_are_on_the_device_only_while_they_run(options, monke
 
 
 def test_offloaded_text_encoders_leave_the_rest_where_it_is():
-    away = lcm_jax.load(tiny.folder("sd1"), offload="text")
+    away = lcm_jax.load(tiny.folder("micro lcm"), offload="text")
     kinds = {
         part: {leaf.sharding.memory_kind == "pinned_host" for leaf in jax.tree.leaves(tree)}
         for part, tree in away.params.items()
@@ -178,13 +195,34 @@ def test_on_a_mesh(options):
 
 
 @pytest.mark.slow
+def test_controlnets_are_in_8_bits_beside_a_unet_that_is(tmp_path):
+    folder = tiny.copy("micro lcm", tmp_path / "model")
+    tiny.randomise(TorchUNet(**MICRO), 1).save_pretrained(folder / "unet")
+    path = save_net(MICRO, 10, tmp_path / "net")
+    small, plain = lcm_jax.load(folder, weights="int8"), lcm_jax.load(folder)
+    rounded = Generator(plain.pipeline, {part: whole(tree) for part, tree in small.params.items()})
+    net, full = small.control_net(path), plain.control_net(path)
+    assert int8.has_quantised(net.params) and not int8.has_quantised(full.params)
+    made = [
+        images(model, control=[Control(net, picture(1))])
+        for model, net in (
+            (small, net),
+            (rounded, dataclasses.replace(full, params=whole(net.params))),
+            (rounded, full),
+        )
+    ]
+    parity.close(made[0], made[1], atol=2e-4)
+    assert np.abs(made[0] - made[2]).max() > 2e-3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"tiled": True}])
 def test_int8_goes_with(options):
     got, want = (images(lcm_jax.load(tiny.folder("micro lcm"), weights=w, **options)) for w in ("int8", None))
     assert 0 < np.abs(got - want).mean() < 0.05
 
 
-@pytest.mark.parametrize("name", ["micro lcm", "sd1"])
+@pytest.mark.parametrize("name", ["micro lcm", pytest.param("sd1", marks=pytest.mark.slow)])
 def test_one_program_serves_every_guidance_scale_and_seed(name):
     made = model(name)
     first = images(made, guidance_scale=3.0)
@@ -194,7 +232,9 @@ def test_one_program_serves_every_guidance_scale_and_seed(name):
     assert compiled == [] and len(first) == 6
 
 
-def test_switches_are_recorded_and_repeated_and_wrong_ones_refused(tmp_path):
+def test_switches_are_recorded_and_repeated_and_wrong_ones_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Generator, "generate", lambda self, request, prompts, *_: np.zeros((len(prompts), 16, 16, 3)))
+    monkeypatch.setattr(Generator, "encode", lambda self, *_, **__: {})
     words = [f"--model={tiny.folder('micro lcm')}", f"--prompt={PROMPTS[0]}", "--steps=2", "--num_images=1"]
     switches = ["--weights=int8", "--sliced", "--offload=all"]
     assert sample.main([*words, f"--out={tmp_path / 'a'}", *switches]) == 0

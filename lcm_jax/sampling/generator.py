@@ -427,6 +427,7 @@ class Generator:
                 texts, numbers = [prompts[prompt] for prompt, _ in jobs], [first + number for _, number in jobs]
                 asked = request.of([prompt for prompt, _ in jobs])
                 yield self.generate(asked, texts, numbers, seed)[:count]
+            self._ahead = {}
 
         return generated()
 
