@@ -135,12 +135,6 @@ def _stopped(pipeline: Pipeline, plan: Plan, stop: int) -> Plan:
     return dataclasses.replace(plan, timesteps=None, table=tuple(column[:kept] for column in table))
 
 
-def noised(pipeline: Pipeline, settings: Settings, z: jax.Array, noise: jax.Array) -> np.ndarray:
-    """Scaled latents z with the noise of the sampler's first timestep, [b h w c] both: what it starts from."""
-    t = make_plan(pipeline, settings).t[0]
-    return pipeline.schedule.alphas[t] * np.asarray(z) + pipeline.schedule.sigmas[t] * np.asarray(noise)
-
-
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A request for images, complete and checked.
