@@ -50,7 +50,7 @@ def parser() -> flags.Parser:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket bound to an address of this machine. Raises BadArgument."""
+    """A socket that listens at an address of this machine; who connects early waits. Raises BadArgument."""
     if not 0 <= port < 2**16:
         raise BadArgument("port", port, f"out of range; choose 0 to {2**16 - 1}")
     try:
@@ -58,6 +58,7 @@ def listening(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen()
     except (OSError, UnicodeError) as error:
         where, value = ("host", host) if isinstance(error, UnicodeError | socket.gaierror) else ("port", port)
         raise BadArgument(where, value, f"cannot be listened at ({error}); choose another") from None

@@ -66,6 +66,9 @@ def parser() -> flags.Parser:
     flags.add_image_flags(p)
     flags.add_source_flags(p)
     flags.add_prompt_flags(p)
+    p.add_argument(
+        "--lora_dir", type=files.expanded, help="folder of the LoRAs that a1111 prompts name <lora:NAME:0.8>"
+    )
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
     p.add_argument("--prompts", type=files.expanded, help="text file, one prompt per line")
     p.add_argument("--sampler", choices=SAMPLERS, default="lcm")

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from test_sample import compilations
+from test_sample import RECORD, compilations
 from test_sampling_control import MICRO, save_net
 
-from lcm_jax import app, sample
+from lcm_jax import app, pretrained, sample
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.page import asked as asked_lib
 from lcm_jax.page import guard
@@ -38,6 +38,7 @@ def micro(tmp_path_factory):
     root = tmp_path_factory.mktemp("page")
     tiny.copy("micro lcm", root / "model")
     tiny.randomise(tiny.UNet2DConditionModel(**MICRO), 1).save_pretrained(root / "model" / "unet")
+    tiny.write_json(root / "model" / pretrained.RECORD, RECORD)
     save_net(MICRO, 10, root / "net")
     return root
 
@@ -239,13 +240,14 @@ def test_images_that_cannot_be_used(found, message):
 
 def answer(app, method="GET", path="/", query="", body=b"", **headers) -> tuple[int, dict[str, str], bytes]:
     """(status, headers, body) of an ASGI application's answer."""
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
     headers = {"host": "127.0.0.1:7860", **({"content-length": str(len(body))} if method == "POST" else {}), **headers}
     scope = {
         "type": "http",
         "method": method,
         "path": path,
         "query_string": query.encode(),
-        "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items() if value],
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items() if value],
     }
     sent, given = [], [{"type": "http.request", "body": body[:3], "more_body": True}, {"body": body[3:]}]
 
@@ -384,7 +386,6 @@ def test_without_gradio_it_names_the_extra(micro, capsys, monkeypatch):
 
 def test_a_port_that_is_taken_is_refused():
     with app.listening("127.0.0.1", 0) as bound:
-        bound.listen()
         port = bound.getsockname()[1]
         assert app.address_of(bound, "127.0.0.1", None) == f"http://127.0.0.1:{port}/"
         with pytest.raises(BadArgument, match=f"port={port}: cannot be listened at"):
@@ -427,6 +428,11 @@ def test_an_error_is_a_message_below_the_image(layout, maker):
     assert "value" not in image and "value" not in command  # as they are
     with mock.patch.object(maker.model, "batches", side_effect=RuntimeError("secret")):
         assert "secret" not in layout._followed(maker, given(), "a")[1]
+
+
+@pytest.mark.parametrize("wrong", [{"prompt": 7}, {"negative": True}, {"kept": 7}, {"use": 7}, {"steps": "7"}], ids=str)
+def test_values_of_another_type_are_messages(layout, maker, wrong):
+    assert layout._followed(maker, given(**wrong), "a")[1].startswith('<p class="error">')
 
 
 def test_what_a_visitor_wrote_is_no_html(layout, maker):

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lcm_jax.errors import LcmError
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 OVERRIDE = "LCM_JAX_BROWSER"
-WHITE, BLACK = "a large red star at the left on a white background", "small blue circle, black background"
+PROMPT = "a large red star at the left on a white background"
 # Resolves with the milliseconds from the key's own time to the frame that shows its image: all that an answer brings is
 # shown at once, and the command line names the prompt.
 _WAIT = """(prompt) => new Promise((done) => {
@@ -111,8 +111,3 @@ def key_times(page: Any, text: str, pause: float = 0.05) -> list[float]:
         times.append(page.evaluate(_WAIT, prompt))
         time.sleep(pause)
     return times
-
-
-def shot(page: Any, path: Path, flags: Sequence[str] = ()) -> None:
-    """Writes what the page shows as a PNG."""
-    page.screenshot(path=str(path), animations="disabled")

@@ -90,23 +90,25 @@ class Asked:
           net: name of the ControlNet.
           size: height and width of the image.
         """
-        flags = {**given, "prompt": self.prompt, "steps": self.steps, "guidance_scale": f"{self.guidance_scale:g}"}
-        flags |= {"negative_prompt": self.negative_prompt} if self.negative_prompt else {}
+        flags = {**given, "prompt": self.prompt, "steps": self.steps, "guidance_scale": self.guidance_scale}
+        if self.negative_prompt:
+            flags["negative_prompt"] = self.negative_prompt
         flags |= {"seed": self.seed, "num_images": 1, "height": size[0], "width": size[1]}
         if self.image is not None and self.use == "edges":
-            flags |= {"control": f"{net}:{IMAGE}:{self.control_scale:g}"}
-            flags |= {"canny": "{:g},{:g}".format(*self.canny)}
+            low, high = map(_text, self.canny)
+            flags |= {"control": f"{net}:{IMAGE}:{_text(self.control_scale)}", "canny": f"{low},{high}"}
         elif self.image is not None:
-            flags |= {"image": IMAGE, "strength": f"{self.strength:g}"} | (
-                {"mask": MASK} if self.mask is not None else {}
-            )
-        words = [word.partition("=") for word in like.words(flags | {"out": "images"})]
-        return " ".join(
-            [
-                "python -m lcm_jax.sample",
-                *(f"{name}{eq}{shlex.quote(value)}" if eq else name for name, eq, value in words),
-            ]
-        )
+            flags |= {"image": IMAGE, "strength": self.strength}
+            flags |= {} if self.mask is None else {"mask": MASK}
+        flags = {name: one if isinstance(one, list) else _text(one) for name, one in flags.items()} | {"out": "images"}
+        words = [word.partition("=") for word in like.words(flags)]
+        quoted = [f"{name}={shlex.quote(value)}" if equals else name for name, equals, value in words]
+        return " ".join(["python -m lcm_jax.sample", *quoted])
+
+
+def _text(value: Any) -> str:
+    """A value as a word: 8.0 is "8"."""
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def read_uri(uri: Any, name: str) -> np.ndarray:
@@ -150,7 +152,7 @@ def read_kept(kept: Any, height: int, width: int) -> tuple[np.ndarray | None, np
       BadArgument: it is not what `fit` made, and a mask of its size.
     """
     found = []
-    for uri, name in zip(kept.split(" ", 1) if kept else (), ("image", "mask"), strict=False):
+    for uri, name in zip(to_text(kept, "image").split(" ", 1) if kept else (), ("image", "mask"), strict=False):
         one = read_uri(uri, name)
         if one.shape[:2] != (height, width):
             size = f"{one.shape[1]} x {one.shape[0]}"
@@ -167,3 +169,10 @@ def to_number(value: Any, name: str, whole: bool = False) -> float | int:
     if whole and value != int(value):
         raise BadArgument(name, value, "give a whole number")
     return int(value) if whole else float(value)
+
+
+def to_text(value: Any, name: str) -> str:
+    """What a visitor wrote. Raises BadArgument if it is no text."""
+    if value is not None and not isinstance(value, str):
+        raise BadArgument(name, str(value)[:40], "give a text")
+    return value or ""

@@ -15,7 +15,7 @@ from absl import logging
 
 from lcm_jax.errors import LcmError
 from lcm_jax.page import asked
-from lcm_jax.page.asked import CANNY, Asked, to_number
+from lcm_jax.page.asked import CANNY, Asked, to_number, to_text
 from lcm_jax.page.maker import Maker
 
 TITLE = "lcm_jax"
@@ -51,19 +51,28 @@ def make_app(maker: Maker, start: Mapping[str, Any]) -> fastapi.FastAPI:
 def _page(maker: Maker, start: Mapping[str, Any]) -> gr.Blocks:
     model, (height, width) = maker.model, maker.size
     scale = maker.default_scale if start["guidance_scale"] is None else start["guidance_scale"]
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         about = f"{maker.name} · {width} × {height} pixels"
         gr.HTML(f"<h1>{TITLE}</h1><p>{html.escape(about)}</p>", elem_id="title")
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=5, min_width=300):
                 prompt = gr.Textbox(
-                    start["prompt"], label="Prompt", lines=2, max_lines=8, autofocus=True, elem_id="prompt",
-                    placeholder="Type, and the image follows", max_length=asked.MAX_PROMPT,
-                )  # fmt: skip
+                    start["prompt"],
+                    label="Prompt",
+                    lines=2,
+                    max_lines=8,
+                    autofocus=True,
+                    elem_id="prompt",
+                    placeholder="Type, and the image follows",
+                    max_length=asked.MAX_PROMPT,
+                )
                 negative = gr.Textbox(
-                    start["negative_prompt"] or "", label="Negative prompt", visible=not model.pipeline.has_w_embedding,
-                    max_length=asked.MAX_PROMPT, elem_id="negative",
-                )  # fmt: skip
+                    start["negative_prompt"] or "",
+                    label="Negative prompt",
+                    visible=not model.pipeline.has_w_embedding,
+                    max_length=asked.MAX_PROMPT,
+                    elem_id="negative",
+                )
                 with gr.Row():
                     steps = gr.Slider(
                         1,
@@ -71,15 +80,18 @@ def _page(maker: Maker, start: Mapping[str, Any]) -> gr.Blocks:
                         start["steps"] or maker.max_steps,
                         step=1,
                         label="Steps",
+                        min_width=200,
                         visible=maker.max_steps > 1,
                         elem_id="steps",
                     )
-                    guidance = gr.Slider(1, max(10.0, scale), scale, step=0.1, label="Guidance", elem_id="guidance")
+                    guidance = gr.Slider(
+                        1, max(10.0, scale), scale, step=0.1, label="Guidance", min_width=200, elem_id="guidance"
+                    )
                 with gr.Row():
                     seed = gr.Number(
                         start["seed"], label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed"
                     )
-                    new_seed = gr.Button("New seed", elem_id="new-seed", min_width=90)
+                    new_seed = gr.Button("New seed", elem_id="new-seed", size="sm", min_width=90, scale=0)
                 with gr.Accordion("Start from an image", open=False, elem_id="image"):
                     picker = gr.HTML(
                         "",
@@ -105,9 +117,8 @@ def _page(maker: Maker, start: Mapping[str, Any]) -> gr.Blocks:
                         high = gr.Slider(0, 500, CANNY[1], step=1, label="Strong edges from", min_width=120)
             with gr.Column(scale=6, min_width=300):
                 kind = "small" if max(height, width) <= SMALL else ""
-                frame = (
-                    f'<div class="frame"><img class="{kind}" alt="" src="${{value}}"><span>Write a prompt</span></div>'
-                )
+                image = f'<img class="{kind}" alt="The image" src="${{value}}">'
+                frame = f'<div class="frame">{image}<span>Write a prompt</span></div>'
                 made = gr.HTML("", html_template=frame, apply_default_css=False, elem_id="made")
                 said = gr.HTML("", apply_default_css=False, elem_id="said")
         command = gr.Textbox(
@@ -120,7 +131,9 @@ def _page(maker: Maker, start: Mapping[str, Any]) -> gr.Blocks:
         def follow(request: gr.Request, *given: Any) -> list[Any]:
             return _followed(maker, given, request.session_hash or "")
 
-        quick = dict(queue=False, show_progress="hidden", trigger_mode="always_last", api_visibility="private")
+        # preprocess: Gradio would answer values out of range with an error of its own.
+        quick = dict(queue=False, preprocess=False, show_progress="hidden", trigger_mode="always_last")
+        quick["api_visibility"] = "private"
         moved = [one.input for one in (prompt, negative, steps, guidance, seed, use, strength, control, low, high)]
         gr.on([*moved, picker.input, page.load], follow, values, shown, **quick)
         new_seed.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 32)", queue=False).then(
@@ -136,16 +149,16 @@ def _page(maker: Maker, start: Mapping[str, Any]) -> gr.Blocks:
 def _followed(maker: Maker, given: tuple[Any, ...], visitor: str) -> list[Any]:
     """The image, what there is to say of it, and the command line; nothing new for what was overtaken."""
     prompt, negative, steps, scale, seed, kept, use, strength, control, low, high = given
-    if not (prompt or "").strip():
-        return ["", "", ""]
     try:
+        if not to_text(prompt, "prompt").strip():
+            return ["", "", ""]
         image, mask = asked.read_kept(kept, *maker.size)
         wanted = Asked(
             prompt,
             to_number(steps, "steps", whole=True),
             to_number(scale, "guidance_scale"),
             to_number(seed, "seed", whole=True),
-            negative or "",
+            to_text(negative, "negative_prompt"),
             image,
             mask,
             use,

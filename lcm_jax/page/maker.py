@@ -68,7 +68,7 @@ class Maker:
         for asked in self._kinds():
             start = time.perf_counter()
             list(self.model.batches(self._request(asked), [asked.prompt], 1, asked.seed, 1))
-            what = "text" if asked.image is None else asked.use if asked.mask is None else "mask"
+            what = "text" if asked.image is None else "edges" if asked.use == "edges" else "image"
             say(f"compiled {asked.steps} step{'s' * (asked.steps > 1)}, {what}: {time.perf_counter() - start:.1f} s")
 
     def make(self, asked: Asked, visitor: str) -> Made | None:
