@@ -9,6 +9,7 @@ machine alone; with another --host the address that is printed holds a token, an
 """
 
 import argparse
+import functools
 import os
 import secrets
 import socket
@@ -101,7 +102,7 @@ def run(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     maker = Maker(model, fixed, given_flags(p, args), args.max_steps, net)
     start = {name: getattr(args, name) for name in ("prompt", "negative_prompt", "steps", "guidance_scale", "seed")}
     app = Guard(make_app(maker, start), token)
-    maker.warm_up(print)
+    maker.warm_up(functools.partial(print, flush=True))
     print(f"open {address_of(bound, args.host, token)}", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(sockets=[bound])
 

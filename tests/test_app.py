@@ -18,8 +18,6 @@ from lcm_jax import sample
 from lcm_jax.page.asked import read_uri
 
 pytestmark = pytest.mark.app
-pytest.importorskip("gradio", reason="make test-app installs it")
-pytest.importorskip("playwright", reason="make test-app installs it")
 
 START = "a red circle"
 
@@ -42,9 +40,15 @@ def address(micro):
         yield found
 
 
+@pytest.fixture(scope="module")
+def chromium():
+    with browser.browsing() as found:
+        yield found
+
+
 @pytest.fixture
-def page(address):
-    with browser.opened(address) as found:
+def page(chromium, address):
+    with browser.opened(chromium, address) as found:
         browser.wait_for_image(found, START)
         yield found
 
@@ -175,15 +179,15 @@ def test_gradios_routes_for_files_are_closed(address):
     assert status(address, "gradio_api/run/predict", b'{"data": [{"path": "/etc/passwd"}], "fn_index": 0}') == 400
 
 
-def test_a_phones_width_is_enough(address, tmp_path):
-    with browser.opened(address, 375, 740, is_mobile=True, has_touch=True) as page:
+def test_a_phones_width_is_enough(chromium, address):
+    with browser.opened(chromium, address, 375, 740, is_mobile=True, has_touch=True) as page:
         browser.wait_for_image(page, START)
         assert page.evaluate("document.documentElement.scrollWidth") <= 375
         image, field = page.locator("#made img").bounding_box(), page.locator("#prompt").bounding_box()
         assert image["width"] > 320 and image["y"] < field["y"]
 
 
-def test_with_another_host_the_address_holds_a_token(micro):
+def test_with_another_host_the_address_holds_a_token(chromium, micro):
     flags = (f"--model={micro / 'model'}", "--max_steps=1", f"--prompt={START}", "--host=127.0.0.2")
     with browser.served(*flags) as found:
         plain, _, token = found.partition("?token=")
@@ -191,6 +195,6 @@ def test_with_another_host_the_address_holds_a_token(micro):
         for path in ("", "config", "assets/", "gradio_api/startup-events"):
             assert status(plain, path) == 401
         assert status(plain, "gradio_api/run/predict", b"{}") == 401
-        with browser.opened(found) as page:
+        with browser.opened(chromium, found) as page:
             browser.wait_for_image(page, START)
             assert page.url == plain

@@ -64,16 +64,29 @@ def served(*flags: str, seconds: float = 600) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def opened(address: str, width: int = 1280, height: int = 860, **options: Any) -> Iterator[Any]:
-    """A playwright page at an address, with its first image. Its attribute `asked_for` has all addresses that it loads.
+def browsing() -> Iterator[Any]:
+    """A headless browser, of playwright. Raises LcmError if there is none."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise LcmError("a browser needs playwright: pip install 'lcm_jax[app,test-app]'") from None
+    with sync_playwright() as playwright:
+        # Chromium's sandbox does not start for root, as in most containers; the page is ours.
+        browser = playwright.chromium.launch(executable_path=find_browser(playwright), args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextlib.contextmanager
+def opened(browser: Any, address: str, width: int = 1280, height: int = 860, **options: Any) -> Iterator[Any]:
+    """A page of a browser at an address. `asked_for` has the addresses that it loads, `said` its console's lines.
 
     options: of playwright's context, such as is_mobile and has_touch.
     """
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_browser(playwright), args=["--no-sandbox"])
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+    context = browser.new_context(viewport={"width": width, "height": height}, **options)
+    try:
         page = context.new_page()
         page.asked_for, page.said = [], []
         page.on("request", lambda request: page.asked_for.append(request.url))
@@ -81,10 +94,9 @@ def opened(address: str, width: int = 1280, height: int = 860, **options: Any) -
         page.add_init_script(_KEYED)
         page.goto(address)
         page.wait_for_selector("#prompt textarea", timeout=60_000)
-        try:
-            yield page
-        finally:
-            browser.close()
+        yield page
+    finally:
+        context.close()
 
 
 def wait_for_image(page: Any, prompt: str, seconds: float = 60) -> None:

@@ -19,7 +19,7 @@ from experiments import results
 from experiments.page import browser
 from lcm_jax.ending import exit_code
 
-TEXT = " and a small blue circle at the right on a black background"  # 59 keys
+TEXT = " and a small blue circle at the right on a black background"
 KEYS = 50
 STEPS = (1, 2, 4)
 DEFAULT = "runs/shapes_lcm/export"
@@ -43,7 +43,11 @@ def main() -> int:
     args = parser.parse_args()
     rows = []
     flags = (f"--model={args.model}", f"--max_steps={max(STEPS)}", f"--prompt={browser.PROMPT}")
-    with browser.served(*flags) as address, browser.opened(address) as page:
+    with (
+        browser.served(*flags) as address,
+        browser.browsing() as chromium,
+        browser.opened(chromium, address) as page,
+    ):
         browser.wait_for_image(page, browser.PROMPT)
         page.screenshot(path=str(args.shot), animations="disabled")
         for steps in STEPS:
