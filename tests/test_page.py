@@ -114,9 +114,12 @@ def test_a_request_that_fails_gives_up_its_turn():
 
 # ---- images and their command line -----------------------------------------------------------------------------------
 
+MASK = np.zeros((16, 16), np.uint8)
+MASK[3:9, 4:12] = 255
 ASKED = {
     "text": Asked('it\'s a "red" $circle; `ls` | 2', 2, 7.5, seed=3),
     "image": Asked("a red circle", 2, 4.0, image=pixels(1), strength=0.35),
+    "mask": Asked("a red circle", 2, 4.0, image=pixels(1), mask=MASK, strength=0.8),
     "edges": Asked("a red circle", 1, 8.0, 2**32 - 1, image=pixels(2), use="edges", control_scale=0.7, canny=(50, 90)),
 }
 
@@ -128,6 +131,8 @@ def test_the_command_line_makes_the_same_image(maker, kind, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     if wanted.image is not None:
         Image.fromarray(wanted.image).save(tmp_path / asked_lib.IMAGE)
+    if wanted.mask is not None:
+        Image.fromarray(wanted.mask).save(tmp_path / asked_lib.MASK)
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", "lcm_jax.sample"]
     assert sample.main(words[3:]) == 0
@@ -173,7 +178,7 @@ def test_what_a_visitor_is_told(maker):
         ({"prompt": "a" * 2001}, "has 2001 characters; write 2000"),
         ({"prompt": "\ud800"}, "is not UTF-8"),
         ({"seed": 2**32}, "seed=4294967296: out of range"),
-        ({"use": "both"}, "choose one of start, edges"),
+        ({"use": "both"}, "choose one of image, edges"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(wrong, message):
@@ -415,7 +420,7 @@ def layout():
 def given(**changes) -> tuple:
     names = ("prompt", "negative", "steps", "scale", "seed", "kept", "use", "strength", "control", "low", "high")
     return tuple(
-        {**dict.fromkeys(names, 1), "prompt": "a", "negative": "", "kept": "", "use": "start", **changes}[n]
+        {**dict.fromkeys(names, 1), "prompt": "a", "negative": "", "kept": "", "use": "image", **changes}[n]
         for n in names
     )
 

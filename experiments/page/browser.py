@@ -43,7 +43,7 @@ def find_browser(playwright: Any) -> str:
 
 
 @contextlib.contextmanager
-def served(*flags: str, seconds: float = 600) -> Iterator[str]:
+def served(*flags: str, seconds: float = 1800) -> Iterator[str]:
     """The address of a page of `lcm_jax.app`, in a process of its own. Raises LcmError if it ends before it serves."""
     command = [sys.executable, "-m", "lcm_jax.app", "--port=0", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -26,7 +26,7 @@ MAX_FILE = 2**24  # bytes of an image
 MAX_SIDE = 4096  # pixels
 MAX_PROMPT = 2000  # characters
 CANNY = (100.0, 200.0)
-USES = ("start", "edges")  # of an image: to start from, or to follow its edges with a ControlNet
+USES = ("image", "edges")  # of an image: image to image, or to follow its edges with a ControlNet
 IMAGE, MASK = "image.png", "mask.png"  # names under which the page saves what a command line reads
 _PREFIX, _BASE64 = "data:", ";base64,"
 
@@ -51,7 +51,7 @@ class Asked:
     negative_prompt: str = ""
     image: np.ndarray | None = None
     mask: np.ndarray | None = None
-    use: str = "start"
+    use: str = "image"
     strength: float = 0.5
     control_scale: float = 1.0
     canny: tuple[float, float] = CANNY

@@ -104,8 +104,8 @@ def _page(maker: Maker, start: Mapping[str, Any]) -> gr.Blocks:
                         largest=asked.MAX_FILE,
                     )
                     fault = gr.HTML("", apply_default_css=False, elem_id="fault")
-                    uses = [("Change it", "start"), ("Follow its edges", "edges")]
-                    use = gr.Radio(uses, value="start", label="The image", visible=maker.net is not None, elem_id="use")
+                    uses = [("Change it", "image"), ("Follow its edges", "edges")]
+                    use = gr.Radio(uses, value="image", label="The image", visible=maker.net is not None, elem_id="use")
                     strength = gr.Slider(
                         0.05, 1, 0.5, step=0.05, label="Strength", info="How far from the image", elem_id="strength"
                     )
@@ -180,7 +180,7 @@ def _followed(maker: Maker, given: tuple[Any, ...], visitor: str) -> list[Any]:
 
 def _controls_of(use: str) -> list[Any]:
     """Which controls are there: strength, weight and thresholds."""
-    return [gr.update(visible=use == one) for one in ("start", "edges", "edges")]
+    return [gr.update(visible=use == one) for one in ("image", "edges", "edges")]
 
 
 def _chosen(uri: Any, maker: Maker) -> list[Any]:

@@ -68,7 +68,7 @@ class Maker:
         for asked in self._kinds():
             start = time.perf_counter()
             list(self.model.batches(self._request(asked), [asked.prompt], 1, asked.seed, 1))
-            what = "text" if asked.image is None else "edges" if asked.use == "edges" else "image"
+            what = "mask" if asked.mask is not None else "text" if asked.image is None else asked.use
             say(f"compiled {asked.steps} step{'s' * (asked.steps > 1)}, {what}: {time.perf_counter() - start:.1f} s")
 
     def make(self, asked: Asked, visitor: str) -> Made | None:
@@ -109,7 +109,7 @@ class Maker:
         mask = np.zeros(self.size, np.uint8)
         mask[: self.size[0] // 2] = 255
         scales = [self.default_scale] if self.model.pipeline.has_w_embedding else [1.0, 2.0]
-        images = [{}, {"image": image}]
+        images = [{}, {"image": image}, {"image": image, "mask": mask}]
         if self.net is not None:
             images.append({"image": image, "use": "edges"})
         for steps in range(1, self.max_steps + 1):
