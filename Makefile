@@ -11,14 +11,17 @@ TESTS_CORE := $(VENV)/.tests-core
 CLIENTS := .cache/clients
 CUDNN  := .cache/cudnn
 FUZZ   := $(VENV)/.fuzz
+APP    := $(VENV)/app
+APP_PY := $(APP)/bin/python
 DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
 
-.PHONY: help demo demo-full gpu-day evidence stale notebooks test test-core test-parity test-mutants test-slow \
-  test-slow-part test-gpu test-aot test-clients test-cudnn fuzz lint install install-test clean
+.PHONY: help demo demo-full app gpu-day evidence stale notebooks test test-core test-parity test-mutants test-slow \
+  test-slow-part test-gpu test-aot test-clients test-cudnn test-app fuzz lint install install-test clean
 
 help:
 	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about four minutes"
 	@echo "make demo-full  the same, with the teacher's rows of the table computed anew"
+	@echo "make app        a page on this machine: its image follows what is typed; runs the demo first, if it has not run"
 	@echo "make gpu-day    all that needs a GPU, in BUDGET_S=1500 seconds; resumes when called again; DEVICE=cpu rehearses"
 	@echo "make evidence   every experiment whose numbers stand in README and docs; resumes, keeps what is current; hours"
 	@echo "make stale      which of them are not current, and why        ONLY=demo,table1: make evidence of some"
@@ -28,6 +31,7 @@ help:
 	@echo "make test-gpu   tests on an accelerator  make test-aot   compiling for GPUs and TPUs, without one"
 	@echo "make test-clients  programs that nobody here wrote, on our files: stable-diffusion.cpp, LyCORIS; minutes, 13 GB"
 	@echo "make test-cudnn  cuDNN's own answers for GPUs that are not here; 10 minutes, 2.2 GB, needs gcc"
+	@echo "make test-app   the page in a headless Chromium; says what to install if there is none"
 	@echo "make test-parity   tests against torch and closed forms, and which come nearest to their bounds"
 	@echo "make test-mutants  wrong answers that the tests must notice, one after another: 15 minutes"
 	@echo "make fuzz       odd files for every reader, SECONDS=600 in all; TARGET=lora: one of them"
@@ -54,6 +58,20 @@ $(FUZZ): $(TESTS)
 	$(PIP) --editable '.[fuzz]'
 	@touch $@
 
+# A layer on the others, which are tested with a newer Pillow than Gradio takes.
+$(APP)/.app: $(CORE)
+	$(PY) -m venv $(APP)
+	@$(PY) -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	  > $$($(APP_PY) -c 'import site; print(site.getsitepackages()[0])')/below.pth
+	@sed 's/^pillow==.*/pillow==12.3.0/' constraints.txt > $(APP)/constraints.txt
+	$(APP_PY) -m pip install --disable-pip-version-check --quiet --constraint $(APP)/constraints.txt --editable '.[app]'
+	@touch $@
+
+$(APP)/.tests: $(TESTS) $(APP)/.app
+	$(APP_PY) -m pip install --disable-pip-version-check --quiet --constraint $(APP)/constraints.txt \
+	  --editable '.[app,test-app]'
+	@touch $@
+
 install: $(CORE)
 
 install-test: $(TESTS)
@@ -63,6 +81,14 @@ demo: $(CORE)
 
 demo-full: $(CORE)
 	$(DEMO) --full
+
+runs/shapes_lcm/export/model_index.json: | $(CORE)
+	$(DEMO)
+
+# Compiled programs are kept, so that it starts sooner the next time.
+app: $(APP)/.app runs/shapes_lcm/export/model_index.json
+	JAX_COMPILATION_CACHE_DIR=.cache/jax $(APP_PY) -m lcm_jax.app --model=runs/shapes_lcm/export \
+	  --prompt="a large red star at the left on a white background"
 
 # The accelerator's own jax comes from the extras "cuda" or "tpu".
 BUDGET_S ?= 1500
@@ -144,6 +170,10 @@ $(CUDNN)/libcuda.so.1: tests/cuda_without_gpu.c $(CUDNN)/.installed
 test-cudnn: $(TESTS) $(CUDNN)/libcuda.so.1
 	LD_LIBRARY_PATH=$$(echo $(CUDNN) $(CUDNN)/nvidia/*/lib | tr ' ' :) PYTHONPATH=$(CUDNN) JAX_PLATFORMS=cpu \
 	  $(PY) -m pytest -m cudnn
+
+test-app: $(APP)/.tests
+	$(APP_PY) -m pytest -m app tests/test_app.py
+	$(APP_PY) -m pytest tests/test_page.py
 
 lint: $(TESTS)
 	$(PY) -m ruff check .

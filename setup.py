@@ -42,7 +42,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["lcm_jax", "lcm_jax.*"]),
-    package_data={"lcm_jax": ["assets/**"]},
+    package_data={"lcm_jax": ["assets/**", "page/*.css", "page/*.html", "page/*.js"]},
     install_requires=CORE,
     extras_require={
         "torch": TORCH,
@@ -56,6 +56,8 @@ setup(
         "tpu": [f"jax[tpu]{JAX}"],  # lcm_jax.aot needs this extra, and no TPU
         "wandb": ["wandb"],
         "data": DATA,  # latent caches, data sets of Hugging Face and TFDS, OpenCV; tar shards and folders need nothing
+        "app": ["gradio>=6,<7"],  # lcm_jax.app; it wants an older Pillow than constraints.txt has
+        "test-app": ["playwright>=1.50", "pytest>=8"],  # for `make test-app`, beside "app"; and Chromium
         "demo": [],  # nor does `make demo`
     },
     classifiers=[

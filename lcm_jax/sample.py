@@ -78,6 +78,9 @@ def parser() -> flags.Parser:
     flags.add_second_flags(p)
     flags.add_mask_flags(p)
     flags.add_prompt_flags(p)
+    p.add_argument(
+        "--lora_dir", type=files.expanded, help="folder of the LoRAs that a1111 prompts name <lora:NAME:0.8>"
+    )
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
     p.add_argument("--prompts", type=files.expanded, help="text file, one prompt per line")
     p.add_argument("--sampler", choices=SAMPLERS, help="default: that of the model's map: lcm, of a phased one tcd")

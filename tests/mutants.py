@@ -937,6 +937,30 @@ CONTRACTS = [
         ("test_distill_step.py::test_a_gpus_program_sums_the_norms_of_an_array_at_once",),
         False,
     ),
+    Mutant(
+        "what a visitor has overtaken has its turn",
+        "page/turns.py",
+        "mine = not self._overtaken(visitor, number)",
+        "mine = True",
+        ("test_page.py::test_of_a_visitor_only_the_newest_request_that_waits_has_a_turn",),
+        False,
+    ),
+    Mutant(
+        "an answer without the token",
+        "page/guard.py",
+        "if self._token is not None and not self._known(scope, headers):",
+        "if self._token is None and not self._known(scope, headers):",
+        ("test_page.py::test_every_route_needs_the_token",),
+        False,
+    ),
+    Mutant(
+        "objects as values, which Gradio takes for files",
+        "page/guard.py",
+        "isinstance(one, str | int | float | None)",
+        "isinstance(one, str | int | float | dict | None)",
+        ("test_page.py::test_values_are_texts_and_numbers",),
+        False,
+    ),
 ]
 
 

@@ -1,7 +1,7 @@
 """All experiments whose numbers stand in README, notebooks and docs, in the order in which they are run.
 
-Comparisons of speed with torch (experiments/speed) and what is only compiled (experiments/aot) are not among them:
-their rows are of many devices, and each is kept by itself.
+Comparisons of speed with torch (experiments/speed), what is only compiled (experiments/aot), and the page's latency
+(experiments/page, which needs a browser) are not among them: each is kept by itself.
 """
 
 import dataclasses

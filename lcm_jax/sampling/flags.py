@@ -161,9 +161,6 @@ def add_prompt_flags(p: argparse.ArgumentParser) -> None:
         metavar="[NAME=]FILE",
         help="textual inversion, used where prompts have its name (comfy: embedding:NAME); may be given several times",
     )
-    p.add_argument(
-        "--lora_dir", type=files.expanded, help="folder of the LoRAs that a1111 prompts name <lora:NAME:0.8>"
-    )
 
 
 def parse_timesteps(text: str) -> tuple[int, ...]:

@@ -71,6 +71,7 @@ from lcm_jax.sampling.request import (
 )
 
 Conditioning = Mapping[str, jax.Array]
+NULLS = 32  # null texts that are kept: on a page each letter of a negative prompt makes one
 UNROLLED = 4  # steps at most that are no loop on a GPU, see `loop_on`
 
 
@@ -537,6 +538,8 @@ class Generator:
         if key not in self._null:
             encoded = self.encode([negative_prompt or ""], reading=reading)
             self._null[key] = text.null_of(self.pipeline, encoded, negative_prompt)
+            if len(self._null) > NULLS:
+                self._null.pop(next(iter(self._null)))
         return self._null[key]
 
     def latents(
