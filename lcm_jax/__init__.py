@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lcm_jax.sampling.chain import Hires, Refine
     from lcm_jax.sampling.control import Control
     from lcm_jax.sampling.load import load
-    from lcm_jax.sampling.request import Settings
+    from lcm_jax.sampling.plan import Settings
 
 __version__ = "0.1.0"
 __all__ = ["Control", "Hires", "Refine", "Settings", "__version__", "load"]

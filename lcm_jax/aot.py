@@ -48,7 +48,8 @@ from lcm_jax.sampling import report as sampling
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.load import WEIGHTS
 from lcm_jax.sampling.offload import MODES
-from lcm_jax.sampling.request import Request, Settings, check_steps, make_request
+from lcm_jax.sampling.plan import Settings, check_steps
+from lcm_jax.sampling.request import Request, make_request
 
 # Minutes instead of hours for a step of thousands of operations; XLA then also searches less for a tight schedule. Its
 # compiler for GPUs has nothing of the kind.

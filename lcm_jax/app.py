@@ -23,8 +23,9 @@ from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.page.guard import LOOPBACK, Guard
 from lcm_jax.page.maker import Maker
 from lcm_jax.sampling import flags, like
+from lcm_jax.sampling.plan import SAMPLERS, check_steps
 from lcm_jax.sampling.prompts import check_syntax
-from lcm_jax.sampling.request import SAMPLERS, check_guidance_scale, check_numbers, check_steps, check_texts
+from lcm_jax.sampling.request import check_guidance_scale, check_numbers, check_texts
 
 FIXED = ("sampler", "spacing", "height", "width", "prompt_syntax", "emphasis", "clip_skip")  # no visitor changes them
 PASSED = (*like.MODEL, *like.COMPUTED, "sampler", "spacing", "prompt_syntax", "emphasis", "clip_skip", "fsdp")

@@ -40,18 +40,8 @@ from lcm_jax.runtime.workdir import locked
 from lcm_jax.sampling import flags, nag
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.load import load
-from lcm_jax.sampling.request import (
-    EULER,
-    ON_GRID,
-    SAMPLERS,
-    Request,
-    check_guidance_scale,
-    check_numbers,
-    check_steps,
-    check_texts,
-    make_request,
-    warnings,
-)
+from lcm_jax.sampling.plan import EULER, ON_GRID, SAMPLERS, check_steps
+from lcm_jax.sampling.request import Request, check_guidance_scale, check_numbers, check_texts, make_request, warnings
 
 MOST = {"count": 10_000_000, "images_per_caption": 100_000, "references": 10_000_000, "timings": 100_000}
 SOURCE_COUNT = 2000  # images per row if captions are from a data source

@@ -40,21 +40,16 @@ from lcm_jax.sampling.image_to_image import check_strength, listed
 from lcm_jax.sampling.inpaint import make_mask, mask_for
 from lcm_jax.sampling.load import lora_name, parse_lora
 from lcm_jax.sampling.noise import SOURCES
+from lcm_jax.sampling.plan import EULER, ON_GRID, SAMPLERS, Settings, check_steps, make_plan
 from lcm_jax.sampling.png import not_finite, to_uint8, write_png
 from lcm_jax.sampling.preview import load_preview
 from lcm_jax.sampling.prompts import check_loras, check_readable, check_syntax, is_marked, loras
 from lcm_jax.sampling.request import (
-    EULER,
-    ON_GRID,
-    SAMPLERS,
     Request,
-    Settings,
     check_guidance_scale,
     check_numbers,
-    check_steps,
     check_texts,
     joined,
-    make_plan,
     make_request,
     warnings,
 )

@@ -54,8 +54,8 @@ from lcm_jax.runtime.mesh import check_batch, make_mesh, place, process_rows, pu
 from lcm_jax.runtime.telemetry import RunInfo, Telemetry
 from lcm_jax.runtime.workdir import StopSignal, check_same, locked, same_as_before, write_config
 from lcm_jax.sampling.generator import Generator
+from lcm_jax.sampling.plan import Settings
 from lcm_jax.sampling.png import grid, to_uint8
-from lcm_jax.sampling.request import Settings
 
 READ_HERE = 20.0  # seconds that one of several processes may take to read a batch, so that it stops with the others
 SMALLER = (

@@ -31,7 +31,8 @@ from lcm_jax.run import step as run_step
 from lcm_jax.runtime import kernels, topology
 from lcm_jax.runtime.mesh import abstract_state, batch_sharding, gather_weights, make_mesh, replicated
 from lcm_jax.sampling import report as sampling
-from lcm_jax.sampling.request import Request, Settings
+from lcm_jax.sampling.plan import Settings
+from lcm_jax.sampling.request import Request
 
 ROOT = Path(__file__).parents[1]
 

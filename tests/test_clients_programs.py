@@ -25,7 +25,7 @@ from lcm_jax import assets, load
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
 from lcm_jax.pretrained import load_pipeline, lora_files, lora_keys, save_single_file
-from lcm_jax.sampling.request import Settings
+from lcm_jax.sampling.plan import Settings
 
 pytestmark = pytest.mark.clients
 

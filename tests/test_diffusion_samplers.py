@@ -10,7 +10,7 @@ import pytest
 
 from lcm_jax.diffusion import consistency, samplers, schedule, solvers, timesteps
 from lcm_jax.errors import LcmError
-from lcm_jax.sampling.generator import loop_on
+from lcm_jax.sampling.programs import loop_on
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -31,8 +31,9 @@ from lcm_jax.metrics.networks.network import Network
 from lcm_jax.metrics.rows import Evaluation, model_about
 from lcm_jax.sampling import flags
 from lcm_jax.sampling.generator import Generator
+from lcm_jax.sampling.plan import Settings
 from lcm_jax.sampling.png import not_finite, to_uint8
-from lcm_jax.sampling.request import Request, Settings
+from lcm_jax.sampling.request import Request
 
 RECORD = {"w_min": 2.0, "w_max": 8.0, "solver_steps": 20, "timestep_scaling": 10.0, "sigma_data": 0.5}
 PROMPTS = ("a small red circle", "a blue square", "hello")
@@ -347,7 +348,7 @@ def test_metrics_by_networks_of_folders(lcm, prompts, tmp_path, monkeypatch):
         (["--row=lcm:2:nan"], r"--guidance_scale=nan: 1 is no guidance"),
         (["--row=lcm:two"], r"--row=lcm:two: write SAMPLER:STEPS or SAMPLER:STEPS:SCALE"),
         (["--row=lcm"], r"--row=lcm: write SAMPLER:STEPS"),
-        (["--row=euler:2"], r"--row=euler:2: sampler 'euler' is unknown; choose one of lcm"),
+        (["--row=heun:2"], r"--row=heun:2: sampler 'heun' is unknown; choose one of lcm"),
         (["--count=0"], r"--count=0: must be at least 1"),
         (["--images_per_caption=0"], r"--images_per_caption=0: must be at least 1"),
         (["--images_per_caption=1000000"], r"--images_per_caption=1000000: give 100000 at most"),

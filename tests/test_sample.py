@@ -24,8 +24,9 @@ from lcm_jax import pretrained, sample
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.runtime import kernels
 from lcm_jax.sampling.generator import Generator, draw_noise
+from lcm_jax.sampling.plan import make_plan
 from lcm_jax.sampling.png import grid
-from lcm_jax.sampling.request import make_plan, make_request, warnings
+from lcm_jax.sampling.request import make_request, warnings
 
 RECORD = {"w_min": 2.0, "w_max": 8.0, "solver_steps": 20, "timestep_scaling": 10.0, "sigma_data": 0.5}
 PROMPT = "a small red circle"
@@ -140,7 +141,7 @@ def test_guidance_outside_the_record_is_one_warning_and_the_image_is_made(lcm, t
         (["--steps=21"], r"--steps=21: out of range; choose 1 to 20"),  # the record's solver steps
         (["--steps=two"], r"argument --steps: invalid int value: 'two'"),
         (["--stepz=4"], r"unrecognized arguments: --stepz=4"),
-        (["--sampler=euler"], r"argument --sampler: invalid choice: 'euler'"),
+        (["--sampler=heun"], r"argument --sampler: invalid choice: 'heun'"),
         (["--height=17"], r"--height=17: not a multiple of the VAE's factor 2"),
         (["--width=0"], r"--width=0: not a multiple of the VAE's factor 2"),
         (["--guidance_scale=0.5"], r"--guidance_scale=0.5: .*use 1 or more"),

@@ -26,7 +26,8 @@ from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.sampling import chain
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.noise import draw_noise
-from lcm_jax.sampling.request import make_plan, make_request
+from lcm_jax.sampling.plan import make_plan
+from lcm_jax.sampling.request import make_request
 
 PROMPTS, SEED = ["a red circle", "a blue square"], 3
 

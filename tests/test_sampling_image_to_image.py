@@ -28,7 +28,8 @@ from lcm_jax.errors import BadArgument
 from lcm_jax.sampling import like, request
 from lcm_jax.sampling.image_to_image import Encoder, listed, size_of
 from lcm_jax.sampling.noise import TorchGenerator, draw_noise
-from lcm_jax.sampling.request import Settings, make_plan, make_request
+from lcm_jax.sampling.plan import Settings, make_plan
+from lcm_jax.sampling.request import make_request
 
 PROMPT = "a red circle"
 

@@ -12,7 +12,8 @@ from lcm_jax.diffusion import timesteps
 from lcm_jax.errors import BadArgument
 from lcm_jax.pretrained import load_pipeline
 from lcm_jax.sampling import presets
-from lcm_jax.sampling.request import Settings, make_plan, make_request, noise_entries, warnings
+from lcm_jax.sampling.plan import Settings, make_plan, noise_entries
+from lcm_jax.sampling.request import make_request, warnings
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ NUMERIC = (
     "lcm_jax/run/data.py",
     "lcm_jax/run/step.py",
     "lcm_jax/sampling/generator.py",
+    "lcm_jax/sampling/plan.py",
+    "lcm_jax/sampling/programs.py",
     "lcm_jax/sampling/request.py",
     "lcm_jax/metrics/shapes.py",
     "lcm_jax/metrics/measures.py",

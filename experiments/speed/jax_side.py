@@ -27,8 +27,9 @@ from lcm_jax.run.models import Models
 from lcm_jax.runtime import kernels as compiler
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.kernels import on_mesh
-from lcm_jax.sampling.generator import Generator, draw_noise, latents
-from lcm_jax.sampling.request import Settings, make_plan
+from lcm_jax.sampling.generator import Generator, draw_noise
+from lcm_jax.sampling.plan import Settings, make_plan
+from lcm_jax.sampling.programs import latents
 
 WAY = "lcm_jax"
 SETTINGS = Settings(steps=side.STEPS)

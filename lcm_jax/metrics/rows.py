@@ -22,8 +22,9 @@ from lcm_jax.metrics.shapes import Endpoints
 from lcm_jax.metrics.table import Row, is_current, plain
 from lcm_jax.pretrained.model import weights_hash
 from lcm_jax.sampling.generator import Generator
+from lcm_jax.sampling.plan import noise_entries
 from lcm_jax.sampling.png import not_finite, to_uint8
-from lcm_jax.sampling.request import Request, evaluations, noise_entries
+from lcm_jax.sampling.request import Request, evaluations
 
 _OF_WRITERS = ("transformers_version", "torch_dtype", "dtype")  # in a config: what wrote it, not what it is
 

@@ -35,16 +35,9 @@ from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.image import resized
 from lcm_jax.sampling.image_to_image import check_steps_left, check_strength
 from lcm_jax.sampling.inpaint import Canvas
+from lcm_jax.sampling.plan import ON_GRID, Settings, check_steps, make_plan, noise_entries
 from lcm_jax.sampling.png import to_uint8
-from lcm_jax.sampling.request import (
-    ON_GRID,
-    Request,
-    Settings,
-    check_guidance_scale,
-    check_steps,
-    make_plan,
-    noise_entries,
-)
+from lcm_jax.sampling.request import Request, check_guidance_scale
 
 WAYS = ("latent", "pixel")
 MOST = 4.0  # times the size

@@ -15,8 +15,9 @@ import numpy as np
 
 from lcm_jax.errors import LcmError
 from lcm_jax.sampling.load import load
+from lcm_jax.sampling.plan import noise_entries
 from lcm_jax.sampling.png import to_uint8
-from lcm_jax.sampling.request import make_request, noise_entries
+from lcm_jax.sampling.request import make_request
 
 NEEDS = ("torch", "diffusers")
 STEPS = 4
