@@ -524,7 +524,7 @@ class Generator:
         vae = self.pipeline.vae
         z = z / vae.scaling_factor
         with self.weights.using("vae") as params:
-            decode = functools.partial(self._decode, vae, params["vae"], sliced=self.sliced)
+            decode = functools.partial(self._decode, vae, params["vae"], **({"sliced": True} if self.sliced else {}))
             tiles = {"tile": tiling.tile_size(vae), "factor": vae.factor} if self.tiled else {}
             images = self.weights.done(tiling.decode(decode, z, **tiles) if self.tiled else decode(z))
         images = np.asarray(images, np.float32) / 2.0 + 0.5
