@@ -341,7 +341,7 @@ def test_prompts_with_weights_and_embeddings_are_recorded(three, lcm, tmp_path, 
 def test_prompts_of_different_lengths_are_guided_together():
     """Both are repeated to a common length; what needs the model is refused at once."""
     model = lcm_jax.load(tiny.folder("sd1"))
-    model._sample = lambda unet, schedule, plan, params, cond, null, noise, scale, control: (cond, null)
+    model._sample = lambda unet, schedule, plan, params, cond, null, noise, scale, *_: (cond, null)
     options = {"guidance_scale": 2.0, "prompt_syntax": "a1111", "negative_prompt": "red " * 200}
     request = make_request(model.pipeline, **options)
     model.decode = lambda z: z
