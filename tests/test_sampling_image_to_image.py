@@ -44,7 +44,7 @@ def ours(model, image, numbers=(0,), seed=5, **options) -> np.ndarray:
     """Latents [b h w c]."""
     asked = make_request(model.pipeline, image=image, **options)
     asked = dataclasses.replace(asked, num_images=len(numbers))
-    noise, cond = model.start(asked, numbers, seed), model.encode([PROMPT] * len(numbers))
+    noise, cond = model.start(asked, numbers, seed).noise, model.encode([PROMPT] * len(numbers))
     return np.asarray(model.latents(cond, noise, asked.guidance_scale, asked.settings, asked.negative_prompt))
 
 
