@@ -32,12 +32,12 @@ from lcm_jax.ending import exit_code
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained.safetensors_io import SUFFIX
 from lcm_jax.sampling import chain, control, flags, like, nag, png
-from lcm_jax.sampling import inpaint as masks
 from lcm_jax.sampling.chunks import truncated, unused
 from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.image import read_image
 from lcm_jax.sampling.image_to_image import check_strength, listed
+from lcm_jax.sampling.inpaint import make_mask, mask_for
 from lcm_jax.sampling.load import lora_name, parse_lora
 from lcm_jax.sampling.noise import SOURCES
 from lcm_jax.sampling.png import not_finite, to_uint8, write_png
@@ -233,10 +233,10 @@ def read_sources(args: argparse.Namespace) -> list[tuple[Path | None, Path | Non
             if (value := getattr(args, flag)) is not None:
                 raise BadArgument(flag, value, "is for image to image; give --image=FILE or a folder")
         return [(None, None)]
-    found = [(image, masks.of(args.mask, image)) for image in listed(args.image)]
+    found = [(image, mask_for(args.mask, image)) for image in listed(args.image)]
     for image, mask in found:
         size = read_image(image, "image", smallest=1).shape[:2]
-        masks.make_mask(mask, [size], **{key: getattr(args, key) for key in OF_MASK})
+        make_mask(mask, [size], **{key: getattr(args, key) for key in OF_MASK})
     return found
 
 

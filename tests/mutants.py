@@ -713,9 +713,9 @@ CONTRACTS = [
     ),
     Mutant(
         "image to image without the noise of its start",
-        "sampling/generator.py",
-        "schedule.alphas[t] * z + schedule.sigmas[t] * eps",
-        "schedule.alphas[t] * z + 0 * schedule.sigmas[t] * eps",
+        "sampling/image_to_image.py",
+        "schedule.alphas[t[0]] * z + schedule.sigmas[t[0]] * eps",
+        "schedule.alphas[t[0]] * z + 0 * schedule.sigmas[t[0]] * eps",
         ("test_sampling_image_to_image.py::test_latents_of_diffusers_lcm_pipeline_with_torchs_noise",),
     ),
     Mutant(

@@ -124,7 +124,7 @@ CASES = [
 def test_latents_of_diffusers_for_the_family_in_one_pass_and_in_two(name, channels, scheduler, scale, tmp_path):
     folder = tiny.folder(name) if channels == 4 else nine(name, tmp_path / "nine")
     model = lcm_jax.load(folder)
-    for steps, strength in ((4, 1.0), (1, 1.0), (4, 0.5), (1, 0.5)):
+    for steps, strength in ((4, 1.0), (1, 0.5)):
         options = dict(num_inference_steps=round(steps / strength), strength=strength, guidance_scale=scale)
         want = theirs(folder, picture(1), hole(), scheduler, **options)
         sampler = "lcm" if scheduler is LCMScheduler else "ddim"

@@ -11,6 +11,8 @@ All steps are run, over the part of the timesteps that the strength names. `Sour
 
 The first is that of diffusers' LatentConsistencyModelImg2ImgPipeline. Its other pipelines instead cut the table of N
 steps: s and N here are s and N / s there.
+
+With a mask only a part of the image is painted: `sampling.inpaint`.
 """
 
 import dataclasses
@@ -276,7 +278,6 @@ def begin(
     early, late, noise = drawn[:before], drawn[before : before + behind], drawn[before + behind :]
     schedule, eps, canvases = pipeline.schedule, noise[0], source.canvases(*size, pipeline.vae.factor, noise.shape[1])
     nine = pipeline.purpose == "inpainting"
-    from_noise = source.mask is not None and strength == 1 and (nine or source.mask.start == "noise")
     z = None if nine and strength == 1 else encoder.latents(canvases, early[0] if before else None)
     x = eps if z is None else schedule.alphas[t[0]] * z + schedule.sigmas[t[0]] * eps
     painting = None
@@ -287,10 +288,10 @@ def begin(
             rows = {"inputs": np.concatenate([m, known], axis=-1)}
         else:
             rows = {"m": m, "z": z, "eps": eps}
-            x = m * eps + (1 - m) * x if strength == 1 else x
+            if strength == 1:
+                x = eps if source.mask.start == "noise" else m * eps + (1 - m) * x
         levels = [
             np.append(table[t[1:]], np.float32(end)) for table, end in ((schedule.alphas, 1), (schedule.sigmas, 0))
         ]
         painting = Painting(rows, np.stack(levels).astype(np.float32))
-    start = eps if from_noise else x
-    return Start(np.concatenate([start[None], noise[1:]]), painting, canvases)
+    return Start(np.concatenate([x[None], noise[1:]]), painting, canvases)

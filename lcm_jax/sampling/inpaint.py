@@ -90,7 +90,7 @@ class Canvas:
         return mixed.round() / np.float32(255)
 
 
-def of(mask: Path | None, image: Path) -> Path | None:
+def mask_for(mask: Path | None, image: Path) -> Path | None:
     """The mask of an image: the file, or of a folder the file with the image's name but for its suffix."""
     if mask is None or not mask.is_dir():
         return mask

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lcm_jax.diffusion import samplers, timesteps
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import BadArgument
-from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE, Pipeline, check_text_to_image
+from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE, Pipeline, check_generates, check_text_to_image
 from lcm_jax.runtime import memory
 from lcm_jax.sampling import control as control_lib
 from lcm_jax.sampling import image_to_image, inpaint, nag
@@ -207,6 +207,7 @@ def make_request(
     """
     if mask is None:
         check_text_to_image(pipeline, "the model", "an image and a mask, or ")
+    check_generates(pipeline, "the model")
     if sampler not in SAMPLERS:
         raise BadArgument("sampler", sampler, f"choose one of {', '.join(SAMPLERS)}")
     if spacing not in timesteps.SPACINGS:
