@@ -21,7 +21,7 @@ PROMPT = "a large red star at the left on a white background"
 _WAIT = """(prompt) => new Promise((done) => {
   const image = document.querySelector("#made img"), command = document.querySelector("#command textarea");
   const look = () => command.value.includes(`--prompt='${prompt}'`) && image.complete
-    ? requestAnimationFrame(() => done(performance.now() - window.keyed)) : requestAnimationFrame(look);
+    ? requestAnimationFrame(() => done(performance.now() - window.keyed)) : setTimeout(look, 4);
   look();
 })"""
 _KEYED = """document.addEventListener("keydown", (event) => { window.keyed = event.timeStamp; }, true)"""
