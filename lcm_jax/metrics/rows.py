@@ -61,7 +61,7 @@ class Evaluation:
         """`Row.settings` of a request's row."""
         constants = self.generator.pipeline.constants
         sampling = {
-            **{key: value for key, value in dataclasses.asdict(request.settings).items() if value is not None},
+            **{key: value for key, value in dataclasses.asdict(request.settings).items() if value not in (None, 0, ())},
             "original_steps": constants.solver_steps,
             "timestep_scaling": constants.timestep_scaling,
             "sigma_data": constants.sigma_data,
