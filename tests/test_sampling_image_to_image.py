@@ -27,6 +27,7 @@ from lcm_jax.diffusion import samplers, schedule, timesteps
 from lcm_jax.errors import BadArgument
 from lcm_jax.sampling import like, request
 from lcm_jax.sampling.image_to_image import Encoder, listed, size_of
+from lcm_jax.sampling.inpaint import Canvas
 from lcm_jax.sampling.noise import TorchGenerator, draw_noise
 from lcm_jax.sampling.plan import Settings, make_plan
 from lcm_jax.sampling.request import make_request
@@ -186,8 +187,8 @@ def test_a_sample_of_the_posterior_is_its_mode_and_noise_that_follows_the_image_
     image = torch.from_numpy(np.asarray(picture(1), np.float32).transpose(2, 0, 1)[None] / 127.5 - 1)
     found = tiny.torch_vae().encode(image).latent_dist
     want = [x.numpy().transpose(0, 2, 3, 1) for x in (found.mean, found.std)]
-    parity.close(posterior.latents([np.asarray(picture(1))]), 0.18215 * want[0], rtol=0, of_max=parity.NETWORK)
-    got = posterior.latents([np.asarray(picture(1))], xi)
+    parity.close(posterior.latents([Canvas(np.asarray(picture(1)))]), 0.18215 * want[0], rtol=0, of_max=parity.NETWORK)
+    got = posterior.latents([Canvas(np.asarray(picture(1)))], xi)
     parity.close(got, 0.18215 * (want[0] + want[1] * xi), rtol=0, of_max=parity.NETWORK)
 
 

@@ -345,9 +345,10 @@ def test_the_program_paints_a_folder_with_masks_of_its_names_and_repeats_one(tmp
     for n, name in enumerate("ab"):
         picture(n, 20, 24).save(tmp_path / "in" / f"{name}.png")
         hole(20, 24, np.s_[4 + n : 12, 6:14]).save(tmp_path / "masks" / f"{name}.png")
-    flags = [f"--image={tmp_path / 'in'}", f"--mask={tmp_path / 'masks'}", "--num_images=1", "--batch_size=1"]
+    flags = [f"--image={tmp_path / 'in'}", f"--mask={tmp_path / 'masks'}", "--num_images=1", "--batch_size=2"]
     images = run(tmp_path / "out", *flags, "--crop_padding=2", "--mask_blur=1")
     assert [image.size for image in images.values()] == [(24, 20)] * 2
+    assert like.recorded(tmp_path / "out" / "0000_0000.png")[0]["image"].endswith("a.png")
     for name, image in zip("ab", images.values(), strict=True):
         before = np.asarray(Image.open(tmp_path / "in" / f"{name}.png"))
         changed = np.argwhere((np.asarray(image) != before).any(axis=2))
@@ -358,7 +359,7 @@ def test_the_program_paints_a_folder_with_masks_of_its_names_and_repeats_one(tmp
     assert like.recorded(tmp_path / "out" / "0001_0000.png")[1] == []
     (again,) = run(tmp_path / "again", f"--like={tmp_path / 'out' / '0001_0000.png'}").values()
     assert again.text == about | {"prompt": again.text["prompt"]}
-    np.testing.assert_array_equal(np.asarray(again), np.asarray(images["0001_0000.png"]))
+    assert np.abs(np.asarray(again, int) - np.asarray(images["0001_0000.png"], int)).max() <= 1  # of another batch
 
 
 def test_bad_flags_are_one_line_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):

@@ -83,9 +83,9 @@ class Source:
         """One for each of the rows; what is given twice is read once."""
         made: dict[tuple[int, int], Canvas] = {}
         masks = self.mask.images if self.mask else (None,)
-        pairs = [(given[0] if len(given) == 1 else given[row] for given in (self.images, masks)) for row in range(rows)]
         found = []
-        for image, mask in pairs:
+        for row in range(rows):
+            image, mask = (given[0] if len(given) == 1 else given[row] for given in (self.images, masks))
             key = id(image), id(mask)
             if key not in made:
                 pixels = read_image(image, "image", 1, self.background)
