@@ -30,6 +30,7 @@ from absl import logging
 from jax.sharding import Mesh
 from PIL import Image
 
+from lcm_jax import assets
 from lcm_jax.diffusion import samplers
 from lcm_jax.diffusion.denoiser import call, guided_output, student_output
 from lcm_jax.diffusion.schedule import NoiseSchedule
@@ -194,13 +195,14 @@ class Generator:
         """A ControlNet for this model, to be used with any number of images.
 
         Args:
-          source: folder or hub id of a ControlNet in diffusers format, or a single .safetensors file.
+          source: folder or hub id of a ControlNet in diffusers format, a single .safetensors file, or
+            "shapes_controlnet", the embedded teacher's, which reads outlines (`data.shapes.outline`).
           variant: weight files to read, such as "fp16".
 
         Raises:
           LcmError: it cannot be loaded, or is for another family.
         """
-        net, params = load_controlnet(source, self.pipeline, variant, put=self._put)
+        net, params = load_controlnet(assets.resolve(str(source)), self.pipeline, variant, put=self._put)
         return Net(str(source), net if self.mesh is None else kernels.equipped(net, self.mesh), params)
 
     def __call__(
