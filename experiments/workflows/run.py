@@ -59,12 +59,12 @@ COLUMNS = {
     },
 }
 NOTE = (
-    "{count} images in every row, {each} of each of {cases} held-out cases; guidance scale {scale:g}; the LCM takes one "
-    "evaluation of the UNet a step, the teacher (DDIM) two. Captions name all five attributes; accuracies are shares "
-    "of images in which the scorer reads all that is meant. Image to image asks for another colour than the input's; "
-    "distance is the root mean square over pixels, of 255. Inpainting asks for another shape and colour in a square "
-    "around the object; exact: all pixels outside are the input's. ControlNet: the outline shows shape, size and "
-    "position, and is followed if all three are read; captions that contradict it name others."
+    "{count} images in every row, {each} of each of {cases} held-out cases; guidance scale {scale:g}. A step of the "
+    "LCM takes one evaluation of the UNet, of the teacher (DDIM) two. Captions name all five attributes; accuracies "
+    "are shares of images in which the scorer reads all that is meant. Image to image asks for another colour than the "
+    "input's; distance is the root mean square over pixels, of 255. Inpainting asks for another shape and colour in a "
+    "square around the object; exact: all pixels outside are the input's. ControlNet: the outline shows shape, size "
+    "and position, and is followed if all three are read; captions that contradict it name others."
 )
 
 Row = dict[str, Any]
