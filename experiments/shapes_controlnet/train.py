@@ -33,9 +33,9 @@ from lcm_jax.data import shapes
 from lcm_jax.data.order import batch_indices
 from lcm_jax.diffusion import schedule
 from lcm_jax.ending import exit_code
-from lcm_jax.models.controlnet import ControlNetModel
+from lcm_jax.models.controlnet import ControlNetConditioningEmbedding, ControlNetModel
 from lcm_jax.models.unet import Encoder, UNet2DConditionModel
-from lcm_jax.pretrained import load_pipeline, save_unet
+from lcm_jax.pretrained import load_pipeline, names, save_unet
 from lcm_jax.pretrained import text as conditioning
 
 STEPS, LEARNING_RATE = 2000, 1e-3
@@ -50,9 +50,11 @@ def net_of(unet: UNet2DConditionModel, params: Any) -> tuple[ControlNetModel, An
     """(net, parameters) for a UNet: its encoder's, and a new embedding of the outline; all residuals are zero."""
     fields = {field.name: getattr(unet, field.name) for field in dataclasses.fields(Encoder) if field.name != "name"}
     net = ControlNetModel(**fields | {"parent": None}, conditioning_embedding_out_channels=WIDTHS)
-    z, text = jnp.zeros((1, 8, 8, unet.in_channels)), jnp.zeros((1, 1, unet.per_level("cross_attention_dim")[0]))
-    new = jax.jit(net.init)(jax.random.key(0), z, jnp.zeros(1), text, jnp.zeros((1, 64, 64, 3)))["params"]
-    return net, {name: params.get(name, tree) for name, tree in new.items()}
+    found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), names.abstract_params(net))
+    embedding = ControlNetConditioningEmbedding(unet.block_out_channels[0], WIDTHS)
+    image = jnp.zeros((1, shapes.RESOLUTION, shapes.RESOLUTION, 3))
+    found["controlnet_cond_embedding"] = jax.jit(embedding.init)(jax.random.key(0), image)["params"]
+    return net, found | {name: params[name] for name in found.keys() & params.keys()}
 
 
 def outlines(rows: Sequence[int]) -> np.ndarray:

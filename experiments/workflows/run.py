@@ -68,25 +68,25 @@ NOTE = (
 )
 
 Row = dict[str, Any]
+Read = dict[str, np.ndarray]  # what the scorer reads: class indices [n] of each attribute
 Ask = Callable[..., np.ndarray]  # (captions, options of a model's call) -> EACH images of each, uint8 [n 64 64 3]
 Found = tuple[list[Row], dict[str, np.ndarray], list[str]]  # rows; lines of the grid, and their captions
 
 
-def share(images: np.ndarray, asked: Sequence[Case], names: Sequence[str], of_outline: bool = False) -> float:
-    """Of EACH images of each case, those that show what the caption (or the outline) names of these attributes."""
-    read, _ = scorer.score(images)
-    right = np.ones(len(images), bool)
+def share(read: Read, asked: Sequence[Case], names: Sequence[str], of_outline: bool = False) -> float:
+    """Of EACH images of each case, those that show what the caption (or the outline) says of these attributes."""
+    right = np.array(True)
     for name in names:
         words = [getattr(case.spec, name) if of_outline else case.words[name] for case in asked]
-        right &= read[name] == np.repeat([shapes.ATTRIBUTES[name].index(word) for word in words], EACH)
+        right = right & (read[name] == np.repeat([shapes.ATTRIBUTES[name].index(word) for word in words], EACH))
     return float(right.mean())
 
 
 def common(images: np.ndarray, asked: Sequence[Case], changed: Sequence[str]) -> Row:
     """What image to image and inpainting measure alike; changed: attributes that the caption changes."""
-    kept = [name for name in shapes.ATTRIBUTES if name not in changed]
+    read, kept = scorer.score(images)[0], [name for name in shapes.ATTRIBUTES if name not in changed]
     parts = {"accuracy": tuple(shapes.ATTRIBUTES), "changed": changed, "kept": kept}
-    return {key: share(images, asked, names) for key, names in parts.items()}
+    return {key: share(read, asked, names) for key, names in parts.items()}
 
 
 def image_to_image(ask: dict[tuple[str, int], Ask], count: int) -> Found:
@@ -129,10 +129,11 @@ def control_net(ask: dict[tuple[str, int], Ask], count: int) -> Found:
         for (model, steps), images_of in ask.items():
             parts = [images_of([caption], outline=one) for caption, one in zip(captions, outlines, strict=True)]
             images = np.concatenate(parts)
+            read, _ = scorer.score(images)
             row = {"caption": "contradicts" if contradicts else "agrees", "model": model, "steps": steps}
-            row["outline"] = share(images, asked, cases.OUTLINED, of_outline=True)
-            row["object"] = share(images, asked, cases.OUTLINED)
-            rows.append(row | {"rest": share(images, asked, ("colour", "background"))})
+            row["outline"] = share(read, asked, cases.OUTLINED, of_outline=True)
+            row["object"] = share(read, asked, cases.OUTLINED)
+            rows.append(row | {"rest": share(read, asked, ("colour", "background"))})
             lines[f"{model}, {steps} step{'s' * (steps > 1)}"] = first(images)
     return rows, lines, shown
 
