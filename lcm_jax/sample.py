@@ -2,6 +2,7 @@
 
     python -m lcm_jax.sample --model=DIR --out=images --prompt="a large red star at the left on a white background"
     python -m lcm_jax.sample --model=BASE --lora=LCM_LORA --lora=STYLE.safetensors:0.8 --out=images --prompt="..."
+    python -m lcm_jax.sample --model=DIR --out=images --image=photo.jpg --strength=0.5 --prompt="a watercolour"
     python -m lcm_jax.sample --like=images/0000_0002.png --out=again --steps=8
 
 One prompt gives `--num_images` images; image i of a prompt depends on (seed, i) alone, not on how many are generated.
@@ -17,7 +18,7 @@ import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from lcm_jax.sampling.chunks import truncated, unused
 from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.image import read_image
+from lcm_jax.sampling.image_to_image import check_strength, listed
 from lcm_jax.sampling.load import lora_name, parse_lora
 from lcm_jax.sampling.noise import SOURCES
 from lcm_jax.sampling.png import not_finite, to_uint8, write_png
@@ -46,6 +48,8 @@ from lcm_jax.sampling.request import (
     check_numbers,
     check_steps,
     check_texts,
+    joined,
+    make_plan,
     make_request,
     warnings,
 )
@@ -60,6 +64,7 @@ def parser() -> flags.Parser:
     p = flags.Parser(prog="python -m lcm_jax.sample", description=__doc__.splitlines()[0])
     flags.add_model_flags(p, required=False)
     flags.add_image_flags(p)
+    flags.add_source_flags(p)
     flags.add_prompt_flags(p)
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
     p.add_argument("--prompts", type=files.expanded, help="text file, one prompt per line")
@@ -122,6 +127,7 @@ def repeated(p: flags.Parser, argv: Sequence[str], path: Path) -> argparse.Names
         *(like.MODEL if given.model else ()),
         *(("prompt",) if given.prompt or given.prompts else ()),
         *(("lora",) if given.lora else ()),
+        *(("image", "width", "height") if given.image else ()),
     }
     words = like.words({name: value for name, value in found.items() if name not in replaced})
     p.exit_on_error = False
@@ -147,6 +153,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     check_numbers(args.seed, num_images=args.num_images, batch_size=args.batch_size)
     check_steps(args.steps)
     check_guidance_scale(args.guidance_scale)
+    check_strength(args.strength)
     syntax = args.prompt_syntax or "plain"
     check_syntax(syntax, args.emphasis)
     check_readable(syntax, prompt=prompts, negative_prompt=args.negative_prompt)
@@ -211,9 +218,22 @@ def read_control(args: argparse.Namespace) -> list[Control]:
     return found
 
 
+def read_sources(args: argparse.Namespace) -> list[Path | None]:
+    """The images that a command line starts from, [None] if it starts from noise; raises as `read_prompts`."""
+    if args.image is None:
+        for flag in ("strength", "fit", "background", "max_side", "posterior"):
+            if (value := getattr(args, flag)) is not None:
+                raise BadArgument(flag, value, "is for image to image; give --image=FILE or a folder")
+        return [None]
+    found = listed(args.image)
+    for one in found:
+        read_image(one, "image", smallest=1)
+    return found
+
+
 def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict[str, Any]:
     """What each image records of the command line, and the dtype that its networks computed in."""
-    syntax = request.reading.syntax
+    syntax, source, strength = request.reading.syntax, request.source, request.settings.strength
     return {
         "model": args.model,
         **{key: getattr(args, key) for key in OPTIONAL if getattr(args, key)},
@@ -225,8 +245,10 @@ def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict
         **({"control": ", ".join(args.control)} if args.control else {}),
         **({"control_guess": True} if args.control_guess else {}),
         **({"canny": args.canny} if args.canny else {}),
+        **({"strength": strength, "fit": source.fit, "posterior": source.posterior} if source else {}),
+        **({"background": args.background} if args.background else {}),
         "sampler": args.sampler,
-        **({} if args.sampler == "lcm" else {"spacing": args.spacing}),
+        **({} if args.sampler == "lcm" or source else {"spacing": args.spacing}),
         "steps": args.steps,
         "guidance_scale": request.guidance_scale,
         "seed": args.seed,
@@ -237,12 +259,12 @@ def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict
     }
 
 
-def check_out(out: Path, prompts: Sequence[str], numbers: range, about: Mapping[str, Any]) -> None:
-    """Raises BadArgument if `out` has images under the names of these prompts' that are not of this request."""
+def check_out(out: Path, abouts: Sequence[Mapping[str, Any]], numbers: range) -> None:
+    """Raises BadArgument if `out` has images under the names of these, one record for each prompt, that are others."""
     for path in sorted(out.glob("*.png")):
-        prompt, number = map(int, found.groups()) if (found := _NAME.fullmatch(path.name)) else (len(prompts), 0)
-        if prompt < len(prompts) and number in numbers:
-            wanted = {"prompt": prompts[prompt], "image": number, **about}
+        prompt, number = map(int, found.groups()) if (found := _NAME.fullmatch(path.name)) else (len(abouts), 0)
+        if prompt < len(abouts) and number in numbers:
+            wanted = {"image": number, **abouts[prompt]}
             if png.read_about(path) != {key: png.text_of(value) for key, value in wanted.items()}:
                 problem = f"has {path.name} of another prompt, model or settings; choose another folder, or --overwrite"
                 raise BadArgument("out", out, problem)
@@ -250,37 +272,81 @@ def check_out(out: Path, prompts: Sequence[str], numbers: range, about: Mapping[
 
 def run(args: argparse.Namespace, written: list[Path]) -> None:
     """Generates what the command line asks for; adds the files to `written` as they are made."""
-    prompts, controls = read_prompts(args), read_control(args)
+    prompts, controls, sources = read_prompts(args), read_control(args), read_sources(args)
     args.lora = with_loras_of(args, prompts)
     model = flags.load_model(args, args.embedding)
     nets = {name: model.control_net(name, args.variant) for name in dict.fromkeys(one.net for one in controls)}
     controls = [dataclasses.replace(one, net=nets[one.net]) for one in controls]
     keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt", "noise")
-    given = {key: getattr(args, key) for key in (*keys, "emphasis", "clip_skip", "control_guess")}
-    request = make_request(model.pipeline, control=controls, prompt_syntax=args.prompt_syntax or "plain", **given)
+    keys += ("emphasis", "clip_skip", "control_guess", "strength", "fit", "background", "max_side", "posterior")
+    given = {key: getattr(args, key) for key in keys} | {"prompt_syntax": args.prompt_syntax or "plain"}
+    requests = [make_request(model.pipeline, control=controls, image=one, **given) for one in sources]
     preview = args.out / "preview.png"
     if args.preview is not None:
         model.preview = load_preview(args.preview, model.pipeline, functools.partial(show, preview))
     files.tidy(args.out.absolute())
     numbers = range(args.first_image, args.first_image + args.num_images)
-    about, total = about_images(args, request, model.dtype), len(prompts) * args.num_images
+    pairs = [(n, prompt) for n in range(len(sources)) for prompt in prompts]  # each image with each prompt
+    abouts = [
+        {
+            "prompt": prompt,
+            **({"source": sources[n]} if sources[n] else {}),
+            **about_images(args, requests[n], model.dtype),
+        }
+        for n, prompt in pairs
+    ]
     if not args.overwrite:
-        check_out(args.out, prompts, numbers, about)
+        check_out(args.out, abouts, numbers)
     try:
-        files.check_space(args.out, total * SMALLEST)
+        files.check_space(args.out, len(pairs) * args.num_images * SMALLEST)
     except LcmError as error:
         raise BadArgument("num_images", args.num_images, str(error)) from None
-    batches = model.batches(request, prompts, args.num_images, args.seed, args.batch_size, args.first_image)
-    warn(model, request, prompts, args.prompt_syntax is not None)
+    of_size = collections.defaultdict(list)
+    for pair, (n, _) in enumerate(pairs):
+        of_size[requests[n].height, requests[n].width].append(pair)
+    asked = [(joined([requests[pairs[pair][0]] for pair in group]), group) for group in of_size.values()]
+    batches = [
+        (
+            model.batches(
+                request,
+                [pairs[pair][1] for pair in group],
+                args.num_images,
+                args.seed,
+                args.batch_size,
+                args.first_image,
+            ),
+            group,
+        )
+        for request, group in asked
+    ]
+    warn(model, requests[0], prompts, args.prompt_syntax is not None)
+    if args.image is not None:
+        print("timesteps", *make_plan(model.pipeline, requests[0].settings).t)
+    for images, group in batches:
+        write_images(args.out, images, group, numbers, abouts, written)
+    if args.preview is not None:
+        jax.effects_barrier()  # the last step may still be shown
+        preview.unlink(missing_ok=True)
 
+
+def write_images(
+    out: Path,
+    batches: Iterable[np.ndarray],
+    pairs: Sequence[int],
+    numbers: range,
+    abouts: Sequence[Mapping[str, Any]],
+    written: list[Path],
+) -> None:
+    """Writes the images of `pairs`, `numbers` of each, as they are made; adds the files to `written`."""
     first = 0
     for images in batches:
-        jobs = [(job // len(numbers), numbers[job % len(numbers)]) for job in range(first, first + len(images))]
-        paths = [args.out / f"{prompt:04d}_{number:04d}.png" for prompt, number in jobs]
+        jobs = [divmod(job, len(numbers)) for job in range(first, first + len(images))]
+        jobs = [(pairs[pair], numbers[n]) for pair, n in jobs]
+        paths = [out / f"{pair:04d}_{number:04d}.png" for pair, number in jobs]
         bad = not_finite(images)
         for n, image in enumerate(to_uint8(images)):
             if n not in bad:
-                write_png(paths[n], image, {"prompt": prompts[jobs[n][0]], "image": jobs[n][1], **about})
+                write_png(paths[n], image, {"image": jobs[n][1], **abouts[jobs[n][0]]})
                 written.append(paths[n])
         if bad:
             raise LcmError(
@@ -288,9 +354,6 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
                 "check whether the weights are finite"
             )
         first += len(images)
-    if args.preview is not None:
-        jax.effects_barrier()  # the last step may still be shown
-        preview.unlink(missing_ok=True)
 
 
 def show(path: Path, images: np.ndarray, step: int) -> None:

@@ -168,6 +168,21 @@ def test_a_net_of_zeros_changes_nothing_and_one_net_in_two_parts_is_the_net(mode
     assert compiled == []
 
 
+def test_windows_follow_the_steps_of_image_to_image(model, nets):
+    def image(*windows: tuple[float, float], strength: float = 0.5) -> np.ndarray:
+        control = [Control(nets["a"], picture(2), 1.0, *window) for window in windows]
+        found = ours(model, image=picture(3), strength=strength, steps=2, control=control)
+        return to_uint8(found).astype(int)
+
+    whole, first, second = image((0, 1)), image((0, 0.5)), image((0.5, 1))
+    with compilations() as compiled:
+        other = image((0, 1), strength=0.7)
+    assert compiled == []
+    different = [whole, first, second, other, image()]
+    for n, one in enumerate(different):
+        assert all(np.abs(one - another).max() > 2 for another in different[:n])
+
+
 def test_gains_by_step_and_skip():
     net = mock.Mock()
     net.module.skip_widths, net.module.global_pool_conditions = (8,) * 4, False

@@ -5,10 +5,11 @@ import zlib
 
 import numpy as np
 import pytest
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from lcm_jax.errors import BadArgument
-from lcm_jax.sampling.image import read_image, resized
+from lcm_jax.sampling.image import FITS, fitted, parse_colour, read_image, resized
 
 RGB = np.random.default_rng(0).integers(0, 256, (65, 70, 3), np.uint8)
 GREY = np.repeat(RGB[:, :, :1], 3, axis=2)
@@ -45,6 +46,40 @@ def test_resizing_is_pillows_lanczos_stretched():
     np.testing.assert_array_equal(resized(RGB, 65, 70), RGB)
 
 
+@pytest.mark.parametrize("fit", FITS)
+def test_the_geometry_of_diffusers(fit):
+    mode = {"crop": "crop", "stretch": "default", "fill": "fill"}[fit]
+    for height, width in ((64, 64), (40, 96), (96, 40), (128, 24), (130, 140)):
+        want = np.asarray(VaeImageProcessor().resize(Image.fromarray(RGB), height, width, resize_mode=mode))
+        got = fitted(RGB, height, width, fit)
+        if fit == "fill":  # its bars are a filter's mean of the rows at the border; ours are the border
+            h, w = min(height, width * 65 // 70), min(width, height * 70 // 65)
+            top, left = height // 2 - h // 2, width // 2 - w // 2
+            np.testing.assert_array_equal(got[:top], np.repeat(got[top : top + 1], top, axis=0))
+            np.testing.assert_array_equal(got[:, left + w :], got[:, [left + w - 1] * (width - left - w)])
+            got, want = (one[top : top + h, left : left + w] for one in (got, want))
+        np.testing.assert_array_equal(got, want, err_msg=f"{height} {width}")
+
+
+def test_transparency_is_laid_over_the_background(tmp_path):
+    alpha = np.full(RGB.shape[:2], 255, np.uint8)
+    alpha[:, :30] = 0
+    Image.fromarray(np.dstack([RGB, alpha])).save(tmp_path / "clear.png")
+    deep = Image.fromarray(RGB[:, :, 0].astype(np.uint16) * 257)
+    deep.save(tmp_path / "deep.png", transparency=257 * int(RGB[0, 0, 0]))
+    for colour, values in (("white", (255,) * 3), ("#102030", (16, 32, 48)), ((1, 2, 3), (1, 2, 3))):
+        found = parse_colour("background", colour)
+        for name, want in (
+            ("clear.png", np.where(alpha[:, :, None] == 0, values, RGB)),
+            ("deep.png", np.where(GREY == RGB[0, 0, 0], values, GREY)),
+        ):
+            got = read_image(tmp_path / name, background=found)
+            np.testing.assert_array_equal(got, want, err_msg=f"{name} {colour}")
+    for bad in ("reddish", "#12", (1, 2), 3):
+        with pytest.raises(BadArgument, match="background=.*: is no colour; give a name or #rrggbb"):
+            parse_colour("background", bad)
+
+
 def test_what_is_no_image_is_one_line(tmp_path):
     frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
@@ -61,6 +96,7 @@ def test_what_is_no_image_is_one_line(tmp_path):
         (tmp_path / "text.png", "text.png: not an image of a known format; give one image, such as a PNG"),
         (tmp_path / "cut.jpg", "cut.jpg: undecodable image"),
         (tmp_path / "moving.gif", "moving.gif: has 2 frames; give one image"),
+        (Image.open(tmp_path / "moving.gif"), "has 2 frames; give one image"),
         (tmp_path / "huge.png", r"huge.png: undecodable image: .*900000000 pixels\) exceeds limit"),
         (RGB[:63], r"picture=uint8 \[63, 70, 3\]: has 70 x 63 pixels; each side needs at least 64"),
         (RGB.astype(np.int32), "is no image: arrays are .h w 3., of uint8, or of floats"),

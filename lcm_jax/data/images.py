@@ -26,6 +26,8 @@ from PIL import Image
 from lcm_jax.data.records import BadRecordError
 from lcm_jax.errors import BadArgument, LcmError
 
+Background = str | tuple[int, int, int]
+
 # Only these are tried: other readers of Pillow start programs (EPS) or read files that are not images.
 _SUFFIXES = {  # format of Pillow -> suffixes of its files, the usual ones first
     "JPEG": "jpg jpeg jpe jfif jif mpo",  # MPO: several JPEGs, of which the first is read
@@ -135,25 +137,26 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _eight_bits(opened: Image.Image) -> Image.Image:
-    """Deep grey -> its high byte (Pillow's own conversion clips at 255); a transparent value becomes white."""
+    """Deep grey -> its high byte (Pillow's own conversion clips at 255); a transparent value stays transparent."""
     values = np.asarray(opened)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise BadRecordError(f"grey values from {values.min()} to {values.max()}, not of 16 bits")
     grey = (values >> 8).astype(np.uint8)
-    if "transparency" in opened.info:
-        grey[values == opened.info["transparency"]] = 255
-    return Image.fromarray(grey)
+    if "transparency" not in opened.info:
+        return Image.fromarray(grey)
+    opaque = np.where(values == opened.info["transparency"], 0, 255).astype(np.uint8)
+    return Image.merge("LA", [Image.fromarray(grey), Image.fromarray(opaque)])
 
 
-def _rgb(opened: Image.Image) -> Image.Image:
-    """RGB from any mode of Pillow, transparency over white."""
+def _rgb(opened: Image.Image, background: Background) -> Image.Image:
+    """RGB from any mode of Pillow, transparency over the background."""
     if opened.mode == "F":
         raise BadRecordError("image of floats, whose range is not known")
     if opened.mode.startswith("I"):
         opened = _eight_bits(opened)
     if opened.has_transparency_data:
         opened = opened.convert("RGBA")
-        opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened)
+        opened = Image.alpha_composite(Image.new("RGBA", opened.size, background), opened)
     return opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
@@ -175,7 +178,7 @@ def _decode_opencv(data: bytes, opened: Image.Image) -> np.ndarray | None:
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
-def decode(data: bytes | np.ndarray, decoder: str = "pillow") -> np.ndarray:
+def decode(data: bytes | np.ndarray, decoder: str = "pillow", background: Background = "white") -> np.ndarray:
     """An upright RGB image.
 
     Args:
@@ -184,6 +187,7 @@ def decode(data: bytes | np.ndarray, decoder: str = "pillow") -> np.ndarray:
             what it decodes differently (CMYK, palettes, transparency, 16 bits), what it decodes hardly faster (PNG,
             WebP, ...), and everything that it or the check of a JPEG's end refuses, so that with both decoders the
             same records are unusable.
+        background: see `upright`.
 
     Returns:
         uint8 [h w 3].
@@ -199,15 +203,18 @@ def decode(data: bytes | np.ndarray, decoder: str = "pillow") -> np.ndarray:
         opened = _open(data)
         image = _decode_opencv(data, opened) if decoder == "opencv" else None
         if image is None:
-            return upright(opened)
+            return upright(opened, background)
         return _upright(image, _orientation(opened))
 
 
-def upright(opened: Image.Image) -> np.ndarray:
-    """uint8 [h w 3] of an image of any mode, see the module. Raises BadRecordError with the reason."""
+def upright(opened: Image.Image, background: Background = "white") -> np.ndarray:
+    """uint8 [h w 3] of an image of any mode, see the module. Raises BadRecordError with the reason.
+
+    background: colour under transparency, as Pillow names it or (red, green, blue).
+    """
     with _bad_record():
         opened.load()  # first, since it may change mode and orientation (Pillow turns a TIFF here)
-        return _upright(np.asarray(_rgb(opened)), _orientation(opened))
+        return _upright(np.asarray(_rgb(opened, background)), _orientation(opened))
 
 
 def header_size(data: bytes | np.ndarray) -> tuple[int, int]:

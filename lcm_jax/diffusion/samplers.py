@@ -7,7 +7,8 @@
     noise      fresh standard normal noise between steps, [steps - 1 b h w c] (more entries are not used); only `lcm`
                reads it
     schedule   noise table and prediction type
-    timesteps  int32 [steps] on the host, falling, from `diffusion.timesteps`
+    timesteps  int32 [steps] on the host, falling, from `diffusion.timesteps`; or the sampler's table of them, from
+               `TABLES`, whose arrays may be traced: then one program serves all timesteps of one number
     hook       (x0, x, t, i) -> x after step i = 0, 1, ... (int32 scalar) at t, traced into the loop; x0 is the model's
                prediction of the clean latent
 
@@ -32,7 +33,8 @@ takes with final_sigmas_type "sigma_min". That includes their oddities: DDIM goe
 spacing puts the next timestep elsewhere (linspace, and n that does not divide T), one DDIM step with linspace spacing
 starts at t = 0, and from 15 steps on DPM-Solver's last step is of order 2, before that of order 1.
 
-Coefficients are tables made on the host, which the compiled loop only reads. All arithmetic is float32.
+Coefficients are tables made on the host, which the compiled loop only reads: `TABLES[name](schedule, timesteps)`, a
+tuple of arrays [steps], t first. All arithmetic is float32.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,6 +52,7 @@ from lcm_jax.errors import LcmError
 Model = Callable[[jax.Array, jax.Array], jax.Array]
 Hook = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 Carry = tuple[jax.Array, Any]  # x, and what the sampler remembers
+Table = tuple[Any, ...]  # arrays [steps]: the timesteps, and the sampler's coefficients at them
 # (carry, (i, t, ...)) -> (carry, x0)
 Step = Callable[[Carry, Any], tuple[Carry, jax.Array]]
 
@@ -71,12 +74,19 @@ def stepwise(step: Step, carry: Carry, rows: Any) -> Iterator[tuple[jax.Array, j
         yield x0, carry[0]
 
 
+def lcm_table(schedule: NoiseSchedule, timesteps: np.ndarray) -> Table:
+    """alpha and sigma at each timestep and at the next one; after the last step 1 and 0."""
+    t = np.asarray(timesteps)
+    following = np.append(schedule.alphas[t[1:]], np.float32(1)), np.append(schedule.sigmas[t[1:]], np.float32(0))
+    return (t, schedule.alphas[t], schedule.sigmas[t], *following)
+
+
 def lcm(
     model: Model,
     x,
     noise,
     schedule: NoiseSchedule,
-    timesteps: np.ndarray,
+    timesteps: np.ndarray | Table,
     hook: Hook | None = None,
     *,
     timestep_scaling: float = TIMESTEP_SCALING,
@@ -90,19 +100,12 @@ def lcm(
     Raises:
       LcmError: noise of the wrong shape.
     """
-    x, t = jnp.asarray(x, jnp.float32), np.asarray(timesteps)
-    between = len(t) - 1
+    table = timesteps if isinstance(timesteps, tuple) else lcm_table(schedule, timesteps)
+    x, between = jnp.asarray(x, jnp.float32), len(table[0]) - 1
     noise = jnp.zeros((0, *x.shape), jnp.float32) if noise is None else jnp.asarray(noise, jnp.float32)[:between]
     if noise.shape != (between, *x.shape):
-        raise LcmError(f"noise of shape {noise.shape} for {len(t)} steps; it must be {(between, *x.shape)}")
-    rows = (
-        t,
-        schedule.alphas[t],
-        schedule.sigmas[t],
-        np.append(schedule.alphas[t[1:]], np.float32(1)),
-        np.append(schedule.sigmas[t[1:]], np.float32(0)),
-        jnp.concatenate([noise, jnp.zeros((1, *x.shape), jnp.float32)]),
-    )
+        raise LcmError(f"noise of shape {noise.shape} for {between + 1} steps; it must be {(between, *x.shape)}")
+    rows = (*table, jnp.concatenate([noise, jnp.zeros((1, *x.shape), jnp.float32)]))
 
     def step(x, _, row):
         t, alpha, sigma, next_alpha, next_sigma, xi = row
@@ -113,12 +116,23 @@ def lcm(
     return _run(step, x, (), rows, hook, loop)
 
 
+def ddim_table(
+    schedule: NoiseSchedule, timesteps: np.ndarray, *, stride: int | None = None, set_alpha_to_one: bool = True
+) -> Table:
+    """alpha and sigma at each timestep and at the one that its step goes to; the arguments are those of `ddim`."""
+    t = np.asarray(timesteps)
+    prev = t - (schedule.num_train_timesteps // len(t) if stride is None else stride)
+    final = np.float32(1) if set_alpha_to_one else schedule.alphas_cumprod[0]
+    abar_prev = np.where(prev >= 0, schedule.alphas_cumprod[np.maximum(prev, 0)], final)
+    return (t, schedule.alphas[t], schedule.sigmas[t], np.sqrt(abar_prev), np.sqrt(np.float32(1) - abar_prev))
+
+
 def ddim(
     model: Model,
     x,
     noise,
     schedule: NoiseSchedule,
-    timesteps: np.ndarray,
+    timesteps: np.ndarray | Table,
     hook: Hook | None = None,
     *,
     stride: int | None = None,
@@ -130,11 +144,9 @@ def ddim(
     stride: training timesteps of a step; None: T // steps, of timesteps that go all the way.
     set_alpha_to_one: whether the last step ends at abar = 1, or at abar_0 (as Stable Diffusion's configs have it).
     """
-    t = np.asarray(timesteps)
-    prev = t - (schedule.num_train_timesteps // len(t) if stride is None else stride)
-    final = np.float32(1) if set_alpha_to_one else schedule.alphas_cumprod[0]
-    abar_prev = np.where(prev >= 0, schedule.alphas_cumprod[np.maximum(prev, 0)], final)
-    rows = (t, schedule.alphas[t], schedule.sigmas[t], np.sqrt(abar_prev), np.sqrt(np.float32(1) - abar_prev))
+    rows = timesteps
+    if not isinstance(timesteps, tuple):
+        rows = ddim_table(schedule, timesteps, stride=stride, set_alpha_to_one=set_alpha_to_one)
 
     def step(x, _, row):
         t, alpha, sigma, prev_alpha, prev_sigma = row
@@ -147,29 +159,40 @@ def ddim(
 
 
 def dpm_solver_2m(
-    model: Model, x, noise, schedule: NoiseSchedule, timesteps: np.ndarray, hook: Hook | None = None, *, loop=scan
+    model: Model,
+    x,
+    noise,
+    schedule: NoiseSchedule,
+    timesteps: np.ndarray | Table,
+    hook: Hook | None = None,
+    *,
+    loop: Callable = scan,
 ):
     """DPM-Solver(2M): order 2, midpoint, ending at abar_0, because eps says nothing of the way to sigma = 0.
 
     With fewer than 15 steps the last is of order 1.
     """
-    weights = _dpm_solver_coefficients(schedule, np.asarray(timesteps))
-    return _dpm_solver(eps_from_output, weights, model, x, schedule, timesteps, hook, loop)
+    rows = timesteps if isinstance(timesteps, tuple) else dpm_solver_table(schedule, timesteps)
+    return _dpm_solver(eps_from_output, rows, model, x, schedule, hook, loop)
 
 
 def dpm_solver_pp_2m(
-    model: Model, x, noise, schedule: NoiseSchedule, timesteps: np.ndarray, hook: Hook | None = None, *, loop=scan
+    model: Model,
+    x,
+    noise,
+    schedule: NoiseSchedule,
+    timesteps: np.ndarray | Table,
+    hook: Hook | None = None,
+    *,
+    loop: Callable = scan,
 ):
     """DPM-Solver++(2M): order 2, midpoint, ending at sigma = 0 by a step of order 1."""
-    weights = _dpm_solver_pp_coefficients(schedule, np.asarray(timesteps))
-    return _dpm_solver(x0_from_output, weights, model, x, schedule, timesteps, hook, loop)
+    rows = timesteps if isinstance(timesteps, tuple) else dpm_solver_pp_table(schedule, timesteps)
+    return _dpm_solver(x0_from_output, rows, model, x, schedule, hook, loop)
 
 
-def _dpm_solver(predict: Callable, weights, model: Model, x, schedule, timesteps, hook: Hook | None, loop: Callable):
-    """Both solvers' loop; predict: `eps_from_output` or `x0_from_output`; weights: their coefficients."""
-    t = np.asarray(timesteps)
-    alpha, sigma, _ = alpha_sigma_lambda(schedule.alphas_cumprod[t])
-    rows = (t, *(column.astype(np.float32) for column in (alpha, sigma, *weights)))
+def _dpm_solver(predict: Callable, rows: Table, model: Model, x, schedule, hook: Hook | None, loop: Callable):
+    """Both solvers' loop; predict: `eps_from_output` or `x0_from_output`."""
 
     def step(x, last, row):
         t, alpha, sigma, x_weight, weight, difference_weight = row
@@ -191,6 +214,22 @@ def _run(step: Callable, x, last: Any, rows: tuple, hook: Hook | None, loop: Cal
         return (x if hook is None else hook(x0, x, row[0], i), last), x0
 
     return loop(hooked, (jnp.asarray(x, jnp.float32), last), (np.arange(len(rows[0]), dtype=np.int32), *rows))
+
+
+def dpm_solver_table(schedule: NoiseSchedule, timesteps: np.ndarray) -> Table:
+    """alpha, sigma, and the weights of x, eps and eps - last eps in each step."""
+    return _dpm_table(schedule, timesteps, _dpm_solver_coefficients)
+
+
+def dpm_solver_pp_table(schedule: NoiseSchedule, timesteps: np.ndarray) -> Table:
+    """alpha, sigma, and the weights of x, x0 and x0 - last x0 in each step."""
+    return _dpm_table(schedule, timesteps, _dpm_solver_pp_coefficients)
+
+
+def _dpm_table(schedule: NoiseSchedule, timesteps: np.ndarray, coefficients: Callable) -> Table:
+    t = np.asarray(timesteps)
+    alpha, sigma, _ = alpha_sigma_lambda(schedule.alphas_cumprod[t])
+    return (t, *(column.astype(np.float32) for column in (alpha, sigma, *coefficients(schedule, t))))
 
 
 def _dpm_solver_coefficients(schedule: NoiseSchedule, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -220,3 +259,9 @@ def _dpm_solver_pp_coefficients(schedule: NoiseSchedule, t: np.ndarray) -> tuple
 
 
 SAMPLERS = {"lcm": lcm, "ddim": ddim, "dpm_solver_2m": dpm_solver_2m, "dpm_solver_pp_2m": dpm_solver_pp_2m}
+TABLES = {
+    "lcm": lcm_table,
+    "ddim": ddim_table,
+    "dpm_solver_2m": dpm_solver_table,
+    "dpm_solver_pp_2m": dpm_solver_pp_table,
+}

@@ -1,5 +1,7 @@
 """At which timesteps a sampler calls the network: tables made on the host, falling, one entry a step."""
 
+import math
+
 import numpy as np
 
 from lcm_jax.errors import LcmError
@@ -7,22 +9,33 @@ from lcm_jax.errors import LcmError
 SPACINGS = ("leading", "trailing", "linspace")
 
 
-def lcm(num_steps: int, num_train_timesteps: int = 1000, original_steps: int = 50) -> np.ndarray:
+def lcm(num_steps: int, num_train_timesteps: int = 1000, original_steps: int = 50, strength: float = 1.0) -> np.ndarray:
     """Evenly spaced indices into the solver grid of training: int32 [num_steps], falling.
 
     Args:
       num_steps: 1 .. original_steps.
       num_train_timesteps: T.
       original_steps: N of the solver grid that the model was distilled on, 1 .. T.
+      strength: part of the grid that image to image runs over, see `kept`.
 
     Raises:
       LcmError: a number of steps out of its range.
     """
     if not 1 <= original_steps <= num_train_timesteps:
         raise LcmError(f"original_steps={original_steps} is out of range; choose 1 to {num_train_timesteps}")
-    _check_steps(num_steps, original_steps, "the solver steps the model was distilled with")
-    grid = np.arange(original_steps, 0, -1) * (num_train_timesteps // original_steps) - 1
-    return grid[np.floor(np.linspace(0, original_steps, num_steps, endpoint=False)).astype(int)].astype(np.int32)
+    last = kept(original_steps, strength)
+    _check_steps(num_steps, last, "the solver steps the model was distilled with")
+    grid = np.arange(last, 0, -1) * (num_train_timesteps // original_steps) - 1
+    return grid[np.floor(np.linspace(0, last, num_steps, endpoint=False)).astype(int)].astype(np.int32)
+
+
+def kept(steps: int, strength: float) -> int:
+    """Entries of a grid of `steps` that image to image runs over: floor(steps * strength).
+
+    What is missing to a whole number by the rounding of binary fractions is added: 0.58 of 50 is 29, which diffusers
+    makes 28.
+    """
+    return math.floor(steps * strength + 1e-6)
 
 
 def ddim(

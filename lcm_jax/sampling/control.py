@@ -163,12 +163,12 @@ class Controlled:
     Attributes:
       unet: the UNet.
       conditions: of the nets.
-      timesteps: of the sampler, all different, to find the step.
+      timesteps: of the sampler, int32 [steps], all different, to find the step.
     """
 
     unet: Any
     conditions: Conditions
-    timesteps: tuple[int, ...]
+    timesteps: Any
 
     @property
     def time_cond_proj_dim(self) -> int | None:
@@ -184,7 +184,7 @@ class Controlled:
         added: Mapping[str, jax.Array] | None = None,
     ) -> jax.Array:
         inputs, given = (z_t, t, context, added), self.conditions
-        gains = given.gains[:, jnp.argmax(jnp.array(self.timesteps) == t[0])]
+        gains = given.gains[:, jnp.argmax(jnp.asarray(self.timesteps) == t[0])]
         parts = zip(given.modules, given.first_alone, given.params, given.images, gains, strict=True)
         of_nets = []
         for module, alone, params, image, gain in parts:

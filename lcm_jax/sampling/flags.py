@@ -16,6 +16,8 @@ from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained.text import EMPHASES
 from lcm_jax.runtime.mesh import make_mesh
 from lcm_jax.sampling.generator import Generator
+from lcm_jax.sampling.image import FITS
+from lcm_jax.sampling.image_to_image import POSTERIORS
 from lcm_jax.sampling.load import load
 from lcm_jax.sampling.prompts import SYNTAXES
 from lcm_jax.sampling.request import MAX_PROMPT
@@ -64,6 +66,26 @@ def add_image_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--negative_prompt", help="text that guidance moves away from; only for a UNet without w embedding")
     p.add_argument("--height", type=int, help="pixels; default: the model's")
     p.add_argument("--width", type=int, help="pixels; default: the model's")
+
+
+def add_source_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--image",
+        type=files.expanded,
+        metavar="FILE|FOLDER",
+        help="start from this image, or from each one of a folder, instead of noise. Default size of images: its own",
+    )
+    p.add_argument("--strength", type=float, help="how far from --image, more than 0 to 1; default: 0.5")
+    p.add_argument("--fit", choices=FITS, help="of an --image of another aspect; default: crop")
+    p.add_argument("--background", metavar="COLOUR", help="under transparent parts of --image; default: white")
+    p.add_argument(
+        "--max_side", type=int, help="pixels that a larger --image is reduced to; default: twice the model's"
+    )
+    p.add_argument(
+        "--posterior",
+        choices=POSTERIORS,
+        help="of the VAE's encoder; sample: with noise, as diffusers; default: mode, with --noise=torch sample",
+    )
 
 
 def add_prompt_flags(p: argparse.ArgumentParser) -> None:

@@ -45,6 +45,8 @@ from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import batch_sharding, place, replicated
 from lcm_jax.sampling.chunks import chunked
 from lcm_jax.sampling.control import Conditions, Control, Controlled, Net, conditions
+from lcm_jax.sampling.image import ImageLike
+from lcm_jax.sampling.image_to_image import Encoder, check_count
 from lcm_jax.sampling.noise import draw_noise
 from lcm_jax.sampling.png import not_finite, to_uint8
 from lcm_jax.sampling.preview import Preview
@@ -83,7 +85,7 @@ def latents(
     """Scaled latents [b h w c]; pure, one scan over the steps.
 
     Args:
-      unet, schedule, plan: static: the network, its noise table, and the sampler bound to its timesteps.
+      unet, schedule: static: the network and its noise table. plan: the sampler bound to its timesteps.
       params: the UNet's weights.
       cond: of the captions [b ...]. null: of the null text [1 ...], for classifier-free guidance, two passes a step;
         None: one pass.
@@ -92,7 +94,7 @@ def latents(
       hook, loop: see `diffusion.samplers`.
       control: of ControlNets, for these steps and passes.
     """
-    unet = unet if control is None else Controlled(unet, control, plan.timesteps)
+    unet = unet if control is None else Controlled(unet, control, plan.t)
     batch = noise.shape[1]
     w = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32) - 1.0, (batch,))
 
@@ -136,7 +138,7 @@ def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
     loop = loop_on(platform or jax.default_backend())
     options = {"out_shardings": mesh and replicated(mesh), "compiler_options": kernels.inference(platform)}
 
-    @functools.partial(jax.jit, static_argnames=("unet", "schedule", "plan", "preview"), **options)
+    @functools.partial(jax.jit, static_argnames=("unet", "schedule", "preview"), **options)
     def sample(unet, schedule, plan, params, cond, null, noise, scale, control=None, preview=None, preview_params=None):
         rows = noise.shape[1]
         cond, noise = _fill(cond, mesh), _fill(noise.swapaxes(0, 1), mesh).swapaxes(0, 1)
@@ -184,6 +186,7 @@ class Generator:
         self.embeddings, self.loras = dict(embeddings or {}), dict(loras or {})
         self.preview: tuple[Preview, Params] | None = None
         self._sample, self._decode = _programs(mesh)
+        self.encoder = Encoder(self.pipeline.vae, self.params.get("vae"), mesh, tiled)
         self._null: dict[tuple[str | None, Reading], Conditioning] = {}
 
     @property
@@ -225,6 +228,12 @@ class Generator:
         prompt_syntax: str = "plain",
         emphasis: str | None = None,
         clip_skip: int | None = None,
+        image: ImageLike | Sequence[ImageLike] | None = None,
+        strength: float | None = None,
+        fit: str | None = None,
+        background: str | tuple[int, int, int] | None = None,
+        max_side: int | None = None,
+        posterior: str | None = None,
     ) -> list[Image.Image]:
         """`num_images` images of each prompt, in order; logs `request.warnings`.
 
@@ -244,6 +253,12 @@ class Generator:
           emphasis: what weights do, one of `text.EMPHASES`; None: what the syntax's program does.
           clip_skip: layer of the text encoders whose states are used, counted from the last, which is 1; None: the
             model's own, 1, of SDXL 2.
+          image: to start from, one for all prompts or one for each: a file, a Pillow image, or [h w 3], uint8 or floats
+            in [0, 1]. Without height and width images have its size, in whole latents.
+          strength: how far from the image, more than 0 to 1; None: 0.5. All steps are run.
+          fit: of an image of another aspect, one of `image.FITS`; None: "crop". background: colour under transparency.
+          max_side: pixels that larger images are reduced to; None: twice the model's own size.
+          posterior: of the VAE, "mode" or "sample"; None: "sample" with noise "torch" and "torch-batch", else "mode".
 
         Raises:
           BadArgument: a value is wrong, or the model cannot do it.
@@ -267,7 +282,14 @@ class Generator:
             clip_skip=clip_skip,
             control=control,
             control_guess=control_guess,
+            image=image,
+            strength=strength,
+            fit=fit,
+            background=background,
+            max_side=max_side,
+            posterior=posterior,
         )
+        check_count(request.source, prompts)
         check_readable(prompt_syntax, prompts=prompts, negative_prompt=negative_prompt)
         for warning in warnings(self.pipeline, request):
             logging.warning(warning)
@@ -311,7 +333,8 @@ class Generator:
             for start in range(0, total, size):
                 count, jobs = min(size, total - start), jobs_from(start)
                 texts, numbers = [prompts[prompt] for prompt, _ in jobs], [first + number for _, number in jobs]
-                yield self.generate(request, texts, numbers, seed)[:count]
+                asked = request.of([prompt for prompt, _ in jobs])
+                yield self.generate(asked, texts, numbers, seed)[:count]
 
         return generated()
 
@@ -336,14 +359,25 @@ class Generator:
 
     def generate(self, request: Request, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> np.ndarray:
         """One batch of images, float32 in [0, 1], [b H W 3], for prompts and image numbers, [b] each."""
-        steps, size = noise_entries(request.settings), (request.height, request.width)
-        noise = self.noise(seed, numbers, steps, *size, request.noise, request.num_images)
+        noise = self.start(request, numbers, seed)
         cond = self.encode(prompts, reading=request.reading)
         guided = is_guided(self.pipeline, request.guidance_scale)
         control = conditions(request.control, request.settings.steps, request.control_guess, guided)
         scale, settings, negative_prompt = request.guidance_scale, request.settings, request.negative_prompt
         z = self.latents(cond, noise, scale, settings, negative_prompt, reading=request.reading, control=control)
         return self.decode(z)
+
+    def start(self, request: Request, numbers: Sequence[int], seed: int) -> np.ndarray:
+        """What `latents` reads, [steps b h w c]: noise, of image to image with the noised images as its entry 0."""
+        steps, size, source = noise_entries(request.settings), (request.height, request.width), request.source
+        before = int(source is not None and source.posterior == "sample")
+        noise = self.noise(seed, numbers, steps, *size, request.noise, request.num_images, before)
+        if source is None:
+            return noise
+        xi, eps, between = noise[0] if before else None, noise[before], noise[before + 1 :]
+        z = self.encoder.latents(source.pixels(*size), xi)
+        schedule, t = self.pipeline.schedule, make_plan(self.pipeline, request.settings).t[0]
+        return np.concatenate([(schedule.alphas[t] * z + schedule.sigmas[t] * eps)[None], between])
 
     def noise(
         self,
@@ -354,11 +388,13 @@ class Generator:
         width: int,
         source: str = "jax",
         num_images: int | None = None,
+        before: int = 0,
+        behind: int = 0,
     ) -> np.ndarray:
-        """`draw_noise` for images of height x width pixels: [steps b h w c]."""
+        """`draw_noise` for images of height x width pixels: [before + behind + steps b h w c]."""
         factor = self.pipeline.vae.factor
         shape = (height // factor, width // factor, self.pipeline.vae.latent_channels)
-        return draw_noise(seed, numbers, steps, shape, source, num_images)
+        return draw_noise(seed, numbers, steps, shape, source, num_images, before, behind)
 
     def encode(self, captions: Sequence[str], report: bool = False, reading: Reading = PLAIN) -> dict[str, jax.Array]:
         """Conditioning [b ...] of captions; report: log plain ones that are too long."""
@@ -390,7 +426,8 @@ class Generator:
 
         Args:
           cond: `encode`d captions [b ...].
-          noise: [steps b h w c], see `noise`; for samplers other than "lcm" one entry is enough.
+          noise: [steps b h w c], see `noise`; for samplers other than "lcm" one entry is enough. With a strength its
+            entry 0 is the noised image, see `start`.
           guidance_scale: w + 1.
           negative_prompt: of the second pass, see `null`.
           unet_params: used instead of the model's own UNet weights.

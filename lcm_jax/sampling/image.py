@@ -1,14 +1,14 @@
-"""Images that a user gives -> upright uint8 RGB [h w 3], and resized.
+"""Images that a user gives -> upright uint8 RGB [h w 3], and brought to a size.
 
-Orientation, transparency (over white), palettes, grey, 16 bits and CMYK are treated as `data.images` says; colour
-profiles are ignored.
+Orientation, transparency (over a background), palettes, grey, 16 bits and CMYK are treated as `data.images` says;
+colour profiles are ignored.
 """
 
 import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 
 from lcm_jax import files
 from lcm_jax.data import images
@@ -17,15 +17,19 @@ from lcm_jax.sampling.png import to_uint8
 
 ImageLike = str | Path | Image.Image | np.ndarray  # a file, a Pillow image, or [h w 3]: uint8, or floats in [0, 1]
 MAX_FILE = 2**28  # bytes
+FITS = ("crop", "stretch", "fill")
 
 
-def read_image(source: ImageLike, name: str = "image", smallest: int = 64) -> np.ndarray:
+def read_image(
+    source: ImageLike, name: str = "image", smallest: int = 64, background: images.Background = "white"
+) -> np.ndarray:
     """An image as upright uint8 RGB [h w 3].
 
     Args:
       source: see `ImageLike`.
       name: of the argument, for errors.
       smallest: pixels that each side has at least.
+      background: colour under transparency.
 
     Raises:
       BadArgument: no such file, no image, an animation, a size or values that cannot be used.
@@ -33,7 +37,7 @@ def read_image(source: ImageLike, name: str = "image", smallest: int = 64) -> np
     is_array = isinstance(source, np.ndarray)
     shown = f"{source.dtype} {list(source.shape)}" if is_array else source
     try:
-        image = _checked(source) if is_array else _decoded(source)
+        image = _checked(source) if is_array else _decoded(source, background)
     except OSError as error:
         raise BadArgument(name, shown, f"cannot be read ({error.strerror}); give an image file") from None
     except LcmError as error:
@@ -49,15 +53,47 @@ def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def _decoded(source: str | Path | Image.Image) -> np.ndarray:
+def fitted(image: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
+    """uint8 [h w 3] -> [height width 3], resized as `resized` does it, in diffusers' geometry.
+
+    fit: "crop": covers the size, and what is outside is cut off evenly; "fill": fits into it, and its border pixels
+      are repeated around it; "stretch": in both directions by what is needed.
+    """
+    h, w = image.shape[:2]
+    if fit == "stretch" or h * width == w * height:
+        return resized(image, height, width)
+    to_height = (w * height > h * width) == (fit == "crop")  # whether it gets its height, and the width follows
+    rows, columns = (height, max(1, w * height // h)) if to_height else (max(1, h * width // w), width)
+    image, top, left = resized(image, rows, columns), height // 2 - rows // 2, width // 2 - columns // 2
+    if fit == "crop":
+        return image[-top : height - top, -left : width - left]
+    return np.pad(image, ((top, height - rows - top), (left, width - columns - left), (0, 0)), mode="edge")
+
+
+def parse_colour(name: str, colour: str | tuple[int, int, int]) -> images.Background:
+    """A colour for Pillow. Raises BadArgument, which names the argument, for one that is none."""
+    try:
+        found = ImageColor.getrgb(colour) if isinstance(colour, str) else tuple(colour)
+        Image.new("RGB", (1, 1), found)
+    except (ValueError, TypeError):
+        raise BadArgument(name, colour, "is no colour; give a name or #rrggbb, such as white or #80a0ff") from None
+    return found[:3]
+
+
+def _decoded(source: str | Path | Image.Image, background: images.Background) -> np.ndarray:
     if isinstance(source, Image.Image):
-        return images.upright(source)
+        _check_frames(source)
+        return images.upright(source, background)
     data = files.read_regular(files.expanded(source), MAX_FILE)
-    image, opened = images.decode(data), Image.open(io.BytesIO(data), formats=images.FORMATS)
+    image = images.decode(data, background=background)
+    _check_frames(Image.open(io.BytesIO(data), formats=images.FORMATS))
+    return image
+
+
+def _check_frames(opened: Image.Image) -> None:
     frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)  # MPO: a camera's image and its preview
     if frames > 1:
         raise LcmError(f"has {frames} frames")
-    return image
 
 
 def _checked(array: np.ndarray) -> np.ndarray:

@@ -10,7 +10,8 @@ from lcm_jax.sampling import png
 MODEL = ("model", "unet", "vae", "variant", "model_config", "lora", "embedding", "ignore_unused")
 PROMPTS = ("prompt", "negative_prompt", "prompt_syntax", "emphasis", "clip_skip")
 CONTROL = ("control", "control_guess", "canny")
-SAMPLED = (*PROMPTS, *CONTROL, "sampler", "spacing", "steps", "guidance_scale", "seed", "noise")
+IMAGE = ("image", "strength", "fit", "background", "posterior")
+SAMPLED = (*PROMPTS, *CONTROL, *IMAGE[1:], "sampler", "spacing", "steps", "guidance_scale", "seed", "noise")
 COMPUTED = ("dtype", "tiled")
 SWITCHES = ("ignore_unused", "tiled", "control_guess")  # flags without a value
 LISTS = ("lora", "embedding", "control")  # flags that may be given several times
@@ -54,8 +55,13 @@ def words(flags: dict[str, str | list[str]]) -> list[str]:
 def _of_ours(about: dict[str, str]) -> tuple[dict[str, str | list[str]], list[str]]:
     flags = {name: about[name] for name in (*MODEL, *SAMPLED, *COMPUTED) if name in about}
     flags |= {name: about[name].split(", ") for name in LISTS if name in about}
+    flags |= {"image": about["source"]} if "source" in about else {}
     whole = {"num_images": about["num_images"]} if "num_images" in about else None
-    lost = [f"{name} {text}" for name, text in about.items() if name not in {*flags, "image", "size", "num_images"}]
+    lost = [
+        f"{name} {text}"
+        for name, text in about.items()
+        if name not in {*flags, "image", "source", "size", "num_images"}
+    ]
     return flags | _size(about["size"]) | (whole or {"first_image": about["image"], "num_images": "1"}), lost
 
 

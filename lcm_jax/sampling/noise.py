@@ -6,7 +6,8 @@
     torch-batch   row i of what one generator draws for all images     diffusers with one generator
     nv            of its own Philox stream, of seed + i                A1111's NV, and its GPU on an NVIDIA card
 
-A generator first draws what a sampler starts from, then what it adds between its steps, each in the order c h w.
+A generator first draws what a sampler starts from, then what it adds between its steps, each in the order c h w. Where
+images are encoded by sampling the VAE's posterior, it draws that before the start, or between it and the rest.
 
 Torch's CPU generator is MT19937 with Box-Muller in float32, in blocks of 16 numbers; fewer than 16 are drawn one by one
 in float64. `TorchGenerator` equals `torch.randn` bit for bit where torch uses AVX2 or AVX-512, elsewhere to 2.4e-6.
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SOURCES = ("jax", "torch", "torch-batch", "nv")
+_POSTERIORS = 2**30  # number of the first entry for a posterior in jax's noise, beyond those of all steps
 _BLOCK = 16  # numbers that torch transforms together
 
 
@@ -34,6 +36,8 @@ def draw_noise(
     shape: Sequence[int],
     source: str = "jax",
     num_images: int | None = None,
+    before: int = 0,
+    behind: int = 0,
 ) -> np.ndarray:
     """Noise [steps b h w c]: entry 0 starts the sampler, the others are added between an LCM's steps.
 
@@ -42,15 +46,23 @@ def draw_noise(
 
     numbers: i of each image, [b]. shape: of a latent, [h w c]. source: one of `SOURCES`.
     num_images: that "torch-batch" draws together; None: up to the last of `numbers`.
+    before, behind: entries for posteriors that a generator draws before and behind the start. Those come first in the
+      result, [before + behind + steps b h w c]. "torch-batch" draws one row of each, for all images.
     """
     if source == "jax":
-        return _of_jax(seed, numbers, steps, shape)
+        entries = [*range(_POSTERIORS, _POSTERIORS + before + behind), *range(steps)]
+        return _of_jax(seed, numbers, entries, shape)
     height, width, channels = shape
     size = height * width * channels
 
     def drawn(randn, images: int) -> np.ndarray:
-        rows = np.stack([randn(images * size) for _ in range(steps)])
-        return rows.reshape(steps, images, channels, height, width)
+        def entries(count: int, rows: int) -> list[np.ndarray]:
+            of_rows = (images, channels, height, width)
+            found = [randn(rows * size).reshape(rows, *of_rows[1:]) for _ in range(count)]
+            return [np.broadcast_to(one, of_rows) for one in found]
+
+        early, start, late = entries(before, 1), entries(1, images), entries(behind, 1)
+        return np.stack([*early, *late, *start, *entries(steps - 1, images)])
 
     if source == "torch-batch":
         images = max(numbers) + 1 if num_images is None else num_images
@@ -61,13 +73,13 @@ def draw_noise(
     return np.ascontiguousarray(found.transpose(0, 1, 3, 4, 2))
 
 
-def _of_jax(seed: int, numbers: Sequence[int], steps: int, shape: Sequence[int]) -> np.ndarray:
+def _of_jax(seed: int, numbers: Sequence[int], entries: Sequence[int], shape: Sequence[int]) -> np.ndarray:
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(numbers, jnp.uint32))
 
     def of_step(step):
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), tuple(shape)))(keys)
 
-    return np.asarray(jax.vmap(of_step)(jnp.arange(steps)))
+    return np.asarray(jax.vmap(of_step)(jnp.asarray(entries, jnp.int32)))
 
 
 class TorchGenerator:

@@ -17,8 +17,11 @@ from lcm_jax.errors import BadArgument
 from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE, Pipeline, check_text_to_image
 from lcm_jax.runtime import memory
 from lcm_jax.sampling import control as control_lib
+from lcm_jax.sampling import image_to_image
 from lcm_jax.sampling import noise as noise_lib
 from lcm_jax.sampling.control import Control
+from lcm_jax.sampling.image import ImageLike
+from lcm_jax.sampling.image_to_image import Source
 from lcm_jax.sampling.prompts import PLAIN, Reading, make_reading
 
 SAMPLERS = tuple(samplers.SAMPLERS)
@@ -30,21 +33,29 @@ MAX_PROMPT = 100_000  # characters; a text encoder reads the first 77 tokens
 class Settings:
     """How to sample. Everything else, such as the solver grid of an LCM, comes from the model (`Constants`).
 
-    spacing: of the timesteps of samplers other than "lcm", one of `timesteps.SPACINGS`.
+    spacing: of the timesteps of samplers other than "lcm", one of `timesteps.SPACINGS`; with a strength "trailing".
+    strength: of image to image (`image_to_image`): the sampler starts from a noised image; None: from noise.
     """
 
     sampler: str = "lcm"
     steps: int = 4
     spacing: str = "trailing"
+    strength: float | None = None
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A sampler bound to its timesteps and options; equal by content, so that it can be a static argument of jit."""
+    """A sampler bound to its timesteps and options, an argument of what is jitted.
 
-    sampler: str
-    timesteps: tuple[int, ...]
-    options: tuple[tuple[str, Any], ...] = ()
+    Timesteps that begin with noise are static. Those of a strength are `table`, arrays: one program serves all
+    strengths of one number of steps.
+    """
+
+    sampler: str = dataclasses.field(metadata={"static": True})
+    timesteps: tuple[int, ...] | None = dataclasses.field(metadata={"static": True})
+    options: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), metadata={"static": True})
+    table: samplers.Table | None = None
 
     def __call__(
         self,
@@ -55,8 +66,13 @@ class Plan:
         loop: Callable = samplers.scan,
     ) -> Any:
         """The latent [b h w c] from noise [steps b h w c]: entry 0 is the start, the others are added between steps."""
-        sampler, t = samplers.SAMPLERS[self.sampler], np.array(self.timesteps, np.int32)
+        sampler, t = samplers.SAMPLERS[self.sampler], self.table or self.t
         return sampler(model, noise[0], noise[1:], schedule, t, hook, **dict(self.options), loop=loop)
+
+    @property
+    def t(self) -> np.ndarray | jax.Array:
+        """The timesteps, int32 [steps]."""
+        return np.array(self.timesteps, np.int32) if self.table is None else self.table[0]
 
 
 def noise_entries(settings: Settings) -> int:
@@ -72,6 +88,8 @@ def make_plan(pipeline: Pipeline, settings: Settings) -> Plan:
     """
     constants, total = pipeline.constants, pipeline.schedule.num_train_timesteps
     steps, options = settings.steps, {}
+    if settings.strength is not None:
+        return _from_image(pipeline, settings, settings.strength)
     if settings.sampler == "lcm":
         t = timesteps.lcm(steps, total, constants.solver_steps)
         options = {"timestep_scaling": constants.timestep_scaling, "sigma_data": constants.sigma_data}
@@ -82,6 +100,21 @@ def make_plan(pipeline: Pipeline, settings: Settings) -> Plan:
     else:
         t = timesteps.dpm_solver(steps, total, settings.spacing, 1)
     return Plan(settings.sampler, tuple(t.tolist()), tuple(options.items()))
+
+
+def _from_image(pipeline: Pipeline, settings: Settings, strength: float) -> Plan:
+    """The part of the timesteps that a strength names, see `image_to_image`."""
+    constants, schedule, name = pipeline.constants, pipeline.schedule, settings.sampler
+    total, options, of_table = schedule.num_train_timesteps, {}, {}
+    if name == "lcm":
+        t = timesteps.lcm(settings.steps, total, constants.solver_steps, strength)
+        options = {"timestep_scaling": constants.timestep_scaling, "sigma_data": constants.sigma_data}
+    else:
+        last = round(total * strength)
+        t = timesteps.ddim(settings.steps, last, "trailing")  # DPM-Solver's are the same
+        if name == "ddim":
+            of_table = {"stride": last // settings.steps, "set_alpha_to_one": constants.set_alpha_to_one}
+    return Plan(name, None, tuple(options.items()), samplers.TABLES[name](schedule, t, **of_table))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +131,7 @@ class Request:
       reading: how the prompts, the negative one too, are read and encoded.
       control: with images of this size, uint8 [height width 3].
       control_guess: whether their nets are in guess mode (`sampling.control`).
+      source: the images of image to image; None: text alone.
     """
 
     settings: Settings
@@ -110,6 +144,11 @@ class Request:
     reading: Reading = PLAIN
     control: tuple[Control, ...] = ()
     control_guess: bool = False
+    source: Source | None = None
+
+    def of(self, prompts: Sequence[int]) -> "Request":
+        """The request for these prompts of its own."""
+        return self if self.source is None else dataclasses.replace(self, source=self.source.of(prompts))
 
 
 def make_request(
@@ -128,10 +167,17 @@ def make_request(
     clip_skip: int | None = None,
     control: Sequence[Control] = (),
     control_guess: bool = False,
+    image: ImageLike | Sequence[ImageLike] | None = None,
+    strength: float | None = None,
+    fit: str | None = None,
+    background: str | tuple[int, int, int] | None = None,
+    max_side: int | None = None,
+    posterior: str | None = None,
 ) -> Request:
     """A request with the model's default guidance scale and size for those that are None.
 
-    The default size beside `control` is that of its first image, rounded down to whole latents.
+    The default size is that of `image`, see `image_to_image.size_of`, or of the first image of `control`, rounded down
+    to whole latents.
 
     Raises:
       BadArgument: a value is wrong, or the model cannot do it.
@@ -149,7 +195,21 @@ def make_request(
     scale = pipeline.default_guidance_scale(sampler) if guidance_scale is None else guidance_scale
     size, factor, defaults = [], pipeline.vae.factor, pipeline.default_size
     control = control_lib.read(control, pipeline)
-    if control and height is None and width is None:
+    source = None
+    for name, value in dict(
+        strength=strength, fit=fit, background=background, max_side=max_side, posterior=posterior
+    ).items():
+        if image is None and value is not None:
+            raise BadArgument(name, value, "is for image to image; give an image, or leave it out")
+    if image is not None:
+        strength = image_to_image.STRENGTH if strength is None else strength
+        image_to_image.check_strength(strength)
+        image_to_image.check_steps_left(pipeline, sampler, steps, strength)
+        if spacing != "trailing":
+            raise BadArgument("spacing", spacing, "image to image starts within trailing timesteps; leave it out")
+        source, shape = image_to_image.make_source(pipeline, image, fit, background, posterior, noise)
+        height, width = image_to_image.size_of(pipeline, shape, height, width, max_side)
+    elif control and height is None and width is None:
         defaults = tuple(side // factor * factor for side in control[0].image.shape[:2])
     for name, side, default in zip(("height", "width"), (height, width), defaults, strict=True):
         side = default if side is None else side
@@ -166,7 +226,7 @@ def make_request(
     reading = make_reading(pipeline, prompt_syntax, emphasis, clip_skip)
     control = control_lib.fitted(control, *size, factor)
     return Request(
-        Settings(sampler, steps, spacing),
+        Settings(sampler, steps, spacing, strength),
         float(scale),
         *size,
         negative_prompt=negative_prompt,
@@ -174,7 +234,16 @@ def make_request(
         reading=reading,
         control=control,
         control_guess=control_guess,
+        source=source,
     )
+
+
+def joined(requests: Sequence[Request]) -> Request:
+    """One request for the prompts of several of one size, which differ in their images alone."""
+    if requests[0].source is None:
+        return requests[0]
+    images = tuple(image for request in requests for image in request.source.images)
+    return dataclasses.replace(requests[0], source=dataclasses.replace(requests[0].source, images=images))
 
 
 def check_steps(steps: int, most: int = MAX_STEPS) -> None:
@@ -192,8 +261,8 @@ def check_guidance_scale(scale: float | None) -> None:
 def check_memory(pipeline: Pipeline, request: Request, batch: int, mesh: Mesh | None, tiled: bool) -> None:
     """Raises BadArgument if a batch of images certainly needs more memory than there is: sizes that nobody means.
 
-    Counted are noise, text, one layer of the UNet and of the decoder, and the images; a batch that passes may still be
-    too large.
+    Counted are noise, text, one layer of the UNet, of the decoder and of the encoder, and the images; a batch that
+    passes may still be too large.
     """
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     on_cpu, here, host = devices[0].platform == "cpu", memory.of_devices(devices), memory.of_host()
@@ -233,8 +302,9 @@ def _bytes_needed(pipeline: Pipeline, request: Request, batch: int, devices: int
     images = 4 * batch * pixels * 3
     widths = getattr(vae, "block_out_channels", (64,))[:2]  # its last block's output and input
     decoder = 0 if tiled else rows * pixels * sum(widths) * np.dtype(vae.dtype).itemsize
+    encoder = 0 if tiled or request.source is None else 2 * pixels * widths[0] * np.dtype(vae.dtype).itemsize
     layers = 2 * rows * places * unet.block_out_channels[0] * np.dtype(unet.dtype).itemsize
-    return noise + text + (0 if tiled else images) + max(decoder, layers), noise + 2 * images
+    return noise + text + (0 if tiled else images) + max(decoder, encoder, layers), noise + 2 * images
 
 
 def check_texts(**texts: str | Sequence[str] | None) -> None:
