@@ -43,10 +43,18 @@ def test_captions_change_what_they_say_and_nothing_else(case, changed):
         assert words == one.words and set(words) == set(shapes.ATTRIBUTES)
 
 
+def test_captions_that_mislead_name_other_objects_in_the_same_form():
+    for number in range(60):
+        spec, caption = shapes.spec(number), train.misleading(number)
+        words = {name: shapes.ATTRIBUTES[name][n] for name, n in shapes.parse_caption(caption).items()}
+        assert set(words) == set(spec.named) and caption == shapes.describe(words, spec.form)
+        assert all((word != getattr(spec, name)) == (name in cases.OUTLINED) for name, word in words.items())
+
+
 def test_masks_hold_the_whole_object_and_some_background():
     for number in range(60):
         spec = cases.repainted(number).spec
-        image, inside = shapes.render(spec).astype(int), cases.mask_of(spec) > 0
+        image, inside = shapes.render(spec).astype(int), cases.mask_of(spec)
         background = np.rint(np.clip(spec.background_rgb, 0, 255)).astype(int)
         assert (image[~inside] == background).all() and 0.05 < inside.mean() < 0.6
         rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))

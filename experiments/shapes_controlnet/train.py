@@ -3,8 +3,8 @@
 The teacher's own loss, mean |v_theta(z_t, t, c, residuals of the net) - v|^2 with t uniform, on plain renders; the
 teacher is frozen. The net begins as a copy of the UNet's encoder, with residuals that are zero (Zhang et al. 2023,
 section 3.2). As there, half of the captions are "", so that the net learns to read all of an outline, also where a
-caption does not name what it shows. Adam, linear to 0 over the second half; the EMA is written in diffusers format,
-float16.
+caption does not name what it shows. Half of the others name another shape, size and position, so that the outline wins.
+Adam, linear to 0 over the second half; the EMA is written in diffusers format, float16.
 
     python -m experiments.shapes_controlnet.train [--workdir=runs/shapes_controlnet] [--publish]
 
@@ -28,6 +28,7 @@ import optax
 from experiments import embedded, results
 from experiments.shapes_lcm_lora.train_style import latents
 from experiments.shapes_teacher.loop import make_state, make_step, noised, run
+from experiments.workflows import cases
 from lcm_jax import assets, files
 from lcm_jax.data import shapes
 from lcm_jax.data.order import batch_indices
@@ -35,13 +36,14 @@ from lcm_jax.diffusion import schedule
 from lcm_jax.ending import exit_code
 from lcm_jax.models.controlnet import ControlNetConditioningEmbedding, ControlNetModel
 from lcm_jax.models.unet import Encoder, UNet2DConditionModel
-from lcm_jax.pretrained import load_pipeline, names, save_unet
+from lcm_jax.pretrained import Pipeline, load_pipeline, names, save_unet
 from lcm_jax.pretrained import text as conditioning
+from lcm_jax.pretrained.model import PipelineParams
 
 STEPS, LEARNING_RATE = 2000, 1e-3
 EXAMPLES = 8192
 BATCH = 32
-DROP_CAPTION = 0.5
+DROP_CAPTION, MISLEAD = 0.5, 0.5  # of the captions; of those that are left
 WIDTHS = (8, 16, 32, 64)  # of the outline's embedding, 64 pixels -> 8 latents on a side
 ASSET = assets.path("shapes").with_name("shapes_controlnet")
 
@@ -62,6 +64,18 @@ def outlines(rows: Sequence[int]) -> np.ndarray:
     return np.stack([shapes.outline(shapes.spec(int(row))) for row in rows]).astype(np.float32) / 255
 
 
+def misleading(number: int) -> str:
+    """A training image's caption with another shape, size and position, where it names them."""
+    spec = shapes.spec(number)
+    return shapes.describe(cases.reworded(spec, spec.named, cases.OUTLINED, number), spec.form)
+
+
+def encoded(teacher: Pipeline, params: PipelineParams, captions: Sequence[str], batch: int = 64) -> np.ndarray:
+    """Conditioning [n l d] of captions."""
+    parts = (captions[start : start + batch] for start in range(0, len(captions), batch))
+    return np.concatenate([conditioning.encode(teacher, params, part)["encoder_hidden_states"] for part in parts])
+
+
 def loss_fn(
     unet: UNet2DConditionModel,
     net: ControlNetModel,
@@ -70,9 +84,14 @@ def loss_fn(
     batch: Any,
     key: jax.Array,
 ) -> tuple[jax.Array, dict]:
-    """(loss, {}); batch: rows of `latents` with "outline", and the frozen "base" (UNet weights) and "null" [1 l d]."""
+    """(loss, {}).
+
+    batch: rows of `latents`, with "misleading" [b l d] and "outline"; the frozen "base" (UNet's weights) and "null".
+    """
     z_t, t, velocity, drop = noised(noise_schedule, batch, key, DROP_CAPTION)
-    text = jnp.where(drop[:, None, None], batch["null"], batch["text"])
+    mislead = jax.random.bernoulli(jax.random.fold_in(key, 1), MISLEAD, t.shape)
+    text = jnp.where(mislead[:, None, None], batch["misleading"], batch["text"])
+    text = jnp.where(drop[:, None, None], batch["null"], text)
     residuals = net.apply({"params": params}, z_t, t, text, batch["outline"])
     v = unet.apply({"params": batch["base"]}, z_t, t, text, residuals=residuals)
     return jnp.square(v - velocity).mean(), {}
@@ -82,6 +101,7 @@ def train(workdir: Path, steps: int = STEPS, examples: int = EXAMPLES) -> Path:
     """Trains, or resumes, and writes WORKDIR/net."""
     teacher, params = load_pipeline(assets.path("shapes"))
     data = latents(teacher, params, "plain", examples)
+    data["misleading"] = encoded(teacher, params, [misleading(number) for number in range(examples)])
     null = conditioning.null(teacher, params)["encoder_hidden_states"]
     frozen = jax.device_put({"base": params["unet"], "null": null})
     net, initial = net_of(teacher.unet, params["unet"])

@@ -8,6 +8,7 @@ Captions name all five attributes. Those that are not as in the image:
 """
 
 import dataclasses
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -57,17 +58,23 @@ def outlined(number: int, contradicts: bool) -> Case:
 def _case(number: int, changed: tuple[str, ...]) -> Case:
     """Image `number` of the held-out split in words, those of `changed` replaced by others, which depend on it."""
     spec = shapes.spec(number, "heldout")
+    return Case(spec, reworded(spec, tuple(shapes.ATTRIBUTES), changed, number))
+
+
+def reworded(spec: shapes.Spec, named: Iterable[str], changed: Collection[str], number: int) -> dict[str, str]:
+    """Words for the attributes `named`: the image's, but others for those of `changed`; which, depends on `number`."""
     found = {}
-    for name, words in shapes.ATTRIBUTES.items():
-        own, step = words.index(getattr(spec, name)), 1 + number % (len(words) - 1)
-        found[name] = words[(own + step * (name in changed)) % len(words)]
-    return Case(spec, found)
+    for name in named:
+        words = shapes.ATTRIBUTES[name]
+        step = 1 + number % (len(words) - 1) if name in changed else 0
+        found[name] = words[(words.index(getattr(spec, name)) + step) % len(words)]
+    return found
 
 
 def mask_of(spec: shapes.Spec) -> np.ndarray:
-    """The square around an object, which is to be repainted: uint8 [64 64], 255 inside."""
-    mask, reach = np.zeros((shapes.RESOLUTION,) * 2, np.uint8), spec.extent + MARGIN
+    """The square around an object, which is to be painted: bool [64 64]."""
+    mask, reach = np.zeros((shapes.RESOLUTION,) * 2, bool), spec.extent + MARGIN
     left, top = (max(0, int(c - reach)) for c in spec.centre)
     right, bottom = (int(np.ceil(c + reach)) for c in spec.centre)
-    mask[top:bottom, left:right] = 255
+    mask[top:bottom, left:right] = True
     return mask

@@ -109,7 +109,7 @@ def inpainting(ask: dict[tuple[str, int], Ask], count: int) -> Found:
     asked = [cases.repainted(number) for number in range(count)]
     captions, given = [case.caption for case in asked], [case.given for case in asked]
     masks = [cases.mask_of(case.spec) for case in asked]
-    inside = np.repeat(masks, EACH, axis=0)[..., None] > 0
+    inside = np.repeat(masks, EACH, axis=0)[..., None]
     originals = np.repeat(given, EACH, axis=0)
     rows, lines = [], {"input": first(originals), "masked": first(np.where(inside, np.uint8(128), originals))}
     for (model, steps), images_of in ask.items():

@@ -3,6 +3,7 @@
 import itertools
 import os
 
+import numpy as np
 import torch
 from diffusers import (
     ControlNetModel,
@@ -42,7 +43,12 @@ def prepare(workflow: Workflow) -> Prepared:
         if workflow.kind == "image to image":  # it takes the image's size
             return {"image": image, "strength": STRENGTH}
         if workflow.kind == "inpainting":
-            return {"image": image, "mask_image": Image.fromarray(cases.mask_of(spec)), "strength": 1.0, **size}
+            return {
+                "image": image,
+                "mask_image": Image.fromarray(255 * cases.mask_of(spec).astype(np.uint8)),
+                "strength": 1.0,
+                **size,
+            }
         outlines = [Image.fromarray(shapes.outline(spec))] * workflow.batch
         return {"image": outlines, **size} if workflow.kind == "ControlNet" else size
 
