@@ -31,6 +31,7 @@ from lcm_jax.ending import exit_code
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained.safetensors_io import SUFFIX
 from lcm_jax.sampling import control, flags, like, png
+from lcm_jax.sampling import inpaint as masks
 from lcm_jax.sampling.chunks import truncated, unused
 from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.generator import Generator
@@ -55,6 +56,8 @@ from lcm_jax.sampling.request import (
 )
 
 OPTIONAL = ("unet", "vae", "variant", "model_config", "ignore_unused", "tiled")  # flags recorded only if given
+OF_MASK = ("mask_blur", "mask_grow", "crop_padding", "paste", "start")
+OF_IMAGE = ("strength", "fit", "background", "max_side", "posterior", *OF_MASK)
 SMALLEST = 2**12  # bytes that a PNG file takes on a disk at least
 MOST_LISTED = 20  # names in an error
 _NAME = re.compile(r"(\d+)_(\d+)\.png")
@@ -65,6 +68,7 @@ def parser() -> flags.Parser:
     flags.add_model_flags(p, required=False)
     flags.add_image_flags(p)
     flags.add_source_flags(p)
+    flags.add_mask_flags(p)
     flags.add_prompt_flags(p)
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
     p.add_argument("--prompts", type=files.expanded, help="text file, one prompt per line")
@@ -127,7 +131,7 @@ def repeated(p: flags.Parser, argv: Sequence[str], path: Path) -> argparse.Names
         *(like.MODEL if given.model else ()),
         *(("prompt",) if given.prompt or given.prompts else ()),
         *(("lora",) if given.lora else ()),
-        *(("image", "width", "height") if given.image else ()),
+        *(("image", "width", "height", *like.MASK) if given.image else ()),
     }
     words = like.words({name: value for name, value in found.items() if name not in replaced})
     p.exit_on_error = False
@@ -218,16 +222,18 @@ def read_control(args: argparse.Namespace) -> list[Control]:
     return found
 
 
-def read_sources(args: argparse.Namespace) -> list[Path | None]:
-    """The images that a command line starts from, [None] if it starts from noise; raises as `read_prompts`."""
+def read_sources(args: argparse.Namespace) -> list[tuple[Path | None, Path | None]]:
+    """(image, mask) that a command line starts from, [(None, None)] for noise; raises as `read_prompts`."""
+    args.paste = args.paste and args.paste == "on"
     if args.image is None:
-        for flag in ("strength", "fit", "background", "max_side", "posterior"):
+        for flag in (*OF_IMAGE, "mask"):
             if (value := getattr(args, flag)) is not None:
                 raise BadArgument(flag, value, "is for image to image; give --image=FILE or a folder")
-        return [None]
-    found = listed(args.image)
-    for one in found:
-        read_image(one, "image", smallest=1)
+        return [(None, None)]
+    found = [(image, masks.of(args.mask, image)) for image in listed(args.image)]
+    for image, mask in found:
+        size = read_image(image, "image", smallest=1).shape[:2]
+        masks.make_mask(mask, [size], **{key: getattr(args, key) for key in OF_MASK})
     return found
 
 
@@ -259,6 +265,17 @@ def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict
     }
 
 
+def about_source(args: argparse.Namespace, image: Path | None, mask: Path | None) -> dict[str, Any]:
+    """What an image records of the image and the mask that it starts from."""
+    if mask is None:
+        return {"source": image} if image else {}
+    numbers = {
+        key: value for key in ("mask_blur", "mask_grow", "crop_padding") if (value := getattr(args, key)) is not None
+    }
+    others = {"paste": "off"} if args.paste is False else {}
+    return {"source": image, "mask": mask, **numbers, **others, **({"start": args.start} if args.start else {})}
+
+
 def check_out(out: Path, abouts: Sequence[Mapping[str, Any]], numbers: range) -> None:
     """Raises BadArgument if `out` has images under the names of these, one record for each prompt, that are others."""
     for path in sorted(out.glob("*.png")):
@@ -278,9 +295,11 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
     nets = {name: model.control_net(name, args.variant) for name in dict.fromkeys(one.net for one in controls)}
     controls = [dataclasses.replace(one, net=nets[one.net]) for one in controls]
     keys = ("sampler", "steps", "spacing", "guidance_scale", "height", "width", "negative_prompt", "noise")
-    keys += ("emphasis", "clip_skip", "control_guess", "strength", "fit", "background", "max_side", "posterior")
+    keys += ("emphasis", "clip_skip", "control_guess", *OF_IMAGE)
     given = {key: getattr(args, key) for key in keys} | {"prompt_syntax": args.prompt_syntax or "plain"}
-    requests = [make_request(model.pipeline, control=controls, image=one, **given) for one in sources]
+    requests = [
+        make_request(model.pipeline, control=controls, image=image, mask=mask, **given) for image, mask in sources
+    ]
     preview = args.out / "preview.png"
     if args.preview is not None:
         model.preview = load_preview(args.preview, model.pipeline, functools.partial(show, preview))
@@ -288,11 +307,7 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
     numbers = range(args.first_image, args.first_image + args.num_images)
     pairs = [(n, prompt) for n in range(len(sources)) for prompt in prompts]  # each image with each prompt
     abouts = [
-        {
-            "prompt": prompt,
-            **({"source": sources[n]} if sources[n] else {}),
-            **about_images(args, requests[n], model.dtype),
-        }
+        {"prompt": prompt, **about_source(args, *sources[n]), **about_images(args, requests[n], model.dtype)}
         for n, prompt in pairs
     ]
     if not args.overwrite:
@@ -303,7 +318,7 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
         raise BadArgument("num_images", args.num_images, str(error)) from None
     of_size = collections.defaultdict(list)
     for pair, (n, _) in enumerate(pairs):
-        of_size[requests[n].height, requests[n].width].append(pair)
+        of_size[requests[n].of_size].append(pair)
     asked = [(joined([requests[pairs[pair][0]] for pair in group]), group) for group in of_size.values()]
     batches = [
         (

@@ -162,23 +162,23 @@ def test_parts_that_do_not_fit_are_refused_by_name(what):
 
 
 def test_models_for_other_tasks_are_refused_before_weights_are_read(tmp_path):
-    """Inpainting, also by an exchanged UNet, and refining: by name, in `load` and in a request."""
+    """Refining, by name, in `load` and in a request; inpainting, also by an exchanged UNet, without an image."""
     refiner, base = tiny.copy("refiner", tmp_path / "refiner"), tiny.copy("sd1", tmp_path / "base")
     inpainting = tiny.build("inpainting", tmp_path / "inpainting")
     for weights in tmp_path.rglob("*.safetensors"):
         weights.unlink()
+    with pytest.raises(LcmError, match="refiner is an SDXL refiner, which .*; give a text-to-image model"):
+        load(refiner)
     for source, unet, message in (
         (
             inpainting,
             None,
-            r"inpainting is an inpainting model \(its UNet takes 9 channels, the VAE's latents have 4\)",
+            r"is an inpainting model \(its UNet takes 9 channels, the VAE's latents have 4\); give an image",
         ),
-        (base, inpainting, r"base with the UNet of .*inpainting is an inpainting model"),
-        (refiner, None, "refiner is an SDXL refiner, which .*; give a text-to-image model"),
+        (base, inpainting, "is an inpainting model .*; give an image and a mask, or a text-to-image model"),
+        (refiner, None, "give a text-to-image model"),
     ):
         with pytest.raises(LcmError, match=message):
-            load(source, unet=unet)
-        with pytest.raises(LcmError, match="give a text-to-image model"):
             make_request(load_pipeline(source, unet=unet, weights=False)[0])
 
 

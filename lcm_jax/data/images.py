@@ -217,6 +217,26 @@ def upright(opened: Image.Image, background: Background = "white") -> np.ndarray
         return _upright(np.asarray(_rgb(opened, background)), _orientation(opened))
 
 
+def decode_mask(opened: Image.Image | bytes) -> np.ndarray:
+    """uint8 [h w] of an image or a file's bytes, upright: its alpha channel if that varies, else its grey values.
+
+    Raises:
+        BadRecordError: see `decode`.
+    """
+    with _bad_record():
+        opened = _open(opened) if isinstance(opened, bytes) else opened
+        opened.load()
+        orientation, image = _orientation(opened), opened
+        if image.mode.startswith("I"):
+            image = _eight_bits(image)
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        if alpha is not None and len(set(alpha.getextrema())) == 2:
+            return _upright(np.asarray(alpha), orientation)
+        if image.mode == "F":
+            raise BadRecordError("image of floats, whose range is not known")
+        return _upright(np.asarray(image.convert("RGB").convert("L")), orientation)
+
+
 def header_size(data: bytes | np.ndarray) -> tuple[int, int]:
     """(height, width) of what `decode` would return, from the header alone.
 

@@ -344,12 +344,20 @@ def _purpose(channels: int, latent: int) -> str | None:
     return known.get(channels - latent)
 
 
-def check_text_to_image(pipeline: Pipeline, name: str) -> None:
-    """Raises LcmError, which says what the model `name` is instead, unless it makes images from text alone."""
+def check_generates(pipeline: Pipeline, name: str) -> None:
+    """Raises LcmError for an SDXL refiner; others make images from text, or from text, an image and a mask."""
+    if pipeline.purpose == "refining":
+        problem = "is an SDXL refiner, which improves the images of another model; give a text-to-image model"
+        raise LcmError(f"{name} {problem}")
+
+
+def check_text_to_image(pipeline: Pipeline, name: str, instead: str = "") -> None:
+    """Raises LcmError, which says what the model `name` is instead, unless it makes images from text alone.
+
+    instead: what else may be given to an inpainting model, for the message.
+    """
+    check_generates(pipeline, name)
     channels, latent = pipeline.unet.in_channels, pipeline.vae.latent_channels
-    what = {
-        "inpainting": f"an inpainting model (its UNet takes {channels} channels, the VAE's latents have {latent})",
-        "refining": "an SDXL refiner, which improves the images of another model",
-    }
-    if pipeline.purpose in what:
-        raise LcmError(f"{name} is {what[pipeline.purpose]}; give a text-to-image model")
+    if pipeline.purpose == "inpainting":
+        what = f"an inpainting model (its UNet takes {channels} channels, the VAE's latents have {latent})"
+        raise LcmError(f"{name} is {what}; give {instead}a text-to-image model")

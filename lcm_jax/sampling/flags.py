@@ -18,6 +18,7 @@ from lcm_jax.runtime.mesh import make_mesh
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.image import FITS
 from lcm_jax.sampling.image_to_image import POSTERIORS
+from lcm_jax.sampling.inpaint import STARTS
 from lcm_jax.sampling.load import load
 from lcm_jax.sampling.prompts import SYNTAXES
 from lcm_jax.sampling.request import MAX_PROMPT
@@ -75,7 +76,7 @@ def add_source_flags(p: argparse.ArgumentParser) -> None:
         metavar="FILE|FOLDER",
         help="start from this image, or from each one of a folder, instead of noise. Default size of images: its own",
     )
-    p.add_argument("--strength", type=float, help="how far from --image, more than 0 to 1; default: 0.5")
+    p.add_argument("--strength", type=float, help="how far from --image, more than 0 to 1; default: 0.5, with --mask 1")
     p.add_argument("--fit", choices=FITS, help="of an --image of another aspect; default: crop")
     p.add_argument("--background", metavar="COLOUR", help="under transparent parts of --image; default: white")
     p.add_argument(
@@ -86,6 +87,25 @@ def add_source_flags(p: argparse.ArgumentParser) -> None:
         choices=POSTERIORS,
         help="of the VAE's encoder; sample: with noise, as diffusers; default: mode, with --noise=torch sample",
     )
+
+
+def add_mask_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--mask",
+        type=files.expanded,
+        metavar="FILE|FOLDER",
+        help="white where --image is painted, black where it stays as it is; a folder has a mask of each image's name",
+    )
+    p.add_argument("--mask_blur", type=float, help="radius in pixels that softens the edge outwards; default: 0")
+    p.add_argument("--mask_grow", type=int, help="pixels that the white part grows by; default: 0")
+    p.add_argument(
+        "--crop_padding",
+        type=int,
+        help="paint only the part of the image around the white, with so many pixels, at full size; results have the "
+        "image's own size",
+    )
+    p.add_argument("--paste", choices=("on", "off"), help="off: what is kept comes from the VAE, too; default: on")
+    p.add_argument("--start", choices=STARTS, help="at strength 1; noise: as diffusers; default: image, faintly seen")
 
 
 def add_prompt_flags(p: argparse.ArgumentParser) -> None:

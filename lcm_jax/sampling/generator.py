@@ -46,7 +46,8 @@ from lcm_jax.runtime.mesh import batch_sharding, place, replicated
 from lcm_jax.sampling.chunks import chunked
 from lcm_jax.sampling.control import Conditions, Control, Controlled, Net, conditions
 from lcm_jax.sampling.image import ImageLike
-from lcm_jax.sampling.image_to_image import Encoder, check_count
+from lcm_jax.sampling.image_to_image import Encoder, begin, check_count, posteriors
+from lcm_jax.sampling.inpaint import Painting, Start, together
 from lcm_jax.sampling.noise import draw_noise
 from lcm_jax.sampling.png import not_finite, to_uint8
 from lcm_jax.sampling.preview import Preview
@@ -81,6 +82,7 @@ def latents(
     hook: samplers.Hook | None = None,
     loop: Callable = samplers.scan,
     control: Conditions | None = None,
+    painting: Painting | None = None,
 ) -> Any:
     """Scaled latents [b h w c]; pure, one scan over the steps.
 
@@ -93,7 +95,9 @@ def latents(
       guidance_scale: scalar; a UNet with w embedding is conditioned on w = guidance_scale - 1.
       hook, loop: see `diffusion.samplers`.
       control: of ControlNets, for these steps and passes.
+      painting: of inpainting.
     """
+    unet, hook = (unet, hook) if painting is None else (painting.on(unet), together(painting.hook(), hook))
     unet = unet if control is None else Controlled(unet, control, plan.t)
     batch = noise.shape[1]
     w = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32) - 1.0, (batch,))
@@ -139,11 +143,25 @@ def _programs(mesh: Mesh | None) -> tuple[Callable, Callable]:
     options = {"out_shardings": mesh and replicated(mesh), "compiler_options": kernels.inference(platform)}
 
     @functools.partial(jax.jit, static_argnames=("unet", "schedule", "preview"), **options)
-    def sample(unet, schedule, plan, params, cond, null, noise, scale, control=None, preview=None, preview_params=None):
+    def sample(
+        unet,
+        schedule,
+        plan,
+        params,
+        cond,
+        null,
+        noise,
+        scale,
+        control=None,
+        preview=None,
+        preview_params=None,
+        painting=None,
+    ):
         rows = noise.shape[1]
         cond, noise = _fill(cond, mesh), _fill(noise.swapaxes(0, 1), mesh).swapaxes(0, 1)
+        painting = painting and dataclasses.replace(painting, rows=_fill(painting.rows, mesh))
         hook = preview and preview.hook(preview_params, mesh)
-        return latents(unet, schedule, plan, params, cond, null, noise, scale, hook, loop, control)[:rows]
+        return latents(unet, schedule, plan, params, cond, null, noise, scale, hook, loop, control, painting)[:rows]
 
     @functools.partial(jax.jit, static_argnames="vae", **options)
     def decode(vae, params, z):
@@ -234,6 +252,12 @@ class Generator:
         background: str | tuple[int, int, int] | None = None,
         max_side: int | None = None,
         posterior: str | None = None,
+        mask: ImageLike | Sequence[ImageLike] | None = None,
+        mask_blur: float | None = None,
+        mask_grow: int | None = None,
+        crop_padding: int | None = None,
+        paste: bool | None = None,
+        start: str | None = None,
     ) -> list[Image.Image]:
         """`num_images` images of each prompt, in order; logs `request.warnings`.
 
@@ -255,10 +279,12 @@ class Generator:
             model's own, 1, of SDXL 2.
           image: to start from, one for all prompts or one for each: a file, a Pillow image, or [h w 3], uint8 or floats
             in [0, 1]. Without height and width images have its size, in whole latents.
-          strength: how far from the image, more than 0 to 1; None: 0.5. All steps are run.
+          strength: how far from the image, more than 0 to 1; None: 0.5, with a mask 1. All steps are run.
           fit: of an image of another aspect, one of `image.FITS`; None: "crop". background: colour under transparency.
           max_side: pixels that larger images are reduced to; None: twice the model's own size.
           posterior: of the VAE, "mode" or "sample"; None: "sample" with noise "torch" and "torch-batch", else "mode".
+          mask: white where the image is painted, black where it is kept; an image, or [h w] of bool, too.
+          mask_blur, mask_grow, crop_padding, paste, start: see `inpaint.Mask`.
 
         Raises:
           BadArgument: a value is wrong, or the model cannot do it.
@@ -288,6 +314,12 @@ class Generator:
             background=background,
             max_side=max_side,
             posterior=posterior,
+            mask=mask,
+            mask_blur=mask_blur,
+            mask_grow=mask_grow,
+            crop_padding=crop_padding,
+            paste=paste,
+            start=start,
         )
         check_count(request.source, prompts)
         check_readable(prompt_syntax, prompts=prompts, negative_prompt=negative_prompt)
@@ -326,8 +358,8 @@ class Generator:
             """(prompt, number) of each image of a batch."""
             return [divmod(min(start + i, total - 1), num_images) for i in range(size)]
 
-        for together in {frozenset(prompt for prompt, _ in jobs_from(start)) for start in range(0, total, size)}:
-            self.check_prompts(request, [prompts[prompt] for prompt in sorted(together)])
+        for batch in {frozenset(prompt for prompt, _ in jobs_from(start)) for start in range(0, total, size)}:
+            self.check_prompts(request, [prompts[prompt] for prompt in sorted(batch)])
 
         def generated() -> Iterator[np.ndarray]:
             for start in range(0, total, size):
@@ -359,25 +391,26 @@ class Generator:
 
     def generate(self, request: Request, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> np.ndarray:
         """One batch of images, float32 in [0, 1], [b H W 3], for prompts and image numbers, [b] each."""
-        noise = self.start(request, numbers, seed)
+        noise, painting, canvases = self.start(request, numbers, seed)
         cond = self.encode(prompts, reading=request.reading)
         guided = is_guided(self.pipeline, request.guidance_scale)
         control = conditions(request.control, request.settings.steps, request.control_guess, guided)
         scale, settings, negative_prompt = request.guidance_scale, request.settings, request.negative_prompt
-        z = self.latents(cond, noise, scale, settings, negative_prompt, reading=request.reading, control=control)
-        return self.decode(z)
+        more = dict(reading=request.reading, control=control, painting=painting)
+        images = self.decode(self.latents(cond, noise, scale, settings, negative_prompt, **more))
+        if painting is None or not request.source.mask.paste:
+            return images
+        return np.stack([canvas.pasted(image) for canvas, image in zip(canvases, images, strict=True)])
 
-    def start(self, request: Request, numbers: Sequence[int], seed: int) -> np.ndarray:
-        """What `latents` reads, [steps b h w c]: noise, of image to image with the noised images as its entry 0."""
-        steps, size, source = noise_entries(request.settings), (request.height, request.width), request.source
-        before = int(source is not None and source.posterior == "sample")
-        noise = self.noise(seed, numbers, steps, *size, request.noise, request.num_images, before)
+    def start(self, request: Request, numbers: Sequence[int], seed: int) -> Start:
+        """What `latents` reads: noise [steps b h w c], of image to image with the noised images as its entry 0."""
+        settings, size, source = request.settings, (request.height, request.width), request.source
+        extra = posteriors(self.pipeline, source, settings.strength)
+        drawn = self.noise(seed, numbers, noise_entries(settings), *size, request.noise, request.num_images, *extra)
         if source is None:
-            return noise
-        xi, eps, between = noise[0] if before else None, noise[before], noise[before + 1 :]
-        z = self.encoder.latents(source.pixels(*size), xi)
-        schedule, t = self.pipeline.schedule, make_plan(self.pipeline, request.settings).t[0]
-        return np.concatenate([(schedule.alphas[t] * z + schedule.sigmas[t] * eps)[None], between])
+            return Start(drawn)
+        t = make_plan(self.pipeline, settings).t
+        return begin(self.pipeline, self.encoder, source, size, t, drawn, settings.strength)
 
     def noise(
         self,
@@ -421,6 +454,7 @@ class Generator:
         unet_params: Any = None,
         reading: Reading = PLAIN,
         control: Conditions | None = None,
+        painting: Painting | None = None,
     ) -> jax.Array:
         """Scaled latents [b h w c].
 
@@ -433,6 +467,7 @@ class Generator:
           unet_params: used instead of the model's own UNet weights.
           reading: how the negative prompt is read.
           control: of ControlNets, for these steps and passes.
+          painting: of inpainting, see `start`.
         """
         pipeline = self.pipeline
         if pipeline.is_xl:
@@ -451,7 +486,8 @@ class Generator:
             noise,
             guidance_scale,
             control,
-            *(self.preview or ()),
+            *(self.preview or (None, None)),
+            painting,
         )
 
     def trace(self, request: Request, batch: int) -> dict[str, jax.stages.Traced]:

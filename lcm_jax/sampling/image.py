@@ -4,8 +4,12 @@ Orientation, transparency (over a background), palettes, grey, 16 bits and CMYK 
 colour profiles are ignored.
 """
 
+import contextlib
+import functools
 import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor
@@ -34,32 +38,62 @@ def read_image(
     Raises:
       BadArgument: no such file, no image, an animation, a size or values that cannot be used.
     """
-    is_array = isinstance(source, np.ndarray)
-    shown = f"{source.dtype} {list(source.shape)}" if is_array else source
-    try:
-        image = _checked(source) if is_array else _decoded(source, background)
-    except OSError as error:
-        raise BadArgument(name, shown, f"cannot be read ({error.strerror}); give an image file") from None
-    except LcmError as error:
-        raise BadArgument(name, shown, f"{error}; give one image, such as a PNG or JPEG") from None
+    decode, upright = (functools.partial(one, background=background) for one in (images.decode, images.upright))
+    with _named(name, source):
+        if isinstance(source, np.ndarray):
+            image = _checked(source)
+        else:
+            image = _decoded(source, decode, upright)
     height, width = image.shape[:2]
     if min(height, width) < smallest:
-        raise BadArgument(name, shown, f"has {width} x {height} pixels; each side needs at least {smallest}")
+        raise BadArgument(name, shown(source), f"has {width} x {height} pixels; each side needs at least {smallest}")
     return image
 
 
+def read_mask(source: ImageLike, name: str = "mask") -> np.ndarray:
+    """A mask as upright uint8 [h w]: its alpha channel if that varies, else its grey values.
+
+    source: as of an image, an array also [h w], of bool, too. Raises BadArgument as `read_image` does.
+    """
+    with _named(name, source):
+        if not isinstance(source, np.ndarray):
+            return _decoded(source, images.decode_mask, images.decode_mask)
+        array = source.astype(np.uint8) * np.uint8(255) if source.dtype == bool else source
+        array = _checked(np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array)
+        return np.asarray(Image.fromarray(array).convert("L"))
+
+
+def shown(image: ImageLike) -> Any:
+    """What an error calls an image."""
+    return f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else image
+
+
+@contextlib.contextmanager
+def _named(name: str, source: ImageLike) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadArgument(name, shown(source), f"cannot be read ({error.strerror}); give an image file") from None
+    except LcmError as error:
+        raise BadArgument(name, shown(source), f"{error}; give one image, such as a PNG or JPEG") from None
+
+
 def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h w 3] stretched to [height width 3], by Lanczos with antialiasing, as diffusers does it."""
+    """uint8 [h w 3] or [h w] stretched to [height width ...], by Lanczos with antialiasing, as diffusers does it."""
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def fitted(image: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
-    """uint8 [h w 3] -> [height width 3], resized as `resized` does it, in diffusers' geometry.
+def fitted(image: np.ndarray, height: int, width: int, fit: str, spare: int = 0) -> np.ndarray:
+    """uint8 [h w 3] or [h w] -> [height width ...], resized as `resized` does it, in diffusers' geometry.
 
     fit: "crop": covers the size, and what is outside is cut off evenly; "fill": fits into it, and its border pixels
       are repeated around it; "stretch": in both directions by what is needed.
+    spare: pixels in each direction that "crop" may cut off to save resizing.
     """
     h, w = image.shape[:2]
+    if fit == "crop" and 0 <= h - height <= spare and 0 <= w - width <= spare:
+        top, left = (h - height) // 2, (w - width) // 2
+        return image[top : top + height, left : left + width]
     if fit == "stretch" or h * width == w * height:
         return resized(image, height, width)
     to_height = (w * height > h * width) == (fit == "crop")  # whether it gets its height, and the width follows
@@ -67,7 +101,8 @@ def fitted(image: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
     image, top, left = resized(image, rows, columns), height // 2 - rows // 2, width // 2 - columns // 2
     if fit == "crop":
         return image[-top : height - top, -left : width - left]
-    return np.pad(image, ((top, height - rows - top), (left, width - columns - left), (0, 0)), mode="edge")
+    around = ((top, height - rows - top), (left, width - columns - left), *[(0, 0)] * (image.ndim - 2))
+    return np.pad(image, around, mode="edge")
 
 
 def parse_colour(name: str, colour: str | tuple[int, int, int]) -> images.Background:
@@ -80,12 +115,12 @@ def parse_colour(name: str, colour: str | tuple[int, int, int]) -> images.Backgr
     return found[:3]
 
 
-def _decoded(source: str | Path | Image.Image, background: images.Background) -> np.ndarray:
+def _decoded(source: str | Path | Image.Image, decode: Callable, upright: Callable) -> np.ndarray:
     if isinstance(source, Image.Image):
         _check_frames(source)
-        return images.upright(source, background)
+        return upright(source)
     data = files.read_regular(files.expanded(source), MAX_FILE)
-    image = images.decode(data, background=background)
+    image = decode(data)
     _check_frames(Image.open(io.BytesIO(data), formats=images.FORMATS))
     return image
 

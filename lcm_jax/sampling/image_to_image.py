@@ -36,6 +36,7 @@ from lcm_jax.pretrained.model import Pipeline
 from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import batch_sharding, replicated
 from lcm_jax.sampling.image import FITS, ImageLike, fitted, parse_colour, read_image
+from lcm_jax.sampling.inpaint import Canvas, Mask, Painting, Start, canvas, cells, make_mask, mask_of
 
 STRENGTH = 0.5  # if none is given
 POSTERIORS = ("mode", "sample")
@@ -55,41 +56,62 @@ class Source:
       fit: how they are brought to the size, one of `image.FITS`.
       background: colour under transparency.
       posterior: what of the VAE's is used, "mode" or "sample".
+      mask: the parts to be painted, of inpainting; None: all.
+      of_size: of the results, (height, width) of the image if they are pasted into it; None: the request's.
     """
 
     images: tuple[ImageLike, ...]
     fit: str = "crop"
     background: images.Background = "white"
     posterior: str = "mode"
+    mask: Mask | None = None
+    of_size: tuple[int, int] | None = None
 
     def of(self, prompts: Sequence[int]) -> "Source":
-        """With the images of these prompts."""
-        return (
-            self
-            if len(self.images) == 1
-            else dataclasses.replace(self, images=tuple(map(self.images.__getitem__, prompts)))
-        )
+        """With the images and the masks of these prompts."""
 
-    def pixels(self, height: int, width: int) -> list[np.ndarray]:
-        """uint8 [height width 3] for each image; what is given twice is read once."""
-        found: dict[int, np.ndarray] = {}
-        for one in self.images:
-            if id(one) not in found:
-                found[id(one)] = fitted(read_image(one, "image", 1, self.background), height, width, self.fit)
-        return [found[id(one)] for one in self.images]
+        def chosen(given: tuple[ImageLike, ...]) -> tuple[ImageLike, ...]:
+            return given if len(given) == 1 else tuple(given[prompt] for prompt in prompts)
+
+        mask = self.mask and dataclasses.replace(self.mask, images=chosen(self.mask.images))
+        return dataclasses.replace(self, images=chosen(self.images), mask=mask)
+
+    def canvases(self, height: int, width: int, factor: int, rows: int) -> list[Canvas]:
+        """One for each of the rows; what is given twice is read once."""
+        made: dict[tuple[int, int], Canvas] = {}
+        masks = self.mask.images if self.mask else (None,)
+        pairs = [(given[0] if len(given) == 1 else given[row] for given in (self.images, masks)) for row in range(rows)]
+        found = []
+        for image, mask in pairs:
+            key = id(image), id(mask)
+            if key not in made:
+                pixels = read_image(image, "image", 1, self.background)
+                if mask is None:
+                    pixels = fitted(pixels, height, width, self.fit, factor - 1)
+                    made[key] = Canvas(pixels)
+                else:
+                    hole = mask_of(mask, pixels.shape[:2])
+                    made[key] = canvas(pixels, hole, self.mask, height, width, self.fit, factor - 1)
+            found.append(made[key])
+        return found
 
 
 def make_source(
     pipeline: Pipeline,
     image: ImageLike | Sequence[ImageLike],
+    noise: str = "jax",
+    *,
     fit: str | None = None,
     background: str | tuple[int, int, int] | None = None,
     posterior: str | None = None,
-    noise: str = "jax",
+    mask: ImageLike | Sequence[ImageLike] | None = None,
+    **of_mask: Any,
 ) -> tuple[Source, tuple[int, int]]:
     """(source, height and width of its first image), checked; None: the default.
 
-    posterior: by default "sample" for noise "torch" and "torch-batch", as diffusers has it, else "mode".
+    Args:
+      noise: of the request; with "torch" and "torch-batch" `posterior` is "sample" by default, as diffusers has it.
+      mask, of_mask: see `inpaint.make_mask`.
 
     Raises:
       BadArgument: a value is wrong, or an image cannot be used.
@@ -106,7 +128,13 @@ def make_source(
     if not given:
         raise BadArgument("image", [], "has no image; give one, or one for each prompt")
     sizes = [read_image(one, "image", SMALLEST * pipeline.vae.factor, background).shape[:2] for one in given]
-    return Source(given, fit, background, posterior), sizes[0]
+    masks = make_mask(mask, sizes, **of_mask)
+    pasted = masks is not None and masks.padding is not None and masks.paste
+    if pasted and len(set(sizes)) > 1:
+        raise BadArgument(
+            "crop_padding", masks.padding, "results have the sizes of the images; give images of one size"
+        )
+    return Source(given, fit, background, posterior, masks, sizes[0] if pasted else None), sizes[0]
 
 
 def check_strength(strength: float | None) -> None:
@@ -116,10 +144,11 @@ def check_strength(strength: float | None) -> None:
 
 
 def check_count(source: Source | None, prompts: Sequence[str]) -> None:
-    """Raises BadArgument unless there is one image, or one for each prompt."""
-    if source is not None and len(source.images) not in (1, len(prompts)):
-        problem = f"for {len(prompts)} prompts; give one image, or one for each prompt"
-        raise BadArgument("image", f"{len(source.images)} images", problem)
+    """Raises BadArgument unless there is one image, or one for each prompt; masks likewise."""
+    for name, given in (("image", source and source.images), ("mask", source and source.mask and source.mask.images)):
+        if given and len(given) not in (1, len(prompts)):
+            problem = f"for {len(prompts)} prompts; give one {name}, or one for each prompt"
+            raise BadArgument(name, f"{len(given)} {name}s", problem)
 
 
 def check_steps_left(pipeline: Pipeline, sampler: str, steps: int, strength: float) -> None:
@@ -181,11 +210,14 @@ class Encoder:
         self._vae, self._tiled, self._known = vae, tiled, {}
         self._run = functools.partial(_program(mesh), vae, params)
 
-    def moments(self, image: np.ndarray) -> Moments:
-        """Mean and standard deviation [h w c] of uint8 [H W 3], unscaled."""
-        key = image.shape, hashlib.sha256(np.ascontiguousarray(image)).digest()
+    def moments(self, image: np.ndarray, hole: np.ndarray | None = None) -> Moments:
+        """Mean and standard deviation [h w c] of uint8 [H W 3], unscaled; with mid-grey in the hole, bool [H W]."""
+        read = hashlib.sha256(np.ascontiguousarray(image))
+        read.update(b"" if hole is None else np.ascontiguousarray(hole))
+        key = image.shape, read.digest()
         if key not in self._known:
             vae, pixels = self._vae, LEVELS[image][None]
+            pixels = pixels if hole is None else np.where(hole[:, :, None], np.float32(0), pixels)
             tile = dict(tile=tiling.tile_size(vae), factor=vae.factor)
             mean, logvar = tiling.encode(self._run, pixels, **tile) if self._tiled else self._run(pixels)
             self._known[key] = np.asarray(mean[0]), np.exp(0.5 * np.asarray(logvar[0]))
@@ -193,9 +225,13 @@ class Encoder:
                 self._known.pop(next(iter(self._known)))
         return self._known[key]
 
-    def latents(self, pixels: Sequence[np.ndarray], xi: np.ndarray | None = None) -> np.ndarray:
-        """Scaled latents [b h w c] of images uint8 [H W 3]; of the mode, or with noise xi [b h w c] a sample."""
-        mean, std = (np.stack(parts) for parts in zip(*map(self.moments, pixels), strict=True))
+    def latents(self, canvases: Sequence[Canvas], xi: np.ndarray | None = None, masked: bool = False) -> np.ndarray:
+        """Scaled latents [b h w c] of the canvases' pixels, or of those outside of their holes alone.
+
+        They are the mode's, or with noise xi [b h w c] a sample's.
+        """
+        moments = [self.moments(one.pixels, one.hole if masked else None) for one in canvases]
+        mean, std = (np.stack(parts) for parts in zip(*moments, strict=True))
         z = mean if xi is None else mean + std * xi
         return np.float32(self._vae.scaling_factor) * z
 
@@ -215,3 +251,46 @@ def _program(mesh: Mesh | None) -> Callable:
         return jax.tree.map(lambda x: x[:1], vae.apply({"params": params}, image, method="encode"))
 
     return encode
+
+
+def posteriors(pipeline: Pipeline, source: Source | None, strength: float | None) -> tuple[int, int]:
+    """How many entries for posteriors diffusers draws before the start and behind it."""
+    if source is None or source.posterior == "mode":
+        return 0, 0
+    if source.mask is None:
+        return 1, 0
+    return int(pipeline.purpose != "inpainting" or strength < 1), 1  # the masked image's: also where it is not used
+
+
+def begin(
+    pipeline: Pipeline,
+    encoder: Encoder,
+    source: Source,
+    size: tuple[int, int],
+    t: np.ndarray,
+    drawn: np.ndarray,
+    strength: float,
+) -> Start:
+    """The start at timesteps t from noise `drawn` for the posteriors and the steps, images of this height and width."""
+    before, behind = posteriors(pipeline, source, strength)
+    early, late, noise = drawn[:before], drawn[before : before + behind], drawn[before + behind :]
+    schedule, eps, canvases = pipeline.schedule, noise[0], source.canvases(*size, pipeline.vae.factor, noise.shape[1])
+    nine = pipeline.purpose == "inpainting"
+    from_noise = source.mask is not None and strength == 1 and (nine or source.mask.start == "noise")
+    z = None if nine and strength == 1 else encoder.latents(canvases, early[0] if before else None)
+    x = eps if z is None else schedule.alphas[t[0]] * z + schedule.sigmas[t[0]] * eps
+    painting = None
+    if source.mask is not None:
+        m = np.stack([cells(one.hole, pipeline.vae.factor) for one in canvases])
+        if nine:
+            known = encoder.latents(canvases, late[0] if behind else None, masked=True)
+            rows = {"inputs": np.concatenate([m, known], axis=-1)}
+        else:
+            rows = {"m": m, "z": z, "eps": eps}
+            x = m * eps + (1 - m) * x if strength == 1 else x
+        levels = [
+            np.append(table[t[1:]], np.float32(end)) for table, end in ((schedule.alphas, 1), (schedule.sigmas, 0))
+        ]
+        painting = Painting(rows, np.stack(levels).astype(np.float32))
+    start = eps if from_noise else x
+    return Start(np.concatenate([start[None], noise[1:]]), painting, canvases)

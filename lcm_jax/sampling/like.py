@@ -10,7 +10,8 @@ from lcm_jax.sampling import png
 MODEL = ("model", "unet", "vae", "variant", "model_config", "lora", "embedding", "ignore_unused")
 PROMPTS = ("prompt", "negative_prompt", "prompt_syntax", "emphasis", "clip_skip")
 CONTROL = ("control", "control_guess", "canny")
-IMAGE = ("image", "strength", "fit", "background", "posterior")
+MASK = ("mask", "mask_blur", "mask_grow", "crop_padding", "paste", "start")
+IMAGE = ("image", "strength", "fit", "background", "posterior", *MASK)
 SAMPLED = (*PROMPTS, *CONTROL, *IMAGE[1:], "sampler", "spacing", "steps", "guidance_scale", "seed", "noise")
 COMPUTED = ("dtype", "tiled")
 SWITCHES = ("ignore_unused", "tiled", "control_guess")  # flags without a value

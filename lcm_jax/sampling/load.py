@@ -17,7 +17,7 @@ from lcm_jax import assets, files
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.pretrained import digests, is_single_file, load_pipeline, lora_files, read_record
 from lcm_jax.pretrained.embeddings import read_embeddings
-from lcm_jax.pretrained.model import Pipeline, PipelineParams, check_text_to_image, recorded
+from lcm_jax.pretrained.model import Pipeline, PipelineParams, check_generates, recorded
 from lcm_jax.pretrained.safetensors_io import SUFFIX
 from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import place
@@ -86,7 +86,7 @@ def load(
     )
     name = source if unet is None else f"{source} with the UNet of {unet}"
     described, shapes = read(weights=False)
-    check_text_to_image(described, name)  # before minutes of reading
+    check_generates(described, name)  # before minutes of reading
     words = read_embeddings(described, embeddings)
     found, record = _read_loras(described, pairs, ignore_unused)
     changes = lora_files.changes(described, shapes, found)

@@ -17,10 +17,10 @@ from lcm_jax.errors import BadArgument
 from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE, Pipeline, check_text_to_image
 from lcm_jax.runtime import memory
 from lcm_jax.sampling import control as control_lib
-from lcm_jax.sampling import image_to_image
+from lcm_jax.sampling import image_to_image, inpaint
 from lcm_jax.sampling import noise as noise_lib
 from lcm_jax.sampling.control import Control
-from lcm_jax.sampling.image import ImageLike
+from lcm_jax.sampling.image import ImageLike, shown
 from lcm_jax.sampling.image_to_image import Source
 from lcm_jax.sampling.prompts import PLAIN, Reading, make_reading
 
@@ -150,6 +150,12 @@ class Request:
         """The request for these prompts of its own."""
         return self if self.source is None else dataclasses.replace(self, source=self.source.of(prompts))
 
+    @property
+    def of_size(self) -> tuple[int, int, int, int]:
+        """Height and width of the images as they are sampled, and as they are in the end."""
+        size = self.height, self.width
+        return *size, *((self.source and self.source.of_size) or size)
+
 
 def make_request(
     pipeline: Pipeline,
@@ -168,22 +174,22 @@ def make_request(
     control: Sequence[Control] = (),
     control_guess: bool = False,
     image: ImageLike | Sequence[ImageLike] | None = None,
+    mask: ImageLike | Sequence[ImageLike] | None = None,
     strength: float | None = None,
-    fit: str | None = None,
-    background: str | tuple[int, int, int] | None = None,
     max_side: int | None = None,
-    posterior: str | None = None,
+    **of_image: Any,
 ) -> Request:
     """A request with the model's default guidance scale and size for those that are None.
 
     The default size is that of `image`, see `image_to_image.size_of`, or of the first image of `control`, rounded down
-    to whole latents.
+    to whole latents. `of_image`: see `image_to_image.make_source`.
 
     Raises:
       BadArgument: a value is wrong, or the model cannot do it.
       LcmError: it is no text-to-image model.
     """
-    check_text_to_image(pipeline, "the model")
+    if mask is None:
+        check_text_to_image(pipeline, "the model", "an image and a mask, or ")
     if sampler not in SAMPLERS:
         raise BadArgument("sampler", sampler, f"choose one of {', '.join(SAMPLERS)}")
     if spacing not in timesteps.SPACINGS:
@@ -196,19 +202,19 @@ def make_request(
     size, factor, defaults = [], pipeline.vae.factor, pipeline.default_size
     control = control_lib.read(control, pipeline)
     source = None
-    for name, value in dict(
-        strength=strength, fit=fit, background=background, max_side=max_side, posterior=posterior
-    ).items():
+    for name, value in {"mask": mask, "strength": strength, "max_side": max_side, **of_image}.items():
         if image is None and value is not None:
-            raise BadArgument(name, value, "is for image to image; give an image, or leave it out")
+            raise BadArgument(name, shown(value), "is for image to image; give an image, or leave it out")
     if image is not None:
-        strength = image_to_image.STRENGTH if strength is None else strength
+        if strength is None:
+            strength = image_to_image.STRENGTH if mask is None else inpaint.STRENGTH
         image_to_image.check_strength(strength)
         image_to_image.check_steps_left(pipeline, sampler, steps, strength)
         if spacing != "trailing":
             raise BadArgument("spacing", spacing, "image to image starts within trailing timesteps; leave it out")
-        source, shape = image_to_image.make_source(pipeline, image, fit, background, posterior, noise)
-        height, width = image_to_image.size_of(pipeline, shape, height, width, max_side)
+        source, shape = image_to_image.make_source(pipeline, image, noise, mask=mask, **of_image)
+        if source.mask is None or source.mask.padding is None:
+            height, width = image_to_image.size_of(pipeline, shape, height, width, max_side)
     elif control and height is None and width is None:
         defaults = tuple(side // factor * factor for side in control[0].image.shape[:2])
     for name, side, default in zip(("height", "width"), (height, width), defaults, strict=True):
@@ -239,11 +245,14 @@ def make_request(
 
 
 def joined(requests: Sequence[Request]) -> Request:
-    """One request for the prompts of several of one size, which differ in their images alone."""
+    """One request for the prompts of several of one size, which differ in their images and masks alone."""
     if requests[0].source is None:
         return requests[0]
-    images = tuple(image for request in requests for image in request.source.images)
-    return dataclasses.replace(requests[0], source=dataclasses.replace(requests[0].source, images=images))
+    sources = [request.source for request in requests]
+    images, mask = tuple(image for source in sources for image in source.images), sources[0].mask
+    if mask is not None:
+        mask = dataclasses.replace(mask, images=tuple(one for source in sources for one in source.mask.images))
+    return dataclasses.replace(requests[0], source=dataclasses.replace(sources[0], images=images, mask=mask))
 
 
 def check_steps(steps: int, most: int = MAX_STEPS) -> None:
@@ -348,6 +357,8 @@ def warnings(pipeline: Pipeline, request: Request) -> list[str]:
             "this may not be a Latent Consistency Model (no w embedding, lcm_config.json, LCMScheduler or LoRA); if it "
             "is not, few steps give blurred images: use the sampler ddim, or add an LCM-LoRA"
         )
+    if request.source is not None and request.source.mask is not None and request.source.mask.whole:
+        found.append("the mask is all white: the whole image is painted, as from text alone; paint black what is kept")
     steps = request.settings.steps
     for control in request.control:
         if not control.on(steps).any():
