@@ -22,6 +22,8 @@ from lcm_jax.data import shapes
 from lcm_jax.distill.student import student_of
 from lcm_jax.pretrained import load_pipeline, names, save_pipeline
 from lcm_jax.pretrained.controlnets import load_controlnet
+from lcm_jax.sampling.image_to_image import Source
+from lcm_jax.sampling.inpaint import Mask
 
 COUNT = 5  # cases
 
@@ -59,6 +61,21 @@ def test_masks_hold_the_whole_object_and_some_background():
         assert (image[~inside] == background).all() and 0.05 < inside.mean() < 0.6
         rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
         assert inside.sum() == len(rows) * len(columns), "a square"
+
+
+def test_each_row_has_its_own_image_and_mask():
+    """Also where several share one, or a row comes again."""
+    asked = [cases.repainted(number) for number in range(3)]
+    images, masks = tuple(case.given for case in asked), tuple(cases.mask_of(case.spec) for case in asked)
+    for given, rows, of in (
+        (images, [0, 2, 2, 1], masks),
+        (images[:1], [0, 1, 2], masks),
+        (images, [2, 0], masks[1:2]),
+    ):
+        found = Source(given, mask=Mask(of)).of(rows).canvases(64, 64, 8, len(rows))
+        for canvas, row in zip(found, rows, strict=True):
+            image, mask = (one[row if len(one) > 1 else 0] for one in (given, of))
+            assert (canvas.original == image).all() and (canvas.hole == mask).all()
 
 
 def obeying(captions, **options):

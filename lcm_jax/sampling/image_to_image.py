@@ -80,7 +80,8 @@ class Source:
         """One for each of the rows; what is given twice is read once."""
         made: dict[tuple[int, int], Canvas] = {}
         masks = self.mask.images if self.mask else (None,)
-        pairs = [(given[0] if len(given) == 1 else given[row] for given in (self.images, masks)) for row in range(rows)]
+        given = [(images * rows)[:rows] if len(images) == 1 else images for images in (self.images, masks)]
+        pairs = zip(*given, strict=True)
         found = []
         for image, mask in pairs:
             key = id(image), id(mask)
