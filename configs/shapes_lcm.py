@@ -37,7 +37,7 @@ def get_config():
     config.log.every = 10
     config.sample.every = 400
     config.sample.steps = 4
-    config.sample.guidance_scale = 3.0
+    config.sample.guidance_scale = 2.0
     config.sample.prompts = (
         "a large red circle at the center on a white background",
         "at the top left there is a blue shape",

@@ -284,6 +284,28 @@ def test_generating_for_absent_devices_decodes_in_the_dtype_asked_for(tiny):
     assert aot.generator_of(config, one_device())[0].pipeline.vae.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize(
+    "message", ["INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot", "INTERNAL: other"]
+)
+def test_a_product_without_tiles_is_left_to_cublas_and_told(message, monkeypatch):
+    def compile_(compiler_options):
+        if "xla_gpu_enable_triton_gemm" not in compiler_options:
+            raise jax.errors.JaxRuntimeError(message)
+        return "program"
+
+    said = []
+    monkeypatch.setattr(topology.waiting, "say", said.append)
+    lowered = types.SimpleNamespace(compile=compile_)
+    if "other" in message:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="other"):
+            topology.compile_program(lowered, {"effort": -1})
+        assert not said
+        return
+    program, options = topology.compile_program(lowered, {"effort": -1})
+    assert program == "program" and options == {"effort": -1, "xla_gpu_enable_triton_gemm": False}
+    assert "cuBLAS" in said[0]
+
+
 @pytest.mark.gpu_aot
 @gpu_kit.needs_compiler
 def test_a_step_for_two_nodes_of_gpus(tmp_path):

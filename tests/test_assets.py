@@ -111,7 +111,7 @@ def test_recorded_rows_show_what_a_teacher_must(record):
 
     guided, unguided, one = ddim(50, record["best_guidance_scale"]), ddim(50, 1.0), ddim(1, 1.0)
     assert guided["accuracy"] >= 0.95 * again["accuracy"]
-    assert guided["accuracy"] > unguided["accuracy"] >= 0.75 * again["accuracy"]
-    assert unguided["coverage"] <= renders["coverage"] + 0.04
+    assert guided["accuracy"] > unguided["accuracy"] > 0.8 * again["accuracy"]
+    assert unguided["coverage"] <= renders["coverage"] + 0.03
     assert unguided["coverage"] < ddim(50, embedded.HIGH_SCALE)["coverage"]  # what guidance costs
     assert one["accuracy"] <= 0.6 * unguided["accuracy"] and one["frechet"] >= 3 * unguided["frechet"]

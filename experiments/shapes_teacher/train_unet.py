@@ -9,7 +9,7 @@ linear heads that are thrown away, which word of each attribute the caption name
 
 Adam, EMA 0.999, in two legs. In the first the rate is 1.5e-3 and decays linearly from step 9,500 to 0 at 17,000. The
 second takes the UNet and text encoder of the first one's EMA, with new moments and heads: 1e-3, decaying linearly from
-step 8,000 to 0 at 24,000.
+step 4,000 to 0 at 9,000.
 
     python -m experiments.shapes_teacher.train_unet --workdir=/tmp/shapes_teacher
 """
@@ -70,7 +70,7 @@ UNET = {
 }
 EXAMPLES = 65_536
 BATCH = 32
-LEGS = {"unet": (1.5e-3, 9_500, 17_000), "unet_second": (1e-3, 8_000, 24_000)}  # rate, start of its decay, steps
+LEGS = {"unet": (1.5e-3, 9_500, 17_000), "unet_second": (1e-3, 4_000, 9_000)}  # rate, start of its decay, steps
 BEHIND = 16  # positions from here on are behind the end of every caption
 HEADS_WEIGHT = 0.05
 
@@ -146,9 +146,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     args = parser.parse_args()
     data, null_ids, params = cache(args.workdir), tokenizer.encode([""]), initial()
-    loss = partial(
-        loss_fn, unet.from_config(UNET), clip.from_config(TEXT), schedule.from_config(SCHEDULER), null_ids
-    )
+    loss = partial(loss_fn, unet.from_config(UNET), clip.from_config(TEXT), schedule.from_config(SCHEDULER), null_ids)
 
     def batch(i: int) -> dict[str, np.ndarray]:
         rows, epoch = batch_indices(0, i, BATCH, EXAMPLES), i * BATCH // EXAMPLES

@@ -47,8 +47,8 @@ def tracing_for(chip: Chip) -> contextlib.AbstractContextManager[None]:
 def compile_program(lowered: jax.stages.Lowered, options: dict[str, Any]) -> tuple[jax.stages.Compiled, dict[str, Any]]:
     """(compiled program, the options that it was compiled with).
 
-    XLA's compiler for GPUs tries tiles for its own products of matrices on the card, and leaves a product to cuBLAS where
-    none is better. Without a card it takes tiles unseen, which some products do not have: then all are left to cuBLAS.
+    XLA's compiler for GPUs tries tiles for its own products of matrices on the card, and leaves a product to cuBLAS
+    where none is better. Without a card it takes tiles untried, which some products do not have: then cuBLAS gets all.
     """
     try:
         return lowered.compile(compiler_options=options), options
