@@ -117,7 +117,7 @@ def train(workdir: Path, steps: int = STEPS, examples: int = EXAMPLES) -> Path:
         rows = batch_indices(0, i, BATCH, examples)
         return {name: array[rows] for name, array in data.items()} | {"outline": outlines(rows)} | frozen
 
-    state = run(workdir, make_state(initial, optimizer), step, batch, steps, save_every=500)
+    state = run(workdir, make_state(initial, optimizer), step, batch, steps, save_every=200)
     out = workdir / "net"
     shutil.rmtree(out, ignore_errors=True)  # made by this command, from the checkpoint beside it
     save_unet(net, jax.device_get(state.ema), out, dtype=np.float16)
