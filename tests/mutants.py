@@ -511,6 +511,22 @@ NUMBERS = [
 # Of what keeps the parts together; any failing test will do.
 CONTRACTS = [
     Mutant(
+        "outlines three pixels wide",
+        "data/shapes.py",
+        "np.abs(distance) <= 0.5",
+        "np.abs(distance) <= 1.5",
+        ("test_data_shapes.py::test_outlines_run_along_the_edge_of_the_object",),
+        False,
+    ),
+    Mutant(
+        "the embedded ControlNet has no name",
+        "sampling/generator.py",
+        "load_controlnet(assets.resolve(str(source)), ",
+        "load_controlnet(source, ",
+        ("test_assets.py::test_the_control_net_is_this_teachers_and_loads_in_diffusers",),
+        False,
+    ),
+    Mutant(
         "gathered weights meet the tangent of a block's input",
         "runtime/mesh.py",
         "after = jax.lax.stop_gradient(after)",

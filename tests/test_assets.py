@@ -1,27 +1,33 @@
-"""The embedded teacher: loads in diffusers, generates the same there, and is as good as its recorded rows say."""
+"""The embedded teacher: loads in diffusers, generates the same there, and is as good as its recorded rows say; and its
+ControlNet."""
 
 import re
+from pathlib import Path
 
 import diffusers
+import jax
 import numpy as np
 import pytest
 import torch
 
 import lcm_jax
 from experiments import embedded
-from lcm_jax import assets
+from experiments.shapes_controlnet import train
+from experiments.workflows import cases
+from lcm_jax import assets, foreign
 from lcm_jax.data import shapes
 from lcm_jax.metrics.networks import shapes as shapes_scorer
 from lcm_jax.sampling.generator import draw_noise
 from lcm_jax.sampling.png import to_uint8
 
-LARGEST_BYTES = 16 * 2**20
+LARGEST_BYTES = {"shapes": 16 * 2**20, "shapes_controlnet": 4_000_000}
 CAPTIONS = [shapes.caption(shapes.spec(i, "heldout")) for i in range(64)]
 
 
-def test_size():
-    size = sum(path.stat().st_size for path in assets.path("shapes").rglob("*") if path.is_file())
-    assert size <= LARGEST_BYTES
+@pytest.mark.parametrize("name", LARGEST_BYTES)
+def test_size(name):
+    size = sum(path.stat().st_size for path in assets.path(name).rglob("*") if path.is_file())
+    assert size <= LARGEST_BYTES[name]
 
 
 def test_every_word_of_the_captions_is_one_token():
@@ -52,6 +58,28 @@ def test_diffusers_draws_the_same():
     predicted, _ = shapes_scorer.score(to_uint8(ours))
     # Pictures of the captions, not just equal noise.
     assert shapes_scorer.caption_accuracy(predicted, shapes.label_arrays(CAPTIONS[:4])) >= 0.75
+
+
+def test_the_control_net_is_this_teachers_and_loads_in_diffusers():
+    made = foreign.read_json(Path(train.__file__).with_name("made.json"))
+    assert made == {"teacher": embedded.asset_hash(assets.path("shapes")), "steps": train.STEPS}, "train it again"
+    net = lcm_jax.load("shapes").control_net("shapes_controlnet")
+    theirs = diffusers.ControlNetModel.from_pretrained(assets.path("shapes_controlnet"))
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.size for p in jax.tree.leaves(net.params))
+
+
+@pytest.mark.slow
+def test_the_control_net_draws_outlines():
+    """Of a teacher whose captions do not name what they show, by 4 guided DDIM steps."""
+    model, specs = lcm_jax.load("shapes"), [shapes.spec(i, "heldout") for i in range(32)]
+    net, asked = model.control_net("shapes_controlnet"), {"sampler": "ddim", "steps": 4, "guidance_scale": 3.0}
+    images = [
+        model("a shape", control=[lcm_jax.Control(net, shapes.outline(spec))], num_images=1, **asked)[0]
+        for spec in specs
+    ]
+    labels = {name: value for name, value in shapes.label_arrays(specs).items() if name in cases.OUTLINED}
+    ignored = {name: np.full(len(specs), -1) for name in shapes.ATTRIBUTES}
+    assert shapes_scorer.caption_accuracy(shapes_scorer.score(np.stack(images))[0], ignored | labels) >= 0.8
 
 
 @pytest.fixture(scope="module")

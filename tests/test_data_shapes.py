@@ -34,6 +34,20 @@ def foreground(spec, image):
     return np.abs(image.astype(int) - np.median(border, axis=0)).max(-1) > 24
 
 
+def test_outlines_run_along_the_edge_of_the_object(train):
+    """A line of one pixel without gaps; only the tip of a sharp corner may stand out."""
+    for spec, image in zip(*train, strict=True):
+        outline = shapes.outline(spec)
+        assert outline.dtype == np.uint8 and outline.shape == (64, 64, 3) and set(np.unique(outline)) == {0, 255}
+        line, whole = outline[..., 0] > 0, foreground(spec, image)
+        edge = ndimage.binary_dilation(whole, np.ones((3, 3))) & ~ndimage.binary_erosion(whole, iterations=2)
+        rim = whole & ~ndimage.binary_erosion(whole)
+        assert (line & ~edge).sum() <= 1 and line.sum() <= 1.3 * rim.sum(), spec
+        regions, _ = ndimage.label(~line)
+        assert (regions[ndimage.binary_erosion(whole, iterations=2)] != regions[0, 0]).all(), spec
+        assert (outline == shapes.outline(dataclasses.replace(spec, rgb=(0, 0, 0), background_rgb=(9, 9, 9)))).all()
+
+
 def test_a_function_of_split_and_index(train):
     specs, images = train
     image, words = shapes.example(123)

@@ -263,10 +263,12 @@ def test_list_and_only(root, capsys):
 
 
 def test_experiments_share_runs_of_the_same_models():
-    """Table 1 and LCF take the demo's LCM, studies share models; the runs of a LoRA's own trainer are apart."""
+    """Table 1, LCF and workflows take the demo's LCM, studies share models; a LoRA's own trainer runs apart."""
     found = {one.name: driver.places(one, record.depends(one, REPOSITORY), REPOSITORY) for one in LISTED}
     (demo,), (table1,), (lcf, lcm) = found["demo"], found["table1"], found["lcf"]
-    assert demo == table1 == lcm.replace("--lcm", "--workdir") and demo.startswith("--workdir=runs/evidence/")
+    workflows = {found[name][0] for name in found if name.startswith("workflows")}
+    assert workflows == {demo} == {table1, lcm.replace("--lcm", "--workdir")}
+    assert demo.startswith("--workdir=runs/evidence/")
     studies = {found[name][0] for name in found if name.startswith("ablation-")}
     places = {demo, lcf, found["demo-long"][0], found["lcm-lora"][0], found["torch"][0], *studies}
     assert len(studies) == 1 and len(places) == 6
@@ -296,8 +298,11 @@ def test_an_experiment_is_what_the_list_says(listed, monkeypatch):
 
 
 def test_all_published_numbers_are_listed():
-    """But for those with rows of their own, and the curves of the embedded teacher, which come with the asset."""
-    others = re.compile(r"experiments/(aot|page|speed)/|experiments/shapes_teacher/\w+_metrics\.jsonl")
+    """But for those with rows of their own, and the curves of the embedded models, which come with the assets."""
+    of_assets = (
+        r"experiments/shapes_teacher/\w+_metrics\.jsonl|experiments/shapes_controlnet/(metrics\.jsonl|made\.json)"
+    )
+    others = re.compile(rf"experiments/(aot|page|speed)/|{of_assets}")
     files = [path for path in (REPOSITORY / "experiments").glob("*/*") if path.is_file()]
     found = {str(path.relative_to(REPOSITORY)) for path in files if path.suffix != ".py" and path.name != "README.md"}
     results = {name for name in found if not others.match(name)}

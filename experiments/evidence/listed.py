@@ -42,6 +42,13 @@ STYLE_LORA = ("experiments/shapes_lcm_lora/train_style.py", "experiments/shapes_
 TORCH = ("experiments/vs_diffusers/torch_lcd.py", "experiments/vs_diffusers/torch_run.py")
 STUDY_STEPS, TORCH_STEPS = 250, 300  # of training
 TEACHER_ROWS = "experiments/shapes_teacher/teacher_rows.json"
+# What the workflows depend on besides, which no training does: so they take the demo's LCM.
+WORKFLOWS = (
+    "lcm_jax/assets/shapes_controlnet/*",
+    "lcm_jax/sampling/control.py",
+    "lcm_jax/sampling/image*.py",
+    "experiments/workflows/cases.py",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +177,25 @@ LISTED = (
         assets=(),
         code=("lcm_jax/data/images.py",),
         program=(),
+    ),
+    Experiment(
+        "workflows",
+        "experiments.workflows.run",
+        ("--publish",),
+        ("table.md", "table.json", "image_to_image.png", "inpainting.png", "controlnet.png"),
+        program=(*SHARED, TEACHER_ROWS, *WORKFLOWS),
+    ),
+    Experiment(
+        "workflows-latency",
+        "experiments.workflows.latency",
+        ("--publish",),
+        ("latency.md", "latency.json"),
+        program=(
+            *WORKFLOWS,
+            "experiments/workflows/*_side.py",
+            "experiments/workflows/workloads.py",
+            "experiments/speed/measure.py",
+        ),
     ),
     Experiment(
         "overhead",

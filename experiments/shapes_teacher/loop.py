@@ -30,17 +30,17 @@ def make_state(params: Any, optimizer: optax.GradientTransformation) -> State:
 
 
 def noised(
-    noise_schedule: schedule.NoiseSchedule, batch: Any, key: jax.Array
+    noise_schedule: schedule.NoiseSchedule, batch: Any, key: jax.Array, drop_caption: float = DROP_CAPTION
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """z_t [b h w c] of a sample of each posterior, t [b], its velocity, and whether the caption is dropped [b].
 
-    batch: "mean" and "std" of the scaled posterior. t is uniform.
+    batch: "mean" and "std" of the scaled posterior. drop_caption: the probability. t is uniform.
     """
     keys = jax.random.split(key, 4)
     z = batch["mean"] + batch["std"] * jax.random.normal(keys[0], batch["mean"].shape)
     eps = jax.random.normal(keys[1], z.shape)
     t = jax.random.randint(keys[2], z.shape[:1], 0, noise_schedule.num_train_timesteps)
-    drop = jax.random.bernoulli(keys[3], DROP_CAPTION, t.shape)
+    drop = jax.random.bernoulli(keys[3], drop_caption, t.shape)
     return schedule.add_noise(noise_schedule, z, eps, t), t, schedule.velocity(noise_schedule, z, eps, t), drop
 
 

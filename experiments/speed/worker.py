@@ -42,12 +42,15 @@ class Worker:
       ready: its answer to "prepare".
     """
 
-    def __init__(self, side: str, workload: Workload, device: str, deadline: float, log: Path):
+    def __init__(
+        self, side: str, workload: Workload, device: str, deadline: float, log: Path, package: str = __package__
+    ):
         """Starts the process and waits until the workload is in memory. Raises as `ask`.
 
         Args:
           deadline: of `time.monotonic()`.
           log: file for what the process prints.
+          package: whose module SIDE_side has `prepare`: workload -> `side.Prepared`.
         """
         self.deadline = deadline
         environment = {
@@ -60,7 +63,9 @@ class Worker:
             environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other, side, environment, log), daemon=True)
+        self._process = context.Process(
+            target=serve, args=(other, f"{package}.{side}_side", environment, log), daemon=True
+        )
         self._process.start()
         other.close()  # so that the death of the process closes the pipe
         try:
@@ -99,7 +104,7 @@ class Worker:
         self._process.join()
 
 
-def serve(pipe: Connection, side: str, environment: Mapping[str, str], log: Path) -> None:
+def serve(pipe: Connection, module: str, environment: Mapping[str, str], log: Path) -> None:
     """The life of a worker's process: answers requests until the pipe closes.
 
     This module imports neither jax nor torch, which read the environment when they are imported.
@@ -117,9 +122,9 @@ def serve(pipe: Connection, side: str, environment: Mapping[str, str], log: Path
             return
         try:
             if request["do"] == "prepare":
-                module = importlib.import_module(f"experiments.speed.{side}_side")
+                prepare = importlib.import_module(module).prepare
                 begun = time.perf_counter()
-                made = module.prepare(request["workload"])
+                made = prepare(request["workload"])
                 seconds = time.perf_counter() - begun
                 answer = {"ways": list(made.ways), "flops": made.flops, "prepare_s": seconds}
             elif request["do"] in ("facts", "profile"):

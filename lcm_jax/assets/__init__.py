@@ -1,4 +1,4 @@
-"""Files that come with the package: a small Stable Diffusion in diffusers format, and published models' configs."""
+"""Files that come with the package: a small Stable Diffusion and a ControlNet for it, and published models' configs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from lcm_jax.errors import LcmError
 
 # What a user may type instead of a folder or a hub id.
-_FOLDERS = {"shapes": "shapes_teacher"}
+_FOLDERS = {"shapes": "shapes_teacher", "shapes_controlnet": "shapes_controlnet"}
 
 
 def path(name: str) -> Path:
@@ -21,7 +21,7 @@ def path(name: str) -> Path:
 
 
 def resolve(source: str) -> str:
-    """`source` as `load_pipeline` takes it: "shapes" becomes the asset's folder, anything else stays as it is."""
+    """`source` as loaders take it: the name of an asset becomes its folder, anything else stays as it is."""
     return str(path(source)) if source in _FOLDERS else source
 
 

@@ -343,8 +343,26 @@ def render(spec: Spec, style: str = "plain") -> np.ndarray:
     image[:] = spec.background_rgb
     if rendering.corner_radius:
         _mark_corners(image, spec.rgb, rendering.corner_radius)
+    where, distance = _distance(spec, rendering)
+    _paint(image[where], spec.rgb, distance)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def outline(spec: Spec) -> np.ndarray:
+    """The object's outline, white on black, as a ControlNet reads it: uint8 [64 64 3].
+
+    White are the pixels whose middle is at most half a pixel from it: a line one pixel wide, as edge detectors give it.
+    """
+    image = np.zeros((RESOLUTION, RESOLUTION, 3), np.uint8)
+    where, distance = _distance(spec, STYLES["plain"])
+    image[where][np.abs(distance) <= 0.5] = 255
+    return image
+
+
+def _distance(spec: Spec, rendering: Style) -> tuple[tuple[slice, slice], np.ndarray]:
+    """(rows and columns of the square around the object, signed distance there [h w] in pixels)."""
     across, along = rendering.stretch
-    # Only the square around the object; one pixel more on every side for the soft edge.
+    # One pixel more on every side for the soft edge.
     reach = spec.extent * max(rendering.stretch) + rendering.growth
     x0, y0 = (max(int(c - reach) - 1, 0) for c in spec.centre)
     x1, y1 = (min(int(c + reach) + 2, RESOLUTION) for c in spec.centre)
@@ -352,8 +370,7 @@ def render(spec: Spec, style: str = "plain") -> np.ndarray:
     y = (np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(0.5 - spec.centre[1])) / along
     c, s = np.float32(np.cos(np.deg2rad(spec.angle))), np.float32(np.sin(np.deg2rad(spec.angle)))
     distance = _signed_distance(spec.shape, c * x + s * y, c * y - s * x, np.float32(spec.radius))
-    _paint(image[y0:y1, x0:x1], spec.rgb, distance * min(rendering.stretch) - rendering.growth)
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    return (slice(y0, y1), slice(x0, x1)), distance * min(rendering.stretch) - rendering.growth
 
 
 def _paint(patch: np.ndarray, rgb: tuple[float, float, float], distance: np.ndarray) -> None:

@@ -483,7 +483,7 @@ def save_unet(
     variant: str | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
 ) -> Path:
-    """Writes a UNet alone, config and weights at the folder's root (as `lcm-sdxl` has them). See `save_pipeline`."""
+    """Writes a UNet or a ControlNet alone, config and weights at the folder's root. See `save_pipeline`."""
     trees = {safetensors_io.file_name(_weights_name("unet"), variant): (unet, params)}
     return _write(Path(out), trees, {"config.json": _json(to_config(unet))}, extra_files or {}, dtype)
 

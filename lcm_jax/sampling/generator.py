@@ -31,6 +31,7 @@ from absl import logging
 from jax.sharding import Mesh
 from PIL import Image
 
+from lcm_jax import assets
 from lcm_jax.errors import LcmError
 from lcm_jax.models import int8, tiling
 from lcm_jax.pretrained import text
@@ -131,14 +132,16 @@ class Generator:
         """A ControlNet for this model, to be used with any number of images.
 
         Args:
-          source: folder or hub id of a ControlNet in diffusers format, or a single .safetensors file.
+          source: folder or hub id of a ControlNet in diffusers format, a single .safetensors file, or
+            "shapes_controlnet", the embedded teacher's, which reads outlines (`data.shapes.outline`).
           variant: weight files to read, such as "fp16".
 
         Raises:
           LcmError: it cannot be loaded, or is for another family.
         """
         change = int8.change if int8.has_quantised(self.params["unet"]) else None
-        net, params = load_controlnet(source, self.pipeline, variant, put=self._put, change=change)
+        place = assets.resolve(str(source))
+        net, params = load_controlnet(place, self.pipeline, variant, put=self._put, change=change)
         net = net if self.mesh is None else kernels.equipped(net, self.mesh)
         return Net(str(source), net if change is None else self._dequantising(net), params)
 
