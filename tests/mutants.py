@@ -521,8 +521,8 @@ CONTRACTS = [
     Mutant(
         "the embedded ControlNet has no name",
         "sampling/generator.py",
-        "load_controlnet(assets.resolve(str(source)), ",
-        "load_controlnet(source, ",
+        "place = assets.resolve(str(source))",
+        "place = str(source)",
         ("test_assets.py::test_the_control_net_is_this_teachers_and_loads_in_diffusers",),
         False,
     ),
