@@ -3,7 +3,8 @@
 Command   python -m lcm_jax.train --config=configs/dreamshaper_v7_lcm.py --workdir=runs/dreamshaper_v7_lcm
               --config.data.path='SHARDS/{00000..00999}.tar'
 Data      As in `sd21_lcm`: LAION-5B, aesthetic score above 6.5
-Hardware  18.9 GB before activations, as in `sd15_lcm`; the paper used eight A100. Not yet measured
+Hardware  18.9 GB before activations, as in `sd15_lcm`; the paper used eight A100. Modelled: 55.0 GiB on one a100-80
+          (experiments/aot); not yet measured
 Time      Paper: 32 A100 hours (4 hours on eight, says the project page). Ours: not yet measured
 Source    Paper: 768 pixels, 4,000 steps, its batch of 16 at 768, w in [2, 14], k = 20, lr 8e-6; what it does not
           state is as in `sd21_base_lcm`, from which this config starts. Target EMA 0.95: README of diffusers'

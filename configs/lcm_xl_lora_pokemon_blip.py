@@ -4,7 +4,7 @@ Command   python -m lcm_jax.train --config=configs/lcm_xl_lora_pokemon_blip.py -
               --config.data.path=FOLDER_OR_HUB_ID
 Data      As in `lcm_xl_pokemon_blip`
 Hardware  9.3 GB before activations, two images at a time: the base once in bfloat16, 20 bytes for each of 25 million
-          adapter weights, VAE and text encoders. Not yet measured
+          adapter weights, VAE and text encoders. Modelled: 26.7 GiB on one rtx5090 (experiments/aot); not yet measured
 Time      Not yet measured
 Source    diffengine, lcm_xl_lora: rank 8, alpha 8, the 14 kinds of layers, lr 1e-5, no target network; the rest,
           including w in [3, 15], as in `lcm_xl_pokemon_blip`, from which this config starts

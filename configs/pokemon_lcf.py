@@ -4,8 +4,8 @@ Command   python -m lcm_jax.train --config=configs/pokemon_lcf.py --workdir=runs
               --config.data.path=FOLDER_OR_HUB_ID
 Data      lambdalabs/pokemon-blip-captions, some held out for evaluation. The hub no longer has
           it: use a copy, or a similar set, such as lambdalabs/naruto-blip-captions
-Hardware  17.2 GB before activations, without a teacher. Not yet measured. --config.train.accumulation_steps=N takes
-          the batch in parts
+Hardware  17.2 GB before activations, without a teacher. Modelled: 50.6 GiB on one a100-80 (experiments/aot); not yet
+          measured. --config.train.accumulation_steps=N takes the batch in parts
 Time      Not yet measured
 Source    Paper, LCF: 30,000 steps, target EMA. What it does not state for LCF is as in its distillation: lr 8e-6, EMA
           0.999943, w in [2, 14] and k = 20, which must be those the LCM was distilled with (`sd21_base_lcm`);

@@ -4,7 +4,7 @@ Command   python -m lcm_jax.train --config=configs/sdxl_lcm_lora.py --workdir=ru
               --config.data.path='SHARDS/{00000..00999}.tar'
 Data      As in `sdxl_lcm`
 Hardware  12.7 GB before activations: the base once in bfloat16 (5.1 GB), 20 bytes for each of 197 million adapter
-          weights, VAE and text encoders. Not yet measured
+          weights, VAE and text encoders. Modelled: 110.5 GiB on one h200 (experiments/aot); not yet measured
 Time      Not yet measured
 Source    LCM-LoRA report: 197 million weights, guidance scale 7.5; README of diffusers' scripts: as in `sdxl_lcm`,
           with the adapters of `sd15_lcm_lora` instead of the whole model

@@ -94,8 +94,10 @@ def recorded(rows, **wanted):
 
 
 def test_the_best_guidance_scale_is_that_of_the_scan(record):
-    best = max(record["scan"], key=lambda row: (row["accuracy"], -row["frechet"]))
-    assert embedded.best_guidance_scale() == best["guidance_scale"] > 1.0
+    """The smallest distance of those that are read as well as the best, within half a point."""
+    best = max(row["accuracy"] for row in record["scan"])
+    near = {row["frechet"]: row["guidance_scale"] for row in record["scan"] if row["accuracy"] >= best - 0.005}
+    assert embedded.best_guidance_scale() == near[min(near)] > 1.0
 
 
 def test_recorded_rows_show_what_a_teacher_must(record):

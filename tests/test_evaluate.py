@@ -703,7 +703,7 @@ def test_images_that_are_not_finite_are_refused():
         def noise(self, seed, numbers, *_):
             return np.zeros(len(numbers))
 
-        def latents(self, cond, *_):
+        def latents(self, cond, *_, **__):
             return cond
 
         def decode(self, z):

@@ -131,7 +131,7 @@ def test_validate_names_key_and_value(shapes):
             {"objective": "lcf", "model.student": "/lcm", "distill.solver": "dpm_solver"},
             r"the loss evaluates no teacher; .* set distill.lcd_weight",
         ),
-        ({"distill.w_embedding_dim": 0}, r"guidance_scale = 3.0: .*set 1 "),
+        ({"distill.w_embedding_dim": 0, "sample.guidance_scale": 3.0}, r"guidance_scale = 3.0: .*set 1 "),
         ({"distill.phases": 2}, r'phases = 2: distill.map = "origin" has none'),
         ({"distill.stages": ("2:10",)}, r'stages = .*: distill.map = "origin" has none'),
         (PHASED | {"distill.sigma_data": 1.0}, r'sigma_data = 1.0: distill.map = "phased" has none'),

@@ -182,7 +182,7 @@ def test_a_sample_of_the_posterior_is_its_mode_and_noise_that_follows_the_image_
     many = [ours(model, picture(1), numbers, steps=1, strength=0.02, posterior="sample") for numbers in ((0, 1), (1,))]
     parity.close(many[0][1:], many[1], rtol=0, of_max=parity.NETWORK)
     assert np.abs(many[0][0] - mode[0]).max() > 0.01 and np.abs(many[0][0] - many[0][1]).max() > 0.01
-    posterior = Encoder(model.pipeline.vae, model.params["vae"], None, False)
+    posterior = Encoder(model.pipeline.vae, model.weights, None, False)
     xi = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
     image = torch.from_numpy(np.asarray(picture(1), np.float32).transpose(2, 0, 1)[None] / 127.5 - 1)
     found = tiny.torch_vae().encode(image).latent_dist
@@ -266,10 +266,10 @@ def test_bad_input_is_one_line_before_anything_is_compiled(model, options, messa
 def test_memory_counts_the_encoder(model, monkeypatch):
     sizes = dict(height=16, width=16)
     plain, source = (make_request(model.pipeline, image=image, **sizes) for image in (None, picture(1)))
-    counted = [request._bytes_needed(model.pipeline, one, 1, 64, False)[0] for one in (plain, source)]
+    counted = [request._bytes_needed(model.pipeline, one, 1, 64, False, False)[0] for one in (plain, source)]
     assert counted[0] <= counted[1]
     wide = dataclasses.replace(model.pipeline, vae=model.pipeline.vae.clone(block_out_channels=(512, 32)))
-    counted = [request._bytes_needed(wide, one, 1, 64, False)[0] for one in (plain, source)]
+    counted = [request._bytes_needed(wide, one, 1, 64, False, False)[0] for one in (plain, source)]
     assert counted[1] - counted[0] == 16 * 16 * 4 * (2 * 512 - (512 + 32))
 
 
