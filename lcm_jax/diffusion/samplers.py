@@ -125,13 +125,13 @@ def lcm(
 
 
 def tcd_table(schedule: NoiseSchedule, timesteps: np.ndarray, *, gamma: float = 0.0) -> Table:
-    """alpha and sigma at each timestep t and at s; the weights of the jump's end and of fresh noise."""
+    """alpha and sigma at each timestep; the weights of x0, eps and fresh noise in the next x."""
     t = np.asarray(timesteps)
     following = np.append(t[1:], 0)
     s = np.floor((1 - gamma) * following).astype(np.int64)
     ratio = schedule.alphas_cumprod[following] / schedule.alphas_cumprod[s]
-    weights = np.sqrt(ratio), np.sqrt(np.maximum(np.float32(1) - ratio, 0))
-    return (t, schedule.alphas[t], schedule.sigmas[t], schedule.alphas[s], schedule.sigmas[s], *weights)
+    kept, fresh = np.sqrt(ratio), np.sqrt(np.maximum(np.float32(1) - ratio, 0))
+    return (t, schedule.alphas[t], schedule.sigmas[t], kept * schedule.alphas[s], kept * schedule.sigmas[s], fresh)
 
 
 def tcd(
@@ -153,19 +153,7 @@ def tcd(
       LcmError: noise of the wrong shape, if gamma is not 0.
     """
     rows = timesteps if isinstance(timesteps, tuple) else tcd_table(schedule, timesteps, gamma=gamma)
-    x = jnp.asarray(x, jnp.float32)
-    if gamma:
-        rows = (*rows, _between(x, noise, len(rows[0])))
-
-    def step(x, _, row):
-        t, alpha, sigma, end_alpha, end_sigma, keep, fresh, *xi = row
-        output = model(x, t)
-        x0 = x0_from_output(schedule.prediction_type, output, x, alpha, sigma)
-        eps = eps_from_output(schedule.prediction_type, output, x, alpha, sigma)
-        end = end_alpha * x0 + end_sigma * eps
-        return (keep * end + fresh * xi[0] if xi else end), (), x0
-
-    return _run(step, x, (), rows, hook, loop)
+    return _weighted(model, x, noise, schedule, rows if gamma else rows[:-1], hook, loop)
 
 
 def euler(
@@ -180,19 +168,11 @@ def euler(
 ):
     """Euler's method in sigma / alpha: DDIM from each timestep to the next one, the last step to abar = 1."""
     rows = timesteps if isinstance(timesteps, tuple) else lcm_table(schedule, timesteps)
-
-    def step(x, _, row):
-        t, alpha, sigma, next_alpha, next_sigma = row
-        output = model(x, t)
-        x0 = x0_from_output(schedule.prediction_type, output, x, alpha, sigma)
-        eps = eps_from_output(schedule.prediction_type, output, x, alpha, sigma)
-        return next_alpha * x0 + next_sigma * eps, (), x0
-
-    return _run(step, x, (), rows, hook, loop)
+    return _weighted(model, x, None, schedule, rows, hook, loop)
 
 
 def euler_ancestral_table(schedule: NoiseSchedule, timesteps: np.ndarray) -> Table:
-    """alpha and sigma at each timestep; alpha at the next one, and the weights there of eps and of fresh noise."""
+    """alpha and sigma at each timestep; the weights of x0, eps and fresh noise in the next x."""
     t, alpha, sigma, next_alpha, next_sigma = lcm_table(schedule, timesteps)
     # sigma / alpha at the next timestep as a share of that here, which zero terminal SNR makes infinite.
     share = np.asarray(alpha, np.float64) * next_sigma / (np.asarray(sigma, np.float64) * next_alpha)
@@ -215,15 +195,22 @@ def euler_ancestral(
       LcmError: noise of the wrong shape.
     """
     rows = timesteps if isinstance(timesteps, tuple) else euler_ancestral_table(schedule, timesteps)
+    return _weighted(model, x, noise, schedule, rows, hook, loop)
+
+
+def _weighted(model: Model, x, noise, schedule: NoiseSchedule, rows: Table, hook: Hook | None, loop: Callable):
+    """The samplers whose next x is a sum of x0 and eps, and of fresh noise if `rows` has its weights."""
     x = jnp.asarray(x, jnp.float32)
-    rows = (*rows, _between(x, noise, len(rows[0])))
+    if len(rows) > 5:
+        rows = (*rows, _between(x, noise, len(rows[0])))
 
     def step(x, _, row):
-        t, alpha, sigma, next_alpha, eps_weight, fresh, xi = row
+        t, alpha, sigma, x0_weight, eps_weight, *fresh = row
         output = model(x, t)
         x0 = x0_from_output(schedule.prediction_type, output, x, alpha, sigma)
         eps = eps_from_output(schedule.prediction_type, output, x, alpha, sigma)
-        return next_alpha * x0 + eps_weight * eps + fresh * xi, (), x0
+        z = x0_weight * x0 + eps_weight * eps
+        return (z + fresh[0] * fresh[1] if fresh else z), (), x0
 
     return _run(step, x, (), rows, hook, loop)
 
@@ -268,15 +255,7 @@ def ddim(
     rows = timesteps
     if not isinstance(timesteps, tuple):
         rows = ddim_table(schedule, timesteps, stride=stride, set_alpha_to_one=set_alpha_to_one)
-
-    def step(x, _, row):
-        t, alpha, sigma, prev_alpha, prev_sigma = row
-        output = model(x, t)
-        x0 = x0_from_output(schedule.prediction_type, output, x, alpha, sigma)
-        eps = eps_from_output(schedule.prediction_type, output, x, alpha, sigma)
-        return prev_alpha * x0 + prev_sigma * eps, (), x0  # equation 12
-
-    return _run(step, x, (), rows, hook, loop)
+    return _weighted(model, x, None, schedule, rows, hook, loop)  # equation 12
 
 
 def dpm_solver_2m(
