@@ -138,7 +138,8 @@ def test_an_lcm_hands_over_with_the_noise_of_the_refiners_first_timestep(base, r
     parity.close(given[0], (alpha * x0 + sigma * noise[4])[None], rtol=0, of_max=4 * parity.EPS)
 
 
-@pytest.mark.parametrize("sampler", ["lcm", pytest.param("ddim", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["lcm", "ddim"])
 def test_base_and_refiner_are_diffusers_pipelines(sampler, base, refiner):
     """LCM: 999, 499, then 199 and 99; DDIM: the first 8 and the last 2 of 10. The negative prompt is for both."""
     steps = {"lcm": 2, "ddim": 10}[sampler]
