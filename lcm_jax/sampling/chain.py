@@ -112,7 +112,7 @@ def followed(
 
 
 def check_refiner(pipeline: Pipeline, refiner: Pipeline, name: Any) -> None:
-    """Raises LcmError unless `refiner`, which was loaded by `name`, goes on from the latents of `pipeline`."""
+    """Raises LcmError unless `refiner`, which was loaded by `name`, can start from the latents of `pipeline`."""
     if refiner.purpose != "refining":
         raise LcmError(f"{name} is no SDXL refiner; give one, such as stabilityai/stable-diffusion-xl-refiner-1.0")
     if not pipeline.is_xl:

@@ -146,7 +146,7 @@ class Generator:
         return Net(str(source), net if change is None else self._dequantising(net), params)
 
     def refiner(self, source: str | Path, variant: str | None = None) -> "Generator":
-        """SDXL's refiner, to go on from this model's latents (`chain.Refine`); it has no decoder of its own.
+        """SDXL's refiner, to start from this model's latents (`chain.Refine`); it has no decoder of its own.
 
         Args:
           source: folder or hub id in diffusers format, or a single .safetensors file.
