@@ -85,8 +85,7 @@ def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
             config.update_from_flattened_dict({key: value})
         except (AttributeError, KeyError, TypeError, ValueError):
             raise LcmError(
-                f"config.{key} = {value!r}: there is no such key, or its value has another type; "
-                "see lcm_jax/run/config.py"
+                f"config.{key} = {value!r}: there is no such key, or its value has another type; see docs/config.md"
             ) from None
     return config
 

@@ -36,7 +36,8 @@ from lcm_jax.pretrained import RECORD, Pipeline, lora_files, save_pipeline, save
 from lcm_jax.pretrained.diffusers_folder import all_or_nothing, check_folder, lcm_scheduler_config, scheduler_class
 from lcm_jax.pretrained.model import PipelineParams, fold_w
 from lcm_jax.pretrained.safetensors_io import check_file
-from lcm_jax.run.config import MODELS_FILE, from_saved, validate
+from lcm_jax.run.config import from_saved, validate
+from lcm_jax.run.keys import MODELS_FILE
 from lcm_jax.run.model_card import model_card
 from lcm_jax.run.models import load
 from lcm_jax.runtime.checkpoints import difference, list_steps, load_subtree

@@ -39,8 +39,6 @@ from lcm_jax.run import models as run_models
 from lcm_jax.run import report
 from lcm_jax.run import step as run_step
 from lcm_jax.run.config import (
-    DATA_FILE,
-    MODELS_FILE,
     flag_help,
     parse_flags,
     prepare_workdir,
@@ -48,6 +46,7 @@ from lcm_jax.run.config import (
     to_json,
     validate,
 )
+from lcm_jax.run.keys import DATA_FILE, MODELS_FILE
 from lcm_jax.runtime import boards, distributed, lost, profiling, waiting
 from lcm_jax.runtime.checkpoints import Checkpoints
 from lcm_jax.runtime.mesh import check_batch, make_mesh, place, process_rows, put_batch, report_unsharded

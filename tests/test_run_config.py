@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from lcm_jax import assets
 from lcm_jax.errors import LcmError
 from lcm_jax.run import config as config_lib
+from lcm_jax.run import keys
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,7 +104,7 @@ PHASED = {"distill.map": "phased"}
 
 
 def test_validate_names_key_and_value(shapes):
-    assert {key.name for key in config_lib.KEYS if key.check is not None} <= set(BAD)
+    assert {key.name for key in keys.KEYS if key.check is not None} <= set(BAD)
     good = flatten_dict(shapes.to_dict(), sep=".")
     for key, value in BAD.items():
         with pytest.raises(LcmError) as info:
@@ -191,7 +192,7 @@ def test_frozen_weights_are_held_in_the_compute_dtype_but_on_a_cpu(shapes, platf
     shapes.model.dtype = dtype
     resolved = config_lib.resolve(shapes, platform)
     assert (resolved.model.dtype, resolved.model.teacher_dtype) == want
-    for given in config_lib.DTYPES:
+    for given in keys.DTYPES:
         shapes.model.teacher_dtype = given
         assert config_lib.resolve(shapes, platform).model.teacher_dtype == given
 
@@ -308,7 +309,7 @@ def test_a_config_json_of_other_types_is_one_line(shapes, value):
 
 
 def test_every_number_has_a_range():
-    numbers = [key for key in config_lib.KEYS if type(key.default) in (int, float)]
+    numbers = [key for key in keys.KEYS if type(key.default) in (int, float)]
     for key, value in itertools.product(
         numbers, (10**30, 10**5000, -(10**30), True, float("nan"), float("inf"), "3", [1])
     ):
@@ -324,7 +325,7 @@ def test_help_lists_every_key():
     done = subprocess.run([sys.executable, "-m", "lcm_jax.train", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and not done.stderr  # absl's
     text = "".join(done.stdout.split())
-    for key in config_lib.KEYS:
+    for key in keys.KEYS:
         assert "".join(f"--config.{key.name}={key.default}  {key.meaning}".split()) in text, key.name
 
 

@@ -42,8 +42,9 @@ from lcm_jax.pretrained.model import (
     recorded,
 )
 from lcm_jax.pretrained.names import PutFn
-from lcm_jax.run.config import W_EMBEDDING_OF_A_LORA, needs_teacher, phases_at_end
+from lcm_jax.run.config import needs_teacher, phases_at_end
 from lcm_jax.run.data import check_sizes
+from lcm_jax.run.keys import W_EMBEDDING_OF_A_LORA
 from lcm_jax.runtime.workdir import digest_entry
 
 
