@@ -7,7 +7,8 @@ Command   python -m lcm_jax.train --config=configs/lcm_xl_pokemon_blip.py --work
               --vae=madebyollin/sdxl-vae-fp16-fix --steps=4 --guidance_scale=1 --prompt="..." --out=pictures
 Data      lambdalabs/pokemon-blip-captions, flipped with probability 1/2. The hub no longer has
           it: use a copy, or a similar set, such as lambdalabs/naruto-blip-captions
-Hardware  As in `sdxl_lcm`, two images at a time. Not yet measured
+Hardware  As in `sdxl_lcm`, two images at a time. Modelled: 75.6 GiB on one h200 (experiments/aot); not yet
+          measured
 Time      Not yet measured
 Source    diffengine, schedules and models of lcm_xl: lr 1e-6, weight decay 0, gradients clipped at norm 1, batch 2 in 2
           parts, 50 epochs (10,413 updates of 4 images), w in [3, 15], 50 solver steps, target EMA 0.95, Huber loss,
