@@ -5,6 +5,7 @@
     fd_dinov2[/RESIZE]:FOLDER  DINOv2 in transformers format                statistics of the reference
     cmmd[/RESIZE]:FOLDER       CLIP in transformers format                  features of the reference
     clip_score:FOLDER          CLIP in transformers format                  the captions
+    pickscore:FOLDER           PickScore_v1 in transformers format          the captions
     shapes[:TEACHER]           come with the package                        the captions, held-out renders, and the law
                                                                             of what captions leave open
 
@@ -29,7 +30,7 @@ from jax.sharding import Mesh
 from lcm_jax.data.shapes import RESOLUTION, label_arrays
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import intervals, shapes, statistics
-from lcm_jax.metrics.clip_score import ClipPair, clip_scores, load_clip
+from lcm_jax.metrics.clip_score import ClipPair, check_logit_scale, clip_scores, load_clip, pick_scores
 from lcm_jax.metrics.features import Extractor, load_extractor
 from lcm_jax.metrics.inputs import ReferenceImages
 from lcm_jax.metrics.intervals import Estimate
@@ -37,7 +38,14 @@ from lcm_jax.metrics.networks import weights
 from lcm_jax.metrics.networks.shapes import score
 from lcm_jax.metrics.statistics import FeatureSet, Statistics
 
-KINDS = {"fid": "inception", "clip_score": "clip", "cmmd": "clip", "fd_dinov2": "dinov2", "shapes": "shapes"}
+KINDS = {
+    "fid": "inception",
+    "clip_score": "clip",
+    "pickscore": "pickscore",
+    "cmmd": "clip",
+    "fd_dinov2": "dinov2",
+    "shapes": "shapes",
+}
 RESIZES = {"cmmd": "cmmd"}  # if it is not the extractor's first
 NEEDS_REFERENCE = ("fid", "fd_dinov2", "cmmd")
 KEPT = 16_384  # images whose features a Frechet distance keeps for its interval: 128 MB in 2,048 dimensions
@@ -142,8 +150,8 @@ def load(
     """
     if spec.name == "shapes":
         measure: Measure = Shapes(captions, size, style, batch_size)
-    elif spec.name == "clip_score":
-        measure = ClipScore(load_clip(spec.path, mesh=mesh, batch_size=batch_size), captions)
+    elif spec.name in ("clip_score", "pickscore"):
+        measure = CaptionScore(spec.name, load_clip(spec.path, mesh=mesh, batch_size=batch_size), captions)
     else:
         kind = KINDS[spec.name]
         extractor = load_extractor(kind, spec.path, resize=spec.resize, mesh=mesh, batch_size=batch_size)
@@ -208,18 +216,24 @@ class Shapes(Measure):
         return values
 
 
-class ClipScore(Measure):
-    name, min_images = "clip_score", 1
+class CaptionScore(Measure):
+    """CLIP score or PickScore."""
 
-    def __init__(self, pair: ClipPair, captions: Sequence[str]):
-        self.pair, self.clusters = pair, intervals.clusters(captions)
+    min_images = 1
+
+    def __init__(self, name: str, pair: ClipPair, captions: Sequence[str]):
+        self.name, self.pair, self.clusters = name, pair, intervals.clusters(captions)
         self.about = {"network": pair.images.name, "sha256": pair.hash}
+        self.scores = clip_scores
+        if name == "pickscore":
+            check_logit_scale(pair)
+            self.scores, self.about["logit_scale"] = pick_scores, pair.logit_scale
 
     def add(self, state: list | None, images: np.ndarray, captions: Sequence[str]) -> list:
-        return [*(state or []), clip_scores(self.pair, images, captions)]
+        return [*(state or []), self.scores(self.pair, images, captions)]
 
     def estimates(self, state: list) -> dict[str, Estimate]:
-        return {"clip_score": intervals.of_means(np.concatenate(state)[:, None], self.clusters)[0]}
+        return {self.name: intervals.of_means(np.concatenate(state)[:, None], self.clusters)[0]}
 
 
 class Distance(Measure):

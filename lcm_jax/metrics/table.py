@@ -58,6 +58,7 @@ COLUMNS = {
     "endpoint_error": Column("one-step error", "{:.3f}"),
     "fid": Column("FID", "{:.2f}"),
     "clip_score": Column("CLIP score", "{:.2f}", True),
+    "pickscore": Column("PickScore", "{:.2f}", True),
     "cmmd": Column("CMMD", "{:.3f}"),
     "fd_dinov2": Column("FD-DINOv2", "{:.1f}"),
 }
