@@ -29,7 +29,8 @@ _DRAWS = 2**20  # at a time
 Z = 1.959964  # 97.5 % of the standard normal distribution lie below
 NOTE = (
     "In brackets: 95 % intervals over captions, with the model and the reference held fixed; of means by the "
-    "bootstrap, of distances by the infinitesimal jackknife."
+    "bootstrap, of distances by the infinitesimal jackknife. Rows that share captions and noise differ by less chance "
+    "than their brackets show."
 )
 
 
