@@ -1,8 +1,8 @@
 """The embedded models: their rows of `lcm_jax.evaluate`, rows of renders, recorded rows of the teacher, and grids.
 
 A row is a dict: accuracy in 0..1, frechet, coverage, collapsed and diversity (metrics/shapes.py), milliseconds per
-image with decoding and without compiling, endpoint_error in standard deviations of the latents (one step only). Frechet
-distances are comparable only among rows of one size.
+image with decoding and without compiling, endpoint_error in standard deviations of the latents (one step only), and
+intervals, {key: (low, high)}. Frechet distances are comparable only among rows of one size.
 """
 
 import argparse
@@ -34,6 +34,8 @@ from lcm_jax.runtime import kernels as compiler
 
 PAPER_SCALE = 9.0  # w = 8, of the paper's tables
 HIGH_SCALE = 7.5  # as high for the embedded teacher as the paper's is for its own
+MEASURES = {"accuracy": "caption_accuracy", "frechet": "shapes_frechet", "coverage": "coverage_distance"}
+OF_LAW = ("coverage", "collapsed", "diversity")  # of what captions leave open
 GRID_IMAGES = 7
 GRID_SCALE = 3  # pixels of a grid for one of an image
 RECORD = Path(__file__).parent / "shapes_teacher" / "teacher_rows.json"
@@ -113,26 +115,31 @@ def as_dict(row: table.Row) -> dict[str, Any]:
         "steps": row.steps,
         "guidance_scale": row.guidance_scale,
         "evaluations": row.evaluations,
-        **_measures(row.values),
+        **_measures(row.values, row.intervals),
         "milliseconds": row.milliseconds,
         "endpoint_error": row.values.get("endpoint_error"),
     }
 
 
-def _measures(values: Mapping[str, float | None]) -> dict[str, float | None]:
-    names = {"accuracy": "caption_accuracy", "frechet": "shapes_frechet", "coverage": "coverage_distance"}
-    return {key: values.get(names.get(key, key)) for key in (*names, "collapsed", "diversity")}
+def _measures(values: Mapping[str, float | None], intervals: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    names = {key: MEASURES.get(key, key) for key in (*MEASURES, "collapsed", "diversity")}
+    ends = {key: intervals[name] for key, name in names.items() if name in intervals}
+    return {key: values.get(name) for key, name in names.items()} | {"intervals": ends}
 
 
 def _merged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One row of its sets: coverage from the last, in which captions repeat most; the rest from the first."""
-    return rows[0] | {key: rows[-1][key] for key in ("coverage", "collapsed", "diversity")}
+    first, last = rows[0]["intervals"], rows[-1]["intervals"]
+    ends = {key: pair for key, pair in first.items() if key not in OF_LAW}
+    ends |= {key: pair for key, pair in last.items() if key in OF_LAW}
+    return rows[0] | {key: rows[-1][key] for key in OF_LAW} | {"intervals": ends}
 
 
-def judged(images: np.ndarray, captions: Sequence[str], style: str = "plain") -> dict[str, float | None]:
+def judged(images: np.ndarray, captions: Sequence[str], style: str = "plain") -> dict[str, Any]:
     """The measures of uint8 images of these captions; the Frechet distance is to renders in `style`."""
     measure = measures.Shapes(captions, images.shape[1:3], style, measuring.BATCH)
-    return _measures(measure.values(measure.add(None, images, captions)))
+    found = results.of_estimates(measure.estimates(measure.add(None, images, captions)))
+    return _measures(found, found["intervals"])
 
 
 def captions_of(count: int, each: int) -> list[str]:
@@ -213,23 +220,31 @@ def styled(out: Path, count: int, style: str, models: Iterable[Sampled]) -> tupl
     images = {"plain": real_images(captions), "style": real_images(captions, style)}
     for kind in images["plain"]:
         for name, found in images.items():
-            in_style, plain = judged(found[kind], captions, style), judged(found[kind], captions)
-            distances = {"to_style": in_style["frechet"], "to_plain": plain["frechet"]}
-            rows.append({"method": f"{kind}, {name}"} | in_style | distances)
+            row = _of_both(judged(found[kind], captions, style), judged(found[kind], captions))
+            rows.append({"method": f"{kind}, {name}"} | row)
     lines = {"renders in the style": images["style"]["renders"][: GRID_IMAGES * EACH : EACH]}
     for name, flags, *request in models:
         sampler, steps, scale = request
         shared = [*flags, f"--row={sampler}:{steps}:{scale:g}"]
         (row,) = evaluated(out / f"{style}_{count}", name, count, *shared, f"--style={style}")
         (plain,) = evaluated(out / f"plain_{count}", name, count, *shared)
-        distances = {"to_style": row.values["shapes_frechet"], "to_plain": plain.values["shapes_frechet"]}
-        rows.append(as_dict(row) | distances | {"method": name, "sampler": f"{NAMES[sampler]} {steps}"})
+        found = _of_both(as_dict(row), as_dict(plain))
+        rows.append(found | {"method": name, "sampler": f"{NAMES[sampler]} {steps}"})
         lines[f"{name}, {steps} steps, scale {scale:g}"] = generated(flags, *request)
     return rows, lines
 
 
+def _of_both(in_style: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """A row of images that were measured against renders in a style, and against plain ones."""
+    both = {"to_style": in_style, "to_plain": plain}
+    ends = {key: row["intervals"]["frechet"] for key, row in both.items() if "frechet" in row["intervals"]}
+    distances = {key: row["frechet"] for key, row in both.items()}
+    return in_style | distances | {"intervals": in_style["intervals"] | ends}
+
+
 def write_styled(workdir: Path, table: Mapping[str, Any], lines: Mapping[str, np.ndarray]) -> None:
     """Writes STYLED_RESULTS to the workdir and prints the table; table: of table.json, with "note" and "rows"."""
+    table = {**table, "note": results.noted(table["note"], table["rows"])}
     text = f"{results.table_of(STYLED_COLUMNS, table['rows'])}\n{table['note']}\n"
     (workdir / "table.md").write_text(text)
     (workdir / "table.json").write_text(results.to_json(table, 2))

@@ -10,7 +10,8 @@ Image i of every row is of caption i, from noise that depends on (seed, i) alone
 of each caption. Each row is written to OUT/rows/ as soon as it is measured: the same command resumes where it was
 stopped, and measures only rows whose numbers would differ now. Further commands may add rows of other models to OUT,
 with the same seed, prompts, number and size of images. OUT/table.md, table.json and plot.png are made of all rows.
-Latency is of sampler and VAE, without compiling.
+Values stand with 95 % intervals over captions (metrics/intervals.py), except the one-step error, which is of at most
+64 captions. Latency is of sampler and VAE, without compiling.
 """
 
 import argparse
@@ -294,8 +295,11 @@ def measure(out: Path, evaluation: Evaluation, requests: Sequence[Request]) -> N
         for number, request in enumerate(requests, 1):
             row = evaluation.measure(request, progress.move)
             aside = table.save_row(out, row)
-            shown = {table.COLUMNS[key]: value for key, value in row.values.items() if value is not None}
-            values = [f"{column.title} {column.form.format(value)}" for column, value in shown.items()]
+            values = [
+                f"{table.COLUMNS[key].title} {table.shown(table.COLUMNS[key].form, value, row.intervals.get(key))}"
+                for key, value in row.values.items()
+                if value is not None
+            ]
             say(
                 f"row {number} of {len(requests)}: {row.sampler}, {row.steps} steps, scale {row.guidance_scale:g}: "
                 + ", ".join([*values, f"{row.milliseconds:.1f} ms per image"])

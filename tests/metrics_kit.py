@@ -40,14 +40,27 @@ def images(count, height=40, width=40, seed=0):
 
 @functools.cache
 def torch_clip() -> transformers.CLIPModel:
+    return _torch_clip(VISION)
+
+
+@functools.cache
+def torch_pick() -> transformers.CLIPModel:
+    """As ViT-H/14 of LAION: GELU in both towers, heads of 80 / 8 numbers, and 2 for the end of text."""
+    model = _torch_clip(VISION | dict(hidden_size=40, hidden_act="gelu"), eos_token_id=2)
+    model.logit_scale.data.fill_(3.0)
+    model.visual_projection.weight.data.neg_()  # with these weights cosines are negative then
+    return model
+
+
+def _torch_clip(vision: dict, **changes) -> transformers.CLIPModel:
     vocabulary = tiny.vocabulary()[0]
     ids = dict(vocab_size=len(vocabulary), bos_token_id=vocabulary[tiny.START], eos_token_id=vocabulary[tiny.END])
-    config = transformers.CLIPConfig(text_config=TEXT | ids, vision_config=VISION, projection_dim=20)
+    config = transformers.CLIPConfig(text_config=TEXT | ids | changes, vision_config=vision, projection_dim=20)
     return tiny.randomise(transformers.CLIPModel(config), 7)
 
 
-def write_clip(folder: Path) -> Path:
-    torch_clip().save_pretrained(folder)
+def write_clip(folder: Path, model: transformers.CLIPModel | None = None) -> Path:
+    (model or torch_clip()).save_pretrained(folder)
     tiny.write_tokenizer(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     return folder

@@ -27,6 +27,7 @@ from lcm_jax.metrics import shapes as shapes_metric
 from lcm_jax.metrics.clip_score import clip_scores, load_clip
 from lcm_jax.metrics.features import Extractor, load_extractor, make_extractor
 from lcm_jax.metrics.inputs import FolderImages, SourceImages
+from lcm_jax.metrics.intervals import Estimate
 from lcm_jax.metrics.networks.network import Network
 from lcm_jax.metrics.rows import Evaluation, model_about
 from lcm_jax.sampling import flags
@@ -253,8 +254,8 @@ class Recorder(measures.Measure):
     def add(self, state, images, captions):
         self.seen.append((images, list(captions)))
 
-    def values(self, state):
-        return {"fid": 1.0}
+    def estimates(self, state):
+        return {"fid": Estimate(1.0, (0.5, 1.5))}
 
 
 def test_images_are_those_of_sample_for_any_batch_size(lcm, prompts, tmp_path, monkeypatch):
@@ -284,10 +285,10 @@ def test_fid_is_the_distance_to_the_folder_and_is_computed_once(lcm, prompts, tm
         Image.fromarray(image).save(folder / f"{i}.png")
     generated, gather, read = [], statistics.gather, []
 
-    def listening(extractor, batches, start=None):
+    def listening(extractor, batches, start=None, keep=0):
         batches = list(batches)
         (generated if len(batches[0]) == 4 else read).extend(batches)
-        return gather(extractor, batches, start)
+        return gather(extractor, batches, start, keep)
 
     monkeypatch.setattr(statistics, "gather", listening)
     words = (lcm, prompts, tmp_path / "out", "--count=8", f"--metric=fid:{prompts}", f"--reference={folder}")
@@ -571,11 +572,15 @@ def test_shapes_are_judged_by_their_captions(monkeypatch):
     measure, renders = load(), shapes.render_batch(specs)
 
     def judged(images):
-        return measure.values(measure.add(measure.add(None, images[:50], captions), images[50:], captions))
+        return measure.estimates(measure.add(measure.add(None, images[:50], captions), images[50:], captions))
 
     right, wrong = judged(renders), judged(renders[::-1])
-    assert right["caption_accuracy"] == 1.0 and wrong["caption_accuracy"] < 0.2
-    parity.close(right["shapes_frechet"], wrong["shapes_frechet"], rtol=1e-6)
+    assert right["caption_accuracy"] == (1.0, (1.0, 1.0)) and wrong["caption_accuracy"].value < 0.2
+    low, high = wrong["caption_accuracy"].interval
+    assert 0 <= low < wrong["caption_accuracy"].value < high < 0.4
+    parity.close(right["shapes_frechet"].value, wrong["shapes_frechet"].value, rtol=1e-6)
+    parity.close(right["shapes_frechet"].interval, wrong["shapes_frechet"].interval, rtol=1e-6)
+    assert right["shapes_frechet"].interval[0] < right["shapes_frechet"].value < right["shapes_frechet"].interval[1]
     assert right.keys() == {"caption_accuracy", "shapes_frechet"}  # a caption each: nothing to tell of coverage
     styles = []
     monkeypatch.setattr(shapes_metric, "reference", styles.append)
@@ -591,21 +596,26 @@ def test_shapes_are_judged_by_their_captions(monkeypatch):
 def test_coverage_of_shapes_is_measured_and_shown(monkeypatch):
     """Ten captions: one render of each, eight times, or eight renders of its law."""
     monkeypatch.setattr(shapes_metric, "reference", lambda style: None)
-    monkeypatch.setattr(shapes_metric, "judge", lambda *args: (1.0, 0.0))
+    monkeypatch.setattr(shapes_metric, "judge", lambda *args: (Estimate(1.0, None), Estimate(0.0, None)))
     captions = [shapes.caption(spec) for spec in shapes_metric.heldout(10) for _ in range(8)]
     measure = measures.load(measures.Spec("shapes"), captions, (64, 64), measures.Reference((), None, Path("unused")))
 
     def row(name, numbers):
         images = shapes.render_batch([shapes.drawn(*drawn) for drawn in zip(captions, numbers, strict=True)])
-        values = measure.values(measure.add(None, images, captions))
-        return dataclasses.replace(ROW, model=name, values=values, comparison=comparison(), settings=settings())
+        found = measure.estimates(measure.add(None, images, captions))
+        values = {key: one.value for key, one in found.items()}
+        ends = {key: one.interval for key, one in found.items() if one.interval}
+        shared = {"comparison": comparison(), "settings": settings()}
+        return dataclasses.replace(ROW, model=name, values=values, intervals=ends, **shared)
 
     same, law = row("same", [i - i % 8 for i in range(80)]), row("law", range(80))
     assert same.values["collapsed"] == 1.0 and law.values["collapsed"] <= 0.1
     assert same.values["coverage_distance"] > 0.3 > abs(law.values["coverage_distance"])
     assert same.values["diversity"] < 0.5 < 0.8 < law.values["diversity"] < 1.2  # of two sizes, one is a half
     text = table.markdown([same, law])
-    assert "| coverage distance | collapsed captions | diversity |" in text and "| 100.0% |" in text
+    assert "| coverage distance | collapsed captions | diversity |" in text and "| 100.0% (100.0 to 100.0) |" in text
+    assert law.intervals.keys() == {"coverage_distance", "collapsed", "diversity"}
+    assert all(low <= law.values[key] <= high for key, (low, high) in law.intervals.items())
 
 
 VALUES = {"caption_accuracy": 0.5, "endpoint_error": 0.25}
@@ -628,11 +638,16 @@ def test_plot_has_a_line_for_each_sampler_and_scale():
     assert plot.panels(rows) == ["caption_accuracy"] and plot.panels([ROW]) == ["caption_accuracy", "endpoint_error"]
 
 
+def test_error_bars_are_lengths():
+    lengths = plot.error_lengths([0.5, 0.7, 1.0], [(0.4, 0.65), None, (0.9, 1.0)])
+    parity.close(lengths, [[0.1, 0, 0.1], [0.15, 0, 0]], atol=1e-12)
+
+
 @pytest.mark.parametrize("values", [VALUES, {}])
 def test_plot_is_an_image(values, tmp_path):
     """Of quality, or of latency if there is none."""
     pytest.importorskip("matplotlib")
-    row = dataclasses.replace(ROW, values=values)
+    row = dataclasses.replace(ROW, values=values, intervals={"caption_accuracy": (0.4, 0.6)})
     plot.write([row, dataclasses.replace(row, steps=4, milliseconds=3.0)], tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
         assert image.format == "PNG" and min(image.size) > 200 and len(np.unique(np.asarray(image))) > 10
@@ -672,6 +687,35 @@ def test_save_row_adds_metrics_of_the_same_images(tmp_path):
     later = table.save_row(tmp_path, first)
     assert later != aside and json.loads(aside.read_text())["values"] == both.values
     assert json.loads(later.read_text())["values"] == other.values and table.read_rows(tmp_path) == [first]
+
+
+def test_intervals_are_kept_shown_and_optional(tmp_path):
+    """Rows of before have none and stay; a later metric adds its own."""
+    own = {"settings": settings(), "values": {"caption_accuracy": 0.945}}
+    first = dataclasses.replace(ROW, intervals={"caption_accuracy": (0.931, 0.9577)}, comparison=comparison(), **own)
+    second = dataclasses.replace(first, values={"cmmd": 2.0}, intervals={"cmmd": (1.75, 2.25)})
+    for row in (first, second):
+        table.save_row(tmp_path, row)
+    (both,) = table.read_rows(tmp_path)
+    assert both.intervals == {"caption_accuracy": (0.931, 0.9577), "cmmd": (1.75, 2.25)}
+    older = dataclasses.replace(first, model="older", intervals={})
+    table.save_row(tmp_path, older)
+    (path,) = [path for path in (tmp_path / "rows").iterdir() if '"older"' in path.read_text()]
+    found = json.loads(path.read_text())
+    del found["intervals"]
+    tiny.write_json(path, found)
+    rows = table.read_rows(tmp_path)
+    assert rows == [both, older] and table.is_current(rows[1], older.comparison, older.settings)
+    table.write(tmp_path, rows)
+    assert table.read(tmp_path) == rows
+    text = (tmp_path / "table.md").read_text()
+    assert "| 94.5% (93.1 to 95.8) | 2.000 (1.750 to 2.250) |" in text and "| 94.5% |  |" in text
+    assert "In brackets: 95 % intervals over captions" in text
+    assert "In brackets" not in table.markdown([older])
+    for broken in ([], {"cmmd": [1.0]}, {"cmmd": [1.0, "2"]}, {"cmmd": 1.0}):
+        tiny.write_json(path, found | {"intervals": broken})
+        with pytest.raises(LcmError, match=f"{path.name}.*delete it"):
+            table.read_rows(tmp_path)
 
 
 def test_rows_of_other_flags_are_distinguished(tmp_path):

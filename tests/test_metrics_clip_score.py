@@ -1,4 +1,4 @@
-"""CLIP score and the embeddings of both towers against transformers' CLIPModel."""
+"""CLIP score, PickScore and the embeddings of both towers against transformers' CLIPModel."""
 
 import copy
 import json
@@ -9,12 +9,17 @@ import numpy as np
 import parity
 import pytest
 import torch
-from transformers import CLIPTokenizer, CLIPVisionModelWithProjection
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lcm_jax.errors import LcmError
-from lcm_jax.metrics.clip_score import clip_scores, cosine_scores, load_clip
+from lcm_jax.metrics import measures
+from lcm_jax.metrics.clip_score import clip_scores, cosine_scores, load_clip, pick_scores
 from lcm_jax.metrics.features import load_extractor
+from lcm_jax.metrics.networks import clip
+from lcm_jax.models.clip import from_config, vision_from_config
+from lcm_jax.pretrained import names
 
 CAPTIONS = ["a red circle", "blue square on the left", "", "small circle on the large square " * 20, "hello"]
 
@@ -62,6 +67,74 @@ def test_hash_of_a_pair_covers_both_towers(pair, folder, tmp_path):
     model.save_pretrained(tmp_path)
     other = load_clip(tmp_path, batch_size=4)
     assert other.images.hash == pair.images.hash and other.hash != pair.hash
+
+
+@pytest.fixture(scope="module")
+def pick_folder(tmp_path_factory):
+    return metrics_kit.write_clip(tmp_path_factory.mktemp("pick"), metrics_kit.torch_pick())
+
+
+def test_pick_scores_match_transformers(pick_folder):
+    """logits_per_image of CLIPModel after what CLIPProcessor does; negative ones are not cut."""
+    model, images = metrics_kit.torch_pick(), metrics_kit.images(5, 52, 40)
+    pixels = CLIPImageProcessorPil.from_pretrained(pick_folder)(list(images), return_tensors="pt")["pixel_values"]
+    tokenizer = CLIPTokenizer.from_pretrained(pick_folder)
+    words = tokenizer(CAPTIONS, padding=True, truncation=True, max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**words, pixel_values=pixels).logits_per_image.numpy()
+    pair = load_clip(pick_folder, batch_size=4)
+    parity.close(pair.logit_scale, np.exp(3.0), rtol=1e-6)
+    assert logits.max() < -0.5 and logits.std() > 1
+    for shift in range(len(CAPTIONS)):
+        captions = CAPTIONS[shift:] + CAPTIONS[:shift]
+        want = np.roll(logits, -shift, 1).diagonal()
+        parity.close(pick_scores(pair, images, captions), want, rtol=0, atol=1e-3)
+
+
+def test_pickscore_is_a_measure_with_an_interval(pick_folder, tmp_path):
+    captions, images = CAPTIONS * 2 + ["a", "b", "c", "d", "e"], metrics_kit.images(15)
+    reference = measures.Reference((), None, tmp_path)
+
+    def load(folder):
+        (spec,) = measures.parse([f"pickscore:{folder}"])
+        return measures.load(spec, captions, (40, 40), reference, batch_size=8)
+
+    measure, scores = load(pick_folder), pick_scores(load_clip(pick_folder, batch_size=8), images, captions)
+    assert measure.about.keys() == {"network", "sha256", "logit_scale"}
+    state = measure.add(measure.add(None, images[:7], captions[:7]), images[7:], captions[7:])
+    (value, (low, high)) = measure.estimates(state)["pickscore"]
+    parity.close(value, scores.mean(dtype=np.float64), rtol=1e-5)
+    assert low < value < high
+    alone = shutil.copytree(pick_folder, tmp_path / "alone")
+    weights = load_file(alone / "model.safetensors")
+    for name, text, broken in (
+        ("logit_scale", "have no logit_scale", {}),
+        ("logit_scale", "not one finite number", {"logit_scale": torch.tensor(float("nan"))}),
+        ("visual_projection.weight", "holds another network", {}),
+    ):
+        kept = {key: tensor for key, tensor in weights.items() if key != name} | broken
+        save_file(kept, alone / "model.safetensors", {"format": "pt"})
+        with pytest.raises(LcmError, match=text):
+            load(alone)
+    with pytest.raises(LcmError, match="PickScore_v1 of the Hugging Face hub"):
+        load(tmp_path / "nowhere")
+
+
+def test_layout_of_the_published_pickscore():
+    """Keys and shapes of a CLIP ViT-H/14, by transformers without memory for them."""
+    text = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24)
+    vision = dict(hidden_size=1280, intermediate_size=5120, num_attention_heads=16, num_hidden_layers=32)
+    text |= dict(hidden_act="gelu", projection_dim=1024, bos_token_id=0, eos_token_id=2)
+    vision |= dict(hidden_act="gelu", projection_dim=1024, patch_size=14)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
+    with torch.device("meta"):
+        stored = {key: tuple(value.shape) for key, value in CLIPModel(config).state_dict().items()}
+    found = {"model_type": "clip", "projection_dim": 1024, "text_config": text, "vision_config": vision}
+    ours = {key: p.torch_shape for key, p in clip._vision_table(vision_from_config(found)).items()}
+    own = dict(text, architectures=["CLIPTextModelWithProjection"], model_type="clip_text_model")
+    ours |= {key: p.torch_shape for key, p in names.torch_table(from_config(own)).items()} | {"logit_scale": ()}
+    assert ours == {key: shape for key, shape in stored.items() if not key.endswith("position_ids")}
+    assert sum(np.prod(shape, dtype=int) for shape in ours.values()) == 986_109_441
 
 
 def test_cosine_scores():

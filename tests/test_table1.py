@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from PIL import Image
 
-from experiments import embedded, measuring
+from experiments import embedded, measuring, results
 from experiments.table1 import run
 from lcm_jax import evaluate
 from lcm_jax.errors import LcmError
@@ -56,6 +56,27 @@ def test_result():
     papers = [cells(line) for line in text.split("The paper's")[1].splitlines() if line.startswith("| ")]
     assert papers[-1][:5] == ["LCM", "**35.36**", "**13.31**", "**11.10**", "**11.84**"] and len(papers) == 6
     assert papers[3][8] == "**29.55**"  # the paper's solvers have caught up
+
+
+def test_intervals_in_the_papers_layout_and_in_the_embedded_models_tables():
+    """Those of coverage are of the set that coverage is taken from; rows that were stored before have none."""
+    ends = {"caption_accuracy": (0.4, 0.6), "coverage_distance": (0.1, 0.2), "collapsed": (0.0, 0.1)}
+    one = dataclasses.replace(row("ddim", 1, 3.0, 0.5, 9.0), intervals=ends)
+    rows = [one, *(row("ddim", n, 3.0, 0.4, 9.5) for n in (2, 4, 8))]
+    assert "| DDIM | **50.0% (40.0 to 60.0)** | **40.0%** |" in run.result(rows)
+    values = {**one.values, "coverage_distance": 0.15, "collapsed": 0.05}
+    first, last = (embedded.as_dict(dataclasses.replace(one, values=values, intervals=i)) for i in (ends, {}))
+    assert first["intervals"] == {"accuracy": (0.4, 0.6), "coverage": (0.1, 0.2), "collapsed": (0.0, 0.1)}
+    assert embedded._merged([first, last])["intervals"] == {"accuracy": (0.4, 0.6)}
+    assert embedded._merged([last, first])["intervals"] == {"coverage": (0.1, 0.2), "collapsed": (0.0, 0.1)}
+    del last["intervals"]
+    text = results.table_of(embedded.COLUMNS, [first, last])
+    assert "| 50.0% (40.0 to 60.0) | 9.00 | 0.150 (0.100 to 0.200) | 5.0% (0.0 to 10.0) |" in text
+    assert "| 50.0% | 9.00 | 0.150 | 5.0% |" in text
+    assert results.noted("Of 8.", [first, last]).startswith("Of 8. In brackets") and results.noted("", [last]) == ""
+    both = embedded._of_both({"frechet": 1.0, "intervals": {"frechet": (0, 2)}}, {"frechet": 3.0, "intervals": {}})
+    assert both.pop("intervals") == {"frechet": (0, 2), "to_style": (0, 2)}
+    assert both == {"frechet": 1.0, "to_style": 1.0, "to_plain": 3.0}
 
 
 def test_evaluated(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lcm_jax import files
+from lcm_jax.metrics import plot
 from lcm_jax.metrics.table import COLUMNS, Row, columns
 
 INCHES = (4.0, 3.2)  # of one panel
@@ -25,16 +26,12 @@ def write(rows: Sequence[Row], variants: Sequence[str], path: Path) -> None:
     figure = Figure(figsize=(width * len(keys), INCHES[1]), layout="constrained")
     for key, panel in zip(keys, figure.subplots(1, len(keys), squeeze=False)[0], strict=True):
         for number, steps in enumerate(sorted({row.steps for row in rows})):
-            found = {(variants.index(r.model), r.guidance_scale): r.values.get(key) for r in rows if r.steps == steps}
-            shown = [(i, found[tick]) for i, tick in enumerate(ticks) if found.get(tick) is not None]
+            those = [row for row in rows if row.steps == steps and row.values.get(key) is not None]
+            found = {(variants.index(row.model), row.guidance_scale): row for row in those}
+            shown = [(i, found[tick]) for i, tick in enumerate(ticks) if tick in found]
             for first, line in enumerate(_lines(shown, labels)):
-                panel.plot(
-                    *zip(*line, strict=True),
-                    marker="o",
-                    markersize=4,
-                    color=f"C{number}",
-                    label=None if first else f"{steps} steps" if steps > 1 else "1 step",
-                )
+                name = None if first else f"{steps} steps" if steps > 1 else "1 step"
+                plot.line(panel, [i for i, _ in line], [row for _, row in line], key, color=f"C{number}", label=name)
         better = "higher" if COLUMNS[key].higher_is_better else "lower"
         panel.set_title(f"{COLUMNS[key].title} ({better} is better)", fontsize="small")
         panel.set_xticks(range(len(ticks)), labels, rotation=90 if len(ticks) > 7 else 30, fontsize="small")
@@ -45,6 +42,6 @@ def write(rows: Sequence[Row], variants: Sequence[str], path: Path) -> None:
         figure.savefig(partial, format="png", dpi=120)
 
 
-def _lines(points: Sequence[tuple[int, float]], labels: Sequence[str]) -> list[list[tuple[int, float]]]:
+def _lines(points: Sequence[tuple[int, Row]], labels: Sequence[str]) -> list[list[tuple[int, Row]]]:
     """Groups the points whose labels are equal up to their last comma."""
     return [list(line) for _, line in itertools.groupby(points, lambda point: labels[point[0]].rpartition(",")[0])]

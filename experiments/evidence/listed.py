@@ -32,6 +32,7 @@ NUMERIC = (
     "lcm_jax/metrics/measures.py",
     "lcm_jax/metrics/rows.py",
     "lcm_jax/metrics/distances.py",
+    "lcm_jax/metrics/intervals.py",
     "lcm_jax/metrics/networks/shapes.py",
     "experiments/stage.py",  # how long, and with which changes, a config is trained
 )

@@ -58,7 +58,7 @@ def main() -> int:
     shown = [row | {"method": row["method"] + " (recorded)" * row.get("recorded", False)} for row in rows]
     recorded = "" if args.full else ", those of recorded rows on another"
     sets = ", and ".join(f"{count:,} images, {each} of each caption" for count, each in size)
-    note = NOTE.format(size=sets, references=f"{REFERENCES:,}", recorded=recorded)
+    note = results.noted(NOTE.format(size=sets, references=f"{REFERENCES:,}", recorded=recorded), rows)
     text = f"{results.table_of(embedded.COLUMNS, shown)}\n{note}\n"
     (args.workdir / "table.md").write_text(text)
     table = {"note": note, "config": str(args.config), "rows": rows}

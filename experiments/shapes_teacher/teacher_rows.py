@@ -19,6 +19,7 @@ from experiments import embedded, results
 from experiments.embedded import DEMO, THOROUGH, Size
 from lcm_jax import assets, files
 from lcm_jax.ending import exit_code
+from lcm_jax.metrics import plot
 
 SOLVERS = "ddim,dpm_solver_pp_2m"
 STEPS = (1, 2, 4, 8)
@@ -49,7 +50,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         "coverage": "coverage distance",
     }
     for panel, (key, title) in zip(figure.subplots(1, 3), columns.items(), strict=True):
-        panel.plot([row["guidance_scale"] for row in rows], [row[key] for row in rows], marker="o", markersize=4)
+        values = [row[key] for row in rows]
+        lengths = plot.error_lengths(values, [row["intervals"].get(key) for row in rows])
+        panel.errorbar([row["guidance_scale"] for row in rows], values, lengths, marker="o", markersize=4, elinewidth=1)
         panel.set(xlabel="guidance scale", title=title)
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -69,7 +72,7 @@ def main() -> int:
         best = min((row["frechet"], row["guidance_scale"]) for row in rows if row["accuracy"] >= right)[1]
         asset = embedded.asset_hash(assets.path("shapes"))
         record = {"asset": asset, "best_guidance_scale": best, "scan": rows, "tables": {}}
-        text = results.table_of(embedded.COLUMNS, rows)
+        text = f"{results.table_of(embedded.COLUMNS, rows)}\n{results.noted('', rows)}".rstrip() + "\n"
         files.write_atomic(here / "guidance.md", text)
         draw(rows, here / "guidance.png")
         print(text)

@@ -20,9 +20,8 @@ def write(rows: Sequence[table.Row], path: Path) -> None:
     ticks = sorted({row.evaluations for row in rows})
     for key, panel in zip(keys, panels, strict=True):
         for name, line in plot.series(rows).items():
-            points = [(row.evaluations, row.values[key]) for row in line]
             style = {"linewidth": 2.5} if line[0].sampler == "lcm" else {"linewidth": 1.0, "linestyle": "--"}
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, **style)
+            plot.line(panel, [row.evaluations for row in line], line, key, label=name, **style)
         panel.set_xscale("log", base=2)
         panel.set_xticks(ticks, [str(n) for n in ticks])
         panel.minorticks_off()

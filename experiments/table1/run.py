@@ -28,6 +28,7 @@ from lcm_jax.run import config as config_lib
 
 BASELINES = {"ddim": "DDIM", "dpm_solver_2m": "DPM-Solver", "dpm_solver_pp_2m": "DPM-Solver++"}
 METHODS = {**BASELINES, "lcm": "LCM"}
+Measured = tuple[float, tuple[float, float] | None]  # a value and its interval
 UNGUIDED = 1.0  # at this scale the teacher, too, takes one network evaluation a step
 
 
@@ -72,7 +73,9 @@ def result(rows: Sequence[table.Row]) -> str:
     texts = []
     for scale in sorted({row.guidance_scale for row in rows}):
         values = {
-            METHODS[sampler]: [[by_steps[n].values[key] for n in measuring.STEPS] for key in keys]
+            METHODS[sampler]: [
+                [(by_steps[n].values[key], by_steps[n].intervals.get(key)) for n in measuring.STEPS] for key in keys
+            ]
             for sampler in METHODS
             for by_steps in [{r.steps: r for r in rows if (r.sampler, r.guidance_scale) == (sampler, scale)}]
             if by_steps
@@ -81,23 +84,26 @@ def result(rows: Sequence[table.Row]) -> str:
         texts += [f"Guidance scale {scale:g}{unguided}:", laid_out(values, [table.COLUMNS[key] for key in keys])]
     notes = "\n".join(table.notes(rows))
     own = [table.COLUMNS["fid"], table.COLUMNS["clip_score"]]
-    texts += [notes, "The paper's, on its models (FID, CLIP score):", laid_out(paper.ROWS, own), paper.NOTE]
+    papers = {name: [[(value, None) for value in group] for group in groups] for name, groups in paper.ROWS.items()}
+    texts += [notes, "The paper's, on its models (FID, CLIP score):", laid_out(papers, own), paper.NOTE]
     return "\n\n".join(text.rstrip() for text in texts) + "\n"
 
 
-def laid_out(values: dict[str, Sequence[Sequence[float]]], columns: Sequence[table.Column]) -> str:
+def laid_out(values: dict[str, Sequence[Sequence[Measured]]], columns: Sequence[table.Column]) -> str:
     """A Markdown table: one row per method, one group of 1, 2, 4, 8 steps per column."""
     heads = [f"{column.title}, {n} step{'s' * (n > 1)}" for column in columns for n in measuring.STEPS]
     best = [
-        [(max if column.higher_is_better else min)(groups[c][s] for groups in values.values()) for s in range(4)]
+        [(max if column.higher_is_better else min)(groups[c][s][0] for groups in values.values()) for s in range(4)]
         for c, column in enumerate(columns)
     ]
     lines = [
         [name]
         + [
-            f"**{column.form.format(value)}**" if value == best[c][s] else column.form.format(value)
+            f"**{table.shown(column.form, value, ends)}**"
+            if value == best[c][s]
+            else table.shown(column.form, value, ends)
             for c, column in enumerate(columns)
-            for s, value in enumerate(groups[c])
+            for s, (value, ends) in enumerate(groups[c])
         ]
         for name, groups in values.items()
     ]

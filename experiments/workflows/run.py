@@ -25,6 +25,8 @@ from lcm_jax import files
 from lcm_jax.data import shapes
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import LcmError
+from lcm_jax.metrics import intervals
+from lcm_jax.metrics.intervals import Estimate
 from lcm_jax.metrics.networks import shapes as scorer
 
 CONFIG = "configs/shapes_lcm.py"
@@ -73,16 +75,21 @@ Ask = Callable[..., np.ndarray]  # (captions, options of a model's call) -> EACH
 Found = tuple[list[Row], dict[str, np.ndarray], list[str]]  # rows; lines of the grid, and their captions
 
 
-def share(read: Read, asked: Sequence[Case], names: Sequence[str], of_outline: bool = False) -> float:
+def share(read: Read, asked: Sequence[Case], names: Sequence[str], of_outline: bool = False) -> Estimate:
     """Of EACH images of each case, those that show what the caption (or the outline) says of these attributes."""
     right = np.array(True)
     for name in names:
         words = [getattr(case.spec, name) if of_outline else case.words[name] for case in asked]
         right = right & (read[name] == np.repeat([shapes.ATTRIBUTES[name].index(word) for word in words], EACH))
-    return float(right.mean())
+    return of_cases(right)
 
 
-def common(images: np.ndarray, asked: Sequence[Case], changed: Sequence[str]) -> Row:
+def of_cases(values: np.ndarray) -> Estimate:
+    """Mean of a value of EACH images of each case, and its interval over cases."""
+    return intervals.of_means(values[:, None], np.arange(len(values)) // EACH)[0]
+
+
+def common(images: np.ndarray, asked: Sequence[Case], changed: Sequence[str]) -> dict[str, Estimate]:
     """What image to image and inpainting measure alike; changed: attributes that the caption changes."""
     read, kept = scorer.score(images)[0], [name for name in shapes.ATTRIBUTES if name not in changed]
     parts = {"accuracy": tuple(shapes.ATTRIBUTES), "changed": changed, "kept": kept}
@@ -97,9 +104,9 @@ def image_to_image(ask: dict[tuple[str, int], Ask], count: int) -> Found:
         for (model, steps), images_of in ask.items():
             images = images_of(captions, image=given, strength=strength)
             off = images.astype(np.float32) - np.repeat(given, EACH, axis=0)
-            distance = float(np.sqrt(np.square(off).mean((1, 2, 3))).mean())
             row = {"strength": strength, "model": model, "steps": steps}
-            rows.append(row | common(images, asked, ("colour",)) | {"distance": distance})
+            distance = {"distance": of_cases(np.sqrt(np.square(off).mean((1, 2, 3))))}
+            rows.append(row | results.of_estimates(common(images, asked, ("colour",)) | distance))
             if (model, steps) in SHOWN:
                 lines[f"{model}, {steps} steps, strength {strength:g}"] = first(images)
     return rows, lines, captions
@@ -114,8 +121,9 @@ def inpainting(ask: dict[tuple[str, int], Ask], count: int) -> Found:
     rows, lines = [], {"input": first(originals), "masked": first(np.where(inside, np.uint8(128), originals))}
     for (model, steps), images_of in ask.items():
         images = images_of(captions, image=given, mask=masks, strength=1.0)
-        exact = float((inside | (images == originals)).all((1, 2, 3)).mean())
-        rows.append({"model": model, "steps": steps, **common(images, asked, ("shape", "colour")), "exact": exact})
+        exact = {"exact": of_cases((inside | (images == originals)).all((1, 2, 3)))}
+        found = results.of_estimates(common(images, asked, ("shape", "colour")) | exact)
+        rows.append({"model": model, "steps": steps, **found})
         lines[f"{model}, {steps} step{'s' * (steps > 1)}"] = first(images)
     return rows, lines, captions
 
@@ -131,9 +139,10 @@ def control_net(ask: dict[tuple[str, int], Ask], count: int) -> Found:
             images = np.concatenate(parts)
             read, _ = scorer.score(images)
             row = {"caption": "contradicts" if contradicts else "agrees", "model": model, "steps": steps}
-            row["outline"] = share(read, asked, cases.OUTLINED, of_outline=True)
-            row["object"] = share(read, asked, cases.OUTLINED)
-            rows.append(row | {"rest": share(read, asked, ("colour", "background"))})
+            shares = {"outline": share(read, asked, cases.OUTLINED, of_outline=True)}
+            shares["object"] = share(read, asked, cases.OUTLINED)
+            shares["rest"] = share(read, asked, ("colour", "background"))
+            rows.append(row | results.of_estimates(shares))
             lines[f"{model}, {steps} step{'s' * (steps > 1)}"] = first(images)
     return rows, lines, shown
 
@@ -185,7 +194,7 @@ def main() -> int:
         embedded.write_grid(out / grid_of(name), lines, captions[: embedded.GRID_IMAGES])
         rows += [{"workflow": name} | row for row in found]
         texts.append(f"### {name}\n\n{results.table_of(COLUMNS[name], found)}")
-    note = NOTE.format(count=args.count, each=EACH, cases=count, scale=scale)
+    note = results.noted(NOTE.format(count=args.count, each=EACH, cases=count, scale=scale), rows)
     text = "\n".join([*texts, f"{note}\n"])
     files.write_atomic(out / "table.md", text)
     files.write_atomic(out / "table.json", results.to_json({"note": note, "config": CONFIG, "rows": rows}, 2))

@@ -110,8 +110,39 @@ def gaussian_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray,
     return float(max(distance, 0.0))
 
 
+def frechet_influence(features: np.ndarray, a: FeatureStatistics, b: FeatureStatistics) -> np.ndarray:
+    """Influence [n] on distance (1) of features [n d] of `a`, whose mean over all features of `a` is 0.
+
+    With S = C_b^(1/2) and S C_a S = V diag(l) V^T, the gradient of (1) is 2 (m_a - m_b) in m_a and, because that of
+    trace A^(1/2) is A^(-1/2) / 2, G = 1 - S V diag(l^(-1/2)) V^T S in C_a; so, for x = feature - m_a,
+
+        u = 2 (m_a - m_b) x + x^T G x - trace(G C_a)                                                                (3)
+
+    Directions in which `a` has no variance (l = 0) have no part in it.
+    """
+    values, vectors = np.linalg.eigh(b.covariance)
+    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    inner = root @ a.covariance @ root
+    values, vectors = np.linalg.eigh((inner + inner.T) / 2.0)
+    seen = values > values.max() * a.dim * np.finfo(np.float64).eps
+    to_b = root @ (vectors[:, seen] * values[seen] ** -0.25)  # to_b to_b^T = 1 - G
+    shift, found = 2.0 * (a.mean - b.mean), []
+    for start in range(0, len(features), _BLOCK):
+        x = features[start : start + _BLOCK].astype(np.float64) - a.mean
+        found.append(x @ shift + np.square(x).sum(1) - np.square(x @ to_b).sum(1))
+    return np.concatenate(found) - (np.trace(a.covariance) - np.sqrt(values[seen]).sum())
+
+
 def cmmd(x: np.ndarray, y: np.ndarray) -> float:
-    """CMMD (2) of two sets of CLIP embeddings [n d] and [m d], normalised here. Memory: 2,048 x max(n, m) numbers.
+    """CMMD (2) of two sets of CLIP embeddings [n d] and [m d]; see `cmmd_influence`."""
+    return cmmd_influence(x, y)[0]
+
+
+def cmmd_influence(x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+    """(CMMD (2), influence [n] of each x) of embeddings [n d] and [m d], normalised here.
+
+    The influence of x_i is twice mean_j k(x_i, x_j) - mean_j k(x_i, y_j), up to a constant. Memory: 2,048 x max(n, m)
+    numbers.
 
     Raises:
       LcmError: different dimensions, fewer than 2 embeddings in a set, or embeddings without direction.
@@ -122,17 +153,16 @@ def cmmd(x: np.ndarray, y: np.ndarray) -> float:
     if min(len(x), len(y)) < 2:
         raise LcmError(f"CMMD of {len(x)} and {len(y)} images: give at least 2 of each")
     x, y = normalised(x), normalised(y)
-    return SCALE * (_mean_kernel(x, x) + _mean_kernel(y, y) - 2 * _mean_kernel(x, y))
+    within, between = _mean_kernels(x, x), _mean_kernels(x, y)
+    value = SCALE * (within.mean() + _mean_kernels(y, y).mean() - 2 * between.mean())
+    return float(value), 2 * SCALE * (within - between)
 
 
-def _mean_kernel(x: np.ndarray, y: np.ndarray) -> float:
-    """Mean of k(x_i, y_j) - 1 over all pairs of rows of length 1."""
-    total = 0.0
-    for start in range(0, len(x), _BLOCK):
-        cosine = x[start : start + _BLOCK] @ y.T
-        # expm1: the kernel's values lie within 2 % of 1, and their small differences are what is measured.
-        total += np.expm1((cosine - 1) / SIGMA**2).sum()
-    return total / (len(x) * len(y))
+def _mean_kernels(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Mean over j of k(x_i, y_j) - 1, [n], for rows of length 1."""
+    # expm1: the kernel's values lie within 2 % of 1, and their small differences are what is measured.
+    blocks = (x[start : start + _BLOCK] @ y.T for start in range(0, len(x), _BLOCK))
+    return np.concatenate([np.expm1((cosine - 1) / SIGMA**2).mean(1) for cosine in blocks])
 
 
 def normalised(embeddings: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@
     fd_dinov2[/RESIZE]:FOLDER  DINOv2 in transformers format                statistics of the reference
     cmmd[/RESIZE]:FOLDER       CLIP in transformers format                  features of the reference
     clip_score:FOLDER          CLIP in transformers format                  the captions
+    pickscore:FOLDER           PickScore_v1 in transformers format          the captions
     shapes[:TEACHER]           come with the package                        the captions, held-out renders, and the law
                                                                             of what captions leave open
 
@@ -28,17 +29,26 @@ from jax.sharding import Mesh
 
 from lcm_jax.data.shapes import RESOLUTION, label_arrays
 from lcm_jax.errors import LcmError
-from lcm_jax.metrics import shapes, statistics
-from lcm_jax.metrics.clip_score import ClipPair, clip_scores, load_clip
+from lcm_jax.metrics import intervals, shapes, statistics
+from lcm_jax.metrics.clip_score import ClipPair, check_logit_scale, clip_scores, load_clip, pick_scores
 from lcm_jax.metrics.features import Extractor, load_extractor
 from lcm_jax.metrics.inputs import ReferenceImages
+from lcm_jax.metrics.intervals import Estimate
 from lcm_jax.metrics.networks import weights
 from lcm_jax.metrics.networks.shapes import score
 from lcm_jax.metrics.statistics import FeatureSet, Statistics
 
-KINDS = {"fid": "inception", "clip_score": "clip", "cmmd": "clip", "fd_dinov2": "dinov2", "shapes": "shapes"}
+KINDS = {
+    "fid": "inception",
+    "clip_score": "clip",
+    "pickscore": "pickscore",
+    "cmmd": "clip",
+    "fd_dinov2": "dinov2",
+    "shapes": "shapes",
+}
 RESIZES = {"cmmd": "cmmd"}  # if it is not the extractor's first
 NEEDS_REFERENCE = ("fid", "fd_dinov2", "cmmd")
+KEPT = 16_384  # images whose features a Frechet distance keeps for its interval: 128 MB in 2,048 dimensions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +96,8 @@ class Measure(abc.ABC):
         """The state of a row with one more batch, images uint8 [b h w 3]; state: None before the first one."""
 
     @abc.abstractmethod
-    def values(self, state: Any) -> dict[str, float]:
-        """The values of all batches, by key of `table.COLUMNS`."""
+    def estimates(self, state: Any) -> dict[str, Estimate]:
+        """The values of all batches with their intervals, by key of `table.COLUMNS`."""
 
 
 def parse(texts: Sequence[str]) -> list[Spec]:
@@ -140,12 +150,12 @@ def load(
     """
     if spec.name == "shapes":
         measure: Measure = Shapes(captions, size, style, batch_size)
-    elif spec.name == "clip_score":
-        measure = ClipScore(load_clip(spec.path, mesh=mesh, batch_size=batch_size))
+    elif spec.name in ("clip_score", "pickscore"):
+        measure = CaptionScore(spec.name, load_clip(spec.path, mesh=mesh, batch_size=batch_size), captions)
     else:
         kind = KINDS[spec.name]
         extractor = load_extractor(kind, spec.path, resize=spec.resize, mesh=mesh, batch_size=batch_size)
-        measure = Distance(spec.name, extractor, size, reference)
+        measure = Distance(spec.name, extractor, captions, size, reference)
     if len(captions) < measure.min_images:
         raise LcmError(
             f"--metric={spec.name} needs at least {measure.min_images} images per row, here are {len(captions)}; give "
@@ -195,39 +205,52 @@ class Shapes(Measure):
     def add(self, state: list | None, images: np.ndarray, captions: Sequence[str]) -> list:
         return [*(state or []), score(images, batch_size=self.batch_size)]
 
-    def values(self, state: list) -> dict[str, float]:
+    def estimates(self, state: list) -> dict[str, Estimate]:
         predicted, features = shapes.joined(state)
-        accuracy, distance = shapes.judge(predicted, features, self.labels, shapes.reference(self.style))
+        to, clusters = shapes.reference(self.style), intervals.clusters(self.captions)
+        accuracy, distance = shapes.judge(predicted, features, self.labels, to, clusters)
         values = {"caption_accuracy": accuracy, "shapes_frechet": distance}
         if found := shapes.coverage(predicted, self.captions):
-            values |= {"coverage_distance": found.distance, "collapsed": found.collapsed, "diversity": found.diversity}
+            means = intervals.of_means(found.each, np.arange(len(found.each)))
+            values |= zip(("coverage_distance", "collapsed", "diversity"), means, strict=True)
         return values
 
 
-class ClipScore(Measure):
-    name, min_images = "clip_score", 1
+class CaptionScore(Measure):
+    """CLIP score or PickScore."""
 
-    def __init__(self, pair: ClipPair):
-        self.pair = pair
+    min_images = 1
+
+    def __init__(self, name: str, pair: ClipPair, captions: Sequence[str]):
+        self.name, self.pair, self.clusters = name, pair, intervals.clusters(captions)
         self.about = {"network": pair.images.name, "sha256": pair.hash}
+        self.scores = clip_scores
+        if name == "pickscore":
+            check_logit_scale(pair)
+            self.scores, self.about["logit_scale"] = pick_scores, pair.logit_scale
 
     def add(self, state: list | None, images: np.ndarray, captions: Sequence[str]) -> list:
-        return [*(state or []), clip_scores(self.pair, images, captions)]
+        return [*(state or []), self.scores(self.pair, images, captions)]
 
-    def values(self, state: list) -> dict[str, float]:
-        return {"clip_score": float(np.concatenate(state).mean(dtype=np.float64))}
+    def estimates(self, state: list) -> dict[str, Estimate]:
+        return {self.name: intervals.of_means(np.concatenate(state)[:, None], self.clusters)[0]}
 
 
 class Distance(Measure):
     """Distance to the reference in the features of a network: FID, FD-DINOv2 or CMMD."""
 
-    def __init__(self, name: str, extractor: Extractor, size: tuple[int, int], reference: Reference):
+    def __init__(
+        self, name: str, extractor: Extractor, captions: Sequence[str], size: tuple[int, int], reference: Reference
+    ):
         self.name, self.extractor, self.size, self.images = name, extractor, size, reference.images
+        self.clusters = intervals.clusters(captions)
         is_set = name == "cmmd"
         if is_set:
-            self.gather, self.read, self.distance = statistics.feature_set, statistics.load_features, statistics.cmmd
+            self.gather = self.collect = statistics.feature_set
+            self.read, self.influence = statistics.load_features, statistics.cmmd_influence
         else:
-            self.gather, self.read, self.distance = statistics.gather, statistics.load, statistics.frechet_distance
+            self.gather, self.collect = statistics.gather, functools.partial(statistics.gather, keep=KEPT)
+            self.read, self.influence = statistics.load, statistics.frechet_influence
         self.min_images = 2 if is_set else extractor.dim + 1
         origins = {path: statistics.load(path).origin for path in reference.files}
         given = next((path for path, origin in origins.items() if origin.hash == extractor.hash), None)
@@ -276,7 +299,7 @@ class Distance(Measure):
         _ = self.reference
 
     def add(self, state: Any, images: np.ndarray, captions: Sequence[str]) -> Statistics | FeatureSet:
-        return self.gather(self.extractor, [images], state)
+        return self.collect(self.extractor, [images], state)
 
-    def values(self, state: Statistics | FeatureSet) -> dict[str, float]:
-        return {self.name: self.distance(state, self.reference)}
+    def estimates(self, state: Statistics | FeatureSet) -> dict[str, Estimate]:
+        return {self.name: intervals.of_distance(*self.influence(state, self.reference), self.clusters)}

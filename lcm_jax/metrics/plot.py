@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lcm_jax import files
 from lcm_jax.errors import LcmError
@@ -41,6 +41,19 @@ def panels(rows: Sequence[Row]) -> list[str]:
     return several or list(steps)
 
 
+def error_lengths(values: Sequence[float], intervals: Sequence[Sequence[float] | None]) -> list[list[float]]:
+    """What matplotlib's `yerr` takes: lengths below and above the values; 0 for a value without interval."""
+    pairs = [(value, (value, value) if ends is None else ends) for value, ends in zip(values, intervals, strict=True)]
+    return [[max(0.0, v - low) for v, (low, _) in pairs], [max(0.0, high - v) for v, (_, high) in pairs]]
+
+
+def line(panel: Axes, x: Sequence[float], rows: Sequence[Row], key: str, **style: Any) -> None:
+    """Draws a value of rows with its intervals over `x`."""
+    values = [row.values[key] for row in rows]
+    lengths = error_lengths(values, [row.intervals.get(key) for row in rows])
+    panel.errorbar(x, values, lengths, **{"marker": "o", "markersize": 4, "elinewidth": 1.0, **style})
+
+
 def write(rows: Sequence[Row], path: Path) -> None:
     """Writes a PNG with two panels side by side for each quality; axes of steps and time are logarithmic."""
     from matplotlib.figure import Figure
@@ -65,9 +78,8 @@ def write(rows: Sequence[Row], path: Path) -> None:
 def _quality(key: str, left: Axes, right: Axes, rows: Sequence[Row], lines: Mapping[str, Sequence[Row]]) -> None:
     for name, members in lines.items():
         shown = [row for row in members if row.values.get(key) is not None]
-        values = [row.values[key] for row in shown]
-        left.plot([row.steps for row in shown], values, marker="o", markersize=4, label=name)
-        right.plot([row.milliseconds for row in shown], values, marker="o", markersize=4)
+        line(left, [row.steps for row in shown], shown, key, label=name)
+        line(right, [row.milliseconds for row in shown], shown, key)
     better = "higher" if COLUMNS[key].higher_is_better else "lower"
     left.set_ylabel(f"{COLUMNS[key].title} ({better} is better)")
     _scale_of_steps(left, rows)

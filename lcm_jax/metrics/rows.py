@@ -131,9 +131,10 @@ class Evaluation:
                 texts = [self.captions[n] for n in numbers]
                 states = [one.add(state, images, texts) for one, state in zip(self.measures, states, strict=True)]
                 advance(len(numbers))
-        values: dict[str, float | None] = {}
+        found = {}
         for one, state in zip(self.measures, states, strict=True):
-            values |= one.values(state)
+            found |= one.estimates(state)
+        values: dict[str, float | None] = {key: estimate.value for key, estimate in found.items()}
         settings, pipeline = request.settings, self.generator.pipeline
         # An LCM without w embedding is not conditioned on the guidance scale of the ODE.
         if self.endpoints and settings.steps == 1 and (pipeline.has_w_embedding or settings.sampler != "lcm"):
@@ -153,6 +154,7 @@ class Evaluation:
             compile_seconds=max(0.0, first - float(np.median(rest))),
             comparison=dict(self.comparison),
             settings=self.settings(request),
+            intervals={key: estimate.interval for key, estimate in found.items() if estimate.interval},
         )
 
 

@@ -24,7 +24,9 @@ import numpy as np
 from lcm_jax.data import shapes
 from lcm_jax.diffusion import solvers
 from lcm_jax.diffusion.denoiser import guided_output
-from lcm_jax.metrics.distances import FeatureStatistics, frechet_distance, statistics
+from lcm_jax.metrics import intervals
+from lcm_jax.metrics.distances import FeatureStatistics, frechet_distance, frechet_influence, statistics
+from lcm_jax.metrics.intervals import Estimate
 from lcm_jax.metrics.networks import shapes as scorer
 from lcm_jax.pretrained.model import weights_hash
 from lcm_jax.runtime import kernels
@@ -54,15 +56,20 @@ def judge(
     features: np.ndarray,
     labels: Mapping[str, np.ndarray],
     to: FeatureStatistics,
-) -> tuple[float, float]:
+    clusters: np.ndarray,
+) -> tuple[Estimate, Estimate]:
     """(caption accuracy in 0..1, Frechet distance) of images that the scorer has read.
 
     Args:
       predicted, features: from `score` of metrics/networks/shapes.py, of at least 65 images.
       labels: of their captions, in the same order (`data.shapes.label_arrays`).
       to: statistics of the reference (`reference`).
+      clusters: of the captions (`intervals.clusters`).
     """
-    return scorer.caption_accuracy(predicted, labels), frechet_distance(statistics(features), to)
+    (accuracy,) = intervals.of_means(scorer.all_right(predicted, labels)[:, None], clusters)
+    own = statistics(features)
+    influence = frechet_influence(features, own, to)
+    return accuracy, intervals.of_distance(frechet_distance(own, to), influence, clusters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +85,13 @@ class Coverage:
       collapsed: share of captions with an unnamed attribute that is the same in all images.
       diversity: number of different combinations of the unnamed attributes over what n draws from the law would show,
         K (1 - (1 - 1/K)^n) of K.
+      each: these three for each caption, [captions 3].
     """
 
     distance: float
     collapsed: float
     diversity: float
+    each: np.ndarray = dataclasses.field(compare=False, repr=False)
 
 
 def expected_distance(k: int, n: int) -> float:
@@ -113,7 +122,7 @@ def coverage(predicted: Mapping[str, np.ndarray], captions: Sequence[str]) -> Co
             found.append(_coverage(np.stack([predicted[name][numbers] for name in open_]), open_))
     if not found:
         return None
-    return Coverage(*(float(value) for value in np.mean(found, axis=0)))
+    return Coverage(*(float(value) for value in np.mean(found, axis=0)), each=np.array(found))
 
 
 def _coverage(read: np.ndarray, names: Sequence[str]) -> tuple[float, float, float]:

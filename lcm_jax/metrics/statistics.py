@@ -37,8 +37,11 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
+    """kept: features float32 [n_i d] of the first images, if `gather` was to keep some; not saved."""
+
     origin: Origin
     stats: FeatureStatistics
+    kept: tuple[np.ndarray, ...] = ()
 
     @property
     def count(self) -> int:
@@ -60,16 +63,21 @@ class FeatureSet:
         return sum(map(len, self.parts))
 
 
-def gather(extractor: Extractor, batches: Iterable[np.ndarray], start: Statistics | None = None) -> Statistics:
+def gather(
+    extractor: Extractor, batches: Iterable[np.ndarray], start: Statistics | None = None, keep: int = 0
+) -> Statistics:
     """Statistics of the features of all images in `batches`, each [b h w 3], added to those of `start`.
 
-    One batch at a time is in memory; sums are float64.
+    One batch at a time is in memory, and the features of about the first `keep` images; sums are float64.
 
     Raises:
       LcmError: images of different sizes, no images, or `start` is of another extractor.
     """
     for origin, features in _features(extractor, batches, start):
-        start = Statistics(origin, distances.update(None if start is None else start.stats, features))
+        kept = () if start is None else start.kept
+        if sum(map(len, kept)) < keep:
+            kept = (*kept, features)
+        start = Statistics(origin, distances.update(None if start is None else start.stats, features), kept)
     return start
 
 
@@ -117,10 +125,16 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     return distances.frechet_distance(a.stats, b.stats)
 
 
-def cmmd(a: FeatureSet, b: FeatureSet) -> float:
-    """`distances.cmmd` of two feature sets of one CLIP. Raises LcmError also if their origins differ."""
+def frechet_influence(a: Statistics, b: Statistics) -> tuple[float, np.ndarray]:
+    """(`frechet_distance`, influence of those images whose features `a` has kept). Raises: as `frechet_distance`."""
+    value = frechet_distance(a, b)
+    return value, distances.frechet_influence(np.concatenate(a.kept), a.stats, b.stats)
+
+
+def cmmd_influence(a: FeatureSet, b: FeatureSet) -> tuple[float, np.ndarray]:
+    """`distances.cmmd_influence` of two sets of one CLIP. Raises LcmError also if their origins differ."""
     check_same(a.origin, b.origin)
-    return distances.cmmd(a.features, b.features)
+    return distances.cmmd_influence(a.features, b.features)
 
 
 def save(path: str | Path, found: Statistics | FeatureSet) -> None:

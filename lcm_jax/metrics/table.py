@@ -11,7 +11,8 @@ Two records decide which numbers may stand side by side:
     Row.settings     what else a row depends on: "model" (hashes) and "program" (flags), the state of its model, and
                      "sampling". Rows are measured again if it has changed; a table has one state of each model.
 
-Metrics that a later command asks for are added to the row.
+Metrics that a later command asks for are added to the row. Rows that were measured before there were intervals stay,
+and are shown without; delete them to have them measured again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 from lcm_jax import files, foreign, typed
 from lcm_jax.errors import LcmError
+from lcm_jax.metrics import intervals
 
 FLAGS = {  # of `Row.comparison`, but for its metrics
     "seed": "--seed",
@@ -56,6 +58,7 @@ COLUMNS = {
     "endpoint_error": Column("one-step error", "{:.3f}"),
     "fid": Column("FID", "{:.2f}"),
     "clip_score": Column("CLIP score", "{:.2f}", True),
+    "pickscore": Column("PickScore", "{:.2f}", True),
     "cmmd": Column("CMMD", "{:.3f}"),
     "fd_dinov2": Column("FD-DINOv2", "{:.1f}"),
 }
@@ -74,6 +77,7 @@ class Row:
       timings: number of these batches.
       compile_seconds: by which the first batch took longer: compiling the sampler, or reading a compiled one.
       comparison, settings: see the module.
+      intervals: (low, high) of values that have one, see metrics/intervals.py.
     """
 
     model: str
@@ -88,6 +92,7 @@ class Row:
     compile_seconds: float
     comparison: Mapping[str, Any]
     settings: Mapping[str, Any]
+    intervals: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -136,7 +141,8 @@ def save_row(folder: Path, row: Row) -> Path | None:
         if same(_images(old), _images(row)):
             metrics = {**old.comparison["metrics"], **row.comparison["metrics"]}
             comparison = {**row.comparison, "metrics": metrics}
-            row = dataclasses.replace(row, values={**old.values, **row.values}, comparison=comparison)
+            values, ends = {**old.values, **row.values}, {**old.intervals, **row.intervals}
+            row = dataclasses.replace(row, values=values, intervals=ends, comparison=comparison)
         else:
             text = path.read_bytes()
             aside = path.parent / "before" / f"{path.stem}_{hashlib.sha256(text).hexdigest()[:8]}.json"
@@ -168,7 +174,8 @@ def _read_row(path: Path) -> Row:
 
 
 def _row(found: Mapping[str, Any]) -> Row:
-    return Row(**{**found, "quartiles": tuple(found["quartiles"])})
+    ends = {key: tuple(pair) for key, pair in found.get("intervals", {}).items()}
+    return Row(**{**found, "quartiles": tuple(found["quartiles"]), "intervals": ends})
 
 
 def check_comparable(folder: Path, rows: Sequence[Row], comparison: Mapping[str, Any]) -> None:
@@ -222,6 +229,15 @@ def columns(rows: Sequence[Row]) -> list[str]:
     return [key for key in COLUMNS if any(row.values.get(key) is not None for row in rows)]
 
 
+def shown(form: str, value: float, interval: Sequence[float] | None = None) -> str:
+    """A value with its interval, if it has one: "94.5% (93.1 to 95.8)"."""
+    text = form.format(value)
+    if interval is None:
+        return text
+    low, high = (form.format(end).removesuffix("%") for end in interval)
+    return f"{text} ({low} to {high})"
+
+
 def markdown(rows: Sequence[Row], latency: bool = True) -> str:
     """The table as Markdown with its notes; latency: with the times."""
     keys = columns(rows)
@@ -229,9 +245,9 @@ def markdown(rows: Sequence[Row], latency: bool = True) -> str:
     heads += ["ms per image", "compile s"] if latency else []
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
-        values = (row.values.get(key) for key in keys)
+        values = ((key, row.values.get(key)) for key in keys)
         cells = [row.model, sampler_of(row), str(row.steps), f"{row.guidance_scale:g}", str(row.evaluations)]
-        cells += ["" if v is None else COLUMNS[k].form.format(v) for k, v in zip(keys, values, strict=True)]
+        cells += ["" if v is None else shown(COLUMNS[k].form, v, row.intervals.get(k)) for k, v in values]
         cells += [f"{row.milliseconds:.1f}", f"{row.compile_seconds:.1f}"] if latency else []
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines) + "\n\n" + "\n".join(notes(rows, latency)) + "\n"
@@ -247,6 +263,8 @@ def notes(rows: Sequence[Row], latency: bool = True) -> list[str]:
     metrics = {name: about for row in rows for name, about in row.comparison["metrics"].items()}
     for name, about in metrics.items():
         lines.append(f"- {name}: " + "; ".join(f"{key} {_note(value)}" for key, value in about.items()) + ".")
+    if any(row.intervals for row in rows):
+        lines.append(f"- {intervals.NOTE}")
     lines.append("- " + "; ".join(filter(None, (_flag_note(rows, key) for key in NOTED))) + ".")
     if latency:
         timed = {(row.settings["program"]["batch_size"], row.settings["program"]["device"]) for row in rows}

@@ -92,6 +92,17 @@ def load_text(path: str | Path | None) -> tuple[Network, Tokenizer]:
     return network, tokenizer
 
 
+def load_logit_scale(path: str | Path) -> float | None:
+    """exp(logit_scale) of a CLIPModel's folder, by which it multiplies cosines; None if the file has none."""
+    with open_weights(weights.existing("clip", path), TRANSFORMERS_NAME) as stored:
+        if "logit_scale" not in stored.shapes:
+            return None
+        value = np.asarray(stored.read("logit_scale"), np.float64)
+        if value.size != 1 or not np.isfinite(value).all():
+            raise LcmError(f"{stored.source}: logit_scale is not one finite number; fetch the file again")
+        return float(np.exp(value.item()))
+
+
 def _image_embeds(output: Any) -> jax.Array:
     return output.image_embeds
 

@@ -182,7 +182,12 @@ def caption_accuracy(predicted: Mapping[str, np.ndarray], labels: Mapping[str, n
     Raises:
       LcmError: the lengths differ.
     """
-    return float(np.mean(np.all(list(_right(predicted, labels).values()), axis=0)))
+    return float(np.mean(all_right(predicted, labels)))
+
+
+def all_right(predicted: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Whether all named attributes of an image are right, bool [n]; as for `caption_accuracy`."""
+    return np.all(list(_right(predicted, labels).values()), axis=0)
 
 
 def attribute_accuracies(

@@ -22,7 +22,7 @@ from lcm_jax import files
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained.names import Parameter, differences, read_leaf, torch_name
 
-# The usual files: kind -> (how to get it, sha256 of the file).
+# The usual files: kind -> (how to get it, sha256 of the file; "": not known here).
 SOURCES = {
     "inception": (
         "the file https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -34,6 +34,11 @@ SOURCES = {
         "openai/clip-vit-large-patch14-336): config.json, preprocessor_config.json, the tokenizer's files, "
         "model.safetensors",
         "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
+    ),
+    "pickscore": (
+        "the folder yuvalkirstain/PickScore_v1 of the Hugging Face hub: config.json, model.safetensors; tokenizer and "
+        "preprocessor_config.json are those of laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "",
     ),
     "dinov2": (
         "the folder facebook/dinov2-large of the Hugging Face hub: config.json, preprocessor_config.json, "
@@ -51,7 +56,8 @@ def existing(kind: str, path: str | Path | None) -> Path:
     if found is None or not found.exists():
         what = "no weights are given" if found is None else f"{found} does not exist"
         source, digest = SOURCES[kind]
-        raise LcmError(f"features of {kind!r}: {what}; fetch {source} (sha256 {digest}), and give its path")
+        named = f" (sha256 {digest})" if digest else ""
+        raise LcmError(f"features of {kind!r}: {what}; fetch {source}{named}, and give its path")
     return found
 
 
