@@ -5,7 +5,7 @@ Command   python -m lcm_jax.train --config=configs/sdxl_lcm.py --workdir=runs/sd
 Data      Captioned images of at least 1024 pixels; the README uses CC12M, enlarged. As in the script, images
           smaller than 700 pixels or with a watermark score above 0.5 are left out
 Hardware  56.5 GB before activations (22 bytes for each of 2.57 billion weights), 3.6 GB of VAE and text encoders;
-          `sdxl_lcm_lora` needs far less. Not yet measured
+          `sdxl_lcm_lora` needs far less. Modelled: 113.1 GiB on one h200 (experiments/aot); not yet measured
 Time      Not yet measured
 Source    README: teacher, fp16-fix VAE, and all else as in `sd15_lcm`, from which this config starts. Defaults of its
           script: 1024 pixels, w in [3, 15]

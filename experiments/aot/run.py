@@ -71,7 +71,7 @@ CARDS = {
     "lcm_xl_lora_pokemon_blip": "rtx5090:1",
     "lcm_xl_pokemon_blip": "h200:1",
     "sdxl_lcm_lora": "h200:1",
-    "sdxl_lcm": "b200:1",
+    "sdxl_lcm": "h200:1",
 }
 
 TITLES = {
