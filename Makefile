@@ -88,7 +88,7 @@ runs/shapes_lcm/export/model_index.json: | $(CORE)
 # Compiled programs are kept, so that it starts sooner the next time.
 app: $(APP)/.app runs/shapes_lcm/export/model_index.json
 	JAX_COMPILATION_CACHE_DIR=.cache/jax $(APP_PY) -m lcm_jax.app --model=runs/shapes_lcm/export \
-	  --prompt="a large red star at the left on a white background"
+	  --prompt="a large red star at the left on a white background" --guidance_scale=2
 
 # The accelerator's own jax comes from the extras "cuda" or "tpu".
 BUDGET_S ?= 1500
