@@ -187,7 +187,7 @@ $(DOCS)/.docs: $(CORE)
 	@touch $@
 
 docs: $(DOCS)/.docs
-	$(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 	@echo "$(CURDIR)/.cache/site/index.html"
 
 figures: $(TESTS)
