@@ -18,7 +18,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ("experiments", "notebooks")
 ROOMS = sorted(path.parent.name for path in (ROOT / "lcm_jax").glob("*/__init__.py"))
-NAME = re.compile(rf"(?<!\[)`((?:lcm_jax\.)?(?:{'|'.join(ROOMS)})\.[a-z]\w*(?:\.\w+)+)`(?!\])")
+NAME = re.compile(rf"(?<!\[)`(?:lcm_jax\.)?(?P<name>(?:{'|'.join(ROOMS)})\.[a-z]\w*(?:\.\w+)+)`(?!\])")
 LINK = re.compile(r"(\[[^\]]*\])\(([^()\s]+)\)")
 
 
@@ -76,6 +76,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     for line in markdown.split("\n"):
         fenced ^= line.lstrip().startswith("```")
         if not fenced and not line.startswith("    "):
-            line = NAME.sub(lambda name: f"[{name[0]}][lcm_jax.{name[1].removeprefix('lcm_jax.')}]", LINK.sub(link, line))
+            line = NAME.sub(r"[\g<0>][lcm_jax.\g<name>]", LINK.sub(link, line))
         lines.append(line)
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """The commands of README and docs, run in the order of their pages, on embedded models in place of the readers' own."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -7,12 +8,17 @@ import sys
 from pathlib import Path
 
 import docs_kit
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from docs_kit import ROOT, Command
 from PIL import Image
 
+from lcm_jax import assets
 from lcm_jax.data import shapes, sources
+from lcm_jax.foreign import read_json
+from lcm_jax.models import controlnet, unet
 
 # What makes two steps of the embedded model of any config.
 SMALL = {
@@ -95,6 +101,7 @@ def arguments(command: Command) -> list[str]:
     if any(word.startswith("--config=") for word in found):
         small = [f"--config.{key}={value}" for key, value in SMALL.items()]
         found += small[1:] if "pokemon_lcf" in command.text else small  # which has no teacher
+        found += ["--config.data.num_examples=16"] if "shapes_lcm" in command.text else []
     if command.module == "lcm_jax.sample" and "--model=shapes" in found and "--sampler=ddim" in found:
         found = ["--num_images=2" if word.startswith("--num_images=") else word for word in found]
     if command.module == "lcm_jax.inspect":
@@ -131,3 +138,25 @@ def test_commands_run(tmp_path):
             assert done.returncode == 0, f"{command}\n{' '.join(words[2:])}\n{done.stderr[-2000:]}"
             ran += 1
     assert ran >= 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hub_id", "share"),
+    [("stable-diffusion-v1-5/stable-diffusion-v1-5", 0.42), ("stabilityai/stable-diffusion-xl-base-1.0", 0.49)],
+)
+def test_a_controlnet_costs_what_workflows_says(hub_id, share):
+    config = read_json(assets.architecture(hub_id) / "unet" / "config.json")
+    known = set(controlnet.ControlNetModel.__dataclass_fields__) - {"time_cond_proj_dim"}
+    fields = {key: value for key, value in config.items() if key in known}
+    net, whole = controlnet.from_config(fields), unet.from_config(config)
+    z, t, text = jnp.zeros((1, 64, 64, 4)), jnp.zeros(1), jnp.zeros((1, 77, whole.cross_attention_dim))
+    added = {"text_embeds": jnp.zeros((1, 1280)), "time_ids": jnp.zeros((1, 6))} if "xl" in hub_id else None
+
+    def weights(module, *inputs) -> int:
+        tree = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+    of_net = weights(net, z, t, text, jnp.zeros((1, 512, 512, 3)), added)
+    assert round(of_net / weights(whole, z, t, text, None, added), 2) == share
+    assert f"{share}" in (ROOT / "docs" / "workflows.md").read_text()
