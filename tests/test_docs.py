@@ -17,7 +17,9 @@ from absl import app, flags
 from docs_kit import PAGES, ROOT, Command, name_of
 
 import lcm_jax
-from lcm_jax.run.config import KEYS
+from experiments import figures
+from lcm_jax.errors import BadArgument
+from lcm_jax.run.keys import KEYS
 from lcm_jax.sampling.generator import Generator
 
 COMMANDS = [command for path in PAGES for command in docs_kit.commands(path)]
@@ -310,10 +312,22 @@ def report(name: str) -> dict:
 
 
 def test_modelled_memory_in_the_readme_is_that_of_the_rows():
-    for name in ("config-collage_lcm_lora", "config-sd15_lcm", "sd15-v5e-16"):
+    for name in ("config-collage_lcm_lora", "config-sd15_lcm", "sd15-v5e-16", "sdxl-a100-80"):
         assert f"{report(name)['memory']['needed'] / 2**30:.1f}" in TEXTS["README.md"], name
     for name in ("sd15_lora-rtx4090", "sdxl_lora-rtx4090"):
         assert f"{report(name)['memory']['needed'] / 2**30:.1f} GiB" in TEXTS["docs/faq.md"], name
+
+
+def test_figures(tmp_path):
+    """The drawing is what the code draws; the others are there, from rows that are there, and shown on a page."""
+    shown = " ".join(TEXTS.values())
+    for name, (file, _) in figures.FIGURES.items():
+        assert (ROOT / "docs" / "figures" / file).stat().st_size > 1000 and f"figures/{file}" in shown, name
+    assert (ROOT / "docs" / "figures" / "batch.svg").read_text() == figures.batch()
+    for name in [*figures.MEMORY, *(row for rows in figures.CHIPS.values() for row in rows)]:
+        assert figures.read_row(name), name
+    with pytest.raises(BadArgument, match="only=moon: choose of batch, memory"):
+        figures.main(["--only=moon", f"--out={tmp_path}"])
 
 
 def test_tpus_have_the_rows_numbers():

@@ -15,8 +15,10 @@ import pytest
 from docs_kit import ROOT, Command
 from PIL import Image
 
+from experiments import figures
 from lcm_jax import assets
 from lcm_jax.data import shapes, sources
+from lcm_jax.errors import LcmError
 from lcm_jax.foreign import read_json
 from lcm_jax.models import controlnet, unet
 
@@ -163,3 +165,15 @@ def test_a_controlnet_costs_what_workflows_says(hub_id, share):
     of_net = weights(net, z, t, text, jnp.zeros((1, 512, 512, 3)), added)
     assert round(of_net / weights(whole, z, t, text, None, added), 2) == share
     assert f"{share}" in (ROOT / "docs" / "workflows.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_parts_of_memory_are_those_of_the_compiled_row():
+    """Shapes of the state against XLA's arguments, which is what the figure divides."""
+    parts = figures.memory_parts(row := figures.read_row("sd15_lora-rtx4090"))
+    assert set(parts) == set(figures.PARTS) and min(parts.values()) > 0
+    memory = row["report"]["memory"]
+    assert abs(sum(parts.values()) - memory["needed"] - memory["outside"]) < 0.01 * memory["needed"]
+    row["report"]["memory"]["arguments"] *= 1.1
+    with pytest.raises(LcmError, match="compile it again"):
+        figures.memory_parts(row)
