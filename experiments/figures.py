@@ -25,12 +25,12 @@ from lcm_jax.errors import BadArgument, LcmError
 HERE = Path(__file__).parent
 ROWS = HERE / "aot" / "rows"
 
-# Of training steps as they are compiled now, one card each: row -> its label.
+# Of training steps as they are compiled now, one card each: row -> what it trains.
 MEMORY = {
-    "sd15-a100-80": "SD1.5, all weights\n12 images, A100 80 GB",
-    "sd15_lora-rtx4090": "SD1.5, LoRA\n4 images, RTX 4090",
-    "config-sdxl_lcm": "SDXL, all weights\n12 images, B200",
-    "sdxl_lora-rtx4090": "SDXL, LoRA, remat=block\n12 images, RTX 4090",
+    "sd15-a100-80": "SD1.5, all weights",
+    "sd15_lora-rtx4090": "SD1.5, LoRA",
+    "config-sdxl_lcm": "SDXL, all weights",
+    "sdxl_lora-rtx4090": "SDXL, LoRA, remat=block",
 }
 PARTS = {  # of the state, as `memory_parts` names them, and of the report -> its name
     "trained": "trained weights",
@@ -163,7 +163,11 @@ def memory() -> Any:
     """A bar for each of `MEMORY`, by part."""
     from matplotlib.figure import Figure
 
-    rows = {label: row for name, label in MEMORY.items() if (row := read_row(name))}
+    rows = {}
+    for name, title in MEMORY.items():
+        if row := read_row(name):
+            images, card = row["report"]["images_per_device"], row["report"]["chip"]["name"]
+            rows[f"{title}\n{images:g} images, {card}"] = row
     found = {label: memory_parts(row) for label, row in rows.items()}
     figure = Figure(figsize=(8, 0.75 * len(found) + 1.3), layout="constrained")
     panel = figure.subplots()
