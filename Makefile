@@ -13,10 +13,11 @@ CUDNN  := .cache/cudnn
 FUZZ   := $(VENV)/.fuzz
 APP    := $(VENV)/app
 APP_PY := $(APP)/bin/python
+DOCS   := $(VENV)/docs
 DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
 
 .PHONY: help demo demo-full app gpu-day evidence stale notebooks test test-core test-parity test-mutants test-slow \
-  test-slow-part test-gpu test-aot test-clients test-cudnn test-app fuzz lint install install-test clean
+  test-slow-part test-gpu test-aot test-clients test-cudnn test-app fuzz docs figures lint install install-test clean
 
 help:
 	@echo "make demo       distil the embedded teacher, export, sample: pictures and a table in about four minutes"
@@ -35,6 +36,8 @@ help:
 	@echo "make test-parity   tests against torch and closed forms, and which come nearest to their bounds"
 	@echo "make test-mutants  wrong answers that the tests must notice, one after another: 15 minutes"
 	@echo "make fuzz       odd files for every reader, SECONDS=600 in all; TARGET=lora: one of them"
+	@echo "make docs       the pages of docs/ and of all docstrings: .cache/site/index.html; fails at a link to nowhere"
+	@echo "make figures    the figures of README and docs, from stored results"
 	@echo "make lint       ruff, and its formatter    make clean"
 
 $(PY):
@@ -174,6 +177,21 @@ test-cudnn: $(TESTS) $(CUDNN)/libcuda.so.1
 test-app: $(APP)/.tests
 	$(APP_PY) -m pytest -m app tests/test_app.py
 	$(APP_PY) -m pytest tests/test_page.py
+
+# A layer on the others, which the site's packages are no part of. Docstrings are read from the sources, not imported.
+$(DOCS)/.docs: $(CORE)
+	$(PY) -m venv $(DOCS)
+	@$(PY) -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	  > $$($(DOCS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/below.pth
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs: $(DOCS)/.docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "$(CURDIR)/.cache/site/index.html"
+
+figures: $(TESTS)
+	$(PY) -m experiments.figures
 
 lint: $(TESTS)
 	$(PY) -m ruff check .

@@ -58,6 +58,7 @@ setup(
         "data": DATA,  # latent caches, data sets of Hugging Face and TFDS, OpenCV; tar shards and folders need nothing
         "app": ["gradio>=6,<7"],  # lcm_jax.app; it wants an older Pillow than constraints.txt has
         "test-app": ["playwright>=1.50", "pytest>=8"],  # for `make test-app`, beside "app"; and Chromium
+        "docs": ["mkdocs-material>=9.7,<10", "mkdocstrings-python>=2"],  # for `make docs`, in an environment of its own
         "demo": [],  # nor does `make demo`
     },
     classifiers=[

@@ -1,6 +1,7 @@
 """What `lcm_jax.run.clients` says of other programs; their timesteps are computed here, by their own rules."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from lcm_jax.diffusion import schedule, timesteps
 from lcm_jax.foreign import read_json
 from lcm_jax.models import unet
 from lcm_jax.pretrained.model import PARTS, Pipeline, make_module
-from lcm_jax.run import clients, model_card
+from lcm_jax.run import clients, comfyui, model_card
 from lcm_jax.run.clients import FILE, FOLDER, KOHYA, PEFT, Export, recipe
 
 _NOISE = schedule.from_betas(schedule.make_betas("scaled_linear", 1000, 0.00085, 0.012))
@@ -146,3 +147,47 @@ def test_notes(export, words, others):
     text = recipe(export, "NAME")
     assert all(word in text for word in words), text
     assert not any(word in text for word in others), text
+
+
+# ComfyUI's nodes, as its nodes.py and nodes_model_advanced.py declare them: required inputs, number of outputs.
+COMFYUI = {
+    "CheckpointLoaderSimple": ({"ckpt_name"}, 3),
+    "LoraLoaderModelOnly": ({"model", "lora_name", "strength_model"}, 1),
+    "ModelSamplingDiscrete": ({"model", "sampling", "zsnr"}, 1),
+    "CLIPTextEncode": ({"text", "clip"}, 1),
+    "EmptyLatentImage": ({"width", "height", "batch_size"}, 1),
+    "KSampler": (
+        {"model", "seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"}
+        | {"positive", "negative", "latent_image"},
+        1,
+    ),
+    "VAEDecode": ({"samples", "vae"}, 1),
+    "SaveImage": ({"images", "filename_prefix"}, 0),
+}
+
+
+def test_workflows_of_comfyui_have_the_table_s_settings():
+    folder = Path(__file__).parents[1] / "docs" / "comfyui"
+    assert {path.name: path.read_text() for path in folder.iterdir()} == comfyui.texts()
+    for name, text in comfyui.texts().items():
+        nodes = json.loads(text)
+        for node in nodes.values():
+            inputs, _ = COMFYUI[node["class_type"]]
+            assert set(node["inputs"]) == inputs, (name, node)
+            for value in node["inputs"].values():
+                if isinstance(value, list):
+                    assert value[1] < COMFYUI[nodes[value[0]]["class_type"]][1], (name, node)
+        kind, which, prediction_type = name.removesuffix(".json").split("-")
+        said = clients.PROGRAMS[0].settings[which, prediction_type]
+        by_class = {node["class_type"]: node["inputs"] for node in nodes.values()}
+        sampler = by_class["KSampler"]
+        shown = (
+            f"KSampler: sampler `{sampler['sampler_name']}`, scheduler `{sampler['scheduler']}`, CFG {sampler['cfg']:g}"
+        )
+        assert said.endswith(shown)
+        assert ("no node" in said) == ("ModelSamplingDiscrete" not in by_class)
+        if "no node" not in said:
+            assert f"with `{by_class['ModelSamplingDiscrete']['sampling']}`" in said
+        assert ("LoraLoaderModelOnly" in by_class) == (kind == "lora")
+    assert {name.split("-")[0] for name in comfyui.texts()} == set(comfyui.KINDS.values())
+    assert set(comfyui.KINDS) == set(clients.PROGRAMS[0].takes)

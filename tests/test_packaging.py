@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +21,7 @@ def package(monkeypatch) -> SimpleNamespace:
     wanted = {"": told["install_requires"], **told["extras_require"]}
     return SimpleNamespace(
         classifiers=told["classifiers"],
+        about=told,
         wanted={extra: [Requirement(line) for line in lines] for extra, lines in wanted.items()},
     )
 
@@ -40,7 +42,7 @@ def test_pins(package, python, jax):
     pinned = {plain(pin.name): str(pin.specifier).removeprefix("==") for pin in pins(python)}
     assert len(pinned) == len(pins(python)) == len(pins("3.11")), "one pin of each package"
     assert pinned["jax"] == pinned["jaxlib"] == jax
-    for one in package.wanted["test"] + package.wanted[""]:
+    for one in package.wanted["test"] + package.wanted["docs"] + package.wanted[""]:
         assert one.specifier.contains(pinned[plain(one.name)]), one
 
 
@@ -54,3 +56,10 @@ def test_bounds_of_jax(package):
 def test_core_tests_install_no_torch(package):
     names = {one.name for one in package.wanted["test-core"]}
     assert "pytest" in names and not names & {"torch", "diffusers", "accelerate", "peft"}
+
+
+def test_citation_is_of_this_version(package):
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == package.about["version"] and citation["license"] == package.about["license"]
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]

@@ -101,7 +101,7 @@ class Measure(abc.ABC):
 
 
 def parse(texts: Sequence[str]) -> list[Spec]:
-    """NAME[/RESIZE][:PATH] of each.
+    """`NAME[/RESIZE][:PATH]` of each.
 
     Raises:
       LcmError: an unknown or repeated name; weights that are missing, with where to get them.

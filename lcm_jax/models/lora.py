@@ -5,6 +5,8 @@
 
 An adapter tree mirrors the parameter tree down to the layers, each of which is {"lora_A", "lora_B"}, float32. Only
 `merge` forms the dense product B A; training differentiates the two small products.
+
+Sources: Hu et al. 2021 (LoRA); Luo et al. 2023, "LCM-LoRA" (arXiv 2311.05556), for what it adapts.
 """
 
 import dataclasses
