@@ -63,7 +63,7 @@ SHARD_SIZE = {"images": 4096, "teacher": 128}  # rows of a file; what a teacher 
 OF_TEACHER = {  # flag -> its kind and meaning
     "prompts": (flags.DEFINE_string, "text file, one prompt per line"),
     "sampler": (flags.DEFINE_string, f"one of {', '.join(teacher_lib.SAMPLERS)}; the first by default"),
-    "steps": (flags.DEFINE_integer, f"of the sampler; {teacher_lib.Settings.steps} by default"),
+    "steps": (flags.DEFINE_integer, f"of the sampler; {teacher_lib.Recipe.steps} by default"),
     "guidance_scale": (flags.DEFINE_float, "w + 1; by default of the middle of the config's w_min and w_max"),
     "negative_prompt": (flags.DEFINE_string, "text that guidance moves away from; by default the model's null text"),
     "batch_size": (flags.DEFINE_integer, "images at once; by default by the resolution"),
@@ -213,7 +213,7 @@ class CacheWriter:
 
 
 @flags_named("--")
-def latents(config: ConfigDict, out: str | Path, options: Options, teacher: teacher_lib.Settings | None = None) -> None:
+def latents(config: ConfigDict, out: str | Path, options: Options, teacher: teacher_lib.Recipe | None = None) -> None:
     """Writes the cache of `config`'s images and captions to the folder `out`, or resumes writing it.
 
     teacher: of images that it makes; None: the config's own are encoded.
@@ -282,7 +282,7 @@ def local_mesh(config: ConfigDict) -> Mesh:
     return make_mesh(fsdp=fsdp, devices=devices)
 
 
-def from_teacher(config: ConfigDict, out: Path, options: Options, teacher: teacher_lib.Settings) -> CacheWriter:
+def from_teacher(config: ConfigDict, out: Path, options: Options, teacher: teacher_lib.Recipe) -> CacheWriter:
     """Reads prompts and models, and plans the cache of what the teacher makes of them."""
     prompts = teacher_lib.read_prompts(teacher.prompts)
     mesh, side = local_mesh(config), config.data.resolution
@@ -302,15 +302,11 @@ def from_teacher(config: ConfigDict, out: Path, options: Options, teacher: teach
     encode = encoding.make_encode(pipeline, params, mesh)
     make = teacher_lib.maker(generator, encode, request, config.seed, options.text == "ids")
     plan = make_plan(config, options, pipeline, params, [len(prompts)])
-    data = plan["data"] | {"source": "teacher", "path": str(teacher.prompts)}
+    plan["data"] |= {"source": "teacher", "path": str(teacher.prompts)}
+    plan |= {"records": digest_of(*prompts), "teacher": teacher_lib.record(request, pipeline, unet)}
     return CacheWriter(
         out=out,
-        plan=json.loads(
-            json.dumps(
-                plan
-                | {"data": data, "records": digest_of(*prompts), "teacher": teacher_lib.record(request, pipeline, unet)}
-            )
-        ),
+        plan=plan,
         shards=cache.shards_of(rows.groups, options.shard_size),
         examples=rows,
         batch=batch,
@@ -417,7 +413,7 @@ def run() -> int:
 
 
 @flags_named("--")
-def settings_of(values: flags.FlagValues) -> teacher_lib.Settings | None:
+def settings_of(values: flags.FlagValues) -> teacher_lib.Recipe | None:
     """The teacher's settings, of --what=teacher. Raises LcmError for its flags without it, or without prompts."""
     given = {name: values[name].value for name in OF_TEACHER if values[name].value is not None}
     if values.what == "images":
@@ -426,7 +422,7 @@ def settings_of(values: flags.FlagValues) -> teacher_lib.Settings | None:
         return None
     if "prompts" not in given:
         raise LcmError("--what=teacher needs --prompts=FILE, with one prompt per line")
-    return teacher_lib.Settings(**given | {"prompts": files.expanded(given["prompts"])})
+    return teacher_lib.Recipe(**given | {"prompts": files.expanded(given["prompts"])})
 
 
 def main(argv: list[str]) -> int:

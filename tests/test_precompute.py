@@ -30,7 +30,7 @@ from lcm_jax.run import data as run_data
 from lcm_jax.run.models import load_teacher
 from lcm_jax.runtime import distributed, waiting
 from lcm_jax.sampling import teacher as teacher_lib
-from lcm_jax.sampling.teacher import Settings
+from lcm_jax.sampling.teacher import Recipe
 
 STEPS = 3
 EXAMPLES = 160  # two and a half batches of the encoders
@@ -478,7 +478,7 @@ OF_TEACHER = Options(variants=2, shard_size=4)
 def made(teacher, prompts, tmp_path_factory) -> Path:
     """Two images of each prompt by three steps of the teacher, two at a time."""
     out = tmp_path_factory.mktemp("made") / "cache"
-    precompute.latents(teachers_config(teacher), out, OF_TEACHER, Settings(prompts, steps=3, batch_size=2))
+    precompute.latents(teachers_config(teacher), out, OF_TEACHER, Recipe(prompts, steps=3, batch_size=2))
     return out
 
 
@@ -501,7 +501,7 @@ def test_a_teachers_images_of_prompts_are_those_that_sampling_makes(teacher, pro
         np.testing.assert_array_equal(row["text_encoder"], tokens(model.pipeline, [prompt])["text_encoder"][0])
     assert min(np.abs(a["mean"] - b["mean"]).max() for a, b in itertools.combinations(rows, 2)) > 0.1
 
-    settings = Settings(prompts, steps=3, batch_size=2)
+    settings = Recipe(prompts, steps=3, batch_size=2)
     precompute.latents(teachers_config(teacher), tmp_path / "text", Options(text="embeddings", variants=2), settings)
     text = cache.open(tmp_path / "text").row(0, 2)
     want = model.encode([PROMPTS[1]])["encoder_hidden_states"][0]
@@ -512,7 +512,7 @@ def test_a_teachers_images_of_prompts_are_those_that_sampling_makes(teacher, pro
 def test_a_teachers_cache_resumes_and_knows_what_it_was_made_of(teacher, prompts, made, tmp_path, monkeypatch):
     """Byte for byte; the prompts may be at another place."""
     copied, out = Path(shutil.copy(prompts, tmp_path / "prompts.txt")), tmp_path / "cache"
-    settings, write = Settings(copied, steps=3, batch_size=2), cache.write_shard
+    settings, write = Recipe(copied, steps=3, batch_size=2), cache.write_shard
 
     def stopping(path, records):
         written = write(path, records)
@@ -568,7 +568,7 @@ def test_what_a_teacher_cannot_make_is_refused_before_it_is_read(teacher, prompt
     def latents(settings=None, **changes):
         config = teachers_config(model)
         config.update_from_flattened_dict(changes)
-        return lambda: precompute.latents(config, tmp_path / "cache", OF_TEACHER, settings or Settings(prompts))
+        return lambda: precompute.latents(config, tmp_path / "cache", OF_TEACHER, settings or Recipe(prompts))
 
     refused(latents(**{"data.path": "images"}), "data.path = 'images'", "come from its prompts; set None")
     refused(latents(**{"data.filters": ("side >= 512",)}), "data.filters", "set ()")
@@ -576,15 +576,15 @@ def test_what_a_teacher_cannot_make_is_refused_before_it_is_read(teacher, prompt
     refused(latents(**{"data.aspect_buckets": True}), "data.aspect_buckets = True", "set False")
     lcf = {"objective": "lcf", "model.student": str(model), "model.teacher": None}
     refused(latents(**lcf), "config.objective = 'lcf' trains without a teacher")
-    refused(latents(Settings(prompts, steps=51)), "--steps=51: out of range; choose 1 to 50")
-    refused(latents(Settings(prompts, guidance_scale=0.5)), "--guidance_scale=0.5", "use 1 or more")
-    useless = Settings(prompts, guidance_scale=1.0, negative_prompt="blurred")
+    refused(latents(Recipe(prompts, steps=51)), "--steps=51: out of range; choose 1 to 50")
+    refused(latents(Recipe(prompts, guidance_scale=0.5)), "--guidance_scale=0.5", "use 1 or more")
+    useless = Recipe(prompts, guidance_scale=1.0, negative_prompt="blurred")
     refused(latents(useless), "--negative_prompt=blurred: has no effect at guidance scale 1")
-    refused(latents(Settings(empty)), "--prompts=", "empty.txt: holds no prompt")
-    refused(latents(Settings(tmp_path / "none.txt")), "--prompts=", "none.txt")
-    refused(latents(Settings(prompts, batch_size=10**8)), "--batch_size=100000000", "GiB of memory or more")
-    refused(lambda: Settings(prompts, sampler="lcm"), "sampler=lcm: choose one of dpm_solver_pp_2m, ddim, euler")
-    refused(lambda: Settings(prompts, batch_size=0), "batch_size=0: must be at least 1")
+    refused(latents(Recipe(empty)), "--prompts=", "empty.txt: holds no prompt")
+    refused(latents(Recipe(tmp_path / "none.txt")), "--prompts=", "none.txt")
+    refused(latents(Recipe(prompts, batch_size=10**8)), "--batch_size=100000000", "GiB of memory or more")
+    refused(lambda: Recipe(prompts, sampler="lcm"), "sampler=lcm: choose one of dpm_solver_pp_2m, ddim, euler")
+    refused(lambda: Recipe(prompts, batch_size=0), "batch_size=0: must be at least 1")
     assert not list(tmp_path.glob("cache/[!.]*"))
 
 
@@ -594,7 +594,7 @@ def test_a_teacher_of_zero_terminal_snr_makes_finite_images(prompts, tmp_path):
     found = {}
     for sampler in teacher_lib.SAMPLERS:
         config = teachers_config(tiny_family.zero_snr_folder())
-        settings, out = Settings(prompts, sampler, steps=50, batch_size=3), tmp_path / sampler
+        settings, out = Recipe(prompts, sampler, steps=50, batch_size=3), tmp_path / sampler
         precompute.latents(config, out, Options(dtype="float16"), settings)
         rows = [cache.open(out).row(0, rank) for rank in range(3)]
         assert all((row["time_ids"] == [64, 64, 0, 0, 64, 64]).all() for row in rows)

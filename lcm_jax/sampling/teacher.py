@@ -35,7 +35,7 @@ LOGVAR = -30.0  # the least that a VAE gives; a standard deviation of 3e-7
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Recipe:
     """What the teacher makes, and how; flags of `lcm_jax.precompute --what=teacher`.
 
     Attributes:
