@@ -98,7 +98,7 @@ class Options:
 
     Attributes:
       text: "ids": token ids; "embeddings": the outputs of the text encoders.
-      variants: crops, flips and captions of each example, in rows one after another.
+      variants: crops, flips and captions of each example, or images of each prompt, in rows one after another.
       dtype: in which moments and embeddings are stored.
       shard_size: rows of a file.
     """
