@@ -5,6 +5,7 @@ matter in the comparison. And docs/my_model.md, by its commands: a fine-tune in 
 """
 
 import functools
+import re
 from pathlib import Path
 
 import diffusers
@@ -201,7 +202,14 @@ def test_a_fine_tune_in_one_file_becomes_a_lora_for_diffusers(config, data, tmp_
     pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
     is_zero = pipe.scheduler.alphas_cumprod[-1] < 1e-6
     assert (pipe.scheduler.config.prediction_type == "v_prediction") == is_zero == ("ztsnr" in keys)
+    card = (lora / "README.md").read_text()
+    noise = ', prediction_type="v_prediction", rescale_betas_zero_snr=True)' if keys else ', prediction_type="epsilon")'
+    assert '.from_single_file("file of the teacher")\n' in card and noise in card
     alone = diffusers_images(pipe, monkeypatch, PROMPTS, draw_noise(3, [0, 0], 2, (8, 8, 4)), 64, guidance_scale=1.0)
     pipe.load_lora_weights(lora)
     check_images(pipe, ours, monkeypatch, 1.0)
     assert np.abs(ours - alone).max() > 8  # the LoRA counts
+    if config == "my_sd15_24gb":  # diffusers reads no SDXL file of toy width
+        code = re.search(r"```python\n(.*?)image = ", card, re.S)[1].replace('"lora"', f'"{lora}"')
+        exec(code.replace('"file of the teacher"', f'"{model}", config="{folder}"'), names := {})
+        check_images(names["pipe"], ours, monkeypatch, 1.0)
