@@ -2,7 +2,7 @@
 
 Command   python -m lcm_jax.train --config=configs/lcm_xl_lora_pokemon_blip.py --workdir=runs/lcm_xl_lora_pokemon_blip
               --config.data.path=FOLDER_OR_HUB_ID
-Data      As in `lcm_xl_pokemon_blip`
+Data      As in `lcm_xl_pokemon_blip`, to repeat diffengine's run; for a model and images of your own: `my_sdxl_24gb`
 Hardware  9.3 GB before activations, two images at a time: the base once in bfloat16, 20 bytes for each of 25 million
           adapter weights, VAE and text encoders. Modelled: 26.7 GiB on one rtx5090 (experiments/aot); not yet measured
 Time      Not yet measured

@@ -2,8 +2,9 @@
 
 Command   python -m lcm_jax.train --config=configs/pokemon_lcf.py --workdir=runs/pokemon_lcf
               --config.data.path=FOLDER_OR_HUB_ID
-Data      lambdalabs/pokemon-blip-captions, some held out for evaluation. The hub no longer has
-          it: use a copy, or a similar set, such as lambdalabs/naruto-blip-captions
+Data      lambdalabs/pokemon-blip-captions, some held out for evaluation. The hub no longer has it, and copies, such as
+          reach-vb/pokemon-blip-captions, have no better licence: this config is for the paper's numbers. For a style
+          of your own: --config.data.source=folder and captioned images; or lambdalabs/naruto-blip-captions
 Hardware  17.2 GB before activations, without a teacher. Modelled: 50.6 GiB on one a100-80 (experiments/aot); not yet
           measured. --config.train.accumulation_steps=N takes the batch in parts
 Time      Not yet measured

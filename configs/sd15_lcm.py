@@ -2,8 +2,9 @@
 
 Command   python -m lcm_jax.train --config=configs/sd15_lcm.py --workdir=runs/sd15_lcm
               --config.data.path='SHARDS/{00000..00999}.tar'
-Data      Captioned images of at least 512 pixels; the README uses CC12M, as img2dataset writes it (for other formats
-          set --config.data.source). For a dry run on rendered images set --config.data.source=shapes, and no path
+Data      Captioned images of at least 512 pixels; the README uses CC12M, as img2dataset writes it, on the hub as
+          pixparse/cc12m-wds (for other formats set --config.data.source). For a dry run on rendered images set
+          --config.data.source=shapes, and no path
 Hardware  Student, gradient, AdamW's moments and target in float32 and the teacher in bfloat16 take 18.9 GB before
           activations. Modelled: 29.7 GiB on one a100-40 (experiments/aot); not yet measured
 Time      Not yet measured

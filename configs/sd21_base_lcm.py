@@ -3,7 +3,10 @@
 Command   python -m lcm_jax.train --config=configs/sd21_base_lcm.py --workdir=runs/sd21_base_lcm
               --config.data.path='SHARDS/{00000..00999}.tar'
 Data      LAION-5B with an aesthetic score above 6: 12 million captioned images (paper). To select them from a
-          larger set: --config.data.filters="('AESTHETIC_SCORE >= 6',)", with the score's name in the shards' JSON
+          larger set: --config.data.filters="('AESTHETIC_SCORE >= 6',)", with the score's name in the shards' JSON.
+          What is left of it, laion/relaion2B-en-research-safe, is links, perhaps without scores. Instead, as tar
+          shards: pixparse/cc12m-wds, or jackyhate/text-to-image-2M, whose captions are a field of the JSON
+          (--config.data.caption_key)
 Hardware  19.1 GB before activations, as in `sd15_lcm`. Modelled: 82.7 GiB on one h200 (experiments/aot); not yet
           measured. --config.train.accumulation_steps=N takes the batch of 72 in parts
 Time      Not yet measured

@@ -2,7 +2,7 @@
 
 Command   python -m lcm_jax.train --config=configs/sd21_lcm.py --workdir=runs/sd21_lcm
               --config.data.path='SHARDS/{00000..00999}.tar'
-Data      LAION-5B with an aesthetic score above 6.5: 650,000 captioned images (paper)
+Data      LAION-5B with an aesthetic score above 6.5: 650,000 captioned images (paper). Instead: as in `sd21_base_lcm`
 Hardware  19.1 GB before activations, as in `sd15_lcm`. Modelled: 55.2 GiB on one a100-80 (experiments/aot); not yet
           measured. --config.train.accumulation_steps=N takes the batch in parts
 Time      Not yet measured

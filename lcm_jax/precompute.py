@@ -1,9 +1,12 @@
-"""Encode a config's images and captions once, for `data.source = "latents"`.
+"""Encode a config's images and captions once, or let its teacher make images of prompts, for `data.source = "latents"`.
 
     python -m lcm_jax.precompute --config=configs/my_run.py --out=DIR [--variants=2] [--dtype=float16]
+    python -m lcm_jax.precompute --config=configs/my_run.py --out=DIR --what=teacher --prompts=FILE [--variants=4]
 
 It reads `data`, `seed` and the models of the config. The cache holds the rows that `data.encode = "start"` would make
 of the same config. Variant v of example i has the random crop, flip and caption of position v * N + i, of N examples.
+
+With --what=teacher the cache holds a latent for each prompt and variant, see `lcm_jax.sampling.teacher`.
 
 DIR is complete when it has a manifest.json, see `lcm_jax.data.cache`. Until then DIR/progress lists the finished
 shards, and the same command resumes after them, however the one before ended. The files are the same in the end.
@@ -24,6 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 import lcm_jax
@@ -31,26 +35,40 @@ from lcm_jax import files
 from lcm_jax.data import cache, encoding, loader
 from lcm_jax.data.cache import Shard
 from lcm_jax.data.loader import BadRecordFile, BadRecordLog
-from lcm_jax.data.records import BadRecord
-from lcm_jax.data.rows import FixedDraws
-from lcm_jax.errors import LcmError, flags_named
+from lcm_jax.data.records import BadRecord, digest_of
+from lcm_jax.data.rows import Examples, FixedDraws
+from lcm_jax.errors import BadArgument, LcmError, flags_named
 from lcm_jax.pretrained import ENCODERS
 from lcm_jax.pretrained.model import TEXT_ENCODERS, Pipeline, PipelineParams
 from lcm_jax.pretrained.text import tokens
-from lcm_jax.run.config import flag_help, parse_flags, resolve, validate
+from lcm_jax.run.config import default_config, flag_help, needs_teacher, parse_flags, resolve, validate
 from lcm_jax.run.data import DataLog, image_rows, image_sizes, open_parts, tokenize_captions
 from lcm_jax.run.models import check_teacher, load_teacher
 from lcm_jax.runtime import distributed, waiting
 from lcm_jax.runtime.mesh import make_mesh, place
 from lcm_jax.runtime.telemetry import Progress
 from lcm_jax.runtime.workdir import StopSignal, locked
+from lcm_jax.sampling import teacher as teacher_lib
+from lcm_jax.sampling.generator import Generator
+from lcm_jax.sampling.request import check_memory
 
 WAIT = 30 * 24 * 3600  # seconds for the slowest process after the first has finished; heartbeats detect dead ones
 STOPPED = "{}: stopped; the same command resumes after the last complete file"
 SMALLER = (
-    "use a smaller --config.data.resolution or --config.data.encode_chunk, --config.model.dtype=bfloat16, or more "
-    "devices with --config.mesh.fsdp=-1"
+    "use a smaller --config.data.resolution or --config.data.encode_chunk (--what=teacher: --batch_size), "
+    "--config.model.dtype=bfloat16, or more devices with --config.mesh.fsdp=-1"
 )
+WHAT = ("images", "teacher")
+SHARD_SIZE = {"images": 4096, "teacher": 128}  # rows of a file; what a teacher makes takes seconds a row
+OF_TEACHER = {  # flag -> its kind and meaning
+    "prompts": (flags.DEFINE_string, "text file, one prompt per line"),
+    "sampler": (flags.DEFINE_string, f"one of {', '.join(teacher_lib.SAMPLERS)}; the first by default"),
+    "steps": (flags.DEFINE_integer, f"of the sampler; {teacher_lib.Recipe.steps} by default"),
+    "guidance_scale": (flags.DEFINE_float, "w + 1; by default of the middle of the config's w_min and w_max"),
+    "negative_prompt": (flags.DEFINE_string, "text that guidance moves away from; by default the model's null text"),
+    "batch_size": (flags.DEFINE_integer, "images at once; by default by the resolution"),
+}
+OF_IMAGES = ("path", "mixture", "filters", "flip", "aspect_buckets")  # of config.data: no image of a teacher has them
 CAPTION = "caption"  # a row's text, kept for people to read
 DATA_KEYS = (  # of config.data, that decide what a row holds; sizes are part of the fingerprint
     "source",
@@ -80,7 +98,7 @@ class Options:
 
     Attributes:
       text: "ids": token ids; "embeddings": the outputs of the text encoders.
-      variants: crops, flips and captions of each example, in rows one after another.
+      variants: crops, flips and captions of each example, or images of each prompt, in rows one after another.
       dtype: in which moments and embeddings are stored.
       shard_size: rows of a file.
     """
@@ -88,7 +106,7 @@ class Options:
     text: str = "ids"
     variants: int = 1
     dtype: str = "float32"
-    shard_size: int = 4096
+    shard_size: int = SHARD_SIZE["images"]
 
     def __post_init__(self) -> None:
         for name, choices in {"text": cache.TEXTS, "dtype": cache.DTYPES}.items():
@@ -117,7 +135,7 @@ class CacheWriter:
     out: Path
     plan: Mapping[str, Any]
     shards: tuple[Shard, ...]
-    examples: FixedDraws
+    examples: Examples
     batch: int
     encode: Callable[[encoding.Rows], encoding.Rows]
     log: DataLog
@@ -195,20 +213,23 @@ class CacheWriter:
 
 
 @flags_named("--")
-def latents(config: ConfigDict, out: str | Path, options: Options) -> None:
+def latents(config: ConfigDict, out: str | Path, options: Options, teacher: teacher_lib.Recipe | None = None) -> None:
     """Writes the cache of `config`'s images and captions to the folder `out`, or resumes writing it.
+
+    teacher: of images that it makes; None: the config's own are encoded.
 
     Raises:
       LcmError: a bad config, source or model; `out` holds something else; too many records cannot be used.
       Stopped: SIGTERM or SIGINT; finished shards stay.
     """
-    config, out = check_config(config), files.expanded(out).absolute()
+    out = files.expanded(out).absolute()
+    config = check_config(config) if teacher is None else check_teachers_config(config, out)
     cache.check_reader(out, "out")
     with distributed.together():
         cache.check_folder(out)
     with locked(out):
         with distributed.together():
-            writer = prepare(config, out, options)
+            writer = prepare(config, out, options) if teacher is None else from_teacher(config, out, options, teacher)
             distributed.assert_same("the plan of the cache", json.dumps(writer.plan, indent=2))
             unfinished = cache.begin(out, writer.plan)
         if not unfinished:
@@ -235,14 +256,72 @@ def check_config(config: ConfigDict) -> ConfigDict:
     return resolve(config)
 
 
+def check_teachers_config(config: ConfigDict, out: Path) -> ConfigDict:
+    """The config resolved, its data being what will be in `out`. Raises LcmError: a bad one, or one without teacher."""
+    config, defaults = ConfigDict(config.to_dict()), default_config().data
+    for key in OF_IMAGES:
+        if config.data[key] != defaults[key]:
+            raise LcmError(
+                f"config.data.{key} = {config.data[key]!r}: the images of --what=teacher come from its prompts; set "
+                f"{defaults[key]!r}, here and when you train on them"
+            )
+    config.data.source, config.data.path = "latents", str(out)
+    validate(config)
+    if not needs_teacher(config):
+        raise LcmError(
+            f"config.objective = {config.objective!r} trains without a teacher, so --what=teacher has none; give "
+            "images in --config.data.path"
+        )
+    return resolve(config)
+
+
+def local_mesh(config: ConfigDict) -> Mesh:
+    """This process's devices, on which it encodes alone."""
+    devices = jax.local_devices()
+    fsdp = len(devices) if config.mesh.fsdp == -1 else math.gcd(config.mesh.fsdp, len(devices))
+    return make_mesh(fsdp=fsdp, devices=devices)
+
+
+def from_teacher(config: ConfigDict, out: Path, options: Options, teacher: teacher_lib.Recipe) -> CacheWriter:
+    """Reads prompts and models, and plans the cache of what the teacher makes of them."""
+    prompts = teacher_lib.read_prompts(teacher.prompts)
+    mesh, side = local_mesh(config), config.data.resolution
+    shapes = load_teacher(config, weights=False)[0]
+    check_teacher(config, shapes)
+    request = teacher.request(shapes, side, (config.distill.w_min, config.distill.w_max))
+    batch = math.ceil((teacher.batch_size or encoding.batch_size(side)) / mesh.size) * mesh.size
+    check_memory(shapes, request, batch, mesh, tiled=True)  # nothing is decoded
+    pipeline, params = load_teacher(config, place(mesh), weights=ENCODERS)
+    unet = teacher_lib.load_unet(config, pipeline, place(mesh))
+    generator = Generator(pipeline, {**params, "unet": unet}, mesh)
+
+    def tokenize(captions: Sequence[str]) -> dict[str, np.ndarray]:
+        return tokenize_captions(pipeline.tokenizers, captions) | {CAPTION: np.array(captions, object)}
+
+    rows = teacher_lib.Prompts(teacher.prompts.name, prompts, options.variants, tokenize)
+    encode = encoding.make_encode(pipeline, params, mesh)
+    make = teacher_lib.maker(generator, encode, request, config.seed, options.text == "ids")
+    plan = make_plan(config, options, pipeline, params, [len(prompts)])
+    plan["data"] |= {"source": "teacher", "path": str(teacher.prompts)}
+    plan |= {"records": digest_of(*prompts), "teacher": teacher_lib.record(request, pipeline, unet)}
+    return CacheWriter(
+        out=out,
+        plan=plan,
+        shards=cache.shards_of(rows.groups, options.shard_size),
+        examples=rows,
+        batch=batch,
+        encode=lambda rows: encoding.encode_rows(make, rows, batch),
+        log=DataLog(BadRecordLog(config.data.max_bad_fraction, BadRecordFile(out)), say),
+        left_out=(),
+    )
+
+
 def prepare(config: ConfigDict, out: Path, options: Options) -> CacheWriter:
     """Opens source and models, and plans the cache."""
     (part,) = open_parts(config)
     say(f"{part.name}: {part.report.line()}")
     check_teacher(config, load_teacher(config, weights=False)[0])  # before minutes of reading
-    devices = jax.local_devices()
-    fsdp = len(devices) if config.mesh.fsdp == -1 else math.gcd(config.mesh.fsdp, len(devices))
-    mesh = make_mesh(fsdp=fsdp, devices=devices)  # each process encodes on its own devices
+    mesh = local_mesh(config)
     pipeline, params = load_teacher(config, place(mesh), weights=ENCODERS)
 
     def tokenize(captions: Sequence[str]) -> dict[str, np.ndarray]:
@@ -323,12 +402,27 @@ def say(line: str) -> None:
 def run() -> int:
     """What the command line asks for; returns the exit code."""
     values = flags.FLAGS
+    size = SHARD_SIZE[values.what] if values.shard_size is None else values.shard_size
+    options = Options(values.text, values.variants, values.dtype, size)
     try:
-        latents(values.config, values.out, Options(values.text, values.variants, values.dtype, values.shard_size))
+        latents(values.config, values.out, options, settings_of(values))
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 1
     return 0
+
+
+@flags_named("--")
+def settings_of(values: flags.FlagValues) -> teacher_lib.Recipe | None:
+    """The teacher's settings, of --what=teacher. Raises LcmError for its flags without it, or without prompts."""
+    given = {name: values[name].value for name in OF_TEACHER if values[name].value is not None}
+    if values.what == "images":
+        for name, value in given.items():
+            raise BadArgument(name, value, "is of --what=teacher; add that, or leave it out")
+        return None
+    if "prompts" not in given:
+        raise LcmError("--what=teacher needs --prompts=FILE, with one prompt per line")
+    return teacher_lib.Recipe(**given | {"prompts": files.expanded(given["prompts"])})
 
 
 def main(argv: list[str]) -> int:
@@ -343,9 +437,14 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, flag_help("configs/shapes_lcm.py"))
     flags.DEFINE_string("out", None, "new folder, or one in which the same command was stopped")
     flags.DEFINE_string("text", Options.text, f"captions as {' or '.join(cache.TEXTS)}")
-    flags.DEFINE_integer("variants", Options.variants, "crops, flips and captions of each image")
+    flags.DEFINE_integer("variants", Options.variants, "crops, flips and captions of each image; images of each prompt")
     flags.DEFINE_string("dtype", Options.dtype, f"of moments and embeddings on disk: {', '.join(cache.DTYPES)}")
-    flags.DEFINE_integer("shard_size", Options.shard_size, "rows of a file")
+    flags.DEFINE_integer("shard_size", None, f"rows of a file; default: {SHARD_SIZE}")
+    flags.DEFINE_enum(
+        "what", WHAT[0], WHAT, "what is cached: the config's images, or what its teacher makes of --prompts"
+    )
+    for name, (define, meaning) in OF_TEACHER.items():
+        define(name, None, f"with --what=teacher: {meaning}")
     distributed.define_flags()
     flags.mark_flags_as_required(["config", "out"])
     app.run(distributed.end_process_after(main), flags_parser=parse_flags)

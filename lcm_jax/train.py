@@ -265,9 +265,12 @@ def sample_grid(
     """
     if not config.sample.every or not config.sample.prompts:
         return None
-    generator = Generator(student, params, mesh)
     captions = [prompt for prompt in config.sample.prompts for _ in range(GRID_COLUMNS)]
     side = config.data.resolution
+    large = (
+        len(captions) * side**2 > encoding.ENCODE_PIXELS
+    )  # of SDXL, whose decoder takes GBs an image, beside a state
+    generator = Generator(student, params, mesh, sliced=large)
     noise = generator.noise(config.seed, range(len(captions)), config.sample.steps, side, side)
     cond = generator.encode(captions)
     settings, scale = Settings(student.default_sampler, config.sample.steps), config.sample.guidance_scale

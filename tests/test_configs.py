@@ -53,6 +53,10 @@ FAMILIES = {
     "lcm_xl_lora_pokemon_blip": "sdxl",
     "ssd1b_lcm": "ssd-1b",
     "ssd1b_lcm_lora": "ssd-1b",
+    "my_sd15_24gb": "sd15",
+    "my_sdxl_24gb": "sdxl",
+    "illustrious_lcm_lora": "sdxl",
+    "noobai_vpred_lcm_lora": "sdxl",
 }
 # One of each architecture.
 LOWERED = ("sd15_lcm_lora", "sd21_lcm", "sdxl_lcm", "ssd1b_lcm_lora", "shapes_lcm_lora")
@@ -68,6 +72,8 @@ def reduced(name: str) -> ConfigDict:
     config, family = load(name), FAMILIES.get(name, "sd15")
     if config.model.teacher is not None:
         config.model.teacher = str(tiny_family.folder(family, short=True))
+        if family == "sdxl" and config.model.prediction_type == "v_prediction":
+            config.model.teacher = str(tiny_family.zero_snr_folder())
     if config.model.student is not None:
         config.model.student = str(tiny_family.folder(family, short=True, w_dim=tiny_family.W_DIM))
     if config.model.vae is not None:
@@ -138,6 +144,13 @@ def test_variants_change_what_their_cards_say_and_nothing_else():
     assert differences("sd15_lcm_lora", "sd15_pcm_lora") == phased | second_pass | {"train.weight_decay"}
     assert differences("sdxl_lcm_lora", "sdxl_pcm_lora") == phased | second_pass
     assert differences("pokemon_lcf", "simpsons_lcf") == {"sample.prompts", "data.path"}
+    mine = {"model.prediction_type", "data.source", "data.encode_chunk"}
+    assert differences("sd15_lcm_lora", "my_sd15_24gb") == mine
+    in_24_gb = {"model.vae", "data.filters", "train.remat", "train.accumulation_steps"}
+    assert differences("sdxl_lcm_lora", "my_sdxl_24gb") == mine | in_24_gb
+    named = {"model.teacher", "model.prediction_type", "distill.w_min", "distill.w_max"}
+    assert differences("my_sdxl_24gb", "illustrious_lcm_lora") == named | {"sample.prompts"}
+    assert differences("illustrious_lcm_lora", "noobai_vpred_lcm_lora") == named
 
 
 PUBLISHED = {
@@ -228,6 +241,7 @@ NUMBERS = (
 def structure(name: str) -> str:
     """Equal for configs of one program, at `reduced` sizes."""
     values = flatten_dict(load(name).to_dict(), sep=".")
+    values["model.prediction_type"] = values["model.prediction_type"] or "epsilon"  # that of the folders
     return FAMILIES.get(name, "shapes") + repr(sorted((k, v) for k, v in values.items() if not k.startswith(NUMBERS)))
 
 

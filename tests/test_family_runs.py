@@ -1,10 +1,11 @@
 """The whole family, at toy widths, through a step of `train`, `lcm_jax.export` and torch diffusers.
 
 Random weights in the structure of each architecture. One large step, because the w embedding starts at zero and has to
-matter in the comparison.
+matter in the comparison. And docs/my_model.md, by its commands: a fine-tune in one file becomes an LCM-LoRA.
 """
 
 import functools
+import re
 from pathlib import Path
 
 import diffusers
@@ -12,14 +13,17 @@ import jax
 import numpy as np
 import parity
 import pytest
+import safetensors
 import tiny_family
 import torch
+import training_processes as runs
 from PIL import Image
 from test_export import diffusers_images
 
 from lcm_jax import export, sample, train
+from lcm_jax.data import shapes
 from lcm_jax.diffusion import denoiser, guidance
-from lcm_jax.pretrained import names
+from lcm_jax.pretrained import load_pipeline, names, save_single_file
 from lcm_jax.run import config as config_lib
 from lcm_jax.run.models import load_student, load_teacher
 from lcm_jax.sampling.generator import draw_noise
@@ -144,3 +148,68 @@ def test_a_student_without_w_as_a_bare_unet_beside_another_vae(tmp_path, monkeyp
     check_images(pipe, ours, monkeypatch, 1.0)
     own = our_images(tmp_path / "own", *options[:2], options[3])
     assert np.abs(own - ours).max() > 8  # the VAE counts
+
+
+# Config -> folder whose model the file holds, folder that is given for its tokenizers, keys of the file.
+MINE = {
+    "my_sd15_24gb": (functools.partial(tiny_family.folder, "sd15", short=True), None, set()),
+    "my_sdxl_24gb": (functools.partial(tiny_family.folder, "sdxl", short=True), None, set()),
+    "illustrious_lcm_lora": (functools.partial(tiny_family.folder, "sdxl", short=True), None, set()),
+    "noobai_vpred_lcm_lora": (  # the folder says epsilon: the keys decide
+        tiny_family.zero_snr_folder,
+        functools.partial(tiny_family.folder, "sdxl", short=True),
+        {"v_pred", "ztsnr"},
+    ),
+}
+
+
+def program(name: str, config: str, *options: object) -> None:
+    runs.ended(runs.start(*options, program=("-m", f"lcm_jax.{name}", f"--config=configs/{config}.py")))
+
+
+@pytest.mark.parametrize(("config", "data"), [*((name, "prompts") for name in MINE), ("my_sd15_24gb", "images")])
+def test_a_fine_tune_in_one_file_becomes_a_lora_for_diffusers(config, data, tmp_path, monkeypatch):
+    make, tokenizers, keys = MINE[config]
+    folder, lora = make(), tmp_path / "lora"
+    others = tokenizers() if tokenizers else folder
+    model = save_single_file(*load_pipeline(folder), tmp_path / "model.safetensors", dtype=np.float32)
+    with safetensors.safe_open(model, "np") as file:
+        assert {"v_pred", "ztsnr"} & set(file.keys()) == keys
+
+    of_model = f"--config.model.teacher={model}", f"--config.model.config={others}", "--config.data.resolution=64"
+    if data == "prompts":
+        (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+        made = f"--prompts={tmp_path / 'prompts.txt'}", "--variants=2", "--steps=4", "--batch_size=2"
+        program("precompute", config, "--what=teacher", *of_model, *made, f"--out={tmp_path / 'cache'}")
+        where = "--config.data.source=latents", f"--config.data.path={tmp_path / 'cache'}"
+    else:
+        for number in range(4):
+            image, caption, *_ = shapes.example(number, "train")
+            Image.fromarray(image).save(tmp_path / f"{number}.png")
+            (tmp_path / f"{number}.txt").write_text(caption)
+        where = (f"--config.data.path={tmp_path}",)
+    short = "--config.train.steps=2", "--config.train.learning_rate=0.01", "--config.log.every=1"
+    workdir = f"--workdir={tmp_path / 'run'}"
+    program(
+        "train", config, *of_model, *where, *short, "--config.data.batch_size=3", "--config.sample.every=0", workdir
+    )
+    exported(tmp_path / "run", lora)
+
+    ours = our_images(
+        tmp_path / "images", f"--model={model}", f"--model_config={others}", f"--lora={lora}", "--guidance_scale=1"
+    )
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    is_zero = pipe.scheduler.alphas_cumprod[-1] < 1e-6
+    assert (pipe.scheduler.config.prediction_type == "v_prediction") == is_zero == ("ztsnr" in keys)
+    card = (lora / "README.md").read_text()
+    noise = ', prediction_type="v_prediction", rescale_betas_zero_snr=True)' if keys else ', prediction_type="epsilon")'
+    assert '.from_single_file("file of the teacher")\n' in card and noise in card
+    alone = diffusers_images(pipe, monkeypatch, PROMPTS, draw_noise(3, [0, 0], 2, (8, 8, 4)), 64, guidance_scale=1.0)
+    pipe.load_lora_weights(lora)
+    check_images(pipe, ours, monkeypatch, 1.0)
+    assert np.abs(ours - alone).max() > 8  # the LoRA counts
+    if config == "my_sd15_24gb":  # diffusers reads no SDXL file of toy width
+        code = re.search(r"```python\n(.*?)image = ", card, re.S)[1].replace('"lora"', f'"{lora}"')
+        exec(code.replace('"file of the teacher"', f'"{model}", config="{folder}"'), names := {})
+        check_images(names["pipe"], ours, monkeypatch, 1.0)

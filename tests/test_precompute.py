@@ -1,5 +1,7 @@
 """`lcm_jax.precompute`: the cache equals encoding at the start of a run, trains the same, and survives being killed."""
 
+import dataclasses
+import itertools
 import os
 import shutil
 import signal
@@ -12,18 +14,23 @@ import numpy as np
 import parity
 import pytest
 import tiny
+import tiny_family
 import training_processes as runs
 from PIL import Image
 
+import lcm_jax
 from configs import shapes_lcm
 from lcm_jax import files, precompute, train
 from lcm_jax.data import cache, encoding, loader, shapes
 from lcm_jax.data.order import draws_at
 from lcm_jax.errors import LcmError
 from lcm_jax.precompute import Options
+from lcm_jax.pretrained.text import tokens
 from lcm_jax.run import data as run_data
 from lcm_jax.run.models import load_teacher
 from lcm_jax.runtime import distributed, waiting
+from lcm_jax.sampling import teacher as teacher_lib
+from lcm_jax.sampling.teacher import Recipe
 
 STEPS = 3
 EXAMPLES = 160  # two and a half batches of the encoders
@@ -445,6 +452,172 @@ def test_killed_and_resumed_is_byte_for_byte_the_same(teacher, random_cache, tmp
     (out / f".{cache.shard_name(0, 9)}.12345678.partial").write_bytes(b"half a shard")
     precompute.latents(config, out, OPTIONS)
     assert snapshot(out) == snapshot(random_cache)
+
+
+PROMPTS = ("a red circle", "hello, a small blue square", "a red circle")  # one of them twice: another image
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join((*PROMPTS[:2], "", PROMPTS[2])) + "\n")
+    return path
+
+
+def teachers_config(teacher, **data):
+    """Without the keys of images."""
+    config = make_config(teacher, num_examples=4096)
+    config.data.update(source="folder", path=None, **data)
+    return config
+
+
+OF_TEACHER = Options(variants=2, shard_size=4)
+
+
+@pytest.fixture(scope="module")
+def made(teacher, prompts, tmp_path_factory) -> Path:
+    """Two images of each prompt by three steps of the teacher, two at a time."""
+    out = tmp_path_factory.mktemp("made") / "cache"
+    precompute.latents(teachers_config(teacher), out, OF_TEACHER, Recipe(prompts, steps=3, batch_size=2))
+    return out
+
+
+def test_a_teachers_images_of_prompts_are_those_that_sampling_makes(teacher, prompts, made, tmp_path):
+    cached, model = cache.open(made), lcm_jax.load(teacher)
+    assert cached.groups == (6,) and cached.manifest["seed"] == 0 and cached.manifest["examples"] == [3]
+    config = teachers_config(teacher)
+    scale = 1 + (config.distill.w_min + config.distill.w_max) / 2
+    taken = cached.manifest["teacher"]
+    assert (taken["sampler"], taken["steps"], taken["guidance_scale"]) == ("dpm_solver_pp_2m", 3, scale)
+    rows = [cached.row(0, rank) for rank in range(6)]
+    for rank, row in enumerate(rows):
+        prompt = PROMPTS[rank // 2]
+        noise = model.noise(0, [rank], 1, 64, 64)
+        z = model.latents(model.encode([prompt]), noise, scale, lcm_jax.Settings("dpm_solver_pp_2m", 3))
+        factor = model.pipeline.vae.scaling_factor
+        parity.close(row["mean"] * factor, np.asarray(z)[0], rtol=1e-4, atol=1e-4, what=f"row {rank}")
+        assert (row["logvar"] == -30).all() and np.abs(z).std() > 0.1
+        assert cached.about(0, rank) == {"key": str(rank), "shard": "prompts.txt", "caption": prompt}
+        np.testing.assert_array_equal(row["text_encoder"], tokens(model.pipeline, [prompt])["text_encoder"][0])
+    assert min(np.abs(a["mean"] - b["mean"]).max() for a, b in itertools.combinations(rows, 2)) > 0.1
+
+    settings = Recipe(prompts, steps=3, batch_size=2)
+    precompute.latents(teachers_config(teacher), tmp_path / "text", Options(text="embeddings", variants=2), settings)
+    text = cache.open(tmp_path / "text").row(0, 2)
+    want = model.encode([PROMPTS[1]])["encoder_hidden_states"][0]
+    parity.close(text["encoder_hidden_states"], want, rtol=1e-4, atol=1e-4)
+    parity.close(text["mean"], rows[2]["mean"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_teachers_cache_resumes_and_knows_what_it_was_made_of(teacher, prompts, made, tmp_path, monkeypatch):
+    """Byte for byte; the prompts may be at another place."""
+    copied, out = Path(shutil.copy(prompts, tmp_path / "prompts.txt")), tmp_path / "cache"
+    settings, write = Recipe(copied, steps=3, batch_size=2), cache.write_shard
+
+    def stopping(path, records):
+        written = write(path, records)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return written
+
+    monkeypatch.setattr(cache, "write_shard", stopping)
+    with pytest.raises(precompute.Stopped, match="SIGTERM: stopped; the same command resumes"):
+        precompute.latents(teachers_config(teacher), out, OF_TEACHER, settings)
+    monkeypatch.setattr(cache, "write_shard", write)
+    assert len(list(out.glob("latents-*"))) == 1 and not (out / "manifest.json").exists()
+
+    def other(words, options=OF_TEACHER, settings=settings, **changes):
+        config = teachers_config(teacher)
+        config.update_from_flattened_dict(changes)
+        refused(lambda: precompute.latents(config, out, options, settings), f"--out={out}: was made with other", *words)
+
+    changed = dataclasses.replace
+    other(["teacher.steps: 3 there, 4 now"], settings=changed(settings, steps=4))
+    other(["teacher.sampler: dpm_solver", "ddim now"], settings=changed(settings, sampler="ddim"))
+    other(["teacher.guidance_scale: 4.75 there, 3.0 now"], settings=changed(settings, guidance_scale=3.0))
+    other(["teacher.negative_prompt: None there, blurred now"], settings=changed(settings, negative_prompt="blurred"))
+    other(["variants: 2 there, 3 now"], Options(variants=3, shard_size=4))
+    other(["seed: 0 there, 1 now"], seed=1)
+    config = make_config(teacher, num_examples=4096)
+    refused(lambda: precompute.latents(config, out, OF_TEACHER), "data.source: teacher there, shapes now", "teacher")
+    copied.write_text("a red circle\n")
+    other(["records: ", " there, ", "examples"])
+    shutil.copy(prompts, copied)
+    unet = shutil.copytree(teacher, tmp_path / "model") / "unet"
+    changed_unet = tiny.UNet2DConditionModel.from_pretrained(unet)
+    changed_unet.conv_out.weight.data *= 1.5
+    changed_unet.save_pretrained(unet)
+    other(["teacher.unet: "], **{"model.teacher": str(tmp_path / "model")})
+
+    precompute.latents(teachers_config(teacher), out, OF_TEACHER, changed(settings, batch_size=2))
+    found, want = (
+        {name: content for name, content in snapshot(folder).items() if name != cache.MANIFEST}
+        for folder in (out, made)
+    )
+    assert found == want
+    one, two = (cache.read_manifest(folder) for folder in (out, made))
+    assert one | {"data": None} == two | {"data": None} and one["data"]["path"] == str(copied)
+
+
+def test_what_a_teacher_cannot_make_is_refused_before_it_is_read(teacher, prompts, tmp_path):
+    model = shutil.copytree(teacher, tmp_path / "model")
+    for path in model.glob("*/*.safetensors"):
+        path.unlink()
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+
+    def latents(settings=None, **changes):
+        config = teachers_config(model)
+        config.update_from_flattened_dict(changes)
+        return lambda: precompute.latents(config, tmp_path / "cache", OF_TEACHER, settings or Recipe(prompts))
+
+    refused(latents(**{"data.path": "images"}), "data.path = 'images'", "come from its prompts; set None")
+    refused(latents(**{"data.filters": ("side >= 512",)}), "data.filters", "set ()")
+    refused(latents(**{"data.flip": 0.5}), "data.flip = 0.5", "set 0.0")
+    refused(latents(**{"data.aspect_buckets": True}), "data.aspect_buckets = True", "set False")
+    lcf = {"objective": "lcf", "model.student": str(model), "model.teacher": None}
+    refused(latents(**lcf), "config.objective = 'lcf' trains without a teacher")
+    refused(latents(Recipe(prompts, steps=51)), "--steps=51: out of range; choose 1 to 50")
+    refused(latents(Recipe(prompts, guidance_scale=0.5)), "--guidance_scale=0.5", "use 1 or more")
+    useless = Recipe(prompts, guidance_scale=1.0, negative_prompt="blurred")
+    refused(latents(useless), "--negative_prompt=blurred: has no effect at guidance scale 1")
+    refused(latents(Recipe(empty)), "--prompts=", "empty.txt: holds no prompt")
+    refused(latents(Recipe(tmp_path / "none.txt")), "--prompts=", "none.txt")
+    refused(latents(Recipe(prompts, batch_size=10**8)), "--batch_size=100000000", "GiB of memory or more")
+    refused(lambda: Recipe(prompts, sampler="lcm"), "sampler=lcm: choose one of dpm_solver_pp_2m, ddim, euler")
+    refused(lambda: Recipe(prompts, batch_size=0), "batch_size=0: must be at least 1")
+    assert not list(tmp_path.glob("cache/[!.]*"))
+
+
+@pytest.mark.slow
+def test_a_teacher_of_zero_terminal_snr_makes_finite_images(prompts, tmp_path):
+    """SDXL, with its sizes, in half precision, by every sampler; they differ little where steps are many."""
+    found = {}
+    for sampler in teacher_lib.SAMPLERS:
+        config = teachers_config(tiny_family.zero_snr_folder())
+        settings, out = Recipe(prompts, sampler, steps=50, batch_size=3), tmp_path / sampler
+        precompute.latents(config, out, Options(dtype="float16"), settings)
+        rows = [cache.open(out).row(0, rank) for rank in range(3)]
+        assert all((row["time_ids"] == [64, 64, 0, 0, 64, 64]).all() for row in rows)
+        found[sampler] = np.stack([row["mean"] for row in rows])
+    first = found[teacher_lib.SAMPLERS[0]]
+    for sampler, images in found.items():
+        print(sampler, np.abs(images - first).max(), images.std())
+        assert np.isfinite(images).all() and images.std() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prompts=p.txt"], "--prompts=p.txt: is of --what=teacher; add that, or leave it out"),
+        (["--what=teacher"], "--what=teacher needs --prompts=FILE, with one prompt per line"),
+        (["--what=teacher", "--prompts=p.txt", "--sampler=tcd"], "--sampler=tcd: choose one of"),
+        (["--what=teacher", "--prompts=p.txt"], "--prompts=p.txt: "),
+    ],
+)
+def test_the_flags_of_a_teacher(tmp_path, options, words):
+    (output,) = runs.ended(runs.start(f"--out={tmp_path / 'cache'}", *options, program=PROGRAM), code=2)
+    assert f"error: {words}" in output.splitlines()[-1]
 
 
 def test_the_program_reports_a_bad_option_in_one_line(tmp_path):

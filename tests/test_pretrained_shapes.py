@@ -25,6 +25,11 @@ PUBLISHED = {
     "segmind/SSD-1B": (("ssd-1b", "clip-l", "openclip-bigg"), "epsilon"),
     "segmind/Segmind-Vega": (("vega", "clip-l", "openclip-bigg"), "epsilon"),
     "SimianLuo/LCM_Dreamshaper_v7": (("lcm-dreamshaper", "clip-l"), "epsilon"),
+    # A single file, whose header is read if it is there.
+    "Laxhar/noobai-XL-Vpred-1.0/NoobAI-XL-Vpred-v1.0.safetensors": (
+        ("sdxl", "clip-l", "openclip-bigg"),
+        "v_prediction",
+    ),
 }
 
 
@@ -62,6 +67,15 @@ def test_configs_are_those_of_the_family():
         "Segmind-Vega": "vega",
     }.items():
         assert json.loads((ARCHITECTURES / name / "unet" / "config.json").read_text()) == family.UNETS[unet]
+
+
+def test_a_published_single_file_without_its_weights():
+    """Only where configs alone are asked for; and its noise is what its keys `v_pred` and `ztsnr` mean."""
+    name = "Laxhar/noobai-XL-Vpred-1.0/NoobAI-XL-Vpred-v1.0.safetensors"
+    assert load_pipeline(name, weights=False)[0].schedule.alphas_cumprod[-1] == 0
+    for other, weights in ((name, ENCODERS), ("nobody/nothing/model.safetensors", False)):
+        with pytest.raises(LcmError, match=f"no file {other} here, and it cannot be fetched"):
+            load_pipeline(other, weights=weights)
 
 
 def test_another_vae():

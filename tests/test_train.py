@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -288,6 +289,24 @@ def test_resolution_and_batch_must_fit_vae_and_devices(teacher, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: devices)
     with pytest.raises(LcmError, match=r"data\.batch_size = 6 in 6 parts .* 4 devices; use a multiple of 24"):
         train.prepared(config)
+
+
+def test_only_grids_of_large_images_are_decoded_one_at_a_time(monkeypatch):
+    """16 images of SDXL at once take more than a card of 24 GB has."""
+
+    class Stub:
+        def __init__(self, *_, sliced):
+            found.append(sliced)
+
+        noise = encode = staticmethod(lambda *_: None)
+
+    found = []
+    monkeypatch.setattr(train, "Generator", Stub)
+    for name in ("sd15_lcm_lora", "my_sdxl_24gb"):
+        config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+        student = types.SimpleNamespace(default_sampler="lcm")
+        assert train.sample_grid(config, None, student, {}, None, None) is not None
+    assert found == [False, True]
 
 
 def test_the_compilation_cache_also_keeps_what_a_gpus_autotuner_found(tmp_path):

@@ -6,6 +6,8 @@ process and never to be written into; names: `FAMILY`.
 """
 
 import functools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,16 @@ def folder(name: str, short: bool = False, w_dim: int | None = None) -> Path:
         patch.setitem(tiny.VAES, "factor8_xl", VAE_XL)
         patch.setitem(tiny.FOLDERS, unet, (unet, vae, encoders, prediction_type, pipeline))
         return tiny.build(unet, tiny.folder("sd1").parent / f"family_{unet}")
+
+
+@functools.cache
+def zero_snr_folder() -> Path:
+    """The short folder of "sdxl" as a model that predicts v, with zero terminal SNR."""
+    target = shutil.copytree(folder("sdxl", short=True), tiny.folder("sd1").parent / "family_zero_snr")
+    path = target / "scheduler" / "scheduler_config.json"
+    noise = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    tiny.write_json(path, json.loads(path.read_text()) | noise)
+    return target
 
 
 @functools.cache

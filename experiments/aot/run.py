@@ -61,6 +61,8 @@ CARDS = {
     "shapes_lcm_lora": "rtx3060:1",
     "sd15_lcm_lora": "l4:1",
     "collage_lcm_lora": "rtx3060:1",
+    "my_sd15_24gb": "rtx4090:1",
+    "my_sdxl_24gb": "rtx4090:1",
     "sd15_lcm": "a100-40:1",
     "dreamshaper_v7_lcm": "a100-80:1",
     "pokemon_lcf": "a100-80:1",

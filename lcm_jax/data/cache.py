@@ -16,6 +16,7 @@ and shapes, then a JSON object {"key", "shard", "caption"} that says what it was
     variants             rows of one record (other crops, flips and captions), one after another
     records              digest of the records that the rows were made from, see `records.Source`
     data, seed, ...      what the rows were made from, and how
+    teacher              of images that the teacher made of prompts: its sampler, guidance and a hash of its weights
     faults               number of records that could not be used
 
 A cache is written shard by shard. It can be stopped at any time and is the same in the end. Until it is finished:

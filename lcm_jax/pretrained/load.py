@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from lcm_jax import assets
 from lcm_jax.errors import LcmError
 from lcm_jax.models.unet import UNet2DConditionModel
-from lcm_jax.pretrained import diffusers_folder, single_file
+from lcm_jax.pretrained import diffusers_folder, hub, single_file
 from lcm_jax.pretrained.hub import is_single_file
 from lcm_jax.pretrained.model import Config, Pipeline, PipelineParams, parts_read
 from lcm_jax.pretrained.names import Params, PartChangeFn, PutFn
@@ -53,11 +54,24 @@ def load_pipeline(
       UnsupportedConfig: a config asks for something outside the Stable Diffusion family.
     """
     options = {"unet": unet, "vae": vae, "put": put, "change": change, "weights": weights}
+    if is_single_file(source) and (known := _published(source, weights)):
+        return diffusers_folder.load_folder(known, variant, dtype, param_dtype, **options)
     if is_single_file(source):
         return single_file.load_single_file(source, variant, dtype, param_dtype, config=config, **options)
     if config is not None:
         raise LcmError(f"config {config} is for a single .safetensors file, but {source} is a folder; leave it out")
     return diffusers_folder.load_folder(source, variant, dtype, param_dtype, **options)
+
+
+def _published(source: str | Path, weights: bool | Collection[str]) -> Path | None:
+    """If only configs are needed and the hub cannot be asked for a single file: the package's own configs of it."""
+    if weights:
+        return None
+    try:
+        hub.local_file(source)
+    except LcmError:
+        return assets.architecture(str(source))
+    return None
 
 
 def load_unet(

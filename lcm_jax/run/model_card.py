@@ -13,6 +13,7 @@ from lcm_jax.models import unet
 from lcm_jax.pretrained import Pipeline, single_file
 from lcm_jax.pretrained.diffusers_folder import scheduler_class
 from lcm_jax.pretrained.lora_files import FILE_NAME
+from lcm_jax.pretrained.safetensors_io import SUFFIX
 from lcm_jax.run import clients
 
 _CARD = """\
@@ -105,6 +106,12 @@ from diffusers import DiffusionPipeline, {scheduler}
 pipe = DiffusionPipeline.from_pretrained("{shown_base}")
 pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {constants})
 pipe.load_lora_weights("{name}", weight_name="{lora_file}")"""
+_LORA_OF_FILE = """\
+from diffusers import {scheduler}, {plain}
+
+pipe = {plain}.from_single_file("file of the teacher")
+pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {constants}, {noise})
+pipe.load_lora_weights("{name}", weight_name="{lora_file}")"""
 _UNET = """\
 from diffusers import {scheduler}, {pipeline}, UNet2DConditionModel
 
@@ -164,6 +171,7 @@ def model_card(
     elif kind == "single-file" and has_w:
         kind = "single-file with w embedding"
     flags, code, used_as = _KINDS[kind]
+    code = _LORA_OF_FILE if is_lora and base.endswith(SUFFIX) else code
     phases = record.get("phases", 0)
     steps = phases or 4
     noise = student.schedule
