@@ -112,6 +112,24 @@ def test_field(tmp_path):
     assert source.field("caption") is None and source.field("error_message") is None, "texts and null are no numbers"
 
 
+def test_the_numbers_of_many_names_that_most_records_have_are_known(tmp_path):
+    """Else one description of 16 MB would take 8 bytes of every record for each of a million names."""
+
+    def description(names):
+        return json.dumps({"caption": "c", "width": 5, **dict.fromkeys(names, 1)}).encode()
+
+    many = members(0, json=description(f"a{n:03d}" for n in range(1000)))
+    write_tar(tmp_path / "a.tar", [*many, *(entry for number in range(1, 4) for entry in members(number))])
+    shard(tmp_path / "b.tar", range(4, 6), json=description(f"b{n:03d}" for n in range(100)))
+    source = webdataset.open(tmp_path)
+    np.testing.assert_array_equal(source.field("width"), [5, 12, 12, 12, 5, 5])
+    known = [source.field(f"a{n:03d}") is not None for n in range(1000)]
+    assert 0 < sum(known) <= parsing.MAX_FIELDS and source.field("b099") is not None
+    assert len(source[0].fields) <= parsing.MAX_FIELDS
+    assert any("878 x number that few records have in the tars" in note for note in source.notes)
+    assert any("numbers, those that the fewest records have" in note for note in source.notes)
+
+
 def test_groups_members_as_hugging_face_does(tmp_path):
     entries = [
         ("a/b.c/0001.jpg", encoded(1)),

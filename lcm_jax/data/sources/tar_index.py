@@ -213,6 +213,8 @@ def scan(shard: Path, image_key: str | None = None, caption_key: str | None = No
         raise LcmError(f"tar shard {shard} is being written to; wait until it is complete")
     if samples and not keys and not losses:
         _check_reasons(shard, samples, {reason for _, reason in bad}, image_key, caption_key)
+    if (over := len(parsing.counted(numbers)) - parsing.MAX_FIELDS) > 0:
+        unused["number that few records have"] += over
     hashes = [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") for key in keys]
     return ShardIndex(
         state.st_size,

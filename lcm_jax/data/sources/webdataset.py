@@ -97,6 +97,7 @@ class TarSource:
         )
         unused = sum((collections.Counter(index.unused) for index in indices), collections.Counter())
         self.notes = tuple(f"{count} x {kind} in the tars" for kind, count in sorted(unused.items()))
+        self.notes += tuple(parsing.rare(_counts(indices)))
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -167,8 +168,16 @@ def _starts(per_shard: Sequence[np.ndarray]) -> np.ndarray:
     return np.cumsum([0, *map(len, per_shard)])
 
 
+def _counts(indices: Sequence[ShardIndex]) -> collections.Counter[str]:
+    """Name of a number -> how many records have it."""
+    found: collections.Counter[str] = collections.Counter()
+    for index in indices:
+        found.update({name: int(np.sum(~np.isnan(column))) for name, column in index.fields.items()})
+    return found
+
+
 def _columns(indices: Sequence[ShardIndex]) -> dict[str, np.ndarray]:
-    names = sorted({name for index in indices for name in index.fields})
+    names = parsing.most_frequent(_counts(indices))
     missing = [np.full(len(index.keys), np.nan) for index in indices]
     return {
         name: np.concatenate([index.fields.get(name, gap) for index, gap in zip(indices, missing, strict=True)])
