@@ -20,6 +20,9 @@ from lcm_jax.errors import BadArgument, LcmError
 TEXT_SUFFIXES = ("txt", "caption", "text")  # of a text with the captions of the image beside it, the usual one first
 MAX_BYTES = 2**30  # of an image: more than the largest image that is decoded has, uncompressed
 MAX_TEXT = 2**24  # bytes of a text, a JSON object or a line of a list of images
+MAX_CAPTION = (
+    100_000  # characters, as of a prompt: 16 MB take half a minute and 1 GB to tokenize, and 75 tokens are used
+)
 MAX_FIELDS = 128  # numbers known of a record: each takes 8 bytes of every record, whether it has it or not
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -77,8 +80,8 @@ def captions_of(value: Any) -> tuple[str, ...]:
     """The captions in a text or a list of texts, bytes among them, without white space around and without empty ones.
 
     Raises:
-      BadRecordError: none is left, one is not UTF-8 or cannot be (half a surrogate pair, as JSON allows), or `value` is
-        something else.
+      BadRecordError: none is left, one is not UTF-8 or cannot be (half a surrogate pair, as JSON allows), has more than
+        MAX_CAPTION characters, or `value` is something else.
     """
     texts = value if isinstance(value, list | tuple) else [value]
     texts = [text_of(text) if isinstance(text, bytes) else text for text in texts]
@@ -88,6 +91,8 @@ def captions_of(value: Any) -> tuple[str, ...]:
     if not captions:
         raise BadRecordError("no caption: its text is empty")
     for text in captions:
+        if len(text) > MAX_CAPTION:
+            raise BadRecordError(f"the caption has {len(text)} characters, at most {MAX_CAPTION} are read")
         try:
             text.encode()
         except UnicodeEncodeError as error:
