@@ -12,6 +12,8 @@ _short = reprlib.Repr()  # of values in files, which may be nested deeply or hav
 _short.maxtuple = _short.maxlist = _short.maxdict = 12
 _short.maxstring = _short.maxother = _short.maxlong = 200
 
+_LONGEST = 4000  # characters of a message: a file may have much more in the place of a word
+
 
 def printable(text: str) -> str:
     """`text` with escapes in place of line breaks, control characters and what UTF-8 cannot encode."""
@@ -22,7 +24,8 @@ class LcmError(ValueError):
     """Bad input: a wrong value, file, folder or configuration. The message is one line, whatever names it quotes."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        text = printable(super().__str__())
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 class BadArgument(LcmError):

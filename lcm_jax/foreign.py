@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,11 @@ def read_json(path: Path, remedy: str = AGAIN) -> dict[str, Any]:
     except IsADirectoryError:
         raise LcmError(f"{path} is a folder, not a file; {remedy}") from None
     return json_object(content, path, remedy)
+
+
+def read_optional(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if there is nothing by its name, while a broken link is an error of `read_json`."""
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def open_zip(path: Path | BinaryIO, most: int) -> zipfile.ZipFile:

@@ -29,7 +29,7 @@ import numpy as np
 from lcm_jax import files
 from lcm_jax.diffusion.timesteps import SPACINGS
 from lcm_jax.ending import exit_code
-from lcm_jax.errors import BadArgument, LcmError
+from lcm_jax.errors import BadArgument, LcmError, printable
 from lcm_jax.pretrained.safetensors_io import SUFFIX
 from lcm_jax.sampling import chain, control, flags, like, nag, png, presets
 from lcm_jax.sampling.chunks import truncated, unused
@@ -139,7 +139,9 @@ def repeated(p: flags.Parser, argv: Sequence[str], path: Path) -> argparse.Names
     given = p.parse_args(argv)
     found, lost = like.recorded(path)
     if lost:
-        print(f"warning: --like={path}: not repeated: {', '.join(one[:60] for one in lost)}", file=sys.stderr)
+        listed = printable(", ".join(one[:60] for one in lost[:MOST_LISTED]))
+        more = f" and {len(lost) - MOST_LISTED} more" if len(lost) > MOST_LISTED else ""
+        print(f"warning: --like={path}: not repeated: {listed}{more}", file=sys.stderr)
     replaced = {
         *(like.MODEL if given.model else ()),
         *(("prompt",) if given.prompt or given.prompts else ()),
@@ -426,7 +428,7 @@ def warn(model: Generator, request: Request, prompts: Sequence[str], syntax_give
     for prompt, (length, kept) in cut.items():
         found.append(f"a prompt of {length} tokens is cut to {kept}, {length - kept} are lost: {prompt[:60]!r}...")
     for warning in found:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {printable(warning)}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 SEEDS = Path(__file__).parent / "fuzz_seeds"
 MOST = 1 << 20  # bytes of an input
 HANGS = 90.0  # seconds without an execution, after which a process counts as hanging
+STARTS = 600.0  # seconds to the first one: the package is instrumented, beside whatever else the machine does
 
 
 def kept(name: str) -> dict[str, bytes]:
@@ -163,7 +164,7 @@ def fuzz(name: str, seconds: float, seed: int, found: Path) -> dict:
                 process = subprocess.Popen(
                     [sys.executable, __file__, *arguments], stdout=log, stderr=log, env=environment, cwd=ROOT
                 )
-                hangs = _wait(process, report, end + HANGS)
+                hangs = _wait(process, report, left)
             if process.returncode == 0:
                 break
             crashes += 1
@@ -175,15 +176,20 @@ def fuzz(name: str, seconds: float, seed: int, found: Path) -> dict:
         return json.loads(report.read_text()) | {"crashes": crashes}
 
 
-def _wait(process: subprocess.Popen, report: Path, end: float) -> bool:
-    """Waits for a process; ends one that makes no progress, and returns whether it had to."""
-    moved, seen = time.monotonic(), None
+def _wait(process: subprocess.Popen, report: Path, seconds: float) -> bool:
+    """Waits for a process of `seconds`; ends one that makes no progress, and returns whether it had to."""
+
+    def state() -> int | None:
+        return report.stat().st_mtime_ns if report.exists() else None
+
+    began = moved = time.monotonic()
+    seen, started = state(), False
     while process.poll() is None:
         time.sleep(0.2)
-        state = report.stat().st_mtime_ns if report.exists() else None
-        if state != seen:
-            moved, seen = time.monotonic(), state
-        if time.monotonic() - moved > HANGS or time.monotonic() > end:
+        now, found = time.monotonic(), state()
+        if found != seen:
+            began, moved, seen, started = began if started else now, now, found, True
+        if now - moved > (HANGS if started else STARTS) or started and now - began > seconds + HANGS:
             process.kill()
             process.wait()
             return True

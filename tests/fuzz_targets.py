@@ -47,7 +47,7 @@ from lcm_jax.pretrained.controlnets import load_controlnet
 from lcm_jax.pretrained.names import torch_table
 from lcm_jax.pretrained.tokenizer import tokenize
 from lcm_jax.runtime import boards, checkpoints, lost, telemetry, workdir
-from lcm_jax.sampling import prompts
+from lcm_jax.sampling import png, prompts
 
 SECONDS = 5.0  # of all processors together that one input may take
 _OUTSIDE = "outside.bin"  # beside the folder that a target reads: no reader may get there
@@ -796,6 +796,28 @@ def _(content: bytes, folder: Path) -> None:
         _check_finite("a weight", *(piece.weight for piece in found))
         if {*"".join(piece.text or "" for piece in found)} - {*text}:
             raise WrongError("a piece has characters that its prompt has not")
+
+
+def _recorded(folder: Path) -> list[bytes]:
+    """What A1111 and this program record of an image."""
+    flags = {"prompt": "a", "image": "0", "seed": "0", "steps": "2", "size": "16x16", "lora": "x:0.5", "tiled": "True"}
+    return [
+        b"a\nNegative prompt: b\nSteps: 2, Sampler: LCM, CFG scale: 1.5, Seed: 9, Size: 16x16, RNG: CPU",
+        _json(**flags),
+    ]
+
+
+@_target("like", _mixed(mutations.in_json, mutations.in_text), _recorded, names=("--like", "like="))
+def _(content: bytes, folder: Path) -> None:
+    try:
+        about = dict(json.loads(content))
+    except (ValueError, TypeError, RecursionError):
+        about = {"parameters": content.decode(errors="replace")}
+    about = {key: str(value) for key, value in about.items() if key.isascii() and 0 < len(key) < 80 and "\0" not in key}
+    png.write_png(folder / "like.png", np.zeros((1, 1, 3), np.uint8), about)
+    given = [f"--like={folder / 'like.png'}", f"--out={folder}"]
+    if sample.repeated(sample.parser(), given, folder / "like.png").out != folder:
+        raise WrongError("an image chooses where to write")
 
 
 # A run's own files, which a crash, another version or a person may have changed

@@ -98,6 +98,15 @@ def test_texts_beside(tmp_path):
             source[number]
 
 
+def test_the_numbers_of_many_names_that_most_images_have_are_known(tmp_path):
+    rows = [{"file_name": f"{n}.png", "text": "a", "score": n} for n in range(3)]
+    rows[0] |= {f"a{n}": n for n in range(1000)}
+    source = folder.open(write(tmp_path, {f"{n}.png": b"a" for n in range(3)} | {"metadata.jsonl": rows}))
+    np.testing.assert_array_equal(source.field("score"), [0, 1, 2])
+    assert len(source[0].fields) == parsing.MAX_FIELDS and source[1].fields == {"score": 1}
+    assert source.notes == ("873 of 1001 numbers, those that the fewest records have",)
+
+
 def test_columns_and_several_captions(tmp_path):
     rows = [
         {"file_name": "a.png", "text": ["one", " two ", ""], "title": "A", "score": 1},

@@ -112,6 +112,33 @@ def test_field(tmp_path):
     assert source.field("caption") is None and source.field("error_message") is None, "texts and null are no numbers"
 
 
+def test_a_caption_of_any_length_is_one_bad_record(tmp_path):
+    long = "x " * (parsing.MAX_CAPTION // 2) + "xx"
+    shard(tmp_path / "a.tar", range(1), txt=long.encode())
+    shard(tmp_path / "b.tar", range(1, 2), txt=long[:-2].encode())
+    source = webdataset.open(tmp_path)
+    assert len(source) == 1 and source[0].captions == (long[:-3],), "without white space"
+    assert [bad.reason for bad in source.bad_records] == ["the caption has 100002 characters, at most 100000 are read"]
+
+
+def test_the_numbers_of_many_names_that_most_records_have_are_known(tmp_path):
+    """Else one description of 16 MB would take 8 bytes of every record for each of a million names."""
+
+    def description(names):
+        return json.dumps({"caption": "c", "width": 5, **dict.fromkeys(names, 1)}).encode()
+
+    many = members(0, json=description(f"a{n:03d}" for n in range(1000)))
+    write_tar(tmp_path / "a.tar", [*many, *(entry for number in range(1, 4) for entry in members(number))])
+    shard(tmp_path / "b.tar", range(4, 6), json=description(f"b{n:03d}" for n in range(100)))
+    source = webdataset.open(tmp_path)
+    np.testing.assert_array_equal(source.field("width"), [5, 12, 12, 12, 5, 5])
+    known = [source.field(f"a{n:03d}") is not None for n in range(1000)]
+    assert 0 < sum(known) <= parsing.MAX_FIELDS and source.field("b099") is not None
+    assert len(source[0].fields) <= parsing.MAX_FIELDS
+    assert any("878 x number that few records have in the tars" in note for note in source.notes)
+    assert any("numbers, those that the fewest records have" in note for note in source.notes)
+
+
 def test_groups_members_as_hugging_face_does(tmp_path):
     entries = [
         ("a/b.c/0001.jpg", encoded(1)),
@@ -373,6 +400,20 @@ def test_braces_are_those_of_bash(pattern):
     assert webdataset.expand_braces(pattern) == theirs.splitlines()
 
 
+def test_patterns_of_more_names_than_anybody_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(webdataset, "MAX_NAMES", 2000)
+    for pattern in ("{0..99999999999}.tar", "{0..99}{0..99}{0..9}.tar", "{a,{1..999999999999999999}}.tar"):
+        with pytest.raises(BadArgument, match=r"stands for \d+ names, at most 2000 are taken; give a folder"):
+            webdataset.open(str(tmp_path / pattern))
+    for folder in "abc":
+        shard(tmp_path / folder / "0001.tar", [1])
+    some = ",".join(f"{tmp_path}/{folder}/{{0000..0999}}.tar" for folder in "abc")
+    with pytest.raises(BadArgument, match=r"no tar shard '.*/a/0000.tar' \(999 of 1000 files are missing"):
+        webdataset.open(some)
+    shard(tmp_path / "d,e-1.tar", [2])
+    assert keys(webdataset.open(str(tmp_path / "d,e-{1..1}.tar"))) == ["000000002"]
+
+
 def test_cut_off_tar(tmp_path):
     path = shard(tmp_path / "a.tar", range(10))
     between = offset_of(path, "000000005.txt")
@@ -386,6 +427,19 @@ def test_cut_off_tar(tmp_path):
     assert keys(source) == [f"{number:09d}" for number in range(5)] + ["000000005"]
     assert source[5].captions == ("caption 5, ünïcode",), "its JSON has the caption too"
     assert reasons(source) == {f"byte {between}": "the tar is cut off here"}
+
+
+def test_holes_take_no_time(tmp_path):
+    """Read through, these 8 TB would take hours."""
+    path = shard(tmp_path / "a.tar", range(2))
+    later = shard(tmp_path / "b", range(2, 4)).read_bytes()
+    with path.open("r+b") as stream:
+        stream.seek(4 * 2**40 + 512)
+        stream.write(later)
+        stream.truncate(8 * 2**40)
+    source = webdataset.open(path)
+    assert keys(source) == [f"{number:09d}" for number in range(4)] and source[3].image == encoded(3)
+    assert all("damaged" in bad.reason for bad in source.bad_records)
 
 
 @pytest.mark.parametrize("long_names", [False, True])
@@ -479,9 +533,11 @@ def test_header_search_over_its_chunks(tmp_path, monkeypatch):
     for chunk in (512, 700, 1 << 20):
         monkeypatch.setattr(tar_index, "_CHUNK", chunk)
         for before in (0, 1, 255, 511, 512, 1000, 1500):
-            stream = io.BytesIO(b"ustar" * (before // 5) + b"x" * (before % 5) + header + b"rest")
-            assert tar_index._next_header(stream, 0) == before
-            assert tar_index._next_header(stream, before + 1) is None
+            path = tmp_path / "a.tar"
+            path.write_bytes(b"ustar" * (before // 5) + b"x" * (before % 5) + header + b"rest")
+            with path.open("rb") as stream:
+                assert tar_index._next_header(stream, 0) == before
+                assert tar_index._next_header(stream, before + 1) is None
 
 
 def test_files_that_are_not_tars(tmp_path):

@@ -33,6 +33,19 @@ def test_json_that_is_none(tmp_path, content, why):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_what_may_be_absent_is_no_broken_link(tmp_path):
+    path = tmp_path / "config.json"
+    assert foreign.read_optional(path) == {}
+    path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(LcmError, match="config.json is missing"):
+        foreign.read_optional(path)
+
+
+def test_a_message_has_a_bounded_length():
+    text = str(LcmError(f"the name {'x' * 10**6} is wrong; use another"))
+    assert len(text) < 5000 and text.startswith("the name xxx") and text.endswith("x is wrong; use another")
+
+
 def test_json_as_programs_on_windows_write_it(tmp_path):
     path = tmp_path / "config.json"
     path.write_bytes("\ufeff{}".encode())

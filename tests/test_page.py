@@ -367,6 +367,7 @@ def test_a_body_is_json(body):
 def test_large_bodies_are_not_read():
     here = guard.Guard(behind)
     assert answer(here, "POST", PREDICT, body=VALUES, content_length=str(2**25 + 1))[0] == 413
+    assert answer(here, "POST", PREDICT, body=VALUES, content_length="9" * 5000)[0] == 413
     assert answer(here, "POST", PREDICT, body=VALUES, content_length="")[0] == 411
     assert answer(here, "POST", PREDICT, body=VALUES, transfer_encoding="chunked")[0] == 411
 

@@ -63,6 +63,10 @@ def test_formats_and_words(name, content, word, tmp_path):
         ("sd1", {"emb_params": ONE[:0]}, r"emb_params has the shape \[0, 32\]"),
         ("sd1", {"emb_params": np.ones((76, 32), np.float32)}, "has 76 vectors, and a text has room for 75 tokens"),
         ("sd1", {"emb_params": np.full((1, 32), np.nan, np.float32)}, "has numbers that are not finite"),
+        ("sd1", {"emb_params": np.full((1, 32), 1e300)}, "has numbers that are not finite"),
+        ("sd1", {"emb_params": np.ones((1, 32), np.complex64)}, "is complex64, and vectors are floating-point numbers"),
+        ("sd1", {"emb_params": np.ones((1, 32), np.int64)}, "is int64"),
+        ("sd1", {"emb_params": np.ones((1, 32), bool)}, "is bool"),
     ],
 )
 def test_what_does_not_fit_the_model_is_one_line(name, content, message, tmp_path):
@@ -81,7 +85,7 @@ def test_names_and_files_that_cannot_be_are_one_line(tmp_path):
         ([f"X={file}", str(file)], "'x' is given twice; name one of them NAME=FILE"),
         ([f"={file}"], "has no name before the ="),
         ([str(blank)], "gives its word no name; write NAME=FILE"),
-        (["a=/nowhere.safetensors"], "/nowhere.safetensors does not exist"),
+        (["a=/nowhere.safetensors"], "/nowhere.safetensors does not exist; copy"),
         ([str(tmp_path)], "is no regular file"),
         ([str(image)], "is an image; embeddings inside of images are not read"),
     ):

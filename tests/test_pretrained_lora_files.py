@@ -529,3 +529,9 @@ def test_merging_refuses(tmp_path):
             lora.merge(loaded("sd1")[1]["unet"], [], [(delta, 1.0)])
     with pytest.raises(LcmError, match="LoRA weight nan is not finite"):
         merge_into(*loaded("sdxl"), [(got, float("nan"))])
+    sd1 = pipeline("sd1")
+    path = save(tmp_path / "huge.safetensors", tensors_of("kohya", factors(sd1.unet), alpha=1e38))
+    huge = read_lora(path, modules_of(sd1))
+    for lora_file, weight in ((huge, 100.0), (huge, 1e300)):
+        with pytest.raises(LcmError, match=r"add what is not finite to .*/kernel of unet; use smaller weights"):
+            merge_into(*loaded("sd1"), [(lora_file, weight)])

@@ -190,6 +190,9 @@ BAD_CONSTANTS = [
     (RECORD, {"timestep_scaling": 0}, "timestep_scaling of lcm_config.json=0"),
     (RECORD, {"w_max": float("inf")}, "w_max of lcm_config.json=inf"),
     (RECORD, {"w_min": [2]}, "w_min of lcm_config.json="),
+    (RECORD, {"map": "phased"}, "map of lcm_config.json='phased'; supported: origin without phases, or phased with"),
+    (RECORD, {"map": "origin", "phases": 4}, "map of lcm_config.json='origin'"),
+    (RECORD, {"map": "straight"}, "map of lcm_config.json='straight'"),
     (RECORD, {"w_min": 5, "w_max": 3}, "w_min=5 of lcm_config.json is above w_max=3"),
     (
         SCHEDULER,

@@ -289,6 +289,13 @@ def test_a_scheduler_without_a_class_has_that_of_the_index(sd1):
         load_pipeline(sd1, weights=False)
 
 
+def test_a_record_that_cannot_be_read_is_an_error(sd1):
+    """Without it an LCM would be sampled with other constants, and no word."""
+    (sd1 / "lcm_config.json").symlink_to("nowhere")
+    with pytest.raises(LcmError, match="lcm_config.json is missing; the folder is incomplete"):
+        load_pipeline(sd1, weights=False)
+
+
 def test_a_unet_of_other_noise_is_refused(sd1, tmp_path):
     """By its folder's scheduler or its record."""
     other = tiny.copy("lcm", tmp_path / "other")

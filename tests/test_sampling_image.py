@@ -46,6 +46,19 @@ def test_resizing_is_pillows_lanczos_stretched():
     np.testing.assert_array_equal(resized(RGB, 65, 70), RGB)
 
 
+def test_a_strip_is_cropped_before_it_is_resized(monkeypatch):
+    """Resized as a whole, 1 x 1,000,000 pixels would take 800 GB."""
+    assert fitted(np.zeros((1, 1_000_000, 3), np.uint8), 512, 512, "crop").shape == (512, 512, 3)
+    assert fitted(np.zeros((1_000_000, 1), np.uint8), 512, 512, "crop").shape == (512, 512)
+    large = RGB.repeat(4, axis=0).repeat(4, axis=1)  # enlarged, the order of the two directions shows in noise
+    for height, width in ((96, 40), (40, 96), (129, 64)):
+        whole = fitted(large, height, width, "crop")
+        with monkeypatch.context() as patch:
+            patch.setattr("lcm_jax.sampling.image.images.MAX_PIXELS", 1)
+            part = fitted(large, height, width, "crop")
+        assert np.abs(part.astype(int) - whole).max() <= 1  # coefficients have 8 bits
+
+
 @pytest.mark.parametrize("fit", FITS)
 def test_the_geometry_of_diffusers(fit):
     mode = {"crop": "crop", "stretch": "default", "fill": "fill"}[fit]

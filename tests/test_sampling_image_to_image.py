@@ -278,15 +278,18 @@ def run(out: Path, *flags: str) -> dict[str, Image.Image]:
     return {path.name: Image.open(path) for path in sorted(out.glob("*.png"))}
 
 
-def test_the_program_takes_each_image_of_a_folder_with_each_prompt_and_repeats_one(tmp_path, capsys):
+def test_the_program_takes_each_image_of_a_folder_with_each_prompt_and_repeats_one(tmp_path, capsys, caplog):
     folder = tmp_path / "in"
     folder.mkdir()
-    (folder / "notes.txt").write_text("no image")
+    for name in ("notes.txt", "d.heic", "._a.png"):  # the last is what macOS writes beside files on other disks
+        (folder / name).write_text("no image")
+    (folder / "old.png").mkdir()
     for n, (name, size) in enumerate((("b.jpg", (16, 16)), ("a.png", (20, 16)), ("c.png", (16, 16)))):
         picture(n, *size).save(folder / name)
     flags = ["--strength=0.3", "--num_images=2", "--batch_size=2", "--prompt=a", "--prompt=blue"]
     images = run(tmp_path / "out", f"--image={folder}", *flags)
     assert "timesteps 299 239 159 79" in capsys.readouterr().out
+    assert "3 images; not used: 1 text without an image, as notes.txt, 1 file of unknown kind (.heic)" in caplog.text
     assert list(images) == [f"{pair:04d}_{number:04d}.png" for pair in range(6) for number in range(2)]
     abouts = [image.text for image in images.values()]
     assert [about["source"] for about in abouts[::4]] == [str(folder / name) for name in ("a.png", "b.jpg", "c.png")]

@@ -345,6 +345,7 @@ def test_the_program_paints_a_folder_with_masks_of_its_names_and_repeats_one(tmp
     for n, name in enumerate("ab"):
         picture(n, 20, 24).save(tmp_path / "in" / f"{name}.png")
         hole(20, 24, np.s_[4 + n : 12, 6:14]).save(tmp_path / "masks" / f"{name}.png")
+        (tmp_path / "masks" / f"{name}.json").write_text("{}")  # sorts before it
     flags = [f"--image={tmp_path / 'in'}", f"--mask={tmp_path / 'masks'}", "--num_images=1", "--batch_size=2"]
     images = run(tmp_path / "out", *flags, "--crop_padding=2", "--mask_blur=1")
     assert [image.size for image in images.values()] == [(24, 20)] * 2

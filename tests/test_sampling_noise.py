@@ -162,6 +162,10 @@ def test_parameters_of_a1111_are_flags_as_far_as_they_go(lcm, tmp_path, capsys):
     assert (image.size, image.text["noise"], "negative_prompt" in image.text) == ((16, 16), "torch", False)
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning == f'warning: --like={path}: not repeated: Model hash 0123abcd, Lora hashes "a: 1, b: 2"'
+    write(path, parameters=PARAMETERS + ", \x1b[2J: 1" + "".join(f", N{n}: 1" for n in range(30)))
+    assert generate(tmp_path / "out", f"--like={path}", f"--model={lcm}", *options)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert r", \x1b[2J 1, N0 1" in warning and warning.endswith("N16 1 and 13 more")
     write(path, parameters="a\nSteps: 20, Sampler: Euler a, Seed: 1, Size: 512x512, Version: 1")
     flags, lost = like.recorded(path)
     assert (flags["noise"], lost) == ("nv", ["Sampler Euler a"]) and "sampler" not in flags  # its default is a GPU's

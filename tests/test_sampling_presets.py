@@ -118,6 +118,12 @@ def test_what_an_image_records_of_its_sampler_repeats_it(pipeline):
         assert make_request(pipeline, **{key: getattr(args, key) for key in keys}).settings == settings
 
 
+@pytest.mark.parametrize("weight", ["0.5", "1e-1", "+.5", "-2", "nan"])
+def test_a_lora_keeps_its_own_weight_however_it_is_written(weight):
+    assert presets.weighted("tdm", [f"x:{weight}", "y"]) == [f"x:{weight}", "y"]
+    assert presets.weighted("tdm", ["C:/x", "y"]) == ["C:/x:0.125", "y"]
+
+
 def test_the_documents_have_the_table_of_presets():
     text = (Path(__file__).parents[1] / "docs" / "workflows.md").read_text()
     assert presets.markdown() in text

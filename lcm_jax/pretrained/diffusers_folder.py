@@ -202,14 +202,12 @@ def folder_record(source: str | Path, weights: bool = True) -> Config:
 
     weights: False: if the hub cannot be asked, the package's own configs are used.
     """
-    path = _local(source, [RECORD], weights) / RECORD
-    return digests.without(foreign.read_json(path)) if path.is_file() else {}
+    return digests.without(foreign.read_optional(_local(source, [RECORD], weights) / RECORD))
 
 
 def folder_scheduler(source: str | Path, weights: bool = True) -> Config:
     """Content of the scheduler_config.json of a folder or hub repository; {} if it has none. weights: as above."""
-    path = _local(source, [SCHEDULER], weights) / SCHEDULER
-    return foreign.read_json(path) if path.is_file() else {}
+    return foreign.read_optional(_local(source, [SCHEDULER], weights) / SCHEDULER)
 
 
 def scheduler_config(folder: Path, index: Config) -> Config:
@@ -252,9 +250,7 @@ def check_noise(source: str | Path, noise: NoiseSchedule, model: str, weights: b
     folder = _local(source, ["model_index.json", SCHEDULER, RECORD], weights, "unet")
     above = folder.absolute().parent
     for root in (folder, above) if (above / "model_index.json").is_file() else (folder,):
-        index, record = (
-            foreign.read_json(root / name) if (root / name).is_file() else {} for name in ("model_index.json", RECORD)
-        )
+        index, record = (foreign.read_optional(root / name) for name in ("model_index.json", RECORD))
         found = []
         if (root / SCHEDULER).is_file():
             theirs = schedule.from_config(scheduler_config(root, index))

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax import files
@@ -129,7 +130,11 @@ def _vectors(file: Path, weights: safetensors_io.Weights, key: str, part: str, e
         )
     if len(shape) == 2 and shape[0] > room:
         raise LcmError(f"{file} has {shape[0]} vectors, and a text has room for {room} tokens; use a smaller one")
-    value = np.atleast_2d(weights.read(key).astype(np.float32))
+    value = weights.read(key)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise LcmError(f"{file}: {key} is {value.dtype}, and vectors are floating-point numbers; download it again")
+    with np.errstate(over="ignore"):  # what became infinite is refused
+        value = np.atleast_2d(value.astype(np.float32))
     if not np.isfinite(value).all():
         raise LcmError(f"{file} has numbers that are not finite; download it again")
     return value

@@ -13,6 +13,7 @@ What a file adds to weights without factors (norms, biases, whole matrices) is a
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -155,7 +156,8 @@ def changes(
     A LoRA that is marked for other noise than the pipeline's is merged with a warning.
 
     Raises:
-      LcmError: a weight that is not finite, or a LoRA for a part that the pipeline does not have.
+      LcmError: a weight that is not finite, or a LoRA for a part that the pipeline does not have. The functions: if
+        what is to be added is not finite.
     """
     found, noise = {}, pipeline.schedule
     for one, weight in loras:
@@ -169,8 +171,20 @@ def changes(
             raise LcmError(f"the LoRA adapts a {part}, which this model does not have; use the model it was made for")
         adapters = [(one.tree(part), one.scales(part, weight)) for one, weight in loras if part in one.parts]
         deltas = [(one.deltas[part], weight) for one, weight in loras if part in one.deltas]
-        found[part] = lora.changes(params[part], adapters, deltas)
+        of_part = lora.changes(params[part], adapters, deltas)
+        found[part] = {path: functools.partial(_finite_change, part, path, change) for path, change in of_part.items()}
     return found
+
+
+def _finite_change(part: str, path: names.Path, change: Callable[[], Any]) -> Any:
+    """What is added to a leaf. Raises LcmError if no float32 can hold it, though factors, scales and weights are."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = change()
+    if not np.isfinite(value).all():
+        raise LcmError(
+            f"the LoRAs add what is not finite to {'/'.join(path)} of {part}; use smaller weights, or other files"
+        )
+    return value
 
 
 def write_lora(

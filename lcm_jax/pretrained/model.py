@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from lcm_jax.diffusion import guidance
 from lcm_jax.diffusion.consistency import SIGMA_DATA, TIMESTEP_SCALING
 from lcm_jax.diffusion.schedule import NoiseSchedule
-from lcm_jax.errors import LcmError
+from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
 from lcm_jax.models.clip import CLIPTextModel
 from lcm_jax.models.config import to_config
@@ -96,6 +96,10 @@ def recorded(record: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("w_min", 0.0) > found.get("w_max", math.inf):
         raise LcmError(f"w_min={found['w_min']} of {RECORD} is above w_max={found['w_max']}; correct them")
     checked(f"prediction_type of {RECORD}", record.get("prediction_type", ""), str)
+    way = record.get("map") or ("phased" if found.get("phases") else "origin")
+    if way != ("phased" if found.get("phases") else "origin"):
+        supported = "origin without phases, or phased with phases of 1 or more; correct it, or copy the file again"
+        raise UnsupportedConfig(f"map of {RECORD}", way, supported)
     return found
 
 

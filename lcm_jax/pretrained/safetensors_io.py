@@ -132,8 +132,8 @@ def _present(folder: Path, name: str, variant: str | None) -> Iterator[Path]:
 def check_regular(path: Path) -> None:
     """Raises LcmError unless `path` is a file that can be read without waiting: no folder, pipe or broken link."""
     if not path.exists():
-        wrong = f"is a link to {os.readlink(path)}, which" if path.is_symlink() else "does not exist:"
-        raise LcmError(f"{path} {wrong} is missing; copy or download it again")
+        wrong = f"is a link to {os.readlink(path)}, which is missing" if path.is_symlink() else "does not exist"
+        raise LcmError(f"{path} {wrong}; copy or download it again")
     if not path.is_file():
         raise LcmError(f"{path} is no regular file; put the weights in its place")
 

@@ -16,6 +16,7 @@ gives a prediction type: for SD 2.x, as in diffusers, v unless `global_step` is 
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -305,10 +306,11 @@ def _configs(
     """
 
     def of(name: str, default: Callable[[], Config]) -> Config:
-        return foreign.read_json(folder / name) if folder is not None and (folder / name).is_file() else default()
+        there = folder is not None and os.path.lexists(folder / name)  # a broken link is an error
+        return foreign.read_json(folder / name) if there else default()
 
     index = of("model_index.json", lambda: family.model_index)
-    has_scheduler = folder is not None and (folder / SCHEDULER).is_file()
+    has_scheduler = folder is not None and os.path.lexists(folder / SCHEDULER)
     given = diffusers_folder.scheduler_config(folder, index) if has_scheduler else None
     configs = {"model_index": index, "scheduler": _scheduler(family, weights, given, folder)}
     known = functools.partial(family.config, kind=configs["scheduler"].get("prediction_type", "epsilon"))

@@ -98,7 +98,12 @@ def fitted(image: np.ndarray, height: int, width: int, fit: str, spare: int = 0)
         return resized(image, height, width)
     to_height = (w * height > h * width) == (fit == "crop")  # whether it gets its height, and the width follows
     rows, columns = (height, max(1, w * height // h)) if to_height else (max(1, h * width // w), width)
-    image, top, left = resized(image, rows, columns), height // 2 - rows // 2, width // 2 - columns // 2
+    top, left = height // 2 - rows // 2, width // 2 - columns // 2
+    if fit == "crop" and rows * columns > images.MAX_PIXELS:  # a strip, as of 1 x 4096: what is cut off takes no memory
+        across, down = w / columns, h / rows
+        box = -left * across, -top * down, (width - left) * across, (height - top) * down
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS, box))
+    image = resized(image, rows, columns)
     if fit == "crop":
         return image[-top : height - top, -left : width - left]
     around = ((top, height - rows - top), (left, width - columns - left), *[(0, 0)] * (image.ndim - 2))

@@ -26,10 +26,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from lcm_jax.data import images
 from lcm_jax.data.encoding import LEVELS
+from lcm_jax.data.sources import tree
 from lcm_jax.diffusion.timesteps import kept
 from lcm_jax.errors import BadArgument
 from lcm_jax.models import tiling
@@ -196,14 +198,17 @@ def size_of(
 
 
 def listed(path: Path) -> list[Path]:
-    """The image, or the images of a folder by name. Raises BadArgument for what is neither."""
+    """The image, or the images of a folder by name; logs what else is in it. Raises BadArgument for what is neither."""
     if not path.is_dir():
         return [path]
-    found = [one for one in sorted(path.iterdir()) if one.suffix.lower().removeprefix(".") in images.SUFFIXES]
+    files = [one for one in sorted(path.iterdir()) if not one.name.startswith(".") and not one.is_dir()]
+    found = [one for one in files if tree.is_image(one.name)]
+    notes = ", ".join(tree.unknown(one.name for one in files if one not in found))
     if not found:
-        raise BadArgument(
-            "image", path, f"has no images; give a file, or a folder of {', '.join(images.FORMATS)} files"
-        )
+        problem = f"has no images; give a file, or a folder of {', '.join(images.FORMATS)} files"
+        raise BadArgument("image", path, f"{problem} (it has {notes})" if notes else problem)
+    if notes:
+        logging.warning("%s: %d images; not used: %s", path, len(found), notes)
     return found
 
 

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageFilter
 
+from lcm_jax.data.sources import tree
 from lcm_jax.diffusion.samplers import Hook
 from lcm_jax.errors import BadArgument
 from lcm_jax.sampling.image import ImageLike, fitted, read_mask, resized, shown
@@ -91,10 +92,10 @@ class Canvas:
 
 
 def mask_for(mask: Path | None, image: Path) -> Path | None:
-    """The mask of an image: the file, or of a folder the file with the image's name but for its suffix."""
+    """The mask of an image: the file, or of a folder the image with its name but for the suffix."""
     if mask is None or not mask.is_dir():
         return mask
-    found = [one for one in sorted(mask.iterdir()) if one.stem == image.stem]
+    found = [one for one in sorted(mask.iterdir()) if one.stem == image.stem and tree.is_image(one.name)]
     if not found:
         raise BadArgument("mask", mask, f"has no {image.stem}, the mask of {image}; add it, or give one for all images")
     return found[0]

@@ -15,7 +15,6 @@ negative one, or Z+ = 0, if it is SDXL's zeros. ControlNets, and the pooled text
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +27,7 @@ from lcm_jax.models.attention import AttentionFn
 
 TAU, ALPHA = 2.5, 0.5  # the paper's, for Stable Diffusion XL in few steps
 SCALE = 3.0  # likewise
+MOST = 1000.0  # scales
 _CROSS_ATTENTION = "attn2"  # its name in every transformer block
 
 
@@ -41,9 +41,11 @@ class Negative:
 
 
 def check_scale(scale: float) -> None:
-    """Raises BadArgument unless nag_scale is finite and at least 1."""
-    if not 1.0 <= scale < math.inf:
-        raise BadArgument("nag_scale", f"{scale:g}", f"1 is no guidance in attention; use 1 or more, such as {SCALE:g}")
+    """Raises BadArgument unless nag_scale is from 1 to MOST."""
+    if not 1.0 <= scale <= MOST:
+        raise BadArgument(
+            "nag_scale", f"{scale:g}", f"1 is no guidance in attention; use 1 to {MOST:g}, such as {SCALE:g}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -89,8 +89,12 @@ def weighted(name: str, loras: Sequence[str]) -> list[str]:
 
 
 def _has_weight(lora: str) -> bool:
-    last = lora.rpartition(":")[2]
-    return ":" in lora and last.replace(".", "", 1).lstrip("-").isdigit()
+    """Whether `load.parse_lora` takes what follows the last colon for a weight."""
+    try:
+        float(lora.rpartition(":")[2])
+    except ValueError:
+        return False
+    return ":" in lora
 
 
 def markdown() -> str:

@@ -135,6 +135,7 @@ def open(path: str | os.PathLike, *, caption_key: str | None = None) -> FolderSo
             f"none of {len(found)} images in {path} is usable; the first: {bad[0]}. Captions are taken from {places}; "
             f"columns found: {', '.join(sorted(columns)) or 'none'}{more}",
         )
+    notes += parsing.rare(parsing.counted(numbers))
     return FolderSource(root, names, captions, parsing.columns(numbers), bad, sizes, notes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import collections
 import glob
 import json
 import os
@@ -19,6 +20,10 @@ from lcm_jax.errors import BadArgument, LcmError
 TEXT_SUFFIXES = ("txt", "caption", "text")  # of a text with the captions of the image beside it, the usual one first
 MAX_BYTES = 2**30  # of an image: more than the largest image that is decoded has, uncompressed
 MAX_TEXT = 2**24  # bytes of a text, a JSON object or a line of a list of images
+MAX_CAPTION = (
+    100_000  # characters, as of a prompt: 16 MB take half a minute and 1 GB to tokenize, and 75 tokens are used
+)
+MAX_FIELDS = 128  # numbers known of a record: each takes 8 bytes of every record, whether it has it or not
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -75,8 +80,8 @@ def captions_of(value: Any) -> tuple[str, ...]:
     """The captions in a text or a list of texts, bytes among them, without white space around and without empty ones.
 
     Raises:
-      BadRecordError: none is left, one is not UTF-8 or cannot be (half a surrogate pair, as JSON allows), or `value` is
-        something else.
+      BadRecordError: none is left, one is not UTF-8 or cannot be (half a surrogate pair, as JSON allows), has more than
+        MAX_CAPTION characters, or `value` is something else.
     """
     texts = value if isinstance(value, list | tuple) else [value]
     texts = [text_of(text) if isinstance(text, bytes) else text for text in texts]
@@ -86,6 +91,8 @@ def captions_of(value: Any) -> tuple[str, ...]:
     if not captions:
         raise BadRecordError("no caption: its text is empty")
     for text in captions:
+        if len(text) > MAX_CAPTION:
+            raise BadRecordError(f"the caption has {len(text)} characters, at most {MAX_CAPTION} are read")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -115,12 +122,28 @@ def _as_float(value: float) -> float:
         return float("inf") if value > 0 else float("-inf")
 
 
+def most_frequent(counts: Mapping[str, int]) -> list[str]:
+    """At most MAX_FIELDS names, sorted: those that most records have."""
+    return sorted(sorted(counts, key=lambda name: (-counts[name], name))[:MAX_FIELDS])
+
+
+def rare(counts: Mapping[str, int]) -> list[str]:
+    """A note on the names that `most_frequent` leaves out."""
+    over = len(counts) - MAX_FIELDS
+    return [f"{over} of {len(counts)} numbers, those that the fewest records have"] if over > 0 else []
+
+
+def counted(rows: Sequence[Mapping[str, float]]) -> collections.Counter[str]:
+    """Name of a number -> how many rows have it."""
+    return collections.Counter(name for row in rows for name in row)
+
+
 def columns(rows: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
-    """n rows of numbers -> name: float64 [n], NaN where a row lacks it; names are sorted."""
-    found = {name: np.full(len(rows), np.nan) for name in sorted({name for row in rows for name in row})}
+    """n rows of numbers -> name: float64 [n], NaN where a row lacks it, for the `most_frequent` names."""
+    found = {name: np.full(len(rows), np.nan) for name in most_frequent(counted(rows))}
     for number, row in enumerate(rows):
-        for name, value in row.items():
-            found[name][number] = value
+        for name in row.keys() & found.keys():
+            found[name][number] = row[name]
     return {name: column for name, column in found.items() if not np.isnan(column).all()}
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -213,6 +214,8 @@ def scan(shard: Path, image_key: str | None = None, caption_key: str | None = No
         raise LcmError(f"tar shard {shard} is being written to; wait until it is complete")
     if samples and not keys and not losses:
         _check_reasons(shard, samples, {reason for _, reason in bad}, image_key, caption_key)
+    if (over := len(parsing.counted(numbers)) - parsing.MAX_FIELDS) > 0:
+        unused["number that few records have"] += over
     hashes = [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") for key in keys]
     return ShardIndex(
         state.st_size,
@@ -452,11 +455,29 @@ def _next_header(stream: BinaryIO, start: int) -> int | None:
                 return start + at - _MAGIC_AT
             at = held.find(b"ustar", at + 1)
         moved = len(held) - (_BLOCK - 1)
-        start += moved
-        held = held[moved:] + stream.read(_CHUNK)
+        start, held = start + moved, held[moved:]
+        after = start + len(held)
+        if (data := _after_hole(stream, after)) is None:
+            return None
+        if data > after:
+            start, held = data, b""
+            stream.seek(start)
+        held += stream.read(_CHUNK)
         if len(held) < _BLOCK:
             return None
     return None
+
+
+def _after_hole(stream: BinaryIO, offset: int) -> int | None:
+    """`offset`, or the end of the hole that it lies in: terabytes of zeros may take no room. None: nothing follows."""
+    handle = stream.fileno()
+    before = os.lseek(handle, 0, os.SEEK_CUR)
+    try:
+        return os.lseek(handle, offset, os.SEEK_DATA)
+    except OSError as error:
+        return None if error.errno == errno.ENXIO else offset  # another one: no such call on this file system
+    finally:
+        os.lseek(handle, before, os.SEEK_SET)
 
 
 def _is_header(block: bytes) -> bool:

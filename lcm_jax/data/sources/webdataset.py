@@ -31,11 +31,12 @@ from lcm_jax.data.sources import parsing, tar_index
 from lcm_jax.data.sources.tar_index import ShardIndex
 from lcm_jax.errors import BadArgument
 
+MAX_NAMES = 1_000_000  # of shards that a pattern stands for: LAION-5B has 232,000
 MAX_OPEN = 64  # shards a process keeps open at once
 _THREADS = 8  # that index shards; they wait for the disk, or for each other if the disk is quick
 
 _PACKED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz|txz|zip)$")
-_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
+_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.(-?\d{1,18}))?")
 
 
 def open(
@@ -97,6 +98,7 @@ class TarSource:
         )
         unused = sum((collections.Counter(index.unused) for index in indices), collections.Counter())
         self.notes = tuple(f"{count} x {kind} in the tars" for kind, count in sorted(unused.items()))
+        self.notes += tuple(parsing.rare(_counts(indices)))
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -167,8 +169,16 @@ def _starts(per_shard: Sequence[np.ndarray]) -> np.ndarray:
     return np.cumsum([0, *map(len, per_shard)])
 
 
+def _counts(indices: Sequence[ShardIndex]) -> collections.Counter[str]:
+    """Name of a number -> how many records have it."""
+    found: collections.Counter[str] = collections.Counter()
+    for index in indices:
+        found.update({name: int(np.sum(~np.isnan(column))) for name, column in index.fields.items()})
+    return found
+
+
 def _columns(indices: Sequence[ShardIndex]) -> dict[str, np.ndarray]:
-    names = sorted({name for index in indices for name in index.fields})
+    names = parsing.most_frequent(_counts(indices))
     missing = [np.full(len(index.keys), np.nan) for index in indices]
     return {
         name: np.concatenate([index.fields.get(name, gap) for index, gap in zip(indices, missing, strict=True)])
@@ -257,9 +267,9 @@ def find_shards(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[P
     """The files that `path` names, each once, in order: see the module's docstring.
 
     Raises:
-      BadArgument: one of its patterns names nothing, or a file that does not exist.
+      BadArgument: one of its patterns names nothing, a file that does not exist, or more than MAX_NAMES.
     """
-    if isinstance(path, str) and not any(map(parsing.matching, [path, *expand_braces(path)])):
+    if isinstance(path, str) and not _is_one(path):
         path = [part.strip() for part in _at_commas(path)]
     patterns = [path] if isinstance(path, str | os.PathLike) else path
     names = [name for pattern in patterns for name in _files_of(os.fspath(pattern))]
@@ -267,6 +277,15 @@ def find_shards(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[P
         raise BadArgument("path", path, "names no tar shards")
     once = {os.path.realpath(name): Path(name).absolute() for name in reversed(names)}  # the first of two names
     return list(dict.fromkeys(once[os.path.realpath(name)] for name in names))
+
+
+def _is_one(path: str) -> bool:
+    """Whether a path names files as it is, commas in their names included."""
+    try:
+        names = itertools.islice(expand_braces(path), 1000)
+    except BadArgument:  # of three patterns of 1000 shards each it would be a thousand million names
+        names = ()
+    return any(map(parsing.matching, [path, *names]))
 
 
 def _files_of(pattern: str) -> list[str]:
@@ -308,6 +327,9 @@ def expand_braces(pattern: str) -> list[str]:
     """Bash's brace expansion: lists, ranges of integers with leading zeros and a step, nested, several of them.
 
     Braces with neither a comma nor a range stay as they are, as do those without a partner.
+
+    Raises:
+      BadArgument: more than MAX_NAMES.
     """
     start = pattern.find("{")
     while start >= 0:
@@ -316,9 +338,16 @@ def expand_braces(pattern: str) -> list[str]:
         heads = _numbers(inside) or _alternatives(inside)
         if heads:
             tails = expand_braces(pattern[end + 1 :])
+            _check_count(len(heads) * len(tails), pattern)
             return [pattern[:start] + head + tail for head in heads for tail in tails]
         start = pattern.find("{", start + 1)
     return [pattern]
+
+
+def _check_count(count: int, pattern: str) -> None:
+    if count > MAX_NAMES:
+        problem = f"stands for {count} names, at most {MAX_NAMES} are taken; give a folder, or fewer"
+        raise BadArgument("path", pattern[:200], problem)
 
 
 def _partner(text: str, start: int) -> int | None:
@@ -336,6 +365,7 @@ def _numbers(inside: str) -> list[str]:
         return []
     first, last = int(found[1]), int(found[2])
     step = abs(int(found[3] or 1)) or 1
+    _check_count(abs(last - first) // step + 1, inside)
     padded = any(re.match(r"-?0\d", end) for end in found.group(1, 2))
     width = max(map(len, found.group(1, 2))) if padded else 0
     numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
