@@ -65,7 +65,7 @@ def cell(row: Mapping[str, Any], key: str, form: str) -> str:
     if row[key] is None:
         return ""
     deviation = row["deviations"].get(key)
-    return form.format(row[key]) + ("" if deviation is None else f" ± {form.format(deviation)}")
+    return form.format(row[key]) + ("" if deviation is None else f" ± {form.replace('+', '').format(deviation)}")
 
 
 def asked(rows: Rows) -> list[dict[str, Any]]:
