@@ -212,18 +212,16 @@ def test_tcd_equals_diffusers(num_steps, prediction_type, gamma):
     tcd_case(num_steps, {**LATENT, "prediction_type": prediction_type}, gamma)
 
 
-@pytest.mark.parametrize(("original_steps", "gamma"), ((40, 0.0), (250, 0.2)))
-def test_tcd_equals_diffusers_on_other_grids(original_steps, gamma):
-    tcd_case(4, {**LATENT, "prediction_type": "epsilon"}, gamma, original_steps)
+@pytest.mark.parametrize(("original_steps", "num_steps", "gamma"), ((40, 4, 0.0), (40, 8, 0.3), (250, 4, 0.2)))
+def test_tcd_equals_diffusers_on_other_grids(original_steps, num_steps, gamma):
+    tcd_case(num_steps, {**LATENT, "prediction_type": "epsilon"}, gamma, original_steps)
 
 
-def test_deterministic_tcd_is_trailing_ddim_where_their_timesteps_agree():
-    """On 40 points 4 steps visit 999, 749, 499, 249, from which DDIM's stride of 250 leads to the next."""
-    noise_schedule, (x, _) = schedule.from_config(LATENT), start_and_noise(4)
-    model, table = fake_model(jnp, noise_schedule), timesteps.lcm(4, 1000, 40)
-    np.testing.assert_array_equal(table, timesteps.ddim(4))
-    ddim = samplers.ddim(model, x, None, noise_schedule, table, set_alpha_to_one=False)
-    parity.close(samplers.tcd(model, x, None, noise_schedule, table), ddim, atol=TOLERANCE)
+@pytest.mark.parametrize("num_steps", (1, 2, 4, 8))
+def test_deterministic_tcd_is_diffusers_trailing_ddim_on_40_points(num_steps):
+    """4 steps visit 999, 749, 499, 249, from which DDIM's stride of 250 leads to the next."""
+    config = {**LATENT, "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False}
+    compare("tcd", diffusers.DDIMScheduler(**config), schedule.from_config(LATENT), timesteps.lcm(num_steps, 1000, 40))
 
 
 @pytest.mark.parametrize("name", ("euler", "euler_ancestral"))

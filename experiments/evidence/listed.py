@@ -160,6 +160,16 @@ LISTED = (
         program=(*SHARED, "experiments/vs_diffusers/compare.py"),
     ),
     Experiment(
+        "methods",
+        "experiments.methods.run",
+        ("--publish",),
+        ("table.md", "table.json", "figure.png"),
+        ("--workdir={runs}/{shapes_pcm}-{shapes_lcm_lora}",),
+        ("configs/shapes_lcm.py", "configs/shapes_pcm.py", "configs/shapes_lcm_lora.py"),
+        code=(*NUMERIC, *STYLE_LORA, "experiments/methods/arms.py", "experiments/methods/latents.py"),
+        program=(*SHARED, *(f"experiments/methods/{name}.py" for name in ("figure", "report", "rival"))),
+    ),
+    Experiment(
         "data-loop",
         "experiments.data_speed.training",
         ("--steps=60", "--out=experiments/data_speed/training.json"),
