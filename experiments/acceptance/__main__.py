@@ -17,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import jobs
@@ -33,7 +34,7 @@ NO_BUDGET_S = 10**9
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--only", default="", help="rows with one of these words, separated by commas, in their names")
@@ -43,7 +44,7 @@ def main() -> int:
     parser.add_argument("--data", default="", help="images to train on: folder, tar shards, or shapes, for speed alone")
     parser.add_argument("--train_flag", action="append", default=[], help="of lcm_jax.train; may be repeated")
     parser.add_argument("--list", action="store_true", help="print the rows and exit")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     train_s = seconds("train", args.train) if args.train else 0.0
     if train_s and not args.data:
         raise BadArgument("train", args.train, "needs images with captions; add --data=FOLDER, or --data=shapes")

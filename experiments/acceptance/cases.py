@@ -57,17 +57,17 @@ class Case:
     vae: str | None = None
     variant: str | None = None
     model_config: str | None = None
-    lora: tuple[str, ...] | tuple[()] = ()
+    lora: tuple[str, ...] = ()
     preset: str | None = None
     sampler: str | None = None
     guidance_scale: float | None = None
-    steps: tuple[int, ...] | tuple[()] = (1, 2, 4, 8)
+    steps: tuple[int, ...] = (1, 2, 4, 8)
     size: int = 0
     expects: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     refuses: str = ""
     without_diffusers: str = ""
     config: str = ""
-    flags: tuple[str, ...] | tuple[()] = ()
+    flags: tuple[str, ...] = ()
     limit_s: float = 3600.0
 
     @property
