@@ -33,6 +33,7 @@ RANK, ALPHA = 4, 2
 STYLE = "TheLastBen/Papercut_SDXL/papercut.safetensors"
 VAE_FIX = "madebyollin/sdxl-vae-fp16-fix"
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
+WIDE = 48  # of SDXL's second text encoder, which diffusers tells from the first by its width
 LAYERS = {"clip": 12, "openclip": 23, "openclip_projection": 32}
 
 # Family -> its name in `tiny_family`, text encoders, VAE, pipeline.
@@ -150,6 +151,8 @@ class StandIns:
                 config = tiny_family.unet_config(name, False, w_dim)
         else:
             config = tiny_family.unet_config(FAMILIES[name][0], True, w_dim)
+        if "_2" in FAMILIES[name][1]:
+            config["cross_attention_dim"] = 32 + WIDE
         return tiny.randomise(UNet2DConditionModel(**config), seed)
 
     @contextlib.contextmanager
@@ -159,8 +162,9 @@ class StandIns:
         tiny.torch_text_encoder.cache_clear()
         with pytest.MonkeyPatch.context() as patch:
             for name, (kind, fields) in tiny.TEXT_ENCODERS.items():
-                layers = {"num_hidden_layers": LAYERS[name]} if self.deep else {}
-                patch.setitem(tiny.TEXT_ENCODERS, name, (kind, fields | layers))
+                changed = {"num_hidden_layers": LAYERS[name]} if self.deep else {}
+                changed |= {"hidden_size": WIDE} if name == "openclip_projection" else {}
+                patch.setitem(tiny.TEXT_ENCODERS, name, (kind, fields | changed))
             for name, fields in (("published", tiny.VAE_8), ("published_xl", tiny_family.VAE_XL)):
                 patch.setitem(tiny.VAES, name, fields | more)
             yield
@@ -285,6 +289,6 @@ def as_cache(root: Path, home: Path, revision: Callable[[str], str]) -> None:
     for folder in (one for owner in root.iterdir() for one in owner.iterdir()):
         repository = f"{folder.parent.name}/{folder.name}"
         place = home / "hub" / f"models--{repository.replace('/', '--')}"
-        shutil.copytree(folder, place / "snapshots" / revision(repository))
+        shutil.copytree(folder, place / "snapshots" / revision(repository), ignore=shutil.ignore_patterns("*.pt"))
         (place / "refs").mkdir()
         (place / "refs" / "main").write_text(revision(repository))

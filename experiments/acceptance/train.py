@@ -8,6 +8,7 @@ count. Then the run is stopped as by a user: it saves, and another call goes on 
 
 import argparse
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import processes
 from experiments.acceptance import cases
 from experiments.acceptance.cases import Case
 from lcm_jax.ending import exit_code
@@ -69,7 +71,9 @@ def train(words: Sequence[str], metrics: Path, seconds: float) -> None:
     """Runs the training until its steps have taken `seconds`. Raises LcmError: it ended by itself before."""
     if spent(read(metrics)) >= seconds:
         return
-    process = subprocess.Popen(words)
+    # In a session of its own, so that it gets each signal once: a second one would not let it save.
+    words = [sys.executable, processes.__file__, str(os.getpid()), *words]
+    process = subprocess.Popen(words, start_new_session=True)
     try:
         while process.poll() is None and spent(read(metrics)) < seconds:
             time.sleep(POLL_S)
