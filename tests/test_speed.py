@@ -35,7 +35,9 @@ def torch_flops(workload: Workload) -> float:
 @pytest.mark.slow
 def test_sampling_flops_of_both_sides_are_the_same():
     """Text encoder, 4 steps, decoding: counted in the jaxpr, and by torch while it runs."""
-    ours = jax_side._sampling_flops(*jax_side._pipeline(SMALL["sample"]), SMALL["sample"])
+    work, scale = SMALL["sample"], side.GUIDANCE_SCALE
+    model, size = jax_side._pipeline(work), (work.size, work.size)
+    ours = jax_side.sampling_flops(*model, jax_side.SETTINGS, scale, size, work.batch)
     parity.close(torch_flops(SMALL["sample"]), ours, rtol=0.01)
 
 

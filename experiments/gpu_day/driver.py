@@ -147,7 +147,7 @@ def attempt(row: Row, day: Day, seconds: float) -> dict[str, Any]:
 
 def kind_of(error: str) -> str:
     """The status that an error means."""
-    if re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|does not fit", error):
+    if re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|does not fit|memory of the devices is too small", error):
         return UNFIT
     return ABSENT if re.search(r"No module named|is not installed", error) else FAILED
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from lcm_jax.runtime import kernels as compiler
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.kernels import on_mesh
 from lcm_jax.sampling.generator import Generator, draw_noise
-from lcm_jax.sampling.plan import Settings, make_plan
+from lcm_jax.sampling.plan import Settings, make_plan, noise_entries
 from lcm_jax.sampling.programs import latents
+from lcm_jax.sampling.request import is_guided
 
 WAY = "lcm_jax"
 SETTINGS = Settings(steps=side.STEPS)
@@ -65,7 +66,8 @@ def _unet(workload: Workload) -> Prepared:
 
 def _sample(workload: Workload) -> Prepared:
     pipeline, params = _pipeline(workload)
-    count = _sampling_flops(pipeline, params, workload)
+    size = (workload.size, workload.size)
+    count = sampling_flops(pipeline, params, SETTINGS, side.GUIDANCE_SCALE, size, workload.batch)
     generator = Generator(pipeline, params, _mesh())
     prompts = [side.PROMPT] * workload.batch
     noise = draw_noise(0, range(workload.batch), side.STEPS, _latent_shape(pipeline, workload)[1:])
@@ -89,18 +91,31 @@ def _sample(workload: Workload) -> Prepared:
     return _prepared(sample, count, facts)
 
 
-def _sampling_flops(pipeline: Pipeline, params: dict[str, Any], workload: Workload) -> float:
-    """FLOPs of the text encoders, all steps of the UNet, and decoding."""
+def sampling_flops(
+    pipeline: Pipeline,
+    params: Mapping[str, Any],
+    settings: Settings,
+    guidance_scale: float,
+    size: tuple[int, int],
+    batch: int,
+) -> float:
+    """FLOPs of the text encoders, all steps of the UNet, and decoding, for `batch` images of (height, width) pixels.
+
+    pipeline: with XLA's attention, whose products can be counted. params: arrays or shapes.
+    """
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    unet, noise_schedule, plan = pipeline.unet, pipeline.schedule, make_plan(pipeline, SETTINGS)
-    ids = conditioning.tokens(pipeline, [side.PROMPT] * workload.batch)
-    noise = jax.ShapeDtypeStruct((side.STEPS, *_latent_shape(pipeline, workload)), jnp.float32)
+    unet, noise_schedule, plan = pipeline.unet, pipeline.schedule, make_plan(pipeline, settings)
+    ids = conditioning.tokens(pipeline, [side.PROMPT] * batch)
+    edges = (edge // pipeline.vae.factor for edge in size)
+    shape = (noise_entries(settings), batch, *edges, pipeline.vae.latent_channels)
+    noise = jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def sample(params: Any, noise: jax.Array) -> jax.Array:
         cond = conditioning.encode_tokens(pipeline.text_encoders, params, ids)
         if pipeline.is_xl:
-            cond["time_ids"] = conditioning.time_ids(workload.size, workload.size, workload.batch)
-        z = latents(unet, noise_schedule, plan, params["unet"], cond, cond, noise, side.GUIDANCE_SCALE)
+            cond["time_ids"] = conditioning.time_ids(*size, batch)
+        null = cond if is_guided(pipeline, guidance_scale) else None
+        z = latents(unet, noise_schedule, plan, params["unet"], cond, null, noise, guidance_scale)
         return pipeline.vae.apply({"params": params["vae"]}, z, method="decode")
 
     return flops.count(sample, params, noise)
@@ -143,14 +158,15 @@ def _prepared(
         ways={WAY: function},
         wait=jax.block_until_ready,
         finite=lambda result: bool(np.isfinite(np.asarray(result, np.float32)).all()),
-        peak_bytes=_peak_bytes,
+        peak_bytes=peak_bytes,
         flops=count,
         facts=facts,
         profile=lambda folder: trace.kernels(folder, function, REPEATS),
     )
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """The most memory that the first device has had in use; where it does not say, as a CPU, that of this process."""
     found = jax.devices()[0].memory_stats()
     return found["peak_bytes_in_use"] if found else side.resident_peak()
 

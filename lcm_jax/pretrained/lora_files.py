@@ -112,7 +112,7 @@ def read_lora(source: str | Path, modules: Mapping[str, nn.Module], ignore_unuse
         architecture; keys of no layer, a factor without its partner, an alpha that is missing though required, or a
         number that is not finite.
     """
-    path = _locate(source)
+    path = locate(source)
     with safetensors_io.open_file(path) as weights:
         marks = _marks(weights)
         shapes = {key: shape for key, shape in weights.shapes.items() if key not in noise_marks.KEYS}
@@ -245,7 +245,8 @@ def file_shapes(tree: Mapping[str, Any], unet: UNet2DConditionModel, format: str
     return {key: parameter.torch_shape for key, (parameter, _) in _entries(tree, unet, format).items()}
 
 
-def _locate(source: str | Path) -> Path:
+def locate(source: str | Path) -> Path:
+    """The local file of a LoRA, fetched if it is on the hub; arguments and errors are those of `read_lora`."""
     if hub.is_single_file(source) or files.expanded(source).is_file():
         path = hub.local_file(source)
         if path.suffix not in (safetensors_io.SUFFIX, *safetensors_io.PICKLED):
