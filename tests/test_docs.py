@@ -25,7 +25,7 @@ from lcm_jax.sampling.generator import Generator
 COMMANDS = [command for path in PAGES for command in docs_kit.commands(path)]
 PROGRAMS = sorted({command.module for command in COMMANDS if re.match(r"(lcm_jax|experiments)\.", command.module)})
 NO_FLAGS = ("lcm_jax.run.config", "lcm_jax.run.clients", "lcm_jax.run.comfyui")  # they write what docs/ keeps of them
-TOOLS = ("pytest", "pip")
+TOOLS = ("pytest", "pip", "venv")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TEXTS = {name_of(path): path.read_text(encoding="utf-8") for path in PAGES}
 DOCS = [name for name in TEXTS if name == "README.md" or name.startswith("docs/")]
@@ -37,8 +37,14 @@ class Parsed(Exception):
 
 @contextlib.contextmanager
 def only_parsing():
-    """Programs end as soon as their command line is parsed; absl's flags of one do not stay for the next."""
-    patch, before = pytest.MonkeyPatch(), set(flags.FLAGS)
+    """Programs end as soon as their command line is parsed; absl's flags of one do not stay for the next, and those of
+    programs that other tests have imported are away meanwhile."""
+    patch, defined_by = pytest.MonkeyPatch(), flags.FLAGS.find_module_defining_flag
+    modules = {name: defined_by(name) or "" for name in flags.FLAGS}
+    away = {name: flags.FLAGS[name] for name, module in modules.items() if re.match(r"lcm_jax|experiments", module)}
+    for name in away:
+        delattr(flags.FLAGS, name)
+    before = set(flags.FLAGS)
     parse = argparse.ArgumentParser.parse_args
 
     def parse_args(self, *args, **kwargs):
@@ -58,12 +64,16 @@ def only_parsing():
         patch.undo()
         for name in set(flags.FLAGS) - before:
             delattr(flags.FLAGS, name)
+        for name, flag in away.items():
+            flags.FLAGS[name] = flag
+            flags.FLAGS.register_flag_by_module(modules[name], flag)
 
 
 def substituted(arguments: list[str]) -> list[str]:
     """With this repository's example in place of the reader's own config."""
     return [
-        re.sub(r"^--config=(configs/)?(my_\w+\.py|\.\.\.)$", "--config=configs/shapes_lcm.py", a) for a in arguments
+        re.sub(r"^--config=(configs/)?(my_\w+\.py|\$?CONFIG|\.\.\.)$", "--config=configs/shapes_lcm.py", a)
+        for a in arguments
     ]
 
 

@@ -302,7 +302,7 @@ def test_all_published_numbers_are_listed():
     of_assets = (
         r"experiments/shapes_teacher/\w+_metrics\.jsonl|experiments/shapes_controlnet/(metrics\.jsonl|made\.json)"
     )
-    others = re.compile(rf"experiments/(aot|page|speed)/|experiments/workflows/(memory|int8)\.|{of_assets}")
+    others = re.compile(rf"experiments/(acceptance|aot|page|speed)/|experiments/workflows/(memory|int8)\.|{of_assets}")
     files = [path for path in (REPOSITORY / "experiments").glob("*/*") if path.is_file()]
     found = {str(path.relative_to(REPOSITORY)) for path in files if path.suffix != ".py" and path.name != "README.md"}
     results = {name for name in found if not others.match(name)}
