@@ -106,6 +106,8 @@ def arguments(command: Command) -> list[str]:
         found += ["--config.data.num_examples=16"] if "shapes_lcm" in command.text else []
     if command.module == "lcm_jax.sample" and "--model=shapes" in found and "--sampler=ddim" in found:
         found = ["--num_images=2" if word.startswith("--num_images=") else word for word in found]
+    if "--out=images" in found:  # which several commands of a page write to
+        found.append("--overwrite")
     if command.module == "lcm_jax.inspect":
         found.append("--seconds=0.2")
     if command.module == "lcm_jax.evaluate":
