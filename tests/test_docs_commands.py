@@ -45,9 +45,8 @@ NAMES = {  # what a page calls it -> what is there
     "STYLE.safetensors:0.8": "runs/lora/export:0.8",
     "SHARDS/{00000..00999}.tar": "SHARDS/{00000..00001}.tar",
 }
-PAGES = ("docs/training.md", "docs/export.md", "docs/sampling.md", "docs/workflows.md", "docs/evaluation.md")
-PAGES = (*PAGES, "docs/data.md", "README.md")
-MAKES_ITS_OWN = ("README.md", "docs/training.md", "docs/data.md")
+PAGES = ("docs/export.md", "docs/sampling.md", "docs/workflows.md", "docs/evaluation.md", "docs/data.md", "README.md")
+MAKES_ITS_OWN = ("README.md", "docs/data.md")
 # Words of commands that cannot run here -> why.
 ELSEWHERE = {
     "--config.mesh.fsdp=16": "16 devices",
@@ -107,6 +106,8 @@ def arguments(command: Command) -> list[str]:
         found += ["--config.data.num_examples=16"] if "shapes_lcm" in command.text else []
     if command.module == "lcm_jax.sample" and "--model=shapes" in found and "--sampler=ddim" in found:
         found = ["--num_images=2" if word.startswith("--num_images=") else word for word in found]
+    if "--out=images" in found:  # which several commands of a page write to
+        found.append("--overwrite")
     if command.module == "lcm_jax.inspect":
         found.append("--seconds=0.2")
     if command.module == "lcm_jax.evaluate":
@@ -118,31 +119,46 @@ def reason_to_leave_out(command: Command) -> str:
     return next((why for word, why in ELSEWHERE.items() if word in command.text), "")
 
 
-@pytest.mark.slow
-def test_commands_run(tmp_path):
-    """Each page in a folder of its own; pages that use models have those of docs/training.md."""
+def run(page: str, folder: Path) -> list[str]:
+    """Runs the commands of a page in their order; returns those that failed."""
+    prepare(folder)
+    failed, environment = [], os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    for command in docs_kit.commands(ROOT / page):
+        if not command.module.startswith("lcm_jax.") or not command.arguments or reason_to_leave_out(command):
+            continue
+        words = [sys.executable, "-m", command.module, *arguments(command)]
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
+        if done.returncode:
+            failed.append(f"{command}\n{' '.join(words[2:])}\n{done.stderr[-1000:]}")
+    return failed
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of docs/training.md, whose models other pages use."""
     pytest.importorskip("diffusers")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    failed, ran = [], 0
-    for page in PAGES:
-        folder = tmp_path / page.replace("/", "-")
-        folder.mkdir()
-        prepare(folder)
-        if page not in MAKES_ITS_OWN:
-            shutil.copytree(tmp_path / "docs-training.md" / "runs", folder / "runs")
-        if page == "docs/export.md":
-            for name in ("mine", "lora"):
-                shutil.rmtree(folder / "runs" / name / "export")
-        for command in docs_kit.commands(ROOT / page):
-            if not command.module.startswith("lcm_jax.") or not command.arguments or reason_to_leave_out(command):
-                continue
-            words = [sys.executable, "-m", command.module, *arguments(command)]
-            done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
-            if done.returncode:
-                failed.append(f"{command}\n{' '.join(words[2:])}\n{done.stderr[-1000:]}")
-            ran += 1
-    assert not failed, "\n\n".join(failed)
-    assert ran >= 20
+    folder = tmp_path_factory.mktemp("training")
+    assert run("docs/training.md", folder) == []
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_a_page_run(page, trained, tmp_path):
+    if page not in MAKES_ITS_OWN:
+        shutil.copytree(trained / "runs", tmp_path / "runs")
+    if page == "docs/export.md":
+        for name in ("mine", "lora"):
+            shutil.rmtree(tmp_path / "runs" / name / "export")
+    assert run(page, tmp_path) == []
+
+
+def test_most_commands_are_run():
+    """And what is left out is left out for a reason that is met."""
+    found = [c for page in ("docs/training.md", *PAGES) for c in docs_kit.commands(ROOT / page)]
+    found = [c for c in found if c.module.startswith("lcm_jax.") and c.arguments]
+    assert len([c for c in found if not reason_to_leave_out(c)]) >= 25
+    assert [word for word in ELSEWHERE if not any(word in c.text for c in found)] == []
 
 
 @pytest.mark.slow
