@@ -4,17 +4,24 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import parity
 import pytest
 from PIL import Image
 
-from experiments import embedded, measuring, stage
-from experiments.methods import figure, latents, report, run
+from experiments import embedded, measuring, results, stage
+from experiments.methods import latents, report, rival, run
 from experiments.methods.arms import ARMS, LORAS, config_of, config_of_lora
+from experiments.shapes_lcm_lora import train_style
+from lcm_jax import assets, evaluate, pretrained
 from lcm_jax.errors import LcmError
+from lcm_jax.metrics import table
 from lcm_jax.metrics.shapes import Endpoints
+from lcm_jax.models import lora
+from lcm_jax.pretrained import lora_files
 from lcm_jax.run import config as config_lib
+from lcm_jax.run import models as run_models
 from lcm_jax.sampling.load import load
 from lcm_jax.sampling.request import make_request
 
@@ -84,7 +91,7 @@ def rows_of(seeds: int) -> list[dict]:
     return found
 
 
-def test_what_was_asked(tmp_path):
+def test_what_was_asked():
     """A phased map is compared in as many steps as phases, with LCM by the sampler that comes nearer."""
     asked = report.asked(rows_of(2))
     assert len(asked) == 3 * 2 * 2  # maps, scales, seeds
@@ -106,8 +113,73 @@ def test_what_was_asked(tmp_path):
     assert "| **phased, M = 4** | **2** | **4** | **4** | **90.0% ± 0.0%** |" in text and "| **LCM**" not in text
     assert "| teacher | 2 | 50 | 50 | 90.0% | 40.0 | 0.050 |  | 1.000 | 1.5 |" in text
     assert "| lcm | 6.00 | 1.000 ± 0.707 |" in text
-    figure.write(means, tmp_path / "figure.png")
-    assert Image.open(tmp_path / "figure.png").format == "PNG"
+
+
+def stand_in(out, name, count, *flags, each=embedded.EACH):
+    """Rows as `embedded.evaluated` returns them."""
+    asked = evaluate.parse_rows([flag.removeprefix("--row=") for flag in flags if flag.startswith("--row=")])
+    values = {"caption_accuracy": 0.9, "shapes_frechet": 40.0, "coverage_distance": 0.1 if each > 1 else None}
+    shared = values, 1.0, (1.0, 1.0), 1, 0.0, {}, {}
+    return [table.Row(name, one.sampler, one.steps, one.guidance_scale, one.steps, *shared) for one in asked]
+
+
+def test_the_whole_command_with_stand_ins_for_training_and_generating(tmp_path, monkeypatch):
+    """What is trained and measured, and in which order; the tables are written after each seed."""
+    monkeypatch.chdir(ROOT)
+    made, published = [], {}
+
+    def train(config, workdir, say):
+        made.append(f"{workdir.relative_to(tmp_path)} {config.seed}")
+        workdir.mkdir(parents=True, exist_ok=True)
+        lines = [{"step": 10, "time_step": 4.0}, {"step": 20, "time_step": 6.0}, {"step": 23, "time_step": 1.5}]
+        (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return "seed1/phased4" not in made[-1]
+
+    def generated(source, cache, sampler, steps, scale, count):
+        z = np.random.default_rng(len(str(source)) + len(sampler)).standard_normal((len(steps), count, 2, 2, 4))
+        return z, np.zeros((len(steps), 2, 4, 4, 3), np.uint8)
+
+    monkeypatch.setattr(stage, "made", train)
+    monkeypatch.setattr(embedded, "evaluated", stand_in)
+    monkeypatch.setattr(latents, "kept", generated)
+    monkeypatch.setattr(rival, "fine_tune", lambda workdir, steps, say: workdir / "teacher")
+    monkeypatch.setattr(run, "passes_per_image", lambda arm: 6.0)
+    monkeypatch.setattr(results, "publish", lambda folder, sources: published.update(sources))
+    assert run.main([f"--workdir={tmp_path}", "--seeds=1", "--count=99", "--publish"]) == 0
+    assert made == [f"seed0/{name} 0" for name in ARMS] + [
+        f"rival/seed0/{name} 0" for name in ("lcm_plain", "lcm_style", "phased_plain", "phased_style")
+    ]
+    assert list(published) == list(run.RESULTS) and Image.open(published["figure.png"]).format == "PNG"
+    found = json.loads((tmp_path / "table.json").read_text())
+    counts = {"rows": 2 + 6 * 4 * 2, "asked": 3 * 2, "alike": 7 * 2, "costs": 5, "rival": 2 + 4 * 2}
+    assert {key: len(found[key]) for key in counts} == counts
+    assert found["costs"][0] == {"model": "lcm", "seed": 0, "seconds": 0.5}
+    assert {row["coverage"] for row in found["rows"]} == {0.1} and found["training_steps"]["lcm"] == 800
+    assert "| phased, style | plain | 4 | 90.0% | 40.0 | 40.0 | 0.100 |" in (tmp_path / "table.md").read_text()
+
+    assert run.main([f"--workdir={tmp_path}", "--seeds=2", "--count=99"]) == 1 and made[-1] == "seed1/phased4 1"
+    assert json.loads((tmp_path / "table.json").read_text())["seeds"] == 1
+
+
+def test_the_fine_tune_is_a_teacher(tmp_path, monkeypatch):
+    """The style LoRA merged: a folder that both LoRAs of it can be distilled on."""
+    monkeypatch.chdir(ROOT)
+    teacher, params = pretrained.load_pipeline(assets.path("shapes"))
+
+    def train(workdir, steps):
+        adapters = jax.eval_shape(lambda: lora.init(jax.random.key(0), params["unet"], 2))
+        adapters = jax.tree.map(lambda x: np.full(x.shape, 0.01, np.float32), adapters)
+        return lora_files.write_lora(workdir / "style.safetensors", adapters, teacher.unet, alpha=2.0, rank=2)
+
+    monkeypatch.setattr(train_style, "train", train)
+    folder = rival.fine_tune(tmp_path, None, print)
+    _, merged = pretrained.load_pipeline(folder)
+    differ = jax.tree.map(lambda a, b: not np.array_equal(a, b), merged["unet"], params["unet"])
+    assert 0 < sum(jax.tree.leaves(differ)) < len(jax.tree.leaves(differ))
+    config = config_lib.resolve(config_of_lora("phased", "style", str(folder), 0))
+    assert run_models.shapes(config).teacher.schedule == teacher.schedule
+    monkeypatch.setattr(train_style, "train", lambda *args: pytest.fail("trained again"))
+    assert rival.fine_tune(tmp_path, None, print) == folder
 
 
 @pytest.mark.slow
