@@ -219,9 +219,11 @@ ERRORS = {
 @pytest.mark.slow
 def test_what_is_wrong_with_the_net_is_one_line_and_the_rest_goes_on(tmp_path):
     """Each fault of a row, a row that is not as expected, and one that finds no room; then the faults are over."""
-    root, table, _ = made(tmp_path, True, (*ERRORS, "lcm-anything-v5", "tdm-dreamshaper", "sd-turbo"))
+    root, table, _ = made(tmp_path, False, (*ERRORS, "lcm-anything-v5", "tdm-dreamshaper", "sd-turbo"))
     content = json.loads(table.read_text())
     rows = {row["name"]: row for row in content["rows"]}
+    for row in rows.values():
+        row["steps"] = []  # images are another test
     rows["sd-turbo"]["expects"] = {"prediction_type": "v_prediction"}
     rows["tdm-dreamshaper"]["gigabytes"] = 1e9
     table.write_text(json.dumps(content))

@@ -42,11 +42,10 @@ def main() -> int:
     workdir = args.out / "train" / case.name
     cases.keep(args.out, case.name, {})
     try:
-        train([*command(case, workdir, args.data), *args.flag], workdir / "metrics.jsonl", args.seconds)
+        return train([*command(case, workdir, args.data), *args.flag], workdir / "metrics.jsonl", args.seconds)
     finally:
         if lines := read(workdir / "metrics.jsonl"):
             cases.keep(args.out, case.name, {"training": measured(lines), "workdir": str(workdir)})
-    return 0
 
 
 def command(case: Case, workdir: Path, data: str) -> list[str]:
@@ -67,10 +66,14 @@ def data_flags(data: str) -> list[str]:
     return ["--config.data.source=webdataset", f"--config.data.path={data}", "--config.data.filters=()"]
 
 
-def train(words: Sequence[str], metrics: Path, seconds: float) -> None:
-    """Runs the training until its steps have taken `seconds`. Raises LcmError: it ended by itself before."""
+def train(words: Sequence[str], metrics: Path, seconds: float) -> int:
+    """Runs the training until its steps have taken `seconds`. Returns its exit code, whose line it has printed.
+
+    Raises:
+      LcmError: a signal of others ended it.
+    """
     if spent(read(metrics)) >= seconds:
-        return
+        return 0
     # In a session of its own, so that it gets each signal once: a second one would not let it save.
     words = [sys.executable, processes.__file__, str(os.getpid()), *words]
     process = subprocess.Popen(words, start_new_session=True)
@@ -84,8 +87,9 @@ def train(words: Sequence[str], metrics: Path, seconds: float) -> None:
         process.send_signal(signal.SIGTERM)
         process.wait()
         raise
-    if code:
-        raise LcmError(f"the training ended, exit code {code}; what it says of it is above")
+    if code < 0:
+        raise LcmError(f"signal {-code} ended the training; 9 is usually that of too little host memory")
+    return code
 
 
 def read(metrics: Path) -> list[dict[str, Any]]:
