@@ -61,6 +61,7 @@ FAMILIES = {
 # One of each architecture.
 LOWERED = ("sd15_lcm_lora", "sd21_lcm", "sdxl_lcm", "ssd1b_lcm_lora", "shapes_lcm_lora")
 EMBEDDED = {name for name in FILES if name.startswith("shapes_")}
+TRACED = {*LOWERED, *EMBEDDED}  # by default: every architecture, objective and map; the others are slow tests
 
 
 def load(name: str) -> ConfigDict:
@@ -245,7 +246,13 @@ def structure(name: str) -> str:
     return FAMILIES.get(name, "shapes") + repr(sorted((k, v) for k, v in values.items() if not k.startswith(NUMBERS)))
 
 
-@pytest.mark.parametrize("name", {structure(name): name for name in FILES}.values())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in TRACED else pytest.mark.slow)
+        for name in {structure(name): name for name in FILES}.values()
+    ],
+)
 def test_every_program_traces_for_a_gpu(name):
     """From shapes alone, as `train` and `sample` build them: the state keeps its shapes, the loss is one number.
 
@@ -272,6 +279,7 @@ def check_names(config: ConfigDict, weights: dict) -> None:
         assert ("time_embedding/cond_proj/kernel" in weights) == (config.distill.w_embedding_dim > 0)
 
 
+@pytest.mark.slow
 def test_a_forward_mode_objective_needs_an_attention_that_has_it(monkeypatch):
     """What an objective declares is what the run reads: no teacher is loaded, and kernels without `jvp` are refused.
 

@@ -70,7 +70,7 @@ def total_norm(tensors) -> float:
     return torch.cat([x.detach().ravel() for x in tensors]).norm().item()
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.1, 0.0])
+@pytest.mark.parametrize("max_grad_norm", [pytest.param(0.1, marks=pytest.mark.slow), 0.0])
 def test_three_steps_match_torch_adamw(max_grad_norm):
     """Clipping, decoupled weight decay, warm-up and the EMA by torch, from the gradients of `lcd_loss`."""
     problem, params, frozen, batch = make_case()
@@ -291,6 +291,7 @@ def test_loss_by_timestep(accumulation_steps):
     assert len(seen) >= 3
 
 
+@pytest.mark.slow
 def test_first_moment_in_half_precision():
     problem, params, frozen, batch = make_case()
     results = {}

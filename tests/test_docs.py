@@ -41,7 +41,8 @@ def only_parsing():
     programs that other tests have imported are away meanwhile."""
     patch, defined_by = pytest.MonkeyPatch(), flags.FLAGS.find_module_defining_flag
     modules = {name: defined_by(name) or "" for name in flags.FLAGS}
-    away = {name: flags.FLAGS[name] for name, module in modules.items() if re.match(r"lcm_jax|experiments", module)}
+    theirs = re.compile(r"lcm_jax|experiments")
+    away = {n: flags.FLAGS[n] for n, module in modules.items() if theirs.match(module) or n.startswith("config.")}
     for name in away:
         delattr(flags.FLAGS, name)
     before = set(flags.FLAGS)

@@ -55,6 +55,7 @@ def test_rows_are_kept_and_not_run_again(tmp_path):
     assert run(rows[1:], made(tmp_path, jax="2")) == (True, ["a"])
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_does_not_end_the_day(tmp_path):
     """Its error is kept. It is tried again after all that is missing, or in its place when the sources have changed."""
     rows = [

@@ -161,6 +161,7 @@ def test_the_whole_command_with_stand_ins_for_training_and_generating(tmp_path, 
     assert json.loads((tmp_path / "table.json").read_text())["seeds"] == 1
 
 
+@pytest.mark.slow
 def test_the_fine_tune_is_a_teacher(tmp_path, monkeypatch):
     """The style LoRA merged: a folder that both LoRAs of it can be distilled on."""
     monkeypatch.chdir(ROOT)

@@ -322,7 +322,7 @@ def test_missing_weights_are_reported_with_source_and_hash(kind, tmp_path):
     source, digest = weights.SOURCES[kind]
     for path, what in ((None, "no weights are given"), (tmp_path / "none", "none does not exist")):
         with pytest.raises(LcmError) as caught:
-            load_extractor(kind, path)
+            weights.existing(kind, path)
         assert what in str(caught.value) and source in str(caught.value) and digest in str(caught.value)
         assert "\n" not in str(caught.value)
 

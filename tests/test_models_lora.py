@@ -85,7 +85,9 @@ def case(kind: str):
     return torch_unet, module, base_params(module, torch_unet), factors(torch_unet)
 
 
-@pytest.mark.parametrize(("kind", "side"), [("sd1", 7), ("sdxl", 8), pytest.param("sd1", 8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "side"), [("sd1", 7), *(pytest.param(kind, 8, marks=pytest.mark.slow) for kind in ("sd1", "sdxl"))]
+)
 def test_adapted_and_merged_equal_peft(kind, side):
     """sd1 has 1x1 convolutions into the transformers, sdxl linear layers; both have strided, shortcut and time layers.
 

@@ -416,6 +416,7 @@ def test_a_signal_is_noticed_while_a_file_hangs(teacher, folder, tmp_path, monke
     answered.set()  # the thread that reads it ends
 
 
+@pytest.mark.slow
 def test_a_signal_drops_the_unfinished_shard(teacher, random_cache, tmp_path, monkeypatch):
     move, out = precompute.Progress.move, tmp_path / "cache"
 
@@ -509,6 +510,7 @@ def test_a_teachers_images_of_prompts_are_those_that_sampling_makes(teacher, pro
     parity.close(text["mean"], rows[2]["mean"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_teachers_cache_resumes_and_knows_what_it_was_made_of(teacher, prompts, made, tmp_path, monkeypatch):
     """Byte for byte; the prompts may be at another place."""
     copied, out = Path(shutil.copy(prompts, tmp_path / "prompts.txt")), tmp_path / "cache"

@@ -278,6 +278,7 @@ def run(out: Path, *flags: str) -> dict[str, Image.Image]:
     return {path.name: Image.open(path) for path in sorted(out.glob("*.png"))}
 
 
+@pytest.mark.slow
 def test_the_program_takes_each_image_of_a_folder_with_each_prompt_and_repeats_one(tmp_path, capsys, caplog):
     folder = tmp_path / "in"
     folder.mkdir()

@@ -318,7 +318,8 @@ def test_bad_input_is_one_line_before_anything_is_compiled(model, options, messa
     assert compiled == [] and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("channels", [9, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [9, 4])
 def test_control_nets_steer_inpainting_of_both_kinds(channels, tmp_path):
     folder = tiny.copy("micro lcm", tmp_path / "model")
     tiny.randomise(UNet2DConditionModel(**MICRO | {"in_channels": channels}), 1).save_pretrained(folder / "unet")

@@ -257,6 +257,7 @@ def test_commands(capsys, tmp_path):
     assert "the same command resumes" in capsys.readouterr().out and not list(tmp_path.glob("*.json"))
 
 
+@pytest.mark.slow
 def test_workers(tmp_path):
     """Real processes of both sides: a product; a way that fails, a process that dies, and the deadline."""
     work = Workload("matmul", "none", 64, 1, "float32")
