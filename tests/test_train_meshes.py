@@ -2,11 +2,12 @@
 
 float32, from latents and text that were encoded once. The gradient of the first step is read from Adam's first moment.
 It is the difference of nearly equal numbers, student and target: on one device float32 has an error of 5e-5 (median of
-the tensors) to 1.2e-4 (worst) against float64. So single tensors summed in two orders differ by up to 1.1e-4; the bound
-on the worst is three times float32's own error, and the median's bound is what one would ask of all. Adam's first
-updates are nearly the sign of the gradient, which is that of rounding where the gradient is 0. A larger epsilon keeps
-such updates out of this comparison; one test measures them. That the programs compute the same is shown in float64, in
-test_run_step.py.
+the tensors) to 1.2e-4 (worst) against float64, with the teacher of an earlier world; with the present one two orders of
+summing differ by 3e-5 (median) to 1.6e-4 (worst). The bounds are that error for the median, three times it for the
+worst. At the config's learning rate such differences grow sevenfold a step from the 10th on; at a tenth they do not.
+Adam's first updates are nearly the sign of the gradient, which is that of rounding where the gradient is 0. A larger
+epsilon keeps such updates out of this comparison; one test measures them. That the programs compute the same is shown in
+float64, in test_run_step.py.
 """
 
 import runpy
@@ -20,8 +21,8 @@ from lcm_jax import precompute
 
 pytestmark = pytest.mark.slow
 STEPS = 20
-GRADIENT = 1e-5, 3.6e-4  # relative L2, of the median tensor and of the worst
-PARAMETER = 1e-4, 1e-4
+GRADIENT = 5e-5, 3.6e-4  # relative L2, of the median tensor and of the worst
+PARAMETER = 1e-6, 3.6e-4  # the worst starts at 0 (cond_proj), so it differs as gradients do
 LOSS = 1e-4, 1e-4  # relative, of the median step and of the worst
 ROUNDING = (3e-4, 2e-3), (1e-4, 1e-3)  # of losses and of parameters, if Adam amplifies rounding
 SHAPES = (
@@ -35,6 +36,7 @@ SHAPES = (
     "--config.checkpoint.keep_every=1",
     "--config.sample.every=0",
     "--config.train.adam_eps=1e-3",
+    "--config.train.learning_rate=1e-4",
 )
 FSDP = ("--config.mesh.fsdp=4",)
 CASES = {  # fake devices of each process, processes, options
