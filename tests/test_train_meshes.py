@@ -6,8 +6,8 @@ the tensors) to 1.2e-4 (worst) against float64, with the teacher of an earlier w
 summing differ by 3e-5 (median) to 1.6e-4 (worst). The bounds are that error for the median, three times it for the
 worst. At the config's learning rate such differences grow sevenfold a step from the 10th on; at a tenth they do not.
 Adam's first updates are nearly the sign of the gradient, which is that of rounding where the gradient is 0. A larger
-epsilon keeps such updates out of this comparison; one test measures them. That the programs compute the same is shown in
-float64, in test_run_step.py.
+epsilon keeps such updates out of this comparison; one test measures them. That the programs compute the same is shown
+in float64, in test_run_step.py.
 """
 
 import runpy
