@@ -11,7 +11,7 @@ import parity
 import pytest
 import tiny
 import torch
-from flax import linen as nn
+from toy_unet import Net
 
 from lcm_jax.diffusion import schedule, solvers
 from lcm_jax.distill import lcm, objective, state
@@ -24,20 +24,6 @@ from lcm_jax.runtime import topology
 
 SHAPE = (4, 4, 4, 2)
 NOISE_SCHEDULE = schedule.from_config({"_class_name": "LCMScheduler"})
-
-
-class Net(nn.Module):
-    """Something small with a UNet's signature."""
-
-    time_cond_proj_dim: int | None = None
-
-    @nn.compact
-    def __call__(self, z, t, text, timestep_cond=None, added_cond_kwargs=None):
-        cond = nn.Dense(8, name="text")(text.mean(1)) + jnp.sin(t / 100.0)[:, None]
-        if timestep_cond is not None:
-            cond += nn.Dense(8, use_bias=False, name="cond_proj")(timestep_cond)
-        hidden = nn.Conv(8, (3, 3), name="conv_in")(z) + cond[:, None, None, :]
-        return nn.Conv(z.shape[-1], (3, 3), name="conv_out")(nn.tanh(hidden))
 
 
 def make_case(distance=objective.l2):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
-from flax import linen as nn
+from toy_unet import Net
 
 from lcm_jax import assets
 from lcm_jax.data import filters, loader, rows
@@ -31,20 +31,6 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 SHAPE = (4, 4, 4, 2)
 NOISE = schedule.from_config({"_class_name": "LCMScheduler"})
-
-
-class Net(nn.Module):
-    """Something small with a UNet's signature."""
-
-    time_cond_proj_dim: int | None = None
-
-    @nn.compact
-    def __call__(self, z, t, text, timestep_cond=None, added_cond_kwargs=None):
-        cond = nn.Dense(8, name="text")(text.mean(1)) + jnp.sin(t / 100.0)[:, None]
-        if timestep_cond is not None:
-            cond += nn.Dense(8, use_bias=False, name="cond_proj")(timestep_cond)
-        hidden = nn.Dense(8, name="first")(z) + cond[:, None, None, :]
-        return nn.Dense(z.shape[-1], name="last")(nn.tanh(hidden))
 
 
 def example(title: str) -> types.ModuleType:

@@ -3,7 +3,7 @@
 python -m experiments.acceptance.train CASE --out=DIR --seconds=3600 --data=IMAGES [--flag=--config.data.batch_size=4]
 
 The time is that of steps, as metrics.jsonl has it, with what they waited for data; compiling and downloads do not
-count. Then the run is stopped as by a user: it saves, and another call goes on with what is left of the time.
+count. Then the run is stopped as by a user: it saves, and another call resumes it for the rest of the time.
 """
 
 import argparse
