@@ -142,7 +142,7 @@ def test_extras_and_files_that_are_installed(monkeypatch):
                 assert set(extras.split(",")) <= set(told["extras_require"]), command
 
 
-FLAG_PAGES = ("sampling", "workflows", "training", "data", "export", "evaluation", "scaling", "faq", "gpu")
+FLAG_PAGES = "sampling prompts workflows presets training data export evaluation scaling faq gpu".split()
 
 
 def test_flags_in_the_text_are_those_of_a_program():

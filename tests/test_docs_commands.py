@@ -45,7 +45,10 @@ NAMES = {  # what a page calls it -> what is there
     "STYLE.safetensors:0.8": "runs/lora/export:0.8",
     "SHARDS/{00000..00999}.tar": "SHARDS/{00000..00001}.tar",
 }
-PAGES = ("docs/export.md", "docs/sampling.md", "docs/workflows.md", "docs/evaluation.md", "docs/data.md", "README.md")
+PAGES = (
+    *(f"docs/{name}.md" for name in ("export", "sampling", "prompts", "workflows", "presets", "evaluation", "data")),
+    "README.md",
+)
 MAKES_ITS_OWN = ("README.md", "docs/data.md")
 # Words of commands that cannot run here -> why.
 ELSEWHERE = {

@@ -125,5 +125,5 @@ def test_a_lora_keeps_its_own_weight_however_it_is_written(weight):
 
 
 def test_the_documents_have_the_table_of_presets():
-    text = (Path(__file__).parents[1] / "docs" / "workflows.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "presets.md").read_text()
     assert presets.markdown() in text

@@ -98,7 +98,7 @@ def _has_weight(lora: str) -> bool:
 
 
 def markdown() -> str:
-    """The table of docs/workflows.md."""
+    """The table of docs/presets.md."""
     rows = ["| `--preset` | files | sampler | steps | guidance scale |", "|---|---|---|---|---|"]
     for name, one in PRESETS.items():
         gamma = f", gamma {one.gamma:g}" if one.gamma is not None else ""
