@@ -1,4 +1,4 @@
-"""What other programs have to be told to draw with what `lcm_jax.export` writes: one table.
+"""Where other programs put what `lcm_jax.export` writes, and the settings that they need for it: one table.
 
 The model cards' recipes come from it, and docs/clients.md, which `python -m lcm_jax.run.clients` writes. Timesteps that
 it promises are computed in tests/test_clients.py; the rest was measured with the versions that `Program.tried` names,
@@ -34,7 +34,7 @@ class Program:
     Attributes:
       name: of the program. tried: its version, and what was done with it.
       takes: kind of export -> where it goes; it cannot use the others.
-      settings: (map, prediction type) -> what to set, or why it cannot draw such a model.
+      settings: (map, prediction type) -> what to set, or why it cannot sample such a model.
       other_grid: like settings, for a model whose solver grid has not 50 timesteps, where they differ.
       wrong: kind of export -> what goes wrong with one that it cannot use.
     """
@@ -84,7 +84,7 @@ def _same(text: str, kinds: Sequence[str] = ("epsilon", "v_prediction"), of: str
     return {(of, kind): text for kind in kinds}
 
 
-_NO_SAMPLE = {(of, "sample"): "cannot: knows no such prediction" for of in (LCM, PHASED)}
+_NO_SAMPLE = {(of, "sample"): "cannot: has no such prediction type" for of in (LCM, PHASED)}
 _WEB_UI = {
     FILE: "`models/Stable-diffusion`",
     KOHYA: "`models/Lora`, and `<lora:{stem}:1>` in the prompt",
@@ -93,16 +93,15 @@ _WEB_UI_SETTINGS = "sampling method `LCM`, schedule type `Simple`, CFG scale 1"
 _SAMPLER = "KSampler: sampler `lcm`, scheduler `simple`, CFG 1"
 _EULER = "KSampler: sampler `euler`, scheduler `simple`, CFG 1"
 _EULER_SETTINGS = _same("sampling method `Euler`, schedule type `Simple`, CFG scale 1", of=PHASED)
-_UNKNOWN_KEYS = "not loaded: it knows none of the names"
+_UNKNOWN_KEYS = "not loaded: all names are unknown to it"
 PROGRAMS = (
     Program(
         "ComfyUI",
-        "0.3.64, its engine on CPUs: loads, draws, merges LoRAs, writes; LoRA keys also with 0.8.0",
+        "0.3.64, its engine on CPUs: loads, generates, merges LoRAs, saves; LoRA keys also with 0.8.0",
         {FILE: "`models/checkpoints`", KOHYA: "`models/loras`, strength 1"},
         {
             (LCM, "epsilon"): f"node `ModelSamplingDiscrete` with `lcm`; {_SAMPLER}",
-            (LCM, "v_prediction"): f"no node `ModelSamplingDiscrete` with `lcm`, which takes every model for epsilon; "
-            f"{_SAMPLER}",
+            (LCM, "v_prediction"): f"no node `ModelSamplingDiscrete` with `lcm` (it assumes epsilon); {_SAMPLER}",
             (LCM, "sample"): f"node `ModelSamplingDiscrete` with `x0`; {_SAMPLER}",
             (PHASED, "epsilon"): f"node `ModelSamplingDiscrete` with `lcm`; {_EULER}",
             (PHASED, "v_prediction"): f"no node `ModelSamplingDiscrete` with `lcm`; {_EULER}",
@@ -112,15 +111,15 @@ PROGRAMS = (
             (LCM, "epsilon"): f"no node `ModelSamplingDiscrete` with `lcm`; {_SAMPLER}",
             (PHASED, "epsilon"): f"no node `ModelSamplingDiscrete` with `lcm`; {_EULER}",
         },
-        {PEFT: "half a LoRA: it leaves out every attention projection (a line each in its log) and reads no alpha"},
+        {PEFT: "half a LoRA: it skips every attention projection (a line each in its log) and ignores alpha"},
     ),
     Program(
         "A1111",
-        "1.10.1: its name table for LoRAs and its model classes; samplers and schedules read in its source",
+        "1.10.1: its table of LoRA names and its model classes; samplers and schedules by reading its source",
         _WEB_UI,
         {
-            (LCM, "epsilon"): _WEB_UI_SETTINGS + ". With `Automatic` one step more: its last, at t = 19, does little",
-            (LCM, "v_prediction"): "cannot: its sampler `LCM` takes every model for epsilon",
+            (LCM, "epsilon"): _WEB_UI_SETTINGS + ". `Automatic` needs one step more: its last, at t = 19, does little",
+            (LCM, "v_prediction"): "cannot: its sampler `LCM` assumes epsilon",
             **_EULER_SETTINGS,
             **_NO_SAMPLE,
         },
@@ -128,32 +127,32 @@ PROGRAMS = (
     ),
     Program(
         "Forge",
-        "dfdcbab (2025): read in its source",
+        "dfdcbab (2025): by reading its source",
         _WEB_UI,
         _same(_WEB_UI_SETTINGS) | _EULER_SETTINGS | _NO_SAMPLE,
-        wrong={PEFT: "as ComfyUI, whose reader it has"},
+        wrong={PEFT: "the same as in ComfyUI, whose reader it uses"},
     ),
     Program(
         "stable-diffusion.cpp",
-        "master-612-d7ecbe1 (PyPI `cyllama` 0.2.18): loads, applies LoRAs, draws: `make test-clients`",
+        "master-612-d7ecbe1 (PyPI `cyllama` 0.2.18): loads, applies LoRAs, generates: `make test-clients`",
         {FILE: "`--model`", KOHYA: "`--lora-model-dir` is its folder, and `<lora:{stem}:1>` in the prompt"},
         _same("`--sampling-method lcm --scheduler lcm --cfg-scale 1`")
         | _same("`--sampling-method euler --scheduler lcm --cfg-scale 1`", of=PHASED)
         | _NO_SAMPLE,
         _same("`--sampling-method lcm --scheduler simple --cfg-scale 1`")
         | _same("`--sampling-method euler --scheduler simple --cfg-scale 1`", of=PHASED),
-        {PEFT: "every layer, but it reads no alpha: right only where alpha is the rank"},
+        {PEFT: "all layers, but it ignores alpha: right only if alpha is the rank"},
     ),
     Program(
         "InvokeAI",
-        "6.14.2: identifies single files and LoRAs, finds every layer of a LoRA; drew nothing",
+        "6.14.2: identifies single files and LoRAs, finds every layer of a LoRA; no image was generated",
         {FOLDER: "model manager", FILE: "model manager", KOHYA: "model manager"},
         _same("scheduler `LCM`, CFG scale 1") | _same("scheduler `TCD`, CFG scale 1", of=PHASED) | _NO_SAMPLE,
         wrong={PEFT: _UNKNOWN_KEYS},
     ),
     Program(
         "diffusers",
-        "0.42.1: the oracle of the tests; `lcm_jax.export --verify` draws with it",
+        "0.42.1: the reference of the tests, and of `lcm_jax.export --verify`",
         dict.fromkeys(KINDS, "the model card's code"),
         _same("`LCMScheduler`, as in the model card's code", PREDICTION_TYPES)
         | _same("`TCDScheduler`, as in the model card's code", PREDICTION_TYPES, PHASED),
@@ -165,7 +164,7 @@ def _single(export: Export, *families: str) -> bool:
     return export.kind == FILE and export.family in families
 
 
-# (program and settings) -> 4 steps: t of the noise levels, t told to the UNet. tests/test_clients.py computes them.
+# (program and settings) -> 4 steps: t of the noise levels, t that the UNet receives (tests/test_clients.py).
 TIMESTEPS = {
     "lcm_jax, diffusers, stable-diffusion.cpp": ((999, 759, 499, 259),) * 2,
     "ComfyUI, node with `lcm`, `simple`; A1111 and Forge, `Simple`": ((999, 759, 499, 259),) * 2,
@@ -180,108 +179,107 @@ NOTES = (
     Note(
         "phased map",
         lambda one: one.map == PHASED,
-        "Its steps end at the timesteps of as many steps as it has phases: with another number of steps, or a sampler "
-        "that adds noise, images are blurred. `euler` is right because it is DDIM from timestep to timestep; it ends "
-        "at sigma = 0 and not at the last edge, which changes little. Settings for this map were computed from the "
-        "programs' timesteps, not tried, but for diffusers.",
+        "Sample in as many steps as the map has phases, without added noise; anything else blurs the image. `euler` is "
+        "right because it is DDIM along the timesteps; it ends at sigma = 0 instead of the last edge, which changes "
+        "little. These settings were computed from the programs' timesteps; only diffusers' were tried.",
     ),
     Note(
         "phased map, on a grid of 50 timesteps, A1111 and Forge",
         lambda one: one.map == PHASED and one.constants[0] == 50,
-        "`Euler` goes by the timesteps of training's whole table: 749, 499, 249, where this model has 759, 499, 259. A "
-        "map that was trained on 40 timesteps (`distill.solver_steps=40`) has exactly those.",
+        "`Euler` takes 749, 499, 249 where this model has 759, 499, 259. A map that was trained on a grid of 40 "
+        "timesteps (`distill.solver_steps=40`) has exactly those.",
     ),
     Note(
         "SD 2.x, single file",
         lambda one: _single(one, "sd2"),
-        "No program reads from an SD 2.x file whether it predicts epsilon or v. ComfyUI and Forge guess v if the "
-        f"standard deviation of `{SD2_GUESS}` exceeds {SD2_LARGEST_OF_EPSILON} (the export warns of a wrong guess; "
-        "ComfyUI's node `ModelSamplingDiscrete` with `lcm` or `eps` means epsilon, with `v_prediction` v). A1111 "
-        "and stable-diffusion.cpp try the UNet once (`NAME.yaml` beside the file and `--prediction` overrule them). "
-        "InvokeAI and diffusers take v (InvokeAI: model manager, or give it the folder; diffusers: the model card's "
-        "code sets the type).",
+        "The file does not say whether the model predicts epsilon or v. ComfyUI and Forge guess v if the standard "
+        f"deviation of `{SD2_GUESS}` exceeds {SD2_LARGEST_OF_EPSILON} (the export warns of a wrong guess; ComfyUI's "
+        "node `ModelSamplingDiscrete` overrules it: `lcm` or `eps` for epsilon, `v_prediction` for v). A1111 and "
+        "stable-diffusion.cpp try the UNet once (overruled by `NAME.yaml` beside the file, and by `--prediction`). "
+        "InvokeAI and diffusers assume v (InvokeAI: set it in the model manager, or load the folder; diffusers: the "
+        "model card's code sets the type).",
     ),
     Note(
         "SD 2.x, single file",
         lambda one: _single(one, "sd2"),
-        "ComfyUI logs `clip missing`: layer 24 of the text encoder, which SD 2.x does not use. Pictures do not "
-        "depend on it, unless a node `CLIP Set Last Layer` says -1.",
+        "ComfyUI logs `clip missing`: layer 24 of the text encoder, which SD 2.x does not use. It matters only with a "
+        "node `CLIP Set Last Layer` at -1.",
     ),
     Note(
         "SD 1.x that does not predict epsilon, single file",
         lambda one: _single(one, "sd1") and one.prediction_type != "epsilon",
-        "Every program takes SD 1.x for epsilon. ComfyUI: node `ModelSamplingDiscrete` with `v_prediction` (or `x0`); "
-        "stable-diffusion.cpp: `--prediction v`; Forge: `NAME.yaml` beside the file; InvokeAI: model manager.",
+        "Every program takes SD 1.x for epsilon. Overrule it: ComfyUI by the node `ModelSamplingDiscrete` with "
+        "`v_prediction` (or `x0`), stable-diffusion.cpp by `--prediction v`, Forge by `NAME.yaml` beside the file, "
+        "InvokeAI in the model manager.",
     ),
     Note(
         "SDXL that does not predict epsilon, single file",
         lambda one: _single(one, "sdxl", "sdxl-refiner") and one.prediction_type != "epsilon",
-        "InvokeAI and diffusers take every SDXL file for epsilon (InvokeAI: model manager, or give it the folder; "
-        "diffusers: the model card's code sets the type); the others see the key `v_pred`.",
+        "InvokeAI and diffusers take every SDXL file for epsilon (InvokeAI: set it in the model manager, or load the "
+        "folder; diffusers: the model card's code sets the type); the others find the key `v_pred`.",
     ),
     Note(
         "zero terminal SNR, SD 1.x and 2.x, single file",
         lambda one: _single(one, "sd1", "sd2") and one.zero_snr,
-        "ComfyUI: node `ModelSamplingDiscrete` with `v_prediction` and `zsnr`; it reads the key `ztsnr` of SDXL alone.",
+        "ComfyUI: node `ModelSamplingDiscrete` with `v_prediction` and `zsnr`; the key `ztsnr` is read in SDXL alone.",
     ),
     Note(
         "pruned SD 1.x (small-sd, tiny-sd), single file",
         lambda one: _single(one, "sd1") and one.pruned,
-        "stable-diffusion.cpp and InvokeAI do not take it: they know no such UNet, or number its blocks otherwise. "
-        "ComfyUI does.",
+        "stable-diffusion.cpp and InvokeAI do not take it (an unknown UNet, or blocks numbered differently); ComfyUI "
+        "does.",
     ),
     Note(
         "pruned (small-sd, tiny-sd, SSD-1B, Vega), single file",
         lambda one: one.kind == FILE and one.pruned,
-        "diffusers takes it for the whole model, unless `from_single_file` is given `config=`, the folder or hub id "
-        "of the model that it was distilled from.",
+        "diffusers mistakes it for the unpruned model: pass `from_single_file` a `config=`, the folder or hub id of "
+        "the model that it was distilled from.",
     ),
     Note(
         "distilled on another grid than 50 timesteps",
         lambda one: one.constants[0] != 50,
         "A1111, Forge, ComfyUI's node with `lcm` and stable-diffusion.cpp's scheduler `lcm` have a grid of 50 "
-        "timesteps, which is not this model's. ComfyUI without that node and stable-diffusion.cpp with `--scheduler "
-        "simple` take the timesteps of training, if their number divides the grid's, and that 1000.",
+        "timesteps, unlike this model. ComfyUI without that node and stable-diffusion.cpp with `--scheduler simple` "
+        "take the timesteps of training if the number of steps divides the grid's, and that divides 1000.",
     ),
     Note(
         "other boundary scalings than timestep_scaling 10, sigma_data 0.5",
         lambda one: one.constants[1:] != (10.0, 0.5),
-        "Other programs have timestep_scaling 10 and sigma_data 0.5, or no boundary scalings, which is nearly the "
-        "same; this model was trained with others: lcm_jax draws what it learned.",
+        "Other programs use timestep_scaling 10 and sigma_data 0.5, or no boundary scalings, which is nearly the same. "
+        "This model was trained with others; sample it with lcm_jax.",
     ),
 )
 W_EMBEDDING = (
-    "Other programs do not know the w embedding: for them export a single file with `--guidance_scale`, which folds "
+    "Other programs do not know the w embedding: export a single file for them with `--guidance_scale`, which folds "
     "one scale in"
 )
 INSTEAD = {  # for the programs that cannot use this kind
     FOLDER: "The other programs take a single file: export with `--format=single-file`.",
-    PEFT: "For other programs than diffusers export with `--format=lora-kohya`; what they make of this file:",
+    PEFT: "This file is for diffusers; for other programs export with `--format=lora-kohya`. Of this one:",
 }
 
 READING = (
     (
         'Captions with "!", SD 2.x and SDXL',
-        'their pad token is "!", so transformers, diffusers and lcm_jax, in training too, read "at night!" with a pad '
-        "at its end, where ComfyUI, A1111 and the original OpenCLIP have the letter: pictures of such captions differ.",
+        'the pad token is "!", so transformers, diffusers and lcm_jax (in training, too) read "at night!" with a pad '
+        "at its end, where ComfyUI, A1111 and the original OpenCLIP read the letter: images of such captions differ.",
     ),
 )
 MEASURED = (
-    "stable-diffusion.cpp against lcm_jax (`make test-clients`): pictures of SD 1.5's single file differ by "
-    "0.67/255 at most, 0.23/255 on average (rounding to bytes alone gives 0.5 and 0.25), and by as much with a "
-    "LoRA, whose 834 tensors it applies all; that changes the picture by 20/255 on average. `lora-peft` gives the "
-    "same picture.",
+    "stable-diffusion.cpp and lcm_jax (`make test-clients`): images of SD 1.5's single file differ by at most "
+    "0.67/255, 0.23/255 on average (rounding to bytes alone gives 0.5 and 0.25), and by as much with a LoRA, of which "
+    "it applies all 834 tensors; that changes the image by 20/255 on average. `lora-peft` gives the same image.",
     "LyCORIS 4.1.3 (`make test-clients`): its LoCon files for UNet and text encoder, also rank-stabilized or with a "
     "scalar, give the change that LyCORIS computes to 2e-7 of its largest; norms and whole matrices are read "
     "as they are; Tucker, DoRA, LoHa, LoKr and OFT are refused by name.",
-    "ComfyUI against lcm_jax (by hand, noise given): pictures of SD 1.5, SD 2.1, Vega and tiny-sd differ by 2e-6 "
-    "to 3e-6 of 1; a LoRA of SD 1.5 is merged bit for bit; what it writes is read back unchanged.",
+    "ComfyUI and lcm_jax (by hand, from the same noise): images of SD 1.5, SD 2.1, Vega and tiny-sd differ by 2e-6 to "
+    "3e-6 of 1; a LoRA of SD 1.5 is merged bit for bit; what it saves is read back unchanged.",
     "kohya sd-scripts 48d368f (by hand): every key of its LoRAs of SD 1.5, SD 2.1 and SDXL is read, B A bit for bit.",
 )
 
 
 def recipe(export: Export, stem: str) -> str:
-    """Markdown for a model card: what every program but diffusers, whose code the card has, must be told.
+    """Markdown for a model card: settings for every program but diffusers, whose code the card has.
 
     stem: name of the export without suffix.
     """
@@ -320,7 +318,11 @@ def markdown() -> str:
 
     def cell(program: Program, kind: str) -> str:
         wrong = program.wrong.get(kind)
-        return program.takes[kind].format(stem="NAME") if kind in program.takes else f"no: {wrong}" if wrong else "no"
+        return program.takes[kind].format(stem="NAME") if kind in program.takes else f"no; {wrong}" if wrong else "no"
+
+    def short(cells: Sequence[str]) -> list[str]:
+        first, *others = cells
+        return [first, *("the same" if cell == first else cell for cell in others)]
 
     def item(text: str) -> str:
         return textwrap.fill(text, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
@@ -331,8 +333,8 @@ def markdown() -> str:
     lines = [
         "# Other programs",
         "",
-        "Written by `python -m lcm_jax.run.clients > docs/clients.md` from the table in `lcm_jax/run/clients.py`, from",
-        "which the model cards have their recipes.",
+        "Where an export goes in other programs, and what to set there. The README beside an export has the lines for",
+        "that model; [export.md](export.md#in-other-programs) has ComfyUI workflows with these settings.",
         "",
         "## Which export goes where",
         "",
@@ -341,29 +343,32 @@ def markdown() -> str:
         f"{W_EMBEDDING}. The format `unet` is for diffusers alone.",
     ]
     for which, (what, steps) in MAPS.items():
-        rows = [[one.name, *(one.settings[which, kind] for kind in PREDICTION_TYPES)] for one in PROGRAMS]
+        rows = [[one.name, *short([one.settings[which, kind] for kind in PREDICTION_TYPES])] for one in PROGRAMS]
         lines += ["", f"## Settings for {what}, in {steps}", "", *table(["program", *PREDICTION_TYPES], *rows)]
     timesteps = [[name, *map(listed, pair)] for name, pair in TIMESTEPS.items()]
     lines += [
         "",
-        "CFG 1 is one pass a step; up to 2 there is a second one, with a negative prompt. What the settings mean, "
-        "in 4 steps:",
+        "At CFG 1 a step is one pass; up to 2 a second pass takes a negative prompt; above 2 images are oversaturated.",
+        "",
+        "## The timesteps behind the settings",
+        "",
+        "In 4 steps; the first two rows are the timesteps of training, for every number of steps:",
         "",
         *table(["settings", "noise level at t", "t that the UNet receives"], *timesteps),
         "",
-        "The first two rows are the timesteps of training, for every number of steps.",
-        "",
-        "## What to know",
+        "## Notes on models",
         "",
         *(item(f"**{about}**: {text}") for about, text in [*((one.about, one.text) for one in NOTES), *READING]),
         "",
         "## What was run",
         "",
-        *table(["program", "version, and what of it"], *([one.name, one.tried] for one in PROGRAMS)),
+        *table(["program", "version, and what was run"], *([one.name, one.tried] for one in PROGRAMS)),
         "",
-        "Pictures: on CPUs in float32, random weights of full width, 4 steps, 64 pixels.",
+        "On CPUs in float32, with random weights of full width, 4 steps, 64 pixels:",
         "",
         *(item(text) for text in MEASURED),
+        "",
+        "`python -m lcm_jax.run.clients > docs/clients.md` writes this page from `lcm_jax/run/clients.py`.",
     ]
     return "\n".join(lines) + "\n"
 
