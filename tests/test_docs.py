@@ -329,6 +329,20 @@ def test_modelled_memory_in_the_readme_is_that_of_the_rows():
         assert f"{report(name)['memory']['needed'] / 2**30:.1f} GiB" in TEXTS["docs/faq.md"], name
 
 
+def test_modelled_steps_are_those_of_the_rows():
+    rows = rows_of("docs/training.md", "| step of | card")
+    assert len(rows) == 6
+    for name, card, images, memory, seconds, steps, minutes in rows:
+        config = re.match(r"`(\w+)`", name)[1]
+        found = report("sdxl_lora-rtx4090" if "train.remat" in name else f"config-{config}")
+        length = runpy.run_path(str(ROOT / "configs" / f"{config}.py"))["get_config"]().train.steps
+        times = [found["seconds"][which] for which in ("roofline", "serial")]
+        assert card == found["chip"]["name"] and images == f"{found['images_per_device']:g}" and steps == f"{length:,}"
+        assert memory == " of ".join(f"{found['memory'][which] / 2**30:.1f}" for which in ("needed", "available"))
+        assert seconds == " to ".join(f"{one:.2f}" for one in times)
+        assert minutes == " to ".join(f"{one * length / 60:.0f}" for one in times)
+
+
 def test_figures(tmp_path):
     """The drawing is what the code draws; the others are there, from rows that are there, and shown on a page."""
     shown = " ".join(TEXTS.values())
