@@ -333,7 +333,7 @@ def markdown() -> str:
     lines = [
         "# Other programs",
         "",
-        "Where an export goes in other programs, and what to set there. The README beside an export has the lines for",
+        "Where an export goes in other programs, and what to set there. The model card of an export has the lines for",
         "that model; [export.md](export.md#in-other-programs) has ComfyUI workflows with these settings.",
         "",
         "## Which export goes where",
