@@ -93,7 +93,7 @@ _WEB_UI_SETTINGS = "sampling method `LCM`, schedule type `Simple`, CFG scale 1"
 _SAMPLER = "KSampler: sampler `lcm`, scheduler `simple`, CFG 1"
 _EULER = "KSampler: sampler `euler`, scheduler `simple`, CFG 1"
 _EULER_SETTINGS = _same("sampling method `Euler`, schedule type `Simple`, CFG scale 1", of=PHASED)
-_UNKNOWN_KEYS = "not loaded: all names are unknown to it"
+_UNKNOWN_KEYS = "not loaded: it recognises none of the keys"
 PROGRAMS = (
     Program(
         "ComfyUI",

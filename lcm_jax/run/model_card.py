@@ -48,7 +48,7 @@ pipeline_tag: text-to-image
 {diffusers}With lcm_jax:
 
 ```bash
-python -m lcm_jax.sample {flags} --prompt="..." --steps={steps} --guidance_scale={scale:g} --out=pictures
+python -m lcm_jax.sample {flags} --prompt="..." --steps={steps} --guidance_scale={scale:g} --out=images
 ```
 
 {elsewhere}## Configuration
