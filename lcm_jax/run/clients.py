@@ -255,7 +255,8 @@ W_EMBEDDING = (
 )
 INSTEAD = {  # for the programs that cannot use this kind
     FOLDER: "The other programs take a single file: export with `--format=single-file`.",
-    PEFT: "This file is for diffusers; for other programs export with `--format=lora-kohya`. Of this one:",
+    PEFT: "This file is for diffusers; for other programs export with `--format=lora-kohya`. What they make of this "
+    "one:",
 }
 
 READING = (
