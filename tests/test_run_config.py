@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -374,6 +375,31 @@ def test_command_line_errors_are_one_line_and_exit_2(parse, capsys, arguments, w
     assert stop.value.code == 2 and not out
     (line,) = err.strip().splitlines()
     assert line.startswith("error: ") and all(word in line for word in words), line
+
+
+BASE = "from lcm_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        (f"{BASE}    config.data.resolution = SIDE\n", 6, "NameError: name 'SIDE' is not defined"),
+        (f"{BASE}    config.train.stepz = 3\n", 6, 'Did you mean "steps" instead of "stepz"?'),
+        (f"{BASE}    config.train.steps = 0.5\n", 6, "cannot be casted"),
+        # A copy of a config without the one that it starts from.
+        ("import runpy\n\ndef get_config():\n    runpy.run_path('none.py')\n", 4, "FileNotFoundError: .*none.py"),
+        ("import no_such_module\n", 1, "No module named 'no_such_module'"),
+        ("def get_config(:\n", 1, "invalid syntax"),
+        ("def get_config():\n    return 1 / 0\n", 2, "ZeroDivisionError"),
+    ],
+)
+def test_an_error_in_a_config_file_names_file_and_line(parse, tmp_path, capsys, text, line, words):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        parse(f"--config={file}", "--config.train.steps=3")
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and re.fullmatch(rf"error: {re.escape(str(file))}:{line}: .*{words}.*", error), error
 
 
 def test_asset_names():

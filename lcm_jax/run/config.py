@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -308,20 +309,38 @@ def parse_flags(argv: list[str]) -> list[str]:
         if rest[1:]:
             raise LcmError(f"unexpected argument {rest[1]!r}; write options as --name=value without blanks")
         return rest
-    except (flags.Error, LcmError, OSError, ImportError, SyntaxError) as error:
-        message = _one_line(error) if not isinstance(error, OSError) else " ".join(str(error).split())
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        given = [word for word in argv[1:] if word.startswith(("--config.", "-config."))]
-        message = f"config: {_one_line(error)} (given: {' '.join(given) or 'no overrides'}); --help lists the keys"
+    except Exception as error:  # a config file is code, and may raise anything
+        if not (message := _of_config_file(error)):
+            if isinstance(error, flags.Error | LcmError | OSError):
+                message = _one_line(error)
+            elif isinstance(error, AttributeError | KeyError | TypeError | ValueError):
+                given = " ".join(word for word in argv[1:] if word.startswith(("--config.", "-config.")))
+                message = f"config: {_one_line(error)} (given: {given or 'no overrides'}); --help lists the keys"
+            else:
+                raise
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
+def _of_config_file(error: BaseException | None) -> str:
+    """ "FILE:LINE: ..." of what a config file raised, which config_flags and absl may wrap; "" for another error."""
+    while error is not None:
+        if isinstance(error, SyntaxError):
+            return f"{error.filename}:{error.lineno}: {error.msg}"
+        frames = [one for one in traceback.extract_tb(error.__traceback__) if one.name in ("get_config", "<module>")]
+        if frames:
+            return f"{frames[-1].filename}:{frames[-1].lineno}: {type(error).__name__}: {_one_line(error)}"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
 def _one_line(error: BaseException) -> str:
     """Message of `error` without line breaks; ml_collections puts a repr inside a repr."""
-    text = str(error.args[0]) if error.args else type(error).__name__
-    text = text.replace("\\'", "'").replace('\\"', '"').replace("\\n", " ")
-    return " ".join(text.strip("\"'").split())
+    text = str(error.args[0]) if error.args and not isinstance(error, OSError) else str(error) or type(error).__name__
+    text = text.replace("\\'", "'").replace('\\"', '"').replace("\\n", " ").strip()
+    if text[:1] == text[-1:] and text[:1] in ("'", '"'):
+        text = text[1:-1]
+    return " ".join(text.split())
 
 
 def markdown() -> str:
