@@ -13,7 +13,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from lcm_jax import assets
+from lcm_jax import aot, assets
 from lcm_jax.errors import LcmError
 from lcm_jax.run import config as config_lib
 from lcm_jax.run import keys
@@ -177,6 +177,18 @@ def test_resolve(shapes):
     shapes.objective, shapes.model.student, shapes.model.teacher = "lcf", "/lcm", None
     config_lib.validate(config_lib.resolve(shapes))
     assert not config_lib.needs_teacher(shapes)
+    shapes.compilation_cache = "~/programs"  # jax would make a folder named ~
+    assert config_lib.resolve(shapes).compilation_cache == str(Path.home() / "programs")
+
+
+def test_a_decoder_need_not_be_installed_where_no_data_are_read(shapes, monkeypatch):
+    """As of a run whose model is exported on another machine."""
+    shapes.data.decoder, shapes.data.resize_filter = "opencv", "area"
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(LcmError, match="needs OpenCV"):
+        config_lib.validate(shapes)
+    config_lib.validate(shapes, data=False)
+    assert aot.prepared(shapes).data.decoder == "opencv"
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,12 @@ def needs_teacher(config: ConfigDict) -> bool:
 def resolve(config: ConfigDict, platform: str | None = None) -> ConfigDict:
     """Copy of `config` with what depends on other values filled in: `model.student`, dtypes, `lora.targets`.
 
+    The home folder takes the place of the ~ of `compilation_cache`, which jax would take for a folder's name.
+
     platform: of the run's devices: "cpu", "gpu", "tpu"; None: the default backend's.
     """
     config, auto = ConfigDict(config.to_dict()), kernels.auto_dtype(platform)
+    config.compilation_cache = os.path.expanduser(config.compilation_cache)
     if config.model.student is None:
         config.model.student = config.model.teacher
     if config.model.dtype == "auto":
@@ -66,10 +69,11 @@ def resolve(config: ConfigDict, platform: str | None = None) -> ConfigDict:
     return config.lock()
 
 
-def validate(config: ConfigDict, models: bool = True) -> None:
+def validate(config: ConfigDict, models: bool = True, data: bool = True) -> None:
     """Checks keys, types and values. Raises LcmError that names the key, its value and what to do.
 
     models: also check that the objective has the models it needs.
+    data: also check that the config names its data, and that their decoder is installed.
     """
     values, known = flatten_dict(config.to_dict(), sep="."), {key.name for key in KEYS}
     for name in sorted(values.keys() - known):
@@ -78,7 +82,8 @@ def validate(config: ConfigDict, models: bool = True) -> None:
         raise LcmError(f"config.{name} is missing; begin the config file with lcm_jax.config.default_config()")
     for key in KEYS:
         key.validate(values[key.name])
-    _check_data(config.data)
+    if data:
+        _check_data(config.data)
     if models:
         _check_models(config)
     _check_training(config)
