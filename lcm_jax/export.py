@@ -7,8 +7,8 @@
                     merged        whole folder, adapters merged into the base
     of either       single-file   --out=NAME.safetensors, for A1111 and ComfyUI, adapters merged
 
-lora-kohya is for every program; lora-peft is for diffusers alone: ComfyUI takes half of its layers and draws all the
-same. docs/clients.md has what each program takes, and its settings.
+lora-kohya is for every program; lora-peft is for diffusers alone: ComfyUI takes half of its layers without an error.
+docs/clients.md has what each program takes, and its settings.
 
 Each has a model card and `lcm_config.json`, what inference must match (single files and LoRAs also have it in their
 header). The student is built from the workdir's config.json, its weights come from one checkpoint; all must fit.

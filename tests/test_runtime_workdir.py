@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent import futures
 from pathlib import Path
 
 import filelock
@@ -101,11 +102,10 @@ def test_same_as_before_compares_digests_and_not_places(tmp_path, capsys):
         check(unet=workdir.digest_entry("34", "teacher /c"))
     assert str(refused.value) == (
         f"{tmp_path}/models.json: unet was teacher /b (digest 12) when this run began, and is teacher /c (digest 34) "
-        f"now; restore what it began with, choose another workdir, or delete {tmp_path}/models.json to go on all the "
-        "same"
+        f"now; restore what it began with, choose another workdir, or delete {tmp_path}/models.json to continue anyway"
     )
     assert check(unet=moved, records=[[4]]) == {"unet": moved, "records": [[4]]}
-    assert "does not tell with which records this run began" in capsys.readouterr().err
+    assert "does not record with which records this run began" in capsys.readouterr().err
     for content in (b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"unet": 5}', b'{"unet": {"digest": [1]}}'):
         (tmp_path / "models.json").write_bytes(content)
         with pytest.raises(LcmError, match="models.json"):
@@ -217,6 +217,18 @@ def test_stop_signal_sets_the_flag_once_and_restores_the_handlers():
         assert stop and stop.agreed() and stop.name == "SIGTERM"
         assert signal.getsignal(signal.SIGTERM) is before, "a second one must have its usual effect"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_stop_signal_outside_of_the_main_thread_leaves_signals_alone():
+    """As of a training that a server or a notebook runs in a thread: Python refuses handlers there."""
+
+    def work() -> bool:
+        with StopSignal() as stop:
+            return stop.agreed()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() is False and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_signal_ends_the_process():

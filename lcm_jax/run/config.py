@@ -285,7 +285,7 @@ def differences(
 
 
 def moved(different: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:
-    """Of `differences`: {key of a path: the file of the workdir that tells whether the same thing is there}."""
+    """Of `differences`: {key of a path: the file of the workdir that records whether the same thing is there}."""
     return {key.name: key.place_of for key in KEYS if key.name in different and key.is_moved(*different[key.name])}
 
 

@@ -204,7 +204,7 @@ class _Attention:
         return "chunked" if q[1] * self._row_bytes(q, k) > LOGITS_LIMIT else "xla"
 
     def _row_bytes(self, q: tuple[int, ...], k: tuple[int, ...]) -> int:
-        """Bytes of one query position's float32 logits on one device, all its pictures and heads."""
+        """Bytes of one query position's float32 logits on one device, all its images and heads."""
         return math.ceil(q[0] / self.mesh.size) * q[2] * k[1] * 4
 
     def _rows(self, q: tuple[int, ...], k: tuple[int, ...]) -> int:
@@ -257,7 +257,7 @@ def on_mesh(pipeline: Pipeline, mesh: Mesh, unet_attention: str = "auto", remat:
     """The pipeline with networks for `mesh`, on which its weights lie by the rule of `runtime.mesh`.
 
     Args:
-      unet_attention: one of `attention.CHOICES`; the other networks choose by device and shape.
+      unet_attention: one of CHOICES; the other networks choose by device and shape.
       remat: one of `layers.REMAT_CHOICES`, of the UNet.
 
     Raises:

@@ -27,6 +27,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -139,7 +140,7 @@ def check_same(workdir: Path, name: str, found: Mapping[str, Any]) -> dict[str, 
         if _digest(before[key]) != _digest(found[key]):
             raise LcmError(
                 f"{path}: {key} was {_shown(before[key])} when this run began, and is {_shown(found[key])} now; "
-                f"restore what it began with, choose another workdir, or delete {path} to go on all the same"
+                f"restore what it began with, choose another workdir, or delete {path} to continue anyway"
             )
     return before
 
@@ -158,8 +159,8 @@ def same_as_before(workdir: Path, name: str, found: Mapping[str, Any]) -> None:
         if jax.process_index() == 0:
             if (lacking := sorted(found.keys() - before.keys())) and _begun(workdir):
                 print(
-                    f"WARNING: {path} does not tell with which {', '.join(lacking)} this run began; from now on it "
-                    "does, as found now",
+                    f"WARNING: {path} does not record with which {', '.join(lacking)} this run began; what is found now "
+                    "is recorded",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -329,6 +330,8 @@ class StopSignal:
         self._several = jax.distributed.is_initialized()
         # From `distributed.initialize` on SIGTERM belongs to jax, which would not see it if Python handled it.
         numbers = (signal.SIGINT,) if self._several else self.SIGNALS
+        if threading.current_thread() is not threading.main_thread():
+            numbers = ()  # Python has no handlers there: whoever runs this in a thread has its own
         self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
