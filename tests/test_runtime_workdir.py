@@ -16,6 +16,7 @@ from pathlib import Path
 import filelock
 import pytest
 
+from lcm_jax.distill.step import learning_rate_schedule
 from lcm_jax.errors import LcmError
 from lcm_jax.run import config as config_lib
 from lcm_jax.runtime import workdir
@@ -86,6 +87,17 @@ def test_moved_models_and_data_go_on_where_their_digests_can_be_compared(tmp_pat
     config.seed = 5
     with pytest.raises(LcmError, match="seed: 0 there, 5 now"):
         config_lib.prepare_workdir(tmp_path, config)
+
+
+def test_steps_after_the_decay_of_the_learning_rate_are_warned_of(tmp_path, config, capsys):
+    """As of `configs/shapes_lcm.py` whose train.steps alone is raised: its rate is 0 from step 800 on."""
+    config.train.lr_decay_start, config.train.lr_decay_steps = 400, 400
+    for steps, warned in ((800, False), (801, True), (500, False)):
+        config.train.steps = steps
+        config_lib.prepare_workdir(tmp_path, config)
+        assert (f"train.steps = {steps}, but the learning rate is 0 after step 800" in capsys.readouterr().err) is warned
+    rate = learning_rate_schedule(1.0, decay_start=400, decay_steps=400)
+    assert rate(799) > 0 == rate(800), "the rates of steps 800 and 801"
 
 
 def test_same_as_before_compares_digests_and_not_places(tmp_path, capsys):

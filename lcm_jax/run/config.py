@@ -290,8 +290,19 @@ def moved(different: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:
 
 
 def prepare_workdir(folder: str | os.PathLike[str], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """`workdir.prepare_workdir` for a resolved config: a run that resumes must agree with it, see `differences`."""
-    where = os.path.join(folder, workdir.CONFIG_FILE)
+    """`workdir.prepare_workdir` for a resolved config: a run that resumes must agree with it, see `differences`.
+
+    A learning rate that decays to 0 before the last step is reported on stderr.
+    """
+    train, where = config.train, os.path.join(folder, workdir.CONFIG_FILE)
+    end = train.lr_decay_start + train.lr_decay_steps
+    if train.lr_decay_steps and end < train.steps and jax.process_index() == 0:  # as if train.steps alone was raised
+        print(
+            f"WARNING: config.train.steps = {train.steps}, but the learning rate is 0 after step {end} (train.lr_decay_start"
+            " + train.lr_decay_steps): further steps change no weights",
+            file=sys.stderr,
+            flush=True,
+        )
     return workdir.prepare_workdir(folder, to_json(config), lambda saved: differences(saved, config, where), moved)
 
 
