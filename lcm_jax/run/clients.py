@@ -1,4 +1,4 @@
-"""What other programs have to be told to draw with what `lcm_jax.export` writes: one table.
+"""What to set in other programs to generate images with what `lcm_jax.export` writes: one table.
 
 The model cards' recipes come from it, and docs/clients.md, which `python -m lcm_jax.run.clients` writes. Timesteps that
 it promises are computed in tests/test_clients.py; the rest was measured with the versions that `Program.tried` names,
@@ -34,7 +34,7 @@ class Program:
     Attributes:
       name: of the program. tried: its version, and what was done with it.
       takes: kind of export -> where it goes; it cannot use the others.
-      settings: (map, prediction type) -> what to set, or why it cannot draw such a model.
+      settings: (map, prediction type) -> what to set, or why it cannot sample such a model.
       other_grid: like settings, for a model whose solver grid has not 50 timesteps, where they differ.
       wrong: kind of export -> what goes wrong with one that it cannot use.
     """
@@ -97,7 +97,7 @@ _UNKNOWN_KEYS = "not loaded: it knows none of the names"
 PROGRAMS = (
     Program(
         "ComfyUI",
-        "0.3.64, its engine on CPUs: loads, draws, merges LoRAs, writes; LoRA keys also with 0.8.0",
+        "0.3.64, its engine on CPUs: loads, samples, merges LoRAs, writes; LoRA keys also with 0.8.0",
         {FILE: "`models/checkpoints`", KOHYA: "`models/loras`, strength 1"},
         {
             (LCM, "epsilon"): f"node `ModelSamplingDiscrete` with `lcm`; {_SAMPLER}",
@@ -135,7 +135,7 @@ PROGRAMS = (
     ),
     Program(
         "stable-diffusion.cpp",
-        "master-612-d7ecbe1 (PyPI `cyllama` 0.2.18): loads, applies LoRAs, draws: `make test-clients`",
+        "master-612-d7ecbe1 (PyPI `cyllama` 0.2.18): loads, applies LoRAs, samples: `make test-clients`",
         {FILE: "`--model`", KOHYA: "`--lora-model-dir` is its folder, and `<lora:{stem}:1>` in the prompt"},
         _same("`--sampling-method lcm --scheduler lcm --cfg-scale 1`")
         | _same("`--sampling-method euler --scheduler lcm --cfg-scale 1`", of=PHASED)
@@ -146,14 +146,14 @@ PROGRAMS = (
     ),
     Program(
         "InvokeAI",
-        "6.14.2: identifies single files and LoRAs, finds every layer of a LoRA; drew nothing",
+        "6.14.2: identifies single files and LoRAs, finds every layer of a LoRA; not sampled with",
         {FOLDER: "model manager", FILE: "model manager", KOHYA: "model manager"},
         _same("scheduler `LCM`, CFG scale 1") | _same("scheduler `TCD`, CFG scale 1", of=PHASED) | _NO_SAMPLE,
         wrong={PEFT: _UNKNOWN_KEYS},
     ),
     Program(
         "diffusers",
-        "0.42.1: the oracle of the tests; `lcm_jax.export --verify` draws with it",
+        "0.42.1: the oracle of the tests; `lcm_jax.export --verify` samples with it",
         dict.fromkeys(KINDS, "the model card's code"),
         _same("`LCMScheduler`, as in the model card's code", PREDICTION_TYPES)
         | _same("`TCDScheduler`, as in the model card's code", PREDICTION_TYPES, PHASED),
@@ -165,7 +165,7 @@ def _single(export: Export, *families: str) -> bool:
     return export.kind == FILE and export.family in families
 
 
-# (program and settings) -> 4 steps: t of the noise levels, t told to the UNet. tests/test_clients.py computes them.
+# (program and settings) -> 4 steps: t of the noise levels, t that the UNet receives. tests/test_clients.py computes them.
 TIMESTEPS = {
     "lcm_jax, diffusers, stable-diffusion.cpp": ((999, 759, 499, 259),) * 2,
     "ComfyUI, node with `lcm`, `simple`; A1111 and Forge, `Simple`": ((999, 759, 499, 259),) * 2,
@@ -204,7 +204,7 @@ NOTES = (
     Note(
         "SD 2.x, single file",
         lambda one: _single(one, "sd2"),
-        "ComfyUI logs `clip missing`: layer 24 of the text encoder, which SD 2.x does not use. Pictures do not "
+        "ComfyUI logs `clip missing`: layer 24 of the text encoder, which SD 2.x does not use. Images do not "
         "depend on it, unless a node `CLIP Set Last Layer` says -1.",
     ),
     Note(
@@ -247,7 +247,7 @@ NOTES = (
         "other boundary scalings than timestep_scaling 10, sigma_data 0.5",
         lambda one: one.constants[1:] != (10.0, 0.5),
         "Other programs have timestep_scaling 10 and sigma_data 0.5, or no boundary scalings, which is nearly the "
-        "same; this model was trained with others: lcm_jax draws what it learned.",
+        "same; this model was trained with others: lcm_jax samples what it learned.",
     ),
 )
 W_EMBEDDING = (
@@ -263,25 +263,25 @@ READING = (
     (
         'Captions with "!", SD 2.x and SDXL',
         'their pad token is "!", so transformers, diffusers and lcm_jax, in training too, read "at night!" with a pad '
-        "at its end, where ComfyUI, A1111 and the original OpenCLIP have the letter: pictures of such captions differ.",
+        "at its end, where ComfyUI, A1111 and the original OpenCLIP have the letter: images of such captions differ.",
     ),
 )
 MEASURED = (
-    "stable-diffusion.cpp against lcm_jax (`make test-clients`): pictures of SD 1.5's single file differ by "
+    "stable-diffusion.cpp against lcm_jax (`make test-clients`): images of SD 1.5's single file differ by "
     "0.67/255 at most, 0.23/255 on average (rounding to bytes alone gives 0.5 and 0.25), and by as much with a "
-    "LoRA, whose 834 tensors it applies all; that changes the picture by 20/255 on average. `lora-peft` gives the "
-    "same picture.",
+    "LoRA, whose 834 tensors it applies all; that changes the image by 20/255 on average. `lora-peft` gives the "
+    "same image.",
     "LyCORIS 4.1.3 (`make test-clients`): its LoCon files for UNet and text encoder, also rank-stabilized or with a "
     "scalar, give the change that LyCORIS computes to 2e-7 of its largest; norms and whole matrices are read "
     "as they are; Tucker, DoRA, LoHa, LoKr and OFT are refused by name.",
-    "ComfyUI against lcm_jax (by hand, noise given): pictures of SD 1.5, SD 2.1, Vega and tiny-sd differ by 2e-6 "
+    "ComfyUI against lcm_jax (by hand, noise given): images of SD 1.5, SD 2.1, Vega and tiny-sd differ by 2e-6 "
     "to 3e-6 of 1; a LoRA of SD 1.5 is merged bit for bit; what it writes is read back unchanged.",
     "kohya sd-scripts 48d368f (by hand): every key of its LoRAs of SD 1.5, SD 2.1 and SDXL is read, B A bit for bit.",
 )
 
 
 def recipe(export: Export, stem: str) -> str:
-    """Markdown for a model card: what every program but diffusers, whose code the card has, must be told.
+    """Markdown for a model card: what to set in every program but diffusers, whose code the card has.
 
     stem: name of the export without suffix.
     """
@@ -361,7 +361,7 @@ def markdown() -> str:
         "",
         *table(["program", "version, and what of it"], *([one.name, one.tried] for one in PROGRAMS)),
         "",
-        "Pictures: on CPUs in float32, random weights of full width, 4 steps, 64 pixels.",
+        "Images: on CPUs in float32, random weights of full width, 4 steps, 64 pixels.",
         "",
         *(item(text) for text in MEASURED),
     ]
