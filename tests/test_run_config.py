@@ -366,6 +366,8 @@ def test_command_line_overrides(parse):
     config = parse(CONFIG, "--config.train.steps=7", "--config.train.learning_rate=1", "--config.model.student=/a")
     assert config.train.steps == 7 and type(config.train.learning_rate) is float and config.train.learning_rate == 1
     assert config.model.student == "/a"
+    config = parse("--config=configs/sdxl_lcm.py", "--config.model.vae=None", "--config.data.path=None")
+    assert config.model.vae is None and config.data.path is None and config.model.teacher  # the word would be a hub id
 
 
 @pytest.mark.parametrize(
@@ -377,6 +379,7 @@ def test_command_line_overrides(parse):
         (("--config=configs/none.py",), ["configs/none.py"]),
         ((CONFIG, "--config.train.steps=", "3"), ["train.steps"]),
         ((CONFIG, "stray"), ["stray"]),
+        ((CONFIG, "--config.sample.prompts=a red fox"), ["a red fox", "use quotes"]),
         ((CONFIG, "--workdirr=x"), ["workdirr", "workdir"]),
     ],
 )

@@ -12,6 +12,7 @@ Inside, w is the paper's guidance weight (0 = no guidance); `sample.guidance_sca
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -321,7 +322,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
-            _ = flags.FLAGS["config"].value.seed  # config_flags reports a missing file at the first access
+            _without_none(flags.FLAGS["config"].value)  # config_flags reports a missing file at the first access
         if rest[1:]:
             raise LcmError(f"unexpected argument {rest[1]!r}; write options as --name=value without blanks")
         return rest
@@ -338,10 +339,19 @@ def parse_flags(argv: list[str]) -> list[str]:
     sys.exit(2)
 
 
+def _without_none(config: ConfigDict) -> None:
+    """Makes the word None on the command line what it means, for keys that may be None: ml_collections keeps the word."""
+    for key in (key for key in KEYS if key.default is None):
+        *sections, name = key.name.split(".")
+        section = functools.reduce(lambda part, inner: part.get(inner, {}), sections, config)
+        if section.get(name) == "None":
+            section[name] = None
+
+
 def _of_config_file(error: BaseException | None) -> str:
     """ "FILE:LINE: ..." of what a config file raised, which config_flags and absl may wrap; "" for another error."""
     while error is not None:
-        if isinstance(error, SyntaxError):
+        if isinstance(error, SyntaxError) and os.path.isfile(error.filename or ""):
             return f"{error.filename}:{error.lineno}: {error.msg}"
         frames = [one for one in traceback.extract_tb(error.__traceback__) if one.name in ("get_config", "<module>")]
         if frames:
