@@ -100,6 +100,14 @@ def test_steps_after_the_decay_of_the_learning_rate_are_warned_of(tmp_path, conf
     assert rate(799) > 0 == rate(800), "the rates of steps 800 and 801"
 
 
+def test_sample_grids_of_guidance_that_is_not_trained_are_warned_of(tmp_path, config, capsys):
+    config.distill.w_min, config.distill.w_max, config.sample.prompts = 0.5, 7.0, ("a star",)
+    for scale, warned in ((1.5, False), (8.0, False), (8.5, True), (1.0, True)):
+        config.sample.guidance_scale = scale
+        config_lib.prepare_workdir(tmp_path, config)
+        assert ("but this run trains 1.5 to 8 (distill.w_min" in capsys.readouterr().err) is warned
+
+
 def test_same_as_before_compares_digests_and_not_places(tmp_path, capsys):
     def check(**found):
         workdir.same_as_before(tmp_path, "models.json", found)

@@ -293,18 +293,30 @@ def moved(different: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:
 def prepare_workdir(folder: str | os.PathLike[str], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """`workdir.prepare_workdir` for a resolved config: a run that resumes must agree with it, see `differences`.
 
-    A learning rate that decays to 0 before the last step is reported on stderr.
+    What can be trained, but hardly is what was meant, is reported on stderr.
     """
-    train, where = config.train, os.path.join(folder, workdir.CONFIG_FILE)
-    end = train.lr_decay_start + train.lr_decay_steps
-    if train.lr_decay_steps and end < train.steps and jax.process_index() == 0:  # as if train.steps alone was raised
-        print(
-            f"WARNING: config.train.steps = {train.steps}, but the learning rate is 0 after step {end} (train.lr_decay_start"
-            " + train.lr_decay_steps): further steps change no weights",
-            file=sys.stderr,
-            flush=True,
-        )
+    for line in _doubts(config) if jax.process_index() == 0 else ():
+        print(f"WARNING: {line}", file=sys.stderr, flush=True)
+    where = os.path.join(folder, workdir.CONFIG_FILE)
     return workdir.prepare_workdir(folder, to_json(config), lambda saved: differences(saved, config, where), moved)
+
+
+def _doubts(config: ConfigDict) -> list[str]:
+    """Of a valid config: steps that train nothing, and sample grids of what is not trained."""
+    train, distill, sample, found = config.train, config.distill, config.sample, []
+    end = train.lr_decay_start + train.lr_decay_steps
+    if train.lr_decay_steps and end < train.steps:  # as if train.steps alone was raised
+        found.append(
+            f"config.train.steps = {train.steps}, but the learning rate is 0 after step {end} (train.lr_decay_start + "
+            "train.lr_decay_steps): further steps change no weights"
+        )
+    low, high = distill.w_min + 1, distill.w_max + 1
+    if distill.w_embedding_dim and sample.every and sample.prompts and not low <= sample.guidance_scale <= high:
+        found.append(
+            f"config.sample.guidance_scale = {sample.guidance_scale:g}, but this run trains {low:g} to {high:g} "
+            "(distill.w_min and w_max + 1): the sample grids show guidance that is not trained"
+        )
+    return found
 
 
 def flag_help(example: str) -> str:
