@@ -124,8 +124,8 @@ def run(args: argparse.Namespace) -> int:
         student, params, record = fold_guidance(student, params, record, args.guidance_scale)
     if not known:
         print(
-            f"warning: {args.workdir} has no {MODELS_FILE}, which would tell whether {config.model.teacher} is what it "
-            "was when the run began",
+            f"warning: {args.workdir} has no {MODELS_FILE}, so nothing shows whether "
+            f"{config.model.teacher or config.model.student} is still what the run began with",
             file=sys.stderr,
         )
     if record["sigma_data"] != SIGMA_DATA:

@@ -14,6 +14,7 @@ from concurrent import futures
 from pathlib import Path
 
 import filelock
+import jax
 import pytest
 
 from lcm_jax.distill.step import learning_rate_schedule
@@ -249,6 +250,22 @@ def test_stop_signal_outside_of_the_main_thread_leaves_signals_alone():
     before = signal.getsignal(signal.SIGTERM)
     with futures.ThreadPoolExecutor(1) as pool:
         assert pool.submit(work).result() is False and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_further_signals_to_one_of_several_processes_have_no_effect(monkeypatch):
+    """A terminal sends SIGINT to each process and a launcher passes it on; the second must not keep this one from saving.
+
+    SIGTERM is jax's then, which tells the others.
+    """
+    sent = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignal() as stop:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+    assert sent == [(os.getpid(), signal.SIGTERM)] * 3 and stop.name == "SIGINT"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_second_signal_ends_the_process():

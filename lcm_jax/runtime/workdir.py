@@ -358,9 +358,10 @@ class StopSignal:
     def _handle(self, number: int, _: FrameType | None) -> None:
         ending.signals.heard()
         self.name = signal.Signals(number).name
-        self._restore()
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)  # jax tells the other processes
+        else:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
