@@ -155,6 +155,18 @@ def test_values_that_contradict_each_other(shapes, changes, words):
     assert "\n" not in str(error.value)
 
 
+def test_configs_beside_a_single_file(shapes):
+    """Of the hub by its address, as its download button gives it; of the LCM that a fine-tune without a teacher reads."""
+    address, shapes.model.config = "https://huggingface.co/owner/name/resolve/main/x.safetensors", "owner/name"
+    for shapes.model.teacher in ("mine.safetensors", "owner/name/x.safetensors", f"{address}?download=true"):
+        config_lib.validate(shapes)
+    shapes.objective, shapes.model.teacher, shapes.model.student = "lcf", None, "lcm.safetensors"
+    config_lib.validate(shapes)
+    shapes.model.student = "owner/lcm"
+    with pytest.raises(LcmError, match="model.config = 'owner/name': goes with a single .*'owner/lcm' has its own"):
+        config_lib.validate(shapes)
+
+
 def test_stages_of_a_phased_map(shapes):
     assert config_lib.phases_at_end(shapes) == 0
     shapes.distill.map, shapes.distill.phases, shapes.distill.stages = "phased", 8, ("4:100", "1:300")

@@ -29,6 +29,7 @@ from lcm_jax.data import images
 from lcm_jax.distill import OBJECTIVES
 from lcm_jax.errors import LcmError, flags_named
 from lcm_jax.models import lora
+from lcm_jax.pretrained import hub
 from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE
 from lcm_jax.run.keys import KEYS, SOURCES, W_EMBEDDING_OF_A_LORA, refusal
 from lcm_jax.runtime import kernels, workdir
@@ -131,11 +132,10 @@ def _check_models(config: ConfigDict) -> None:
             None,
             f'no teacher; set --config.model.teacher to a model folder in diffusers format, a hub id, or "shapes"{why}',
         )
-    if model.config is not None and not str(model.teacher).endswith(".safetensors"):
+    whole = model.teacher or model.student  # what `run.models` reads more of than a UNet
+    if model.config is not None and not hub.is_single_file(whole or ""):
         raise refusal(
-            "model.config",
-            model.config,
-            f"goes with a single .safetensors file; model.teacher = {model.teacher!r} has its own, leave it None",
+            "model.config", model.config, f"goes with a single .safetensors file; {whole!r} has its own, leave it None"
         )
     if objective.needs_lcm and model.student is None:
         name = config.objective.upper()
