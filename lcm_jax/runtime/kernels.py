@@ -250,9 +250,6 @@ def _largest_cudnn_head(mesh: Mesh) -> int:
     return CUDNN_HEAD_HOPPER if 9 <= capability < 10 else CUDNN_HEAD if capability >= 8 else 0
 
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-
-
 def on_mesh(pipeline: Pipeline, mesh: Mesh, unet_attention: str = "auto", remat: str = "none") -> Pipeline:
     """The pipeline with networks for `mesh`, on which its weights lie by the rule of `runtime.mesh`.
 
@@ -264,8 +261,7 @@ def on_mesh(pipeline: Pipeline, mesh: Mesh, unet_attention: str = "auto", remat:
       LcmError: the mesh's devices cannot run that attention, or not at the size of a head; the layer is named.
     """
     check(plain_module(pipeline.unet), unet_attention, mesh)
-    others = {part: getattr(pipeline, part) for part in PARTS[1:]}
-    others = {part: equipped(module, mesh) for part, module in others.items() if module is not None}
+    others = {part: equipped(module, mesh) for part, module in pipeline.parts.items() if part != "unet"}
     return dataclasses.replace(pipeline, unet=equipped(pipeline.unet, mesh, unet_attention, remat=remat), **others)
 
 
