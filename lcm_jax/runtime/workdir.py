@@ -313,7 +313,8 @@ class StopSignal:
 
     A loop whose processes do not wait for each other asks `if stop:` wherever it can end. A signal to one of several
     processes stops them all; further ones have no effect, as launchers send one to each process. In a single process a
-    second signal takes its usual effect at once. On exit the previous handlers are restored.
+    second signal takes its usual effect at once. On exit the previous handlers are restored. In a thread that is not
+    the main one, signals are left to whoever started it: nothing stops but by another process.
 
     Attributes:
         name: of the signal that came, for messages; "SIGTERM" if another process got it.
@@ -331,7 +332,7 @@ class StopSignal:
         # From `distributed.initialize` on SIGTERM belongs to jax, which would not see it if Python handled it.
         numbers = (signal.SIGINT,) if self._several else self.SIGNALS
         if threading.current_thread() is not threading.main_thread():
-            numbers = ()  # Python has no handlers there: whoever runs this in a thread has its own
+            numbers = ()  # Python takes no handlers from there
         self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
