@@ -297,11 +297,7 @@ def from_teacher(config: ConfigDict, out: Path, options: Options, teacher: teach
     pipeline, params = load_teacher(config, place(mesh), weights=ENCODERS)
     unet = teacher_lib.load_unet(config, pipeline, place(mesh))
     generator = Generator(pipeline, {**params, "unet": unet}, mesh)
-
-    def tokenize(captions: Sequence[str]) -> dict[str, np.ndarray]:
-        return tokenize_captions(pipeline.tokenizers, captions) | {CAPTION: np.array(captions, object)}
-
-    rows = teacher_lib.Prompts(teacher.prompts.name, prompts, options.variants, tokenize)
+    rows = teacher_lib.Prompts(teacher.prompts.name, prompts, options.variants, tokenizing(pipeline))
     encode = encoding.make_encode(pipeline, params, mesh)
     make = teacher_lib.maker(generator, encode, request, config.seed, options.text == "ids")
     plan = make_plan(config, options, pipeline, params, [len(prompts)])
@@ -326,11 +322,7 @@ def prepare(config: ConfigDict, out: Path, options: Options) -> CacheWriter:
     check_teacher(config, load_teacher(config, weights=False)[0])  # before minutes of reading
     mesh = local_mesh(config)
     pipeline, params = load_teacher(config, place(mesh), weights=ENCODERS)
-
-    def tokenize(captions: Sequence[str]) -> dict[str, np.ndarray]:
-        return tokenize_captions(pipeline.tokenizers, captions) | {CAPTION: np.array(captions, object)}
-
-    rows = image_rows(config, part.source, tokenize, time_ids=pipeline.is_xl)
+    rows = image_rows(config, part.source, tokenizing(pipeline), time_ids=pipeline.is_xl)
     log = DataLog(BadRecordLog(config.data.max_bad_fraction, BadRecordFile(out / cache.PROGRESS)), say)
     # If there are too many, or the program is stopped before `cache.begin`, the folder is still one that was begun.
     (out / cache.PROGRESS).mkdir(exist_ok=True)
@@ -354,6 +346,11 @@ def prepare(config: ConfigDict, out: Path, options: Options) -> CacheWriter:
         log=log,
         left_out=tuple(part.source.bad_records),
     )
+
+
+def tokenizing(pipeline: Pipeline) -> Callable[[Sequence[str]], dict[str, np.ndarray]]:
+    """captions -> what `tokenize_captions` makes of them, and the captions [b]."""
+    return lambda texts: tokenize_captions(pipeline.tokenizers, texts) | {CAPTION: np.array(texts, object)}
 
 
 def make_plan(
