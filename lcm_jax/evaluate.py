@@ -37,6 +37,7 @@ from lcm_jax.metrics.shapes import Endpoints
 from lcm_jax.pretrained import Pipeline
 from lcm_jax.pretrained.text import truncated
 from lcm_jax.runtime.telemetry import Progress
+from lcm_jax.runtime.waiting import say
 from lcm_jax.runtime.workdir import locked
 from lcm_jax.sampling import flags, nag
 from lcm_jax.sampling.generator import Generator
@@ -335,16 +336,12 @@ def report_captions(pipeline: Pipeline, found: Inputs) -> None:
         )
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def left() -> str:
         rows = args.out / "rows"
-        return f"the rows in {rows} are kept, the same command goes on" if rows.is_dir() else "nothing was written"
+        return f"the rows in {rows} are kept, the same command resumes" if rows.is_dir() else "nothing was written"
 
     return exit_code(lambda: print("\n".join(str(path) for path in run(args))), left, flags.SMALLER)
 

@@ -7,8 +7,8 @@
                     merged        whole folder, adapters merged into the base
     of either       single-file   --out=NAME.safetensors, for A1111 and ComfyUI, adapters merged
 
-lora-kohya is for every program; lora-peft is for diffusers alone: ComfyUI takes half of its layers and draws all the
-same. docs/clients.md has what each program takes, and its settings.
+lora-kohya is for every program; lora-peft is for diffusers alone: ComfyUI takes half of its layers without an error.
+docs/clients.md has what each program takes, and its settings.
 
 Each has a model card and `lcm_config.json`, what inference must match (single files and LoRAs also have it in their
 header). The student is built from the workdir's config.json, its weights come from one checkpoint; all must fit.
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     # What to export.
     config = from_saved(read_config(args.workdir), args.workdir / "config.json")
     try:
-        validate(config)
+        validate(config, data=False)  # which need not be readable here
     except LcmError as error:
         raise LcmError(f"{args.workdir / 'config.json'} is not a config of this lcm_jax: {error}") from error
     form = choose_format(config, args.format)
@@ -124,8 +124,8 @@ def run(args: argparse.Namespace) -> int:
         student, params, record = fold_guidance(student, params, record, args.guidance_scale)
     if not known:
         print(
-            f"warning: {args.workdir} has no {MODELS_FILE}, which would tell whether {config.model.teacher} is what it "
-            "was when the run began",
+            f"warning: {args.workdir} has no {MODELS_FILE}, so nothing shows whether "
+            f"{config.model.teacher or config.model.student} is still what the run began with",
             file=sys.stderr,
         )
     if record["sigma_data"] != SIGMA_DATA:

@@ -46,6 +46,7 @@ from lcm_jax.ending import exit_code
 from lcm_jax.errors import LcmError
 from lcm_jax.run import config as config_lib
 from lcm_jax.run import data as run_data
+from lcm_jax.runtime.waiting import say
 
 WIDTH = 100
 BAR = 40  # columns of the longest bar
@@ -427,10 +428,6 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
             last = last[:-1].rstrip()
         lines[-1] = last + "…"
     return lines
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 class Output(Console):

@@ -9,7 +9,8 @@ of the same config. Variant v of example i has the random crop, flip and caption
 With --what=teacher the cache holds a latent for each prompt and variant, see `lcm_jax.sampling.teacher`.
 
 DIR is complete when it has a manifest.json, see `lcm_jax.data.cache`. Until then DIR/progress lists the finished
-shards, and the same command resumes after them, however the one before ended. The files are the same in the end.
+shards and the records that cannot be used, and the same command resumes after those shards, however the one before
+ended. The files are the same in the end.
 """
 
 from __future__ import annotations
@@ -228,6 +229,8 @@ def latents(config: ConfigDict, out: str | Path, options: Options, teacher: teac
     with distributed.together():
         cache.check_folder(out)
     with locked(out):
+        if jax.process_count() > 1:
+            distributed.check_shared(out)  # process 0 finishes the cache, hours later, with the files of all
         with distributed.together():
             writer = prepare(config, out, options) if teacher is None else from_teacher(config, out, options, teacher)
             distributed.assert_same("the plan of the cache", json.dumps(writer.plan, indent=2))
@@ -294,11 +297,7 @@ def from_teacher(config: ConfigDict, out: Path, options: Options, teacher: teach
     pipeline, params = load_teacher(config, place(mesh), weights=ENCODERS)
     unet = teacher_lib.load_unet(config, pipeline, place(mesh))
     generator = Generator(pipeline, {**params, "unet": unet}, mesh)
-
-    def tokenize(captions: Sequence[str]) -> dict[str, np.ndarray]:
-        return tokenize_captions(pipeline.tokenizers, captions) | {CAPTION: np.array(captions, object)}
-
-    rows = teacher_lib.Prompts(teacher.prompts.name, prompts, options.variants, tokenize)
+    rows = teacher_lib.Prompts(teacher.prompts.name, prompts, options.variants, tokenizing(pipeline))
     encode = encoding.make_encode(pipeline, params, mesh)
     make = teacher_lib.maker(generator, encode, request, config.seed, options.text == "ids")
     plan = make_plan(config, options, pipeline, params, [len(prompts)])
@@ -311,7 +310,7 @@ def from_teacher(config: ConfigDict, out: Path, options: Options, teacher: teach
         examples=rows,
         batch=batch,
         encode=lambda rows: encoding.encode_rows(make, rows, batch),
-        log=DataLog(BadRecordLog(config.data.max_bad_fraction, BadRecordFile(out)), say),
+        log=DataLog(BadRecordLog(config.data.max_bad_fraction, BadRecordFile(out / cache.PROGRESS)), say),
         left_out=(),
     )
 
@@ -323,12 +322,10 @@ def prepare(config: ConfigDict, out: Path, options: Options) -> CacheWriter:
     check_teacher(config, load_teacher(config, weights=False)[0])  # before minutes of reading
     mesh = local_mesh(config)
     pipeline, params = load_teacher(config, place(mesh), weights=ENCODERS)
-
-    def tokenize(captions: Sequence[str]) -> dict[str, np.ndarray]:
-        return tokenize_captions(pipeline.tokenizers, captions) | {CAPTION: np.array(captions, object)}
-
-    rows = image_rows(config, part.source, tokenize, time_ids=pipeline.is_xl)
-    log = DataLog(BadRecordLog(config.data.max_bad_fraction, BadRecordFile(out)), say)
+    rows = image_rows(config, part.source, tokenizing(pipeline), time_ids=pipeline.is_xl)
+    log = DataLog(BadRecordLog(config.data.max_bad_fraction, BadRecordFile(out / cache.PROGRESS)), say)
+    # If there are too many, or the program is stopped before `cache.begin`, the folder is still one that was begun.
+    (out / cache.PROGRESS).mkdir(exist_ok=True)
     log.bad_records.indexed(part.source.bad_records, part.report.total, part.report.kept)
     examples = FixedDraws(rows, config.seed, options.variants)
     batch = encoding.batch_size(config.data.resolution)
@@ -349,6 +346,11 @@ def prepare(config: ConfigDict, out: Path, options: Options) -> CacheWriter:
         log=log,
         left_out=tuple(part.source.bad_records),
     )
+
+
+def tokenizing(pipeline: Pipeline) -> Callable[[Sequence[str]], dict[str, np.ndarray]]:
+    """captions -> what `tokenize_captions` makes of them, and the captions [b]."""
+    return lambda texts: tokenize_captions(pipeline.tokenizers, texts) | {CAPTION: np.array(texts, object)}
 
 
 def make_plan(
@@ -429,7 +431,7 @@ def main(argv: list[str]) -> int:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    left = "the same command goes on after the last complete file"
+    left = "the same command resumes after the last complete file"
     return distributed.exit_code(run, left, SMALLER, **distributed.from_flags())
 
 

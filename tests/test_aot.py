@@ -287,6 +287,21 @@ def test_generating_for_absent_devices_decodes_in_the_dtype_asked_for(tiny):
     assert aot.generator_of(config, one_device())[0].pipeline.vae.dtype == jnp.bfloat16
 
 
+def test_generating_for_absent_devices_is_by_the_sampler_of_the_map(tiny, monkeypatch):
+    """`lcm_jax.sample`'s default: one that goes from edge to edge of a phased map, and reads no noise between."""
+    asked = []
+    monkeypatch.setattr(
+        sampling,
+        "report",
+        lambda generator, request, *_: (
+            asked.append(request.settings) or {"memory": dict.fromkeys(("needed", "available"), 1)}
+        ),
+    )
+    for name in ("shapes_lcm", "shapes_pcm"):
+        aot.analyse_sampling(config_of(name, **{"model.teacher": tiny}), jax.devices()[:1], None, 1, 2, False)
+    assert [(one.sampler, one.steps) for one in asked] == [("lcm", 2), ("tcd", 2)]
+
+
 @pytest.mark.slow
 def test_the_peak_by_what_waits_on_the_host(tiny):
     """Of this CPU, which has no limits that are known; 8 bits are an eighth of float32's 32, all but a few."""

@@ -45,6 +45,12 @@ def test_unknown_topology_lists_the_known_ones(topology):
         chips.of_topology(topology)
 
 
+def test_memory_is_what_cuda_reports_and_not_the_data_sheets_figure():
+    """A card's own GB, taken for GiB, would be more than it has; what torch prints as the capacity of each."""
+    reported = {"h200": 139.8, "h100": 79.11, "rtx4090": 23.65, "l40s": 44.52}
+    assert {name: round(chips.GPUS[name].card_bytes / chips.GIB, 2) for name in reported} == reported
+
+
 def test_constants_have_plausible_units():
     for chip in chips.CHIPS.values():
         assert chip.peak_flops > chip.hbm_bandwidth > chip.link_bandwidth > chip.dcn_bandwidth > 1e9

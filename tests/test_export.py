@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import diffusers
@@ -376,6 +377,8 @@ def test_refusals_before_any_work(run, tmp_path, capsys, monkeypatch, options, m
     for name in ("empty", "broken", "invalid", "untrained", "full"):
         (tmp_path / name).mkdir()
     config = json.loads((run[0] / "config.json").read_text())
+    config["data"] |= {"decoder": "opencv", "resize_filter": "area"}  # which need not be installed here
+    monkeypatch.setitem(sys.modules, "cv2", None)
     (tmp_path / "broken" / "config.json").write_text('{"seed": ')
     tiny.write_json(tmp_path / "untrained" / "config.json", config)
     config["train"]["steps"] = 0

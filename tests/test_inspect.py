@@ -346,10 +346,10 @@ def test_program_refuses_in_one_line(folder, monkeypatch, capsys):
 
 
 def test_program(folder, tmp_path):
-    """Under its older name, into a pipe of few characters, with captions of many. It starts no model and no device."""
+    """Into a pipe of few characters, with captions of many. It starts no model and no device."""
     code = """import runpy, sys
 try:
-    runpy.run_module("lcm_jax.data.inspect", run_name="__main__", alter_sys=True)
+    runpy.run_module("lcm_jax.inspect", run_name="__main__", alter_sys=True)
 finally:
     from jax._src import xla_bridge
     assert not xla_bridge.backends_are_initialized()

@@ -311,6 +311,21 @@ def test_a_process_that_fails_reports_it_at_once_and_stops_the_others(monkeypatc
     assert capsys.readouterr().err == line and asked == [True]
 
 
+def test_processes_that_see_different_folders_are_refused_before_any_work(teacher, tmp_path, monkeypatch):
+    """Process 0 would miss the shards of the others when all are written."""
+    checked = []
+
+    def check_shared(folder):
+        checked.append(folder)
+        raise LcmError("is not the folder that process 0 writes to")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "check_shared", check_shared)
+    monkeypatch.setattr(precompute, "prepare", lambda *_: pytest.fail("work has begun"))
+    refused(lambda: precompute.latents(make_config(teacher), tmp_path / "cache", Options()), "is not the folder")
+    assert checked == [tmp_path / "cache"]
+
+
 SLOW = """
 import runpy, time
 from absl import flags
@@ -389,6 +404,17 @@ def test_unusable_records_are_left_out_and_listed(teacher, folder, tmp_path):
     assert cached.groups == (22,) and cached.manifest["examples"] == [12]
     keys = [cached.where(0, rank)[1] for rank in range(22)]
     assert len(set(keys)) == 11 and keys[::2] == keys[1::2] == sorted(keys[::2])
+
+
+def test_too_many_unusable_records_leave_a_folder_that_the_next_command_takes(teacher, folder, tmp_path):
+    """Found by indexing, before the cache is begun."""
+    (folder / "05.txt").unlink()
+    config, out = make_config(teacher, source="folder", path=str(folder), num_examples=4096), tmp_path / "cache"
+    config.data.max_bad_fraction = 0.0
+    for _ in range(2):
+        refused(lambda: precompute.latents(config, out, Options()), "05.png", "max_bad_fraction")
+    (line,) = (out / "progress" / "bad_records.jsonl").read_text().splitlines()
+    assert "05.png" in line and [path.name for path in out.iterdir() if path.name[0] != "."] == ["progress"]
 
 
 def test_a_signal_is_noticed_while_a_file_hangs(teacher, folder, tmp_path, monkeypatch):

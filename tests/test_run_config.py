@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from lcm_jax import assets
+from lcm_jax import aot, assets
 from lcm_jax.errors import LcmError
 from lcm_jax.run import config as config_lib
 from lcm_jax.run import keys
@@ -154,6 +155,18 @@ def test_values_that_contradict_each_other(shapes, changes, words):
     assert "\n" not in str(error.value)
 
 
+def test_configs_beside_a_single_file(shapes):
+    """Of the hub by its address, as its download button gives it; of the LCM that a fine-tune without a teacher reads."""
+    address, shapes.model.config = "https://huggingface.co/owner/name/resolve/main/x.safetensors", "owner/name"
+    for shapes.model.teacher in ("mine.safetensors", "owner/name/x.safetensors", f"{address}?download=true"):
+        config_lib.validate(shapes)
+    shapes.objective, shapes.model.teacher, shapes.model.student = "lcf", None, "lcm.safetensors"
+    config_lib.validate(shapes)
+    shapes.model.student = "owner/lcm"
+    with pytest.raises(LcmError, match="model.config = 'owner/name': goes with a single .*'owner/lcm' has its own"):
+        config_lib.validate(shapes)
+
+
 def test_stages_of_a_phased_map(shapes):
     assert config_lib.phases_at_end(shapes) == 0
     shapes.distill.map, shapes.distill.phases, shapes.distill.stages = "phased", 8, ("4:100", "1:300")
@@ -176,6 +189,18 @@ def test_resolve(shapes):
     shapes.objective, shapes.model.student, shapes.model.teacher = "lcf", "/lcm", None
     config_lib.validate(config_lib.resolve(shapes))
     assert not config_lib.needs_teacher(shapes)
+    shapes.compilation_cache = "~/programs"  # jax would make a folder named ~
+    assert config_lib.resolve(shapes).compilation_cache == str(Path.home() / "programs")
+
+
+def test_a_decoder_need_not_be_installed_where_no_data_are_read(shapes, monkeypatch):
+    """As of a run whose model is exported on another machine."""
+    shapes.data.decoder, shapes.data.resize_filter = "opencv", "area"
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(LcmError, match="needs OpenCV"):
+        config_lib.validate(shapes)
+    config_lib.validate(shapes, data=False)
+    assert aot.prepared(shapes).data.decoder == "opencv"
 
 
 @pytest.mark.parametrize(
@@ -353,6 +378,8 @@ def test_command_line_overrides(parse):
     config = parse(CONFIG, "--config.train.steps=7", "--config.train.learning_rate=1", "--config.model.student=/a")
     assert config.train.steps == 7 and type(config.train.learning_rate) is float and config.train.learning_rate == 1
     assert config.model.student == "/a"
+    config = parse("--config=configs/sdxl_lcm.py", "--config.model.vae=None", "--config.data.path=None")
+    assert config.model.vae is None and config.data.path is None and config.model.teacher  # the word would be a hub id
 
 
 @pytest.mark.parametrize(
@@ -364,6 +391,7 @@ def test_command_line_overrides(parse):
         (("--config=configs/none.py",), ["configs/none.py"]),
         ((CONFIG, "--config.train.steps=", "3"), ["train.steps"]),
         ((CONFIG, "stray"), ["stray"]),
+        ((CONFIG, "--config.sample.prompts=a red fox"), ["a red fox", "use quotes"]),
         ((CONFIG, "--workdirr=x"), ["workdirr", "workdir"]),
     ],
 )
@@ -374,6 +402,31 @@ def test_command_line_errors_are_one_line_and_exit_2(parse, capsys, arguments, w
     assert stop.value.code == 2 and not out
     (line,) = err.strip().splitlines()
     assert line.startswith("error: ") and all(word in line for word in words), line
+
+
+BASE = "from lcm_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        (f"{BASE}    config.data.resolution = SIDE\n", 6, "NameError: name 'SIDE' is not defined"),
+        (f"{BASE}    config.train.stepz = 3\n", 6, 'Did you mean "steps" instead of "stepz"?'),
+        (f"{BASE}    config.train.steps = 0.5\n", 6, "cannot be casted"),
+        # A copy of a config without the one that it starts from.
+        ("import runpy\n\ndef get_config():\n    runpy.run_path('none.py')\n", 4, "FileNotFoundError: .*none.py"),
+        ("import no_such_module\n", 1, "No module named 'no_such_module'"),
+        ("def get_config(:\n", 1, "invalid syntax"),
+        ("def get_config():\n    return 1 / 0\n", 2, "ZeroDivisionError"),
+    ],
+)
+def test_an_error_in_a_config_file_names_file_and_line(parse, tmp_path, capsys, text, line, words):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        parse(f"--config={file}", "--config.train.steps=3")
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and re.fullmatch(rf"error: {re.escape(str(file))}:{line}: .*{words}.*", error), error
 
 
 def test_asset_names():

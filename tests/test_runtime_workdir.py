@@ -10,11 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent import futures
 from pathlib import Path
 
 import filelock
+import jax
 import pytest
 
+from lcm_jax.distill.step import learning_rate_schedule
 from lcm_jax.errors import LcmError
 from lcm_jax.run import config as config_lib
 from lcm_jax.runtime import workdir
@@ -87,6 +90,25 @@ def test_moved_models_and_data_go_on_where_their_digests_can_be_compared(tmp_pat
         config_lib.prepare_workdir(tmp_path, config)
 
 
+def test_steps_after_the_decay_of_the_learning_rate_are_warned_of(tmp_path, config, capsys):
+    """As of `configs/shapes_lcm.py` whose train.steps alone is raised: its rate is 0 from step 800 on."""
+    config.train.lr_decay_start, config.train.lr_decay_steps = 400, 400
+    for steps, warned in ((800, False), (801, True), (500, False)):
+        config.train.steps = steps
+        config_lib.prepare_workdir(tmp_path, config)
+        assert (f"train.steps = {steps}, but the learning rate is 0 after step 800" in capsys.readouterr().err) is warned
+    rate = learning_rate_schedule(1.0, decay_start=400, decay_steps=400)
+    assert rate(799) > 0 == rate(800), "the rates of steps 800 and 801"
+
+
+def test_sample_grids_of_guidance_that_is_not_trained_are_warned_of(tmp_path, config, capsys):
+    config.distill.w_min, config.distill.w_max, config.sample.prompts = 0.5, 7.0, ("a star",)
+    for scale, warned in ((1.5, False), (8.0, False), (8.5, True), (1.0, True)):
+        config.sample.guidance_scale = scale
+        config_lib.prepare_workdir(tmp_path, config)
+        assert ("but this run trains 1.5 to 8 (distill.w_min" in capsys.readouterr().err) is warned
+
+
 def test_same_as_before_compares_digests_and_not_places(tmp_path, capsys):
     def check(**found):
         workdir.same_as_before(tmp_path, "models.json", found)
@@ -101,11 +123,10 @@ def test_same_as_before_compares_digests_and_not_places(tmp_path, capsys):
         check(unet=workdir.digest_entry("34", "teacher /c"))
     assert str(refused.value) == (
         f"{tmp_path}/models.json: unet was teacher /b (digest 12) when this run began, and is teacher /c (digest 34) "
-        f"now; restore what it began with, choose another workdir, or delete {tmp_path}/models.json to go on all the "
-        "same"
+        f"now; restore what it began with, choose another workdir, or delete {tmp_path}/models.json to continue anyway"
     )
     assert check(unet=moved, records=[[4]]) == {"unet": moved, "records": [[4]]}
-    assert "does not tell with which records this run began" in capsys.readouterr().err
+    assert "does not record with which records this run began" in capsys.readouterr().err
     for content in (b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"unet": 5}', b'{"unet": {"digest": [1]}}'):
         (tmp_path / "models.json").write_bytes(content)
         with pytest.raises(LcmError, match="models.json"):
@@ -217,6 +238,34 @@ def test_stop_signal_sets_the_flag_once_and_restores_the_handlers():
         assert stop and stop.agreed() and stop.name == "SIGTERM"
         assert signal.getsignal(signal.SIGTERM) is before, "a second one must have its usual effect"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_stop_signal_outside_of_the_main_thread_leaves_signals_alone():
+    """As of a training that a server or a notebook runs in a thread: Python refuses handlers there."""
+
+    def work() -> bool:
+        with StopSignal() as stop:
+            return stop.agreed()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() is False and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_further_signals_to_one_of_several_processes_have_no_effect(monkeypatch):
+    """A terminal sends SIGINT to each process and a launcher passes it on; the second must not keep this one from saving.
+
+    SIGTERM is jax's then, which tells the others.
+    """
+    sent = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignal() as stop:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+    assert sent == [(os.getpid(), signal.SIGTERM)] * 3 and stop.name == "SIGINT"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_second_signal_ends_the_process():

@@ -368,7 +368,7 @@ def test_a_run_goes_on_only_with_the_models_and_data_it_was_begun_with(whole, te
     assert command(workdir, moved, *more) == 2
     printed = capsys.readouterr().err
     assert (
-        "models.json does not tell with which scheduler, student," in printed and "which records, source 1" in printed
+        "models.json does not record with which scheduler, student," in printed and "which records, source 1" in printed
     )
     assert (workdir / "models.json").exists()
 

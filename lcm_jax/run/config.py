@@ -12,9 +12,11 @@ Inside, w is the paper's guidance weight (0 = no guidance); `sample.guidance_sca
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +29,7 @@ from lcm_jax.data import images
 from lcm_jax.distill import OBJECTIVES
 from lcm_jax.errors import LcmError, flags_named
 from lcm_jax.models import lora
+from lcm_jax.pretrained import hub
 from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE
 from lcm_jax.run.keys import KEYS, SOURCES, W_EMBEDDING_OF_A_LORA, refusal
 from lcm_jax.runtime import kernels, workdir
@@ -51,9 +54,12 @@ def needs_teacher(config: ConfigDict) -> bool:
 def resolve(config: ConfigDict, platform: str | None = None) -> ConfigDict:
     """Copy of `config` with what depends on other values filled in: `model.student`, dtypes, `lora.targets`.
 
+    The home folder takes the place of the ~ of `compilation_cache`, which jax would take for a folder's name.
+
     platform: of the run's devices: "cpu", "gpu", "tpu"; None: the default backend's.
     """
     config, auto = ConfigDict(config.to_dict()), kernels.auto_dtype(platform)
+    config.compilation_cache = os.path.expanduser(config.compilation_cache)
     if config.model.student is None:
         config.model.student = config.model.teacher
     if config.model.dtype == "auto":
@@ -65,10 +71,11 @@ def resolve(config: ConfigDict, platform: str | None = None) -> ConfigDict:
     return config.lock()
 
 
-def validate(config: ConfigDict, models: bool = True) -> None:
+def validate(config: ConfigDict, models: bool = True, data: bool = True) -> None:
     """Checks keys, types and values. Raises LcmError that names the key, its value and what to do.
 
     models: also check that the objective has the models it needs.
+    data: also check that the config names its data, and that their decoder is installed.
     """
     values, known = flatten_dict(config.to_dict(), sep="."), {key.name for key in KEYS}
     for name in sorted(values.keys() - known):
@@ -77,7 +84,8 @@ def validate(config: ConfigDict, models: bool = True) -> None:
         raise LcmError(f"config.{name} is missing; begin the config file with lcm_jax.config.default_config()")
     for key in KEYS:
         key.validate(values[key.name])
-    _check_data(config.data)
+    if data:
+        _check_data(config.data)
     if models:
         _check_models(config)
     _check_training(config)
@@ -124,11 +132,10 @@ def _check_models(config: ConfigDict) -> None:
             None,
             f'no teacher; set --config.model.teacher to a model folder in diffusers format, a hub id, or "shapes"{why}',
         )
-    if model.config is not None and not str(model.teacher).endswith(".safetensors"):
+    whole = model.teacher or model.student  # what `run.models` reads more of than a UNet
+    if model.config is not None and not hub.is_single_file(whole or ""):
         raise refusal(
-            "model.config",
-            model.config,
-            f"goes with a single .safetensors file; model.teacher = {model.teacher!r} has its own, leave it None",
+            "model.config", model.config, f"goes with a single .safetensors file; {whole!r} has its own, leave it None"
         )
     if objective.needs_lcm and model.student is None:
         name = config.objective.upper()
@@ -279,14 +286,37 @@ def differences(
 
 
 def moved(different: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:
-    """Of `differences`: {key of a path: the file of the workdir that tells whether the same thing is there}."""
+    """Of `differences`: {key of a path: the file of the workdir that records whether the same thing is there}."""
     return {key.name: key.place_of for key in KEYS if key.name in different and key.is_moved(*different[key.name])}
 
 
 def prepare_workdir(folder: str | os.PathLike[str], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """`workdir.prepare_workdir` for a resolved config: a run that resumes must agree with it, see `differences`."""
+    """`workdir.prepare_workdir` for a resolved config: a run that resumes must agree with it, see `differences`.
+
+    What can be trained, but hardly is what was meant, is reported on stderr.
+    """
+    for line in _doubts(config) if jax.process_index() == 0 else ():
+        print(f"WARNING: {line}", file=sys.stderr, flush=True)
     where = os.path.join(folder, workdir.CONFIG_FILE)
     return workdir.prepare_workdir(folder, to_json(config), lambda saved: differences(saved, config, where), moved)
+
+
+def _doubts(config: ConfigDict) -> list[str]:
+    """Of a valid config: steps that train nothing, and sample grids of what is not trained."""
+    train, distill, sample, found = config.train, config.distill, config.sample, []
+    end = train.lr_decay_start + train.lr_decay_steps
+    if train.lr_decay_steps and end < train.steps:  # as if train.steps alone was raised
+        found.append(
+            f"config.train.steps = {train.steps}, but the learning rate is 0 after step {end} (train.lr_decay_start + "
+            "train.lr_decay_steps): further steps change no weights"
+        )
+    low, high = distill.w_min + 1, distill.w_max + 1
+    if distill.w_embedding_dim and sample.every and sample.prompts and not low <= sample.guidance_scale <= high:
+        found.append(
+            f"config.sample.guidance_scale = {sample.guidance_scale:g}, but this run trains {low:g} to {high:g} "
+            "(distill.w_min and w_max + 1): the sample grids show guidance that is not trained"
+        )
+    return found
 
 
 def flag_help(example: str) -> str:
@@ -304,24 +334,51 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
-            _ = flags.FLAGS["config"].value.seed  # config_flags reports a missing file at the first access
+            _without_none(flags.FLAGS["config"].value)  # config_flags reports a missing file at the first access
         if rest[1:]:
             raise LcmError(f"unexpected argument {rest[1]!r}; write options as --name=value without blanks")
         return rest
-    except (flags.Error, LcmError, OSError, ImportError, SyntaxError) as error:
-        message = _one_line(error) if not isinstance(error, OSError) else " ".join(str(error).split())
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        given = [word for word in argv[1:] if word.startswith(("--config.", "-config."))]
-        message = f"config: {_one_line(error)} (given: {' '.join(given) or 'no overrides'}); --help lists the keys"
+    except Exception as error:  # a config file is code, and may raise anything
+        if not (message := _of_config_file(error)):
+            if isinstance(error, flags.Error | LcmError | OSError):
+                message = _one_line(error)
+            elif isinstance(error, AttributeError | KeyError | TypeError | ValueError):
+                given = " ".join(word for word in argv[1:] if word.startswith(("--config.", "-config.")))
+                message = f"config: {_one_line(error)} (given: {given or 'no overrides'}); --help lists the keys"
+            else:
+                raise
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
+def _without_none(config: ConfigDict) -> None:
+    """Makes the word None on the command line what it means, for keys that may be None: ml_collections keeps the word."""
+    for key in (key for key in KEYS if key.default is None):
+        *sections, name = key.name.split(".")
+        section = functools.reduce(lambda part, inner: part.get(inner, {}), sections, config)
+        if section.get(name) == "None":
+            section[name] = None
+
+
+def _of_config_file(error: BaseException | None) -> str:
+    """ "FILE:LINE: ..." of what a config file raised, which config_flags and absl may wrap; "" for another error."""
+    while error is not None:
+        if isinstance(error, SyntaxError) and os.path.isfile(error.filename or ""):
+            return f"{error.filename}:{error.lineno}: {error.msg}"
+        frames = [one for one in traceback.extract_tb(error.__traceback__) if one.name in ("get_config", "<module>")]
+        if frames:
+            return f"{frames[-1].filename}:{frames[-1].lineno}: {type(error).__name__}: {_one_line(error)}"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
 def _one_line(error: BaseException) -> str:
     """Message of `error` without line breaks; ml_collections puts a repr inside a repr."""
-    text = str(error.args[0]) if error.args else type(error).__name__
-    text = text.replace("\\'", "'").replace('\\"', '"').replace("\\n", " ")
-    return " ".join(text.strip("\"'").split())
+    text = str(error.args[0]) if error.args and not isinstance(error, OSError) else str(error) or type(error).__name__
+    text = text.replace("\\'", "'").replace('\\"', '"').replace("\\n", " ").strip()
+    if text[:1] == text[-1:] and text[:1] in ("'", '"'):
+        text = text[1:-1]
+    return " ".join(text.split())
 
 
 def markdown() -> str:

@@ -92,7 +92,7 @@ class Key:
       check: what a value must be beyond that type; None: nothing more.
       meaning: one line.
       may_change: a resumed run may have another value than the run began with.
-      place_of: of a path: the file of the workdir that tells whether the same thing is at another place.
+      place_of: of a path: the file of the workdir that records whether the same thing is at another place.
     """
 
     name: str

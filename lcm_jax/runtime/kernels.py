@@ -204,7 +204,7 @@ class _Attention:
         return "chunked" if q[1] * self._row_bytes(q, k) > LOGITS_LIMIT else "xla"
 
     def _row_bytes(self, q: tuple[int, ...], k: tuple[int, ...]) -> int:
-        """Bytes of one query position's float32 logits on one device, all its pictures and heads."""
+        """Bytes of one query position's float32 logits on one device, all its images and heads."""
         return math.ceil(q[0] / self.mesh.size) * q[2] * k[1] * 4
 
     def _rows(self, q: tuple[int, ...], k: tuple[int, ...]) -> int:
@@ -250,22 +250,18 @@ def _largest_cudnn_head(mesh: Mesh) -> int:
     return CUDNN_HEAD_HOPPER if 9 <= capability < 10 else CUDNN_HEAD if capability >= 8 else 0
 
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-
-
 def on_mesh(pipeline: Pipeline, mesh: Mesh, unet_attention: str = "auto", remat: str = "none") -> Pipeline:
     """The pipeline with networks for `mesh`, on which its weights lie by the rule of `runtime.mesh`.
 
     Args:
-      unet_attention: one of `attention.CHOICES`; the other networks choose by device and shape.
+      unet_attention: one of CHOICES; the other networks choose by device and shape.
       remat: one of `layers.REMAT_CHOICES`, of the UNet.
 
     Raises:
       LcmError: the mesh's devices cannot run that attention, or not at the size of a head; the layer is named.
     """
     check(plain_module(pipeline.unet), unet_attention, mesh)
-    others = {part: getattr(pipeline, part) for part in PARTS[1:]}
-    others = {part: equipped(module, mesh) for part, module in others.items() if module is not None}
+    others = {part: equipped(module, mesh) for part, module in pipeline.parts.items() if part != "unet"}
     return dataclasses.replace(pipeline, unet=equipped(pipeline.unet, mesh, unet_attention, remat=remat), **others)
 
 

@@ -27,6 +27,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -139,7 +140,7 @@ def check_same(workdir: Path, name: str, found: Mapping[str, Any]) -> dict[str, 
         if _digest(before[key]) != _digest(found[key]):
             raise LcmError(
                 f"{path}: {key} was {_shown(before[key])} when this run began, and is {_shown(found[key])} now; "
-                f"restore what it began with, choose another workdir, or delete {path} to go on all the same"
+                f"restore what it began with, choose another workdir, or delete {path} to continue anyway"
             )
     return before
 
@@ -158,8 +159,8 @@ def same_as_before(workdir: Path, name: str, found: Mapping[str, Any]) -> None:
         if jax.process_index() == 0:
             if (lacking := sorted(found.keys() - before.keys())) and _begun(workdir):
                 print(
-                    f"WARNING: {path} does not tell with which {', '.join(lacking)} this run began; from now on it "
-                    "does, as found now",
+                    f"WARNING: {path} does not record with which {', '.join(lacking)} this run began; what is found now "
+                    "is recorded",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -312,7 +313,8 @@ class StopSignal:
 
     A loop whose processes do not wait for each other asks `if stop:` wherever it can end. A signal to one of several
     processes stops them all; further ones have no effect, as launchers send one to each process. In a single process a
-    second signal takes its usual effect at once. On exit the previous handlers are restored.
+    second signal takes its usual effect at once. On exit the previous handlers are restored. In a thread that is not
+    the main one, signals are left to whoever started it: nothing stops but by another process.
 
     Attributes:
         name: of the signal that came, for messages; "SIGTERM" if another process got it.
@@ -329,6 +331,8 @@ class StopSignal:
         self._several = jax.distributed.is_initialized()
         # From `distributed.initialize` on SIGTERM belongs to jax, which would not see it if Python handled it.
         numbers = (signal.SIGINT,) if self._several else self.SIGNALS
+        if threading.current_thread() is not threading.main_thread():
+            numbers = ()  # Python takes no handlers from there
         self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
@@ -355,9 +359,10 @@ class StopSignal:
     def _handle(self, number: int, _: FrameType | None) -> None:
         ending.signals.heard()
         self.name = signal.Signals(number).name
-        self._restore()
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)  # jax tells the other processes
+        else:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -20,9 +20,8 @@ from lcm_jax.errors import BadArgument, LcmError
 TEXT_SUFFIXES = ("txt", "caption", "text")  # of a text with the captions of the image beside it, the usual one first
 MAX_BYTES = 2**30  # of an image: more than the largest image that is decoded has, uncompressed
 MAX_TEXT = 2**24  # bytes of a text, a JSON object or a line of a list of images
-MAX_CAPTION = (
-    100_000  # characters, as of a prompt: 16 MB take half a minute and 1 GB to tokenize, and 75 tokens are used
-)
+# Characters of a caption, as of a prompt: 16 MB take half a minute and 1 GB to tokenize, and 75 tokens are used.
+MAX_CAPTION = 100_000
 MAX_FIELDS = 128  # numbers known of a record: each takes 8 bytes of every record, whether it has it or not
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
