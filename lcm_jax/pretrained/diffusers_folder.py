@@ -200,14 +200,28 @@ def warn_of_scale(vae: nn.Module, own: Config, source: str | Path, other: str | 
 def folder_record(source: str | Path, weights: bool = True) -> Config:
     """Content of the `lcm_config.json` of a folder or hub repository; {} if it has none.
 
+    A part's folder, as EXPORT/unet, has that of its pipeline.
+
     weights: False: if the hub cannot be asked, the package's own configs are used.
     """
-    return digests.without(foreign.read_optional(_local(source, [RECORD], weights) / RECORD))
+    return digests.without(_first_of(_local(source, [RECORD], weights), RECORD))
 
 
 def folder_scheduler(source: str | Path, weights: bool = True) -> Config:
-    """Content of the scheduler_config.json of a folder or hub repository; {} if it has none. weights: as above."""
-    return foreign.read_optional(_local(source, [SCHEDULER], weights) / SCHEDULER)
+    """The same for scheduler_config.json."""
+    return _first_of(_local(source, [SCHEDULER], weights), SCHEDULER)
+
+
+def _first_of(folder: Path, name: str) -> Config:
+    """Content of the JSON file `name` in the first of `_roots` that has it; {} if none has."""
+    return next(filter(None, (foreign.read_optional(root / name) for root in _roots(folder))), {})
+
+
+def _roots(folder: Path) -> tuple[Path, ...]:
+    """`folder`; of a part, as EXPORT/unet, then its pipeline's: what stands there is of this part, too."""
+    above = folder.absolute().parent
+    is_part = (folder / "config.json").is_file() and (above / "model_index.json").is_file()
+    return (folder, above) if is_part else (folder,)
 
 
 def scheduler_config(folder: Path, index: Config) -> Config:
@@ -248,8 +262,7 @@ def check_noise(source: str | Path, noise: NoiseSchedule, model: str, weights: b
       LcmError: it was trained on other noise.
     """
     folder = _local(source, ["model_index.json", SCHEDULER, RECORD], weights, "unet")
-    above = folder.absolute().parent
-    for root in (folder, above) if (above / "model_index.json").is_file() else (folder,):
+    for root in _roots(folder):
         index, record = (foreign.read_optional(root / name) for name in ("model_index.json", RECORD))
         found = []
         if (root / SCHEDULER).is_file():
