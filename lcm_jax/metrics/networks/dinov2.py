@@ -238,8 +238,7 @@ def read(
             found[name] = key, None
 
     def shape(key: str, half: int | None) -> tuple[int, ...]:
-        first, *rest = shapes[key]
-        return (first if half is None else first // 2, *rest)
+        return shapes[key] if half is None else (shapes[key][0] // 2, *shapes[key][1:])
 
     def tensor(name: str) -> np.ndarray:
         key, half = found[name]
