@@ -121,6 +121,9 @@ def test_a_single_file_is_a_model(tmp_path):
     np.testing.assert_array_equal(arrays(ours), arrays(generate(folder, tmp_path / "b", *OPTIONS)))
 
 
+ADDRESS = "https://huggingface.co/owner/name/resolve/main/x.safetensors"
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -130,6 +133,8 @@ def test_a_single_file_is_a_model(tmp_path):
         ("FILE:1e-1", ("FILE", 0.1)),
         ("owner/name", ("owner/name", 1.0)),
         ("owner/name/x.safetensors:.5", ("owner/name/x.safetensors", 0.5)),
+        (f"{ADDRESS}:0.5", (ADDRESS, 0.5)),
+        (f"{ADDRESS}?download=true", (f"{ADDRESS}?download=true", 1.0)),
         ("ODD:name", ("ODD:name", 1.0)),
         ("ODD:name:2", ("ODD:name", 2.0)),
         ("FILE:nan", "weight nan is not finite"),
@@ -138,6 +143,7 @@ def test_a_single_file_is_a_model(tmp_path):
         ("FILE:50%", "'50%' is no weight"),
         ("FILE:1.0:0.5", "'1.0:0.5' is no weight"),
         ("nothing", "nothing does not exist"),
+        ("https://elsewhere.org/x.safetensors", "https://elsewhere.org/x.safetensors does not exist"),
         ("/no/such:2", "/no/such does not exist; give a .safetensors file, a folder, or owner/name"),
     ],
 )

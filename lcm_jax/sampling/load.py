@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from jax.sharding import Mesh
 from lcm_jax import assets, files
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.models import int8
-from lcm_jax.pretrained import digests, is_single_file, load_pipeline, lora_files, read_record
+from lcm_jax.pretrained import digests, hub, is_single_file, load_pipeline, lora_files, read_record
 from lcm_jax.pretrained.embeddings import read_embeddings
 from lcm_jax.pretrained.model import Pipeline, PipelineParams, check_generates, recorded
 from lcm_jax.pretrained.safetensors_io import SUFFIX
@@ -26,17 +25,10 @@ from lcm_jax.runtime.mesh import place
 from lcm_jax.sampling import offload as offload_lib
 from lcm_jax.sampling.generator import Generator
 
-CONSTANTS = (
-    "solver_steps",
-    "timestep_scaling",
-    "sigma_data",
-    "phases",
-    "prediction_type",
-)  # in which records must agree
+# In which records must agree.
+CONSTANTS = ("solver_steps", "timestep_scaling", "sigma_data", "phases", "prediction_type")
 
 WEIGHTS = ("int8",)
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/.+)?")
 
 Lora = tuple[str, float]  # file, folder or hub id; weight
 
@@ -176,7 +168,7 @@ def parse_lora(text: str) -> Lora:
     """`FILE[:weight]`: what follows the last colon is a weight if it is a number, else part of the name; default 1.0.
 
     Raises:
-      BadArgument: no file by that name and no hub id, or a weight that is not finite.
+      BadArgument: no file by that name and no name or address on the hub, or a weight that is not finite.
     """
     source, colon, last = text.rpartition(":")
     try:
@@ -189,6 +181,6 @@ def parse_lora(text: str) -> Lora:
     name, found, _ = source.rpartition(":")
     if found and files.expanded(name).exists() and not files.expanded(source).exists():
         raise BadArgument("lora", text, f"{text[len(name) + 1 :]!r} is no weight; write {name}:0.8")
-    if not files.expanded(source).exists() and not _HUB_NAME.fullmatch(source):
+    if not files.expanded(source).exists() and not hub.is_name(source):
         raise BadArgument("lora", text, f"{source} does not exist; give a .safetensors file, a folder, or owner/name")
     return source, weight
