@@ -103,6 +103,13 @@ def test_presets_are_what_their_makers_publish(pipeline):
         presets.words("dmd2", 3)
 
 
+def test_timesteps_that_are_no_numbers_are_one_line(capsys):
+    with pytest.raises(SystemExit):
+        sample.parser().parse_args(["--out=a", "--timesteps=999,749,"])
+    wanted = "error: argument --timesteps: '999,749,': give whole numbers, such as 999,749,499,249; see python -m "
+    assert capsys.readouterr().err.startswith(wanted)
+
+
 def test_what_an_image_records_of_its_sampler_repeats_it(pipeline):
     for options in (
         {},

@@ -164,8 +164,11 @@ def add_prompt_flags(p: argparse.ArgumentParser) -> None:
 
 
 def parse_timesteps(text: str) -> tuple[int, ...]:
-    """--timesteps=999,749,499,249; argparse reports a ValueError."""
-    return tuple(int(word) for word in text.split(","))
+    """--timesteps=999,749,499,249, for argparse."""
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers, such as 999,749,499,249") from None
 
 
 def load_model(args: argparse.Namespace, embeddings: Sequence[str] = ()) -> Generator:
