@@ -1,5 +1,6 @@
 """Two passes: hires and SDXL's refiner beside diffusers' pipelines, where they hand over, and what is refused."""
 
+import itertools
 import re
 from unittest import mock
 
@@ -22,6 +23,7 @@ from test_sample import compilations
 
 import lcm_jax
 from lcm_jax import Hires, Refine, sample
+from lcm_jax.diffusion import samplers
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.sampling import chain
 from lcm_jax.sampling.generator import Generator
@@ -136,6 +138,30 @@ def test_an_lcm_hands_over_with_the_noise_of_the_refiners_first_timestep(base, r
     x0 = base.latents(base.encode(PROMPTS), noise[:4], 1.0, lcm_jax.Settings(steps=4))
     alpha, sigma = (table[199] for table in (base.pipeline.schedule.alphas, base.pipeline.schedule.sigmas))
     parity.close(given[0], (alpha * x0 + sigma * noise[4])[None], rtol=0, of_max=4 * parity.EPS)
+
+
+@pytest.mark.parametrize(
+    ("options", "entries"), [({"sampler": "euler_ancestral"}, 3), ({"sampler": "tcd", "gamma": 0.5}, 1)]
+)
+def test_fresh_noise_of_the_bases_last_step_is_in_what_it_hands_over(options, entries, base, refiner, monkeypatch):
+    """The refiner starts from what the whole sampler has at that timestep, and has noise of its own for its steps."""
+    given, schedule = [], base.pipeline.schedule
+    monkeypatch.setattr(refiner, "sampled", lambda request, prompts, noise: given.append(noise))
+    request, noise = asked(base, Refine(refiner, 0.5, 3), steps=4, **options), base.noise(SEED, [0, 1], 7, 16, 16)
+    whole, stopped = (make_plan(base.pipeline, s) for s in (lcm_jax.Settings(steps=4, **options), request.settings))
+    kept = len(stopped.t)
+    assert 1 < kept < 4
+
+    def model(x, t):
+        return 0.5 * x
+
+    z = stopped(model, noise[:4], schedule)
+    chain.second_pass(base, request, z, PROMPTS, [0, 1], SEED)
+    *_, (_, want) = itertools.islice(whole(model, noise[:4], schedule, loop=samplers.stepwise), kept)
+    assert len(given[0]) == entries
+    parity.close(given[0][0], want, rtol=0, of_max=8 * parity.EPS)
+    np.testing.assert_array_equal(given[0][1:], noise[kept + 1 : kept + entries])
+    assert np.abs(given[0][0] - z).max() > 0.1
 
 
 @pytest.mark.slow
