@@ -633,7 +633,7 @@ CONTRACTS = [
     ),
     Mutant(
         "an export without its tokenizers",
-        "pretrained/diffusers_folder.py",
+        "pretrained/save.py",
         'texts |= {f"{TOKENIZER_OF[part]}/{name}": content for name, content in tokenizer.files.items()}',
         "pass",
         ("test_pretrained_saving.py",),

@@ -11,9 +11,9 @@ import lcm_jax
 from lcm_jax.distill import OBJECTIVES
 from lcm_jax.models import unet
 from lcm_jax.pretrained import Pipeline, single_file
-from lcm_jax.pretrained.diffusers_folder import scheduler_class
 from lcm_jax.pretrained.lora_files import FILE_NAME
 from lcm_jax.pretrained.safetensors_io import SUFFIX
+from lcm_jax.pretrained.save import scheduler_class
 from lcm_jax.run import clients
 
 _CARD = """\
