@@ -211,7 +211,7 @@ def test_values_that_mean_nothing_are_refused(wrong, message):
         Asked(**{"prompt": "a", **wrong})
 
 
-@pytest.mark.parametrize("value", [None, "", "1", True, float("nan"), float("inf"), [1], 1.5])
+@pytest.mark.parametrize("value", [None, "", "1", True, float("nan"), float("inf"), 10**400, [1], 1.5])
 def test_numbers_are_numbers(value):
     with pytest.raises(BadArgument, match="^steps="):
         to_number(value, "steps", whole=True)

@@ -23,11 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lcm_jax.errors import LcmError
 from lcm_jax.foreign import read_json
 from lcm_jax.metrics import resizing
 from lcm_jax.metrics.networks import weights
-from lcm_jax.metrics.networks.network import Network
+from lcm_jax.metrics.networks.network import Network, resize_variant
 from lcm_jax.models import clip
 from lcm_jax.models.config import RUN_FIELDS, Channels, Epsilon, Layers, module_fields
 from lcm_jax.models.layers import LayerNorm, Run, multi_head_attention
@@ -207,9 +206,7 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
     Raises:
       LcmError: no such folder or variant, files missing or damaged, or another network's.
     """
-    resize = resize or "square"
-    if resize not in RESIZES:
-        raise LcmError(f"resize={resize!r} of dinov2 features is unknown; choose one of {', '.join(RESIZES)}")
+    resize = resize_variant("dinov2", resize, RESIZES)
     folder = weights.existing("dinov2", path)
     with config_of(folder / "config.json"):
         module = from_config(read_json(folder / "config.json"))
