@@ -63,6 +63,8 @@ def cubic_weights(size: int, grid: int) -> np.ndarray:
 
 
 class Embeddings(nn.Module):
+    """Images [b h w 3] -> class token and patches, row by row, with their positions: [b 1 + (h/p)(w/p) d]."""
+
     hidden_size: int
     grid: int  # of the position embeddings
     patch_size: int
@@ -83,6 +85,8 @@ class Embeddings(nn.Module):
 
 
 class PatchEmbeddings(nn.Module):
+    """Images [b h w 3] -> patches [b h/p w/p d]."""
+
     hidden_size: int
     patch: tuple[int, int]
 
@@ -135,6 +139,8 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
+    """x [b s d] -> [b s d]; hidden: width of the MLP."""
+
     heads: int
     hidden: int
     epsilon: float
