@@ -101,6 +101,11 @@ def test_presets_are_what_their_makers_publish(pipeline):
     assert presets.weighted("tcd", ["a"]) == ["a"]
     with pytest.raises(BadArgument, match="steps=3: preset dmd2 is for files made for 4, 1 steps"):
         presets.words("dmd2", 3)
+    with pytest.raises(
+        BadArgument, match="preset=dmd2: has timesteps by hand.*give --sampler=lcm --steps=4 --guidance"
+    ):
+        presets.words("dmd2", None, of_image=True)
+    assert presets.words("lcm-lora", 2, of_image=True) == presets.words("lcm-lora", 2)
 
 
 def test_timesteps_that_are_no_numbers_are_one_line(capsys):
