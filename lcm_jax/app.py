@@ -20,15 +20,17 @@ from typing import Any
 from lcm_jax.diffusion.timesteps import SPACINGS
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import BadArgument, LcmError
+from lcm_jax.page.asked import Asked
 from lcm_jax.page.guard import LOOPBACK, Guard
 from lcm_jax.page.maker import Maker
-from lcm_jax.sampling import flags, like
+from lcm_jax.sampling import flags, like, nag
 from lcm_jax.sampling.plan import SAMPLERS, check_steps
 from lcm_jax.sampling.prompts import check_syntax
 from lcm_jax.sampling.request import check_guidance_scale, check_numbers, check_texts
 
-FIXED = ("sampler", "spacing", "height", "width", "prompt_syntax", "emphasis", "clip_skip")  # no visitor changes them
-PASSED = (*like.MODEL, *like.COMPUTED, "sampler", "spacing", "prompt_syntax", "emphasis", "clip_skip", "fsdp")
+_SHARED = ("sampler", "spacing", "nag_scale", "prompt_syntax", "emphasis", "clip_skip")
+FIXED = (*_SHARED, "height", "width")  # no visitor changes them
+PASSED = (*like.MODEL, *like.COMPUTED, *_SHARED, "fsdp")  # in the command line of an image
 
 
 def parser() -> flags.Parser:
@@ -37,7 +39,7 @@ def parser() -> flags.Parser:
     flags.add_image_flags(p)
     flags.add_prompt_flags(p)
     p.add_argument("--prompt", default="", help="that the page begins with")
-    p.add_argument("--sampler", choices=SAMPLERS, default="lcm")
+    p.add_argument("--sampler", choices=SAMPLERS, help="default: as of lcm_jax.sample")
     p.add_argument("--spacing", choices=SPACINGS, default="trailing", help="timesteps of ddim and dpm")
     p.add_argument("--steps", type=int, help="that the page begins with; default: --max_steps")
     p.add_argument(
@@ -93,6 +95,7 @@ def run(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             check_steps(getattr(args, name))
     check_guidance_scale(args.guidance_scale)
+    nag.check_scale(args.nag_scale)
     check_syntax(args.prompt_syntax or "plain", args.emphasis)
     bound = listening(args.host, args.port)
     token = None if args.host in LOOPBACK else secrets.token_urlsafe(32)
@@ -101,7 +104,9 @@ def run(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     net = args.control and model.control_net(args.control, args.variant)
     fixed = {name: getattr(args, name) for name in FIXED} | {"prompt_syntax": args.prompt_syntax or "plain"}
     maker = Maker(model, fixed, given_flags(p, args), args.max_steps, net)
-    start = {name: getattr(args, name) for name in ("prompt", "negative_prompt", "steps", "guidance_scale", "seed")}
+    scale = maker.default_scale if args.guidance_scale is None else args.guidance_scale
+    start = Asked(args.prompt, args.steps or args.max_steps, scale, args.seed, args.negative_prompt or "")
+    maker.request(start)  # what it begins with is something that it can make
     app = Guard(make_app(maker, start), token)
     maker.warm_up(functools.partial(print, flush=True))
     print(f"open {address_of(bound, args.host, token)}", flush=True)

@@ -33,9 +33,9 @@ from lcm_jax.distill.student import merged, trainable, with_trainable
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import RECORD, Pipeline, lora_files, save_pipeline, save_single_file, save_unet
-from lcm_jax.pretrained.diffusers_folder import all_or_nothing, check_folder, lcm_scheduler_config, scheduler_class
 from lcm_jax.pretrained.model import PipelineParams, fold_w
 from lcm_jax.pretrained.safetensors_io import check_file
+from lcm_jax.pretrained.save import all_or_nothing, check_folder, lcm_scheduler_config, scheduler_class
 from lcm_jax.run.config import from_saved, validate
 from lcm_jax.run.keys import MODELS_FILE
 from lcm_jax.run.model_card import model_card

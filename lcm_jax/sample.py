@@ -436,7 +436,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
 
     def program() -> None:
-        given = argv if args.preset is None else [*presets.words(args.preset, args.steps), *argv]
+        steps = args.steps or len(args.timesteps) or None
+        of_preset = [] if args.preset is None else presets.words(args.preset, steps, args.image is not None)
+        given = [*of_preset, *argv]
         asked = p.parse_args(given) if args.like is None else repeated(p, given, args.like)
         asked.lora = asked.lora if args.preset is None else presets.weighted(args.preset, asked.lora)
         run(asked, written)

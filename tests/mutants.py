@@ -633,7 +633,7 @@ CONTRACTS = [
     ),
     Mutant(
         "an export without its tokenizers",
-        "pretrained/diffusers_folder.py",
+        "pretrained/save.py",
         'texts |= {f"{TOKENIZER_OF[part]}/{name}": content for name, content in tokenizer.files.items()}',
         "pass",
         ("test_pretrained_saving.py",),
@@ -894,9 +894,16 @@ CONTRACTS = [
     Mutant(
         "an image without noise handed to the refiner",
         "sampling/chain.py",
-        "            z = _noised(then.model.pipeline, asked.settings, z, noise[behind])\n",
-        "",
+        "_noised(then.model.pipeline, asked.settings, z, fresh) if is_lcm",
+        "z if is_lcm",
         ("test_sampling_chain.py::test_an_lcm_hands_over_with_the_noise_of_the_refiners_first_timestep",),
+    ),
+    Mutant(
+        "a base whose last step keeps its fresh noise to itself",
+        "sampling/chain.py",
+        "z + plan.table[-1][-1] * fresh",
+        "z",
+        ("test_sampling_chain.py::test_fresh_noise_of_the_bases_last_step_is_in_what_it_hands_over",),
     ),
     Mutant(
         "a refiner's second pass with the score of its first",

@@ -22,6 +22,7 @@ from PIL import Image
 import lcm_jax
 from lcm_jax import export, pretrained, sample
 from lcm_jax.distill.state import TrainState, create
+from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import digests, load_pipeline, load_unet, safetensors_io
 from lcm_jax.run import models
 from lcm_jax.run.config import default_config, resolve, to_json
@@ -397,6 +398,15 @@ def test_verify_without_torch(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
     error = error_of(capsys, f"--workdir={run[0]}", f"--out={tmp_path / 'out'}", "--verify")
     assert error == "error: --verify needs torch; pip install lcm_jax[torch], or leave --verify out\n"
+
+
+def test_images_that_are_not_finite_are_no_verification(monkeypatch):
+    """Of a run that diverged both programs give black images, which are equal."""
+    model = lcm_jax.load(tiny.folder("micro lcm"))
+    monkeypatch.setattr(model, "generate", lambda *_: np.full((2, 16, 16, 3), np.nan, np.float32))
+    monkeypatch.setattr(verify, "load", lambda *_, **__: model)
+    with pytest.raises(LcmError, match="out: 2 of 2 images are not finite, and would be black; check whether the run"):
+        verify.compare("out", ["a", "b"])
 
 
 def test_missing_or_other_teacher_is_refused(run, tmp_path, capsys):

@@ -355,6 +355,12 @@ def test_dinov2_matches_transformers(changes, published, tmp_path):
         parity.close(got, want, rtol=0, atol=ATOL)
 
 
+def test_a_dinov2_with_a_number_of_its_own_is_refused():
+    module = dinov2.Dinov2Model(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28)
+    with pytest.raises(LcmError, match=r"file holds another network: \d+ missing .*, 1 unexpected \(logit_scale\)"):
+        dinov2.read(module, {"logit_scale": ()}, {}.__getitem__, "file")
+
+
 @pytest.mark.slow
 def test_published_networks_have_their_size():
     """Numbers of parameters of facebook/dinov2-large (its mask token apart) and of openai/clip-vit-large-patch14."""

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import builtins
+import dataclasses
 import json
 import shlex
 import threading
@@ -151,6 +152,30 @@ def test_flags_of_the_program_are_in_the_command_line(micro):
     assert (read.height, read.width, read.num_images) == (32, 16, 1)
 
 
+def test_the_sampler_is_the_models_own_on_the_page_and_in_its_command_line(micro):
+    """A phased map is sampled with tcd by both: the command line makes the image of the page."""
+    p = app.parser()
+    args, model = p.parse_args([f"--model={micro / 'model'}"]), load(micro / "model")
+    model.pipeline = dataclasses.replace(model.pipeline, record={**RECORD, "phases": 2, "map": "phased"})
+    made = Maker(model, {name: getattr(args, name) for name in ("sampler", "spacing")}, {"model": "a"}, 2)
+    assert made.request(Asked("a", 2)).settings.sampler == "tcd"
+    assert "sampler" not in app.given_flags(p, args)
+
+
+def test_a_negative_prompt_needs_guidance_that_the_model_has(micro):
+    """An LCM with w embedding takes one with --nag_scale, which the command line passes on."""
+    p, model = app.parser(), load(micro / "model")
+    given = app.given_flags(p, p.parse_args(["--model=a", "--nag_scale=3"]))
+    wanted = Asked("a", 1, 4.0, negative_prompt="b")
+    without, guided = (Maker(model, fixed, given, 1) for fixed in ({}, {"nag_scale": 3.0}))
+    assert (without.takes_negative, guided.takes_negative) == (False, True)
+    with pytest.raises(BadArgument, match="negative_prompt=b: this UNet has a w embedding.*add nag_scale=3"):
+        without.request(wanted)
+    request = guided.request(wanted)
+    assert (request.nag_scale, request.negative_prompt) == (3.0, "b")
+    assert "nag_scale" in app.FIXED and " --nag_scale=3 " in guided.command(wanted)
+
+
 def test_nothing_compiles_after_the_warm_up(maker):
     with compilations() as compiled:
         for wanted in ASKED.values():
@@ -186,7 +211,7 @@ def test_values_that_mean_nothing_are_refused(wrong, message):
         Asked(**{"prompt": "a", **wrong})
 
 
-@pytest.mark.parametrize("value", [None, "", "1", True, float("nan"), float("inf"), [1], 1.5])
+@pytest.mark.parametrize("value", [None, "", "1", True, float("nan"), float("inf"), 10**400, [1], 1.5])
 def test_numbers_are_numbers(value):
     with pytest.raises(BadArgument, match="^steps="):
         to_number(value, "steps", whole=True)

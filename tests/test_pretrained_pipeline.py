@@ -16,7 +16,7 @@ from absl import logging
 from flax import traverse_util
 
 from lcm_jax.errors import LcmError, UnsupportedConfig
-from lcm_jax.pretrained import load_pipeline, load_unet, load_vae, names
+from lcm_jax.pretrained import load_pipeline, load_unet, load_vae, names, read_record
 
 
 def edit(path: Path, **changes):
@@ -191,6 +191,18 @@ def test_parts_from_pipelines_and_from_folders_of_their_own(tmp_path):
     pipeline, params = load_pipeline(base, unet=alone)
     assert pipeline.has_w_embedding and pipeline.configs["unet"]["time_cond_proj_dim"] == 16
     assert_same_weights(pipeline, params, "unet", tiny.torch_unet("lcm"))
+
+
+def test_a_part_has_the_record_of_its_pipeline(sd1, tmp_path):
+    """EXPORT/unet as EXPORT, or a phased LCM would be sampled as one to the origin; what is no part has none."""
+    lcm, record = tiny.copy("lcm", tmp_path / "lcm"), {"solver_steps": 20, "phases": 2, "map": "phased"}
+    tiny.write_json(lcm / "lcm_config.json", record)
+    for unet in (lcm, lcm / "unet"):
+        assert read_record(unet) == record
+        constants = load_pipeline(sd1, unet=unet, weights=False)[0].constants
+        assert (constants.solver_steps, constants.phases) == (20, 2)
+    (lcm / "lora").mkdir()
+    assert read_record(lcm / "lora") == {}
 
 
 BROKEN = {

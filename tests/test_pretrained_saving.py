@@ -20,14 +20,14 @@ from lcm_jax.diffusion import schedule
 from lcm_jax.errors import LcmError
 from lcm_jax.models.config import to_config
 from lcm_jax.pretrained import (
-    diffusers_folder,
     load_pipeline,
     load_vae,
     safetensors_io,
+    save,
     save_pipeline,
     save_unet,
 )
-from lcm_jax.pretrained.diffusers_folder import lcm_scheduler_config
+from lcm_jax.pretrained.save import lcm_scheduler_config
 
 FILES = {
     "model_index.json",
@@ -193,7 +193,7 @@ def test_a_tiny_autoencoder_takes_the_vaes_place(saved, tmp_path):
 def test_class_of_inpainting_models(saved, name, channels, expected):
     pipeline = saved(name)[0][0]
     other = dataclasses.replace(pipeline, unet=pipeline.unet.clone(in_channels=channels))
-    assert diffusers_folder._pipeline_class(other) == expected
+    assert save._pipeline_class(other) == expected
     assert hasattr(diffusers, expected)
 
 

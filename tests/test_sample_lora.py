@@ -24,7 +24,7 @@ from lcm_jax.errors import BadArgument
 from lcm_jax.models.layers import dtypes_in_use
 from lcm_jax.pretrained import RECORD, load_pipeline, lora_keys, save_single_file, text
 from lcm_jax.sampling.generator import draw_noise
-from lcm_jax.sampling.load import add_loras, parse_lora
+from lcm_jax.sampling.load import add_loras, pairs_of, parse_lora
 from lcm_jax.sampling.request import make_request, warnings
 
 SEED, STEPS = 5, 3
@@ -121,6 +121,9 @@ def test_a_single_file_is_a_model(tmp_path):
     np.testing.assert_array_equal(arrays(ours), arrays(generate(folder, tmp_path / "b", *OPTIONS)))
 
 
+ADDRESS = "https://huggingface.co/owner/name/resolve/main/x.safetensors"
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -130,6 +133,8 @@ def test_a_single_file_is_a_model(tmp_path):
         ("FILE:1e-1", ("FILE", 0.1)),
         ("owner/name", ("owner/name", 1.0)),
         ("owner/name/x.safetensors:.5", ("owner/name/x.safetensors", 0.5)),
+        (f"{ADDRESS}:0.5", (ADDRESS, 0.5)),
+        (f"{ADDRESS}?download=true", (f"{ADDRESS}?download=true", 1.0)),
         ("ODD:name", ("ODD:name", 1.0)),
         ("ODD:name:2", ("ODD:name", 2.0)),
         ("FILE:nan", "weight nan is not finite"),
@@ -138,6 +143,7 @@ def test_a_single_file_is_a_model(tmp_path):
         ("FILE:50%", "'50%' is no weight"),
         ("FILE:1.0:0.5", "'1.0:0.5' is no weight"),
         ("nothing", "nothing does not exist"),
+        ("https://elsewhere.org/x.safetensors", "https://elsewhere.org/x.safetensors does not exist"),
         ("/no/such:2", "/no/such does not exist; give a .safetensors file, a folder, or owner/name"),
     ],
 )
@@ -153,6 +159,22 @@ def test_parse_lora_takes_a_number_after_the_last_colon_as_weight(tmp_path, give
             parse_lora(real(given))
     else:
         assert parse_lora(real(given)) == (real(expected[0]), expected[1])
+
+
+def test_loras_are_given_alone_or_in_a_list_by_name_or_path(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.touch()
+    for given in (path, str(path), [path], [f"{path}:1"], [(path, 1)], [[str(path), np.float32(1)]]):
+        assert pairs_of(given) == [(str(path), 1.0)], given
+    for wrong in ((str(path), 0.5), [(path, "0.5")], [None]):  # the first: a pair that is in no list
+        with pytest.raises(BadArgument, match=r'is no LoRA; give "FILE", "FILE:WEIGHT" or \(file, weight\)'):
+            pairs_of(wrong)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "float64", None, np.int8])
+def test_a_dtype_that_networks_do_not_compute_in_is_refused(dtype):
+    with pytest.raises(BadArgument, match="dtype=.*: choose one of auto, float32, bfloat16, float16"):
+        lcm_jax.load("/nowhere", dtype=dtype)
 
 
 def lora_with_record(folder: Path, record: dict, **tensors) -> Path:

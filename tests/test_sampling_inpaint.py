@@ -222,6 +222,20 @@ def test_cells_with_any_pixel_to_be_painted_are_painted():
     assert np.argwhere(made.hole).tolist() == [[3, 5]]
 
 
+def test_a_mask_without_white_at_the_size_of_the_request_is_refused():
+    """Cut off at the left, or one pixel of many: what is painted would be nothing."""
+    image = np.zeros((64, 128, 3), np.uint8)
+    left, dot = (np.asarray(hole(64, 128, at)) for at in (np.s_[:, :8], np.s_[9:10, 9:10]))
+    with pytest.raises(BadArgument, match="mask=128 x 64: nothing of its white is left in 64 x 64 pixels: it is cut"):
+        canvas(image, left, Mask(()), 64, 64, "crop")
+    assert canvas(image, left, Mask(()), 64, 64, "stretch").hole.any()
+    for options in ({"padding": 64, "grow": 8}, {"padding": 0}):
+        assert canvas(image, dot, Mask((), **options), 16, 32, "crop").hole.any()
+    for options in ({}, {"padding": 64}):
+        with pytest.raises(BadArgument, match="or too small there; use another fit, more white, or a larger size"):
+            canvas(image, dot, Mask((), **options), 16, 32, "crop")
+
+
 def test_crops_are_those_of_diffusers():
     mask = np.asarray(hole(64, 64, np.s_[12:52, 12:52]))
     assert crop_box(mask, 4, 512, 512) == (8, 8, 56, 56)

@@ -101,6 +101,18 @@ def test_presets_are_what_their_makers_publish(pipeline):
     assert presets.weighted("tcd", ["a"]) == ["a"]
     with pytest.raises(BadArgument, match="steps=3: preset dmd2 is for files made for 4, 1 steps"):
         presets.words("dmd2", 3)
+    with pytest.raises(
+        BadArgument, match="preset=dmd2: has timesteps by hand.*give --sampler=lcm --steps=4 --guidance"
+    ):
+        presets.words("dmd2", None, of_image=True)
+    assert presets.words("lcm-lora", 2, of_image=True) == presets.words("lcm-lora", 2)
+
+
+def test_timesteps_that_are_no_numbers_are_one_line(capsys):
+    with pytest.raises(SystemExit):
+        sample.parser().parse_args(["--out=a", "--timesteps=999,749,"])
+    wanted = "error: argument --timesteps: '999,749,': give whole numbers, such as 999,749,499,249; see python -m "
+    assert capsys.readouterr().err.startswith(wanted)
 
 
 def test_what_an_image_records_of_its_sampler_repeats_it(pipeline):

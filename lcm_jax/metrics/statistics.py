@@ -37,7 +37,10 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-    """kept: features float32 [n_i d] of the first images, if `gather` was to keep some; not saved."""
+    """Mean and covariance of features, with their origin.
+
+    kept: features float32 [n_i d] of the first images, if `gather` was to keep some; not saved.
+    """
 
     origin: Origin
     stats: FeatureStatistics
@@ -50,8 +53,10 @@ class Statistics:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureSet:
+    """Features, with their origin; parts: float32 [n_i d]."""
+
     origin: Origin
-    parts: tuple[np.ndarray, ...]  # float32 [n_i d]
+    parts: tuple[np.ndarray, ...]
 
     @property
     def features(self) -> np.ndarray:

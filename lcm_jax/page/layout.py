@@ -5,7 +5,6 @@ and numbers (`guard`); what a visitor wrote is escaped before it is HTML.
 """
 
 import html
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,8 @@ _HERE = Path(__file__).parent
 _FONTS = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # of the visitor's machine, not of a server
 
 
-def make_app(maker: Maker, start: Mapping[str, Any]) -> fastapi.FastAPI:
-    """The page as an ASGI application; `guard.Guard` belongs in front of it.
-
-    start: what the page begins with: prompt, negative_prompt, steps, guidance_scale (None: the model's), seed.
-    """
+def make_app(maker: Maker, start: Asked) -> fastapi.FastAPI:
+    """The page, which begins with `start`, as an ASGI application; `guard.Guard` belongs in front of it."""
     theme = gr.themes.Base(primary_hue="indigo", neutral_hue="slate", font=_FONTS[0], font_mono=_FONTS[1])
     return gr.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
@@ -48,16 +44,15 @@ def make_app(maker: Maker, start: Mapping[str, Any]) -> fastapi.FastAPI:
     )
 
 
-def _page(maker: Maker, start: Mapping[str, Any]) -> gr.Blocks:
-    model, (height, width) = maker.model, maker.size
-    scale = maker.default_scale if start["guidance_scale"] is None else start["guidance_scale"]
+def _page(maker: Maker, start: Asked) -> gr.Blocks:
+    (height, width), scale = maker.size, start.guidance_scale
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         about = f"{maker.name} · {width} × {height} pixels"
         gr.HTML(f"<h1>{TITLE}</h1><p>{html.escape(about)}</p>", elem_id="title")
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=5, min_width=300):
                 prompt = gr.Textbox(
-                    start["prompt"],
+                    start.prompt,
                     label="Prompt",
                     lines=2,
                     max_lines=8,
@@ -67,9 +62,9 @@ def _page(maker: Maker, start: Mapping[str, Any]) -> gr.Blocks:
                     max_length=asked.MAX_PROMPT,
                 )
                 negative = gr.Textbox(
-                    start["negative_prompt"] or "",
+                    start.negative_prompt,
                     label="Negative prompt",
-                    visible=not model.pipeline.has_w_embedding,
+                    visible=maker.takes_negative,
                     max_length=asked.MAX_PROMPT,
                     elem_id="negative",
                 )
@@ -77,7 +72,7 @@ def _page(maker: Maker, start: Mapping[str, Any]) -> gr.Blocks:
                     steps = gr.Slider(
                         1,
                         max(maker.max_steps, 2),
-                        start["steps"] or maker.max_steps,
+                        start.steps,
                         step=1,
                         label="Steps",
                         min_width=200,
@@ -89,7 +84,7 @@ def _page(maker: Maker, start: Mapping[str, Any]) -> gr.Blocks:
                     )
                 with gr.Row():
                     seed = gr.Number(
-                        start["seed"], label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed"
+                        start.seed, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed"
                     )
                     new_seed = gr.Button("New seed", elem_id="new-seed", size="sm", min_width=90, scale=0)
                 with gr.Accordion("Start from an image", open=False, elem_id="image"):

@@ -34,6 +34,8 @@ class Maker:
       net: the page's ControlNet, if it has one.
       max_steps: that a visitor can ask for.
       size: height and width of all images.
+      default_scale: the guidance scale of the model.
+      takes_negative: whether a negative prompt can be asked for.
     """
 
     def __init__(
@@ -62,12 +64,13 @@ class Maker:
             raise (BadArgument("max_steps", max_steps, error.problem) if error.name == "steps" else error) from None
         self.size = request.height, request.width
         self.default_scale = request.guidance_scale
+        self.takes_negative = not model.pipeline.has_w_embedding or request.nag_scale != 1.0
 
     def warm_up(self, say: Callable[[str], None]) -> None:
         """Compiles what visitors can ask for: each number of steps, with and without an image, one pass and two."""
         for asked in self._kinds():
             start = time.perf_counter()
-            list(self.model.batches(self._request(asked), [asked.prompt], 1, asked.seed, 1))
+            list(self.model.batches(self.request(asked), [asked.prompt], 1, asked.seed, 1))
             what = "mask" if asked.mask is not None else "text" if asked.image is None else asked.use
             say(f"compiled {asked.steps} step{'s' * (asked.steps > 1)}, {what}: {time.perf_counter() - start:.1f} s")
 
@@ -78,7 +81,7 @@ class Maker:
           BadArgument: a value is wrong.
           LcmError: the prompt cannot be read, or the image is not finite.
         """
-        request = self._request(asked)
+        request = self.request(asked)
         batches = self.model.batches(request, [asked.prompt], 1, asked.seed, 1)
         with self._turns.next(visitor) as mine:
             if not mine:
@@ -94,7 +97,8 @@ class Maker:
         """The command line that makes the same image."""
         return asked.command(self._given, self.net and self.net.source, self.size)
 
-    def _request(self, asked: Asked) -> Request:
+    def request(self, asked: Asked) -> Request:
+        """What a visitor asks for, checked. Raises BadArgument: a value is wrong, or the model cannot do it."""
         if not 1 <= asked.steps <= self.max_steps:
             problem = f"out of range; choose 1 to {self.max_steps}, or start the page with a larger --max_steps"
             raise BadArgument("steps", asked.steps, problem)

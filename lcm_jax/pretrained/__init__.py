@@ -9,11 +9,11 @@ and single-file checkpoints:
     save_single_file(pipeline, params, "out/my-model.safetensors")
 """
 
-from lcm_jax.pretrained.diffusers_folder import save_pipeline, save_unet
 from lcm_jax.pretrained.hub import is_single_file
 from lcm_jax.pretrained.load import load_pipeline, load_unet, load_vae, read_record
 from lcm_jax.pretrained.model import ENCODERS, RECORD, Pipeline
-from lcm_jax.pretrained.single_file import load_single_file, save_single_file
+from lcm_jax.pretrained.save import save_pipeline, save_single_file, save_unet
+from lcm_jax.pretrained.single_file import load_single_file
 
 __all__ = [
     "ENCODERS",

@@ -1,23 +1,18 @@
-"""Diffusers folders of whole models, read and written.
+"""Diffusers folders of whole models, read; `save` writes them.
 
     FOLDER/model_index.json  scheduler/  tokenizer[_2]/  text_encoder[_2]/  unet/  vae/
 
-Reading: what a config leaves out has diffusers' defaults; what does not fit (tensors, widths, classes) is refused.
-Safety checkers, feature extractors and Flax weights are ignored.
-
-Writing: diffusers and transformers, old and new, load the folder without further arguments. It is written beside its
-final name, synced to disk, and renamed: under the final name there is either nothing or all of it.
+What a config leaves out has diffusers' defaults; what does not fit (tensors, widths, classes) is refused. Safety
+checkers, feature extractors and Flax weights are ignored.
 """
 
 import contextlib
 import functools
-import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -26,8 +21,7 @@ from lcm_jax import assets, files, foreign
 from lcm_jax.diffusion import schedule
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
-from lcm_jax.models import clip
-from lcm_jax.models.config import DIFFUSERS_VERSION, class_name, to_config
+from lcm_jax.models.config import class_name
 from lcm_jax.models.vae import AutoencoderKL
 from lcm_jax.pretrained import digests, hub, names, safetensors_io, taesd_file
 from lcm_jax.pretrained.model import (
@@ -51,7 +45,6 @@ from lcm_jax.typed import checked, config_of
 _ENCODER_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _CLASSES = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny")}
 _XL_FACTOR = 0.13025  # scaling_factor of SDXL's VAE
-_SLACK = 1 << 20  # bytes for headers, configs and the file system's own rounding
 
 
 def load_folder(
@@ -156,10 +149,10 @@ def find_variants(
     """
     singles = [part for part, (_, path) in origins.items() if path.is_file()]
     origins = {part: origin for part, origin in origins.items() if part not in singles}
-    having = {p for p, (_, path) in origins.items() if safetensors_io.has_weights(path, _weights_name(p), variant)}
+    having = {p for p, (_, path) in origins.items() if safetensors_io.has_weights(path, weights_name(p), variant)}
     found = dict.fromkeys(singles)
     for part, (source, path) in origins.items():
-        name = _weights_name(part)
+        name = weights_name(part)
         found[part] = variant if part in having or not (having or or_without) else None
         if found[part] != variant:
             logging.info("%s of %s has no variant %s: its weights without a variant are read", part, source, variant)
@@ -200,14 +193,28 @@ def warn_of_scale(vae: nn.Module, own: Config, source: str | Path, other: str | 
 def folder_record(source: str | Path, weights: bool = True) -> Config:
     """Content of the `lcm_config.json` of a folder or hub repository; {} if it has none.
 
+    A part's folder, as EXPORT/unet, has that of its pipeline.
+
     weights: False: if the hub cannot be asked, the package's own configs are used.
     """
-    return digests.without(foreign.read_optional(_local(source, [RECORD], weights) / RECORD))
+    return digests.without(_first_of(_local(source, [RECORD], weights), RECORD))
 
 
 def folder_scheduler(source: str | Path, weights: bool = True) -> Config:
-    """Content of the scheduler_config.json of a folder or hub repository; {} if it has none. weights: as above."""
-    return foreign.read_optional(_local(source, [SCHEDULER], weights) / SCHEDULER)
+    """The same for scheduler_config.json."""
+    return _first_of(_local(source, [SCHEDULER], weights), SCHEDULER)
+
+
+def _first_of(folder: Path, name: str) -> Config:
+    """Content of the JSON file `name` in the first of `_roots` that has it; {} if none has."""
+    return next(filter(None, (foreign.read_optional(root / name) for root in _roots(folder))), {})
+
+
+def _roots(folder: Path) -> tuple[Path, ...]:
+    """`folder`; of a part, as EXPORT/unet, then its pipeline's: what stands there is of this part, too."""
+    above = folder.absolute().parent
+    is_part = (folder / "config.json").is_file() and (above / "model_index.json").is_file()
+    return (folder, above) if is_part else (folder,)
 
 
 def scheduler_config(folder: Path, index: Config) -> Config:
@@ -248,8 +255,7 @@ def check_noise(source: str | Path, noise: NoiseSchedule, model: str, weights: b
       LcmError: it was trained on other noise.
     """
     folder = _local(source, ["model_index.json", SCHEDULER, RECORD], weights, "unet")
-    above = folder.absolute().parent
-    for root in (folder, above) if (above / "model_index.json").is_file() else (folder,):
+    for root in _roots(folder):
         index, record = (foreign.read_optional(root / name) for name in ("model_index.json", RECORD))
         found = []
         if (root / SCHEDULER).is_file():
@@ -279,7 +285,7 @@ def part_folder(source: str | Path, part: str, variant: str | None, weights: boo
     """Folder of one part: SOURCE/part if there is one, else SOURCE itself; or the file of a TAESD."""
     if part == "vae" and taesd_file.is_taesd(file := files.expanded(source)):
         return file
-    tensors = safetensors_io.download_patterns(_weights_name(part), variant) if weights else []
+    tensors = safetensors_io.download_patterns(weights_name(part), variant) if weights else []
     patterns = [prefix + pattern for prefix in ("", f"{part}/") for pattern in ("config.json", *tensors)]
     folder = _local(source, ["model_index.json", RECORD, *patterns], weights, part)
     inside = folder / part
@@ -293,12 +299,13 @@ def _pipeline_patterns(parts: Iterable[str], read: Collection[str], variant: str
     patterns = ["model_index.json", RECORD, SCHEDULER]
     patterns += TOKENIZER_PATTERNS
     for part in parts:
-        tensors = safetensors_io.download_patterns(_weights_name(part), variant) if part in read else []
+        tensors = safetensors_io.download_patterns(weights_name(part), variant) if part in read else []
         patterns += [f"{part}/{file}" for file in ("config.json", *tensors)]
     return patterns
 
 
-def _weights_name(part: str) -> str:
+def weights_name(part: str) -> str:
+    """NAME of the part's weight files (`safetensors_io`)."""
     return safetensors_io.TRANSFORMERS_NAME if part in TEXT_ENCODERS else safetensors_io.DIFFUSERS_NAME
 
 
@@ -369,237 +376,6 @@ def _params(
     if folder.is_file():
         opened = taesd_file.open_both(folder)
     else:
-        opened = safetensors_io.open_weights(folder, _weights_name(part), variant)
+        opened = safetensors_io.open_weights(folder, weights_name(part), variant)
     with opened as weights:
         return names.read_params(module, weights.shapes, weights.read, dtype, str(weights.source), put, change)
-
-
-_LCM_SCHEDULER = {
-    "_class_name": "LCMScheduler",
-    "_diffusers_version": DIFFUSERS_VERSION,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "clip_sample_range": 1.0,
-    "dynamic_thresholding_ratio": 0.995,
-    "num_train_timesteps": 1000,
-    "original_inference_steps": 50,
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-    "sample_max_value": 1.0,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,  # StableDiffusionPipeline rewrites any other value, with a warning
-    "thresholding": False,
-    "timestep_scaling": 10.0,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-}
-_LCM_KEYS = ("original_inference_steps", "timestep_scaling")
-
-
-def scheduler_class(pipeline: Pipeline) -> str:
-    """The diffusers scheduler that a distilled model's map is for."""
-    return "TCDScheduler" if pipeline.constants.phases else "LCMScheduler"
-
-
-def lcm_scheduler_config(source: Config, **overrides: Any) -> Config:
-    """LCMScheduler's full config with the noise table and prediction type of a scheduler config `source`.
-
-    overrides: values of LCMScheduler's keys, e.g. original_inference_steps=100; TCDScheduler has the same.
-
-    Raises:
-      LcmError: LCMScheduler has no such key.
-    """
-    unknown = overrides.keys() - _LCM_SCHEDULER.keys()
-    if unknown:
-        raise LcmError(f"LCMScheduler has no {', '.join(sorted(unknown))}; keys: {', '.join(_LCM_SCHEDULER)}")
-    is_lcm = source.get("_class_name") in ("LCMScheduler", "TCDScheduler")
-    carried = {key: source[key] for key in _LCM_KEYS if is_lcm and source.get(key) is not None}
-    return dict(sorted((_LCM_SCHEDULER | schedule.noise_fields(source) | carried | overrides).items()))
-
-
-def save_pipeline(
-    pipeline: Pipeline,
-    params: PipelineParams,
-    out: str | Path,
-    *,
-    scheduler_config: Config | None = None,
-    model_index_extra: Mapping[str, Any] | None = None,
-    dtype: DTypeLike = jnp.float32,
-    variant: str | None = None,
-    extra_files: Mapping[str, str | bytes] | None = None,
-) -> Path:
-    """Writes a complete diffusers folder.
-
-    Args:
-      out: the folder; must not exist, or be empty.
-      scheduler_config: content of scheduler/scheduler_config.json; None: an LCMScheduler's for a UNet with w embedding,
-        else the pipeline's own.
-      model_index_extra: keys to add to model_index.json.
-      dtype: of all weights: float32, float16 or bfloat16.
-      variant: suffix of the weight files, e.g. "fp16".
-      extra_files: path inside the folder -> content, e.g. {"README.md": card}.
-
-    Returns:
-      `out`.
-
-    Raises:
-      LcmError: `out` holds something, too little disk space (both before anything is written), parameters that do not
-        fit their modules or are not finite in `dtype`, a scheduler with another noise table than the pipeline's.
-      OSError: writing failed; nothing is left under `out`.
-    """
-    scheduler_config = _checked_scheduler(pipeline, scheduler_config)
-    texts = {  # configs with every key, because the defaults of the reading program may be others
-        f"{part}/config.json": _encoder_config(module, pipeline.configs.get(part, {}))
-        if part in TEXT_ENCODERS
-        else to_config(module)
-        for part, module in pipeline.parts.items()
-    }
-    texts |= {SCHEDULER: scheduler_config}
-    texts |= {"model_index.json": _index(pipeline, scheduler_config["_class_name"]) | dict(model_index_extra or {})}
-    texts = {name: _json(config) for name, config in texts.items()}
-    for part, tokenizer in pipeline.tokenizers.items():
-        if tokenizer is None:
-            raise LcmError(f"the pipeline was loaded without its {TOKENIZER_OF[part]}; load it with weights to save it")
-        texts |= {f"{TOKENIZER_OF[part]}/{name}": content for name, content in tokenizer.files.items()}
-    trees = {
-        f"{part}/{safetensors_io.file_name(_weights_name(part), variant)}": (module, params[part])
-        for part, module in pipeline.parts.items()
-    }
-    return _write(Path(out), trees, texts, extra_files or {}, dtype)
-
-
-def save_unet(
-    unet: nn.Module,
-    params: Params,
-    out: str | Path,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    variant: str | None = None,
-    extra_files: Mapping[str, str | bytes] | None = None,
-) -> Path:
-    """Writes a UNet or a ControlNet alone, config and weights at the folder's root. See `save_pipeline`."""
-    trees = {safetensors_io.file_name(_weights_name("unet"), variant): (unet, params)}
-    return _write(Path(out), trees, {"config.json": _json(to_config(unet))}, extra_files or {}, dtype)
-
-
-def check_folder(out: str | Path, needed: int = 0) -> None:
-    """Checks that `needed` bytes can be written to the folder `out`. Programs also call it before their long work.
-
-    Raises:
-      LcmError: `out` is a file or not empty, or fewer than `needed` bytes are free.
-    """
-    out = Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise LcmError(f"{out} already exists and is not empty; choose another folder or remove it first")
-    files.check_space(out, needed)
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, sort_keys=True) + "\n"
-
-
-def _encoder_config(module: clip.CLIPTextModel, source: Config) -> Config:
-    """The source's config (extra keys are harmless) with the module's fields.
-
-    transformers 5 would load the encoder in the dtype of its config, beside a UNet in float32; both spellings count.
-    """
-    kept = {key: value for key, value in source.items() if key != "_name_or_path"}
-    return kept | clip.to_config(module) | {"dtype": "float32", "torch_dtype": "float32"}
-
-
-def _checked_scheduler(pipeline: Pipeline, config: Config | None) -> Config:
-    if config is None:
-        config = dict(pipeline.configs["scheduler"])
-        if pipeline.has_w_embedding:
-            config = lcm_scheduler_config(config, _class_name=scheduler_class(pipeline))
-    if "_class_name" not in config:
-        raise LcmError("the scheduler config has no _class_name; diffusers needs it, e.g. LCMScheduler")
-    made, mine = schedule.from_config(config), pipeline.schedule
-    if made != mine:
-        raise LcmError(
-            f"the scheduler config ({config['_class_name']}) has other noise ({made}) than the model ({mine}); make it "
-            "from the model's own with lcm_scheduler_config"
-        )
-    return config
-
-
-def _index(pipeline: Pipeline, scheduler_class: str) -> Config:
-    source = pipeline.configs["model_index"]
-    index = {
-        "_class_name": _pipeline_class(pipeline),
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "scheduler": ["diffusers", scheduler_class],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", to_config(pipeline.vae)["_class_name"]],
-    }
-    for slot in ("", "_2") if pipeline.is_xl else ("",):
-        encoder = getattr(pipeline, "text_encoder" + slot)
-        kind = None if encoder is None else clip.to_config(encoder)["architectures"][0]
-        index["text_encoder" + slot] = ["transformers", kind] if kind else [None, None]
-        index["tokenizer" + slot] = ["transformers", "CLIPTokenizer"] if kind else [None, None]
-    if not pipeline.is_xl:
-        return index | {"requires_safety_checker": False, "safety_checker": [None, None]}
-    is_refiner = pipeline.text_encoder is None
-    index["force_zeros_for_empty_prompt"] = source.get("force_zeros_for_empty_prompt", not is_refiner)
-    if is_refiner:
-        index["requires_aesthetics_score"] = source.get("requires_aesthetics_score", True)
-    return index
-
-
-def _pipeline_class(pipeline: Pipeline) -> str:
-    inpainting = pipeline.unet.in_channels > pipeline.vae.latent_channels
-    if pipeline.is_xl:
-        if pipeline.text_encoder is None:
-            return "StableDiffusionXLImg2ImgPipeline"
-        return "StableDiffusionXLInpaintPipeline" if inpainting else "StableDiffusionXLPipeline"
-    if inpainting:
-        return "StableDiffusionInpaintPipeline"
-    # The former hands its scheduler eta=None, which TCDScheduler does not take; the latter passes w on, too.
-    is_lcm = pipeline.has_w_embedding and not pipeline.constants.phases
-    return "LatentConsistencyModelPipeline" if is_lcm else "StableDiffusionPipeline"
-
-
-def _write(
-    out: Path,
-    trees: Mapping[str, tuple[nn.Module, Params]],
-    texts: Mapping[str, str | bytes],
-    extra: Mapping[str, str | bytes],
-    dtype: DTypeLike,
-) -> Path:
-    outside = [name for name in extra if Path(name).is_absolute() or ".." in Path(name).parts]
-    bad = outside + [name for name in extra if name in texts or name in trees]
-    if bad:
-        raise LcmError(f"extra file {bad[0]!r} is one of the model's own or not inside the folder; rename it")
-    leaves = {name: names.torch_leaves(module, params) for name, (module, params) in trees.items()}
-    shapes = {name: {key: p.torch_shape for key, (p, _) in found.items()} for name, found in leaves.items()}
-    needed = sum(safetensors_io.weights_size(found, dtype) for found in shapes.values())
-    needed += sum(len(text) for text in (*texts.values(), *extra.values())) + _SLACK
-    with all_or_nothing(out, needed) as folder:
-        for name, text in {**texts, **extra}.items():
-            files.write_text(folder / name, text)
-        for name, found in leaves.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-
-            def tensor(key: str, found=found) -> np.ndarray:
-                parameter, leaf = found[key]
-                return names.to_torch_layout(leaf, parameter, dtype)
-
-            safetensors_io.write_weights(folder / name, shapes[name], tensor, dtype)
-    return out
-
-
-@contextlib.contextmanager
-def all_or_nothing(out: Path, needed: int) -> Iterator[Path]:
-    """A new folder beside `out` that gets its name if the block ends well, and is removed if it does not.
-
-    Raises:
-      LcmError: `out` holds something, or fewer than `needed` bytes are free.
-    """
-    check_folder(out, needed)
-    with files.new_folder(out.absolute()) as folder:
-        yield folder
-        digests.add(folder)

@@ -37,6 +37,11 @@ def is_single_file(source: str | Path) -> bool:
     return not path.is_dir() and (path.exists() or str(source).split("?")[0].lower().endswith(_SUFFIXES))
 
 
+def is_name(source: str) -> bool:
+    """Whether a text has the form of a name on the hub: owner/name, owner/name/FILE.safetensors, or its address."""
+    return any(form.fullmatch(source) for form in (_HUB_ID, _HUB_FILE))
+
+
 def as_folder(path: Path, part: str) -> str:
     """What to do with a file of one part ("unet" or "vae"), which is read from a folder."""
     if (path.parent / "config.json").is_file():

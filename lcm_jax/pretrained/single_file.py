@@ -1,4 +1,4 @@
-"""Single-file checkpoints: one .safetensors with the original key names, as A1111 and ComfyUI read and write them.
+"""Single files: one .safetensors with the original key names, as A1111 and ComfyUI have them; `save` writes them.
 
     model.diffusion_model.                     UNet
     first_stage_model.                         VAE
@@ -9,9 +9,9 @@
 Keys that other programs spell otherwise are read, too (`single_file_spellings`). Others (an EMA's copy, ...) are
 ignored, except for the marks of `noise_marks`. A file holds neither tokenizers nor configs: the UNet's config is
 inferred from its tensors, the others are those of the family's published model, and a diffusers folder given as
-`config` overrides both. Noise is the exception: marks of v prediction and zero terminal SNR
-override the folder's scheduler (with a warning), since the folder may be given for its tokenizers alone. If neither
-gives a prediction type: for SD 2.x, as in diffusers, v unless `global_step` is 875000 (with a warning); else epsilon.
+`config` overrides both. Noise is the exception: marks of v prediction and zero terminal SNR override the folder's
+scheduler (with a warning), since the folder may be given for its tokenizers alone. If neither gives a prediction type:
+for SD 2.x, as in diffusers, v unless `global_step` is 875000 (with a warning); else epsilon.
 """
 
 import dataclasses
@@ -22,14 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from jax.typing import DTypeLike
 
 from lcm_jax import assets, foreign
 from lcm_jax.diffusion import schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
-from lcm_jax.models import clip
 from lcm_jax.models.clip import CLIPTextModel
 from lcm_jax.models.config import to_config
 from lcm_jax.models.vae import AutoencoderKL
@@ -45,7 +43,6 @@ from lcm_jax.pretrained.model import (
     Config,
     Pipeline,
     PipelineParams,
-    fold_w,
     make_module,
     parts_read,
 )
@@ -56,16 +53,6 @@ from lcm_jax.pretrained.tokenizer import load_tokenizer
 from lcm_jax.typed import config_of
 
 _SD2_BASE_STEPS = 875000  # the only mark by which diffusers recognises SD 2.0 base (epsilon) among SD 2.x (v)
-# ComfyUI takes an SD 2.x for v if the standard deviation of this tensor of the UNet is greater.
-SD2_GUESS, SD2_LARGEST_OF_EPSILON = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
-# modelspec.architecture of the Stability AI model specification, by family (SD 2.x: and prediction type).
-_ARCHITECTURES = {
-    "sdxl": "stable-diffusion-xl-v1-base",
-    "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
-    "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2-512",
-    "sd2 v_prediction": "stable-diffusion-v2-768-v",
-}
 
 # Part that `load_single_file` can take from elsewhere -> the first key in a file of its own, and behind its prefix.
 _FIRST = {"unet": "input_blocks.0.0.weight", "vae": "encoder.conv_in.weight"}
@@ -419,134 +406,3 @@ def layouts(family: Family, modules: Mapping[str, Any]) -> dict[str, tuple[keys.
     stored = {"unet": (keys.unet_layout, UNET), "vae": (keys.vae_layout, VAE)}
     stored |= {part: (encoder.layout, encoder.prefix) for part, encoder in family.encoders.items()}
     return {part: (layout(modules[part]), prefix) for part, (layout, prefix) in stored.items() if part in modules}
-
-
-def save_single_file(
-    pipeline: Pipeline,
-    params: PipelineParams,
-    out: str | Path,
-    *,
-    dtype: DTypeLike = jnp.float16,
-    metadata: Mapping[str, str] | None = None,
-    w: float | None = None,
-) -> Path:
-    """Writes SD 1.x, SD 2.x, SDXL or its refiner as one file that A1111, ComfyUI and diffusers' from_single_file load.
-
-    Args:
-      out: NAME.safetensors; must not exist; appears when it is complete.
-      dtype: of all weights: float16, bfloat16 or float32.
-      metadata: for the file's header, beside `modelspec.*`; `read_record` reads its `lcm_config.json`.
-      w: for a UNet with w embedding: guidance weight to fold (see `fold_w`). None: the embedding is written too, as
-        `time_embed.cond_proj.weight`, which those three programs do not use.
-
-    Returns:
-      `out`.
-
-    Raises:
-      LcmError: `out` exists or is not named .safetensors, too little disk space (before anything is written);
-        parameters that do not fit their modules or are not finite in `dtype`.
-      UnsupportedConfig: a part that these files cannot hold.
-    """
-    out, dtype = Path(out), jnp.dtype(dtype)
-    if w is not None:
-        pipeline, params = fold_w(pipeline, params, w)
-    family, noise = family_of(pipeline), pipeline.schedule
-    tensors: dict[str, Callable[[], np.ndarray]] = {}
-    shapes: dict[str, Shape] = {}
-    for part, (layout, prefix) in layouts(family, pipeline.parts).items():
-        tensor = keys.write_part(getattr(pipeline, part), layout, params[part], dtype)
-        shapes |= {prefix + key: stored.shape for key, stored in layout.tensors.items()}
-        tensors |= {prefix + key: functools.partial(tensor, key) for key in layout.tensors}
-    _warn(pipeline, family, out, tensors)
-    kind = noise.prediction_type
-    # ComfyUI goes by these keys for SDXL: by presence, not content.
-    for key, marked in (("v_pred", kind == "v_prediction"), ("ztsnr", noise.alphas_cumprod[-1] == 0)):
-        if marked:
-            shapes[key], tensors[key] = (0,), lambda: np.zeros(0, dtype)
-    if not _is_published(noise, family):  # A1111 goes by this table
-        shapes["alphas_cumprod"] = noise.alphas_cumprod.shape
-        tensors["alphas_cumprod"] = lambda: noise.alphas_cumprod.astype(dtype)
-    header = {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _ARCHITECTURES.get(f"{family.name} {kind}", _ARCHITECTURES[family.name]),
-        "modelspec.prediction_type": "v" if kind == "v_prediction" else kind,
-    }
-    return safetensors_io.save_file(out, shapes, lambda key: tensors[key](), dtype, header | dict(metadata or {}))
-
-
-def family_of(pipeline: Pipeline) -> Family:
-    """The family as which a pipeline is written. Activations tell CLIP from OpenCLIP.
-
-    Raises:
-      UnsupportedConfig: no family has these text encoders.
-    """
-
-    def kind(config: Config) -> tuple[str, str]:
-        return config["hidden_act"], config["architectures"][0]
-
-    kinds = {family.name: {part: kind(family.config(part)) for part in family.encoders} for family in FAMILIES}
-    found = {part: kind(clip.to_config(getattr(pipeline, part))) for part in pipeline.tokenizers}
-    for family in FAMILIES:
-        if found == kinds[family.name]:
-            return family
-    supported = "; ".join(f"{name}: {list(kinds[name].values())}" for name in kinds)
-    raise UnsupportedConfig("text encoders of a single file", list(found.values()), supported)
-
-
-def _is_published(noise: schedule.NoiseSchedule, family: Family) -> bool:
-    """Whether the noise table is the family's, perhaps with zero terminal SNR: what keys can mark."""
-    config = published_scheduler(family, "v_prediction")
-    tables = (schedule.from_config({**config, "rescale_betas_zero_snr": zero}).alphas_cumprod for zero in (False, True))
-    return any(np.array_equal(table, noise.alphas_cumprod) for table in tables)
-
-
-def _warn(pipeline: Pipeline, family: Family, out: Path, tensors: Mapping[str, Callable[[], np.ndarray]]) -> None:
-    """Warns of what a reader of the file cannot know without `config`; tensors: key -> what will be written."""
-    factor, published = pipeline.vae.scaling_factor, make_module("vae", family.config("vae")).scaling_factor
-    if factor != published:
-        logging.warning(
-            "%s cannot record that its VAE's scaling_factor is %s: programs use %s for %s; read it with config=",
-            out,
-            factor,
-            published,
-            family.name,
-        )
-    if not _is_published(pipeline.schedule, family):
-        logging.warning(
-            "%s has another noise table than %s (%s): ComfyUI and diffusers ignore it; read it with config=",
-            out,
-            family.name,
-            pipeline.schedule,
-        )
-    kind, key = pipeline.schedule.prediction_type, UNET + SD2_GUESS
-    if kind == "sample" or (kind == "v_prediction" and family.name == "sd1"):
-        logging.warning(
-            "%s: ComfyUI takes every %s for epsilon; set %s by hand there (node ModelSamplingDiscrete)",
-            out,
-            family.name,
-            kind,
-        )
-    elif family.name == "sd2" and key in tensors and pipeline.unet.in_channels == 4:
-        spread = np.std(tensors[key](), dtype=np.float32)
-        guess = "v_prediction" if spread > SD2_LARGEST_OF_EPSILON else "epsilon"
-        if guess != kind:
-            logging.warning(
-                "%s predicts %s, but ComfyUI will take it for %s: it goes by the standard deviation of %s, which is "
-                "%.3g (v above %g); set %s by hand there (node ModelSamplingDiscrete)",
-                out,
-                kind,
-                guess,
-                key,
-                spread,
-                SD2_LARGEST_OF_EPSILON,
-                kind,
-            )
-    if family.name == "sd2" and kind != "v_prediction":
-        logging.warning(
-            "%s predicts %s, but InvokeAI and diffusers take every SD 2.x file for v_prediction: set it by hand in "
-            "InvokeAI, give diffusers config= or the scheduler of the model card; or give both the folder",
-            out,
-            kind,
-        )
-    if pipeline.has_w_embedding:
-        logging.warning("%s has a w embedding, which A1111, ComfyUI and diffusers do not use; fold one w for them", out)

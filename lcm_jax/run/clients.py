@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 from lcm_jax.pretrained.lora_files import FILE_NAME
-from lcm_jax.pretrained.single_file import SD2_GUESS, SD2_LARGEST_OF_EPSILON
+from lcm_jax.pretrained.save import SD2_GUESS, SD2_LARGEST_OF_EPSILON
 
 LCM, PHASED = "lcm", "phased"  # the map from every t to t = 0; to the edge of its phase
 MAPS = {  # what has it, and in how many steps

@@ -10,10 +10,10 @@ from flax.traverse_util import flatten_dict
 import lcm_jax
 from lcm_jax.distill import OBJECTIVES
 from lcm_jax.models import unet
-from lcm_jax.pretrained import Pipeline, single_file
-from lcm_jax.pretrained.diffusers_folder import scheduler_class
+from lcm_jax.pretrained import Pipeline
 from lcm_jax.pretrained.lora_files import FILE_NAME
 from lcm_jax.pretrained.safetensors_io import SUFFIX
+from lcm_jax.pretrained.save import family_of, scheduler_class
 from lcm_jax.run import clients
 
 _CARD = """\
@@ -235,7 +235,7 @@ def model_card(
 
 def export_of(kind: str, student: Pipeline, record: Mapping[str, Any]) -> clients.Export:
     """What other programs need to know of it; kind: of clients.KINDS."""
-    family = single_file.family_of(student) if kind == clients.FILE else None
+    family = family_of(student) if kind == clients.FILE else None
     # The refiner's own UNet is not among the configs that come with the package.
     has_published = family is not None and family.name != "sdxl-refiner"
     constants = tuple(record[key] for key in ("solver_steps", "timestep_scaling", "sigma_data"))

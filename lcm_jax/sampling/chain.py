@@ -15,7 +15,7 @@ timesteps that are c or more, and the refiner starts at t' < c, with trailing ti
 
     lcm       x = alpha_t' x0 + sigma_t' noise, t' the next of the base's timesteps; if it has none, the last point of
               its solver grid below c
-    others    x as the base's last step leaves it, t' where that leads
+    others    x as the base's last step leaves it, with that step's fresh noise if it has some, t' where that leads
 
 diffusers' `denoising_end` and `denoising_start` cut the tables of both models at c. There an LCM whose timesteps all
 are above c hands over an image without noise, and the levels of noise of the two may differ.
@@ -35,7 +35,7 @@ from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.image import resized
 from lcm_jax.sampling.image_to_image import check_steps_left, check_strength
 from lcm_jax.sampling.inpaint import Canvas
-from lcm_jax.sampling.plan import ON_GRID, Settings, check_steps, make_plan, noise_entries
+from lcm_jax.sampling.plan import EULER, ON_GRID, Settings, check_steps, make_plan, noise_entries
 from lcm_jax.sampling.png import to_uint8
 from lcm_jax.sampling.request import Request, check_guidance_scale
 
@@ -199,6 +199,9 @@ def _refined(pipeline: Pipeline, request: Request, then: Refine) -> Request:
     if getattr(getattr(then.model, "pipeline", None), "purpose", None) != "refining":
         raise BadArgument("refiner", then.model, "is no refiner; give what model.refiner returns")
     settings, total = request.settings, pipeline.schedule.num_train_timesteps
+    if settings.sampler in EULER:  # a plan that is cut cannot be compiled with their scaled start
+        problem = "hands over to no refiner; use ddim, dpm_solver_pp_2m, tcd or lcm"
+        raise BadArgument("sampler", settings.sampler, problem)
     first = dataclasses.replace(settings, stop=round(total * (1.0 - then.start)))
     last = _hand_over(pipeline, settings, first.stop, then.start)
     if then.steps > last + 1:
@@ -242,11 +245,16 @@ def second_pass(
     """Scaled latents [b h w c] of the second pass from those of the first, for the arguments of `generate`."""
     asked, then, of_noise = request.second.request, request.second.then, (request.noise, request.num_images)
     if isinstance(then, Refine):
-        if request.settings.sampler == "lcm":
-            behind = len(make_plan(model.pipeline, request.settings).t)  # the noise that the base has used
-            noise = model.noise(seed, numbers, behind + 1, asked.height, asked.width, *of_noise)
-            z = _noised(then.model.pipeline, asked.settings, z, noise[behind])
-        return then.model.sampled(asked, prompts, np.asarray(z)[None])
+        start = [np.asarray(z)]
+        if (is_lcm := request.settings.sampler == "lcm") or noise_entries(request.settings) > 1:
+            plan = make_plan(model.pipeline, request.settings)
+            used = len(plan.t)  # entries of noise, by the base
+            entries = used + noise_entries(asked.settings)
+            fresh, *between = model.noise(seed, numbers, entries, asked.height, asked.width, *of_noise)[used:]
+            # What the base's last step is to add, the sampler leaves out, as after the last of all.
+            z = _noised(then.model.pipeline, asked.settings, z, fresh) if is_lcm else z + plan.table[-1][-1] * fresh
+            start = [np.asarray(z), *between]
+        return then.model.sampled(asked, prompts, np.stack(start))
     z, steps = enlarged(model, z, asked.height, asked.width, then.by), noise_entries(asked.settings)
     first, *between = model.noise(seed, numbers, steps, asked.height, asked.width, *of_noise, again=True)
     return model.sampled(asked, prompts, np.stack([_noised(model.pipeline, asked.settings, z, first), *between]))

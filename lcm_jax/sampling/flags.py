@@ -20,7 +20,7 @@ from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.image import FITS
 from lcm_jax.sampling.image_to_image import POSTERIORS
 from lcm_jax.sampling.inpaint import STARTS
-from lcm_jax.sampling.load import WEIGHTS, load
+from lcm_jax.sampling.load import DTYPES, WEIGHTS, load
 from lcm_jax.sampling.offload import MODES
 from lcm_jax.sampling.prompts import SYNTAXES
 from lcm_jax.sampling.request import MAX_PROMPT
@@ -60,7 +60,7 @@ def add_model_flags(p: argparse.ArgumentParser, required: bool = True) -> None:
     p.add_argument("--ignore_unused", action="store_true", help="ignore keys of a LoRA that match no layer")
     p.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=("auto", *DTYPES),
         default="auto",
         help="of the networks; auto: float32 on CPU, bfloat16 elsewhere",
     )
@@ -164,8 +164,11 @@ def add_prompt_flags(p: argparse.ArgumentParser) -> None:
 
 
 def parse_timesteps(text: str) -> tuple[int, ...]:
-    """--timesteps=999,749,499,249; argparse reports a ValueError."""
-    return tuple(int(word) for word in text.split(","))
+    """--timesteps=999,749,499,249, for argparse."""
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers, such as 999,749,499,249") from None
 
 
 def load_model(args: argparse.Namespace, embeddings: Sequence[str] = ()) -> Generator:

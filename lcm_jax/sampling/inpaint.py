@@ -169,7 +169,12 @@ def mask_of(mask: ImageLike, image: tuple[int, int]) -> np.ndarray:
 def canvas(
     image: np.ndarray, mask: np.ndarray, options: Mask, height: int, width: int, fit: str, spare: int = 0
 ) -> Canvas:
-    """Of an image uint8 [h w 3] and its mask uint8 [h w], to be painted at this size; fit, spare: see `fitted`."""
+    """Of an image uint8 [h w 3] and its mask uint8 [h w], to be painted at this size; fit, spare: see `fitted`.
+
+    Raises:
+      BadArgument: at this size nothing of the mask is white.
+    """
+    given = mask.shape
     if options.padding is None:
         image, mask = (fitted(one, height, width, fit, spare) for one in (image, mask))
     hole = Image.fromarray(np.where(mask >= 128, np.uint8(255), np.uint8(0)))
@@ -184,6 +189,11 @@ def canvas(
         part = slice(box[0], box[2]), slice(box[1], box[3])
         pixels = fitted(image[part], height, width, "fill")
         hole = fitted(np.asarray(hole)[part], height, width, "fill") >= 128
+    if not hole.any():  # the image would come out as it went in
+        problem = f"nothing of its white is left in {width} x {height} pixels: it is cut off, or too small there"
+        raise BadArgument(
+            "mask", f"{given[1]} x {given[0]}", f"{problem}; use another fit, more white, or a larger size"
+        )
     return Canvas(pixels, hole, image, soft, box)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-import re
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from lcm_jax import assets, files
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.models import int8
-from lcm_jax.pretrained import digests, is_single_file, load_pipeline, lora_files, read_record
+from lcm_jax.pretrained import digests, hub, is_single_file, load_pipeline, lora_files, read_record
 from lcm_jax.pretrained.embeddings import read_embeddings
 from lcm_jax.pretrained.model import Pipeline, PipelineParams, check_generates, recorded
 from lcm_jax.pretrained.safetensors_io import SUFFIX
@@ -26,17 +26,11 @@ from lcm_jax.runtime.mesh import place
 from lcm_jax.sampling import offload as offload_lib
 from lcm_jax.sampling.generator import Generator
 
-CONSTANTS = (
-    "solver_steps",
-    "timestep_scaling",
-    "sigma_data",
-    "phases",
-    "prediction_type",
-)  # in which records must agree
+# In which records must agree.
+CONSTANTS = ("solver_steps", "timestep_scaling", "sigma_data", "phases", "prediction_type")
 
 WEIGHTS = ("int8",)
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/.+)?")
+DTYPES = ("float32", "bfloat16", "float16")
 
 Lora = tuple[str, float]  # file, folder or hub id; weight
 
@@ -44,12 +38,12 @@ Lora = tuple[str, float]  # file, folder or hub id; weight
 def load(
     source: str | Path,
     *,
-    loras: Sequence[str | Lora] = (),
-    embeddings: Sequence[str] = (),
-    unet: str | None = None,
-    vae: str | None = None,
+    loras: str | Path | Sequence[str | Path | Lora] = (),
+    embeddings: str | Path | Sequence[str | Path] = (),
+    unet: str | Path | None = None,
+    vae: str | Path | None = None,
     variant: str | None = None,
-    model_config: str | None = None,
+    model_config: str | Path | None = None,
     dtype: Any = "auto",
     mesh: Mesh | None = None,
     tiled: bool = False,
@@ -62,8 +56,9 @@ def load(
 
     Args:
       source: a diffusers folder, a hub id, a single .safetensors file, or "shapes", the embedded teacher.
-      loras: merged in: "FILE", "FILE:WEIGHT" or (file, weight); files, folders or hub ids.
-      embeddings: textual inversions, "FILE" or "NAME=FILE" (`pretrained.embeddings`); prompts use them by name.
+      loras: merged in, one or several: "FILE", "FILE:WEIGHT" or (file, weight); files, folders or hub ids.
+      embeddings: textual inversions, one or several: "FILE" or "NAME=FILE" (`pretrained.embeddings`); prompts use them
+        by name.
       unet, vae: folders or hub ids of a UNet or a VAE to use instead; for the VAE also the file of a TAESD.
       variant: weight files to read, such as "fp16".
       model_config: for a single file: folder or hub id with its tokenizers and configs.
@@ -88,11 +83,12 @@ def load(
         logging.warning("offload=%s saves nothing here: a CPU's memory is the host's", offload)
     if isinstance(dtype, str) and dtype == "auto":
         dtype = kernels.auto_dtype(mesh and mesh.devices.flat[0].platform)
+    dtype = _dtype(dtype)
     if model_config is not None and not is_single_file(source):
         raise BadArgument(
             "model_config", model_config, f"is for a single .safetensors file, which {source} is not; remove it"
         )
-    pairs = [parse_lora(lora) if isinstance(lora, str) else lora for lora in loras]
+    pairs = pairs_of(loras)
     others = {"unet": unet, "vae": vae}
     digests.warn(assets.resolve(source), [part for part, other in others.items() if other])
     for other in [*filter(None, others.values()), *(lora for lora, _ in pairs)]:
@@ -101,7 +97,7 @@ def load(
         load_pipeline,
         assets.resolve(source),
         variant,
-        jnp.dtype(dtype),
+        dtype,
         None,
         unet=unet,
         vae=vae,
@@ -110,7 +106,8 @@ def load(
     name = source if unet is None else f"{source} with the UNet of {unet}"
     described, shapes = read(weights=False)
     check_generates(described, name)  # before minutes of reading
-    words = read_embeddings(described, embeddings)
+    words = [embeddings] if isinstance(embeddings, str | Path) else embeddings
+    words = read_embeddings(described, list(map(str, words)))
     found, record = _read_loras(described, pairs, ignore_unused)
     changes = lora_files.changes(described, shapes, found)
 
@@ -126,6 +123,17 @@ def load(
         pipeline = dataclasses.replace(pipeline, record=record, may_be_lcm=True)
     named = {lora_name(lora): weight for lora, weight in pairs}
     return Generator(pipeline, params, mesh, tiled, words, named, offload, sliced)
+
+
+def _dtype(given: Any) -> jnp.dtype:
+    """A dtype, or its name. Raises BadArgument unless networks can compute in it."""
+    try:
+        found = jnp.dtype(given)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise BadArgument("dtype", given, f"choose one of auto, {', '.join(DTYPES)}")
+    return found
 
 
 def add_loras(
@@ -172,11 +180,25 @@ def lora_name(source: str | Path) -> str:
     return Path(source).name.removesuffix(SUFFIX)
 
 
+def pairs_of(loras: str | Path | Sequence[str | Path | Lora]) -> list[Lora]:
+    """(file, weight) of LoRAs as `load` takes them. Raises BadArgument for what is none, and as `parse_lora`."""
+    found: list[Lora] = []
+    for one in [loras] if isinstance(loras, str | Path) else loras:
+        match one:
+            case str() | Path():
+                found.append(parse_lora(str(one)))
+            case (str() | Path() as source, numbers.Real() as weight):
+                found.append((str(source), float(weight)))
+            case _:
+                raise BadArgument("loras", one, 'is no LoRA; give "FILE", "FILE:WEIGHT" or (file, weight)')
+    return found
+
+
 def parse_lora(text: str) -> Lora:
     """`FILE[:weight]`: what follows the last colon is a weight if it is a number, else part of the name; default 1.0.
 
     Raises:
-      BadArgument: no file by that name and no hub id, or a weight that is not finite.
+      BadArgument: no file by that name and no name or address on the hub, or a weight that is not finite.
     """
     source, colon, last = text.rpartition(":")
     try:
@@ -189,6 +211,6 @@ def parse_lora(text: str) -> Lora:
     name, found, _ = source.rpartition(":")
     if found and files.expanded(name).exists() and not files.expanded(source).exists():
         raise BadArgument("lora", text, f"{text[len(name) + 1 :]!r} is no weight; write {name}:0.8")
-    if not files.expanded(source).exists() and not _HUB_NAME.fullmatch(source):
+    if not files.expanded(source).exists() and not hub.is_name(source):
         raise BadArgument("lora", text, f"{source} does not exist; give a .safetensors file, a folder, or owner/name")
     return source, weight

@@ -50,7 +50,7 @@ def draw_noise(
     num_images: that "torch-batch" draws together; None: up to the last of `numbers`.
     before, behind: entries for posteriors that a generator draws before and behind the start. Those come first in the
       result, [before + behind + steps b h w c]. "torch-batch" draws one row of each, for all images.
-    again: for a second pass: other numbers of jax; a generator begins anew, as in A1111.
+    again: for a second pass: other numbers of jax; a generator starts again from its seed, as in A1111.
     """
     if source == "jax":
         first = _SECOND_PASS if again else 0
@@ -100,7 +100,7 @@ class TorchGenerator:
         x = self._uniforms(n)
         whole = n - n % _BLOCK
         x[:whole] = _box_muller(x[:whole])
-        if whole < n:  # the last block overlaps the one before, and is drawn anew
+        if whole < n:  # the last block overlaps the one before, and is drawn again
             x[-_BLOCK:] = _box_muller(self._uniforms(_BLOCK))
         return x
 

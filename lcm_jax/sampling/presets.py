@@ -56,13 +56,13 @@ PRESETS = {
 }
 
 
-def words(name: str, steps: int | None) -> list[str]:
+def words(name: str, steps: int | None, of_image: bool = False) -> list[str]:
     """The flags that a preset stands for, to come before those of the command line.
 
-    steps: of the command line.
+    steps, of_image: the number of steps of the command line, and whether it has an image to start from.
 
     Raises:
-      BadArgument: a number of steps that the files are not made for.
+      BadArgument: a number of steps that the files are not made for, or an image beside timesteps by hand.
     """
     preset = PRESETS[name]
     if preset.steps and steps not in (None, *preset.steps):
@@ -75,6 +75,9 @@ def words(name: str, steps: int | None) -> list[str]:
     by_hand = preset.by_hand.get(steps, ())
     if preset.grid != 50:
         by_hand = timesteps.lcm(steps, original_steps=preset.grid)
+    if len(by_hand) and of_image:
+        problem = "has timesteps by hand, and image to image those of its strength"
+        raise BadArgument("preset", name, f"{problem}; give {' '.join(found)} in its place")
     if len(by_hand):
         found.append(f"--timesteps={','.join(map(str, by_hand))}")
     return found

@@ -27,7 +27,7 @@ _DEEPEST = 100  # brackets in brackets; more is no prompt
 
 # A number before ")" is a weight, and before "]" the step at which a text changes.
 _A1111 = re.compile(
-    r":(?P<weight>[+-]?[.\d]+)\)|:\s*(?P<step>[+-]?[.\d]+)\s*(?=\])|\\[()\[\]\\]?|[()\[\]:|]|[^\\()\[\]:|]+"
+    r":\s*(?P<weight>[+-]?[.\d]+)\s*\)|:\s*(?P<step>[+-]?[.\d]+)\s*(?=\])|\\[()\[\]\\]?|[()\[\]:|]|[^\\()\[\]:|]+"
 )
 _BREAK = re.compile(r"\bBREAK\b")
 _AND = re.compile(r"\bAND\b")

@@ -16,7 +16,7 @@ import numpy as np
 from lcm_jax.errors import LcmError
 from lcm_jax.sampling.load import load
 from lcm_jax.sampling.plan import noise_entries
-from lcm_jax.sampling.png import to_uint8
+from lcm_jax.sampling.png import not_finite, to_uint8
 from lcm_jax.sampling.request import make_request
 
 NEEDS = ("torch", "diffusers")
@@ -51,7 +51,11 @@ def check_installed() -> None:
 
 
 def compare(folder: str | Path, prompts: Sequence[str], steps: int = STEPS, seed: int = 0) -> Difference:
-    """Generates one image per prompt with each of the two from the folder of an LCM, and compares them."""
+    """Generates one image per prompt with each of the two from the folder of an LCM, and compares them.
+
+    Raises:
+      LcmError: images of ours that are not finite: both would be black, and equal.
+    """
     model = load(folder, dtype="float32")
     request = make_request(model.pipeline, steps=steps)
     size, numbers = (request.height, request.width), range(len(prompts))
@@ -59,6 +63,11 @@ def compare(folder: str | Path, prompts: Sequence[str], steps: int = STEPS, seed
     noise = model.noise(seed, numbers, noise_entries(request.settings), *size)
     with jax.default_matmul_precision("highest"):
         ours = model.generate(request, prompts, numbers, seed)
+    if bad := not_finite(ours):
+        raise LcmError(
+            f"{folder}: {len(bad)} of {len(ours)} images are not finite, and would be black; check whether the run "
+            "diverged"
+        )
     scale = request.guidance_scale
     theirs = diffusers_images(folder, prompts, noise, steps, scale, size)
     pixels = np.abs(to_uint8(ours).astype(int) - to_uint8(theirs).astype(int))

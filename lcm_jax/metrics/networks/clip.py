@@ -17,7 +17,7 @@ from lcm_jax.errors import LcmError
 from lcm_jax.foreign import read_json
 from lcm_jax.metrics import resizing
 from lcm_jax.metrics.networks import weights
-from lcm_jax.metrics.networks.network import Network
+from lcm_jax.metrics.networks.network import Network, resize_variant
 from lcm_jax.models import clip
 from lcm_jax.models.config import RUN_FIELDS
 from lcm_jax.pretrained import names
@@ -39,9 +39,7 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
     Raises:
       LcmError: no such folder or variant, files missing or damaged, or another network's.
     """
-    resize = resize or "processor"
-    if resize not in RESIZES:
-        raise LcmError(f"resize={resize!r} of clip features is unknown; choose one of {', '.join(RESIZES)}")
+    resize = resize_variant("clip", resize, RESIZES)
     folder = weights.existing("clip", path)
     with config_of(folder / "config.json"):
         module = clip.vision_from_config(read_json(folder / "config.json"))

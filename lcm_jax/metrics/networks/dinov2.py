@@ -23,11 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lcm_jax.errors import LcmError
 from lcm_jax.foreign import read_json
 from lcm_jax.metrics import resizing
 from lcm_jax.metrics.networks import weights
-from lcm_jax.metrics.networks.network import Network
+from lcm_jax.metrics.networks.network import Network, resize_variant
 from lcm_jax.models import clip
 from lcm_jax.models.config import RUN_FIELDS, Channels, Epsilon, Layers, module_fields
 from lcm_jax.models.layers import LayerNorm, Run, multi_head_attention
@@ -64,6 +63,8 @@ def cubic_weights(size: int, grid: int) -> np.ndarray:
 
 
 class Embeddings(nn.Module):
+    """Images [b h w 3] -> class token and patches, row by row, with their positions: [b 1 + (h/p)(w/p) d]."""
+
     hidden_size: int
     grid: int  # of the position embeddings
     patch_size: int
@@ -84,6 +85,8 @@ class Embeddings(nn.Module):
 
 
 class PatchEmbeddings(nn.Module):
+    """Images [b h w 3] -> patches [b h/p w/p d]."""
+
     hidden_size: int
     patch: tuple[int, int]
 
@@ -136,6 +139,8 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
+    """x [b s d] -> [b s d]; hidden: width of the MLP."""
+
     heads: int
     hidden: int
     epsilon: float
@@ -207,9 +212,7 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
     Raises:
       LcmError: no such folder or variant, files missing or damaged, or another network's.
     """
-    resize = resize or "square"
-    if resize not in RESIZES:
-        raise LcmError(f"resize={resize!r} of dinov2 features is unknown; choose one of {', '.join(RESIZES)}")
+    resize = resize_variant("dinov2", resize, RESIZES)
     folder = weights.existing("dinov2", path)
     with config_of(folder / "config.json"):
         module = from_config(read_json(folder / "config.json"))
@@ -238,8 +241,7 @@ def read(
             found[name] = key, None
 
     def shape(key: str, half: int | None) -> tuple[int, ...]:
-        first, *rest = shapes[key]
-        return (first if half is None else first // 2, *rest)
+        return shapes[key] if half is None else (shapes[key][0] // 2, *shapes[key][1:])
 
     def tensor(name: str) -> np.ndarray:
         key, half = found[name]

@@ -23,10 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lcm_jax.errors import LcmError
 from lcm_jax.metrics import resizing
 from lcm_jax.metrics.networks import torch_file, weights
-from lcm_jax.metrics.networks.network import Network
+from lcm_jax.metrics.networks.network import Network, resize_variant
 from lcm_jax.pretrained.safetensors_io import open_file
 
 SIDE, DIM = 299, 2048
@@ -187,10 +186,7 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
     Raises:
       LcmError: no such file or variant, a damaged file, or another network's.
     """
-    resize = resize or "tf1"
-    if resize not in RESIZES:
-        raise LcmError(f"resize={resize!r} of inception features is unknown; choose one of {', '.join(RESIZES)}")
-    label, prepare, words = RESIZES[resize]
+    label, prepare, words = RESIZES[resize_variant("inception", resize, RESIZES)]
     params = read(weights.existing("inception", path))
     return Network(f"inception-2015/{label}-{SIDE}", DIM, FIDInception(), params, prepare, words)
 

@@ -1,12 +1,14 @@
 """What the extractor needs of a feature network: a module, its weights beside it, and the preprocessing before it."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
+
+from lcm_jax.errors import LcmError
 
 
 def whole_output(output: jax.Array) -> jax.Array:
@@ -34,6 +36,14 @@ class Network:
     prepare: Callable[[np.ndarray], np.ndarray]
     preprocessing: str
     select: Callable[[Any], jax.Array] = whole_output
+
+
+def resize_variant(kind: str, resize: str | None, known: Collection[str]) -> str:
+    """`resize`, or the first that is known if it is None. Raises LcmError for an unknown one."""
+    found = resize or next(iter(known))
+    if found not in known:
+        raise LcmError(f"resize={resize!r} of {kind} features is unknown; choose one of {', '.join(known)}")
+    return found
 
 
 def filled(rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
