@@ -1,6 +1,6 @@
 """Distil a Stable Diffusion into a Latent Consistency Model, or fine-tune one: a run from top to bottom.
 
-    python -m lcm_jax.train --config=configs/shapes_lcm.py --workdir=runs/shapes_lcm [--config.train.steps=2000]
+    python -m lcm_jax.train --config=configs/shapes_lcm.py --workdir=runs/shapes_lcm [--config.log.every=1]
 
 The workdir receives config.json, metrics.jsonl, TensorBoard events, sample grids and checkpoints/<step>/. The same
 command on the same workdir resumes from the newest checkpoint, bit for bit as if it had never stopped. It is the same
@@ -13,7 +13,6 @@ command on one device, on many (config.mesh) and in many processes (docs/cluster
 import contextlib
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +31,7 @@ from lcm_jax.distill.objective import Frozen, student_weights
 from lcm_jax.distill.state import TrainState
 from lcm_jax.distill.step import named_key
 from lcm_jax.errors import LcmError
-from lcm_jax.files import write_atomic
+from lcm_jax.files import expanded, write_atomic
 from lcm_jax.pretrained.model import Pipeline, PipelineParams
 from lcm_jax.run import data as run_data
 from lcm_jax.run import models as run_models
@@ -267,9 +266,8 @@ def sample_grid(
         return None
     captions = [prompt for prompt in config.sample.prompts for _ in range(GRID_COLUMNS)]
     side = config.data.resolution
-    large = (
-        len(captions) * side**2 > encoding.ENCODE_PIXELS
-    )  # of SDXL, whose decoder takes GBs an image, beside a state
+    # As of SDXL, whose decoder takes GBs an image, beside a state.
+    large = len(captions) * side**2 > encoding.ENCODE_PIXELS
     generator = Generator(student, params, mesh, sliced=large)
     noise = generator.noise(config.seed, range(len(captions)), config.sample.steps, side, side)
     cond = generator.encode(captions)
@@ -292,42 +290,45 @@ def aot_report(config: ConfigDict, workdir: str | Path) -> None:
     found = report.report(*prepared(config), {})
     say(roofline.text(found))
     if jax.process_index() == 0:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(workdir) / "aot_report.json", json.dumps(found, indent=2) + "\n")
+        write_atomic(expanded(workdir) / "aot_report.json", json.dumps(found, indent=2) + "\n")
 
 
 def say(line: str) -> None:
     """Prints a line on stderr, unless it is empty, from the first process only."""
     if line and jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
+        waiting.say(line)  # above the progress bar: captions that are cut are reported during the loop
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, flag_help("configs/shapes_lcm.py"))
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: metrics, samples, checkpoints")
-_REPORT = flags.DEFINE_bool("aot_report", False, "compile the step, report its memory and speed, and end")
-_PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST, steps to write a trace of, to WORKDIR/profile")
-distributed.define_flags()
+def define_flags() -> None:
+    """Those of the program; not at import, because a program of somebody else that trains has a --workdir of its own."""
+    config_flags.DEFINE_config_file("config", None, flag_help("configs/shapes_lcm.py"))
+    flags.DEFINE_string("workdir", None, "folder of the run: metrics, samples, checkpoints")
+    flags.DEFINE_bool("aot_report", False, "compile the step, report its memory and speed, and end")
+    flags.DEFINE_string("profile", "", "FIRST:LAST, steps to write a trace of, to WORKDIR/profile")
+    distributed.define_flags()
 
 
 def main(argv: list[str]) -> int:
     del argv
-    if not flags.FLAGS["verbosity"].present:
+    given = flags.FLAGS
+    if not given["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax logs every step at INFO
 
     def program() -> None:
-        if _REPORT.value:
-            aot_report(_CONFIG.value, _WORKDIR.value)
+        if given.aot_report:
+            aot_report(given.config, given.workdir)
         else:
-            train(_CONFIG.value, _WORKDIR.value, _PROFILE.value)
+            train(given.config, given.workdir, given.profile)
 
     left = (
         "nothing was written"
-        if _REPORT.value
+        if given.aot_report
         else "the same command continues from the newest checkpoint, if there is one"
     )
     return distributed.exit_code(program, left, SMALLER, **distributed.from_flags())
 
 
 if __name__ == "__main__":
+    define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(distributed.end_process_after(main), flags_parser=parse_flags)

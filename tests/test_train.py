@@ -37,6 +37,7 @@ from lcm_jax.runtime import checkpoints, telemetry
 
 ROOT = Path(__file__).parents[1]
 STEPS, STOP_FROM = 120, 15  # of the interrupted run: its length, and the step from which it is asked to stop
+train.define_flags()
 
 
 @pytest.fixture(scope="module")

@@ -257,7 +257,10 @@ class Telemetry(contextlib.AbstractContextManager):
         reason = bad[0] if bad else self._spikes.check(step, values["loss"])
         if not reason:
             return
-        advice = "Lower train.learning_rate, and see metrics.jsonl for where it began"
+        advice = (
+            "metrics.jsonl shows where it began. A lower train.learning_rate needs another workdir, which can start from "
+            "an export of the last checkpoint (--config.model.student=EXPORT)"
+        )
         if self.run.keys_of:
             path = self.workdir / BAD_BATCH_FILE
             if self._file:
