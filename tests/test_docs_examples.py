@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+import tiny_configs
 from toy_unet import Net
 
-from lcm_jax import assets
 from lcm_jax.data import filters, loader, rows
 from lcm_jax.data.order import Order
 from lcm_jax.data.records import BadRecordError
@@ -22,7 +22,6 @@ from lcm_jax.diffusion import samplers, schedule, solvers, timesteps
 from lcm_jax.distill import OBJECTIVES, objective, state
 from lcm_jax.distill.step import make_optimizer, make_step
 from lcm_jax.errors import BadArgument
-from lcm_jax.foreign import read_json
 from lcm_jax.models import unet as unet_lib
 from lcm_jax.models.attention import dot_product_attention
 from lcm_jax.run import config as config_lib
@@ -177,7 +176,7 @@ def test_kernel():
         calls.append(q.shape)
         return found.attention(q, k, v, causal)
 
-    unet = unet_lib.from_config(read_json(assets.path("shapes") / "unet" / "config.json"))
+    unet = unet_lib.from_config(tiny_configs.UNETS["tiny-sd"])
     text = jnp.zeros((1, 77, unet.cross_attention_dim))
     jax.eval_shape(unet.clone(attention_fn=counted).init, jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.ones(1), text)
     assert calls
