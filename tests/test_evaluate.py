@@ -236,8 +236,7 @@ def test_model_about_covers_configs(lcm, tmp_path):
 
     def rewritten(name, **changes):
         folder = tiny.copy("micro lcm", tmp_path / name)
-        path = folder / "vae" / "config.json"
-        tiny.write_json(path, json.loads(path.read_text()) | changes)
+        tiny.change_json(folder / "vae" / "config.json", **changes)
         return model_about(lcm_jax.load(folder))
 
     own = rewritten("same", _diffusers_version="0.0.1")

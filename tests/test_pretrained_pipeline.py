@@ -18,9 +18,7 @@ from flax import traverse_util
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.pretrained import load_pipeline, load_unet, load_vae, names
 
-
-def edit(path: Path, **changes):
-    tiny.write_json(path, {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not ...})
+edit = tiny.change_json
 
 
 def assert_same_weights(pipeline, params, part, model):

@@ -31,7 +31,7 @@ COUNT = 44
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load_pipeline(tiny.folder("sd1"))
+    return tiny.loaded("sd1")
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_buckets_with_fewer_images_than_a_batch_are_told():
 
 
 def test_sdxl_rows_have_time_ids(paths):
-    pipeline, _ = load_pipeline(tiny.folder("sdxl"))
+    pipeline, _ = tiny.loaded("sdxl")
     config = config_of("folder", paths["folder"], crop="center", flip=0.0, width_key="pwatermark")
     (batch,) = batches_of(config, pipeline, 1)
     assert set(batch) == {"pixels", "text_encoder", "text_encoder_2", "time_ids"}
@@ -292,7 +292,7 @@ def test_dropped_captions_are_empty_ones(paths, loaded, pipeline, encode_at):
 @pytest.mark.parametrize("zero_null", [True, False])
 def test_dropped_captions_of_sdxl_are_its_own_null_text(paths, encode_at, zero_null):
     """Zeros, as guidance takes them at inference, and not the states of "", unless the model says so."""
-    pipeline, params = load_pipeline(tiny.folder("sdxl"))
+    pipeline, params = tiny.loaded("sdxl")
     index = {**pipeline.configs["model_index"], "force_zeros_for_empty_prompt": zero_null}
     pipeline = dataclasses.replace(pipeline, configs={**pipeline.configs, "model_index": index})
     encode = encoding.make_encode(pipeline, params)
@@ -324,7 +324,7 @@ def test_fingerprint_distinguishes_models(loaded):
     pipeline, params = loaded
     one = fingerprint(pipeline, params)
     assert one == fingerprint(*load_pipeline(tiny.folder("sd1"))) == json.loads(json.dumps(one))
-    other = fingerprint(*load_pipeline(tiny.folder("sdxl")))
+    other = fingerprint(*tiny.loaded("sdxl"))
     assert {key for key in one if one[key] != other[key]} >= {"tokenizers", "text_encoders", "time_ids"}
     kernel = params["vae"]["quant_conv"]["kernel"]
     vae = {**params["vae"], "quant_conv": {**params["vae"]["quant_conv"], "kernel": kernel + 1e-6}}

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import gc
-import json
 import re
 import resource
 import shutil
@@ -268,8 +267,7 @@ def test_another_size_and_half_precision_which_is_the_default_but_on_a_cpu(lcm, 
 @pytest.mark.parametrize(("dtype", "of_vae"), [("bfloat16", "bfloat16"), ("float16", "float32")])
 def test_a_vae_that_overflows_float16_decodes_in_bfloat16(dtype, of_vae, lcm, tmp_path):
     folder = shutil.copytree(lcm, tmp_path / "lcm")
-    path = folder / "vae/config.json"
-    tiny.write_json(path, json.loads(path.read_text()) | {"force_upcast": True})
+    tiny.change_json(folder / "vae/config.json", force_upcast=True)
     pipeline = lcm_jax.load(folder, dtype=dtype).pipeline
     assert pipeline.unet.dtype == dtype and pipeline.vae.dtype == of_vae
 

@@ -3,6 +3,8 @@
 One teacher, one batch shape and one matmul precision everywhere, so that the step is compiled once for all runs.
 """
 
+import contextlib
+import io
 import json
 import math
 import runpy
@@ -23,7 +25,7 @@ from absl import flags
 from jax._src.compiler import get_compile_options
 from PIL import Image
 from test_run_models import make_lcm
-from training_processes import logged, saved, saved_steps
+from training_processes import logged, saved, saved_steps, snapshot
 
 from lcm_jax import train
 from lcm_jax.data.order import batch_indices
@@ -75,16 +77,12 @@ def command(workdir, teacher, *more: str) -> int:
             return stop.code
 
 
-def snapshot(workdir) -> dict[str, bytes]:
-    return {str(p.relative_to(workdir)): p.read_bytes() for p in sorted(Path(workdir).rglob("*")) if p.is_file()}
-
-
 IMAGES = ("--config.sample.every=40", "--config.sample.steps=2", "--config.sample.prompts=('a red circle', 'a star')")
 
 
 @pytest.fixture(scope="module")
 def stopped(teacher, tmp_path_factory) -> tuple[Path, int, str]:
-    """A workdir whose run got SIGTERM and then the same command again; the step of the stop; the output."""
+    """A workdir whose run got SIGTERM in its process, and was resumed in this one; the step of the stop; the output."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
     processes = runs.start(*arguments(workdir, teacher, *IMAGES))
     while processes[0].poll() is None and not [line for line in logged(workdir) if line[0] >= STOP_FROM]:
@@ -94,8 +92,9 @@ def stopped(teacher, tmp_path_factory) -> tuple[Path, int, str]:
     (step,) = saved_steps(workdir)
     assert STOP_FROM <= step < STEPS and f"SIGTERM: saved step {step}" in output
     assert logged(workdir)[-1][0] == step - step % 5
-    (more,) = runs.ended(runs.start(*arguments(workdir, teacher, *IMAGES)))
-    return workdir, step, output + more
+    with contextlib.redirect_stderr(io.StringIO()) as more:
+        assert command(workdir, teacher, *IMAGES) == 0
+    return workdir, step, output + more.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -127,8 +127,15 @@ def folder_data(folder: Path, workers: int) -> tuple[str, ...]:
 
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
     """The processes that read data for it."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(process.pid).children(recursive=True)
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    return []
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """The files below a folder and what they hold."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
 def saved(workdir: Path, step: int, *parts: str) -> dict[str, np.ndarray]:
