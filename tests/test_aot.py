@@ -86,10 +86,10 @@ def test_build_gives_the_program_of_arrays(name, tiny):
 
 
 def test_the_step_is_compiled_with_the_options_for_its_devices(tiny, monkeypatch):
-    told = []
-    monkeypatch.setattr(kernels, "training", lambda *devices: told.append(devices) or {"xla_no_such_option": 1})
+    asked = []
+    monkeypatch.setattr(kernels, "training", lambda *devices: asked.append(devices) or {"xla_no_such_option": 1})
     step, _ = report.build(config_of("shapes_lcm", **{"model.teacher": tiny}), one_device())
-    assert told == [("cpu", 1)]
+    assert asked == [("cpu", 1)]
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
         step.lower().compile()
 
@@ -315,7 +315,7 @@ def test_the_peak_by_what_waits_on_the_host(tiny):
 @pytest.mark.parametrize(
     "message", ["INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot", "INTERNAL: other"]
 )
-def test_a_product_without_tiles_is_left_to_cublas_and_told(message, monkeypatch):
+def test_a_product_without_tiles_is_left_to_cublas_with_a_line(message, monkeypatch):
     def compile_(compiler_options):
         if "xla_gpu_enable_triton_gemm" not in compiler_options:
             raise jax.errors.JaxRuntimeError(message)

@@ -286,7 +286,7 @@ def test_linked_folders_are_read(tmp_path):
 
 
 def test_names_of_all_kinds(tmp_path):
-    """Capitals, one text for two pictures, bytes that are not UTF-8, line breaks."""
+    """Capitals, one text for two images, bytes that are not UTF-8, line breaks."""
     odd = os.fsdecode(b"caf\xe9")
     files = {"A.JPG": b"1", "A.TXT": "one", "B.Jpeg": b"2", "B.png": b"3", "B.txt": "two", "C.png": b"4"}
     files |= {"c.txt": "another", "C.TXT": "no", "C.txt": "yes", f"{odd}.png": b"5", f"{odd}.txt": "five"}

@@ -271,8 +271,8 @@ def test_every_unusable_record_is_listed_with_its_reason(tmp_path):
     assert len(found) == 10 and {bad.shard for bad in source.bad_records} == {str(tmp_path / "a.tar")}
 
 
-def test_equal_keys_are_one_record_only_if_their_pictures_are_equal(tmp_path):
-    """Two downloads of img2dataset number their records alike; one that was copied twice has equal pictures."""
+def test_equal_keys_are_one_record_only_if_their_images_are_equal(tmp_path):
+    """Two downloads of img2dataset number their records alike; one that was copied twice has equal images."""
     for name, numbers in (("a", range(3)), ("b", range(10, 13))):
         entries = [(f"{i}{key[9:]}", content) for i, n in enumerate(numbers) for key, content in members(n, json=b"{}")]
         write_tar(tmp_path / name / "0.tar", entries)

@@ -119,13 +119,13 @@ def test_targets_and_variables_of_make(command: Command):
 
 
 def test_extras_and_files_that_are_installed(monkeypatch):
-    told = {}
-    monkeypatch.setattr("setuptools.setup", told.update)
+    given = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
     runpy.run_path(str(ROOT / "setup.py"))
     for command in COMMANDS:
         if command.words[0] == "pip":
             for extras in re.findall(r"(?:\.|lcm_jax)\[([\w,-]+)\]", command.text):
-                assert set(extras.split(",")) <= set(told["extras_require"]), command
+                assert set(extras.split(",")) <= set(given["extras_require"]), command
 
 
 FLAG_PAGES = ("sampling", "workflows", "training", "data", "export", "evaluation", "scaling", "faq", "gpu")

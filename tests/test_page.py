@@ -163,7 +163,7 @@ def test_more_steps_than_were_compiled_are_refused(maker):
         maker.make(Asked("a", 3), "a")
 
 
-def test_what_a_visitor_is_told(maker):
+def test_notes_for_a_visitor(maker):
     assert maker.make(Asked("red " * 100, 1, 8.0), "a").notes == ["the prompt has 102 tokens, and the last 25 are lost"]
     assert "outside" in maker.make(Asked("a", 1, 30.0), "a").notes[0]
 

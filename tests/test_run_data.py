@@ -247,9 +247,9 @@ def test_buckets_keep_aspect_ratios_and_lose_nothing(paths, pipeline):
     assert same(batches[4:7], batches_of(config, pipeline, 3, start=4))
 
 
-def test_buckets_with_fewer_images_than_a_batch_are_told():
-    told = run_data.small_buckets((1000, 1, 0, 3), 32)
-    assert told.startswith("4 images are in 2 aspect buckets of fewer than 32; ") and "up to 32 times an epoch" in told
+def test_buckets_with_fewer_images_than_a_batch_are_reported():
+    line = run_data.small_buckets((1000, 1, 0, 3), 32)
+    assert line.startswith("4 images are in 2 aspect buckets of fewer than 32; ") and "up to 32 times an epoch" in line
     assert not run_data.small_buckets((32, 0, 64), 32) and not run_data.small_buckets((3,), 32)
 
 
@@ -339,7 +339,7 @@ def digest(source: str, path: str | None, **changes) -> str:
 
 @pytest.mark.parametrize("source", data_kit.WRITERS)
 def test_a_digest_tells_other_records_and_not_where_they_are(paths, source, tmp_path):
-    """Removed and added, in another order, another picture or caption of the same key; then the same elsewhere."""
+    """Removed and added, in another order, another image or caption of the same key; then the same elsewhere."""
     begun, write = data_kit.records(6), data_kit.WRITERS[source]
     other = begun[5] | {"key": "000000099"}
     others = {

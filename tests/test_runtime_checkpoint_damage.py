@@ -170,7 +170,7 @@ def test_files_added_later_do_not_matter(folder):
 
 
 @pytest.mark.parametrize("content", ['{"loss": "x"}', '{"loss": [1]}', '{"loss": 1' + "0" * 400 + "}", "[1]", "{"])
-def test_metrics_of_other_types_are_told_and_do_not_count(tmp_path, capsys, content):
+def test_metrics_of_other_types_are_reported_and_do_not_count(tmp_path, capsys, content):
     (tmp_path / "5").mkdir()
     (tmp_path / "5" / "metrics.json").write_text(content)
     assert checkpoints_module.tidy(tmp_path, "loss") == [(5, None)]

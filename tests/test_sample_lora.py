@@ -214,7 +214,7 @@ def test_loras_that_do_not_fit_are_refused(tmp_path, capsys, caplog):
     assert "1 of" in caplog.text and "unet.nowhere" in caplog.text
 
 
-def test_loras_of_other_programs_draw_the_same_pictures(lora_files, tmp_path, caplog):
+def test_loras_of_other_programs_make_the_same_images(lora_files, tmp_path, caplog):
     """OneTrainer's names with a bundled embedding against kohya's; LyCORIS' norms count."""
     unet, tensors = lora_kit.pipeline("sd1").unet, {}
     original = lora_keys.sgm_names(unet)
@@ -223,16 +223,16 @@ def test_loras_of_other_programs_draw_the_same_pictures(lora_files, tmp_path, ca
         tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": np.float32(2)}
     bundled = tensors | {"bundle_emb.cat.clip_l": np.ones((2, 32), np.float32)}
     norm = tensors | {"lora_unet_conv_norm_out.w_norm": np.full(32, 0.5, np.float32)}
-    pictures = {}
+    images = {}
     for name, path in {
         "kohya": lora_files[0],
         "other": lora_kit.save(tmp_path / "other.safetensors", bundled),
         "norm": lora_kit.save(tmp_path / "norm.safetensors", norm),
     }.items():
-        pictures[name] = arrays(generate(tiny.folder("sd1"), tmp_path / name, f"--lora={path}", *OPTIONS))
-    np.testing.assert_array_equal(pictures["other"], pictures["kohya"])
+        images[name] = arrays(generate(tiny.folder("sd1"), tmp_path / name, f"--lora={path}", *OPTIONS))
+    np.testing.assert_array_equal(images["other"], images["kohya"])
     assert "other.safetensors holds embeddings, too (cat)" in caplog.text
-    assert np.abs(pictures["norm"] - pictures["kohya"]).max() > 8
+    assert np.abs(images["norm"] - images["kohya"]).max() > 8
 
 
 def warned(pipeline, guidance_scale=1.0, **options) -> str:

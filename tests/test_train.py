@@ -318,8 +318,8 @@ def test_the_compilation_cache_also_keeps_what_a_gpus_autotuner_found(tmp_path):
         options = get_compile_options(num_replicas=1, num_partitions=1)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-    told = options.executable_build_options.debug_options.xla_gpu_per_fusion_autotune_cache_dir
-    assert told == f"{tmp_path}/xla_gpu_per_fusion_autotune_cache_dir"
+    folder = options.executable_build_options.debug_options.xla_gpu_per_fusion_autotune_cache_dir
+    assert folder == f"{tmp_path}/xla_gpu_per_fusion_autotune_cache_dir"
 
 
 def test_the_workdir_of_another_run_is_refused_with_both_values_and_left_alone(whole, teacher, capsys):
@@ -332,7 +332,7 @@ def test_the_workdir_of_another_run_is_refused_with_both_values_and_left_alone(w
     assert snapshot(whole) == before
 
 
-def test_a_run_goes_on_only_with_the_models_and_data_it_was_begun_with(whole, teacher, tmp_path, capsys, monkeypatch):
+def test_a_run_resumes_only_with_the_models_and_data_it_began_with(whole, teacher, tmp_path, capsys, monkeypatch):
     """Also where they have been moved; config.json then has the new place."""
     workdir, moved = Path(shutil.copytree(whole, tmp_path / "run")), Path(shutil.copytree(teacher, tmp_path / "moved"))
     more = (*IMAGES, f"--config.train.steps={STEPS + 9}")
