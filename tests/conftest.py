@@ -1,5 +1,6 @@
 """Settings of every test: CPU unless asked otherwise, exact float32 products, compiled programs kept between runs."""
 
+import gc
 import os
 import zlib
 from pathlib import Path
@@ -52,6 +53,12 @@ def pytest_report_header(config: pytest.Config) -> str | None:
         return None
     files = set(Path(__file__).parent.rglob("test_*.py"))
     return f"without torch: {len(files - config.left_out)} of {len(files)} test files, the others import it"
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays; if the garbage collector need not look at it, tracing takes a quarter less time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
