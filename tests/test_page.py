@@ -432,7 +432,8 @@ def test_an_error_is_a_message_below_the_image(layout, maker):
     )
     assert "value" not in image and "value" not in command  # as they are
     with mock.patch.object(maker.model, "batches", side_effect=RuntimeError("secret")):
-        assert "secret" not in layout._followed(maker, given(), "a")[1]
+        said = layout._followed(maker, given(), "a")[1]
+    assert said.startswith('<p class="error">this image failed; ') and "secret" not in said
 
 
 @pytest.mark.parametrize("wrong", [{"prompt": 7}, {"negative": True}, {"kept": 7}, {"use": 7}, {"steps": "7"}], ids=str)
@@ -441,7 +442,8 @@ def test_values_of_another_type_are_messages(layout, maker, wrong):
 
 
 def test_what_a_visitor_wrote_is_no_html(layout, maker):
-    assert "<b>" not in layout._followed(maker, given(use="<b>"), "a")[1]
+    said = layout._followed(maker, given(use="<b>"), "a")[1]
+    assert said.startswith('<p class="error">use=&lt;b&gt;: choose one of image, edges')
 
 
 def test_a_page_makes_an_image(layout, maker):
