@@ -61,6 +61,22 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+_loaded: dict[str, object] = {}
+
+
+@pytest.fixture
+def load_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sample` and `evaluate` load a model of the same flags once in a process: for tests of what comes after."""
+    from lcm_jax.sampling import flags
+
+    def load(*args, load=flags.load, **options):
+        if (key := repr((args, options))) not in _loaded:
+            _loaded[key] = load(*args, **options)
+        return _loaded[key]
+
+    monkeypatch.setattr(flags, "load", load)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item):
     item.user_properties += [("parity", made) for made in parity.taken()]

@@ -12,9 +12,8 @@ import parity
 import pytest
 import tiny
 import torch
-from toy_unet import Net
+from toy_unet import Net, problem_of
 
-from lcm_jax.diffusion import schedule, solvers
 from lcm_jax.distill import lcm, objective, state
 from lcm_jax.distill import step as step_lib
 from lcm_jax.distill.step import learning_rate_schedule, make_optimizer, make_step
@@ -24,7 +23,6 @@ from lcm_jax.pretrained import names
 from lcm_jax.runtime import topology
 
 SHAPE = (4, 4, 4, 2)
-NOISE_SCHEDULE = schedule.from_config({"_class_name": "LCMScheduler"})
 
 
 @functools.cache
@@ -40,16 +38,7 @@ def make_case(distance=objective.l2):
     args = jnp.zeros(SHAPE), jnp.zeros(4, jnp.int32), jnp.zeros((4, 3, 6))
     weights = jax.jit(teacher.init)(jax.random.key(0), *args)["params"]
     params = jax.jit(student.init)(jax.random.key(1), *args, jnp.zeros((4, 8)))["params"]
-    problem = objective.Problem(
-        student=student,
-        teacher=teacher,
-        schedule=NOISE_SCHEDULE,
-        grid=solvers.solver_grid(NOISE_SCHEDULE, 50),
-        distance=distance,
-        w_min=2.0,
-        w_max=9.0,
-        scaling_factor=0.5,
-    )
+    problem = problem_of(student, teacher, distance=distance)
     frozen = objective.Frozen(teacher=weights, null={"encoder_hidden_states": draw(1, 3, 6)})
     return problem, params, frozen, batch
 
@@ -203,16 +192,7 @@ def lowered_text(width: int) -> tuple[str, int]:
     teacher = unet_lib.from_config(tiny.UNETS["micro"] | {"block_out_channels": (width,)})
     weights = names.abstract_params(teacher)
     student, params = student_of(teacher, weights, 16)
-    problem = objective.Problem(
-        student=student,
-        teacher=teacher,
-        schedule=NOISE_SCHEDULE,
-        grid=solvers.solver_grid(NOISE_SCHEDULE, 50),
-        distance=objective.l2,
-        w_min=2.0,
-        w_max=14.0,
-        scaling_factor=0.18215,
-    )
+    problem = problem_of(student, teacher)
     optimizer = make_optimizer(1e-6)
     array = jax.ShapeDtypeStruct
     cond, null = ({"encoder_hidden_states": array((b, 7, 32), jnp.float32)} for b in (4, 1))

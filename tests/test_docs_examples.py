@@ -13,12 +13,12 @@ import numpy as np
 import parity
 import pytest
 import tiny_configs
-from toy_unet import Net
+from toy_unet import NOISE, Net, problem_of
 
 from lcm_jax.data import filters, loader, rows
 from lcm_jax.data.order import Order
 from lcm_jax.data.records import BadRecordError
-from lcm_jax.diffusion import samplers, schedule, solvers, timesteps
+from lcm_jax.diffusion import samplers, timesteps
 from lcm_jax.distill import OBJECTIVES, objective, state
 from lcm_jax.distill.step import make_optimizer, make_step
 from lcm_jax.errors import BadArgument
@@ -29,7 +29,6 @@ from lcm_jax.run import config as config_lib
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 SHAPE = (4, 4, 4, 2)
-NOISE = schedule.from_config({"_class_name": "LCMScheduler"})
 
 
 def example(title: str) -> types.ModuleType:
@@ -71,17 +70,7 @@ def test_objective(objectives, monkeypatch):
     ]
     params = {**weights, "cond_proj": {"kernel": jnp.zeros((8, 8))}}  # as a student begins
     batch = {"mean": draw(*SHAPE), "logvar": draw(*SHAPE), "cond": {"encoder_hidden_states": draw(4, 3, 6)}}
-    problem = objective.Problem(
-        student=student,
-        teacher=teacher,
-        schedule=NOISE,
-        grid=solvers.solver_grid(NOISE, 50),
-        distance=objective.l2,
-        w_min=2.0,
-        w_max=9.0,
-        scaling_factor=0.5,
-        objective="guided",
-    )
+    problem = problem_of(student, teacher, objective="guided")
     frozen = objective.Frozen(teacher=weights, null={"encoder_hidden_states": draw(1, 3, 6)})
     draws = jax.jit(lambda key: objective.draw(problem, key, SHAPE))(jax.random.key(1))
     of_w = jax.jit(lambda w: loss(problem, params, params, frozen, batch, draws.replace(w=w)))

@@ -30,7 +30,6 @@ from lcm_jax.metrics.inputs import FolderImages, SourceImages
 from lcm_jax.metrics.intervals import Estimate
 from lcm_jax.metrics.networks.network import Network
 from lcm_jax.metrics.rows import Evaluation, model_about
-from lcm_jax.sampling import flags
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.plan import Settings
 from lcm_jax.sampling.png import not_finite, to_uint8
@@ -54,7 +53,7 @@ def prompts(tmp_path_factory) -> Path:
     return path
 
 
-loaded = functools.cache(lambda model: lcm_jax.load(model, mesh=flags.mesh_of(1)))
+pytestmark = pytest.mark.usefixtures("load_once")
 
 
 class Means(nn.Module):
@@ -394,7 +393,6 @@ def test_bad_input_is_one_line_before_long_work(
     lcm, prompts, files, tmp_path, capsys, monkeypatch, means, options, message
 ):
     monkeypatch.setattr(Evaluation, "measure", lambda *args: pytest.fail("long work began"))
-    monkeypatch.setattr(flags, "load", lambda model, **_: loaded(model))  # once for all
     for file in files.iterdir():
         options = [re.sub(f"(?<=[=:]){file.stem.upper()}$", str(file), option) for option in options]
     rows = [] if any(option.startswith("--row") for option in options) else ["--row=lcm:1:8"]

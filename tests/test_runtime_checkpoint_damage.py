@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_runtime_checkpoint import bits
 
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import checkpoints as checkpoints_module
@@ -24,10 +25,6 @@ def make_state(step):
             "bias": jnp.asarray(rng.normal(size=7), jnp.bfloat16),
         },
     }
-
-
-def bits(tree):
-    return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
 
 
 @pytest.fixture(scope="module")

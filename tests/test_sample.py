@@ -170,7 +170,7 @@ def test_guidance_outside_the_record_is_one_warning_and_the_image_is_made(lcm, t
         (["--lora_dir=/no"], r"--lora_dir=/no: is for <lora:NAME:WEIGHT> in a1111 prompts"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(lcm, tmp_path, capsys, options, message):
+def test_bad_input_is_one_line_and_exit_code_2(lcm, tmp_path, capsys, load_once, options, message):
     paths = {name: tmp_path / name.lower() for name in ("LATIN1", "BROKEN", "NO_RECORD", "EDM")}
     paths |= {"SD1": tiny.folder("sd1"), "TEXT": tmp_path / "prompts.txt"}
     paths["TEXT"].write_text("a\n")
@@ -452,7 +452,7 @@ def test_images_of_another_request_are_not_replaced(three, lcm, tmp_path, capsys
     assert image.text["prompt"] == "b"
 
 
-def test_a_full_disk_and_a_signal_leave_whole_images_alone(lcm, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_and_a_signal_leave_whole_images_alone(lcm, tmp_path, capsys, monkeypatch, load_once):
     def images(self, request, prompts, numbers, seed):
         return np.random.default_rng(0).random((len(prompts), 64, 64, 3), np.float32)
 
@@ -462,7 +462,10 @@ def test_a_full_disk_and_a_signal_leave_whole_images_alone(lcm, tmp_path, capsys
         write(path, image, about)
 
     monkeypatch.setattr(Generator, "generate", images)
-    words = [f"--model={lcm}", f"--out={tmp_path / 'out'}", "--prompt=a"]
+    words = [f"--model={lcm}", "--prompt=a"]
+    assert sample.main([*words, f"--out={tmp_path / 'room'}"]) == 0  # no program is kept with a size that is cut off
+    words.append(f"--out={tmp_path / 'out'}")
+    capsys.readouterr()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:

@@ -324,7 +324,7 @@ def test_the_program_generates_the_images_of_the_library(micro, model, nets, tmp
         assert np.abs(got - np.asarray(want, int)).max() <= 1  # a value that is rounded
 
 
-def test_bad_flags_are_one_line(micro, tmp_path, capsys):
+def test_bad_flags_are_one_line(micro, tmp_path, capsys, load_once):
     image = micro / "image.png"
     for flags, message in (
         (["--canny=100,200"], r"--canny=100,200: is for ControlNets; give --control=NET:IMAGE"),
