@@ -10,7 +10,6 @@ import math
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -372,7 +371,7 @@ def test_a_run_resumes_only_with_the_models_and_data_it_began_with(whole, teache
     assert (workdir / "models.json").exists()
 
 
-def test_a_missing_flag_is_one_line_of_the_program():
-    done = subprocess.run([sys.executable, *runs.TRAIN, "--workdir=x"], cwd=ROOT, capture_output=True, text=True)
-    (line,) = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and line.startswith("error: ") and "--config" in line
+def test_a_missing_flag_is_one_line_of_the_program(capsys):
+    assert runs.run_here("lcm_jax.train", "--workdir=x") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "--config" in line
