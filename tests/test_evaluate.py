@@ -643,7 +643,6 @@ def test_error_bars_are_lengths():
 @pytest.mark.parametrize("values", [VALUES, {}])
 def test_plot_is_an_image(values, tmp_path):
     """Of quality, or of latency if there is none."""
-    pytest.importorskip("matplotlib")
     row = dataclasses.replace(ROW, values=values, intervals={"caption_accuracy": (0.4, 0.6)})
     plot.write([row, dataclasses.replace(row, steps=4, milliseconds=3.0)], tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from unittest import mock
 
+import cv2
 import jax
 import numpy as np
 import parity
@@ -223,7 +224,6 @@ def test_images_have_the_size_of_the_first_image_in_whole_latents(model, nets):
 
 
 def test_canny_finds_edges_at_the_size_of_the_images(model, nets):
-    cv2 = pytest.importorskip("cv2")
     square = np.zeros((64, 64, 3), np.uint8)
     square[16:48, 16:48] = (255, 0, 0)
     request = make_request(model.pipeline, control=[Control(nets["a"], square, canny=(100, 200))], height=32, width=32)
