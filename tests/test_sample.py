@@ -236,9 +236,7 @@ def test_the_teacher_generates_the_images_of_diffusers(tmp_path, sampler, schedu
     options += [f"--negative_prompt={negative_prompt}"] if negative_prompt else []
     ours = arrays(generate(folder, tmp_path, *options, f"--seed={seed}", "--steps=4"))
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder)
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = tiny.torch_pipeline(StableDiffusionPipeline, folder, scheduler)
     noise = draw_noise(seed, [0, 1], 1, (8, 8, 4))[0]
     theirs = pipe(
         [PROMPT] * 2,

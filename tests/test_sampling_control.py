@@ -13,7 +13,6 @@ import tiny
 import torch
 from diffusers import (
     ControlNetModel,
-    LCMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
 )
@@ -69,13 +68,10 @@ def nets(micro, model) -> dict[str, Net]:
 
 def theirs(folder: Path, nets: list[Path], noise: np.ndarray, **options) -> np.ndarray:
     """Images [b h w 3] in [0, 1] of diffusers' pipeline with LCMScheduler, from our noise [steps b h w c]."""
-    kind = StableDiffusionXLControlNetPipeline if (folder / "text_encoder_2").exists() else None
+    kinds = StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+    kind = kinds[(folder / "text_encoder_2").exists()]
     found = [ControlNetModel.from_pretrained(net) for net in nets]
-    pipe = (kind or StableDiffusionControlNetPipeline).from_pretrained(
-        folder, controlnet=found if len(found) > 1 else found[0]
-    )
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = tiny.torch_pipeline(kind, folder, controlnet=found if len(found) > 1 else found[0])
     start, *between = torch.from_numpy(np.ascontiguousarray(noise.transpose(0, 1, 4, 2, 3)))
     draws = iter(between)
     with mock.patch.object(scheduling_lcm, "randn_tensor", lambda *_, **__: next(draws)), torch.inference_mode():

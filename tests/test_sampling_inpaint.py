@@ -9,7 +9,6 @@ import numpy as np
 import parity
 import pytest
 import tiny
-import torch
 from diffusers import (
     DDIMScheduler,
     LCMScheduler,
@@ -60,16 +59,13 @@ def nine(name: str, target: Path, w: int | None = None) -> Path:
 def theirs(folder: Path, image, mask, scheduler=LCMScheduler, seed: int = 5, output_type: str = "latent", **options):
     """What diffusers' pipeline gives with its own draws: latents [b h w c], or Pillow images."""
     kind = StableDiffusionXLInpaintPipeline if (folder / "text_encoder_2").exists() else StableDiffusionInpaintPipeline
-    pipe = kind.from_pretrained(folder)
-    more = {} if scheduler is LCMScheduler else {"timestep_spacing": "trailing"}
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **more)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = tiny.torch_pipeline(kind, folder, scheduler)
     asked = dict(height=image.height, width=image.width) | options
     found = pipe(
         prompt=PROMPT,
         image=image,
         mask_image=mask,
-        generator=torch.Generator().manual_seed(seed),
+        generator=tiny.generator(seed),
         output_type=output_type,
         **asked,
     ).images

@@ -11,7 +11,7 @@ import parity
 import pytest
 import tiny
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline, LCMScheduler, StableDiffusionControlNetPipeline
+from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline
 from diffusers.schedulers import scheduling_lcm
 from test_sample import arrays, compilations, generate
 from test_sampling_control import MIDDLE, PROMPTS, picture, save_net
@@ -98,11 +98,9 @@ def theirs(folder: Path, noise: np.ndarray, negative: str | None, guidance_scale
     """Images [b h w 3] in [0, 1] of diffusers' pipeline with LCMScheduler and the processor, from our noise."""
     if "controlnet" in options:
         net = ControlNetModel.from_pretrained(options.pop("controlnet"))
-        pipe = StableDiffusionControlNetPipeline.from_pretrained(folder, controlnet=net)
+        pipe = tiny.torch_pipeline(StableDiffusionControlNetPipeline, folder, controlnet=net)
     else:
-        pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
+        pipe = tiny.torch_pipeline(DiffusionPipeline, folder)
     one = {"num_images_per_prompt": 1}
     two_passes = guidance_scale > 1 and pipe.unet.config.time_cond_proj_dim is None
     states = pipe.encode_prompt(negative or "", device="cpu", do_classifier_free_guidance=False, **one)

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, LCMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
@@ -314,6 +314,18 @@ def loaded(name: str):
 def copy(name: str, target: Path) -> Path:
     """A copy of `folder(name)` to change."""
     return Path(shutil.copytree(folder(name), target))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def torch_pipeline(kind, folder: Path, scheduler=LCMScheduler, **parts):
+    """diffusers' pipeline of a folder with another scheduler, whose timesteps are trailing if it has a choice."""
+    pipe = kind.from_pretrained(folder, **parts)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def change_json(path: Path, **changes) -> None:
