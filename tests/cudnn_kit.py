@@ -112,7 +112,7 @@ def _version(card: str) -> int:
 
 
 def _geometry(shape: tuple[int, ...]) -> dict[str, list[int]]:
-    """An array [b s n d] as it lies, in cuDNN's order b n s d."""
+    """An array [b s n d] as it is in memory, in cuDNN's order b n s d."""
     b, s, n, d = shape
     return {"dim": [b, n, s, d], "stride": [s * n * d, d, n * d, 1]}
 

@@ -8,16 +8,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import tensorflow_datasets as tfds
+from image_kit import encoded, noise
 from PIL import Image
 
 
 def jpeg(number: int, size: tuple[int, int]) -> bytes:
     """An image of `size` (width, height), another one for each number."""
-    rng = np.random.default_rng(number)
-    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
-    stream = io.BytesIO()
-    small.resize(size, Image.Resampling.BICUBIC).save(stream, "JPEG", quality=92)
-    return stream.getvalue()
+    small = Image.fromarray(noise(6, 6, seed=number))
+    return encoded(small.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=92)
 
 
 def records(count: int) -> list[dict]:

@@ -1,26 +1,18 @@
 """For the tests of LoRA: files with random factors in every format, and a comparison of two that were read."""
 
-import functools
-
 import numpy as np
 import safetensors.numpy
 import tiny
 
 from lcm_jax.models import lora
-from lcm_jax.pretrained import load_pipeline, lora_keys
+from lcm_jax.pretrained import lora_keys
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
-@functools.cache
-def loaded(name):
-    """(pipeline, params)."""
-    return load_pipeline(tiny.folder(name))
-
-
 def pipeline(name):
-    return loaded(name)[0]
+    return tiny.loaded(name)[0]
 
 
 def layer_names(module, targets=lora.DEFAULT_TARGETS):

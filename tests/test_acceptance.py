@@ -217,7 +217,7 @@ ERRORS = {
 
 
 @pytest.mark.slow
-def test_what_is_wrong_with_the_net_is_one_line_and_the_rest_goes_on(tmp_path):
+def test_each_fault_of_the_network_is_one_line_and_other_rows_continue(tmp_path):
     """Each fault of a row, a row that is not as expected, and one that finds no room; then the faults are over."""
     root, table, _ = made(tmp_path, False, (*ERRORS, "lcm-anything-v5", "tdm-dreamshaper", "sd-turbo"))
     content = json.loads(table.read_text())
@@ -246,7 +246,7 @@ def test_what_is_wrong_with_the_net_is_one_line_and_the_rest_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_trainings_by_hub_id_stop_after_their_time_and_go_on(tmp_path):
+def test_trainings_by_hub_id_stop_after_their_time_and_resume(tmp_path):
     """LCM-LoRA of SD1.5, of an SDXL fine-tune, and of a v-prediction teacher with zero terminal SNR in one file."""
     root, table, names = made(tmp_path, False, ("train-sd15-lcm-lora", "train-sdxl-lcm-lora", "train-noobai-lcm-lora"))
     with hub_kit.serving(root) as hub:

@@ -19,6 +19,7 @@ import optax
 import parity
 import pytest
 import tiny_configs
+import training_processes as runs
 from ml_collections import ConfigDict
 
 from lcm_jax import aot
@@ -85,10 +86,10 @@ def test_build_gives_the_program_of_arrays(name, tiny):
 
 
 def test_the_step_is_compiled_with_the_options_for_its_devices(tiny, monkeypatch):
-    told = []
-    monkeypatch.setattr(kernels, "training", lambda *devices: told.append(devices) or {"xla_no_such_option": 1})
+    asked = []
+    monkeypatch.setattr(kernels, "training", lambda *devices: asked.append(devices) or {"xla_no_such_option": 1})
     step, _ = report.build(config_of("shapes_lcm", **{"model.teacher": tiny}), one_device())
-    assert told == [("cpu", 1)]
+    assert asked == [("cpu", 1)]
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
         step.lower().compile()
 
@@ -223,9 +224,9 @@ def test_compile_step_reports_how_much_is_missing_and_what_to_change(message, wo
         (("--topology=h100:8", "--batch_size=4"), r"--batch_size=4: is for --sampling; .* --config\.data\.batch_size"),
     ],
 )
-def test_flags_that_would_not_count_are_refused(flags, words):
-    done = program("--config=configs/sd15_lcm.py", *flags)
-    assert done.returncode == 2 and re.match(f"error: {words}", done.stderr)
+def test_flags_that_would_not_count_are_refused(flags, words, capsys):
+    assert runs.run_here("lcm_jax.aot", "--config=configs/sd15_lcm.py", *flags) == 2
+    assert re.match(f"error: {words}", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -256,9 +257,10 @@ def program(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": ""}, capture_output=True, text=True)
 
 
-def test_program_reports_an_unknown_topology_in_one_line():
-    done = program("--config=configs/sdxl_lcm.py", "--topology=v5e:3x3")
-    assert done.returncode == 2 and done.stderr.startswith("error: unknown topology 'v5e:3x3'; choose one of v4:")
+def test_program_reports_an_unknown_topology_in_one_line(capsys):
+    assert runs.run_here("lcm_jax.aot", "--config=configs/sdxl_lcm.py", "--topology=v5e:3x3") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: unknown topology 'v5e:3x3'; choose one of v4:") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("chips", "extra"), [("v5e:4x4", "tpu"), ("h100:8", "cuda-aot")])
@@ -328,7 +330,7 @@ def test_the_peak_by_what_waits_on_the_host(tiny):
 @pytest.mark.parametrize(
     "message", ["INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot", "INTERNAL: other"]
 )
-def test_a_product_without_tiles_is_left_to_cublas_and_told(message, monkeypatch):
+def test_a_product_without_tiles_is_left_to_cublas_with_a_line(message, monkeypatch):
     def compile_(compiler_options):
         if "xla_gpu_enable_triton_gemm" not in compiler_options:
             raise jax.errors.JaxRuntimeError(message)

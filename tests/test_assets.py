@@ -8,6 +8,7 @@ import diffusers
 import jax
 import numpy as np
 import pytest
+import tiny
 import torch
 
 import lcm_jax
@@ -44,11 +45,9 @@ def test_images_show_what_captions_name():
 
 
 @pytest.mark.slow
-def test_diffusers_draws_the_same():
+def test_diffusers_makes_the_same_images():
     """StableDiffusionPipeline on the folder, DDIM with 4 trailing steps, from the same latents."""
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(assets.path("shapes")))
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = tiny.torch_pipeline(diffusers.StableDiffusionPipeline, assets.path("shapes"), diffusers.DDIMScheduler)
     noise = draw_noise(0, range(4), 4, (8, 8, 4))
     latents = torch.from_numpy(np.ascontiguousarray(noise[0].transpose(0, 3, 1, 2)))
     theirs = pipe(CAPTIONS[:4], num_inference_steps=4, guidance_scale=3.0, latents=latents, output_type="np").images
@@ -69,7 +68,7 @@ def test_the_control_net_is_this_teachers_and_loads_in_diffusers():
 
 
 @pytest.mark.slow
-def test_the_control_net_draws_outlines():
+def test_the_control_net_follows_outlines():
     """Of a teacher whose captions do not name what they show, by 4 guided DDIM steps."""
     model, specs = lcm_jax.load("shapes"), [shapes.spec(i, "heldout") for i in range(32)]
     net, asked = model.control_net("shapes_controlnet"), {"sampler": "ddim", "steps": 4, "guidance_scale": 3.0}

@@ -22,7 +22,7 @@ NODE = np.arange(19, 1000, 20)  # ComfyUI's node with "lcm", A1111's sampler LCM
 
 
 def levels(grid: np.ndarray, scheduler: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """(t of the noise levels, t told to the UNet), [steps] each, of ComfyUI's and A1111's schedulers.
+    """(t of the noise levels, t that the UNet gets), [steps] each, of ComfyUI's and A1111's schedulers.
 
     grid: t of the levels that the model's sampling knows. It interpolates log sigma between them, and tells the UNet
     the t of the nearest.

@@ -69,7 +69,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def ours(folder: Path, loras: tuple[str, ...]) -> np.ndarray:
-    """The picture [h w 3] in 0 .. 255 from torch's noise, as stable-diffusion.cpp scales it at the start."""
+    """The image [h w 3] in 0 .. 255 from torch's noise, as stable-diffusion.cpp scales it at the start."""
     model = load(folder / "model.safetensors", loras=loras, model_config=str(folder))
     generator, side = torch.Generator().manual_seed(SEED), SIZE // model.pipeline.vae.factor
     noise = np.stack([torch.randn((1, 4, side, side), generator=generator).numpy() for _ in range(STEPS)])
@@ -79,7 +79,7 @@ def ours(folder: Path, loras: tuple[str, ...]) -> np.ndarray:
 
 
 def theirs(folder: Path, name: str, lora_file: Path | None) -> tuple[np.ndarray, str]:
-    """The picture [h w 3] of stable-diffusion.cpp in 0 .. 255, and its log. A second one in one process crashes it."""
+    """The image [h w 3] of stable-diffusion.cpp in 0 .. 255, and its log. A second one in one process crashes it."""
     out = folder / f"{name}.npy"
     request = {"model": str(folder / "model.safetensors"), "lora": lora_file and str(lora_file), "out": str(out)}
     request |= {"prompt": PROMPT, "seed": SEED, "steps": STEPS, "size": SIZE}
@@ -91,15 +91,13 @@ def theirs(folder: Path, name: str, lora_file: Path | None) -> tuple[np.ndarray,
     return np.load(out).astype(np.float64), log
 
 
-def test_stable_diffusion_cpp_draws_our_pictures_and_applies_our_lora(folder):
+def test_stable_diffusion_cpp_makes_our_images_and_applies_our_lora(folder):
     lora_file = folder / "lora.safetensors"
     alone, _ = theirs(folder, "alone", None)
     with_lora, log = theirs(folder, "lora", lora_file)
     applied, present = map(int, re.search(r"\((\d+) / (\d+)\) LoRA tensors have been applied", log).groups())
     change = np.abs(with_lora - alone).mean()
-    print(
-        f"{applied} of {present} tensors of the LoRA applied, which change the picture by {change:.1f}/255 on average"
-    )
+    print(f"{applied} of {present} tensors of the LoRA applied, which change the image by {change:.1f}/255 on average")
     assert applied == present == 834 and change > 8
     for name, picture, loras in (("alone", alone, ()), ("with LoRA", with_lora, (str(lora_file),))):
         expected = ours(folder, loras)

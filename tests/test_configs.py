@@ -88,10 +88,6 @@ def reduced(name: str) -> ConfigDict:
     return config
 
 
-def test_every_promised_config_is_there():
-    assert set(FAMILIES) | EMBEDDED == set(FILES) and {"shapes_lcm", "shapes_lcm_long"} <= EMBEDDED
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_card_and_values(name, tmp_path, monkeypatch):
     """The card has every heading; the values are valid from any folder, once the path of the data is given."""
@@ -246,12 +242,19 @@ def structure(name: str) -> str:
     return FAMILIES.get(name, "shapes") + repr(sorted((k, v) for k, v in values.items() if not k.startswith(NUMBERS)))
 
 
+PROGRAMS = {structure(name): name for name in FILES}.values()
+
+
+def test_every_promised_config_is_there():
+    """And every objective and map is among those that are traced by default."""
+    assert set(FAMILIES) | EMBEDDED == set(FILES) and {"shapes_lcm", "shapes_lcm_long"} <= EMBEDDED
+    kinds = {name: (config.objective, config.distill.map) for name, config in ((name, load(name)) for name in FILES)}
+    traced = TRACED & set(PROGRAMS)
+    assert set(LOWERED) <= traced and {kinds[name] for name in traced} == set(kinds.values())
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in TRACED else pytest.mark.slow)
-        for name in {structure(name): name for name in FILES}.values()
-    ],
+    "name", [pytest.param(name, marks=() if name in TRACED else pytest.mark.slow) for name in PROGRAMS]
 )
 def test_every_program_traces_for_a_gpu(name):
     """From shapes alone, as `train` and `sample` build them: the state keeps its shapes, the loss is one number.

@@ -1,11 +1,11 @@
 """Rules: what they drop, what they report, and the sizes they read."""
 
 import dataclasses
-import io
 import pickle
 
 import numpy as np
 import pytest
+from image_kit import encoded
 from PIL import Image
 
 from lcm_jax.data import filters
@@ -101,22 +101,21 @@ def test_side_and_aspect_from_fields():
     assert got.dtype == np.int32 and got.tolist() == expected
 
 
-def encoded(height, width, form="JPEG", orientation=None):
-    stream, exif = io.BytesIO(), Image.Exif()
+def image(height, width, form="JPEG", orientation=None):
+    exif = Image.Exif()
     if orientation:
         exif[0x0112] = orientation
-    Image.new("RGB", (width, height)).save(stream, form, exif=exif)
-    return stream.getvalue()
+    return encoded(Image.new("RGB", (width, height)), form, exif=exif)
 
 
 def test_sizes_from_image_headers():
     contents = [
-        encoded(20, 30),
-        encoded(20, 30, orientation=6),
-        encoded(7, 9, "PNG"),
-        encoded(7, 9, "PNG", 8),
-        encoded(5, 6, "WEBP", 3),
-        encoded(30, 20)[:60],
+        image(20, 30),
+        image(20, 30, orientation=6),
+        image(7, 9, "PNG"),
+        image(7, 9, "PNG", 8),
+        image(5, 6, "WEBP", 3),
+        image(30, 20)[:60],
         b"not an image",
         None,
         np.zeros((4, 2, 3), np.uint8),
@@ -132,7 +131,7 @@ def test_headers_are_read_only_when_a_rule_needs_them():
     source = Rows({"a": [1, 2], "width": [600, 600], "height": [700, 100]}, [b"", b""])
     kept(source, "a >= 1", "side >= 100", "aspect < 9")
     assert source.reads == 0
-    source = Rows({"a": [1, 2], "width": [600, 600]}, [encoded(8, 8)] * 2)
+    source = Rows({"a": [1, 2], "width": [600, 600]}, [image(8, 8)] * 2)
     kept(source, "a >= 1")
     assert source.reads == 0
     kept(source, "side >= 1", "aspect < 9")

@@ -6,34 +6,24 @@ import struct
 import sys
 import zlib
 
+import cv2
 import numpy as np
 import pytest
+from image_kit import encoded, noise
 from PIL import Image, ImageOps
 
 from lcm_jax.data import images
 from lcm_jax.data.records import BadRecordError
 from lcm_jax.errors import LcmError
 
-cv2 = pytest.importorskip("cv2")
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}:UserWarning") for text in ("Corrupt EXIF", "Truncated File")]
 DECODERS = ("pillow", "opencv")
-
-
-def noise(height, width, channels=3, seed=0):
-    shape = (height, width, channels) if channels else (height, width)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def smooth(height, width, seed=0):
     """Photo-like: noise of low frequency."""
     small = Image.fromarray(noise(5, 7, seed=seed))
     return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
-
-
-def encoded(image, form="PNG", **options):
-    stream = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, form, **options)
-    return stream.getvalue()
 
 
 def chunk(name, body):

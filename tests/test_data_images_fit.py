@@ -6,19 +6,15 @@ from fractions import Fraction
 import numpy as np
 import parity
 import pytest
+from image_kit import noise
 from PIL import Image, ImageOps
 
 from lcm_jax.data import images
 from lcm_jax.data.records import BadRecordError
 from lcm_jax.errors import LcmError
 
-pytest.importorskip("cv2")
 DECODERS = ("pillow", "opencv")
 PAIRS = [(decoder, name) for decoder in DECODERS for name in images.FILTERS[decoder]]
-
-
-def noise(height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def apart(a, b):

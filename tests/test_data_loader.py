@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import psutil
 import pytest
+from training_processes import workers_of
 
 from lcm_jax.data import encoding, loader, shapes
 from lcm_jax.data.loader import BadRecordLog
@@ -310,12 +311,6 @@ if __name__ == "__main__":
 """
 
 
-def workers_of(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return [p for p in psutil.Process(pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
-    return []
-
-
 def interrupt(workers: list[psutil.Process]) -> None:
     for worker in workers:
         worker.send_signal(signal.SIGINT)
@@ -332,7 +327,7 @@ def test_workers_leave_signals_to_the_process_that_trains_and_end_with_it(tmp_pa
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    while len(workers := workers_of(process.pid)) < 2:
+    while len(workers := workers_of(process)) < 2:
         time.sleep(0.01)
     interrupt(workers)
     assert process.stdout.readline() == b"read\n"
@@ -341,7 +336,7 @@ def test_workers_leave_signals_to_the_process_that_trains_and_end_with_it(tmp_pa
         process.stdin.write(b"\n")
         process.stdin.flush()
         assert process.stdout.readline() == b"read\n"
-    workers = workers_of(process.pid)
+    workers = workers_of(process)
     assert len(workers) == 2
     process.kill()
     process.wait()

@@ -113,7 +113,7 @@ def test_buckets_give_whole_batches_and_every_example_once_an_epoch(sizes):
             counts = [seen[group, rank] for rank in range(size)]
             assert not counts or max(counts) - min(counts) <= 1, "what fills the last batch is spread evenly"
         orders.append([batch[0].group for batch in batches])
-    assert len({tuple(o) for o in orders}) > 1 or len(set(orders[0])) == 1, "batches are shuffled anew"
+    assert len({tuple(o) for o in orders}) > 1 or len(set(orders[0])) == 1, "batches are shuffled again"
 
 
 def test_a_mixture_of_buckets_alternates_batch_by_batch():

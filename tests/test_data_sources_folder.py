@@ -7,6 +7,7 @@ import os
 import datasets
 import numpy as np
 import pytest
+from image_kit import encoded, noise
 from PIL import Image
 
 from lcm_jax.data import filters, images
@@ -16,10 +17,7 @@ from lcm_jax.errors import BadArgument
 
 
 def png(number):
-    stream = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (8, 9 + number % 3, 3), np.uint8)
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
+    return encoded(noise(8, 9 + number % 3, seed=number))
 
 
 def write(root, files):
@@ -215,21 +213,16 @@ def test_folders_that_cannot_be_used(tmp_path):
         folder.open(tmp_path / "y")
 
 
-def encoded(form):
-    stream = io.BytesIO()
-    options = {"AVIF": {"speed": 10}, "MPO": {"append_images": [Image.new("RGB", (4, 4))]}}.get(form, {})
-    Image.new("RGB", (9, 8), "red").save(stream, form, **options)
-    return stream.getvalue()
-
-
 def test_every_suffix_of_the_decoders_formats_is_an_image(tmp_path):
     Image.init()
     theirs = {suffix[1:] for suffix, form in Image.registered_extensions().items() if form in images.FORMATS}
     assert theirs | {"mpo"} <= set(images.SUFFIXES)
     forms = {"a.avif": "AVIF", "b.jfif": "JPEG", "c.JPE": "JPEG", "d.jp2": "JPEG2000", "e.J2K": "JPEG2000"}
     forms |= {"f.ppm": "PPM", "g.apng": "PNG", "h.mpo": "MPO", "i.TIF": "TIFF", "j.dib": "BMP", "k.webp": "WEBP"}
+    options = {"AVIF": {"speed": 10}, "MPO": {"append_images": [Image.new("RGB", (4, 4))]}}
     for name, form in forms.items():
-        write(tmp_path, {name: encoded(form), name[0] + ".txt": form})
+        image = encoded(Image.new("RGB", (9, 8), "red"), form, **options.get(form, {}))
+        write(tmp_path, {name: image, name[0] + ".txt": form})
     found = records(folder.open(tmp_path))
     assert [(record.key, record.captions) for record in found] == [(name, (form,)) for name, form in forms.items()]
     for record in found:
@@ -286,7 +279,7 @@ def test_linked_folders_are_read(tmp_path):
 
 
 def test_names_of_all_kinds(tmp_path):
-    """Capitals, one text for two pictures, bytes that are not UTF-8, line breaks."""
+    """Capitals, one text for two images, bytes that are not UTF-8, line breaks."""
     odd = os.fsdecode(b"caf\xe9")
     files = {"A.JPG": b"1", "A.TXT": "one", "B.Jpeg": b"2", "B.png": b"3", "B.txt": "two", "C.png": b"4"}
     files |= {"c.txt": "another", "C.TXT": "no", "C.txt": "yes", f"{odd}.png": b"5", f"{odd}.txt": "five"}

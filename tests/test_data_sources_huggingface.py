@@ -1,22 +1,20 @@
 """Hugging Face data sets as sources: parquet written by pyarrow and pandas, `save_to_disk`, ids on the hub."""
 
-import io
 import json
 import os
 import struct
 import sys
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from image_kit import encoded, noise
 
 from lcm_jax.data.records import BadRecordError
 from lcm_jax.data.sources import huggingface
 from lcm_jax.errors import BadArgument, LcmError
-
-datasets = pytest.importorskip("datasets")
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -30,14 +28,8 @@ def cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = before
 
 
-def encoded(seed, form="PNG"):
-    pixels = np.random.default_rng(seed).integers(0, 256, (8 + seed, 12, 3), np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, form)
-    return stream.getvalue()
-
-
-IMAGES = [encoded(seed, form) for seed, form in enumerate(["PNG", "JPEG", "WEBP", "PNG", "JPEG"])]
+FORMATS = ("PNG", "JPEG", "WEBP", "PNG", "JPEG")
+IMAGES = [encoded(noise(8 + number, 12, seed=number), form) for number, form in enumerate(FORMATS)]
 TEXTS = ["a cat", "ein Käfer", "猫", "d", "e"]
 
 

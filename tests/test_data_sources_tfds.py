@@ -1,6 +1,5 @@
 """TFDS data sets as sources, prepared by TFDS' own builder class."""
 
-import io
 import json
 import os
 import shutil
@@ -9,30 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from image_kit import encoded, noise
 from PIL import Image
 
 from lcm_jax.data.records import BadRecordError
 from lcm_jax.data.sources import tfds as tfds_source
 from lcm_jax.errors import BadArgument, LcmError
 
-tfds = pytest.importorskip("tensorflow_datasets")
-pytest.importorskip("array_record")
-
-
-def encoded(seed, form="PNG", mode="RGB"):
-    pixels = np.random.default_rng(seed).integers(0, 256, (8 + seed, 12, 3), np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(stream, form)
-    return stream.getvalue()
-
-
+FORMATS = (("PNG", "RGB"), ("JPEG", "RGB"), ("WEBP", "RGB"), ("PNG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"))
 IMAGES = [
-    encoded(0),
-    encoded(1, "JPEG"),
-    encoded(2, "WEBP"),
-    encoded(3, "PNG", "L"),
-    encoded(4, "JPEG", "CMYK"),
-    encoded(5, "PNG", "RGBA"),
+    encoded(Image.fromarray(noise(8 + number, 12, seed=number)).convert(mode), form)
+    for number, (form, mode) in enumerate(FORMATS)
 ]
 TEXTS = [["a cat", "ein Käfer"], ["猫"], ["c"], ["d"], ["e", "f", "g"], [" ", ""]]
 

@@ -13,18 +13,15 @@ import datasets
 import numpy as np
 import pytest
 from data_kit import write_tar
-from PIL import Image
+from image_kit import encoded, noise
 
 from lcm_jax.data.records import BadRecordError
 from lcm_jax.data.sources import parsing, tar_index, webdataset
 from lcm_jax.errors import BadArgument, LcmError
 
 
-def encoded(number, kind="JPEG"):
-    pixels = np.random.default_rng(number).integers(0, 256, (9 + number % 5, 12, 3), np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, kind)
-    return stream.getvalue()
+def image(number, form="JPEG"):
+    return encoded(noise(9 + number % 5, 12, seed=number), form)
 
 
 def members(number, suffix="jpg", **changes):
@@ -44,7 +41,7 @@ def members(number, suffix="jpg", **changes):
         "pwatermark": number / 100 if number % 3 else None,
         "sha256": "0" * 64,
     }
-    contents = {suffix: encoded(number), "json": json.dumps(metadata, indent=4).encode(), "txt": caption.encode()}
+    contents = {suffix: image(number), "json": json.dumps(metadata, indent=4).encode(), "txt": caption.encode()}
     contents |= changes
     return [(f"{key}.{end}", content) for end, content in contents.items() if content is not None]
 
@@ -84,7 +81,7 @@ def test_read_back_equal(tmp_path):
     assert len(source) == 30 and not source.bad_records
     for number in range(30):
         record = source[number]
-        assert record.key == f"{number:09d}" and record.image == encoded(number)
+        assert record.key == f"{number:09d}" and record.image == image(number)
         assert record.captions == (f"caption {number}, ünïcode",)
         expected = {
             "width": 12,
@@ -141,11 +138,11 @@ def test_the_numbers_of_many_names_that_most_records_have_are_known(tmp_path):
 
 def test_groups_members_as_hugging_face_does(tmp_path):
     entries = [
-        ("a/b.c/0001.jpg", encoded(1)),
+        ("a/b.c/0001.jpg", image(1)),
         ("a/b.c/0001.txt", b"one"),
-        ("x/0001.jpg", encoded(2)),
+        ("x/0001.jpg", image(2)),
         ("x/0001.txt", b"two"),
-        ("0001.jpg", encoded(3)),
+        ("0001.jpg", image(3)),
         ("0001.txt", b"three"),
     ]
     path = write_tar(tmp_path / "a.tar", entries)
@@ -166,7 +163,7 @@ def test_suffixes_of_images(tmp_path, suffix):
 def test_image_key_chooses(tmp_path):
     path = shard(tmp_path / "a.tar", [1], png=b"png", webp=b"webp")
     first = webdataset.open(path)
-    assert first[0].image == encoded(1)
+    assert first[0].image == image(1)
     assert sorted(bad.reason.split(";")[0] for bad in first.bad_records) == [
         f"a second picture, .{s}" for s in ("png", "webp")
     ]
@@ -271,16 +268,16 @@ def test_every_unusable_record_is_listed_with_its_reason(tmp_path):
     assert len(found) == 10 and {bad.shard for bad in source.bad_records} == {str(tmp_path / "a.tar")}
 
 
-def test_equal_keys_are_one_record_only_if_their_pictures_are_equal(tmp_path):
-    """Two downloads of img2dataset number their records alike; one that was copied twice has equal pictures."""
+def test_equal_keys_are_one_record_only_if_their_images_are_equal(tmp_path):
+    """Two downloads of img2dataset number their records alike; one that was copied twice has equal images."""
     for name, numbers in (("a", range(3)), ("b", range(10, 13))):
         entries = [(f"{i}{key[9:]}", content) for i, n in enumerate(numbers) for key, content in members(n, json=b"{}")]
         write_tar(tmp_path / name / "0.tar", entries)
-    write_tar(tmp_path / "c" / "0.tar", [("1.jpg", encoded(1)), ("1.txt", b"again")])
+    write_tar(tmp_path / "c" / "0.tar", [("1.jpg", image(1)), ("1.txt", b"again")])
     for _ in range(2):  # made, and read back
         source = webdataset.open(f"{tmp_path}/{{a,b,c}}/0.tar")
         assert keys(source) == ["0", "1", "2", "0#2", "1#2", "2#2"] == [source[i].key for i in range(6)]
-        assert [source[i].image for i in range(6)] == [encoded(n) for n in (0, 1, 2, 10, 11, 12)]
+        assert [source[i].image for i in range(6)] == [image(n) for n in (0, 1, 2, 10, 11, 12)]
         assert [str(bad) for bad in source.bad_records] == [
             f"{tmp_path}/c/0.tar: 1: its key and picture occur already in {tmp_path}/a/0.tar"
         ]
@@ -294,7 +291,7 @@ def test_equal_keys_in_one_shard(tmp_path):
     second = write_tar(tmp_path / "b.tar", members(3) + again)
     source = webdataset.open([first, second])
     assert keys(source) == ["000000001", "000000002", "000000001#2", "000000003"]
-    assert source[0].image == encoded(1) and source[2].image == b"another"
+    assert source[0].image == image(1) and source[2].image == b"another"
     repeated = f"its key and picture occur already in {first}"
     assert [(bad.shard, bad.reason) for bad in source.bad_records] == [
         (str(first), "no caption"),
@@ -373,20 +370,20 @@ def test_a_path_that_exists_is_no_pattern(tmp_path, monkeypatch):
 def test_what_the_webdataset_package_writes(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch", None)  # it needs none to write, and takes seconds to import it
-        wds = pytest.importorskip("webdataset")
+        import webdataset as wds
     with wds.ShardWriter(f"{tmp_path}/set-%03d.tar", maxcount=2, verbose=0) as writer:
         for number in range(3):
             writer.write(
-                {"__key__": f"a/b{number}", "jpg": encoded(number), "json": {"caption": f"c{number}", "n": number}}
+                {"__key__": f"a/b{number}", "jpg": image(number), "json": {"caption": f"c{number}", "n": number}}
             )
     with wds.TarWriter(str(tmp_path / "set-9.tar"), encoder=False) as writer:
-        writer.write({"__key__": "ü" * 120, "png": encoded(9, "PNG"), "cls": b"7", "caption.txt": b"long name"})
+        writer.write({"__key__": "ü" * 120, "png": image(9, "PNG"), "cls": b"7", "caption.txt": b"long name"})
     source = webdataset.open(f"{tmp_path}/set-00{{0..1}}.tar")
     assert [(r.key, r.captions, r.fields) for r in map(source.__getitem__, range(3))] == [
         (f"a/b{number}", (f"c{number}",), {"n": number}) for number in range(3)
     ]
     (record,) = webdataset.open(tmp_path / "set-9.tar", caption_key="caption.txt")
-    assert (record.key, record.image, record.captions) == ("ü" * 120, encoded(9, "PNG"), ("long name",))
+    assert (record.key, record.image, record.captions) == ("ü" * 120, image(9, "PNG"), ("long name",))
 
 
 BRACES = """a{0..3}b {00..11} {8..12..2} {3..1} {-1..1} {09..10}{a,b} {a,b{1..2},{x,{y,z}}w}.tar {a} {a{b,c}} {{0..2}}
@@ -420,7 +417,7 @@ def test_cut_off_tar(tmp_path):
     cut = offset_of(path, "000000007.jpg") + 512 + 100  # inside an image
     os.truncate(path, cut)
     source = webdataset.open(path)
-    assert keys(source) == [f"{number:09d}" for number in range(7)] and source[6].image == encoded(6)
+    assert keys(source) == [f"{number:09d}" for number in range(7)] and source[6].image == image(6)
     assert reasons(source) == {f"byte {cut}": "the tar is cut off here"}
     os.truncate(path, between)  # between members: only the end mark is missing
     source = webdataset.open(path)
@@ -438,7 +435,7 @@ def test_holes_take_no_time(tmp_path):
         stream.write(later)
         stream.truncate(8 * 2**40)
     source = webdataset.open(path)
-    assert keys(source) == [f"{number:09d}" for number in range(4)] and source[3].image == encoded(3)
+    assert keys(source) == [f"{number:09d}" for number in range(4)] and source[3].image == image(3)
     assert all("damaged" in bad.reason for bad in source.bad_records)
 
 
@@ -454,7 +451,7 @@ def test_damage_in_the_middle(tmp_path, long_names):
     source = webdataset.open(path)
     wanted = [0, 1, 2, 6, 7, 8, 9]
     assert keys(source) == [f"{prefix}{number:09d}" for number in wanted]
-    assert [source[i].image for i in range(7)] == [encoded(number) for number in wanted]
+    assert [source[i].image for i in range(7)] == [image(number) for number in wanted]
     assert reasons(source) == {f"byte {start}": f"the tar is damaged from here to byte {end - 700}"}
 
 
@@ -649,7 +646,7 @@ def test_an_index_whose_numbers_leave_its_shard_is_replaced(tmp_path, name, chan
     with file.open("wb") as stream:
         np.savez(stream, **arrays | {name: change(arrays[name].copy())})
     source = webdataset.open(path)
-    assert [source[number].image for number in range(3)] == [encoded(number) for number in range(3)]
+    assert [source[number].image for number in range(3)] == [image(number) for number in range(3)]
     assert file.read_bytes() == made
 
 
@@ -661,7 +658,7 @@ def test_sizes_of_members_that_cannot_be(tmp_path, size):
     middle = bad.tobuf(tarfile.PAX_FORMAT) + b"hello".ljust(512, b"\0")
     (tmp_path / "a.tar").write_bytes(parts[0] + middle + parts[1] + bytes(1024))
     source = webdataset.open(tmp_path / "a.tar")
-    assert source[0].image == encoded(0) and source.bad_records
+    assert source[0].image == image(0) and source.bad_records
     assert len(source) == 2
 
 
@@ -695,7 +692,7 @@ def test_a_shard_that_changes_under_a_source(tmp_path):
         source[0]
     path = shard(tmp_path / "b.tar", range(3))
     source = webdataset.open(path)
-    assert source[0].image == encoded(0)
+    assert source[0].image == image(0)
     os.truncate(path, 2000)  # the open handle sees it
     with pytest.raises(BadRecordError, match="has changed since it was indexed: it ends before byte"):
         source[2]

@@ -237,5 +237,5 @@ def test_a_schedule_is_a_noise_table_that_cannot_be_changed():
         schedule.NoiseSchedule(np.ones((2, 2)))
     table = schedule.from_config(LATENT)
     assert str(table).startswith("epsilon, abar 0.9991 to")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="read-only"):
         table.alphas_cumprod[0] = 0

@@ -20,8 +20,8 @@ import test_models_lora as peft
 import tiny
 from diffusers import UNet2DConditionModel
 from flax.traverse_util import flatten_dict
+from toy_unet import problem_of
 
-from lcm_jax.diffusion import schedule, solvers
 from lcm_jax.distill import lcm, objective, state
 from lcm_jax.distill.step import make_optimizer, make_step
 from lcm_jax.distill.student import student_of
@@ -85,17 +85,7 @@ def abstract_step(unet, text_width: int, rank: int, adapted: bool = True):
         theta = jax.eval_shape(lambda key: lora.init(key, weights, rank), jax.random.key(0))
     else:
         student, theta = student_of(unet, weights, 16)
-    noise_schedule = schedule.from_config(lcd.BETAS)
-    problem = objective.Problem(
-        student=student,
-        teacher=unet,
-        schedule=noise_schedule,
-        grid=solvers.solver_grid(noise_schedule, 50),
-        distance=objective.l2,
-        w_min=6.5,
-        w_max=6.5,
-        scaling_factor=0.18215,
-    )
+    problem = problem_of(student, unet)
     optimizer = make_optimizer(1e-4)
     cond, null = ({"encoder_hidden_states": array((b, 7, text_width))} for b in (2, 1))
     latents = array((2, 8, 8, 4))

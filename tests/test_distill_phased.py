@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from lcm_jax.diffusion import consistency, phases, samplers, schedule, solvers, timesteps
 from lcm_jax.distill import lcm, objective
+from lcm_jax.errors import LcmError
 
 T = 1000
 TABLES = {
@@ -119,7 +120,7 @@ def test_edges_are_the_samplers_timesteps(num_steps, count, want):
 def test_more_phases_than_grid_points_are_refused():
     grid = solvers.solver_grid(SCHEDULE, 8)
     assert phases.ends(SCHEDULE, grid, [8, 1]).tolist() == [grid.prev_timesteps.tolist(), [0] * 8]
-    with pytest.raises(Exception, match="9"):
+    with pytest.raises(LcmError, match="9"):
         phases.edges(SCHEDULE, grid, 9)
 
 

@@ -92,7 +92,7 @@ def test_weights_and_gradients_move_and_examples_stay(data, fsdp, parts):
     gradients |= {(3, 3, 96, 96 // fsdp), (96, 768 // fsdp)}
     assert moved.pop("all-reduce") | moved.pop("reduce-scatter", set()) <= gradients
     assert not moved
-    if parts > 1:  # the gradient that is summed over the parts lies split like the weights
+    if parts > 1:  # the gradient that is summed over the parts is split like the weights
         (sums,) = (line for line in text.splitlines() if " while(" in line and "f32[3,3,4,96]" in line)
         first = re.findall(r"f32\[([\d,]*)\]", sums)[:5]
         assert sorted(first) == sorted(["", "3,3,4,96", f"3,3,96,{96 // fsdp}", "3,3,96,4", f"{768 // fsdp},96"])

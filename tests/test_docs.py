@@ -13,6 +13,7 @@ import sys
 
 import docs_kit
 import pytest
+import training_processes as runs
 from absl import app, flags
 from docs_kit import PAGES, ROOT, Command, name_of
 
@@ -37,15 +38,7 @@ class Parsed(Exception):
 
 @contextlib.contextmanager
 def only_parsing():
-    """Programs end as soon as their command line is parsed; absl's flags of one do not stay for the next, and those of
-    programs that other tests have imported are away meanwhile."""
-    patch, defined_by = pytest.MonkeyPatch(), flags.FLAGS.find_module_defining_flag
-    modules = {name: defined_by(name) or "" for name in flags.FLAGS}
-    theirs = re.compile(r"lcm_jax|experiments")
-    away = {n: flags.FLAGS[n] for n, module in modules.items() if theirs.match(module) or n.startswith("config.")}
-    for name in away:
-        delattr(flags.FLAGS, name)
-    before = set(flags.FLAGS)
+    """Programs end as soon as their command line is parsed."""
     parse = argparse.ArgumentParser.parse_args
 
     def parse_args(self, *args, **kwargs):
@@ -56,18 +49,11 @@ def only_parsing():
         flags_parser(argv or sys.argv)
         raise Parsed
 
-    patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-    patch.setattr(app, "run", run)
-    patch.chdir(ROOT)
-    try:
+    with runs.flags_of_one_program(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        patch.setattr(app, "run", run)
+        patch.chdir(ROOT)
         yield patch
-    finally:
-        patch.undo()
-        for name in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, name)
-        for name, flag in away.items():
-            flags.FLAGS[name] = flag
-            flags.FLAGS.register_flag_by_module(modules[name], flag)
 
 
 def substituted(arguments: list[str]) -> list[str]:
@@ -133,13 +119,13 @@ def test_targets_and_variables_of_make(command: Command):
 
 
 def test_extras_and_files_that_are_installed(monkeypatch):
-    told = {}
-    monkeypatch.setattr("setuptools.setup", told.update)
+    given = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
     runpy.run_path(str(ROOT / "setup.py"))
     for command in COMMANDS:
         if command.words[0] == "pip":
             for extras in re.findall(r"(?:\.|lcm_jax)\[([\w,-]+)\]", command.text):
-                assert set(extras.split(",")) <= set(told["extras_require"]), command
+                assert set(extras.split(",")) <= set(given["extras_require"]), command
 
 
 FLAG_PAGES = "sampling prompts workflows presets training data export evaluation scaling faq gpu".split()

@@ -12,17 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
-from toy_unet import Net
+import tiny_configs
+from toy_unet import NOISE, Net, problem_of
 
-from lcm_jax import assets
 from lcm_jax.data import filters, loader, rows
 from lcm_jax.data.order import Order
 from lcm_jax.data.records import BadRecordError
-from lcm_jax.diffusion import samplers, schedule, solvers, timesteps
+from lcm_jax.diffusion import samplers, timesteps
 from lcm_jax.distill import OBJECTIVES, objective, state
 from lcm_jax.distill.step import make_optimizer, make_step
 from lcm_jax.errors import BadArgument
-from lcm_jax.foreign import read_json
 from lcm_jax.models import unet as unet_lib
 from lcm_jax.models.attention import dot_product_attention
 from lcm_jax.run import config as config_lib
@@ -30,7 +29,6 @@ from lcm_jax.run import config as config_lib
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 SHAPE = (4, 4, 4, 2)
-NOISE = schedule.from_config({"_class_name": "LCMScheduler"})
 
 
 def example(title: str) -> types.ModuleType:
@@ -72,17 +70,7 @@ def test_objective(objectives, monkeypatch):
     ]
     params = {**weights, "cond_proj": {"kernel": jnp.zeros((8, 8))}}  # as a student begins
     batch = {"mean": draw(*SHAPE), "logvar": draw(*SHAPE), "cond": {"encoder_hidden_states": draw(4, 3, 6)}}
-    problem = objective.Problem(
-        student=student,
-        teacher=teacher,
-        schedule=NOISE,
-        grid=solvers.solver_grid(NOISE, 50),
-        distance=objective.l2,
-        w_min=2.0,
-        w_max=9.0,
-        scaling_factor=0.5,
-        objective="guided",
-    )
+    problem = problem_of(student, teacher, objective="guided")
     frozen = objective.Frozen(teacher=weights, null={"encoder_hidden_states": draw(1, 3, 6)})
     draws = jax.jit(lambda key: objective.draw(problem, key, SHAPE))(jax.random.key(1))
     of_w = jax.jit(lambda w: loss(problem, params, params, frozen, batch, draws.replace(w=w)))
@@ -177,7 +165,7 @@ def test_kernel():
         calls.append(q.shape)
         return found.attention(q, k, v, causal)
 
-    unet = unet_lib.from_config(read_json(assets.path("shapes") / "unet" / "config.json"))
+    unet = unet_lib.from_config(tiny_configs.UNETS["tiny-sd"])
     text = jnp.zeros((1, 77, unet.cross_attention_dim))
     jax.eval_shape(unet.clone(attention_fn=counted).init, jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.ones(1), text)
     assert calls

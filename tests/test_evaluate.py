@@ -30,7 +30,6 @@ from lcm_jax.metrics.inputs import FolderImages, SourceImages
 from lcm_jax.metrics.intervals import Estimate
 from lcm_jax.metrics.networks.network import Network
 from lcm_jax.metrics.rows import Evaluation, model_about
-from lcm_jax.sampling import flags
 from lcm_jax.sampling.generator import Generator
 from lcm_jax.sampling.plan import Settings
 from lcm_jax.sampling.png import not_finite, to_uint8
@@ -54,7 +53,7 @@ def prompts(tmp_path_factory) -> Path:
     return path
 
 
-loaded = functools.cache(lambda model: lcm_jax.load(model, mesh=flags.mesh_of(1)))
+pytestmark = pytest.mark.usefixtures("load_once")
 
 
 class Means(nn.Module):
@@ -236,8 +235,7 @@ def test_model_about_covers_configs(lcm, tmp_path):
 
     def rewritten(name, **changes):
         folder = tiny.copy("micro lcm", tmp_path / name)
-        path = folder / "vae" / "config.json"
-        tiny.write_json(path, json.loads(path.read_text()) | changes)
+        tiny.change_json(folder / "vae" / "config.json", **changes)
         return model_about(lcm_jax.load(folder))
 
     own = rewritten("same", _diffusers_version="0.0.1")
@@ -395,7 +393,6 @@ def test_bad_input_is_one_line_before_long_work(
     lcm, prompts, files, tmp_path, capsys, monkeypatch, means, options, message
 ):
     monkeypatch.setattr(Evaluation, "measure", lambda *args: pytest.fail("long work began"))
-    monkeypatch.setattr(flags, "load", lambda model, **_: loaded(model))  # once for all
     for file in files.iterdir():
         options = [re.sub(f"(?<=[=:]){file.stem.upper()}$", str(file), option) for option in options]
     rows = [] if any(option.startswith("--row") for option in options) else ["--row=lcm:1:8"]
@@ -646,7 +643,6 @@ def test_error_bars_are_lengths():
 @pytest.mark.parametrize("values", [VALUES, {}])
 def test_plot_is_an_image(values, tmp_path):
     """Of quality, or of latency if there is none."""
-    pytest.importorskip("matplotlib")
     row = dataclasses.replace(ROW, values=values, intervals={"caption_accuracy": (0.4, 0.6)})
     plot.write([row, dataclasses.replace(row, steps=4, milliseconds=3.0)], tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:

@@ -169,7 +169,7 @@ PHASED = {"distill.map": "phased", "distill.phases": 2, "sample.steps": 2}
         ),
     ],
 )
-def test_a_phased_map_draws_the_same_images_in_diffusers(teacher, changes, tmp_path, capsys):
+def test_a_phased_map_makes_the_same_images_in_diffusers(teacher, changes, tmp_path, capsys):
     """With TCDScheduler in as many steps as it has phases, also conditioned on w and as a merged LoRA; v prediction."""
     make_run(tmp_path / "run", tiny.folder(teacher), steps=(3,), **PHASED | changes)
     out, is_lora = tmp_path / "model", "lora.rank" in changes
@@ -200,7 +200,7 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_changed_file_is_told_when_it_is_loaded(exported, tmp_path, caplog):
+def test_a_changed_file_is_reported_when_it_is_loaded(exported, tmp_path, caplog):
     folder = shutil.copytree(exported, tmp_path / "model")
     digests.warn(folder)
     (folder / "README.md").write_text("a better card")
@@ -218,7 +218,7 @@ def test_a_changed_file_is_told_when_it_is_loaded(exported, tmp_path, caplog):
     assert len(caplog.messages) == 2
 
 
-def test_a_changed_single_file_is_told(tmp_path, caplog):
+def test_a_changed_single_file_is_reported(tmp_path, caplog):
     for name, metadata, warned in (("own", {pretrained.RECORD: "{}"}, True), ("foreign", {}, False)):
         path = tmp_path / f"{name}.safetensors"
         safetensors_io.save_file(path, {"a": (300,)}, lambda _: np.ones(300, np.float32), "float32", metadata)

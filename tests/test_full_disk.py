@@ -79,7 +79,9 @@ def limited(arguments: list[str], limit: int) -> Ended:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
-    return undisturbed(arguments, lower)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # programs that are cut off would stay in it
+        return undisturbed(arguments, lower)
 
 
 @pytest.mark.slow

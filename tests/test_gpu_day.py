@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import jobs
+from experiments.gpu_day import __main__ as program
 from experiments.gpu_day import driver
 from experiments.gpu_day import rows as rows_lib
 from experiments.gpu_day.driver import Day, Row
@@ -229,9 +229,10 @@ def test_a_day_without_a_gpu_is_refused(tmp_path, monkeypatch):
         speed.card_name("gpu")
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H200\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
-    command = [sys.executable, "-m", "experiments.gpu_day", f"--out={tmp_path / 'out'}"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 2 and re.fullmatch("error: --device=gpu: jax does not find it .*\n", done.stderr)
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["gpu_day", f"--out={tmp_path / 'out'}"])
+    with pytest.raises(LcmError, match="^--device=gpu: jax does not find it [^\n]*$"):
+        program.main()
     assert not (tmp_path / "out").exists()
 
 

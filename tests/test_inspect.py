@@ -166,7 +166,7 @@ def test_buckets(folder):
     assert run_data.small_buckets(counts.tolist(), 3) in text
 
 
-def test_what_is_not_used_is_told(folder, tmp_path):
+def test_what_is_not_used_is_reported(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "set")
     (tmp_path / "set/a.heic").touch()
     text = inspected(make_config(source="folder", path=str(tmp_path / "set")))

@@ -48,7 +48,7 @@ class Program:
       command: (out, folder of a finished training, if it needs one) -> its arguments.
       contents: out -> what two runs must have in common, bit for bit.
       of_run: whether it needs a finished training; it then refuses an `out` that exists.
-      paused: exit code of a loop that a signal has ended at a point from which the same command goes on.
+      paused: exit code of a loop that a signal has ended at a point from which the same command resumes.
     """
 
     command: Callable[[Path, Path], list[str]]

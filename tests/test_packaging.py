@@ -15,13 +15,14 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def package(monkeypatch) -> SimpleNamespace:
     """Classifiers, and all requirements by extra ("": the core)."""
-    told = {}
-    monkeypatch.setitem(sys.modules, "setuptools", SimpleNamespace(setup=told.update, find_packages=lambda include: []))
+    given = {}
+    stand_in = SimpleNamespace(setup=given.update, find_packages=lambda include: [])
+    monkeypatch.setitem(sys.modules, "setuptools", stand_in)
     runpy.run_path(str(ROOT / "setup.py"))
-    wanted = {"": told["install_requires"], **told["extras_require"]}
+    wanted = {"": given["install_requires"], **given["extras_require"]}
     return SimpleNamespace(
-        classifiers=told["classifiers"],
-        about=told,
+        classifiers=given["classifiers"],
+        about=given,
         wanted={extra: [Requirement(line) for line in lines] for extra, lines in wanted.items()},
     )
 

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from PIL import Image
 from test_sample import RECORD, compilations
-from test_sampling_control import MICRO, save_net
+from test_sampling_control import MIDDLE, save_net
 
 from lcm_jax import app, pretrained, sample
 from lcm_jax.errors import BadArgument, LcmError
@@ -37,10 +37,9 @@ def pixels(seed: int, height: int = 16, width: int = 16) -> np.ndarray:
 def micro(tmp_path_factory):
     """A one-level LCM in `model`, and a ControlNet for it in `net`."""
     root = tmp_path_factory.mktemp("page")
-    tiny.copy("micro lcm", root / "model")
-    tiny.randomise(tiny.UNet2DConditionModel(**MICRO), 1).save_pretrained(root / "model" / "unet")
+    tiny.copy("middle lcm", root / "model")
     tiny.write_json(root / "model" / pretrained.RECORD, RECORD)
-    save_net(MICRO, 10, root / "net")
+    save_net(MIDDLE, 10, root / "net")
     return root
 
 
@@ -189,7 +188,7 @@ def test_more_steps_than_were_compiled_are_refused(maker):
         maker.make(Asked("a", 3), "a")
 
 
-def test_what_a_visitor_is_told(maker):
+def test_notes_for_a_visitor(maker):
     assert maker.make(Asked("red " * 100, 1, 8.0), "a").notes == ["the prompt has 102 tokens, and the last 25 are lost"]
     assert "outside" in maker.make(Asked("a", 1, 30.0), "a").notes[0]
 
@@ -458,7 +457,8 @@ def test_an_error_is_a_message_below_the_image(layout, maker):
     )
     assert "value" not in image and "value" not in command  # as they are
     with mock.patch.object(maker.model, "batches", side_effect=RuntimeError("secret")):
-        assert "secret" not in layout._followed(maker, given(), "a")[1]
+        said = layout._followed(maker, given(), "a")[1]
+    assert said.startswith('<p class="error">this image failed; ') and "secret" not in said
 
 
 @pytest.mark.parametrize("wrong", [{"prompt": 7}, {"negative": True}, {"kept": 7}, {"use": 7}, {"steps": "7"}], ids=str)
@@ -467,7 +467,8 @@ def test_values_of_another_type_are_messages(layout, maker, wrong):
 
 
 def test_what_a_visitor_wrote_is_no_html(layout, maker):
-    assert "<b>" not in layout._followed(maker, given(use="<b>"), "a")[1]
+    said = layout._followed(maker, given(use="<b>"), "a")[1]
+    assert said.startswith('<p class="error">use=&lt;b&gt;: choose one of image, edges')
 
 
 def test_a_page_makes_an_image(layout, maker):

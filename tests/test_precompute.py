@@ -17,6 +17,7 @@ import tiny
 import tiny_family
 import training_processes as runs
 from PIL import Image
+from training_processes import snapshot
 
 import lcm_jax
 from configs import shapes_lcm
@@ -54,10 +55,6 @@ def make_config(teacher, **data):
     config.log.every = 1
     config.sample.every = 0
     return config
-
-
-def snapshot(folder) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
 def log() -> run_data.DataLog:

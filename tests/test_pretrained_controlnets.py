@@ -1,6 +1,5 @@
 """ControlNets from folders and single files of both spellings; what is no ControlNet, or for another family."""
 
-import functools
 import re
 
 import family
@@ -17,15 +16,14 @@ from test_models_controlnet import KINDS, of_unet
 from lcm_jax.errors import LcmError
 from lcm_jax.models.controlnet import from_config
 from lcm_jax.models.unet import from_config as unet_from_config
-from lcm_jax.pretrained import load_pipeline, names, single_file_keys
+from lcm_jax.pretrained import names, single_file_keys
 from lcm_jax.pretrained.controlnets import config_from_shapes, load_controlnet, torch_names
 
 HINTS = {"conv_in": 0, **{f"blocks.{n}": 2 * (n + 1) for n in range(6)}, "conv_out": 14}
 
 
-@functools.cache
 def pipeline(name: str):
-    return load_pipeline(tiny.folder(name), weights=False)[0]
+    return tiny.loaded(name)[0]
 
 
 def net_config(name: str, **changes) -> dict:

@@ -1,6 +1,5 @@
 """Textual-inversion files: the formats that circulate, and what is refused."""
 
-import functools
 import re
 
 import numpy as np
@@ -10,16 +9,14 @@ import torch
 from safetensors.numpy import save_file
 
 from lcm_jax.errors import BadArgument
-from lcm_jax.pretrained import load_pipeline
 from lcm_jax.pretrained.embeddings import read_embeddings
 
 ONE = np.arange(64, dtype=np.float32).reshape(2, 32)
 TWO = ONE + 100
 
 
-@functools.cache
 def pipeline(name: str):
-    return load_pipeline(tiny.folder(name), weights=False)[0]
+    return tiny.loaded(name)[0]
 
 
 @pytest.mark.parametrize(

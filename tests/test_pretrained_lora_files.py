@@ -17,7 +17,7 @@ import safetensors.numpy
 import tiny
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
-from lora_kit import ATTENTION, TEXT, factors, file_keys, loaded, pipeline, same_lora, save, tensors_of
+from lora_kit import ATTENTION, TEXT, factors, file_keys, pipeline, same_lora, save, tensors_of
 
 from lcm_jax.errors import LcmError
 from lcm_jax.models import lora
@@ -84,7 +84,7 @@ def agree(name, mine, other):
     """The UNets' outputs are equal but for rounding, and far from the base's."""
     got, wanted = ours(name, mine["unet"]), theirs(name, other)
     parity.close(got, wanted, rtol=0, of_max=4 * parity.NETWORK)  # adapters at twice their rank's strength amplify
-    assert np.abs(got - ours(name, loaded(name)[1]["unet"])).max() > 0.05
+    assert np.abs(got - ours(name, tiny.loaded(name)[1]["unet"])).max() > 0.05
 
 
 SGM_OUTSIDE = (
@@ -126,7 +126,7 @@ def test_a_lora_for_other_noise_is_merged_with_a_warning(tmp_path, monkeypatch, 
     marks = {key: np.zeros(0, np.float32) for key in keys}
     path = save(tmp_path / "marked.safetensors", tensors | marks, **header)
     read = read_lora(path, modules_of(base))
-    merge_into(*loaded("sd1"), [(read, 1.0)])
+    merge_into(*tiny.loaded("sd1"), [(read, 1.0)])
     same_lora(read, read_lora(save(tmp_path / "plain.safetensors", tensors), modules_of(base)))
     assert len(logged) == warned and all(str(path) in text for text in logged)
 
@@ -148,7 +148,7 @@ def test_one_file_gives_the_model_that_diffusers_gives(name, form, alpha, tmp_pa
     path = everything(form, name, tmp_path / "x.safetensors", alpha=alpha)
     pipe = oracle(name)
     pipe.load_lora_weights(str(tmp_path), weight_name=path.name)
-    merged = merge_into(*loaded(name), [(read_lora(path, modules_of(pipeline(name))), 1.0)])
+    merged = merge_into(*tiny.loaded(name), [(read_lora(path, modules_of(pipeline(name))), 1.0)])
     agree(name, merged, pipe.unet)
 
 
@@ -165,7 +165,7 @@ def test_adapters_add_up_as_in_diffusers(name, tmp_path, oracle):
         adapters.append(f"a{i}")
         if i:
             pipe.set_adapters(adapters, weights[: i + 1])
-            agree(name, merge_into(*loaded(name), list(zip(loras, weights, strict=False))), pipe.unet)
+            agree(name, merge_into(*tiny.loaded(name), list(zip(loras, weights, strict=False))), pipe.unet)
 
 
 def test_what_diffusers_saves_is_read_exactly(tmp_path):
@@ -204,7 +204,7 @@ def test_what_diffusers_saves_is_read_exactly(tmp_path):
             assert found.scale == pytest.approx(layer.scaling["default"], rel=1e-12)
     scales = {f.scale for f in got.parts["unet"].values()}
     assert scales == {6 / 4, 6 / 2, 3 / 2, 6 / 5}
-    merged = merge_into(*loaded("sd1"), [(got, 1.0)])
+    merged = merge_into(*tiny.loaded("sd1"), [(got, 1.0)])
     agree("sd1", merged, parts["unet"])
     texts_agree("sd1", merged, parts["text_encoder"], "text_encoder")
 
@@ -219,7 +219,7 @@ def texts_agree(name, merged, other, part):
     ids = np.array([[0, 5, 6, 9, len(tiny.vocabulary()[0]) - 1]])
     got = text_compiled(name, part)(merged[part], ids)
     wanted = tiny.in_float64(other, torch.from_numpy(ids), output_hidden_states=True)
-    base = text_compiled(name, part)(loaded(name)[1][part], ids)
+    base = text_compiled(name, part)(tiny.loaded(name)[1][part], ids)
     parity.close(got.last_hidden_state, wanted.last_hidden_state, rtol=0, of_max=parity.NETWORK)
     parity.close(got.hidden_states[-2], wanted.hidden_states[-2], rtol=0, of_max=parity.NETWORK)
     if hasattr(wanted, "text_embeds"):
@@ -248,7 +248,7 @@ def test_text_encoders(name, form, tmp_path, oracle):
     got = read_lora(save(tmp_path / "flat.safetensors", flat), modules_of(base))
     same_lora(got, read_lora(save(tmp_path / "full.safetensors", full), modules_of(base)))
     pipe.load_lora_weights(str(tmp_path), weight_name="full.safetensors")  # diffusers needs `text_model.`
-    merged = merge_into(*loaded(name), [(got, 0.7)])
+    merged = merge_into(*tiny.loaded(name), [(got, 0.7)])
     pipe.set_adapters(pipe.get_list_adapters()["unet"], 0.7)
     agree(name, merged, pipe.unet)
     for part in modules_of(base).keys() - {"unet"}:
@@ -258,7 +258,7 @@ def test_text_encoders(name, form, tmp_path, oracle):
 def random_adapters(name, rank=4):
     """(UNet, random adapters of the default layers)."""
     unet, generator = pipeline(name).unet, np.random.default_rng(3)
-    shapes = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, rank), loaded(name)[1]["unet"])
+    shapes = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, rank), tiny.loaded(name)[1]["unet"])
     return unet, jax.tree.map(lambda x: (0.1 * generator.normal(size=x.shape)).astype(np.float32), shapes)
 
 
@@ -286,9 +286,9 @@ def test_what_is_written_loads_in_diffusers(name, form, tmp_path, oracle):
         assert handle.metadata()["modelspec.title"] == "x" and handle.metadata()["format"] == "pt"
     pipe = oracle(name)
     pipe.load_lora_weights(str(tmp_path), weight_name=path.name)
-    params = lora.merge(loaded(name)[1]["unet"], [(tree, 2.5 / 4)])
+    params = lora.merge(tiny.loaded(name)[1]["unet"], [(tree, 2.5 / 4)])
     parity.close(ours(name, params), theirs(name, pipe.unet), rtol=0, of_max=parity.NETWORK)
-    read = merge_into(*loaded(name), [(read_lora(path, {"unet": unet}), 1.0)])
+    read = merge_into(*tiny.loaded(name), [(read_lora(path, {"unet": unet}), 1.0)])
     jax.tree.map(np.testing.assert_array_equal, read["unet"], params)
 
 
@@ -361,12 +361,12 @@ def test_a_single_model_saved_by_diffusers(tmp_path):
     unet.save_lora_adapter(tmp_path)
     got = read_lora(tmp_path, modules_of(pipeline("sd1")))
     assert set(got.scales("unet").values()) == {1.5}
-    agree("sd1", merge_into(*loaded("sd1"), [(got, 1.0)]), unet)
+    agree("sd1", merge_into(*tiny.loaded("sd1"), [(got, 1.0)]), unet)
 
 
 def test_mixed_ranks_and_alphas_and_the_missing_ones(tmp_path):
     """Oracle: W + weight * alpha / rank * B A of each layer in float64; alpha is the rank if it is missing."""
-    base, params = loaded("sd1")
+    base, params = tiny.loaded("sd1")
     found = factors(base.unet, rank_of=lambda name: 2 + len(name) % 4)
     tensors, alphas = tensors_of("kohya", found), {}
     for i, name in enumerate(found):
@@ -404,7 +404,7 @@ def test_1x1_layers_in_either_form(tmp_path):
 
 def test_what_a_file_adds_without_factors(tmp_path, caplog):
     """Norms, biases and whole matrices of LyCORIS, peft and ComfyUI. Oracle: torch tensors plus weight * difference."""
-    base, params = loaded("sd1")
+    base, params = tiny.loaded("sd1")
     generator, found = np.random.default_rng(1), factors(base.unet, ("conv1", "proj_in"), rank=2)
     stem, conv, norm = "down_blocks.0.attentions.0.", "down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.0.norm1"
     before = {part: names.to_torch(module, params[part]) for part, module in modules_of(base).items()}
@@ -500,7 +500,7 @@ LINEAR = {"lora_A": np.full((32, 4), 1e6, np.float32), "lora_B": np.zeros((4, 12
         (dict(tree={"nowhere": LINEAR}), "the adapter nowhere fits no layer of this UNet; use the UNet"),
         (dict(tree={"conv_in": LINEAR}), r"adapter conv_in: shapes \[32, 4\], \[4, 128\] on a kernel \[3, 3, 4, 32\]"),
         (
-            dict(tree={"time_embedding": {"cond_proj": LINEAR}}, unet=pipeline("lcm").unet),
+            dict(tree={"time_embedding": {"cond_proj": LINEAR}}, unet=unet_lib.from_config(tiny.UNETS["lcm"])),
             "diffusers cannot read kohya's name of time_embedding.cond_proj; write format='peft'",
         ),
         (
@@ -523,15 +523,15 @@ def test_merging_refuses(tmp_path):
     path = save(tmp_path / "x.safetensors", tensors_of("peft", found, part="text_encoder_2"))
     got = read_lora(path, modules_of(base))
     with pytest.raises(LcmError, match="the LoRA adapts a text_encoder_2, which this model does not have"):
-        merge_into(*loaded("sd1"), [(got, 1.0)])
+        merge_into(*tiny.loaded("sd1"), [(got, 1.0)])
     for delta in ({("nowhere", "bias"): np.zeros(32)}, {("conv_out", "bias"): np.zeros(32)}):
         with pytest.raises(LcmError, match="1 LoRA adapters match none of the model's parameters"):
-            lora.merge(loaded("sd1")[1]["unet"], [], [(delta, 1.0)])
+            lora.merge(tiny.loaded("sd1")[1]["unet"], [], [(delta, 1.0)])
     with pytest.raises(LcmError, match="LoRA weight nan is not finite"):
-        merge_into(*loaded("sdxl"), [(got, float("nan"))])
+        merge_into(*tiny.loaded("sdxl"), [(got, float("nan"))])
     sd1 = pipeline("sd1")
     path = save(tmp_path / "huge.safetensors", tensors_of("kohya", factors(sd1.unet), alpha=1e38))
     huge = read_lora(path, modules_of(sd1))
     for lora_file, weight in ((huge, 100.0), (huge, 1e300)):
         with pytest.raises(LcmError, match=r"add what is not finite to .*/kernel of unet; use smaller weights"):
-            merge_into(*loaded("sd1"), [(lora_file, weight)])
+            merge_into(*tiny.loaded("sd1"), [(lora_file, weight)])

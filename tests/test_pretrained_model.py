@@ -6,7 +6,6 @@ Parts and records that do not fit each other or the program are refused before w
 import dataclasses
 import functools
 import gc
-import json
 import weakref
 
 import jax
@@ -25,10 +24,6 @@ from lcm_jax.sampling.request import make_request
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
-def edit(folder, name, **changes):
-    tiny.write_json(folder / name, json.loads((folder / name).read_text()) | changes)
-
-
 @pytest.fixture
 def other(tmp_path):
     """The folder "micro lcm" with other weights in its text encoder, and with what decides nothing changed."""
@@ -36,8 +31,8 @@ def other(tmp_path):
     weights = folder / "text_encoder" / "model.safetensors"
     tensors = {key: 2 * value for key, value in safetensors.numpy.load_file(weights).items()}
     safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
-    edit(folder, SCHEDULER, _class_name="DDPMScheduler", clip_sample_range=3.0, skip_prk_steps=True)
-    edit(folder, "model_index.json", scheduler=["diffusers", "DDPMScheduler"], _name_or_path="elsewhere")
+    tiny.change_json(folder / SCHEDULER, _class_name="DDPMScheduler", clip_sample_range=3.0, skip_prk_steps=True)
+    tiny.change_json(folder / "model_index.json", scheduler=["diffusers", "DDPMScheduler"], _name_or_path="elsewhere")
     tiny.write_json(folder / RECORD, {"objective": "lcf", "solver_steps": 50})
     return folder
 
@@ -100,7 +95,7 @@ def test_a_vae_that_overflows_in_float16_computes_and_is_held_in_float32(dtype, 
 def test_what_decides_images_makes_another_pipeline(other, what):
     same, _ = load_pipeline(other)
     name, changes = DIFFERENT[what]
-    edit(other, name, **changes)
+    tiny.change_json(other / name, **changes)
     assert load_pipeline(other)[0] != same
 
 
@@ -216,6 +211,6 @@ def test_constants_of_a_wrong_type_or_range_are_refused_by_file_and_key(other, f
     if file == RECORD:
         tiny.write_json(other / RECORD, changes)
     else:
-        edit(other, file, **changes)
+        tiny.change_json(other / file, **changes)
     with pytest.raises(LcmError, match=message):
         load_pipeline(other, weights=False)

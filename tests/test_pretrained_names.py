@@ -1,5 +1,7 @@
 """Names and layouts against torch's own state dicts, both ways, bit for bit; what does not fit is listed."""
 
+import functools
+
 import ml_dtypes
 import numpy as np
 import parity
@@ -13,29 +15,27 @@ from lcm_jax.models import clip, unet, vae
 from lcm_jax.pretrained import names
 
 
-def modules():
-    """id -> (Linen module, torch state dict)."""
-    cases = {}
-    for name in tiny.UNETS:
-        model = tiny.torch_unet(name)
-        cases["unet " + name] = unet.from_config(model.config), model.state_dict()
-    cases["vae"] = vae.from_config(tiny.torch_vae().config), tiny.torch_vae().state_dict()
-    for name, (kind, _) in tiny.TEXT_ENCODERS.items():
+@functools.cache
+def case(name: str):
+    """(Linen module, torch state dict) of one of `CASES`."""
+    kind, _, name = name.partition(" ")
+    if kind == "text":
         model = tiny.torch_text_encoder(name)
-        config = model.config.to_dict() | {"architectures": [kind.__name__]}
-        cases["text " + name] = clip.from_config(config), model.state_dict()
-    return cases
+        config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+        return clip.from_config(config), model.state_dict()
+    model, module = (tiny.torch_unet(name), unet) if kind == "unet" else (tiny.torch_vae(), vae)
+    return module.from_config(model.config), model.state_dict()
 
 
-CASES = modules()
+CASES = [*(f"unet {name}" for name in tiny.UNETS), "vae", *(f"text {name}" for name in tiny.TEXT_ENCODERS)]
 
 
 def arrays(state_dict):
     return {key: value.numpy() for key, value in state_dict.items()}
 
 
-def prefixed(case: str, key: str) -> str:
-    return key if "text" not in case or key.startswith(("text_model.", "text_projection.")) else "text_model." + key
+def prefixed(name: str, key: str) -> str:
+    return key if "text" not in name or key.startswith(("text_model.", "text_projection.")) else "text_model." + key
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_torch_name(path, key):
     assert names.torch_name(tuple(path.split("/"))) == key
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_names_and_shapes_are_torchs_and_a_round_trip_is_bitwise(case):
-    module, state_dict = CASES[case]
-    expected = {prefixed(case, key): value.numpy() for key, value in state_dict.items()}
+@pytest.mark.parametrize("name", CASES)
+def test_names_and_shapes_are_torchs_and_a_round_trip_is_bitwise(name):
+    module, state_dict = case(name)
+    expected = {prefixed(name, key): value.numpy() for key, value in state_dict.items()}
     table = names.torch_table(module)
     assert {key: p.torch_shape for key, p in table.items()} == {key: value.shape for key, value in expected.items()}
     assert names.num_params(module) == sum(value.size for value in expected.values())
@@ -80,7 +80,7 @@ def test_names_and_shapes_are_torchs_and_a_round_trip_is_bitwise(case):
 
 def test_layouts_of_square_weights():
     """A forgotten transpose of a square weight raises no error, so these are compared as maps."""
-    module, state_dict = CASES["unet sd1"]
+    module, state_dict = case("unet sd1")
     block = names.from_torch(module, state_dict)["down_blocks_0"]["attentions_0"]
     x = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
     kernel = block["transformer_blocks_0"]["attn1"]["to_q"]["kernel"]
@@ -92,7 +92,7 @@ def test_layouts_of_square_weights():
     y = tiny.torch_unet("sd1").down_blocks[0].attentions[0].proj_in(image)
     parity.close(x @ kernel[0, 0] + block["proj_in"]["bias"], y[0, :, :, 0].numpy().T, atol=1e-5)
 
-    module, state_dict = CASES["text openclip_projection"]
+    module, state_dict = case("text openclip_projection")
     params = names.from_torch(module, state_dict)
     projection = tiny.torch_text_encoder("openclip_projection").text_projection
     parity.close(x @ params["text_projection"]["kernel"], projection(torch.from_numpy(x)).numpy(), atol=1e-5)
@@ -101,7 +101,7 @@ def test_layouts_of_square_weights():
 
 
 def test_convolution_layout():
-    module, state_dict = CASES["unet sd1"]
+    module, state_dict = case("unet sd1")
     kernel = names.from_torch(module, state_dict)["conv_in"]["kernel"]
     weight = state_dict["conv_in.weight"]
     for out, inside, row, column in [(0, 1, 0, 2), (31, 3, 2, 1)]:
@@ -110,7 +110,7 @@ def test_convolution_layout():
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_files_become_the_dtype_asked_for(dtype):
-    module, state_dict = CASES["vae"]
+    module, state_dict = case("vae")
     half = {key: value.astype(dtype) for key, value in arrays(state_dict).items()}
     params = names.from_torch(module, half, np.float32)
     assert {leaf.dtype for leaf in traverse_util.flatten_dict(params).values()} == {np.dtype(np.float32)}
@@ -121,7 +121,7 @@ def test_half_files_become_the_dtype_asked_for(dtype):
 
 @pytest.mark.parametrize("as_convolution", [False, True])
 def test_old_attention_names(as_convolution):
-    module, state_dict = CASES["vae"]
+    module, state_dict = case("vae")
     old = {}
     for key, value in arrays(state_dict).items():
         for new, name in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
@@ -135,9 +135,9 @@ def test_old_attention_names(as_convolution):
         assert np.array_equal(back[key], value.numpy()), key
 
 
-@pytest.mark.parametrize("case", ["unet sd1", "unet sd2"])
-def test_projections_of_the_other_rank(case):
-    module, state_dict = CASES[case]
+@pytest.mark.parametrize("name", ["unet sd1", "unet sd2"])
+def test_projections_of_the_other_rank(name):
+    module, state_dict = case(name)
     other = arrays(state_dict)
     for key in [key for key in other if key.endswith(("proj_in.weight", "proj_out.weight"))]:
         value = other[key]
@@ -148,7 +148,7 @@ def test_projections_of_the_other_rank(case):
 
 
 def test_text_encoder_prefix_and_buffers():
-    module, state_dict = CASES["text clip"]
+    module, state_dict = case("text clip")
     bare = {key.removeprefix("text_model."): value for key, value in arrays(state_dict).items()}
     full = {"text_model." + key: value for key, value in bare.items()}
     full["text_model.embeddings.position_ids"] = np.arange(77)[None]
@@ -161,7 +161,7 @@ def test_text_encoder_prefix_and_buffers():
 
 
 def test_everything_that_does_not_fit_is_listed():
-    module, state_dict = CASES["unet sd1"]
+    module, state_dict = case("unet sd1")
     wrong = arrays(state_dict)
     gone = sorted(key for key in wrong if key.startswith("up_blocks.1.attentions"))[:12]
     for key in gone:
@@ -179,7 +179,7 @@ def test_everything_that_does_not_fit_is_listed():
 
 
 def test_a_transposed_linear_weight_is_mis_shaped():
-    module, state_dict = CASES["unet sd1"]
+    module, state_dict = case("unet sd1")
     wrong = arrays(state_dict)
     wrong["time_embedding.linear_1.weight"] = wrong["time_embedding.linear_1.weight"].T
     with pytest.raises(LcmError, match="1 mis-shaped"):
@@ -187,7 +187,7 @@ def test_a_transposed_linear_weight_is_mis_shaped():
 
 
 def test_the_same_tensor_twice_is_refused():
-    module, state_dict = CASES["text clip"]
+    module, state_dict = case("text clip")
     twice = arrays(state_dict)
     bare = {key.removeprefix("text_model."): value for key, value in twice.items()}
     twice = {"text_model." + key: value for key, value in bare.items()}
@@ -197,14 +197,14 @@ def test_the_same_tensor_twice_is_refused():
 
 
 def test_integer_weights_are_refused():
-    module, state_dict = CASES["vae"]
+    module, state_dict = case("vae")
     wrong = arrays(state_dict) | {"quant_conv.bias": np.zeros(8, np.int8)}
     with pytest.raises(LcmError, match="quant_conv.bias is int8"):
         names.from_torch(module, wrong)
 
 
 def test_writing_checks_the_tree():
-    module, state_dict = CASES["vae"]
+    module, state_dict = case("vae")
     params = names.from_torch(module, state_dict)
     del params["quant_conv"]
     with pytest.raises(LcmError, match=r"AutoencoderKL: 2 missing \(quant_conv/bias, quant_conv/kernel\)"):

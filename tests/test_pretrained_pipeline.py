@@ -18,9 +18,7 @@ from flax import traverse_util
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.pretrained import load_pipeline, load_unet, load_vae, names, read_record
 
-
-def edit(path: Path, **changes):
-    tiny.write_json(path, {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not ...})
+edit = tiny.change_json
 
 
 def assert_same_weights(pipeline, params, part, model):
@@ -139,18 +137,18 @@ def test_old_folders_written_by_flax_and_with_a_safety_checker(sd1):
     assert_same_weights(pipeline, params, "text_encoder", tiny.torch_text_encoder("clip"))
 
 
-def test_another_vae_of_another_scale_is_told(sd1, monkeypatch):
+def test_another_vae_of_another_scale_is_reported(sd1, monkeypatch):
     """Images would be noise; a tiny VAE takes latents as the UNet does, and the model's own need not be there."""
-    told = []
-    monkeypatch.setattr(logging, "warning", lambda text, *args: told.append(text % args))
+    warned = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: warned.append(text % args))
     load_pipeline(sd1, vae=tiny.folder("sdxl"))
-    assert len(told) == 1 and re.search("VAE of .*sdxl has scaling_factor 0.13025, that of .* 0.18215", told[0])
+    assert len(warned) == 1 and re.search("VAE of .*sdxl has scaling_factor 0.13025, that of .* 0.18215", warned[0])
     load_pipeline(sd1, vae=tiny.folder("sd2"))
     tiny.torch_tiny_vae().save_pretrained(sd1 / "tiny")
     load_pipeline(sd1, vae=sd1 / "tiny")
     (sd1 / "vae" / "config.json").write_text("{")
     load_pipeline(sd1, vae=tiny.folder("sdxl"))
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 def test_parts_that_do_not_fit_are_named(sd1):

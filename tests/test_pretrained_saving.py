@@ -52,7 +52,7 @@ def saved(tmp_path_factory):
 
     def get(name):
         if name not in made:
-            model = load_pipeline(tiny.folder(name))
+            model = tiny.loaded(name)
             made[name] = model, save_pipeline(*model, tmp_path_factory.mktemp("saved") / name)
         return made[name]
 

@@ -431,7 +431,7 @@ def test_another_kind_of_vae_may_replace_a_files(folders, written, tmp_path):
 
 
 @pytest.mark.parametrize(("part", "prefix"), [("unet", UNET), ("vae", VAE)])
-def test_a_part_alone_is_told_how_it_is_given(written, tmp_path, part, prefix):
+def test_a_part_alone_is_refused_with_the_flag_that_takes_it(written, tmp_path, part, prefix):
     for stripped in ("", prefix):
         alone = rewrite(
             written("sd1")[1],

@@ -3,7 +3,6 @@
 Weights, chunks, clip skip and textual inversion against worked cases, the encoders' own states and diffusers' tokens.
 """
 
-import functools
 import json
 
 import diffusers
@@ -61,11 +60,8 @@ def test_captions_sizes_and_null_text_are_encoded_as_in_diffusers(name, zeros, t
             parity.close(got[key], value, rtol=0, of_max=parity.NETWORK, what=key)
 
 
-loaded = functools.cache(lambda name: load_pipeline(tiny.folder(name)))
-
-
 def encoded(name: str, prompts: list[str], reading: Reading, embeddings=None, params=None) -> dict[str, np.ndarray]:
-    pipeline, own = loaded(name)
+    pipeline, own = tiny.loaded(name)
     chunks = chunked(pipeline, embeddings or {}, prompts, reading)
     found = text.encode_chunks(pipeline, params or own, chunks, reading.emphasis, reading.clip_skip)
     return {key: np.asarray(value) for key, value in found.items()}
@@ -99,7 +95,7 @@ def test_a_mean_of_zero_is_left_alone():
 
 @pytest.mark.parametrize(("name", "syntax"), [("sd1", "comfy"), ("sdxl", "a1111")])
 def test_prompts_whose_weights_are_all_1_are_plain_ones_bit_for_bit(name, syntax):
-    pipeline, params = loaded(name)
+    pipeline, params = tiny.loaded(name)
     plain = text.encode(pipeline, params, ["a red circle", "hello"])
     found = encoded(name, ["a (red:1.0) circle", "hello"], Reading(syntax, "interpolate"))
     assert all((found[key] == value).all() for key, value in plain.items())
@@ -146,7 +142,7 @@ def test_repeating_the_text_changes_nothing():
 @pytest.mark.parametrize("name", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
 def test_clip_skip_takes_the_hidden_states_of_transformers(name):
     """Counted as A1111 and ComfyUI do: 1 is the last layer. SD's final LayerNorm follows, SDXL's does not."""
-    ids = text.tokens(loaded(name)[0], CAPTIONS).values()
+    ids = text.tokens(tiny.loaded(name)[0], CAPTIONS).values()
     encoders = [tiny.torch_text_encoder(encoder) for encoder, _ in tiny.FOLDERS[name][2].values()]
     outputs = [
         tiny.in_float64(encoder, torch.tensor(i).long(), output_hidden_states=True)
@@ -166,7 +162,7 @@ def test_clip_skip_takes_the_hidden_states_of_transformers(name):
 def vectors_of(name: str, count: int) -> Embedding:
     rng = np.random.default_rng(1)
     return Embedding(
-        "star", {part: rng.standard_normal((count, 32), np.float32) for part in loaded(name)[0].tokenizers}
+        "star", {part: rng.standard_normal((count, 32), np.float32) for part in tiny.loaded(name)[0].tokenizers}
     )
 
 
@@ -182,7 +178,7 @@ def test_textual_inversion_is_diffusers(tmp_path):
 
 
 def test_vectors_are_tokens_with_these_embeddings_and_the_same_end_is_pooled():
-    pipeline, params = loaded("sdxl")
+    pipeline, params = tiny.loaded("sdxl")
     one = vectors_of("sdxl", 2)
     changed = {part: dict(tree) for part, tree in params.items()}
     words = ["large</w>", "small</w>"]  # two tokens of no other use here

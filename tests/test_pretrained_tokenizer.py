@@ -125,7 +125,7 @@ def test_broken_files_are_named(tmp_path, name):
 
 
 def change(folder, name, **entries):
-    tiny.write_json(folder / name, json.loads((folder / name).read_text()) | entries)
+    tiny.change_json(folder / name, **entries)
 
 
 def change_vocabulary(**entries):

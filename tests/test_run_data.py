@@ -31,7 +31,7 @@ COUNT = 44
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load_pipeline(tiny.folder("sd1"))
+    return tiny.loaded("sd1")
 
 
 @pytest.fixture(scope="module")
@@ -247,14 +247,14 @@ def test_buckets_keep_aspect_ratios_and_lose_nothing(paths, pipeline):
     assert same(batches[4:7], batches_of(config, pipeline, 3, start=4))
 
 
-def test_buckets_with_fewer_images_than_a_batch_are_told():
-    told = run_data.small_buckets((1000, 1, 0, 3), 32)
-    assert told.startswith("4 images are in 2 aspect buckets of fewer than 32; ") and "up to 32 times an epoch" in told
+def test_buckets_with_fewer_images_than_a_batch_are_reported():
+    line = run_data.small_buckets((1000, 1, 0, 3), 32)
+    assert line.startswith("4 images are in 2 aspect buckets of fewer than 32; ") and "up to 32 times an epoch" in line
     assert not run_data.small_buckets((32, 0, 64), 32) and not run_data.small_buckets((3,), 32)
 
 
 def test_sdxl_rows_have_time_ids(paths):
-    pipeline, _ = load_pipeline(tiny.folder("sdxl"))
+    pipeline, _ = tiny.loaded("sdxl")
     config = config_of("folder", paths["folder"], crop="center", flip=0.0, width_key="pwatermark")
     (batch,) = batches_of(config, pipeline, 1)
     assert set(batch) == {"pixels", "text_encoder", "text_encoder_2", "time_ids"}
@@ -292,7 +292,7 @@ def test_dropped_captions_are_empty_ones(paths, loaded, pipeline, encode_at):
 @pytest.mark.parametrize("zero_null", [True, False])
 def test_dropped_captions_of_sdxl_are_its_own_null_text(paths, encode_at, zero_null):
     """Zeros, as guidance takes them at inference, and not the states of "", unless the model says so."""
-    pipeline, params = load_pipeline(tiny.folder("sdxl"))
+    pipeline, params = tiny.loaded("sdxl")
     index = {**pipeline.configs["model_index"], "force_zeros_for_empty_prompt": zero_null}
     pipeline = dataclasses.replace(pipeline, configs={**pipeline.configs, "model_index": index})
     encode = encoding.make_encode(pipeline, params)
@@ -324,7 +324,7 @@ def test_fingerprint_distinguishes_models(loaded):
     pipeline, params = loaded
     one = fingerprint(pipeline, params)
     assert one == fingerprint(*load_pipeline(tiny.folder("sd1"))) == json.loads(json.dumps(one))
-    other = fingerprint(*load_pipeline(tiny.folder("sdxl")))
+    other = fingerprint(*tiny.loaded("sdxl"))
     assert {key for key in one if one[key] != other[key]} >= {"tokenizers", "text_encoders", "time_ids"}
     kernel = params["vae"]["quant_conv"]["kernel"]
     vae = {**params["vae"], "quant_conv": {**params["vae"]["quant_conv"], "kernel": kernel + 1e-6}}
@@ -339,7 +339,7 @@ def digest(source: str, path: str | None, **changes) -> str:
 
 @pytest.mark.parametrize("source", data_kit.WRITERS)
 def test_a_digest_tells_other_records_and_not_where_they_are(paths, source, tmp_path):
-    """Removed and added, in another order, another picture or caption of the same key; then the same elsewhere."""
+    """Removed and added, in another order, another image or caption of the same key; then the same elsewhere."""
     begun, write = data_kit.records(6), data_kit.WRITERS[source]
     other = begun[5] | {"key": "000000099"}
     others = {

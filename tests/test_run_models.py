@@ -1,6 +1,5 @@
 """The models of a config: pipelines, students, adapters; and what is refused before training."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -203,9 +202,8 @@ def test_how_an_lcm_is_recognised(teacher, lcm, tmp_path):
     recorded = make_lcm(teacher, tmp_path / "recorded", None, solver_steps=50)
     assert not load(make_config(None, **lcf, model__student=str(recorded))).student.has_w_embedding
     scheduled = make_lcm(teacher, tmp_path / "scheduled", None)
-    path = scheduled / "scheduler" / "scheduler_config.json"
     changes = {"_class_name": "LCMScheduler", "original_inference_steps": 40}
-    tiny.write_json(path, json.loads(path.read_text()) | changes)
+    tiny.change_json(scheduled / "scheduler" / "scheduler_config.json", **changes)
     assert load(make_config(None, **lcf, model__student=str(scheduled), distill__solver_steps=40))
     with pytest.raises(LcmError, match=r"solver_steps = 50, but .* distilled with 40"):
         load(make_config(None, **lcf, model__student=str(scheduled)))
@@ -267,13 +265,13 @@ def test_the_record_of_a_student_is_typed(teacher, tmp_path):
 def test_another_vae_and_its_precision(teacher, tmp_path):
     vae = Path(shutil.copytree(teacher / "vae", tmp_path / "vae"))
     path = vae / "config.json"
-    tiny.write_json(path, json.loads(path.read_text()) | {"force_upcast": True, "scaling_factor": 0.5})
+    tiny.change_json(path, force_upcast=True, scaling_factor=0.5)
     config = make_config(teacher, model__vae=str(vae), model__dtype="bfloat16")
     models = load(config)
     unet, vae = models.student.unet, models.teacher.vae
     assert unet.dtype == models.teacher.unet.dtype == jnp.bfloat16 and vae.dtype == jnp.float32
     assert training_step.make_problem(config, models.teacher, models.student).scaling_factor == 0.5
-    tiny.write_json(path, json.loads(path.read_text()) | {"force_upcast": False})
+    tiny.change_json(path, force_upcast=False)
     assert run_models.load_teacher(config)[0].vae.dtype == jnp.bfloat16
     assert load_pipeline(teacher)[0].vae.scaling_factor != 0.5
 
@@ -287,11 +285,6 @@ def test_a_single_file_teacher_equals_the_folder_that_it_was_made_from(teacher, 
     assert models.student == expected.student and same(models.student_params["unet"], expected.student_params["unet"])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), models.student_params)
     assert run_models.shapes(config).student_params == shapes
-
-
-def changed(path: Path, change) -> None:
-    """Changes a JSON file in place."""
-    tiny.write_json(path, change(json.loads(path.read_text())))
 
 
 def one_weight(folder: Path) -> None:
@@ -322,20 +315,20 @@ def test_digests_are_of_what_is_computed_with(teacher, lcm, tmp_path):
     assert set(begun) == {"unet", "vae", "text_encoder", "tokenizer", "scheduler", "student"}
     assert changes("unet", one_weight) == {"unet", "student"}
     assert changes("vae", one_weight) == {"vae"} and changes("text_encoder", one_weight) == {"text_encoder"}
-    assert changes("vae", lambda f: changed(f / "config.json", lambda c: c | {"scaling_factor": 0.5})) == {"vae"}
-    beta = lambda f: changed(f / "scheduler_config.json", lambda c: c | {"beta_end": 0.013})  # noqa: E731
+    assert changes("vae", lambda f: tiny.change_json(f / "config.json", scaling_factor=0.5)) == {"vae"}
+    beta = lambda f: tiny.change_json(f / "scheduler_config.json", beta_end=0.013)  # noqa: E731
     assert changes("scheduler", beta) == {"scheduler"}
-    special = lambda f: changed(f / "tokenizer_config.json", lambda c: c | {"pad_token": "!"})  # noqa: E731
+    special = lambda f: tiny.change_json(f / "tokenizer_config.json", pad_token="!")  # noqa: E731
     assert changes("tokenizer", special) == {"tokenizer"}
 
-    def written_anew(folder: Path) -> None:
-        changed(folder / "config.json", lambda c: c | {"_diffusers_version": "9", "_name_or_path": "elsewhere"})
+    def rewritten(folder: Path) -> None:
+        tiny.change_json(folder / "config.json", _diffusers_version="9", _name_or_path="elsewhere")
         (folder.parent / "README.md").write_text("another")
         (path,) = folder.glob("*.safetensors")
         tensors = {key: value.copy() for key, value in sorted(safetensors.numpy.load_file(path).items(), reverse=True)}
         safetensors.numpy.save_file(tensors, path, metadata={"format": "pt", "about": "more"})
 
-    assert changes("unet", written_anew) == set()
+    assert changes("unet", rewritten) == set()
     other = digests(model__student=str(lcm))
     assert {part for part in begun if begun[part] != other[part]} == {"student"}
 

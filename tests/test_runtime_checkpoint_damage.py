@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_runtime_checkpoint import bits
 
 from lcm_jax.errors import LcmError
 from lcm_jax.runtime import checkpoints as checkpoints_module
@@ -24,10 +25,6 @@ def make_state(step):
             "bias": jnp.asarray(rng.normal(size=7), jnp.bfloat16),
         },
     }
-
-
-def bits(tree):
-    return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +167,7 @@ def test_files_added_later_do_not_matter(folder):
 
 
 @pytest.mark.parametrize("content", ['{"loss": "x"}', '{"loss": [1]}', '{"loss": 1' + "0" * 400 + "}", "[1]", "{"])
-def test_metrics_of_other_types_are_told_and_do_not_count(tmp_path, capsys, content):
+def test_metrics_of_other_types_are_reported_and_do_not_count(tmp_path, capsys, content):
     (tmp_path / "5").mkdir()
     (tmp_path / "5" / "metrics.json").write_text(content)
     assert checkpoints_module.tidy(tmp_path, "loss") == [(5, None)]

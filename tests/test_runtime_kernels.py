@@ -116,7 +116,7 @@ CASES = [
     ("auto", TPU, (8, 4096, 8, 40), 77, "xla"),
     ("auto", TPU, (8, 256, 8, 160), None, "xla"),
     ("auto", TPU, (8, 9216, 5, 64), None, "splash"),
-    ("auto", TPU, (6, 4096, 8, 40), None, "chunked"),  # 6 pictures do not split over 4 devices
+    ("auto", TPU, (6, 4096, 8, 40), None, "chunked"),  # 6 images do not split over 4 devices
     ("auto", TPU, (8, 4000, 8, 40), None, "chunked"),  # no tile divides it
     ("auto", TPU, (8, 16384, 1, 512), None, "chunked"),  # the VAE's at 1024 px
     ("splash", TPU, (8, 256, 8, 160), None, "splash"),
@@ -263,7 +263,7 @@ assert not any(word in compiled.as_text() for word in ("all-gather", "all-reduce
 """
 
 
-def test_each_device_attends_to_its_own_pictures():
+def test_each_device_attends_to_its_own_images():
     environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(Path(__file__).parents[1]))
     done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -309,7 +309,7 @@ def test_tensorboard_and_images(tmp_path):
 
 
 def test_tensorboard_hides_what_is_trained_again(tmp_path):
-    """Also if a run without a checkpoint begins anew."""
+    """Also if a run without a checkpoint starts again."""
     from tensorboardX.proto.event_pb2 import SessionLog
 
     for start, end in ((0, 20), (10, 20), (0, 5)):
@@ -364,7 +364,7 @@ RESUMED = [{"event": "start", "time": 200.0, "step": 21}, {"event": "stop", "tim
         (WHOLE[:4] + AGAIN + [{"event": "start", "time": 60_000.0, "step": 0}], 131, 0),  # there was no checkpoint
         ([*WHOLE[:2], {"event": "stop", "time": 90.0, "step": 1}], 30, 0),  # the clock was set back
     ],
-    ids=["none", "one attempt", "resumed", "killed", "anew", "clock"],
+    ids=["none", "one attempt", "resumed", "killed", "started again", "clock"],
 )
 def test_goodput(events, wall, steps):
     total = Goodput(events)

@@ -75,7 +75,7 @@ def test_prepare_workdir_refuses_a_broken_config_json(tmp_path, config, content)
         config_lib.prepare_workdir(tmp_path, config)
 
 
-def test_moved_models_and_data_go_on_where_their_digests_can_be_compared(tmp_path, config):
+def test_moved_models_and_data_resume_if_their_digests_can_be_compared(tmp_path, config):
     config_lib.prepare_workdir(tmp_path, config)
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     config.model.teacher = "b/teacher"

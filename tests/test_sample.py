@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import gc
-import json
 import re
 import resource
 import shutil
@@ -171,7 +170,7 @@ def test_guidance_outside_the_record_is_one_warning_and_the_image_is_made(lcm, t
         (["--lora_dir=/no"], r"--lora_dir=/no: is for <lora:NAME:WEIGHT> in a1111 prompts"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(lcm, tmp_path, capsys, options, message):
+def test_bad_input_is_one_line_and_exit_code_2(lcm, tmp_path, capsys, load_once, options, message):
     paths = {name: tmp_path / name.lower() for name in ("LATIN1", "BROKEN", "NO_RECORD", "EDM")}
     paths |= {"SD1": tiny.folder("sd1"), "TEXT": tmp_path / "prompts.txt"}
     paths["TEXT"].write_text("a\n")
@@ -237,9 +236,7 @@ def test_the_teacher_generates_the_images_of_diffusers(tmp_path, sampler, schedu
     options += [f"--negative_prompt={negative_prompt}"] if negative_prompt else []
     ours = arrays(generate(folder, tmp_path, *options, f"--seed={seed}", "--steps=4"))
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder)
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = tiny.torch_pipeline(StableDiffusionPipeline, folder, scheduler)
     noise = draw_noise(seed, [0, 1], 1, (8, 8, 4))[0]
     theirs = pipe(
         [PROMPT] * 2,
@@ -268,8 +265,7 @@ def test_another_size_and_half_precision_which_is_the_default_but_on_a_cpu(lcm, 
 @pytest.mark.parametrize(("dtype", "of_vae"), [("bfloat16", "bfloat16"), ("float16", "float32")])
 def test_a_vae_that_overflows_float16_decodes_in_bfloat16(dtype, of_vae, lcm, tmp_path):
     folder = shutil.copytree(lcm, tmp_path / "lcm")
-    path = folder / "vae/config.json"
-    tiny.write_json(path, json.loads(path.read_text()) | {"force_upcast": True})
+    tiny.change_json(folder / "vae/config.json", force_upcast=True)
     pipeline = lcm_jax.load(folder, dtype=dtype).pipeline
     assert pipeline.unet.dtype == dtype and pipeline.vae.dtype == of_vae
 
@@ -454,7 +450,7 @@ def test_images_of_another_request_are_not_replaced(three, lcm, tmp_path, capsys
     assert image.text["prompt"] == "b"
 
 
-def test_a_full_disk_and_a_signal_leave_whole_images_alone(lcm, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_and_a_signal_leave_whole_images_alone(lcm, tmp_path, capsys, monkeypatch, load_once):
     def images(self, request, prompts, numbers, seed):
         return np.random.default_rng(0).random((len(prompts), 64, 64, 3), np.float32)
 
@@ -464,7 +460,10 @@ def test_a_full_disk_and_a_signal_leave_whole_images_alone(lcm, tmp_path, capsys
         write(path, image, about)
 
     monkeypatch.setattr(Generator, "generate", images)
-    words = [f"--model={lcm}", f"--out={tmp_path / 'out'}", "--prompt=a"]
+    words = [f"--model={lcm}", "--prompt=a"]
+    assert sample.main([*words, f"--out={tmp_path / 'room'}"]) == 0  # no program is kept with a size that is cut off
+    words.append(f"--out={tmp_path / 'out'}")
+    capsys.readouterr()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:

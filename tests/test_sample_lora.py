@@ -22,7 +22,7 @@ import lcm_jax
 from lcm_jax import sample
 from lcm_jax.errors import BadArgument
 from lcm_jax.models.layers import dtypes_in_use
-from lcm_jax.pretrained import RECORD, load_pipeline, lora_keys, save_single_file, text
+from lcm_jax.pretrained import RECORD, lora_keys, save_single_file, text
 from lcm_jax.sampling.generator import draw_noise
 from lcm_jax.sampling.load import add_loras, pairs_of, parse_lora
 from lcm_jax.sampling.request import make_request, warnings
@@ -101,7 +101,7 @@ def test_guidance_between_1_and_2_is_diffusers_two_passes(name, negative, tmp_pa
 
 def test_null_is_the_empty_text_or_zeros():
     for name in ("sd1", "sdxl"):
-        pipeline, params = load_pipeline(tiny.folder(name))
+        pipeline, params = tiny.loaded(name)
         unset, empty, other = (text.null(pipeline, params, prompt) for prompt in (None, "", "blue"))
         encoded = text.encode(pipeline, params, [""])
         for key, value in encoded.items():
@@ -116,7 +116,7 @@ def test_null_is_the_empty_text_or_zeros():
 @pytest.mark.slow
 def test_a_single_file_is_a_model(tmp_path):
     folder = tiny.folder("sd1")
-    path = save_single_file(*load_pipeline(folder), tmp_path / "model.safetensors", dtype=np.float32)
+    path = save_single_file(*tiny.loaded("sd1"), tmp_path / "model.safetensors", dtype=np.float32)
     ours = generate(path, tmp_path / "a", f"--model_config={folder}", *OPTIONS)
     np.testing.assert_array_equal(arrays(ours), arrays(generate(folder, tmp_path / "b", *OPTIONS)))
 
@@ -188,7 +188,7 @@ def lora_with_record(folder: Path, record: dict, **tensors) -> Path:
 
 def test_add_loras_joins_the_records(lora_files, tmp_path):
     """Without a record 50 steps and 10, the published LCM-LoRAs'; else the record's, in file or folder."""
-    pipeline, params = load_pipeline(tiny.folder("sd1"))
+    pipeline, params = tiny.loaded("sd1")
     assert pipeline.record == {} and not pipeline.is_lcm
 
     def constants(*sources):
@@ -217,7 +217,7 @@ def test_loras_are_added_in_float32_and_rounded_once(lora_files):
     dtypes = dtypes_in_use(model.params, "bfloat16")
     assert half.params["unet"]["down_blocks_0"]["resnets_0"]["conv1"]["kernel"].dtype == jnp.bfloat16
     jax.tree.map(np.testing.assert_array_equal, half.params, jax.tree.map(jnp.astype, model.params, dtypes))
-    pipeline, params = load_pipeline(tiny.folder("sd1"))
+    pipeline, params = tiny.loaded("sd1")
     merged = add_loras(pipeline, params, [(str(lora_files[0]), 0.5), (str(lora_files[1]), 1.0)])[1]
     jax.tree.map(np.testing.assert_array_equal, model.params, dict(merged))
 
@@ -236,7 +236,7 @@ def test_loras_that_do_not_fit_are_refused(tmp_path, capsys, caplog):
     assert "1 of" in caplog.text and "unet.nowhere" in caplog.text
 
 
-def test_loras_of_other_programs_draw_the_same_pictures(lora_files, tmp_path, caplog):
+def test_loras_of_other_programs_make_the_same_images(lora_files, tmp_path, caplog):
     """OneTrainer's names with a bundled embedding against kohya's; LyCORIS' norms count."""
     unet, tensors = lora_kit.pipeline("sd1").unet, {}
     original = lora_keys.sgm_names(unet)
@@ -245,16 +245,16 @@ def test_loras_of_other_programs_draw_the_same_pictures(lora_files, tmp_path, ca
         tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": np.float32(2)}
     bundled = tensors | {"bundle_emb.cat.clip_l": np.ones((2, 32), np.float32)}
     norm = tensors | {"lora_unet_conv_norm_out.w_norm": np.full(32, 0.5, np.float32)}
-    pictures = {}
+    images = {}
     for name, path in {
         "kohya": lora_files[0],
         "other": lora_kit.save(tmp_path / "other.safetensors", bundled),
         "norm": lora_kit.save(tmp_path / "norm.safetensors", norm),
     }.items():
-        pictures[name] = arrays(generate(tiny.folder("sd1"), tmp_path / name, f"--lora={path}", *OPTIONS))
-    np.testing.assert_array_equal(pictures["other"], pictures["kohya"])
+        images[name] = arrays(generate(tiny.folder("sd1"), tmp_path / name, f"--lora={path}", *OPTIONS))
+    np.testing.assert_array_equal(images["other"], images["kohya"])
     assert "other.safetensors holds embeddings, too (cat)" in caplog.text
-    assert np.abs(pictures["norm"] - pictures["kohya"]).max() > 8
+    assert np.abs(images["norm"] - images["kohya"]).max() > 8
 
 
 def warned(pipeline, guidance_scale=1.0, **options) -> str:
@@ -262,7 +262,7 @@ def warned(pipeline, guidance_scale=1.0, **options) -> str:
 
 
 def test_warnings():
-    teacher, lcm = (load_pipeline(tiny.folder(name))[0] for name in ("sd1", "lcm"))
+    teacher, lcm = (tiny.loaded(name)[0] for name in ("sd1", "lcm"))
     plain = dataclasses.replace(teacher, record={"solver_steps": 50})
     for scale in (1.0, 1.5, 2.0):
         assert warned(plain, scale) == ""
@@ -289,7 +289,7 @@ def test_warnings_and_cut_prompts_are_on_stderr_and_images_are_made(lora_files, 
 
 
 def test_encode_logs_captions_that_are_cut(caplog):
-    pipeline, params = load_pipeline(tiny.folder("sdxl"))
+    pipeline, params = tiny.loaded("sdxl")
     exact = "hello " * 75
     assert text.truncated(pipeline, [exact, LONG, LONG, "a"]) == {LONG: (82, 77)}
     text.encode(pipeline, params, [exact, "a"])

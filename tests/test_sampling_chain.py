@@ -12,7 +12,6 @@ import torch
 from diffusers import (
     DDIMScheduler,
     LatentConsistencyModelImg2ImgPipeline,
-    LCMScheduler,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
@@ -70,9 +69,7 @@ def test_hires_is_diffusers_image_to_image_from_enlarged_latents(lcm):
     first = lcm.latents(lcm.encode(PROMPTS), lcm.noise(SEED, [0, 0], 2, 16, 16), 8.0, lcm_jax.Settings(steps=2))
     large = torch.nn.functional.interpolate(to_torch(first), scale_factor=2, mode="bilinear")
     noise = lcm.noise(SEED, [0, 0], 3, 32, 32, again=True)
-    pipe = LatentConsistencyModelImg2ImgPipeline.from_pretrained(tiny.folder("micro lcm"))
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = tiny.torch_pipeline(LatentConsistencyModelImg2ImgPipeline, tiny.folder("micro lcm"))
     draws = drawn(*noise)
     with (
         mock.patch.object(lcm_img2img, "randn_tensor", draws),
@@ -169,16 +166,12 @@ def test_base_and_refiner_are_diffusers_pipelines(sampler, base, refiner):
         asked(base, Refine(refiner, 0.8, 2, 3.0), steps=steps, sampler=sampler, **options), PROMPTS, [0, 1], SEED
     )
     noise = base.noise(SEED, [0, 1], 3, 16, 16)
-    first = StableDiffusionXLPipeline.from_pretrained(tiny.folder("sdxl"))
-    second = StableDiffusionXLImg2ImgPipeline.from_pretrained(tiny.folder("refiner"), requires_aesthetics_score=True)
-    second.scheduler = DDIMScheduler.from_config(second.scheduler.config, timestep_spacing="trailing")
-    if sampler == "lcm":
-        first.scheduler = LCMScheduler.from_config(first.scheduler.config)
-        table = {"timesteps": [999, 499, 199]}
-    else:
+    refining = dict(scheduler=DDIMScheduler, requires_aesthetics_score=True)
+    second = tiny.torch_pipeline(StableDiffusionXLImg2ImgPipeline, tiny.folder("refiner"), **refining)
+    first = tiny.torch_pipeline(StableDiffusionXLPipeline, tiny.folder("sdxl"))
+    table = {"timesteps": [999, 499, 199]}
+    if sampler == "ddim":
         first.scheduler, table = second.scheduler, {"num_inference_steps": steps}
-    for pipe in (first, second):
-        pipe.set_progress_bar_config(disable=True)
     texts = {"prompt": PROMPTS, "negative_prompt": ["hello"] * 2}
     start = to_torch(noise[0])
     with mock.patch.object(scheduling_lcm, "randn_tensor", drawn(*noise[1:])), torch.inference_mode():

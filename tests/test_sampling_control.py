@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from unittest import mock
 
+import cv2
 import jax
 import numpy as np
 import parity
@@ -12,10 +13,8 @@ import tiny
 import torch
 from diffusers import (
     ControlNetModel,
-    LCMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.schedulers import scheduling_lcm
 from PIL import Image
@@ -32,8 +31,7 @@ from lcm_jax.sampling.png import to_uint8
 from lcm_jax.sampling.request import make_request, warnings
 
 PROMPTS = ["a red circle", "a blue square"]
-# One level with a middle: the fewest blocks that have all that residuals are added to.
-MICRO = tiny.UNETS["micro lcm"] | {"mid_block_type": "UNetMidBlock2DCrossAttn"}
+MIDDLE = tiny.UNETS["middle lcm"]
 
 
 def save_net(unet: dict, seed: int, target: Path, **changes) -> Path:
@@ -51,10 +49,9 @@ def picture(seed: int, height: int = 16, width: int = 16) -> Image.Image:
 def micro(tmp_path_factory) -> Path:
     """A one-level LCM, conditioned on w, in `model`; nets for it in `a` and `b`; an image."""
     root = tmp_path_factory.mktemp("control")
-    tiny.copy("micro lcm", root / "model")
-    tiny.randomise(UNet2DConditionModel(**MICRO), 1).save_pretrained(root / "model" / "unet")
+    tiny.copy("middle lcm", root / "model")
     for seed, name in enumerate("ab"):
-        save_net(MICRO, 10 + seed, root / name)
+        save_net(MIDDLE, 10 + seed, root / name)
     picture(1).save(root / "image.png")
     return root
 
@@ -71,13 +68,10 @@ def nets(micro, model) -> dict[str, Net]:
 
 def theirs(folder: Path, nets: list[Path], noise: np.ndarray, **options) -> np.ndarray:
     """Images [b h w 3] in [0, 1] of diffusers' pipeline with LCMScheduler, from our noise [steps b h w c]."""
-    kind = StableDiffusionXLControlNetPipeline if (folder / "text_encoder_2").exists() else None
+    kinds = StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+    kind = kinds[(folder / "text_encoder_2").exists()]
     found = [ControlNetModel.from_pretrained(net) for net in nets]
-    pipe = (kind or StableDiffusionControlNetPipeline).from_pretrained(
-        folder, controlnet=found if len(found) > 1 else found[0]
-    )
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = tiny.torch_pipeline(kind, folder, controlnet=found if len(found) > 1 else found[0])
     start, *between = torch.from_numpy(np.ascontiguousarray(noise.transpose(0, 1, 4, 2, 3)))
     draws = iter(between)
     with mock.patch.object(scheduling_lcm, "randn_tensor", lambda *_, **__: next(draws)), torch.inference_mode():
@@ -226,7 +220,6 @@ def test_images_have_the_size_of_the_first_image_in_whole_latents(model, nets):
 
 
 def test_canny_finds_edges_at_the_size_of_the_images(model, nets):
-    cv2 = pytest.importorskip("cv2")
     square = np.zeros((64, 64, 3), np.uint8)
     square[16:48, 16:48] = (255, 0, 0)
     request = make_request(model.pipeline, control=[Control(nets["a"], square, canny=(100, 200))], height=32, width=32)
@@ -327,7 +320,7 @@ def test_the_program_generates_the_images_of_the_library(micro, model, nets, tmp
         assert np.abs(got - np.asarray(want, int)).max() <= 1  # a value that is rounded
 
 
-def test_bad_flags_are_one_line(micro, tmp_path, capsys):
+def test_bad_flags_are_one_line(micro, tmp_path, capsys, load_once):
     image = micro / "image.png"
     for flags, message in (
         (["--canny=100,200"], r"--canny=100,200: is for ControlNets; give --control=NET:IMAGE"),

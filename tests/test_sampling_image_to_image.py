@@ -51,22 +51,15 @@ def ours(model, image, numbers=(0,), seed=5, **options) -> np.ndarray:
 
 def theirs(folder: Path, kind, image, generators, scheduler=LCMScheduler, **options) -> np.ndarray:
     """Latents [b h w c] of diffusers' pipeline with its own draws."""
-    pipe = kind.from_pretrained(folder)
-    more = {} if scheduler is LCMScheduler else {"timestep_spacing": "trailing"}
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **more)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = tiny.torch_pipeline(kind, folder, scheduler)
     found = pipe(prompt=PROMPT, image=image, generator=generators, output_type="latent", **options).images
     return found.numpy().transpose(0, 2, 3, 1)
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(4, 0.5), (1, 0.8)])
 def test_latents_of_diffusers_lcm_pipeline_with_torchs_noise(model, steps, strength):
     """Of one generator for all images, which draws the posterior's noise once, and of a list of generators."""
-    for noise, generators in (("torch-batch", generator(5)), ("torch", [generator(5), generator(6)])):
+    for noise, generators in (("torch-batch", tiny.generator(5)), ("torch", [tiny.generator(5), tiny.generator(6)])):
         want = theirs(
             tiny.folder("micro lcm"),
             LatentConsistencyModelImg2ImgPipeline,
@@ -102,7 +95,7 @@ def test_latents_of_diffusers_other_pipelines_with_steps_and_strength_of_theirs(
     model = lcm_jax.load(tiny.folder(name))
     for steps, strength in ((4, 0.5), (1, 0.2)):
         options = dict(num_inference_steps=round(steps / strength), strength=strength, guidance_scale=scale)
-        want = theirs(tiny.folder(name), kind, picture(1), generator(5), scheduler, **options)
+        want = theirs(tiny.folder(name), kind, picture(1), tiny.generator(5), scheduler, **options)
         options = dict(sampler=NAMES[scheduler], steps=steps, strength=strength, guidance_scale=scale, noise="torch")
         parity.close(ours(model, picture(1), **options), want, rtol=0, of_max=parity.NETWORK)
 

@@ -9,7 +9,6 @@ import numpy as np
 import parity
 import pytest
 import tiny
-import torch
 from diffusers import (
     DDIMScheduler,
     LCMScheduler,
@@ -20,7 +19,7 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from test_sample import compilations
-from test_sampling_control import MICRO, picture, save_net
+from test_sampling_control import MIDDLE, picture, save_net
 
 import lcm_jax
 from lcm_jax import sample
@@ -60,16 +59,13 @@ def nine(name: str, target: Path, w: int | None = None) -> Path:
 def theirs(folder: Path, image, mask, scheduler=LCMScheduler, seed: int = 5, output_type: str = "latent", **options):
     """What diffusers' pipeline gives with its own draws: latents [b h w c], or Pillow images."""
     kind = StableDiffusionXLInpaintPipeline if (folder / "text_encoder_2").exists() else StableDiffusionInpaintPipeline
-    pipe = kind.from_pretrained(folder)
-    more = {} if scheduler is LCMScheduler else {"timestep_spacing": "trailing"}
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **more)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = tiny.torch_pipeline(kind, folder, scheduler)
     asked = dict(height=image.height, width=image.width) | options
     found = pipe(
         prompt=PROMPT,
         image=image,
         mask_image=mask,
-        generator=torch.Generator().manual_seed(seed),
+        generator=tiny.generator(seed),
         output_type=output_type,
         **asked,
     ).images
@@ -336,9 +332,9 @@ def test_bad_input_is_one_line_before_anything_is_compiled(model, options, messa
 @pytest.mark.parametrize("channels", [9, 4])
 def test_control_nets_steer_inpainting_of_both_kinds(channels, tmp_path):
     folder = tiny.copy("micro lcm", tmp_path / "model")
-    tiny.randomise(UNet2DConditionModel(**MICRO | {"in_channels": channels}), 1).save_pretrained(folder / "unet")
+    tiny.randomise(UNet2DConditionModel(**MIDDLE | {"in_channels": channels}), 1).save_pretrained(folder / "unet")
     model = lcm_jax.load(folder)
-    net = model.control_net(save_net(MICRO, 10, tmp_path / "net"))
+    net = model.control_net(save_net(MIDDLE, 10, tmp_path / "net"))
     plain, steered = (
         np.asarray(model(PROMPT, image=picture(1), mask=hole(), steps=1, control=control)[0], int)
         for control in ([], [lcm_jax.Control(net, picture(2))])

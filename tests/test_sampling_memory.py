@@ -11,10 +11,9 @@ import numpy as np
 import parity
 import pytest
 import tiny
-from diffusers import UNet2DConditionModel as TorchUNet
 from flax import traverse_util
 from test_sample import compilations
-from test_sampling_control import MICRO, picture, save_net
+from test_sampling_control import MIDDLE, picture, save_net
 
 import lcm_jax
 from lcm_jax import Control, sample
@@ -226,9 +225,7 @@ def test_on_two_devices():
 
 @pytest.mark.slow
 def test_controlnets_are_in_8_bits_beside_a_unet_that_is(tmp_path):
-    folder = tiny.copy("micro lcm", tmp_path / "model")
-    tiny.randomise(TorchUNet(**MICRO), 1).save_pretrained(folder / "unet")
-    path = save_net(MICRO, 10, tmp_path / "net")
+    folder, path = tiny.folder("middle lcm"), save_net(MIDDLE, 10, tmp_path / "net")
     small, plain = lcm_jax.load(folder, weights="int8"), lcm_jax.load(folder)
     rounded = Generator(plain.pipeline, {part: whole(tree) for part, tree in small.params.items()})
     net, full = small.control_net(path), plain.control_net(path)

@@ -11,10 +11,10 @@ import parity
 import pytest
 import tiny
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline, LCMScheduler, StableDiffusionControlNetPipeline
+from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline
 from diffusers.schedulers import scheduling_lcm
 from test_sample import arrays, compilations, generate
-from test_sampling_control import MICRO, PROMPTS, picture, save_net
+from test_sampling_control import MIDDLE, PROMPTS, picture, save_net
 
 import lcm_jax
 from lcm_jax import Control, sample
@@ -98,11 +98,9 @@ def theirs(folder: Path, noise: np.ndarray, negative: str | None, guidance_scale
     """Images [b h w 3] in [0, 1] of diffusers' pipeline with LCMScheduler and the processor, from our noise."""
     if "controlnet" in options:
         net = ControlNetModel.from_pretrained(options.pop("controlnet"))
-        pipe = StableDiffusionControlNetPipeline.from_pretrained(folder, controlnet=net)
+        pipe = tiny.torch_pipeline(StableDiffusionControlNetPipeline, folder, controlnet=net)
     else:
-        pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
+        pipe = tiny.torch_pipeline(DiffusionPipeline, folder)
     one = {"num_images_per_prompt": 1}
     two_passes = guidance_scale > 1 and pipe.unet.config.time_cond_proj_dim is None
     states = pipe.encode_prompt(negative or "", device="cpu", do_classifier_free_guidance=False, **one)
@@ -155,23 +153,14 @@ def test_images_of_diffusers_with_the_formula_in_its_attention(name, guidance_sc
     assert compiled == []
 
 
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory) -> Path:
-    """A one-level LCM, conditioned on w, in `model`; a net for it in `net`."""
-    root = tmp_path_factory.mktemp("nag")
-    tiny.copy("micro lcm", root / "model")
-    tiny.randomise(tiny.UNet2DConditionModel(**MICRO), 1).save_pretrained(root / "model" / "unet")
-    save_net(MICRO, 10, root / "net")
-    return root
-
-
-def test_nets_see_the_prompt_alone(micro):
-    model = lcm_jax.load(micro / "model")
-    control = [Control(model.control_net(micro / "net"), picture(1), 0.8)]
+def test_nets_see_the_prompt_alone(tmp_path):
+    folder, net = tiny.folder("middle lcm"), save_net(MIDDLE, 10, tmp_path / "net")
+    model = lcm_jax.load(folder)
+    control = [Control(model.control_net(net), picture(1), 0.8)]
     got = ours(model, negative_prompt=NEGATIVE, nag_scale=SCALE, control=control)
     noise = model.noise(SEED, [0, 0], STEPS, 16, 16)
-    net = {"controlnet": micro / "net", "image": [picture(1)] * 2, "controlnet_conditioning_scale": 0.8}
-    parity.close(got, theirs(micro / "model", noise, NEGATIVE, 8.0, **net), rtol=0, of_max=parity.NETWORK)
+    options = {"controlnet": net, "image": [picture(1)] * 2, "controlnet_conditioning_scale": 0.8}
+    parity.close(got, theirs(folder, noise, NEGATIVE, 8.0, **options), rtol=0, of_max=parity.NETWORK)
 
 
 def test_texts_may_have_different_numbers_of_chunks():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+from diffusers import LatentConsistencyModelPipeline
 from PIL import Image, PngImagePlugin
 
 import lcm_jax
@@ -20,10 +20,6 @@ PARAMETERS = (
     "a small,\nred circle\nNegative prompt: blue\nSteps: 2, Sampler: LCM, CFG scale: 1.5, Seed: 9, Size: 16x14, "
     'Model hash: 0123abcd, Lora hashes: "a: 1, b: 2", RNG: CPU, Version: v1.9.4'
 )
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_vectors_of_the_generators():
@@ -42,7 +38,7 @@ def test_vectors_of_the_generators():
 def test_torch_generator_is_torch_randn_call_after_call(seed):
     """Bit for bit; without AVX2 torch takes its logarithms and sines from the C library, a few ulp away."""
     bound = 0 if torch.backends.cpu.get_cpu_capability().startswith("AVX") else 2.4e-6
-    ours, theirs = TorchGenerator(seed), generator(seed)
+    ours, theirs = TorchGenerator(seed), tiny.generator(seed)
     # 7 leaves a spare number, which is the first of the 1 behind 4 * 8 * 8.
     for n in (*range(1, 65), 7, 4 * 8 * 8, 1, 4 * 64 * 64, 4 * 9 * 7, 3):
         np.testing.assert_allclose(ours.randn(n), torch.randn(n, generator=theirs), rtol=0, atol=bound, err_msg=str(n))
@@ -67,7 +63,7 @@ def test_noise_of_an_image_does_not_depend_on_those_beside_it(source):
 
 def test_torch_batch_is_one_generator_for_all_images():
     found = draw_noise(3, [2, 1], 2, (2, 3, 4), "torch-batch", 5)
-    theirs = generator(3)
+    theirs = tiny.generator(3)
     want = np.stack([torch.randn(5, 4, 2, 3, generator=theirs).numpy() for _ in range(2)]).transpose(0, 1, 3, 4, 2)
     np.testing.assert_allclose(found, want[:, [2, 1]], rtol=0, atol=2.4e-6)
     assert np.abs(found - draw_noise(3, [2, 1], 2, (2, 3, 4), "torch-batch")).max() > 0.1  # of three images
@@ -77,12 +73,10 @@ def test_torch_batch_is_one_generator_for_all_images():
 def test_latents_are_those_of_diffusers_for_the_same_seed(steps):
     """To 1e-4, the rounding of four steps in float32: a list of generators, and one for the batch."""
     folder = tiny.folder("micro lcm")
-    pipe = LatentConsistencyModelPipeline.from_pretrained(folder)
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = tiny.torch_pipeline(LatentConsistencyModelPipeline, folder)
     model = lcm_jax.load(folder)
     cond, settings = model.encode([PROMPT] * 2), lcm_jax.Settings(steps=steps)
-    for source, generators in (("torch", [generator(5), generator(6)]), ("torch-batch", generator(5))):
+    for source, generators in (("torch", [tiny.generator(5), tiny.generator(6)]), ("torch-batch", tiny.generator(5))):
         options = dict(num_images_per_prompt=2, num_inference_steps=steps, guidance_scale=8.0, output_type="latent")
         theirs = pipe(PROMPT, height=16, width=16, generator=generators, **options).images
         ours = model.latents(cond, model.noise(5, [0, 1], steps, 16, 16, source), 8.0, settings)

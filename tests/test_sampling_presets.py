@@ -10,7 +10,6 @@ import tiny
 from lcm_jax import sample
 from lcm_jax.diffusion import timesteps
 from lcm_jax.errors import BadArgument
-from lcm_jax.pretrained import load_pipeline
 from lcm_jax.sampling import presets
 from lcm_jax.sampling.plan import Settings, make_plan, noise_entries
 from lcm_jax.sampling.request import make_request, warnings
@@ -18,7 +17,7 @@ from lcm_jax.sampling.request import make_request, warnings
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return load_pipeline(tiny.folder("sd1"), weights=False)[0]
+    return tiny.loaded("sd1")[0]
 
 
 @pytest.fixture(scope="module")

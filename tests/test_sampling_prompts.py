@@ -1,7 +1,6 @@
 """How prompts are read: brackets, chunks of 75 tokens, names of embeddings and LoRAs."""
 
 import argparse
-import functools
 import itertools
 
 import numpy as np
@@ -10,7 +9,6 @@ import tiny
 
 from lcm_jax import sample
 from lcm_jax.errors import BadArgument, LcmError
-from lcm_jax.pretrained import load_pipeline
 from lcm_jax.pretrained.embeddings import Embedding
 from lcm_jax.sampling import chunks
 from lcm_jax.sampling.prompts import Reading, check_readable, is_marked, loras, make_reading, parse
@@ -22,9 +20,8 @@ START, END = VOCAB[tiny.START], VOCAB[tiny.END]
 STAR = Embedding("Star", {name: np.ones((3, 32), np.float32) for name in ("text_encoder", "text_encoder_2")})
 
 
-@functools.cache
 def pipeline(name: str = "sd1"):
-    return load_pipeline(tiny.folder(name))[0]
+    return tiny.loaded(name)[0]
 
 
 def pieces(prompt: str, syntax: str) -> list[tuple[str | None, float]]:

@@ -3,12 +3,13 @@
 One teacher, one batch shape and one matmul precision everywhere, so that the step is compiled once for all runs.
 """
 
+import contextlib
+import io
 import json
 import math
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -23,7 +24,7 @@ from absl import flags
 from jax._src.compiler import get_compile_options
 from PIL import Image
 from test_run_models import make_lcm
-from training_processes import logged, saved, saved_steps
+from training_processes import logged, saved, saved_steps, snapshot
 
 from lcm_jax import train
 from lcm_jax.data.order import batch_indices
@@ -76,16 +77,12 @@ def command(workdir, teacher, *more: str) -> int:
             return stop.code
 
 
-def snapshot(workdir) -> dict[str, bytes]:
-    return {str(p.relative_to(workdir)): p.read_bytes() for p in sorted(Path(workdir).rglob("*")) if p.is_file()}
-
-
 IMAGES = ("--config.sample.every=40", "--config.sample.steps=2", "--config.sample.prompts=('a red circle', 'a star')")
 
 
 @pytest.fixture(scope="module")
 def stopped(teacher, tmp_path_factory) -> tuple[Path, int, str]:
-    """A workdir whose run got SIGTERM and then the same command again; the step of the stop; the output."""
+    """A workdir whose run got SIGTERM in its process, and was resumed in this one; the step of the stop; the output."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
     processes = runs.start(*arguments(workdir, teacher, *IMAGES))
     while processes[0].poll() is None and not [line for line in logged(workdir) if line[0] >= STOP_FROM]:
@@ -95,8 +92,9 @@ def stopped(teacher, tmp_path_factory) -> tuple[Path, int, str]:
     (step,) = saved_steps(workdir)
     assert STOP_FROM <= step < STEPS and f"SIGTERM: saved step {step}" in output
     assert logged(workdir)[-1][0] == step - step % 5
-    (more,) = runs.ended(runs.start(*arguments(workdir, teacher, *IMAGES)))
-    return workdir, step, output + more
+    with contextlib.redirect_stderr(io.StringIO()) as more:
+        assert command(workdir, teacher, *IMAGES) == 0
+    return workdir, step, output + more.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -320,8 +318,8 @@ def test_the_compilation_cache_also_keeps_what_a_gpus_autotuner_found(tmp_path):
         options = get_compile_options(num_replicas=1, num_partitions=1)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-    told = options.executable_build_options.debug_options.xla_gpu_per_fusion_autotune_cache_dir
-    assert told == f"{tmp_path}/xla_gpu_per_fusion_autotune_cache_dir"
+    folder = options.executable_build_options.debug_options.xla_gpu_per_fusion_autotune_cache_dir
+    assert folder == f"{tmp_path}/xla_gpu_per_fusion_autotune_cache_dir"
 
 
 def test_the_workdir_of_another_run_is_refused_with_both_values_and_left_alone(whole, teacher, capsys):
@@ -334,7 +332,7 @@ def test_the_workdir_of_another_run_is_refused_with_both_values_and_left_alone(w
     assert snapshot(whole) == before
 
 
-def test_a_run_goes_on_only_with_the_models_and_data_it_was_begun_with(whole, teacher, tmp_path, capsys, monkeypatch):
+def test_a_run_resumes_only_with_the_models_and_data_it_began_with(whole, teacher, tmp_path, capsys, monkeypatch):
     """Also where they have been moved; config.json then has the new place."""
     workdir, moved = Path(shutil.copytree(whole, tmp_path / "run")), Path(shutil.copytree(teacher, tmp_path / "moved"))
     more = (*IMAGES, f"--config.train.steps={STEPS + 9}")
@@ -374,7 +372,7 @@ def test_a_run_goes_on_only_with_the_models_and_data_it_was_begun_with(whole, te
     assert (workdir / "models.json").exists()
 
 
-def test_a_missing_flag_is_one_line_of_the_program():
-    done = subprocess.run([sys.executable, *runs.TRAIN, "--workdir=x"], cwd=ROOT, capture_output=True, text=True)
-    (line,) = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and line.startswith("error: ") and "--config" in line
+def test_a_missing_flag_is_one_line_of_the_program(capsys):
+    assert runs.run_here("lcm_jax.train", "--workdir=x") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "--config" in line

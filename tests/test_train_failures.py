@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
+from test_runtime_boards import failing
 
 from lcm_jax import train
 from lcm_jax.data import loader
@@ -108,13 +109,6 @@ def bad_row(monkeypatch, call, step=BAD) -> None:
     monkeypatch.setattr(
         Arrays, "row", lambda self, group, rank, draws: call() if rank == bad else ROW(self, group, rank, draws)
     )
-
-
-def failing(error):
-    def fail(*_, **__):
-        raise error
-
-    return fail
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_control_net_measures_outlines_against_captions(measured):
 
 def test_a_new_net_is_the_encoder_and_changes_nothing():
     """Its residuals are zero until it is trained, and so is what the outline adds; gradients begin at the kernels."""
-    pipeline, params = load_pipeline(tiny.folder("sd1"))
+    pipeline, params = tiny.loaded("sd1")
     net, initial = train.net_of(pipeline.unet, params["unet"])
     shapes_of = functools.partial(jax.tree.map, np.shape)
     assert shapes_of(initial) == shapes_of(names.abstract_params(net))

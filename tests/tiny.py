@@ -2,7 +2,7 @@
 
 Models: `torch_unet(name)`, `torch_vae(name)`, `torch_text_encoder(name)`, all seeded and in eval mode, with random
 norms and biases (torch's ones and zeros would hide a swapped tensor). Folders: `folder(name)`, built once per process,
-read only; `copy(name, target)` for tests that change files. Names of folders: `FOLDERS`.
+read only, and `loaded(name)`; `copy(name, target)` for tests that change files. Names of folders: `FOLDERS`.
 """
 
 import atexit
@@ -13,9 +13,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, LCMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
+
+from lcm_jax.pretrained import load_pipeline
 
 # A model is built in whichever test needs it first, and that test may read what a program writes to stderr.
 transformers_logging.disable_progress_bar()
@@ -50,6 +52,7 @@ UNETS = {
     "sd1": dict(_SD, attention_head_dim=4),
     "lcm": dict(_SD, attention_head_dim=4, time_cond_proj_dim=16),
     "micro lcm": dict(_MICRO, time_cond_proj_dim=16),
+    "middle lcm": dict(_MICRO, time_cond_proj_dim=16, mid_block_type="UNetMidBlock2DCrossAttn"),  # all that nets add to
     "micro": _MICRO,  # for programs, whose tests do not depend on depth: compiles in half the time of "small"
     "small": dict(_SD, attention_head_dim=2, block_out_channels=(16, 32)),
     "inpainting": dict(_MICRO, in_channels=9),
@@ -102,6 +105,7 @@ FOLDERS = {
     "sd1": ("sd1", "sd", {"": ("clip", "sd1")}, "epsilon", "StableDiffusionPipeline"),
     "lcm": ("lcm", "sd", {"": ("clip", "sd1")}, "epsilon", "LatentConsistencyModelPipeline"),
     "micro lcm": ("micro lcm", "sd", {"": ("clip", "sd1")}, "epsilon", "LatentConsistencyModelPipeline"),
+    "middle lcm": ("middle lcm", "sd", {"": ("clip", "sd1")}, "epsilon", "LatentConsistencyModelPipeline"),
     "sd2": ("sd2", "sd", {"": ("openclip", "sd2")}, "v_prediction", "StableDiffusionPipeline"),
     "sdxl": (
         "sdxl",
@@ -301,6 +305,30 @@ def folder(name: str) -> Path:
     return build(name, _root() / name)
 
 
+@functools.cache
+def loaded(name: str):
+    """(pipeline, params) of `folder(name)`, read only as well."""
+    return load_pipeline(folder(name))
+
+
 def copy(name: str, target: Path) -> Path:
     """A copy of `folder(name)` to change."""
     return Path(shutil.copytree(folder(name), target))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def torch_pipeline(kind, folder: Path, scheduler=LCMScheduler, **parts):
+    """diffusers' pipeline of a folder with another scheduler, whose timesteps are trailing if it has a choice."""
+    pipe = kind.from_pretrained(folder, **parts)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def change_json(path: Path, **changes) -> None:
+    """Changes keys of a JSON object in place; those that become `...` are removed."""
+    found = json.loads(path.read_text()) | changes
+    write_json(path, {key: value for key, value in found.items() if value is not ...})

@@ -6,7 +6,6 @@ process and never to be written into; names: `FAMILY`.
 """
 
 import functools
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,9 +68,8 @@ def folder(name: str, short: bool = False, w_dim: int | None = None) -> Path:
 def zero_snr_folder() -> Path:
     """The short folder of "sdxl" as a model that predicts v, with zero terminal SNR."""
     target = shutil.copytree(folder("sdxl", short=True), tiny.folder("sd1").parent / "family_zero_snr")
-    path = target / "scheduler" / "scheduler_config.json"
     noise = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    tiny.write_json(path, json.loads(path.read_text()) | noise)
+    tiny.change_json(target / "scheduler" / "scheduler_config.json", **noise)
     return target
 
 

@@ -1,7 +1,19 @@
-"""A network of two layers that is called like a UNet, for tests of training steps."""
+"""A network of two layers that is called like a UNet, and a problem of distillation, for tests of training steps."""
 
 import jax.numpy as jnp
 from flax import linen as nn
+
+from lcm_jax.diffusion import schedule, solvers
+from lcm_jax.distill import objective
+
+NOISE = schedule.from_config({"_class_name": "LCMScheduler"})
+
+
+def problem_of(student, teacher, **changes) -> objective.Problem:
+    """LCD with 50 steps of DDIM and squared differences; changes: other fields."""
+    given = dict(student=student, teacher=teacher, schedule=NOISE, grid=solvers.solver_grid(NOISE, 50))
+    given |= dict(distance=objective.l2, w_min=2.0, w_max=9.0, scaling_factor=0.5)
+    return objective.Problem(**given | changes)
 
 
 class Net(nn.Module):

@@ -3,9 +3,12 @@
 import contextlib
 import functools
 import os
+import re
+import runpy
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import jax
 import numpy as np
 import psutil
 import pytest
+from absl import app, flags
 from test_runtime_distributed import LAUNCHER, LIMIT, explicit, free_port
 
 from lcm_jax.run import step as run_step
@@ -53,6 +57,41 @@ def start(
     return started
 
 
+@contextlib.contextmanager
+def flags_of_one_program() -> Iterator[None]:
+    """Flags that the block defines go with it; those of programs that tests have imported are away meanwhile."""
+    modules = {name: flags.FLAGS.find_module_defining_flag(name) or "" for name in flags.FLAGS}
+    theirs = re.compile(r"lcm_jax|experiments")
+    away = {n: flags.FLAGS[n] for n, module in modules.items() if theirs.match(module) or n.startswith("config.")}
+    for name in away:
+        delattr(flags.FLAGS, name)
+    before = set(flags.FLAGS)
+    try:
+        yield
+    finally:
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+        for name, flag in away.items():
+            flags.FLAGS[name] = flag
+            flags.FLAGS.register_flag_by_module(modules[name], flag)
+
+
+def run_here(module: str, *arguments: str) -> int:
+    """The exit code of `python -m MODULE`, a program with absl's flags, in this process: no second import of jax."""
+
+    def run(main, flags_parser):
+        sys.exit(main(flags_parser(sys.argv)))
+
+    with flags_of_one_program(), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)  # by tests
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [module, *arguments])
+        patch.setattr(app, "run", run)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(module, run_name="__main__")
+    return ended.value.code
+
+
 def finish(processes: Sequence[subprocess.Popen], limit: float = 4 * LIMIT) -> list[tuple[int, str]]:
     """(exit code, output) of each; one that takes longer than `limit` seconds ends the test."""
     try:
@@ -88,8 +127,15 @@ def folder_data(folder: Path, workers: int) -> tuple[str, ...]:
 
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
     """The processes that read data for it."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(process.pid).children(recursive=True)
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    return []
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """The files below a folder and what they hold."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
 def saved(workdir: Path, step: int, *parts: str) -> dict[str, np.ndarray]:

@@ -98,14 +98,14 @@ class Layer(NamedTuple):
 Matched = Mapping[Layer, Mapping[str, str]]  # layer -> role -> key in the file
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def layers(module: nn.Module) -> Mapping[str, names.Parameter]:
     """Torch name -> kernel of every linear and convolutional layer."""
     table = names.torch_table(module)
     return {key.removesuffix(".weight"): p for key, p in table.items() if p.path[-1] == "kernel"}
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def spellings(part: str, module: nn.Module) -> Mapping[str, Layer]:
     """Every spelling, without prefix, of every layer with a weight -> the layer."""
     parameters, table = names.torch_table(module), {}

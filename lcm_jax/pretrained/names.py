@@ -79,7 +79,7 @@ def torch_name(path: Path) -> str:
     return ".".join([*names, _LEAVES.get(leaf, leaf)])
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def abstract_params(module: nn.Module) -> Params:
     """The module's parameter tree as `jax.ShapeDtypeStruct`s; nothing is computed. Do not change the tree.
 
@@ -107,7 +107,7 @@ def _inputs(module: nn.Module) -> tuple[Any, ...]:
     return *arguments, {"text_embeds": array((1, total - one)), "time_ids": array((1, 1))}
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def torch_table(module: nn.Module) -> Mapping[str, Parameter]:
     """Torch key -> Parameter for every parameter of `module`.
 
