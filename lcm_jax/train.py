@@ -300,7 +300,7 @@ def say(line: str) -> None:
 
 
 def define_flags() -> None:
-    """Those of the program; not at import, because a program of somebody else that trains has a --workdir of its own."""
+    """Those of the program; not at import: somebody else's program that trains has a --workdir of its own."""
     config_flags.DEFINE_config_file("config", None, flag_help("configs/shapes_lcm.py"))
     flags.DEFINE_string("workdir", None, "folder of the run: metrics, samples, checkpoints")
     flags.DEFINE_bool("aot_report", False, "compile the step, report its memory and speed, and end")

@@ -47,6 +47,8 @@ def test_a_distance_is_not_negative():
 def test_clusters_are_captions_wherever_they_stand():
     a, b = clusters(["x", "y", "x", "z"]), clusters(("z", "z"))
     assert a[0] == a[2] and len(set(a)) == 3 and len(a) == 4 and b[0] == b[1]
+    assert clusters(["b", "é", "a", "B", "b", "ab", "\U0001f600"]).tolist() == [3, 4, 1, 0, 3, 2, 5]  # by code points
+    assert clusters(["x" * 2**20, *"yz" * 5000]).max() == 2  # in no more memory than the captions have
     values, order = np.random.default_rng(3).normal(size=90), np.random.default_rng(4).permutation(90)
     together = np.arange(90) // 3
     parity.close(of_means(values[order, None], together[order])[0].interval, of_mean(values, 3).interval, rtol=1e-12)

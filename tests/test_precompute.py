@@ -1,6 +1,7 @@
 """`lcm_jax.precompute`: the cache equals encoding at the start of a run, trains the same, and survives being killed."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import shutil
@@ -237,6 +238,11 @@ def test_mixtures_are_of_caches_of_one_kind(teacher, centred, folder):
 
     ids, embeddings = (f"1 latents {centred[text]}" for text in cache.TEXTS)
     assert [part.weight for part in parts(ids, f"3 latents {centred['ids']}")] == [1, 3]
+    config = make_config(teacher, source="mixture", mixture=(ids, ids), flip=0.25)
+    check = functools.partial(run_data.check_caches, config, run_data.open_parts(config), *load_teacher(config))
+    refused(check, "config.data.flip = 0.0", "0.25", "precompute again")  # that no cache of the mixture has
+    config.data.flip = 0.0
+    check()
     refused(lambda: parts(ids, embeddings), "embeddings and ids", "--text")
     refused(lambda: parts(ids, "1 latents"), "without a folder")
     refused(lambda: parts(ids, f"1 folder {folder}"), "ids and images")

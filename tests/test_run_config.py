@@ -156,7 +156,7 @@ def test_values_that_contradict_each_other(shapes, changes, words):
 
 
 def test_configs_beside_a_single_file(shapes):
-    """Of the hub by its address, as its download button gives it; of the LCM that a fine-tune without a teacher reads."""
+    """Of the hub by its address, as its download button gives it; of the LCM that a fine-tune reads."""
     address, shapes.model.config = "https://huggingface.co/owner/name/resolve/main/x.safetensors", "owner/name"
     for shapes.model.teacher in ("mine.safetensors", "owner/name/x.safetensors", f"{address}?download=true"):
         config_lib.validate(shapes)

@@ -96,7 +96,8 @@ def test_steps_after_the_decay_of_the_learning_rate_are_warned_of(tmp_path, conf
     for steps, warned in ((800, False), (801, True), (500, False)):
         config.train.steps = steps
         config_lib.prepare_workdir(tmp_path, config)
-        assert (f"train.steps = {steps}, but the learning rate is 0 after step 800" in capsys.readouterr().err) is warned
+        said = f"train.steps = {steps}, but the learning rate is 0 after step 800"
+        assert (said in capsys.readouterr().err) is warned
     rate = learning_rate_schedule(1.0, decay_start=400, decay_steps=400)
     assert rate(799) > 0 == rate(800), "the rates of steps 800 and 801"
 
@@ -253,7 +254,7 @@ def test_stop_signal_outside_of_the_main_thread_leaves_signals_alone():
 
 
 def test_further_signals_to_one_of_several_processes_have_no_effect(monkeypatch):
-    """A terminal sends SIGINT to each process and a launcher passes it on; the second must not keep this one from saving.
+    """A terminal sends SIGINT to each process and a launcher passes it on: the second must not keep it from saving.
 
     SIGTERM is jax's then, which tells the others.
     """

@@ -137,11 +137,14 @@ def test_an_lcm_hands_over_with_the_noise_of_the_refiners_first_timestep(base, r
     parity.close(given[0], (alpha * x0 + sigma * noise[4])[None], rtol=0, of_max=4 * parity.EPS)
 
 
-def test_fresh_noise_of_the_bases_last_step_is_in_what_it_hands_over(base, refiner, monkeypatch):
-    """The refiner starts from what the whole sampler has at that timestep."""
-    given, schedule, options = [], base.pipeline.schedule, {"sampler": "tcd", "gamma": 0.5}
+@pytest.mark.parametrize(
+    ("options", "entries"), [({"sampler": "euler_ancestral"}, 3), ({"sampler": "tcd", "gamma": 0.5}, 1)]
+)
+def test_fresh_noise_of_the_bases_last_step_is_in_what_it_hands_over(options, entries, base, refiner, monkeypatch):
+    """The refiner starts from what the whole sampler has at that timestep, and has noise of its own for its steps."""
+    given, schedule = [], base.pipeline.schedule
     monkeypatch.setattr(refiner, "sampled", lambda request, prompts, noise: given.append(noise))
-    request, noise = asked(base, Refine(refiner, 0.5, 3), steps=4, **options), base.noise(SEED, [0, 1], 4, 16, 16)
+    request, noise = asked(base, Refine(refiner, 0.5, 3), steps=4, **options), base.noise(SEED, [0, 1], 7, 16, 16)
     whole, stopped = (make_plan(base.pipeline, s) for s in (lcm_jax.Settings(steps=4, **options), request.settings))
     kept = len(stopped.t)
     assert 1 < kept < 4
@@ -149,10 +152,12 @@ def test_fresh_noise_of_the_bases_last_step_is_in_what_it_hands_over(base, refin
     def model(x, t):
         return 0.5 * x
 
-    z = stopped(model, noise, schedule)
+    z = stopped(model, noise[:4], schedule)
     chain.second_pass(base, request, z, PROMPTS, [0, 1], SEED)
-    *_, (_, want) = itertools.islice(whole(model, noise, schedule, loop=samplers.stepwise), kept)
-    parity.close(given[0], want[None], rtol=0, of_max=8 * parity.EPS)
+    *_, (_, want) = itertools.islice(whole(model, noise[:4], schedule, loop=samplers.stepwise), kept)
+    assert len(given[0]) == entries
+    parity.close(given[0][0], want, rtol=0, of_max=8 * parity.EPS)
+    np.testing.assert_array_equal(given[0][1:], noise[kept + 1 : kept + entries])
     assert np.abs(given[0][0] - z).max() > 0.1
 
 
@@ -198,7 +203,6 @@ def test_what_cannot_follow_is_one_line(lcm, base, refiner):
         (sdxl, Refine(refiner, 0.99), {}, "refiner_start=0.99: leaves 4 of 4 steps to the base, at timesteps 999 to 2"),
         (sdxl, Refine(refiner), {"sampler": "ddim"}, "refiner_start=0.8: leaves 4 of 4 steps to the base"),
         (sdxl, Refine(refiner, 0.0004), {}, "refiner_start=0.0004: leaves 0 of 4 steps to the base"),
-        (sdxl, Refine(refiner, 0.7), {"sampler": "euler"}, "sampler=euler: hands over to no refiner; use ddim"),
         (sdxl, Refine(refiner, 0.97, 30), {}, "refiner_steps=30: the refiner has 20 timesteps; use as many steps at"),
         (sdxl, Refine(refiner, guidance_scale=0.5), {}, "refiner_guidance_scale=0.5: 1 is no guidance"),
     ):

@@ -156,6 +156,7 @@ def test_a_net_of_zeros_changes_nothing_and_one_net_in_two_parts_is_the_net(mode
     np.testing.assert_array_equal(to_uint8(steered), to_uint8(plain))
     parts = [Control(net, picture(2), scale) for scale in (0.25, 0.75)]
     whole = [Control(net, picture(2)), Control(net, picture(2), 0.0)]
+    np.testing.assert_array_equal(ours(model, control=parts[0]), ours(model, control=parts[:1]))
     parity.close(ours(model, control=parts), ours(model, control=whole), rtol=0, of_max=parity.NETWORK)
     with compilations() as compiled:
         np.testing.assert_array_equal(ours(model), plain)  # without control nothing has changed

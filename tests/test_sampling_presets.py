@@ -59,7 +59,9 @@ def test_timesteps_by_hand(pipeline):
         ({"gamma": 0.3}, "gamma=0.3: is of the sampler tcd"),
         ({"gamma": 1.3, "sampler": "tcd"}, "gamma=1.3: .*from 0, no fresh noise, to 1"),
         ({"gamma": float("nan"), "sampler": "tcd"}, "gamma=nan"),
-        ({"spacing": "leading", "sampler": "euler"}, "spacing=leading: euler has trailing"),
+        ({"spacing": "leading", "sampler": "euler"}, "spacing=leading: euler has timesteps of its own; leave it out"),
+        ({"spacing": "leading"}, "spacing=leading: lcm has timesteps of its own"),
+        ({"spacing": "leading", "timesteps": (9,), "sampler": "dpm_solver_2m"}, "leading: timesteps are given"),
         ({"steps": 51, "sampler": "tcd"}, "steps=51"),
     ],
 )

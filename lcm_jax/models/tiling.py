@@ -48,35 +48,38 @@ def encode(
     Raises:
       ValueError: tiles too small to advance with this overlap.
     """
-    return _tiled(encode_tile, images, tile, tile // factor, overlap)
+    return _tiled(encode_tile, images, tile // factor, factor, 1, overlap)
 
 
 def decode(
     decode_tile: Callable[[jax.Array], Tree], z: jax.Array, *, tile: int, factor: int, overlap: float = OVERLAP
 ) -> Tree:
     """Tiled decoding, z [b h w c] -> [b h*factor w*factor 3]; `tile` is in pixels, as in `encode`."""
-    return _tiled(decode_tile, z, tile // factor, tile, overlap)
+    return _tiled(decode_tile, z, tile // factor, 1, factor, overlap)
 
 
-def _tiled(fn: Callable[[jax.Array], Tree], x: jax.Array, tile: int, out_tile: int, overlap: float) -> Tree:
+def _tiled(fn: Callable[[jax.Array], Tree], x: jax.Array, cells: int, into: int, out: int, overlap: float) -> Tree:
+    """cells: latents along a tile; into, out: pixels, or latents, per latent of x, and of the result.
+
+    Tiles start and are cut at whole latents, so that those of x and of the result are in the same places.
+    """
+    tile, advance = cells * into, int(cells * (1 - overlap))
     if max(x.shape[1:3]) <= tile:
         return fn(x)
-    step = int(tile * (1 - overlap))
-    extent = int(out_tile * overlap)
-    if step < 1 or out_tile - extent < 1:
-        raise ValueError(f"tiles of {tile} (result: {out_tile}) do not advance with overlap {overlap}; use larger ones")
-    keep = out_tile - extent
+    if advance < 1:
+        raise ValueError(f"tiles of {cells} latents do not advance with overlap {overlap}; use larger ones")
+    step, keep, extent = advance * into, advance * out, (cells - advance) * out
     bands, above = [], None
     for top in range(0, x.shape[1], step):
         row: list[Tree] = []
         for j, left in enumerate(range(0, x.shape[2], step)):
-            out = fn(x[:, top : top + tile, left : left + tile])
+            done = fn(x[:, top : top + tile, left : left + tile])
             if above is not None:
-                out = _fade(above[j], out, extent, axis=1)
+                done = _fade(above[j], done, extent, axis=1)
             if row:
-                out = _fade(row[-1], out, extent, axis=2)
-            row.append(out)
-        bands.append(_join([jax.tree.map(lambda a: a[:, :keep, :keep], out) for out in row], axis=2))
+                done = _fade(row[-1], done, extent, axis=2)
+            row.append(done)
+        bands.append(_join([jax.tree.map(lambda a: a[:, :keep, :keep], done) for done in row], axis=2))
         above = row
     return _join(bands, axis=1)
 

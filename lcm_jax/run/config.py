@@ -352,7 +352,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _without_none(config: ConfigDict) -> None:
-    """Makes the word None on the command line what it means, for keys that may be None: ml_collections keeps the word."""
+    """Reads the word None on the command line as None, for keys that may be it: ml_collections keeps the word."""
     for key in (key for key in KEYS if key.default is None):
         *sections, name = key.name.split(".")
         section = functools.reduce(lambda part, inner: part.get(inner, {}), sections, config)

@@ -300,7 +300,7 @@ def keys_of(examples: Sequence[Examples], order: Order, step: int) -> list[tuple
 def check_caches(config: ConfigDict, parts: Sequence[Part], pipeline: Pipeline, params: PipelineParams) -> None:
     """Raises LcmError if a latent cache does not fit the run: its models, image sizes, or ROW_KEYS.
 
-    Caches in a mixture may differ in ROW_KEYS.
+    Caches in a mixture may differ in ROW_KEYS; the run's values are then those of one of them, or the defaults.
     """
     cached = [part.source for part in parts if is_cached(part)]
     if not cached:
@@ -308,12 +308,12 @@ def check_caches(config: ConfigDict, parts: Sequence[Part], pipeline: Pipeline, 
     wanted = cache.fingerprint(pipeline, params, config.data.resolution, image_sizes(config))
     for source in cached:
         cache.check_fit(source.manifest, wanted, source.path)
-    if config.data.source == "latents":
-        made = cached[0].manifest["data"]
-        for key in ROW_KEYS:
-            value = list(config.data[key]) if key == "filters" else config.data[key]
-            if made.get(key) != value:
-                raise LcmError(
-                    f"the latent cache {cached[0].path} was made with config.data.{key} = {made.get(key)!r}, "
-                    f"the run's is {value!r}; set the cache's, or precompute again"
-                )
+    defaults = default_config().data
+    for key in ROW_KEYS:
+        value, default = (list(one[key]) if key == "filters" else one[key] for one in (config.data, defaults))
+        made = [source.manifest["data"].get(key) for source in cached]
+        if value not in made and (len(cached) == 1 or value != default):
+            raise LcmError(
+                f"the latent cache {cached[0].path} was made with config.data.{key} = {made[0]!r}, "
+                f"the run's is {value!r}; set the cache's, or precompute again"
+            )

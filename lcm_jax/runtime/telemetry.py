@@ -258,8 +258,8 @@ class Telemetry(contextlib.AbstractContextManager):
         if not reason:
             return
         advice = (
-            "metrics.jsonl shows where it began. A lower train.learning_rate needs another workdir, which can start from "
-            "an export of the last checkpoint (--config.model.student=EXPORT)"
+            "metrics.jsonl shows where it began. A lower train.learning_rate needs another workdir, which can start "
+            "from an export of the last checkpoint (--config.model.student=EXPORT)"
         )
         if self.run.keys_of:
             path = self.workdir / BAD_BATCH_FILE

@@ -159,8 +159,8 @@ def same_as_before(workdir: Path, name: str, found: Mapping[str, Any]) -> None:
         if jax.process_index() == 0:
             if (lacking := sorted(found.keys() - before.keys())) and _begun(workdir):
                 print(
-                    f"WARNING: {path} does not record with which {', '.join(lacking)} this run began; what is found now "
-                    "is recorded",
+                    f"WARNING: {path} does not record with which {', '.join(lacking)} this run began; what is found "
+                    "now is recorded",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -35,7 +35,7 @@ from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.image import resized
 from lcm_jax.sampling.image_to_image import check_steps_left, check_strength
 from lcm_jax.sampling.inpaint import Canvas
-from lcm_jax.sampling.plan import EULER, ON_GRID, Settings, check_steps, make_plan, noise_entries
+from lcm_jax.sampling.plan import ON_GRID, Settings, check_steps, make_plan, noise_entries
 from lcm_jax.sampling.png import to_uint8
 from lcm_jax.sampling.request import Request, check_guidance_scale
 
@@ -199,9 +199,6 @@ def _refined(pipeline: Pipeline, request: Request, then: Refine) -> Request:
     if getattr(getattr(then.model, "pipeline", None), "purpose", None) != "refining":
         raise BadArgument("refiner", then.model, "is no refiner; give what model.refiner returns")
     settings, total = request.settings, pipeline.schedule.num_train_timesteps
-    if settings.sampler in EULER:  # a plan that is cut cannot be compiled with their scaled start
-        problem = "hands over to no refiner; use ddim, dpm_solver_pp_2m, tcd or lcm"
-        raise BadArgument("sampler", settings.sampler, problem)
     first = dataclasses.replace(settings, stop=round(total * (1.0 - then.start)))
     last = _hand_over(pipeline, settings, first.stop, then.start)
     if then.steps > last + 1:

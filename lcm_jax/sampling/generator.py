@@ -179,7 +179,7 @@ class Generator:
         gamma: float | None = None,
         timesteps: Sequence[int] = (),
         noise: str = "jax",
-        control: Sequence[Control] = (),
+        control: Control | Sequence[Control] = (),
         control_guess: bool = False,
         batch_size: int = 4,
         prompt_syntax: str = "plain",
@@ -213,7 +213,7 @@ class Generator:
           height, width: pixels; None: the model's own.
           sampler: one of `request.SAMPLERS`; None: the model's own. spacing, gamma, timesteps: see `Settings`.
           noise: one of `noise.SOURCES`; with "torch-batch" an image depends on num_images, too.
-          control: images that steer through ControlNets. control_guess: guess mode (`sampling.control`).
+          control: one or several images that steer through ControlNets. control_guess: guess mode (`sampling.control`).
           batch_size: images generated at once.
           prompt_syntax: "plain"; or "a1111" or "comfy", with weights in brackets and prompts of any length.
           emphasis: what weights do, one of `text.EMPHASES`; None: what the syntax's program does.
@@ -234,6 +234,7 @@ class Generator:
           LcmError: images that are not finite.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        control = (control,) if isinstance(control, Control) else control
         check_texts(prompts=prompts, negative_prompt=negative_prompt)
         check_numbers(seed, num_images=num_images, batch_size=batch_size)
         request = make_request(

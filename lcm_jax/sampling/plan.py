@@ -68,7 +68,7 @@ class Plan:
         """The latent [b h w c] from noise [steps b h w c]: entry 0 is the start, the others are added between steps."""
         sampler, t, start = samplers.SAMPLERS[self.sampler], self.table or self.t, noise[0]
         if self.scaled_start:
-            start = schedule.sigmas[self.t[0]] * start
+            start = schedule.sigma(self.t[0]) * start
         return sampler(model, start, noise[1:], schedule, t, hook, **dict(self.options), loop=loop)
 
     @property

@@ -122,8 +122,9 @@ def make_request(
         raise BadArgument("sampler", sampler, f"choose one of {', '.join(SAMPLERS)}")
     if spacing not in timesteps_lib.SPACINGS:
         raise BadArgument("spacing", spacing, f"choose one of {', '.join(timesteps_lib.SPACINGS)}")
-    if spacing != "trailing" and sampler in EULER:
-        raise BadArgument("spacing", spacing, f"{sampler} has trailing timesteps; leave it out")
+    if spacing != "trailing" and (sampler in (*EULER, *ON_GRID) or timesteps):
+        problem = "timesteps are given" if timesteps else f"{sampler} has timesteps of its own"
+        raise BadArgument("spacing", spacing, f"{problem}; leave it out")
     if gamma is not None and (sampler != "tcd" or not 0.0 <= gamma <= 1.0):
         raise BadArgument("gamma", f"{gamma:g}", "is of the sampler tcd, from 0, no fresh noise, to 1")
     timesteps = tuple(timesteps)
