@@ -20,7 +20,7 @@ from lcm_jax import Control, sample
 from lcm_jax.errors import BadArgument, LcmError
 from lcm_jax.models import int8, lora
 from lcm_jax.models.unet import UNet2DConditionModel
-from lcm_jax.pretrained import names
+from lcm_jax.pretrained import load_pipeline, names
 from lcm_jax.runtime import kernels
 from lcm_jax.runtime.mesh import one_by_one
 from lcm_jax.sampling import load as load_lib
@@ -48,6 +48,19 @@ def whole(params):
     for path in [path[:-1] for path in flat if path[-1] == "int8"]:
         flat[path] = np.asarray(flat.pop((*path, "int8")), np.float32) * flat.pop((*path, "scale"))
     return traverse_util.unflatten_dict(flat)
+
+
+def test_without_a_mesh_the_networks_have_the_attention_of_programs(monkeypatch):
+    """Which needs no memory for all logits of a large image; images are those of any attention."""
+    one, pipeline = model(), load_pipeline(tiny.folder("micro lcm"))[0]
+    assert one.mesh.size == 1 and one.pipeline.parts == kernels.on_mesh(pipeline, one.mesh).parts
+    monkeypatch.setattr(kernels, "LOGITS_LIMIT", 0)
+    shape = (1, 4096, 1, 8)
+    assert (
+        one.pipeline.vae.attention_fn.kind(shape, shape)
+        == one.pipeline.unet.attention_fn.kind(shape, shape)
+        == "chunked"
+    )
 
 
 def test_quantised_kernels_are_off_by_half_a_step_at_most():

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
@@ -22,7 +21,7 @@ from lcm_jax.pretrained.embeddings import read_embeddings
 from lcm_jax.pretrained.model import Pipeline, PipelineParams, check_generates, recorded
 from lcm_jax.pretrained.safetensors_io import SUFFIX
 from lcm_jax.runtime import kernels
-from lcm_jax.runtime.mesh import place
+from lcm_jax.runtime.mesh import make_mesh, place
 from lcm_jax.sampling import offload as offload_lib
 from lcm_jax.sampling.generator import Generator
 
@@ -76,13 +75,16 @@ def load(
       LcmError: the model cannot be loaded, or a LoRA or an embedding does not fit it.
     """
     source = str(source)
+    if mesh is None:  # with a mesh the networks have the attention that suits device and size
+        mesh = make_mesh(devices=list(jnp.zeros(()).devices()))
+    platform = mesh.devices.flat[0].platform
     if weights not in (None, *WEIGHTS):
         raise BadArgument("weights", weights, f"choose {', '.join(WEIGHTS)}, or leave it out")
     offload_lib.check(offload)
-    if offload and (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform) == "cpu":
+    if offload and platform == "cpu":
         logging.warning("offload=%s saves nothing here: a CPU's memory is the host's", offload)
     if isinstance(dtype, str) and dtype == "auto":
-        dtype = kernels.auto_dtype(mesh and mesh.devices.flat[0].platform)
+        dtype = kernels.auto_dtype(platform)
     dtype = _dtype(dtype)
     if model_config is not None and not is_single_file(source):
         raise BadArgument(
@@ -116,8 +118,7 @@ def load(
         value = value if change is None else value + change()
         return int8.change(path, value) if weights == "int8" and part != "vae" else value
 
-    put = jax.device_put if mesh is None else place(mesh)
-    put = functools.partial(offload_lib.to_host, mesh) if offload else put
+    put = functools.partial(offload_lib.to_host, mesh) if offload else place(mesh)
     pipeline, params = read(put=put, change=changed if pairs or weights else None)
     if unet is not None or pairs:
         pipeline = dataclasses.replace(pipeline, record=record, may_be_lcm=True)
