@@ -4,9 +4,9 @@
     python -m experiments.shapes_teacher.teacher_rows                      # those of `make demo`
 
 --thorough measures 2,000 captions, and 64 images of each of 64 for coverage. --scan first measures DDIM with 50 steps
-over guidance scales and takes the one with the smallest Frechet distance of those whose caption accuracy is best, or
-within half a point of it, about its standard error. Tables of several sizes stand side by side; the asset's hash says
-what they belong to. Rows are kept in the workdir: the same command resumes.
+over guidance scales and takes the one with the smallest Frechet distance of those whose interval of caption accuracy
+overlaps that of the best. Tables of several sizes stand side by side; the asset's hash says what they belong to. Rows
+are kept in the workdir: the same command resumes.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from lcm_jax.metrics import plot
 SOLVERS = "ddim,dpm_solver_pp_2m"
 STEPS = (1, 2, 4, 8)
 MANY = 50
-CLOSE = 0.005  # of accuracy
 SCAN = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, embedded.HIGH_SCALE)
 
 
@@ -68,8 +67,10 @@ def main() -> int:
     size = THOROUGH if args.thorough else DEMO
     if args.scan:
         rows = sampled(args.workdir, size, f"--row=ddim:{MANY}:{','.join(f'{scale:g}' for scale in SCAN)}")
-        right = max(row["accuracy"] for row in rows) - CLOSE
-        best = min((row["frechet"], row["guidance_scale"]) for row in rows if row["accuracy"] >= right)[1]
+        intervals = [row["intervals"]["accuracy"] for row in rows]
+        low, _ = intervals[max(range(len(rows)), key=lambda i: rows[i]["accuracy"])]
+        right = [row for row, (_, high) in zip(rows, intervals, strict=True) if high >= low]
+        best = min(right, key=lambda row: row["frechet"])["guidance_scale"]
         asset = embedded.asset_hash(assets.path("shapes"))
         record = {"asset": asset, "best_guidance_scale": best, "scan": rows, "tables": {}}
         text = f"{results.table_of(embedded.COLUMNS, rows)}\n{results.noted('', rows)}".rstrip() + "\n"
