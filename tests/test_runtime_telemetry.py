@@ -196,7 +196,9 @@ def test_alarm_lists_the_records_of_the_batch(tmp_path, monkeypatch, process):
         return [("a.tar", f"{step}-{row}") for row in range(3)]
 
     with Telemetry(tmp_path, RunInfo(20, batch_size=8, keys_of=keys_of)) as recorder:
-        with pytest.raises(LcmError, match=r"step 4 is inf; .* saved no checkpoint of it\. metrics.jsonl .*bad_batch.json"):
+        with pytest.raises(
+            LcmError, match=r"step 4 is inf; .* saved no checkpoint of it\. metrics.jsonl .*bad_batch.json"
+        ):
             for step in range(1, 10):
                 recorder.update(step, {"loss": jnp.float32(np.inf if step == 4 else 1.0)})
     assert step == 4 + telemetry.LAG
