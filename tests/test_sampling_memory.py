@@ -22,7 +22,7 @@ from lcm_jax.models import int8, lora
 from lcm_jax.models.unet import UNet2DConditionModel
 from lcm_jax.pretrained import load_pipeline, names
 from lcm_jax.runtime import kernels
-from lcm_jax.runtime.mesh import one_by_one
+from lcm_jax.runtime.mesh import default_device, one_by_one
 from lcm_jax.sampling import load as load_lib
 from lcm_jax.sampling import offload
 from lcm_jax.sampling.generator import Generator
@@ -54,6 +54,8 @@ def test_without_a_mesh_the_networks_have_the_attention_of_programs(monkeypatch)
     """Which needs no memory for all logits of a large image; images are those of any attention."""
     one, pipeline = model(), load_pipeline(tiny.folder("micro lcm"))[0]
     assert one.mesh.size == 1 and one.pipeline.parts == kernels.on_mesh(pipeline, one.mesh).parts
+    with jax.default_device("cpu"):  # a platform's name, as the option may be
+        assert [default_device()] == list(one.mesh.devices.flat)
     monkeypatch.setattr(kernels, "LOGITS_LIMIT", 0)
     shape = (1, 4096, 1, 8)
     assert (

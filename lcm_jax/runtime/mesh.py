@@ -66,6 +66,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, slices: int = 1, devices: Sequence[
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def default_device() -> jax.Device:
+    """Where jax puts what has no sharding, as `jax.default_device` and its option, which may be a platform, say."""
+    return next(iter(jnp.zeros(()).devices()))
+
+
 def _mesh_shape(data: int, fsdp: int, slices: int, devices: int) -> tuple[int, int, int]:
     sizes = _sizes(slices, data, fsdp)
     if slices < 1 or any(size != -1 and size < 1 for size in (data, fsdp)) or (data, fsdp) == (-1, -1):

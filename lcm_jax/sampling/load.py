@@ -21,7 +21,7 @@ from lcm_jax.pretrained.embeddings import read_embeddings
 from lcm_jax.pretrained.model import Pipeline, PipelineParams, check_generates, recorded
 from lcm_jax.pretrained.safetensors_io import SUFFIX
 from lcm_jax.runtime import kernels
-from lcm_jax.runtime.mesh import make_mesh, place
+from lcm_jax.runtime.mesh import default_device, make_mesh, place
 from lcm_jax.sampling import offload as offload_lib
 from lcm_jax.sampling.generator import Generator
 
@@ -76,7 +76,7 @@ def load(
     """
     source = str(source)
     if mesh is None:  # with a mesh the networks have the attention that suits device and size
-        mesh = make_mesh(devices=list(jnp.zeros(()).devices()))
+        mesh = make_mesh(devices=[default_device()])
     platform = mesh.devices.flat[0].platform
     if weights not in (None, *WEIGHTS):
         raise BadArgument("weights", weights, f"choose {', '.join(WEIGHTS)}, or leave it out")

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from lcm_jax.errors import BadArgument
 from lcm_jax.pretrained.model import PARTS, TEXT_ENCODERS, PipelineParams
 from lcm_jax.pretrained.names import Params
-from lcm_jax.runtime.mesh import param_sharding, place
+from lcm_jax.runtime.mesh import default_device, param_sharding, place
 
 AWAY: Mapping[str | None, tuple[str, ...]] = {None: (), "text": TEXT_ENCODERS, "all": PARTS}
 MODES = tuple(filter(None, AWAY))
@@ -36,7 +36,7 @@ def to_host(mesh: Mesh | None, value: Any) -> Any:
     """An array in host memory, in its sharding on the devices; a ShapeDtypeStruct keeps that of the devices."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return value if mesh is None else place(mesh)(value)
-    device = (jax.config.jax_default_device or jax.devices()[0]) if mesh is None else mesh.local_devices[0]
+    device = default_device() if mesh is None else mesh.local_devices[0]
     if _PINNED not in {memory.kind for memory in device.addressable_memories()}:
         return np.asarray(value)
     sharding = SingleDeviceSharding(device) if mesh is None else param_sharding(mesh, value.shape)
