@@ -632,6 +632,11 @@ def test_plot_has_a_line_for_each_sampler_and_scale():
         "m, lcm, scale 3": [1],
         "n, ddim, scale 8": [1],
     }
+    assert plot.styles(lines) == {
+        "m, lcm, scale 8": {"color": "C0", "linestyle": "--"},
+        "m, lcm, scale 3": {"color": "C0", "linestyle": "-"},
+        "n, ddim, scale 8": {"color": "C1", "linestyle": "--"},
+    }
     assert plot.panels(rows) == ["caption_accuracy"] and plot.panels([ROW]) == ["caption_accuracy", "endpoint_error"]
 
 

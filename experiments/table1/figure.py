@@ -17,11 +17,13 @@ def write(rows: Sequence[table.Row], path: Path) -> None:
     keys = [key for key in KEYS if key in table.columns(rows)]
     figure = Figure(figsize=(INCHES[0] * len(keys), INCHES[1]), layout="constrained")
     panels = figure.subplots(1, len(keys), squeeze=False)[0]
+    lines = plot.series(rows)
+    styles = plot.styles(lines)
     ticks = sorted({row.evaluations for row in rows})
     for key, panel in zip(keys, panels, strict=True):
-        for name, line in plot.series(rows).items():
-            style = {"linewidth": 2.5} if line[0].sampler == "lcm" else {"linewidth": 1.0, "linestyle": "--"}
-            plot.line(panel, [row.evaluations for row in line], line, key, label=name, **style)
+        for name, line in lines.items():
+            width = 2.5 if line[0].sampler == "lcm" else 1.0
+            plot.line(panel, [row.evaluations for row in line], line, key, label=name, linewidth=width, **styles[name])
         panel.set_xscale("log", base=2)
         panel.set_xticks(ticks, [str(n) for n in ticks])
         panel.minorticks_off()

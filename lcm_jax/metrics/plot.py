@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INCHES = (4.5, 3.0)  # of one panel
+LINE_STYLES = ("-", "--", ":", "-.")
 
 
 def check() -> None:
@@ -32,6 +33,19 @@ def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in sorted(rows, key=lambda row: row.steps):
         found.setdefault(f"{row.model}, {sampler_of(row)}, scale {row.guidance_scale:g}", []).append(row)
     return dict(sorted(found.items()))
+
+
+def styles(lines: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, str]]:
+    """Label of a line -> what matplotlib draws it by: a colour for each model and sampler, dashes for each scale."""
+    drawers, scales = [], sorted({rows[0].guidance_scale for rows in lines.values()})
+    found = {}
+    for name, rows in lines.items():
+        drawer = rows[0].model, sampler_of(rows[0])
+        if drawer not in drawers:
+            drawers.append(drawer)
+        dashes = LINE_STYLES[scales.index(rows[0].guidance_scale) % len(LINE_STYLES)]
+        found[name] = {"color": f"C{drawers.index(drawer) % 10}", "linestyle": dashes}
+    return found
 
 
 def panels(rows: Sequence[Row]) -> list[str]:
@@ -76,10 +90,11 @@ def write(rows: Sequence[Row], path: Path) -> None:
 
 
 def _quality(key: str, left: Axes, right: Axes, rows: Sequence[Row], lines: Mapping[str, Sequence[Row]]) -> None:
+    style = styles(lines)
     for name, members in lines.items():
         shown = [row for row in members if row.values.get(key) is not None]
-        line(left, [row.steps for row in shown], shown, key, label=name)
-        line(right, [row.milliseconds for row in shown], shown, key)
+        line(left, [row.steps for row in shown], shown, key, label=name, **style[name])
+        line(right, [row.milliseconds for row in shown], shown, key, **style[name])
     better = "higher" if COLUMNS[key].higher_is_better else "lower"
     left.set_ylabel(f"{COLUMNS[key].title} ({better} is better)")
     _scale_of_steps(left, rows)
@@ -88,9 +103,10 @@ def _quality(key: str, left: Axes, right: Axes, rows: Sequence[Row], lines: Mapp
 
 
 def _latency(panel: Axes, rows: Sequence[Row], lines: Mapping[str, Sequence[Row]]) -> None:
+    style = styles(lines)
     for name, members in lines.items():
         steps, times = [row.steps for row in members], [row.milliseconds for row in members]
-        panel.plot(steps, times, marker="o", markersize=4, label=name)
+        panel.plot(steps, times, marker="o", markersize=4, label=name, **style[name])
     panel.set_ylabel("ms per image")
     panel.set_yscale("log")
     _scale_of_steps(panel, rows)
