@@ -36,7 +36,7 @@ from lcm_jax.pretrained import RECORD, Pipeline, lora_files, save_pipeline, save
 from lcm_jax.pretrained.model import PipelineParams, fold_w
 from lcm_jax.pretrained.safetensors_io import check_file
 from lcm_jax.pretrained.save import all_or_nothing, check_folder, lcm_scheduler_config, scheduler_class
-from lcm_jax.run.config import from_saved, validate
+from lcm_jax.run.config import from_saved, phases_after, validate
 from lcm_jax.run.keys import MODELS_FILE
 from lcm_jax.run.model_card import model_card
 from lcm_jax.run.models import load
@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     known = check_same(args.workdir, MODELS_FILE, models.digests)
     student, params = models.student, dict(models.student_params)
     del models
+    if phases := phases_after(config, step):  # the run's record has those of its last stage
+        student = dataclasses.replace(student, record={**student.record, "phases": phases})
     expected = jax.eval_shape(lambda trained: trained, trainable(student.unet, params["unet"]))
     params["unet"] = with_trainable(student.unet, params["unet"], expected)  # frees the initial weights
     check_out(args.out, form, bytes_needed(student, params, form, dtype))

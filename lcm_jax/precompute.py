@@ -57,7 +57,7 @@ WAIT = 30 * 24 * 3600  # seconds for the slowest process after the first has fin
 STOPPED = "{}: stopped; the same command resumes after the last complete file"
 SMALLER = (
     "use a smaller --config.data.resolution or --config.data.encode_chunk (--what=teacher: --batch_size), "
-    "--config.model.dtype=bfloat16, or more devices with --config.mesh.fsdp=-1"
+    "--config.model.dtype=bfloat16, or more devices with --config.mesh.fsdp=-1 --config.mesh.data=1"
 )
 WHAT = ("images", "teacher")
 SHARD_SIZE = {"images": 4096, "teacher": 128}  # rows of a file; what a teacher makes takes seconds a row

@@ -219,6 +219,7 @@ def test_compile_step_reports_how_much_is_missing_and_what_to_change(message, wo
     ("flags", "words"),
     [
         (("--topology=h100:8", "--slices=2"), r"--slices=2: is of TPUs; .* --topology=h100:2x8"),
+        (("--topology=v5e:4x4", "--slices=2", "--sampling"), r"--slices=2: is for training"),
         (("--topology=cpu",), r"--topology=cpu: is for --sampling"),
         (("--topology=h100:8", "--weights=int8"), r"--weights=int8: is for --sampling; .* remove it"),
         (("--topology=h100:8", "--batch_size=4"), r"--batch_size=4: is for --sampling; .* --config\.data\.batch_size"),
@@ -227,6 +228,39 @@ def test_compile_step_reports_how_much_is_missing_and_what_to_change(message, wo
 def test_flags_that_would_not_count_are_refused(flags, words, capsys):
     assert runs.run_here("lcm_jax.aot", "--config=configs/sd15_lcm.py", *flags) == 2
     assert re.match(f"error: {words}", capsys.readouterr().err)
+
+
+def test_what_does_not_fit_is_told_only_what_the_config_can_take(tiny):
+    """A batch of an image a device cannot be smaller, nor go in parts; without a teacher nothing is frozen."""
+    plain = {"model.teacher": tiny, "train.remat": "block", "train.mu_dtype": "bfloat16", "data.batch_size": 6}
+    mesh = gpu_kit.devices("tpu", 2)
+
+    def ways(**changes):
+        return str(report._does_not_fit(config_of("shapes_lcm", **plain | changes), mesh, 2 * GIB, GIB))
+
+    assert "batch_size (now 6)" in ways() and "accumulation_steps" not in ways(), "6 images are not 2 x 2 x n"
+    assert "--config.train.accumulation_steps=2" in ways(**{"data.batch_size": 4})
+    assert "batch_size" not in ways(**{"data.batch_size": 2})
+    assert "teacher_dtype" in ways() and "--config.model.dtype=bfloat16" in ways()
+    tuned = {"objective": "lcf", "model.student": tiny, "model.teacher": None, "distill.solver": "ddim"}
+    assert "teacher_dtype" not in ways(**tuned)
+    full = {"data.batch_size": 2, "model.dtype": "bfloat16", "model.teacher_dtype": "bfloat16", "mesh.fsdp": 2}
+    assert ways(**full).endswith("too much; use devices with more memory, or more of them")
+
+
+def test_sampling_on_this_machine_computes_as_lcm_jax_sample_does_here(tiny, monkeypatch):
+    """In float32 unless the config says otherwise; chips compute in bfloat16."""
+    found = []
+
+    def stop(generator, *_):
+        found.append((generator.pipeline.unet.dtype, generator.params["unet"]["conv_in"]["kernel"].dtype))
+        raise LcmError("seen")
+
+    monkeypatch.setattr(sampling, "report", stop)
+    words = "--config=configs/shapes_lcm.py", f"--config.model.teacher={tiny}", "--topology=cpu", "--sampling"
+    for dtype in ("auto", "bfloat16"):
+        assert runs.run_here("lcm_jax.aot", *words, f"--config.model.dtype={dtype}") == 2
+    assert found == [("float32", "float32"), ("bfloat16", "bfloat16")]
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,17 @@ def test_a_phased_map_makes_the_same_images_in_diffusers(teacher, changes, tmp_p
         assert export.report_difference(out, record) == 1
 
 
+def test_a_checkpoint_of_an_earlier_stage_has_the_phases_that_it_was_trained_for(tmp_path):
+    """The run ends with 2 phases, trained from step 4 on; step 3 was trained for 4."""
+    make_run(tmp_path / "run", tiny.folder("sd1"), **PHASED | {"distill.phases": 4, "distill.stages": ("2:3",)})
+    for step, phases in zip(STEPS_SAVED, (4, 2), strict=True):
+        out = tmp_path / f"unet {phases}"
+        words = [f"--workdir={tmp_path / 'run'}", f"--out={out}", "--format=unet", f"--step={step}"]
+        assert export.main(words) == 0
+        assert pretrained.read_record(out)["phases"] == phases
+        assert f"num_inference_steps={phases}" in (out / "README.md").read_text()
+
+
 def flip(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1

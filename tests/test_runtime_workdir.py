@@ -110,6 +110,29 @@ def test_sample_grids_of_guidance_that_is_not_trained_are_warned_of(tmp_path, co
         assert ("but this run trains 1.5 to 8 (distill.w_min" in capsys.readouterr().err) is warned
 
 
+@pytest.mark.parametrize(
+    ("changes", "then", "said"),
+    [
+        ({"lora.alpha": 8.0, "lora.targets": ("to_q",)}, {"lora.rank": 4}, "lora.alpha = 8.0, config.lora.targets = "),
+        ({"train.lr_decay_start": 50}, {"train.lr_decay_steps": 100_000}, "config.train.lr_decay_start = 50: without"),
+        ({"distill.huber_c": 0.1, "distill.loss": "l2"}, {"distill.loss": "huber"}, "config.distill.huber_c = 0.1: "),
+        ({"data.bucket_step": 32}, {"data.aspect_buckets": True}, "config.data.bucket_step = 32: without effect, "),
+        ({"data.workers": 2, "data.encode": "start"}, {"data.encode": "step"}, "config.data.workers = 2: without "),
+        (
+            {"distill.w_max": 9.0, "objective": "lcf", "model.student": "/lcm", "distill.w_embedding_dim": 0},
+            {"distill.lcd_weight": 0.5},
+            "config.distill.w_max = 9.0: without effect, because no teacher is guided",
+        ),
+    ],
+)
+def test_keys_without_effect_are_warned_of(tmp_path, config, capsys, changes, then, said):
+    for more, warned in ((changes, True), (then, False)):
+        config.update_from_flattened_dict(more)
+        config_lib.prepare_workdir(tmp_path, config)
+        found = capsys.readouterr().err
+        assert (said in found) is warned and found.count("without effect") == warned
+
+
 def test_same_as_before_compares_digests_and_not_places(tmp_path, capsys):
     def check(**found):
         workdir.same_as_before(tmp_path, "models.json", found)
