@@ -50,6 +50,7 @@ LORA_FORMATS = {"lora-kohya": "kohya", "lora-peft": "peft"}  # a user's name -> 
 FORMATS = (*FOLDERS, "single-file", *LORA_FORMATS)
 VERIFIABLE = ("pipeline", "merged")
 DTYPES = ("float32", "float16", "bfloat16")
+_ROUNDING = 1e-9  # of w + 1: 0.57 + 1.0 is less than 1.57
 PROMPTS = ("a photo of a cat", "a red car on a street", "a mountain lake in the evening", "a portrait of an old man")
 
 
@@ -215,7 +216,7 @@ def fold_guidance(
     if not student.has_w_embedding:
         raise LcmError(f"--guidance_scale={scale:g}: this student has no w embedding to fold; leave it out")
     low, high = record["w_min"] + 1.0, record["w_max"] + 1.0
-    if not low <= scale <= high:
+    if not low - _ROUNDING <= scale <= high + _ROUNDING:
         raise LcmError(f"--guidance_scale={scale:g} was not trained; choose {low:g} to {high:g}")
     return *fold_w(student, params, scale - 1.0), {**record, "w_embedding_dim": 0, "guidance_scale": scale}
 

@@ -264,10 +264,11 @@ def check_teachers_config(config: ConfigDict, out: Path) -> ConfigDict:
     config, defaults = ConfigDict(config.to_dict()), default_config().data
     for key in OF_IMAGES:
         if config.data[key] != defaults[key]:
-            raise LcmError(
-                f"config.data.{key} = {config.data[key]!r}: the images of --what=teacher come from its prompts; set "
-                f"{defaults[key]!r}, here and when you train on them"
-            )
+            remedy = f"set {defaults[key]!r}, here and when you train on them"
+            if key in ("path", "mixture"):
+                remedy = f"leave it out; to train on them, set data.source = 'latents' and data.path = {str(out)!r}"
+            problem = "the images of --what=teacher come from its prompts"
+            raise LcmError(f"config.data.{key} = {config.data[key]!r}: {problem}; {remedy}")
     config.data.source, config.data.path = "latents", str(out)
     validate(config)
     if not needs_teacher(config):

@@ -1,11 +1,13 @@
 """`python -m lcm_jax.export`: what it writes, that diffusers generates the same images from it, and its refusals."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import re
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import diffusers
@@ -402,6 +404,15 @@ def test_refusals_before_any_work(run, tmp_path, capsys, monkeypatch, options, m
     error = error_of(capsys, f"--workdir={run[0]}", f"--out={out}", *options)
     assert re.search(message, error), error
     assert not out.exists() and [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(("w", "scale", "is_trained"), [(0.57, 1.57, True), (0.57, 1.58, False), (0.57, 1.56, False)])
+def test_the_only_scale_of_a_run_can_be_folded(monkeypatch, w, scale, is_trained):
+    """As it is typed: 0.57 + 1.0 is 1.5699999999999998."""
+    monkeypatch.setattr(export, "fold_w", lambda student, params, w: (student, w))
+    student = types.SimpleNamespace(has_w_embedding=True)
+    with contextlib.nullcontext() if is_trained else pytest.raises(LcmError, match="choose 1.57 to 1.57"):
+        assert export.fold_guidance(student, None, {"w_min": w, "w_max": w}, scale)[1] == pytest.approx(w)
 
 
 def test_verify_without_torch(run, tmp_path, capsys, monkeypatch):

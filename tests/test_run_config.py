@@ -80,7 +80,7 @@ BAD = {
     "distill.loss": "l1",
     "distill.huber_c": 0.0,
     "distill.w_embedding_dim": 255,
-    "distill.timestep_scaling": 0.0,
+    "distill.timestep_scaling": 1e7,
     "distill.sigma_data": float("inf"),
     "distill.lcd_weight": -1.0,
     "distill.map": "phase",

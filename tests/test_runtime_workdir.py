@@ -17,6 +17,8 @@ import filelock
 import jax
 import pytest
 
+from lcm_jax.diffusion.schedule import from_betas, make_betas
+from lcm_jax.diffusion.solvers import solver_grid
 from lcm_jax.distill.step import learning_rate_schedule
 from lcm_jax.errors import LcmError
 from lcm_jax.run import config as config_lib
@@ -108,6 +110,16 @@ def test_sample_grids_of_guidance_that_is_not_trained_are_warned_of(tmp_path, co
         config.sample.guidance_scale = scale
         config_lib.prepare_workdir(tmp_path, config)
         assert ("but this run trains 1.5 to 8 (distill.w_min" in capsys.readouterr().err) is warned
+
+
+@pytest.mark.parametrize(("steps", "last"), [(50, None), (30, None), (130, None), (150, 899), (600, 599)])
+def test_a_grid_that_ends_long_before_pure_noise_is_warned_of(tmp_path, config, capsys, steps, last):
+    config.distill.solver_steps = steps
+    config_lib.prepare_workdir(tmp_path, config)
+    said = f"solver_steps = {steps}: the solver's grid ends at timestep {last} of 999"
+    assert (said in capsys.readouterr().err) is (last is not None)
+    grid = solver_grid(from_betas(make_betas("scaled_linear", 1000, 0.00085, 0.012)), steps)
+    assert last in (None, grid.timesteps[-1])
 
 
 @pytest.mark.parametrize(

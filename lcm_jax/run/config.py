@@ -31,7 +31,7 @@ from lcm_jax.errors import LcmError, flags_named
 from lcm_jax.models import lora
 from lcm_jax.pretrained import hub
 from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE
-from lcm_jax.run.keys import KEYS, SOURCES, W_EMBEDDING_OF_A_LORA, refusal
+from lcm_jax.run.keys import KEYS, MAX_SOLVER_STEPS, SOURCES, W_EMBEDDING_OF_A_LORA, refusal
 from lcm_jax.runtime import kernels, workdir
 
 
@@ -312,6 +312,7 @@ def prepare_workdir(folder: str | os.PathLike[str], config: ConfigDict) -> dict[
     return workdir.prepare_workdir(folder, to_json(config), lambda saved: differences(saved, config, where), moved)
 
 
+_LATE = 900  # timestep of 999 above which what is left of the image in the noise is too little to matter
 # Keys, when they have no effect, and why.
 _IDLE: tuple[tuple[tuple[str, ...], Callable[[ConfigDict], bool], str], ...] = (
     (("lora.alpha", "lora.targets"), lambda c: not c.lora.rank, "lora.rank is 0, so all weights are trained"),
@@ -344,6 +345,13 @@ def _doubts(config: ConfigDict) -> list[str]:
         found.append(
             f"config.train.steps = {train.steps}, but the learning rate is 0 after step {end} (train.lr_decay_start + "
             "train.lr_decay_steps): further steps change no weights"
+        )
+    last = MAX_SOLVER_STEPS // distill.solver_steps * distill.solver_steps - 1
+    if last < _LATE:
+        found.append(
+            f"config.distill.solver_steps = {distill.solver_steps}: the solver's grid ends at timestep {last} of "
+            f"{MAX_SOLVER_STEPS - 1}, where sampling begins with more noise than was trained; take a divisor of "
+            f"{MAX_SOLVER_STEPS}"
         )
     low, high = distill.w_min + 1, distill.w_max + 1
     if distill.w_embedding_dim and sample.every and sample.prompts and not low <= sample.guidance_scale <= high:
