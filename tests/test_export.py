@@ -406,6 +406,19 @@ def test_refusals_before_any_work(run, tmp_path, capsys, monkeypatch, options, m
     assert not out.exists() and [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
+def test_the_base_of_a_card_is_on_the_hub_unless_a_folder_here_has_its_name(tmp_path, monkeypatch):
+    """`models/mine` names both. The front matter would link another's repository."""
+    config = make_config(tiny.folder("sd1"))
+    teacher = models.load_teacher(config, weights=False)
+    student = models.load_student(config, *teacher)[0]
+    record = student.record | {"teacher": "models/mine", "student": "models/mine", "step": 7, "weights": "ema"}
+    monkeypatch.chdir(tmp_path)
+    for is_here in (False, True):
+        card = export.model_card(config.to_dict(), record, student, "unet", "unet", None)
+        assert ("base_model: models/mine\n" in card) is ('from_pretrained("models/mine"' in card) is not is_here
+        (tmp_path / "models" / "mine").mkdir(parents=True, exist_ok=True)
+
+
 @pytest.mark.parametrize(("w", "scale", "is_trained"), [(0.57, 1.57, True), (0.57, 1.58, False), (0.57, 1.56, False)])
 def test_the_only_scale_of_a_run_can_be_folded(monkeypatch, w, scale, is_trained):
     """As it is typed: 0.57 + 1.0 is 1.5699999999999998."""

@@ -42,6 +42,11 @@ def is_name(source: str) -> bool:
     return any(form.fullmatch(source) for form in (_HUB_ID, _HUB_FILE))
 
 
+def is_repository(source: str) -> bool:
+    """Whether a text names a repository on the hub, and not a folder here, which `local_folder` prefers."""
+    return bool(_HUB_ID.fullmatch(source)) and not files.expanded(source).is_dir()
+
+
 def as_folder(path: Path, part: str) -> str:
     """What to do with a file of one part ("unet" or "vae"), which is read from a folder."""
     if (path.parent / "config.json").is_file():
