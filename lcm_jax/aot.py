@@ -137,7 +137,7 @@ def generator_of(
 ) -> tuple[Generator, Request]:
     """What generates with the config's student, adapters merged, and a request at its resolution, without weights.
 
-    weights, offload, sliced: as of `lcm_jax.load`.
+    weights, offload, sliced: as in `lcm_jax.load`.
     """
     models = run_models.shapes(config)
     unet, vae = kernels.plain_module(models.student.unet), models.student.vae.clone(dtype=jnp.dtype(config.model.dtype))
@@ -232,9 +232,9 @@ if __name__ == "__main__":
     flags.DEFINE_bool("sampling", False, "generating images with the config's student, instead of training it")
     flags.DEFINE_integer("batch_size", 4, "with --sampling: images at once", lower_bound=1)
     flags.DEFINE_integer("steps", 4, "with --sampling: of the sampler", lower_bound=1)
-    flags.DEFINE_enum("weights", None, WEIGHTS, "with --sampling: as of lcm_jax.sample")
-    flags.DEFINE_enum("offload", None, MODES, "with --sampling: as of lcm_jax.sample")
-    flags.DEFINE_bool("sliced", False, "with --sampling: as of lcm_jax.sample")
+    flags.DEFINE_enum("weights", None, WEIGHTS, "with --sampling: as in lcm_jax.sample")
+    flags.DEFINE_enum("offload", None, MODES, "with --sampling: as in lcm_jax.sample")
+    flags.DEFINE_bool("sliced", False, "with --sampling: as in lcm_jax.sample")
     flags.DEFINE_string("out", None, "JSON file for the report")
     flags.mark_flags_as_required(["config", "topology"])
     app.run(main, flags_parser=parse_flags)

@@ -340,7 +340,7 @@ class StopSignal:
         self._restore()
 
     def __bool__(self) -> bool:
-        """Whether this process shall stop. Several processes see it at different times."""
+        """Whether this process is to stop. Several processes see it at different times."""
         if not self._several:
             return self.name is not None
         return self._named(distributed.stop_asked())  # also for its own signal: not before the others can see it
