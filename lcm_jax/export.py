@@ -50,7 +50,6 @@ LORA_FORMATS = {"lora-kohya": "kohya", "lora-peft": "peft"}  # a user's name -> 
 FORMATS = (*FOLDERS, "single-file", *LORA_FORMATS)
 VERIFIABLE = ("pipeline", "merged")
 DTYPES = ("float32", "float16", "bfloat16")
-_ROUNDING = 1e-9  # of w + 1: 0.57 + 1.0 is less than 1.57
 PROMPTS = ("a photo of a cat", "a red car on a street", "a mountain lake in the evening", "a portrait of an old man")
 
 
@@ -215,8 +214,8 @@ def fold_guidance(
     """The student at one guidance scale, without w embedding, its weights and its record."""
     if not student.has_w_embedding:
         raise LcmError(f"--guidance_scale={scale:g}: this student has no w embedding to fold; leave it out")
-    low, high = record["w_min"] + 1.0, record["w_max"] + 1.0
-    if not low - _ROUNDING <= scale <= high + _ROUNDING:
+    low, high = (round(record[key] + 1.0, 9) for key in ("w_min", "w_max"))  # 0.57 + 1.0 is less than 1.57
+    if not low <= scale <= high:
         raise LcmError(f"--guidance_scale={scale:g} was not trained; choose {low:g} to {high:g}")
     return *fold_w(student, params, scale - 1.0), {**record, "w_embedding_dim": 0, "guidance_scale": scale}
 

@@ -77,6 +77,19 @@ def test_prepare_workdir_refuses_a_broken_config_json(tmp_path, config, content)
         config_lib.prepare_workdir(tmp_path, config)
 
 
+@pytest.mark.parametrize("content", ['{"in_channels": 4, "sample_size": 64}', "no JSON", '["train", "data"]'])
+def test_a_config_that_is_none_of_a_run_is_not_replaced(tmp_path, config, content):
+    """As of the folder of a UNet that is given as --workdir. An attempt that failed early is replaced."""
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(LcmError, match="config.json is not the config of a run, and would be replaced; choose another"):
+        config_lib.prepare_workdir(tmp_path, config)
+    assert path.read_text() == content
+    path.write_text(json.dumps({key: {} for key in json.loads(config_lib.to_json(config)) if key != "sample"}))
+    config_lib.prepare_workdir(tmp_path, config)
+    assert read_config(tmp_path)["seed"] == config.seed
+
+
 def test_moved_models_and_data_resume_if_their_digests_can_be_compared(tmp_path, config):
     config_lib.prepare_workdir(tmp_path, config)
     (tmp_path / "metrics.jsonl").write_text("{}\n")

@@ -353,7 +353,7 @@ def _doubts(config: ConfigDict) -> list[str]:
             f"{MAX_SOLVER_STEPS - 1}, where sampling begins with more noise than was trained; take a divisor of "
             f"{MAX_SOLVER_STEPS}"
         )
-    low, high = distill.w_min + 1, distill.w_max + 1
+    low, high = (round(w + 1, 9) for w in (distill.w_min, distill.w_max))  # 0.57 + 1 is less than 1.57
     if distill.w_embedding_dim and sample.every and sample.prompts and not low <= sample.guidance_scale <= high:
         found.append(
             f"config.sample.guidance_scale = {sample.guidance_scale:g}, but this run trains {low:g} to {high:g} "
