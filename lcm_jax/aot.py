@@ -195,6 +195,8 @@ def run() -> int:
         if values[name].present and not values.sampling:
             way = "set --config.data.batch_size" if name == "batch_size" else "remove it"
             raise BadArgument(name, values[name].value, f"is for --sampling; for training {way}")
+    if values.fit and values["batch_size"].present:
+        raise BadArgument("batch_size", values.batch_size, "--fit looks for the largest; remove one of them")
     config = prepared(config, CPU if on_cpu else "tpu")  # a GPU's dtypes are a TPU's
     slices = 1 if values.sampling else config.mesh.slices
     devices = jax.devices()[:1] if on_cpu else topology.devices(values.topology, slices)

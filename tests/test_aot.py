@@ -206,10 +206,22 @@ def test_compile_step_reports_how_much_is_missing_and_what_to_change(message, wo
         report.compile_step(_Exhausted(message, devices=2), config, {})
     mesh = gpu_kit.devices("tpu")
     weights = jax.ShapeDtypeStruct((2**29,), "float32", sharding=replicated(mesh))
-    generator = types.SimpleNamespace(mesh=mesh, params=weights, trace=lambda *_: {"sampler": _Exhausted(message)})
+    generator = types.SimpleNamespace(
+        mesh=mesh,
+        params={"unet": {"kernel": weights}},
+        trace=lambda *_: {"sampler": _Exhausted(message)},
+        sliced=False,
+        weights=types.SimpleNamespace(mode="text"),
+    )
     request = Request(Settings(), 1.0, 512, 512)
     with pytest.raises(report.DoesNotFit, match=f"8 images of 512 x 512 .*: {words.partition(',')[0]} on each"):
         sampling.report(generator, request, 8, {}, chips.CHIPS["v5e"])
+    generator.sliced = True
+    with pytest.raises(report.DoesNotFit, match="on each; use --weights=int8 or --offload=all$"):
+        sampling.report(generator, request, 1, {}, chips.CHIPS["v5e"])
+    generator.params["unet"], generator.weights.mode = {"kernel": {"int8": weights}}, "all"
+    with pytest.raises(report.DoesNotFit, match="on each; use devices with more memory$"):
+        sampling.report(generator, request, 1, {}, chips.CHIPS["v5e"])
     other = _Exhausted("INTERNAL: Mosaic failed: Used 3.00G of 2.00G")
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
         report.compile_step(other, config, {})
@@ -220,6 +232,10 @@ def test_compile_step_reports_how_much_is_missing_and_what_to_change(message, wo
     [
         (("--topology=h100:8", "--slices=2"), r"--slices=2: is of TPUs; .* --topology=h100:2x8"),
         (("--topology=v5e:4x4", "--slices=2", "--sampling"), r"--slices=2: is for training"),
+        (
+            ("--topology=v5e:4x4", "--sampling", "--fit", "--batch_size=4"),
+            r"--batch_size=4: --fit looks for the largest",
+        ),
         (("--topology=cpu",), r"--topology=cpu: is for --sampling"),
         (("--topology=h100:8", "--weights=int8"), r"--weights=int8: is for --sampling; .* remove it"),
         (("--topology=h100:8", "--batch_size=4"), r"--batch_size=4: is for --sampling; .* --config\.data\.batch_size"),

@@ -204,16 +204,16 @@ def stages(distill: ConfigDict) -> list[tuple[int, int]]:
     return found
 
 
-def phases_at_end(config: ConfigDict) -> int:
-    """The phases of the map that training ends with; 0: it goes to the origin."""
-    return stages(config.distill)[-1][0] if config.distill.map == "phased" else 0
-
-
 def phases_after(config: ConfigDict, step: int) -> int:
     """The phases of the map that the update to `step` trained, which its checkpoint has; 0: it goes to the origin."""
     if config.distill.map != "phased":
         return 0
     return [count for count, first in stages(config.distill) if first < max(step, 1)][-1]
+
+
+def phases_at_end(config: ConfigDict) -> int:
+    """`phases_after` the last step of training."""
+    return phases_after(config, config.train.steps)
 
 
 def _check_map(config: ConfigDict) -> None:
