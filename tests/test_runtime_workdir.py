@@ -15,10 +15,12 @@ from pathlib import Path
 
 import filelock
 import jax
+import numpy as np
 import pytest
 
 from lcm_jax.diffusion.schedule import from_betas, make_betas
 from lcm_jax.diffusion.solvers import solver_grid
+from lcm_jax.distill.state import update_ema
 from lcm_jax.distill.step import learning_rate_schedule
 from lcm_jax.errors import LcmError
 from lcm_jax.run import config as config_lib
@@ -123,6 +125,21 @@ def test_sample_grids_of_guidance_that_is_not_trained_are_warned_of(tmp_path, co
         config.sample.guidance_scale = scale
         config_lib.prepare_workdir(tmp_path, config)
         assert ("but this run trains 1.5 to 8 (distill.w_min" in capsys.readouterr().err) is warned
+
+
+@pytest.mark.parametrize(
+    ("decay", "steps", "warned"), [(0.999943, 1000, True), (0.999943, 30_000, False), (0.0, 1, False)]
+)
+def test_an_ema_that_hardly_moves_is_warned_of(tmp_path, config, capsys, decay, steps, warned):
+    """As of `configs/pokemon_lcf.py` in a thirtieth of its steps."""
+    config.train.ema_decay, config.train.steps = decay, steps
+    config_lib.prepare_workdir(tmp_path, config)
+    assert ("has 94% of the initial weights; lower it" in capsys.readouterr().err) is warned
+    if warned:
+        ema = np.ones(1)
+        for _ in range(steps):
+            ema = update_ema(ema, np.zeros(1), decay)
+        assert ema == pytest.approx(0.94, abs=0.005)
 
 
 @pytest.mark.parametrize(("steps", "last"), [(50, None), (30, None), (130, None), (150, 899), (600, 599)])

@@ -346,6 +346,11 @@ def _doubts(config: ConfigDict) -> list[str]:
             f"config.train.steps = {train.steps}, but the learning rate is 0 after step {end} (train.lr_decay_start + "
             "train.lr_decay_steps): further steps change no weights"
         )
+    if (initial := train.ema_decay**train.steps) > 0.5:
+        found.append(
+            f"config.train.ema_decay = {train.ema_decay!r}: after {train.steps} steps the EMA, which grids and exports "
+            f"take, has {initial:.0%} of the initial weights; lower it, train longer, or export --weights=online"
+        )
     last = MAX_SOLVER_STEPS // distill.solver_steps * distill.solver_steps - 1
     if last < _LATE:
         found.append(
