@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import sys
-import types
 from pathlib import Path
 
 import diffusers
@@ -196,15 +195,17 @@ def test_a_phased_map_makes_the_same_images_in_diffusers(teacher, changes, tmp_p
         assert export.report_difference(out, record) == 1
 
 
-def test_a_checkpoint_of_an_earlier_stage_has_the_phases_that_it_was_trained_for(tmp_path):
-    """The run ends with 2 phases, trained from step 4 on; step 3 was trained for 4."""
+def test_a_checkpoint_of_an_earlier_stage_has_the_phases_that_it_was_trained_for(tmp_path, capsys):
+    """The run ends with 2 phases, trained from step 4 on; step 3 was trained for 4. The EMA is 0.95^3 teacher."""
     make_run(tmp_path / "run", tiny.folder("sd1"), **PHASED | {"distill.phases": 4, "distill.stages": ("2:3",)})
     for step, phases in zip(STEPS_SAVED, (4, 2), strict=True):
         out = tmp_path / f"unet {phases}"
         words = [f"--workdir={tmp_path / 'run'}", f"--out={out}", "--format=unet", f"--step={step}"]
-        assert export.main(words) == 0
+        assert export.main(words if step == 3 else [*words, "--weights=online"]) == 0
         assert pretrained.read_record(out)["phases"] == phases
         assert f"num_inference_steps={phases}" in (out / "README.md").read_text()
+        said = f"at step {step} the EMA has {0.95**step:.0%} of the initial weights" in capsys.readouterr().err
+        assert said is (step == 3)
 
 
 def flip(path: Path, place: int) -> None:
@@ -419,13 +420,13 @@ def test_the_base_of_a_card_is_on_the_hub_unless_a_folder_here_has_its_name(tmp_
         (tmp_path / "models" / "mine").mkdir(parents=True, exist_ok=True)
 
 
-@pytest.mark.parametrize(("w", "scale", "is_trained"), [(0.57, 1.57, True), (0.57, 1.58, False), (0.57, 1.56, False)])
-def test_the_only_scale_of_a_run_can_be_folded(monkeypatch, w, scale, is_trained):
-    """As it is typed: 0.57 + 1.0 is 1.5699999999999998."""
-    monkeypatch.setattr(export, "fold_w", lambda student, params, w: (student, w))
-    student = types.SimpleNamespace(has_w_embedding=True)
+@pytest.mark.parametrize(("scale", "is_trained"), [("1.57", True), ("1.58", False), ("1.56", False), ("nan", False)])
+def test_the_only_scale_of_a_run_can_be_folded(tmp_path, scale, is_trained):
+    """As it is typed: 0.57 + 1.0 is 1.5699999999999998. Others are refused before models are read."""
+    config = make_config("teacher", **{"distill.w_min": 0.57, "distill.w_max": 0.57})
+    args = export.parser().parse_args(["--workdir=x", "--out=x.safetensors", f"--guidance_scale={scale}"])
     with contextlib.nullcontext() if is_trained else pytest.raises(LcmError, match="choose 1.57 to 1.57"):
-        assert export.fold_guidance(student, None, {"w_min": w, "w_max": w}, scale)[1] == pytest.approx(w)
+        export.check_options(args, config, "single-file")
 
 
 def test_verify_without_torch(run, tmp_path, capsys, monkeypatch):
