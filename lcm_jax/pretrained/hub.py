@@ -17,7 +17,7 @@ _HUB_FILE = re.compile(
 )
 # What is given beside a model -> its names in the library, the programs and the configs of runs.
 ARGUMENTS = {
-    "unet": "unet= (--unet)",
+    "unet": "unet= (--unet, config.model.student)",
     "vae": "vae= (--vae, config.model.vae)",
     "config": "config= (--model_config, config.model.config)",
 }
