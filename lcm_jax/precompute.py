@@ -56,7 +56,7 @@ from lcm_jax.sampling.request import check_memory
 WAIT = 30 * 24 * 3600  # seconds for the slowest process after the first has finished; heartbeats detect dead ones
 STOPPED = "{}: stopped; the same command resumes after the last complete file"
 SMALLER = (
-    "use a smaller --config.data.resolution or --config.data.encode_chunk (--what=teacher: --batch_size), "
+    "use --config.data.encode_chunk=1 (--what=teacher: a smaller --batch_size), a smaller --config.data.resolution, "
     "--config.model.dtype=bfloat16, or more devices with --config.mesh.fsdp=-1 --config.mesh.data=1"
 )
 WHAT = ("images", "teacher")
