@@ -254,9 +254,9 @@ def test_what_does_not_fit_is_told_only_what_the_config_can_take(tiny):
     def ways(**changes):
         return str(report._does_not_fit(config_of("shapes_lcm", **plain | changes), mesh, 2 * GIB, GIB))
 
-    assert "batch_size (now 6)" in ways() and "accumulation_steps" not in ways(), "6 images are not 2 x 2 x n"
-    assert "--config.train.accumulation_steps=2" in ways(**{"data.batch_size": 4})
-    assert "batch_size" not in ways(**{"data.batch_size": 2})
+    assert "batch_size (now 6); --config.train.accumulation_steps=3" in ways(), "6 images are not 2 x 2 x n"
+    assert "--config.train.accumulation_steps=4" in ways(**{"data.batch_size": 8, "train.accumulation_steps": 2})
+    assert "batch_size" not in ways(**{"data.batch_size": 2}) and "accumul" not in ways(**{"data.batch_size": 2})
     assert "teacher_dtype" in ways() and "--config.model.dtype=bfloat16" in ways()
     tuned = {"objective": "lcf", "model.student": tiny, "model.teacher": None, "distill.solver": "ddim"}
     assert "teacher_dtype" not in ways(**tuned)

@@ -111,8 +111,8 @@ def _does_not_fit(
     config: ConfigDict, mesh: Mesh, needed: float, available: float, report: dict[str, Any] | None = None
 ) -> DoesNotFit:
     """The error, with the changes to the config that save memory; those that cost least come first."""
-    train, model, batch, ways = config.train, config.model, config.data.batch_size, []
-    least = mesh.size * train.accumulation_steps  # an image on each device, in each part of the batch
+    train, model, ways = config.train, config.model, []
+    images = config.data.batch_size // (mesh.size * train.accumulation_steps)  # on a device, in a part of the batch
     if config.mesh.fsdp == 1 and mesh.size > 1:
         ways.append("--config.mesh.fsdp=-1 --config.mesh.data=1 (or a smaller fsdp) splits weights and optimiser")
     if train.remat == "none":
@@ -121,10 +121,10 @@ def _does_not_fit(
         ways.append("--config.train.remat=block keeps fewer activations than attention")
     if model.dtype == "float32":
         ways.append("--config.model.dtype=bfloat16")
-    if batch > least:
-        ways.append(f"a smaller --config.data.batch_size (now {batch})")
-    if batch % (2 * least) == 0:
-        ways.append(f"--config.train.accumulation_steps={2 * train.accumulation_steps}")
+    if images > 1:
+        parts = next(n for n in range(2, images + 1) if images % n == 0) * train.accumulation_steps
+        ways.append(f"a smaller --config.data.batch_size (now {config.data.batch_size})")
+        ways.append(f"--config.train.accumulation_steps={parts}")
     if model.teacher_dtype == "float32" and (needs_teacher(config) or config.lora.rank):
         ways.append("--config.model.teacher_dtype=bfloat16")
     if train.mu_dtype == "float32":
