@@ -103,10 +103,10 @@ def fit(attempt: Callable[[int], tuple[float, float, Any]], say: Callable[[str],
     return max(fitting, key=lambda one: one[0])
 
 
-def prepared(config: ConfigDict) -> ConfigDict:
-    """The resolved config of a run on accelerators. It need not name its data, which do not matter here."""
+def prepared(config: ConfigDict, platform: str = "tpu") -> ConfigDict:
+    """The resolved config of a run on these devices. It need not name its data, which do not matter here."""
     validate(config, data=False)
-    return resolve(config, "tpu")  # a GPU's dtypes are the same
+    return resolve(config, platform)
 
 
 def analyse(config: ConfigDict, devices: list[jax.Device], chip: chips.Chip, fitting: bool) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def generator_of(
 ) -> tuple[Generator, Request]:
     """What generates with the config's student, adapters merged, and a request at its resolution, without weights.
 
-    weights, offload, sliced: as of `lcm_jax.load`.
+    weights, offload, sliced: as in `lcm_jax.load`.
     """
     models = run_models.shapes(config)
     unet, vae = kernels.plain_module(models.student.unet), models.student.vae.clone(dtype=jnp.dtype(config.model.dtype))
@@ -188,13 +188,18 @@ def run() -> int:
     if values.slices is not None:
         if isinstance(chip, chips.Gpu):
             raise BadArgument("slices", values.slices, "is of TPUs; several nodes of GPUs are --topology=h100:2x8")
+        if values.sampling:
+            raise BadArgument("slices", values.slices, "is for training; lcm_jax.sample runs on one slice, remove it")
         config.mesh.slices = values.slices
     for name in ("batch_size", "steps", *SWITCHES):
         if values[name].present and not values.sampling:
             way = "set --config.data.batch_size" if name == "batch_size" else "remove it"
             raise BadArgument(name, values[name].value, f"is for --sampling; for training {way}")
-    config = prepared(config)
-    devices = jax.devices()[:1] if on_cpu else topology.devices(values.topology, config.mesh.slices)
+    if values.fit and values["batch_size"].present:
+        raise BadArgument("batch_size", values.batch_size, "--fit looks for the largest; remove one of them")
+    config = prepared(config, CPU if on_cpu else "tpu")  # a GPU's dtypes are a TPU's
+    slices = 1 if values.sampling else config.mesh.slices
+    devices = jax.devices()[:1] if on_cpu else topology.devices(values.topology, slices)
     text, error = sampling.text if values.sampling else roofline.text, None
     try:
         if values.sampling:
@@ -205,7 +210,7 @@ def run() -> int:
     except DoesNotFit as caught:
         error, found = caught, caught.report
     if found:
-        found = {"topology": values.topology, "slices": config.mesh.slices} | found
+        found = {"topology": values.topology, "slices": slices} | found
         print(text(found), end="")
     if values.out and found:
         with files.new_file(files.expanded(values.out)) as partial:
@@ -229,9 +234,9 @@ if __name__ == "__main__":
     flags.DEFINE_bool("sampling", False, "generating images with the config's student, instead of training it")
     flags.DEFINE_integer("batch_size", 4, "with --sampling: images at once", lower_bound=1)
     flags.DEFINE_integer("steps", 4, "with --sampling: of the sampler", lower_bound=1)
-    flags.DEFINE_enum("weights", None, WEIGHTS, "with --sampling: as of lcm_jax.sample")
-    flags.DEFINE_enum("offload", None, MODES, "with --sampling: as of lcm_jax.sample")
-    flags.DEFINE_bool("sliced", False, "with --sampling: as of lcm_jax.sample")
+    flags.DEFINE_enum("weights", None, WEIGHTS, "with --sampling: as in lcm_jax.sample")
+    flags.DEFINE_enum("offload", None, MODES, "with --sampling: as in lcm_jax.sample")
+    flags.DEFINE_bool("sliced", False, "with --sampling: as in lcm_jax.sample")
     flags.DEFINE_string("out", None, "JSON file for the report")
     flags.mark_flags_as_required(["config", "topology"])
     app.run(main, flags_parser=parse_flags)

@@ -36,7 +36,7 @@ from lcm_jax.pretrained import RECORD, Pipeline, lora_files, save_pipeline, save
 from lcm_jax.pretrained.model import PipelineParams, fold_w
 from lcm_jax.pretrained.safetensors_io import check_file
 from lcm_jax.pretrained.save import all_or_nothing, check_folder, lcm_scheduler_config, scheduler_class
-from lcm_jax.run.config import from_saved, validate
+from lcm_jax.run.config import from_saved, phases_after, validate
 from lcm_jax.run.keys import MODELS_FILE
 from lcm_jax.run.model_card import model_card
 from lcm_jax.run.models import load
@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     known = check_same(args.workdir, MODELS_FILE, models.digests)
     student, params = models.student, dict(models.student_params)
     del models
+    if phases := phases_after(config, step):  # the run's record has those of its last stage
+        student = dataclasses.replace(student, record={**student.record, "phases": phases})
     expected = jax.eval_shape(lambda trained: trained, trainable(student.unet, params["unet"]))
     params["unet"] = with_trainable(student.unet, params["unet"], expected)  # frees the initial weights
     check_out(args.out, form, bytes_needed(student, params, form, dtype))
@@ -120,24 +122,30 @@ def run(args: argparse.Namespace) -> int:
     # The files.
     record = {**student.record, "teacher": config.model.teacher, "student": config.model.student}
     record |= {"step": step, "weights": args.weights, "lcm_jax": lcm_jax.__version__}
-    if args.guidance_scale is not None:
-        student, params, record = fold_guidance(student, params, record, args.guidance_scale)
+    if (scale := args.guidance_scale) is not None:
+        student, params = fold_w(student, params, scale - 1.0)
+        record |= {"w_embedding_dim": 0, "guidance_scale": scale}
+    model = config.model.teacher or config.model.student
     if not known:
-        print(
-            f"warning: {args.workdir} has no {MODELS_FILE}, so nothing shows whether "
-            f"{config.model.teacher or config.model.student} is still what the run began with",
-            file=sys.stderr,
+        warn(f"{args.workdir} has no {MODELS_FILE}: nothing shows whether {model} is still what the run began with")
+    if args.weights == "ema" and (initial := config.train.ema_decay**step) > 0.5:
+        warn(
+            f"at step {step} the EMA has {initial:.0%} of the initial weights (train.ema_decay = "
+            f"{config.train.ema_decay!r}); --weights=online takes the student itself"
         )
     if record["sigma_data"] != SIGMA_DATA:
-        print(
-            f"warning: sigma_data is {record['sigma_data']:g}, diffusers' LCMScheduler always uses {SIGMA_DATA:g}; "
-            "its images will differ slightly from lcm_jax's",
-            file=sys.stderr,
+        warn(
+            f"sigma_data is {record['sigma_data']:g}, diffusers' LCMScheduler always uses {SIGMA_DATA:g}; its images "
+            "will differ slightly from lcm_jax's"
         )
     card = model_card(config.to_dict(), record, student, args.out.name, form, table)
     write(args.out, form, dtype, student, params, record, card)
     print(f"step {step}, {args.weights} weights, {form}, {dtype}: {args.out}")
     return report_difference(args.out, record, tuple(config.sample.prompts)) if args.verify else 0
+
+
+def warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def choose_format(config: ConfigDict, given: str | None) -> str:
@@ -186,11 +194,15 @@ def check_out(out: Path, form: str, needed: int = 0) -> None:
 
 def check_options(args: argparse.Namespace, config: ConfigDict, form: str) -> None:
     """Raises LcmError for an option that this format does not have."""
-    if args.guidance_scale is not None and form != "single-file":
-        raise LcmError(
-            f"--guidance_scale={args.guidance_scale:g} is folded into a single file only; use --format=single-file, or "
-            "leave it out"
-        )
+    if args.guidance_scale is not None:
+        given, distill = f"--guidance_scale={args.guidance_scale:g}", config.distill
+        if form != "single-file":
+            raise LcmError(f"{given} is folded into a single file only; use --format=single-file, or leave it out")
+        if not distill.w_embedding_dim:
+            raise LcmError(f"{given}: this student has no w embedding to fold; leave it out")
+        low, high = (round(w + 1.0, 9) for w in (distill.w_min, distill.w_max))  # 0.57 + 1.0 is less than 1.57
+        if not low <= args.guidance_scale <= high:
+            raise LcmError(f"{given} was not trained; choose {low:g} to {high:g}")
     if args.verify and form not in VERIFIABLE:
         remedy = "merged" if config.lora.rank else "pipeline"
         raise LcmError(f"--verify generates images and --format={form} is not a pipeline; use --format={remedy}")
@@ -204,18 +216,6 @@ def bytes_needed(student: Pipeline, params: PipelineParams, form: str, dtype: An
     if form in ("pipeline", "merged", "single-file"):
         tree = {part: params[part] for part in student.parts}
     return sum(leaf.size for leaf in jax.tree.leaves(tree)) * jnp.dtype(dtype).itemsize
-
-
-def fold_guidance(
-    student: Pipeline, params: PipelineParams, record: Mapping[str, Any], scale: float
-) -> tuple[Pipeline, PipelineParams, dict[str, Any]]:
-    """The student at one guidance scale, without w embedding, its weights and its record."""
-    if not student.has_w_embedding:
-        raise LcmError(f"--guidance_scale={scale:g}: this student has no w embedding to fold; leave it out")
-    low, high = record["w_min"] + 1.0, record["w_max"] + 1.0
-    if not low <= scale <= high:
-        raise LcmError(f"--guidance_scale={scale:g} was not trained; choose {low:g} to {high:g}")
-    return *fold_w(student, params, scale - 1.0), {**record, "w_embedding_dim": 0, "guidance_scale": scale}
 
 
 def write(

@@ -56,8 +56,8 @@ from lcm_jax.sampling.request import check_memory
 WAIT = 30 * 24 * 3600  # seconds for the slowest process after the first has finished; heartbeats detect dead ones
 STOPPED = "{}: stopped; the same command resumes after the last complete file"
 SMALLER = (
-    "use a smaller --config.data.resolution or --config.data.encode_chunk (--what=teacher: --batch_size), "
-    "--config.model.dtype=bfloat16, or more devices with --config.mesh.fsdp=-1"
+    "use --config.data.encode_chunk=1 (--what=teacher: a smaller --batch_size), a smaller --config.data.resolution, "
+    "--config.model.dtype=bfloat16, or more devices with --config.mesh.fsdp=-1 --config.mesh.data=1"
 )
 WHAT = ("images", "teacher")
 SHARD_SIZE = {"images": 4096, "teacher": 128}  # rows of a file; what a teacher makes takes seconds a row
@@ -264,10 +264,11 @@ def check_teachers_config(config: ConfigDict, out: Path) -> ConfigDict:
     config, defaults = ConfigDict(config.to_dict()), default_config().data
     for key in OF_IMAGES:
         if config.data[key] != defaults[key]:
-            raise LcmError(
-                f"config.data.{key} = {config.data[key]!r}: the images of --what=teacher come from its prompts; set "
-                f"{defaults[key]!r}, here and when you train on them"
-            )
+            remedy = f"set {defaults[key]!r}, here and when you train on them"
+            if key in ("path", "mixture"):
+                remedy = f"leave it out; to train on them, set data.source = 'latents' and data.path = {str(out)!r}"
+            problem = "the images of --what=teacher come from its prompts"
+            raise LcmError(f"config.data.{key} = {config.data[key]!r}: {problem}; {remedy}")
     config.data.source, config.data.path = "latents", str(out)
     validate(config)
     if not needs_teacher(config):

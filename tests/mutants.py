@@ -1030,6 +1030,22 @@ CONTRACTS = [
         ("test_page.py::test_values_are_texts_and_numbers",),
         False,
     ),
+    Mutant(
+        "a checkpoint of an earlier stage recorded as one of the last",
+        "export.py",
+        "phases_after(config, step)",
+        "phases_after(config, config.train.steps)",
+        ("test_export.py::test_a_checkpoint_of_an_earlier_stage_has_the_phases_that_it_was_trained_for",),
+        False,
+    ),
+    Mutant(
+        "a foreign config.json is replaced",
+        "runtime/workdir.py",
+        "_check_replaceable(path, config)\n        if begun",
+        "pass\n        if begun",
+        ("test_runtime_workdir.py::test_a_config_that_is_none_of_a_run_is_not_replaced",),
+        False,
+    ),
 ]
 
 

@@ -206,10 +206,22 @@ def test_compile_step_reports_how_much_is_missing_and_what_to_change(message, wo
         report.compile_step(_Exhausted(message, devices=2), config, {})
     mesh = gpu_kit.devices("tpu")
     weights = jax.ShapeDtypeStruct((2**29,), "float32", sharding=replicated(mesh))
-    generator = types.SimpleNamespace(mesh=mesh, params=weights, trace=lambda *_: {"sampler": _Exhausted(message)})
+    generator = types.SimpleNamespace(
+        mesh=mesh,
+        params={"unet": {"kernel": weights}},
+        trace=lambda *_: {"sampler": _Exhausted(message)},
+        sliced=False,
+        weights=types.SimpleNamespace(mode="text"),
+    )
     request = Request(Settings(), 1.0, 512, 512)
     with pytest.raises(report.DoesNotFit, match=f"8 images of 512 x 512 .*: {words.partition(',')[0]} on each"):
         sampling.report(generator, request, 8, {}, chips.CHIPS["v5e"])
+    generator.sliced = True
+    with pytest.raises(report.DoesNotFit, match="on each; use --weights=int8 or --offload=all$"):
+        sampling.report(generator, request, 1, {}, chips.CHIPS["v5e"])
+    generator.params["unet"], generator.weights.mode = {"kernel": {"int8": weights}}, "all"
+    with pytest.raises(report.DoesNotFit, match="on each; use devices with more memory$"):
+        sampling.report(generator, request, 1, {}, chips.CHIPS["v5e"])
     other = _Exhausted("INTERNAL: Mosaic failed: Used 3.00G of 2.00G")
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
         report.compile_step(other, config, {})
@@ -219,6 +231,11 @@ def test_compile_step_reports_how_much_is_missing_and_what_to_change(message, wo
     ("flags", "words"),
     [
         (("--topology=h100:8", "--slices=2"), r"--slices=2: is of TPUs; .* --topology=h100:2x8"),
+        (("--topology=v5e:4x4", "--slices=2", "--sampling"), r"--slices=2: is for training"),
+        (
+            ("--topology=v5e:4x4", "--sampling", "--fit", "--batch_size=4"),
+            r"--batch_size=4: --fit looks for the largest",
+        ),
         (("--topology=cpu",), r"--topology=cpu: is for --sampling"),
         (("--topology=h100:8", "--weights=int8"), r"--weights=int8: is for --sampling; .* remove it"),
         (("--topology=h100:8", "--batch_size=4"), r"--batch_size=4: is for --sampling; .* --config\.data\.batch_size"),
@@ -227,6 +244,39 @@ def test_compile_step_reports_how_much_is_missing_and_what_to_change(message, wo
 def test_flags_that_would_not_count_are_refused(flags, words, capsys):
     assert runs.run_here("lcm_jax.aot", "--config=configs/sd15_lcm.py", *flags) == 2
     assert re.match(f"error: {words}", capsys.readouterr().err)
+
+
+def test_what_does_not_fit_is_told_only_what_the_config_can_take(tiny):
+    """A batch of an image a device cannot be smaller, nor go in parts; without a teacher nothing is frozen."""
+    plain = {"model.teacher": tiny, "train.remat": "block", "train.mu_dtype": "bfloat16", "data.batch_size": 6}
+    mesh = gpu_kit.devices("tpu", 2)
+
+    def ways(**changes):
+        return str(report._does_not_fit(config_of("shapes_lcm", **plain | changes), mesh, 2 * GIB, GIB))
+
+    assert "batch_size (now 6); --config.train.accumulation_steps=3" in ways(), "6 images are not 2 x 2 x n"
+    assert "--config.train.accumulation_steps=4" in ways(**{"data.batch_size": 8, "train.accumulation_steps": 2})
+    assert "batch_size" not in ways(**{"data.batch_size": 2}) and "accumul" not in ways(**{"data.batch_size": 2})
+    assert "teacher_dtype" in ways() and "--config.model.dtype=bfloat16" in ways()
+    tuned = {"objective": "lcf", "model.student": tiny, "model.teacher": None, "distill.solver": "ddim"}
+    assert "teacher_dtype" not in ways(**tuned)
+    full = {"data.batch_size": 2, "model.dtype": "bfloat16", "model.teacher_dtype": "bfloat16", "mesh.fsdp": 2}
+    assert ways(**full).endswith("too much; use devices with more memory, or more of them")
+
+
+def test_sampling_on_this_machine_computes_as_lcm_jax_sample_does_here(tiny, monkeypatch):
+    """In float32 unless the config says otherwise; chips compute in bfloat16."""
+    found = []
+
+    def stop(generator, *_):
+        found.append((generator.pipeline.unet.dtype, generator.params["unet"]["conv_in"]["kernel"].dtype))
+        raise LcmError("seen")
+
+    monkeypatch.setattr(sampling, "report", stop)
+    words = "--config=configs/shapes_lcm.py", f"--config.model.teacher={tiny}", "--topology=cpu", "--sampling"
+    for dtype in ("auto", "bfloat16"):
+        assert runs.run_here("lcm_jax.aot", *words, f"--config.model.dtype={dtype}") == 2
+    assert found == [("float32", "float32"), ("bfloat16", "bfloat16")]
 
 
 @pytest.mark.parametrize(

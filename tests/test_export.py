@@ -1,5 +1,6 @@
 """`python -m lcm_jax.export`: what it writes, that diffusers generates the same images from it, and its refusals."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -192,6 +193,19 @@ def test_a_phased_map_makes_the_same_images_in_diffusers(teacher, changes, tmp_p
     if not is_lora and teacher == "sd1":  # other timesteps than those written for diffusers: the check notices
         tiny.write_json(out / pretrained.RECORD, record | {"solver_steps": 30})
         assert export.report_difference(out, record) == 1
+
+
+def test_a_checkpoint_of_an_earlier_stage_has_the_phases_that_it_was_trained_for(tmp_path, capsys):
+    """The run ends with 2 phases, trained from step 4 on; step 3 was trained for 4. The EMA is 0.95^3 teacher."""
+    make_run(tmp_path / "run", tiny.folder("sd1"), **PHASED | {"distill.phases": 4, "distill.stages": ("2:3",)})
+    for step, phases in zip(STEPS_SAVED, (4, 2), strict=True):
+        out = tmp_path / f"unet {phases}"
+        words = [f"--workdir={tmp_path / 'run'}", f"--out={out}", "--format=unet", f"--step={step}"]
+        assert export.main(words if step == 3 else [*words, "--weights=online"]) == 0
+        assert pretrained.read_record(out)["phases"] == phases
+        assert f"num_inference_steps={phases}" in (out / "README.md").read_text()
+        said = f"at step {step} the EMA has {0.95**step:.0%} of the initial weights" in capsys.readouterr().err
+        assert said is (step == 3)
 
 
 def flip(path: Path, place: int) -> None:
@@ -391,6 +405,28 @@ def test_refusals_before_any_work(run, tmp_path, capsys, monkeypatch, options, m
     error = error_of(capsys, f"--workdir={run[0]}", f"--out={out}", *options)
     assert re.search(message, error), error
     assert not out.exists() and [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+
+
+def test_the_base_of_a_card_is_on_the_hub_unless_a_folder_here_has_its_name(tmp_path, monkeypatch):
+    """`models/mine` names both. The front matter would link another's repository."""
+    config = make_config(tiny.folder("sd1"))
+    teacher = models.load_teacher(config, weights=False)
+    student = models.load_student(config, *teacher)[0]
+    record = student.record | {"teacher": "models/mine", "student": "models/mine", "step": 7, "weights": "ema"}
+    monkeypatch.chdir(tmp_path)
+    for is_here in (False, True):
+        card = export.model_card(config.to_dict(), record, student, "unet", "unet", None)
+        assert ("base_model: models/mine\n" in card) is ('from_pretrained("models/mine"' in card) is not is_here
+        (tmp_path / "models" / "mine").mkdir(parents=True, exist_ok=True)
+
+
+@pytest.mark.parametrize(("scale", "is_trained"), [("1.57", True), ("1.58", False), ("1.56", False), ("nan", False)])
+def test_the_only_scale_of_a_run_can_be_folded(tmp_path, scale, is_trained):
+    """As it is typed: 0.57 + 1.0 is 1.5699999999999998. Others are refused before models are read."""
+    config = make_config("teacher", **{"distill.w_min": 0.57, "distill.w_max": 0.57})
+    args = export.parser().parse_args(["--workdir=x", "--out=x.safetensors", f"--guidance_scale={scale}"])
+    with contextlib.nullcontext() if is_trained else pytest.raises(LcmError, match="choose 1.57 to 1.57"):
+        export.check_options(args, config, "single-file")
 
 
 def test_verify_without_torch(run, tmp_path, capsys, monkeypatch):

@@ -601,7 +601,8 @@ def test_what_a_teacher_cannot_make_is_refused_before_it_is_read(teacher, prompt
         config.update_from_flattened_dict(changes)
         return lambda: precompute.latents(config, tmp_path / "cache", OF_TEACHER, settings or Recipe(prompts))
 
-    refused(latents(**{"data.path": "images"}), "data.path = 'images'", "come from its prompts; set None")
+    refused(latents(**{"data.path": "images"}), "data.path = 'images'", f"data.path = '{tmp_path / 'cache'}'")
+    refused(latents(**{"data.mixture": ("1 folder /a",)}), "data.mixture", "leave it out; to train on them, set data")
     refused(latents(**{"data.filters": ("side >= 512",)}), "data.filters", "set ()")
     refused(latents(**{"data.flip": 0.5}), "data.flip = 0.5", "set 0.0")
     refused(latents(**{"data.aspect_buckets": True}), "data.aspect_buckets = True", "set False")

@@ -80,7 +80,7 @@ BAD = {
     "distill.loss": "l1",
     "distill.huber_c": 0.0,
     "distill.w_embedding_dim": 255,
-    "distill.timestep_scaling": 0.0,
+    "distill.timestep_scaling": 1e7,
     "distill.sigma_data": float("inf"),
     "distill.lcd_weight": -1.0,
     "distill.map": "phase",
@@ -174,6 +174,8 @@ def test_stages_of_a_phased_map(shapes):
     config_lib.validate(shapes)
     assert config_lib.stages(shapes.distill) == [(8, 0), (4, 100), (1, 300)]
     assert config_lib.phases_at_end(shapes) == 1
+    after = {step: config_lib.phases_after(shapes, step) for step in (0, 1, 100, 101, 300, 301, 800)}
+    assert after == {0: 8, 1: 8, 100: 8, 101: 4, 300: 4, 301: 1, 800: 1}  # 100: the update of step 101 is of 4 phases
     config_lib.validate(ConfigDict(json.loads(config_lib.to_json(shapes))))  # tuples come back as lists
 
 
@@ -201,6 +203,13 @@ def test_a_decoder_need_not_be_installed_where_no_data_are_read(shapes, monkeypa
         config_lib.validate(shapes)
     config_lib.validate(shapes, data=False)
     assert aot.prepared(shapes).data.decoder == "opencv"
+    shapes.data.source, shapes.data.path = "latents", "/cache"  # that OpenCV decoded the images of
+    config_lib.validate(shapes)
+    shapes.data.source, shapes.data.path, shapes.data.mixture = "mixture", None, ("1 latents /a", "2 latents /b")
+    config_lib.validate(shapes)
+    shapes.data.mixture = ("1 latents /a", "2 folder /b")
+    with pytest.raises(LcmError, match="needs OpenCV"):
+        config_lib.validate(shapes)
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_lcf_needs_the_constants_of_the_lcm(lcm, changes, words):
 
 
 def test_models_that_do_not_go_together(teacher, lcm, tmp_path):
-    with pytest.raises(LcmError, match=r"holds a single model without model_index.json"):
+    with pytest.raises(LcmError, match=r"holds a single model .*a UNet alone goes .* config.model.student"):
         load(make_config(None, objective="lcf", model__student=str(lcm / "unet"), distill__w_embedding_dim=DIM))
     of_v = make_lcm(teacher, tmp_path / "v", prediction_type="v_prediction", solver_steps=50)
     with pytest.raises(LcmError, match=r"lcm_config.json says v_prediction, but .* used with epsilon"):

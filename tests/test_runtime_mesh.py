@@ -36,8 +36,9 @@ def test_rule(shape, want):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((1, 3, 1), "mesh.slices = 1, mesh.data = 1, mesh.fsdp = 3 multiply to 3, not to the 1 devices"),
-        ((-1, 2, 1), "mesh.slices = 1, mesh.data = -1, mesh.fsdp = 2 do not divide the 1 devices"),
+        ((1, 3, 1), "mesh.slices = 1, mesh.data = 1, mesh.fsdp = 3 multiply to 3, .* 1 devices; change one of them$"),
+        ((3, 1, 1), "mesh.data = 3, mesh.fsdp = 1 multiply to 3, not to the 1 devices; .*, or set mesh.data = -1$"),
+        ((-1, 2, 1), "mesh.slices = 1, mesh.data = -1, mesh.fsdp = 2 do not divide the 1 devices; change one of them$"),
         ((-1, 1, 2), "mesh.slices = 2, mesh.data = -1, mesh.fsdp = 1 do not divide the 1 devices"),
         ((-1, -1, 1), "one of mesh.data and mesh.fsdp may be -1"),
         ((0, 1, 1), "sizes must be at least 1"),

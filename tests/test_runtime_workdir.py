@@ -15,8 +15,12 @@ from pathlib import Path
 
 import filelock
 import jax
+import numpy as np
 import pytest
 
+from lcm_jax.diffusion.schedule import from_betas, make_betas
+from lcm_jax.diffusion.solvers import solver_grid
+from lcm_jax.distill.state import update_ema
 from lcm_jax.distill.step import learning_rate_schedule
 from lcm_jax.errors import LcmError
 from lcm_jax.run import config as config_lib
@@ -75,6 +79,19 @@ def test_prepare_workdir_refuses_a_broken_config_json(tmp_path, config, content)
         config_lib.prepare_workdir(tmp_path, config)
 
 
+@pytest.mark.parametrize("content", ['{"in_channels": 4, "sample_size": 64}', "no JSON", '["train", "data"]'])
+def test_a_config_that_is_none_of_a_run_is_not_replaced(tmp_path, config, content):
+    """As of the folder of a UNet that is given as --workdir. An attempt that failed early is replaced."""
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(LcmError, match="config.json is not the config of a run, and would be replaced; choose another"):
+        config_lib.prepare_workdir(tmp_path, config)
+    assert path.read_text() == content
+    path.write_text(json.dumps({key: {} for key in json.loads(config_lib.to_json(config)) if key != "sample"}))
+    config_lib.prepare_workdir(tmp_path, config)
+    assert read_config(tmp_path)["seed"] == config.seed
+
+
 def test_moved_models_and_data_resume_if_their_digests_can_be_compared(tmp_path, config):
     config_lib.prepare_workdir(tmp_path, config)
     (tmp_path / "metrics.jsonl").write_text("{}\n")
@@ -108,6 +125,54 @@ def test_sample_grids_of_guidance_that_is_not_trained_are_warned_of(tmp_path, co
         config.sample.guidance_scale = scale
         config_lib.prepare_workdir(tmp_path, config)
         assert ("but this run trains 1.5 to 8 (distill.w_min" in capsys.readouterr().err) is warned
+
+
+@pytest.mark.parametrize(
+    ("decay", "steps", "warned"), [(0.999943, 1000, True), (0.999943, 30_000, False), (0.0, 1, False)]
+)
+def test_an_ema_that_hardly_moves_is_warned_of(tmp_path, config, capsys, decay, steps, warned):
+    """As of `configs/pokemon_lcf.py` in a thirtieth of its steps."""
+    config.train.ema_decay, config.train.steps = decay, steps
+    config_lib.prepare_workdir(tmp_path, config)
+    assert ("has 94% of the initial weights; lower it" in capsys.readouterr().err) is warned
+    if warned:
+        ema = np.ones(1)
+        for _ in range(steps):
+            ema = update_ema(ema, np.zeros(1), decay)
+        assert ema == pytest.approx(0.94, abs=0.005)
+
+
+@pytest.mark.parametrize(("steps", "last"), [(50, None), (30, None), (130, None), (150, 899), (600, 599)])
+def test_a_grid_that_ends_long_before_pure_noise_is_warned_of(tmp_path, config, capsys, steps, last):
+    config.distill.solver_steps = steps
+    config_lib.prepare_workdir(tmp_path, config)
+    said = f"solver_steps = {steps}: the solver's grid ends at timestep {last} of 999"
+    assert (said in capsys.readouterr().err) is (last is not None)
+    grid = solver_grid(from_betas(make_betas("scaled_linear", 1000, 0.00085, 0.012)), steps)
+    assert last in (None, grid.timesteps[-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "then", "said"),
+    [
+        ({"lora.alpha": 8.0, "lora.targets": ("to_q",)}, {"lora.rank": 4}, "lora.alpha = 8.0, config.lora.targets = "),
+        ({"train.lr_decay_start": 50}, {"train.lr_decay_steps": 100_000}, "config.train.lr_decay_start = 50: without"),
+        ({"distill.huber_c": 0.1, "distill.loss": "l2"}, {"distill.loss": "huber"}, "config.distill.huber_c = 0.1: "),
+        ({"data.bucket_step": 32}, {"data.aspect_buckets": True}, "config.data.bucket_step = 32: without effect, "),
+        ({"data.workers": 2, "data.encode": "start"}, {"data.encode": "step"}, "config.data.workers = 2: without "),
+        (
+            {"distill.w_max": 9.0, "objective": "lcf", "model.student": "/lcm", "distill.w_embedding_dim": 0},
+            {"distill.lcd_weight": 0.5},
+            "config.distill.w_max = 9.0: without effect, because no teacher is guided",
+        ),
+    ],
+)
+def test_keys_without_effect_are_warned_of(tmp_path, config, capsys, changes, then, said):
+    for more, warned in ((changes, True), (then, False)):
+        config.update_from_flattened_dict(more)
+        config_lib.prepare_workdir(tmp_path, config)
+        found = capsys.readouterr().err
+        assert (said in found) is warned and found.count("without effect") == warned
 
 
 def test_same_as_before_compares_digests_and_not_places(tmp_path, capsys):

@@ -311,12 +311,15 @@ def weights_name(part: str) -> str:
 
 def _model_index(folder: Path, source: str | Path, replaced: Collection[str]) -> Config:
     if not (folder / "model_index.json").is_file():
+        alone = f"a UNet alone goes beside a whole model, with {hub.ARGUMENTS['unet']}"
         if (folder / "config.json").is_file():
-            raise LcmError(f"{source} holds a single model without model_index.json; give the folder of its pipeline")
+            problem = "holds a single model without model_index.json; give the folder of its pipeline"
+            raise LcmError(f"{source} {problem}; {alone}")
         # In the hub's cache the model itself is further in.
         snapshots = sorted(str(path.parent) for path in folder.glob("snapshots/*/model_index.json"))
         inside = f"{' or '.join(snapshots[:3])}, " if snapshots else ""
-        raise LcmError(f"{source} has no model_index.json; give a diffusers folder, {inside}which holds that file")
+        problem = f"has no model_index.json; give a diffusers folder, {inside}which holds that file"
+        raise LcmError(f"{source} {problem}; {alone}")
     index = foreign.read_json(folder / "model_index.json")
     if "unet" not in replaced and _class_in_index(index, "unet") is None:
         kind = index.get("_class_name")

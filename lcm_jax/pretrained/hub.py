@@ -17,7 +17,7 @@ _HUB_FILE = re.compile(
 )
 # What is given beside a model -> its names in the library, the programs and the configs of runs.
 ARGUMENTS = {
-    "unet": "unet= (--unet)",
+    "unet": "unet= (--unet, config.model.student)",
     "vae": "vae= (--vae, config.model.vae)",
     "config": "config= (--model_config, config.model.config)",
 }
@@ -40,6 +40,11 @@ def is_single_file(source: str | Path) -> bool:
 def is_name(source: str) -> bool:
     """Whether a text has the form of a name on the hub: owner/name, owner/name/FILE.safetensors, or its address."""
     return any(form.fullmatch(source) for form in (_HUB_ID, _HUB_FILE))
+
+
+def is_repository(source: str) -> bool:
+    """Whether a text names a repository on the hub, and not a folder here, which `local_folder` prefers."""
+    return bool(_HUB_ID.fullmatch(source)) and not files.expanded(source).is_dir()
 
 
 def as_folder(path: Path, part: str) -> str:

@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from lcm_jax.errors import LcmError, flags_named
 from lcm_jax.models import lora
 from lcm_jax.pretrained import hub
 from lcm_jax.pretrained.model import MAX_TWO_PASS_SCALE
-from lcm_jax.run.keys import KEYS, SOURCES, W_EMBEDDING_OF_A_LORA, refusal
+from lcm_jax.run.keys import KEYS, MAX_SOLVER_STEPS, SOURCES, W_EMBEDDING_OF_A_LORA, refusal
 from lcm_jax.runtime import kernels, workdir
 
 
@@ -94,7 +94,7 @@ def validate(config: ConfigDict, models: bool = True, data: bool = True) -> None
 
 
 def _check_data(data: ConfigDict) -> None:
-    """The source has what it needs, and no more; the decoder is installed and has the filter."""
+    """The source has what it needs, and no more; the decoder, if images are read, is installed and has the filter."""
     if data.source is None:
         names = ", ".join(SOURCES)
         raise refusal(
@@ -102,8 +102,12 @@ def _check_data(data: ConfigDict) -> None:
             None,
             f"no training data; set --config.data.source, to one of {names}, and --config.data.path",
         )
-    with flags_named("--config.data."):
-        images.check_choice(data.decoder, data.resize_filter)
+    cached = data.source == "latents" or (
+        data.mixture and all(part.split()[1:2] == ["latents"] for part in data.mixture)
+    )
+    if not cached:  # a cache's own decoder and filter are recorded, and nothing is decoded any more
+        with flags_named("--config.data."):
+            images.check_choice(data.decoder, data.resize_filter)
     if data.source not in ("shapes", "mixture") and not data.path:
         raise refusal("data.path", data.path, f"data.source {data.source!r} ({SOURCES[data.source]}) needs it")
     if data.source in ("shapes", "mixture") and data.path is not None:
@@ -200,9 +204,16 @@ def stages(distill: ConfigDict) -> list[tuple[int, int]]:
     return found
 
 
+def phases_after(config: ConfigDict, step: int) -> int:
+    """The phases of the map that the update to `step` trained, which its checkpoint has; 0: it goes to the origin."""
+    if config.distill.map != "phased":
+        return 0
+    return [count for count, first in stages(config.distill) if first < max(step, 1)][-1]
+
+
 def phases_at_end(config: ConfigDict) -> int:
-    """The phases of the map that training ends with; 0: it goes to the origin."""
-    return stages(config.distill)[-1][0] if config.distill.map == "phased" else 0
+    """`phases_after` the last step of training."""
+    return phases_after(config, config.train.steps)
 
 
 def _check_map(config: ConfigDict) -> None:
@@ -301,16 +312,53 @@ def prepare_workdir(folder: str | os.PathLike[str], config: ConfigDict) -> dict[
     return workdir.prepare_workdir(folder, to_json(config), lambda saved: differences(saved, config, where), moved)
 
 
+_LATE = 900  # timestep of 999 above which what is left of the image in the noise is too little to matter
+# Keys, when they have no effect, and why.
+_IDLE: tuple[tuple[tuple[str, ...], Callable[[ConfigDict], bool], str], ...] = (
+    (("lora.alpha", "lora.targets"), lambda c: not c.lora.rank, "lora.rank is 0, so all weights are trained"),
+    (("train.lr_decay_start",), lambda c: not c.train.lr_decay_steps, "train.lr_decay_steps is 0: there is no decay"),
+    (("distill.huber_c",), lambda c: c.distill.loss != "huber", "distill.loss is another"),
+    (
+        ("distill.w_min", "distill.w_max"),
+        lambda c: not needs_teacher(c) and not c.distill.w_embedding_dim,
+        "no teacher is guided, and the student has no w embedding",
+    ),
+    (
+        ("data.bucket_step", "data.bucket_max_aspect"),
+        lambda c: not c.data.aspect_buckets,
+        "data.aspect_buckets is False",
+    ),
+    (("data.workers",), lambda c: c.data.encode == "start", "with data.encode = 'start' this process reads"),
+)
+
+
 def _doubts(config: ConfigDict) -> list[str]:
-    """Of a valid config: steps that train nothing, and sample grids of what is not trained."""
+    """Of a valid config: keys without effect, steps that train nothing, and sample grids of what is not trained."""
     train, distill, sample, found = config.train, config.distill, config.sample, []
+    values, defaults = flatten_dict(config.to_dict(), sep="."), {key.name: key.default for key in KEYS}
+    for names, idle, why in _IDLE:
+        changed = [f"config.{n} = {values[n]!r}" for n in names if _plain(values[n]) != _plain(defaults[n])]
+        if changed and idle(config):
+            found.append(f"{', '.join(changed)}: without effect, because {why}")
     end = train.lr_decay_start + train.lr_decay_steps
     if train.lr_decay_steps and end < train.steps:  # as if train.steps alone was raised
         found.append(
             f"config.train.steps = {train.steps}, but the learning rate is 0 after step {end} (train.lr_decay_start + "
             "train.lr_decay_steps): further steps change no weights"
         )
-    low, high = distill.w_min + 1, distill.w_max + 1
+    if (initial := train.ema_decay**train.steps) > 0.5:
+        found.append(
+            f"config.train.ema_decay = {train.ema_decay!r}: after {train.steps} steps the EMA, which grids and exports "
+            f"take, has {initial:.0%} of the initial weights; lower it, train longer, or export --weights=online"
+        )
+    last = MAX_SOLVER_STEPS // distill.solver_steps * distill.solver_steps - 1
+    if last < _LATE:
+        found.append(
+            f"config.distill.solver_steps = {distill.solver_steps}: the solver's grid ends at timestep {last} of "
+            f"{MAX_SOLVER_STEPS - 1}, where sampling begins with more noise than was trained; take a divisor of "
+            f"{MAX_SOLVER_STEPS}"
+        )
+    low, high = (round(w + 1, 9) for w in (distill.w_min, distill.w_max))  # 0.57 + 1 is less than 1.57
     if distill.w_embedding_dim and sample.every and sample.prompts and not low <= sample.guidance_scale <= high:
         found.append(
             f"config.sample.guidance_scale = {sample.guidance_scale:g}, but this run trains {low:g} to {high:g} "

@@ -59,6 +59,7 @@ STEPS, STEPS_OR_NEVER = between(1, MOST_STEPS), between(0, MOST_STEPS)
 WIDTH = between(0, 2**14)
 WEIGHT = between(0, 10**6)
 SCALE = between(1e-9, 10**9)  # whose square float32 still holds
+BOUNDARY = between(1e-6, 10**6)  # the range that the record of a model has for it (`pretrained.model.Constants`)
 SHARE = Check(lambda value: 0 <= value <= 1, "in [0, 1]")
 DECAY = Check(lambda value: 0 <= value < 1, "in [0, 1)")
 MESH_AXIS = Check(
@@ -361,8 +362,8 @@ KEYS = (
         None,
         'of map phased: fewer phases later, "PHASES:STEP" from a step of training on, as ("2:4000", "1:6000")',
     ),
-    Key("distill.timestep_scaling", 10.0, SCALE, "s of the boundary scalings: c_skip and c_out depend on s * t"),
-    Key("distill.sigma_data", 0.5, SCALE, "of the boundary scalings"),
+    Key("distill.timestep_scaling", 10.0, BOUNDARY, "s of the boundary scalings: c_skip and c_out depend on s * t"),
+    Key("distill.sigma_data", 0.5, BOUNDARY, "of the boundary scalings"),
     Key("distill.lcd_weight", 0.0, WEIGHT, "of lcf: weight of an added LCD loss; keeps guidance, needs a teacher"),
     Key("lora.rank", 0, WIDTH, "of the adapters, which alone are trained then (LCM-LoRA: 64); 0: all weights"),
     Key("lora.alpha", 64.0, SCALE, "adapters are scaled by alpha / rank"),

@@ -1,7 +1,6 @@
 """The README.md of an exported model: what it is, how it was made, how to generate images with it."""
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from flax.traverse_util import flatten_dict
 import lcm_jax
 from lcm_jax.distill import OBJECTIVES
 from lcm_jax.models import unet
-from lcm_jax.pretrained import Pipeline
+from lcm_jax.pretrained import Pipeline, hub
 from lcm_jax.pretrained.lora_files import FILE_NAME
 from lcm_jax.pretrained.safetensors_io import SUFFIX
 from lcm_jax.pretrained.save import family_of, scheduler_class
@@ -140,7 +139,6 @@ _KINDS = {
     "single-file with w embedding": ("--model={name}", "", clients.FILE),
 }
 _VAE_FOR_HALF = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's own overflows in float16
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SOLVERS = {"ddim": "DDIM", "dpm_solver": "DPM-Solver", "dpm_solver_pp": "DPM-Solver++"}
 _NETWORKS = {"ema": "the EMA target network", "online": "the online student network"}
 
@@ -164,7 +162,7 @@ def model_card(
         role, origin, made = "Fine-tuned", record["student"], "fine-tuned"
     # The model that a LoRA, or the pipeline that a UNet, is for.
     base = record["student"] if "lora" in record else record["teacher"] or record["student"]
-    is_on_hub = bool(_HUB_ID.fullmatch(base))
+    is_on_hub = hub.is_repository(base)
     plain = "StableDiffusionXLPipeline" if student.is_xl else "StableDiffusionPipeline"
     if kind == "unet" and student.is_xl:
         kind = "unet of SDXL"

@@ -15,6 +15,7 @@ from lcm_jax.cost.chips import GIB
 from lcm_jax.errors import LcmError
 from lcm_jax.run import models as run_models
 from lcm_jax.run import step as run_step
+from lcm_jax.run.config import needs_teacher
 from lcm_jax.runtime import kernels, topology
 from lcm_jax.runtime.mesh import abstract_state
 
@@ -110,21 +111,25 @@ def _does_not_fit(
     config: ConfigDict, mesh: Mesh, needed: float, available: float, report: dict[str, Any] | None = None
 ) -> DoesNotFit:
     """The error, with the changes to the config that save memory; those that cost least come first."""
-    train, ways = config.train, []
+    train, model, ways = config.train, config.model, []
+    images = config.data.batch_size // (mesh.size * train.accumulation_steps)  # on a device, in a part of the batch
     if config.mesh.fsdp == 1 and mesh.size > 1:
         ways.append("--config.mesh.fsdp=-1 --config.mesh.data=1 (or a smaller fsdp) splits weights and optimiser")
     if train.remat == "none":
         ways.append("--config.train.remat=block keeps fewer activations")
     if train.remat == "attention":
         ways.append("--config.train.remat=block keeps fewer activations than attention")
-    ways.append(
-        f"a smaller --config.data.batch_size (now {config.data.batch_size}), or "
-        f"--config.train.accumulation_steps={2 * train.accumulation_steps}"
-    )
-    if config.model.teacher_dtype == "float32":
+    if model.dtype == "float32":
+        ways.append("--config.model.dtype=bfloat16")
+    if images > 1:
+        parts = next(n for n in range(2, images + 1) if images % n == 0) * train.accumulation_steps
+        ways.append(f"a smaller --config.data.batch_size (now {config.data.batch_size})")
+        ways.append(f"--config.train.accumulation_steps={parts}")
+    if model.teacher_dtype == "float32" and (needs_teacher(config) or config.lora.rank):
         ways.append("--config.model.teacher_dtype=bfloat16")
     if train.mu_dtype == "float32":
         ways.append("--config.train.mu_dtype=bfloat16")
+    ways = ways or ["use devices with more memory, or more of them"]
     kind = mesh.devices.flat[0].device_kind
     return DoesNotFit(
         f"this config does not fit {kind}: {needed / GIB:.2f} GiB of {available / GIB:.2f}, "

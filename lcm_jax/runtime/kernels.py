@@ -302,7 +302,7 @@ _TRAINING: dict[str, Options] = {
     "cpu": {_YNNPACK: "LIBRARY_FUSION_TYPE_REDUCE"},
     "gpu": _SINGLE_PRODUCTS,
     # XLA would turn each reduction of a gradient to its shards into a loop around the ring that reads the activations
-    # anew in every turn; as one reduce-scatter the step moves far fewer bytes.
+    # again in every turn; as one reduce-scatter the step moves far fewer bytes.
     "tpu": {
         "xla_tpu_enable_windowed_einsum_for_all_gather": "false",
         "xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false",

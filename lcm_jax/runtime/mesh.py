@@ -80,7 +80,9 @@ def _mesh_shape(data: int, fsdp: int, slices: int, devices: int) -> tuple[int, i
     shape = slices, rest if data == -1 else data, rest if fsdp == -1 else fsdp
     if math.prod(shape) != devices:
         problem = "do not divide" if -1 in (data, fsdp) else f"multiply to {known}, not to"
-        raise LcmError(f"{sizes} {problem} the {devices} devices; change one of them, or set mesh.data = -1")
+        fits = data > 0 < fsdp and devices % (slices * fsdp) == 0
+        remedy = "change one of them" + (", or set mesh.data = -1" if fits else "")
+        raise LcmError(f"{sizes} {problem} the {devices} devices; {remedy}")
     return shape
 
 

@@ -77,8 +77,8 @@ def prepare_workdir(
         `write_config`.
 
     Raises:
-        LcmError: the workdir holds a run without a config, or a run with another config; the processes of the run have
-            different configs. Raised on every process, whichever found it.
+        LcmError: the workdir holds a run without a config or with another one, or a config.json of something else; the
+            processes of the run have different configs. Raised on every process, whichever found it.
     """
     workdir = Path(workdir)
     distributed.assert_same("the config", config)
@@ -89,6 +89,8 @@ def prepare_workdir(
             raise LcmError(
                 f"workdir {workdir} holds a run but no {CONFIG_FILE}; restore the file or choose another workdir"
             )
+        if path.exists() and not begun:
+            _check_replaceable(path, config)
         if begun and (different := differences(read_config(workdir))):
             places = moved(different)
             unknown = [key for key, name in places.items() if not _has_digest(workdir, name)]
@@ -103,6 +105,17 @@ def prepare_workdir(
     if not different:
         write_config(workdir, config)
     return {key: (old, new) for key, (old, new) in different.items()}
+
+
+def _check_replaceable(path: Path, config: str) -> None:
+    """Raises LcmError if `path` is not the config of an earlier attempt, as in the folder of a model."""
+    sections = json.loads(config).keys()
+    try:
+        common = sections & foreign.read_json(path).keys()
+    except LcmError:
+        common = set()
+    if 2 * len(common) < len(sections):
+        raise LcmError(f"{path} is not the config of a run, and would be replaced; choose another workdir or remove it")
 
 
 def _has_digest(workdir: Path, name: str) -> bool:
@@ -340,7 +353,7 @@ class StopSignal:
         self._restore()
 
     def __bool__(self) -> bool:
-        """Whether this process shall stop. Several processes see it at different times."""
+        """Whether this process is to stop. Several processes see it at different times."""
         if not self._several:
             return self.name is not None
         return self._named(distributed.stop_asked())  # also for its own signal: not before the others can see it

@@ -3,10 +3,10 @@
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from lcm_jax.cost import chips, roofline
 from lcm_jax.cost.chips import GIB
+from lcm_jax.models import int8
 from lcm_jax.run.report import DoesNotFit, device_bytes, memory_asked, timed
 from lcm_jax.runtime import topology
 from lcm_jax.sampling.generator import Generator
@@ -40,7 +40,7 @@ def report(
             needed, available = memory_asked(str(error), weights)
             if not needed:
                 raise
-            raise _does_not_fit(request, batch, mesh, needed, available) from error
+            raise _does_not_fit(generator, request, batch, needed, available) from error
         programs[name] = roofline.report(compiled, mesh, batch, 0.0, chip, used) | {"compile_seconds": seconds}
     of_parts = {part: device_bytes(tree) for part, tree in generator.params.items()}
     parts_of = {"text": tuple(generator.pipeline.tokenizers), "sampler": ("unet",), "decoder": ("vae",)}
@@ -72,17 +72,27 @@ def report(
         and {way: sum(one["seconds"][way] for one in programs.values()) for way in ("roofline", "serial")},
     }
     if chip and needed > available:
-        raise _does_not_fit(request, batch, mesh, needed, available, found)
+        raise _does_not_fit(generator, request, batch, needed, available, found)
     return found
 
 
 def _does_not_fit(
-    request: Request, batch: int, mesh: Mesh, needed: float, available: float, found: dict[str, Any] | None = None
+    generator: Generator,
+    request: Request,
+    batch: int,
+    needed: float,
+    available: float,
+    found: dict[str, Any] | None = None,
 ) -> DoesNotFit:
-    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    """The error, with what the generator does not yet do to save memory."""
+    mesh, ways = generator.mesh, ["a smaller --batch_size"] if batch > generator.mesh.size else []
+    ways += [] if generator.sliced else ["--sliced"]
+    ways += [] if any(map(int8.has_quantised, generator.params.values())) else ["--weights=int8"]
+    ways += [] if generator.weights.mode == "all" else ["--offload=all"]
     return DoesNotFit(
-        f"{batch} images of {request.width} x {request.height} do not fit {devices}: {needed / GIB:.2f} GiB of "
-        f"{available / GIB:.2f} on each; use a smaller --batch_size, --sliced, --weights=int8, or --offload=all",
+        f"{batch} images of {request.width} x {request.height} do not fit {mesh.size} x "
+        f"{mesh.devices.flat[0].device_kind}: {needed / GIB:.2f} GiB of {available / GIB:.2f} on each; use "
+        f"{' or '.join(ways) or 'devices with more memory'}",
         needed,
         available,
         found,
