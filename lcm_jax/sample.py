@@ -119,7 +119,8 @@ def parser() -> flags.Parser:
         type=files.expanded,
         metavar="PNG",
         help="repeat the image of a file of this program's or of A1111's: its flags are the defaults of all others; "
-        "--model replaces its model with parts and LoRAs, an empty --negative_prompt drops its own",
+        "--model replaces its model with parts and LoRAs, --control all its ControlNets, an empty --negative_prompt "
+        "drops its own",
     )
     p.add_argument("--batch_size", type=int, default=4, help="images generated at once")
     p.add_argument(
@@ -142,12 +143,7 @@ def repeated(p: flags.Parser, argv: Sequence[str], path: Path) -> argparse.Names
         listed = printable(", ".join(one[:60] for one in lost[:MOST_LISTED]))
         more = f" and {len(lost) - MOST_LISTED} more" if len(lost) > MOST_LISTED else ""
         print(f"warning: --like={path}: not repeated: {listed}{more}", file=sys.stderr)
-    replaced = {
-        *(like.MODEL if given.model else ()),
-        *(("prompt",) if given.prompt or given.prompts else ()),
-        *(("lora",) if given.lora else ()),
-        *(("image", "width", "height", *like.MASK) if given.image else ()),
-    }
+    replaced = like.replaced(found, vars(given))
     words = like.words({name: value for name, value in found.items() if name not in replaced})
     p.exit_on_error = False
     try:
@@ -181,7 +177,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if not 0 <= args.first_image < 2**31:
         raise BadArgument("first_image", args.first_image, f"out of range; choose 0 to {2**31 - 1}")
     if args.first_image and args.noise == "torch-batch":
-        problem = "noise torch-batch draws all images of a prompt together; leave it out"
+        problem = "noise torch-batch draws all images of a prompt together; leave it out, or beside --like give 0"
         raise BadArgument("first_image", args.first_image, problem)
     if args.out.exists() and not args.out.is_dir():
         raise BadArgument("out", args.out, "is a file; give a folder")
@@ -260,13 +256,13 @@ def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict
     return {
         "model": args.model,
         **{key: getattr(args, key) for key in OPTIONAL if getattr(args, key)},
-        **({"lora": ", ".join(args.lora)} if args.lora else {}),
-        **({"embedding": ", ".join(args.embedding)} if args.embedding else {}),
+        **({"lora": like.join(args.lora)} if args.lora else {}),
+        **({"embedding": like.join(args.embedding)} if args.embedding else {}),
         **({} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}),
         **({} if args.nag_scale == 1.0 else {"nag_scale": args.nag_scale}),
         **({} if syntax == "plain" else {"prompt_syntax": syntax, "emphasis": request.reading.emphasis}),
         **({} if args.clip_skip is None else {"clip_skip": args.clip_skip}),
-        **({"control": ", ".join(args.control)} if args.control else {}),
+        **({"control": like.join(args.control)} if args.control else {}),
         **({"control_guess": True} if args.control_guess else {}),
         **({"canny": args.canny} if args.canny else {}),
         **({"strength": strength, "fit": source.fit, "posterior": source.posterior} if source else {}),
@@ -306,21 +302,38 @@ def about_source(args: argparse.Namespace, image: Path | None, mask: Path | None
     return {"source": image, "mask": mask, **numbers, **others, **({"start": args.start} if args.start else {})}
 
 
-def check_out(out: Path, abouts: Sequence[Mapping[str, Any]], numbers: range) -> None:
-    """Raises BadArgument if `out` has images under the names of these, one record for each prompt, that are others."""
+def check_out(
+    out: Path, abouts: Sequence[Mapping[str, Any]], numbers: range, read: Iterable[Path], overwrite: bool
+) -> None:
+    """Raises BadArgument if images of these names, one record for each prompt, would replace what they must not.
+
+    These are files that are `read` while they are made, and without `overwrite` those that record something else.
+    """
+    kept = {path.resolve() for path in read}
     for path in sorted(out.glob("*.png")):
         prompt, number = map(int, found.groups()) if (found := _NAME.fullmatch(path.name)) else (len(abouts), 0)
-        if prompt < len(abouts) and number in numbers:
-            wanted = {"image": number, **abouts[prompt]}
-            if png.read_about(path) != {key: png.text_of(value) for key, value in wanted.items()}:
-                problem = f"has {path.name} of another prompt, model or settings; choose another folder, or --overwrite"
-                raise BadArgument("out", out, problem)
+        if prompt >= len(abouts) or number not in numbers:
+            continue
+        if path.resolve() in kept:
+            raise BadArgument("out", out, f"has {path.name}, which images start from; choose another folder")
+        wanted = {"image": number, **abouts[prompt]}
+        if not overwrite and png.read_about(path) != {key: png.text_of(value) for key, value in wanted.items()}:
+            problem = f"has {path.name} of another prompt, model or settings; choose another folder, or --overwrite"
+            raise BadArgument("out", out, problem)
+
+
+def check_preview(path: Path) -> None:
+    """Raises BadArgument if a preview would replace a file that is none."""
+    if path.exists() and png.read_about(path).keys() != {"step"}:
+        raise BadArgument("out", path.parent, f"has {path.name}, no preview; choose another folder, or --overwrite")
 
 
 def run(args: argparse.Namespace, written: list[Path]) -> None:
     """Generates what the command line asks for; adds the files to `written` as they are made."""
     prompts, controls, sources = read_prompts(args), read_control(args), read_sources(args)
-    then = chain.of_flags(vars(args))
+    then, preview = chain.of_flags(vars(args)), args.out / "preview.png"
+    if args.preview is not None and not args.overwrite:
+        check_preview(preview)
     args.lora = with_loras_of(args, prompts)
     model = flags.load_model(args, args.embedding)
     nets = {name: model.control_net(name, args.variant) for name in dict.fromkeys(one.net for one in controls)}
@@ -333,7 +346,6 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
     if args.refiner is not None:
         then = dataclasses.replace(then, model=model.refiner(args.refiner, args.variant))
     requests = [chain.followed(model.pipeline, request, then, controls) for request in requests]
-    preview = args.out / "preview.png"
     if args.preview is not None:
         model.preview = load_preview(args.preview, model.pipeline, functools.partial(show, preview))
     files.tidy(args.out.absolute())
@@ -343,8 +355,8 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
         {"prompt": prompt, **about_source(args, *sources[n]), **about_images(args, requests[n], model.dtype)}
         for n, prompt in pairs
     ]
-    if not args.overwrite:
-        check_out(args.out, abouts, numbers)
+    read = {path for pair in sources for path in pair if path is not None}
+    check_out(args.out, abouts, numbers, read, args.overwrite)
     try:
         files.check_space(args.out, len(pairs) * args.num_images * SMALLEST)
     except LcmError as error:
@@ -437,10 +449,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> None:
         steps = args.steps or len(args.timesteps) or None
-        of_preset = [] if args.preset is None else presets.words(args.preset, steps, args.image is not None)
+        of_image, preset = args.image is not None, args.preset
+        of_preset = [] if preset is None else presets.words(preset, steps, of_image, args.sampler)
         given = [*of_preset, *argv]
         asked = p.parse_args(given) if args.like is None else repeated(p, given, args.like)
-        asked.lora = asked.lora if args.preset is None else presets.weighted(args.preset, asked.lora)
+        asked.lora = asked.lora if preset is None else presets.weighted(preset, asked.lora)
         run(asked, written)
         print(f"{len(written)} images in {args.out}")
 

@@ -109,6 +109,12 @@ def test_presets_are_what_their_makers_publish(pipeline):
     assert presets.words("lcm-lora", 2, of_image=True) == presets.words("lcm-lora", 2)
 
 
+def test_a_sampler_beside_a_preset_wins_over_it(pipeline):
+    args = sample.parser().parse_args([*presets.words("tcd", None, sampler="lcm"), "--sampler=lcm", "--out=y"])
+    assert make_request(pipeline, sampler=args.sampler, gamma=args.gamma).settings.sampler == "lcm"
+    assert "--gamma=0.3" in presets.words("tcd", None, sampler="tcd")
+
+
 def test_timesteps_that_are_no_numbers_are_one_line(capsys):
     with pytest.raises(SystemExit):
         sample.parser().parse_args(["--out=a", "--timesteps=999,749,"])
