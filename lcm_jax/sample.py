@@ -40,7 +40,7 @@ from lcm_jax.sampling.image_to_image import check_strength, listed
 from lcm_jax.sampling.inpaint import make_mask, mask_for
 from lcm_jax.sampling.load import lora_name, parse_lora
 from lcm_jax.sampling.noise import SOURCES
-from lcm_jax.sampling.plan import EULER, ON_GRID, SAMPLERS, Settings, check_steps, make_plan
+from lcm_jax.sampling.plan import SAMPLERS, check_steps, make_plan
 from lcm_jax.sampling.png import not_finite, to_uint8, write_png
 from lcm_jax.sampling.preview import load_preview
 from lcm_jax.sampling.prompts import check_loras, check_readable, check_syntax, is_marked, loras
@@ -54,8 +54,6 @@ from lcm_jax.sampling.request import (
     warnings,
 )
 
-# Flags recorded only if given.
-OPTIONAL = ("unet", "vae", "variant", "model_config", "ignore_unused", "tiled", "sliced", "weights")
 OF_MASK = ("mask_blur", "mask_grow", "crop_padding", "paste", "start")
 OF_IMAGE = ("strength", "fit", "background", "max_side", "posterior", *OF_MASK)
 OF_SAMPLER = ("sampler", "steps", "spacing", "gamma", "timesteps")
@@ -250,56 +248,16 @@ def read_sources(args: argparse.Namespace) -> list[tuple[Path | None, Path | Non
     return found
 
 
-def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict[str, Any]:
-    """What each image records of the command line, and the dtype that its networks computed in."""
-    syntax, source, strength = request.reading.syntax, request.source, request.settings.strength
-    return {
-        "model": args.model,
-        **{key: getattr(args, key) for key in OPTIONAL if getattr(args, key)},
-        **({"lora": like.join(args.lora)} if args.lora else {}),
-        **({"embedding": like.join(args.embedding)} if args.embedding else {}),
-        **({} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}),
-        **({} if args.nag_scale == 1.0 else {"nag_scale": args.nag_scale}),
-        **({} if syntax == "plain" else {"prompt_syntax": syntax, "emphasis": request.reading.emphasis}),
-        **({} if args.clip_skip is None else {"clip_skip": args.clip_skip}),
-        **({"control": like.join(args.control)} if args.control else {}),
-        **({"control_guess": True} if args.control_guess else {}),
-        **({"canny": args.canny} if args.canny else {}),
-        **({"strength": strength, "fit": source.fit, "posterior": source.posterior} if source else {}),
-        **({"background": args.background} if args.background else {}),
-        **chain.recorded(chain.of_flags(vars(args))),
-        **about_sampler(request.settings),
-        "guidance_scale": request.guidance_scale,
-        "seed": args.seed,
-        **({} if args.noise == "jax" else {"noise": args.noise}),
-        **({"num_images": args.num_images} if args.noise == "torch-batch" else {}),
-        "size": f"{request.width}x{request.height}",
-        "dtype": dtype,
-    }
-
-
-def about_sampler(settings: Settings) -> dict[str, Any]:
-    """What each image records of its sampler: flags that repeat it."""
-    by_hand = ",".join(map(str, settings.timesteps))
-    spaced = settings.sampler not in (*ON_GRID, *EULER) and settings.strength is None
-    return {
-        "sampler": settings.sampler,
-        **({"spacing": settings.spacing} if spaced else {}),
-        **({"gamma": settings.gamma} if settings.sampler == "tcd" else {}),
-        "steps": settings.steps,
-        **({"timesteps": by_hand} if by_hand else {}),
-    }
-
-
-def about_source(args: argparse.Namespace, image: Path | None, mask: Path | None) -> dict[str, Any]:
-    """What an image records of the image and the mask that it starts from."""
-    if mask is None:
-        return {"source": image} if image else {}
-    numbers = {
-        key: value for key in ("mask_blur", "mask_grow", "crop_padding") if (value := getattr(args, key)) is not None
-    }
-    others = {"paste": "off"} if args.paste is False else {}
-    return {"source": image, "mask": mask, **numbers, **others, **({"start": args.start} if args.start else {})}
+def check_painted(
+    model: Generator, requests: Sequence[Request], sources: Sequence[tuple[Path | None, Path | None]]
+) -> None:
+    """Raises BadArgument for a mask of which nothing is left at its image's size, before the first image is made."""
+    for request, (_, mask) in zip(requests, sources, strict=True):
+        if mask is not None:
+            try:
+                request.source.canvases(request.height, request.width, model.pipeline.vae.factor, 1)
+            except BadArgument as error:
+                raise (BadArgument("mask", mask, error.problem) if error.name == "mask" else error) from None
 
 
 def check_out(
@@ -343,6 +301,7 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
     requests = [
         make_request(model.pipeline, control=controls, image=image, mask=mask, **given) for image, mask in sources
     ]
+    check_painted(model, requests, sources)
     if args.refiner is not None:
         then = dataclasses.replace(then, model=model.refiner(args.refiner, args.variant))
     requests = [chain.followed(model.pipeline, request, then, controls) for request in requests]
@@ -352,7 +311,7 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
     numbers = range(args.first_image, args.first_image + args.num_images)
     pairs = [(n, prompt) for n in range(len(sources)) for prompt in prompts]  # each image with each prompt
     abouts = [
-        {"prompt": prompt, **about_source(args, *sources[n]), **about_images(args, requests[n], model.dtype)}
+        {"prompt": prompt, **like.about_source(args, *sources[n]), **like.about_images(args, requests[n], model.dtype)}
         for n, prompt in pairs
     ]
     read = {path for pair in sources for path in pair if path is not None}

@@ -191,6 +191,9 @@ def test_more_steps_than_were_compiled_are_refused(maker):
 def test_notes_for_a_visitor(maker):
     assert maker.make(Asked("red " * 100, 1, 8.0), "a").notes == ["the prompt has 102 tokens, and the last 25 are lost"]
     assert "outside" in maker.make(Asked("a", 1, 30.0), "a").notes[0]
+    negative = Asked("a", 1, 8.0, negative_prompt="red " * 100)
+    notes = maker._notes(negative, maker.request(Asked("a", 1, 8.0)))
+    assert notes == ["the negative prompt has 102 tokens, and the last 25 are lost"]
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -199,7 +202,7 @@ def test_notes_for_a_visitor(maker):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"prompt": "a" * 2001}, "has 2001 characters; write 2000"),
+        ({"prompt": "a" * 2001}, "has 2001 characters; write at most 2000"),
         ({"prompt": "\ud800"}, "is not UTF-8"),
         ({"seed": 2**32}, "seed=4294967296: out of range"),
         ({"use": "both"}, "choose one of image, edges"),

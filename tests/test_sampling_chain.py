@@ -213,6 +213,8 @@ def test_what_cannot_follow_is_one_line(lcm, base, refiner):
         base.refiner(tiny.folder("sdxl"))
     with pytest.raises(LcmError, match=r"refiner refines the latents of SDXL, this model has others"):
         other.refiner(tiny.folder("refiner"))
+    with pytest.raises(LcmError, match="this refiner refines the latents of SDXL, this model has others"):
+        chain.followed(other.pipeline, make_request(other.pipeline), Refine(refiner))
 
 
 def test_control_images_are_read_again_at_the_larger_size(lcm):

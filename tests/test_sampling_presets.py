@@ -10,7 +10,7 @@ import tiny
 from lcm_jax import sample
 from lcm_jax.diffusion import timesteps
 from lcm_jax.errors import BadArgument
-from lcm_jax.sampling import presets
+from lcm_jax.sampling import like, presets
 from lcm_jax.sampling.plan import Settings, make_plan, noise_entries
 from lcm_jax.sampling.request import make_request, warnings
 
@@ -130,7 +130,7 @@ def test_what_an_image_records_of_its_sampler_repeats_it(pipeline):
         {"sampler": "ddim", "spacing": "leading"},
     ):
         settings = make_request(pipeline, **options).settings
-        about = sample.about_sampler(settings)
+        about = like.about_sampler(settings)
         words = [f"--{name}={value}" for name, value in about.items()]
         args = sample.parser().parse_args([*words, "--model=x", "--out=y"])
         keys = ("sampler", "steps", "spacing", "gamma", "timesteps")

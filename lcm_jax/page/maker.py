@@ -124,6 +124,7 @@ class Maker:
     def _notes(self, asked: Asked, request: Request) -> list[str]:
         found = warnings(self.model.pipeline, request)
         if request.reading.syntax == "plain":
-            for length, kept in truncated(self.model.pipeline, self.model.embeddings, [asked.prompt]).values():
-                found.append(f"the prompt has {length} tokens, and the last {length - kept} are lost")
+            for name, text in (("prompt", asked.prompt), ("negative prompt", asked.negative_prompt)):
+                for length, kept in truncated(self.model.pipeline, self.model.embeddings, [text]).values():
+                    found.append(f"the {name} has {length} tokens, and the last {length - kept} are lost")
         return found

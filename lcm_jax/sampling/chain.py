@@ -198,6 +198,7 @@ def _larger(pipeline: Pipeline, request: Request, then: Hires, control: Sequence
 def _refined(pipeline: Pipeline, request: Request, then: Refine) -> Request:
     if getattr(getattr(then.model, "pipeline", None), "purpose", None) != "refining":
         raise BadArgument("refiner", then.model, "is no refiner; give what model.refiner returns")
+    check_refiner(pipeline, then.model.pipeline, "this refiner")  # it may have been loaded by another model
     settings, total = request.settings, pipeline.schedule.num_train_timesteps
     first = dataclasses.replace(settings, stop=round(total * (1.0 - then.start)))
     last = _hand_over(pipeline, settings, first.stop, then.start)

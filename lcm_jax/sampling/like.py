@@ -1,5 +1,6 @@
-"""The flags that repeat an image, from what its PNG file records of the command line: ours, or A1111's "parameters"."""
+"""What a PNG file records of the command line, and the flags that repeat its image: ours, or A1111's "parameters"."""
 
+import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,8 @@ from typing import Any
 
 from lcm_jax.errors import BadArgument
 from lcm_jax.sampling import chain, png
-from lcm_jax.sampling.plan import EULER, ON_GRID
+from lcm_jax.sampling.plan import EULER, ON_GRID, Settings
+from lcm_jax.sampling.request import Request
 
 # What is recorded under the names of its flags: what the model is, how it is sampled, and how that is computed.
 MODEL = ("model", "unet", "vae", "variant", "model_config", "lora", "embedding", "ignore_unused")
@@ -22,6 +24,7 @@ SAMPLER = ("sampler", "spacing", "gamma", "timesteps", "steps")
 SAMPLED = (*PROMPTS, *CONTROL, *IMAGE[1:], *SECOND, *SAMPLER, "guidance_scale", "seed", "noise")
 COMPUTED = ("dtype", "tiled", "sliced", "weights")
 SWITCHES = ("ignore_unused", "tiled", "sliced", "control_guess")  # flags without a value
+OPTIONAL = ("unet", "vae", "variant", "model_config", "ignore_unused", *COMPUTED[1:])  # recorded only if given
 LISTS = ("lora", "embedding", "control")  # flags that may be given several times
 
 # A flag that is given -> the recorded ones that it replaces besides its own: they would be added to it, or refused.
@@ -46,6 +49,56 @@ _FIELD = re.compile(r'([^:,"]+):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 _MAX_FIELDS = 10_000  # characters
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _ITEM = re.compile(r'(?:^|, )("(?:[^"\\]|\\.)*"(?=, |$)|.*?(?=, |$))', re.DOTALL)
+
+
+def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict[str, Any]:
+    """What each image records of the command line, and the dtype that its networks computed in."""
+    syntax, source, strength = request.reading.syntax, request.source, request.settings.strength
+    return {
+        "model": args.model,
+        **{key: getattr(args, key) for key in OPTIONAL if getattr(args, key)},
+        **{key: join(values) for key in LISTS if (values := getattr(args, key))},
+        **({} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}),
+        **({} if args.nag_scale == 1.0 else {"nag_scale": args.nag_scale}),
+        **({} if syntax == "plain" else {"prompt_syntax": syntax, "emphasis": request.reading.emphasis}),
+        **({} if args.clip_skip is None else {"clip_skip": args.clip_skip}),
+        **({"control_guess": True} if args.control_guess else {}),
+        **({"canny": args.canny} if args.canny else {}),
+        **({"strength": strength, "fit": source.fit, "posterior": source.posterior} if source else {}),
+        **({"background": args.background} if args.background else {}),
+        **chain.recorded(chain.of_flags(vars(args))),
+        **about_sampler(request.settings),
+        "guidance_scale": request.guidance_scale,
+        "seed": args.seed,
+        **({} if args.noise == "jax" else {"noise": args.noise}),
+        **({"num_images": args.num_images} if args.noise == "torch-batch" else {}),
+        "size": f"{request.width}x{request.height}",
+        "dtype": dtype,
+    }
+
+
+def about_sampler(settings: Settings) -> dict[str, Any]:
+    """What each image records of its sampler: flags that repeat it."""
+    by_hand = ",".join(map(str, settings.timesteps))
+    spaced = settings.sampler not in (*ON_GRID, *EULER) and settings.strength is None
+    return {
+        "sampler": settings.sampler,
+        **({"spacing": settings.spacing} if spaced else {}),
+        **({"gamma": settings.gamma} if settings.sampler == "tcd" else {}),
+        "steps": settings.steps,
+        **({"timesteps": by_hand} if by_hand else {}),
+    }
+
+
+def about_source(args: argparse.Namespace, image: Path | None, mask: Path | None) -> dict[str, Any]:
+    """What an image records of the image and the mask that it starts from."""
+    if mask is None:
+        return {"source": image} if image else {}
+    numbers = {
+        key: value for key in ("mask_blur", "mask_grow", "crop_padding") if (value := getattr(args, key)) is not None
+    }
+    others = {"paste": "off"} if args.paste is False else {}
+    return {"source": image, "mask": mask, **numbers, **others, **({"start": args.start} if args.start else {})}
 
 
 def recorded(path: Path) -> tuple[dict[str, str | list[str]], list[str]]:
