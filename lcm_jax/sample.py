@@ -35,7 +35,7 @@ from lcm_jax.sampling import chain, control, flags, like, nag, png, presets
 from lcm_jax.sampling.chunks import truncated, unused
 from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.generator import Generator
-from lcm_jax.sampling.image import read_image
+from lcm_jax.sampling.image import parse_colour, read_image
 from lcm_jax.sampling.image_to_image import check_strength, listed
 from lcm_jax.sampling.inpaint import make_mask, mask_for
 from lcm_jax.sampling.load import lora_name, parse_lora
@@ -79,7 +79,7 @@ def parser() -> flags.Parser:
     p.add_argument("--sampler", choices=SAMPLERS, help="default: that of the model's map: lcm, of a phased one tcd")
     p.add_argument("--spacing", choices=SPACINGS, default="trailing", help="timesteps of ddim and dpm")
     p.add_argument("--steps", type=int, help="default: 4, of a phased map its phases")
-    p.add_argument("--timesteps", type=flags.parse_timesteps, default=(), help="by hand, as 999,749,499,249")
+    p.add_argument("--timesteps", type=flags.parse_timesteps, default=(), help="in place of --steps: 999,749,499,249")
     p.add_argument("--gamma", type=float, help="of tcd, 0 to 1: share of fresh noise in a step; default 0, none")
     p.add_argument(
         "--preset",
@@ -100,7 +100,7 @@ def parser() -> flags.Parser:
         help="ControlNet (folder, hub id or .safetensors) and its image; START-END: parts of the steps, such as 0-0.5; "
         "may be given several times. Default size of images: that of the first one",
     )
-    p.add_argument("--control_guess", action="store_true", help="nets lead, also without a prompt (guess mode)")
+    p.add_argument("--control_guess", action="store_true", help="the nets lead, even without a prompt (guess mode)")
     p.add_argument("--canny", metavar="LOW,HIGH", help="edges of --control's images are the nets' input; needs OpenCV")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--num_images", type=int, default=4, help="images per prompt")
@@ -127,7 +127,10 @@ def parser() -> flags.Parser:
         help="folder, file or hub id of a TAESD: OUT/preview.png shows what each step expects, until all is done",
     )
     p.add_argument(
-        "--out", type=files.expanded, required=True, help="folder for the PNG files; may have those of this command"
+        "--out",
+        type=files.expanded,
+        required=True,
+        help="folder for the PNG files; may already have those of this command",
     )
     p.add_argument("--overwrite", action="store_true", help="replace files in --out that are of another command")
     return p
@@ -236,6 +239,7 @@ def read_control(args: argparse.Namespace) -> list[Control]:
 def read_sources(args: argparse.Namespace) -> list[tuple[Path | None, Path | None]]:
     """(image, mask) that a command line starts from, [(None, None)] for noise; raises as `read_prompts`."""
     args.paste = args.paste and args.paste == "on"
+    parse_colour("background", args.background or "white")
     if args.image is None:
         for flag in (*OF_IMAGE, "mask"):
             if (value := getattr(args, flag)) is not None:
@@ -283,7 +287,7 @@ def check_out(
 def check_preview(path: Path) -> None:
     """Raises BadArgument if a preview would replace a file that is none."""
     if path.exists() and png.read_about(path).keys() != {"step"}:
-        raise BadArgument("out", path.parent, f"has {path.name}, no preview; choose another folder, or --overwrite")
+        raise BadArgument("out", path.parent, f"has a {path.name} of others; choose another folder, or --overwrite")
 
 
 def run(args: argparse.Namespace, written: list[Path]) -> None:

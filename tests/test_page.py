@@ -24,6 +24,8 @@ from lcm_jax.page import guard
 from lcm_jax.page.asked import Asked, fit, read_kept, read_uri, to_number, to_uri
 from lcm_jax.page.maker import Maker
 from lcm_jax.page.turns import Turns
+from lcm_jax.pretrained.embeddings import Embedding
+from lcm_jax.sampling.chunks import chunked
 from lcm_jax.sampling.load import load
 
 SIZE = (16, 16)
@@ -181,6 +183,28 @@ def test_nothing_compiles_after_the_warm_up(maker):
             for steps in (1, 2):
                 maker.make(Asked(**{**vars(wanted), "steps": steps, "guidance_scale": 3.3, "prompt": "b"}), "a")
     assert compiled == []
+
+
+@pytest.mark.parametrize(
+    ("syntax", "texts"),
+    [
+        ("plain", ["warm", "star"]),
+        ("a1111", ["warm", "star", "(warm:1.5)", "(star:1.5)"]),
+        ("comfy", ["warm", "embedding:star", "(warm:1.5)", "(embedding:star:1.5)"]),
+    ],
+)
+def test_prompts_with_weights_and_embeddings_are_compiled_too(micro, syntax, texts, monkeypatch):
+    model, seen = load(micro / "model"), []
+    width = model.pipeline.text_encoder.hidden_size
+    model.embeddings = {"star": Embedding("Star", {"text_encoder": np.ones((2, width), np.float32)})}
+    monkeypatch.setattr(model, "batches", lambda *_: iter(()))
+    monkeypatch.setattr(model, "encode", lambda captions, reading: seen.append((*captions, reading)))
+    maker = Maker(model, {"prompt_syntax": syntax}, {"model": "a"}, 1)
+    maker.warm_up(lambda line: None)
+    assert [text for text, _ in seen] == texts
+    for n, (text, reading) in enumerate(seen):
+        found = chunked(model.pipeline, model.embeddings, [text], reading)
+        assert ((found.spliced is not None), (found.weights is not None)) == (n % 2 == 1, n > 1)
 
 
 def test_more_steps_than_were_compiled_are_refused(maker):

@@ -460,7 +460,7 @@ def test_files_that_are_read_or_not_ours_are_not_replaced(tmp_path, capsys):
         sample.check_out(tmp_path, [{}] * 2, range(4), {tmp_path / "." / own.name}, overwrite=True)
     preview = own.rename(tmp_path / "preview.png")
     assert sample.main([f"--out={tmp_path}", "--model=/nowhere", "--prompt=a", "--preview=/nowhere"]) == 2
-    assert "has preview.png, no preview; choose another folder, or --overwrite" in capsys.readouterr().err
+    assert "has a preview.png of others; choose another folder, or --overwrite" in capsys.readouterr().err
     sample.show(preview, np.zeros((1, 2, 2, 3), np.uint8), 1)  # of a run that was killed
     sample.check_preview(preview)
 
