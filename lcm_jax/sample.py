@@ -54,7 +54,7 @@ from lcm_jax.sampling.request import (
     warnings,
 )
 
-OF_MASK = ("mask_blur", "mask_grow", "crop_padding", "paste", "start")
+OF_MASK = like.MASK[1:]
 OF_IMAGE = ("strength", "fit", "background", "max_side", "posterior", *OF_MASK)
 OF_SAMPLER = ("sampler", "steps", "spacing", "gamma", "timesteps")
 OF_TEXT = ("guidance_scale", "negative_prompt", "nag_scale", "emphasis", "clip_skip")
@@ -238,13 +238,13 @@ def read_control(args: argparse.Namespace) -> list[Control]:
 
 def read_sources(args: argparse.Namespace) -> list[tuple[Path | None, Path | None]]:
     """(image, mask) that a command line starts from, [(None, None)] for noise; raises as `read_prompts`."""
-    args.paste = args.paste and args.paste == "on"
-    parse_colour("background", args.background or "white")
     if args.image is None:
         for flag in (*OF_IMAGE, "mask"):
             if (value := getattr(args, flag)) is not None:
                 raise BadArgument(flag, value, "is for image to image; give --image=FILE or a folder")
         return [(None, None)]
+    args.paste = args.paste and args.paste == "on"
+    parse_colour("background", args.background or "white")
     found = [(image, mask_for(args.mask, image)) for image in listed(args.image)]
     for image, mask in found:
         size = read_image(image, "image", smallest=1).shape[:2]
@@ -412,7 +412,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> None:
         steps = args.steps or len(args.timesteps) or None
-        of_image, preset = args.image is not None, args.preset
+        preset = args.preset
+        of_image = args.image is not None or (args.like is not None and "image" in like.recorded(args.like)[0])
         of_preset = [] if preset is None else presets.words(preset, steps, of_image, args.sampler)
         given = [*of_preset, *argv]
         asked = p.parse_args(given) if args.like is None else repeated(p, given, args.like)

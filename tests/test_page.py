@@ -380,7 +380,7 @@ def test_every_route_needs_the_token():
     there = guard.Guard(behind, "secret")
     for path in ("/", "/config", "/assets/index.js", "/nowhere"):
         assert answer(there, path=path, host="there:1")[0] == 401
-        assert answer(there, path=path, cookie="lcm_jax_token=secre")[0] == 401
+        assert answer(there, path=path, cookie=f"{there.cookie}=secre")[0] == 401
         assert answer(there, path=path, query="token=Secret")[0] == 401
     assert answer(there, "POST", PREDICT, body=VALUES)[0] == 401
     status, headers, _ = answer(there, query="token=secret")
@@ -388,12 +388,16 @@ def test_every_route_needs_the_token():
     assert "HttpOnly" in headers["set-cookie"] and "SameSite=Strict" in headers["set-cookie"]
     cookie = headers["set-cookie"].split(";")[0]
     assert answer(there, "POST", PREDICT, body=VALUES, cookie=cookie, host="there:1")[0] == 200
-    assert answer(there, cookie="lcm_jax_token=é;;=")[0] == 401
+    assert answer(there, cookie=f"{there.cookie}=é;;=")[0] == 401
+    beside = guard.Guard(behind, "other")  # on another port of the same host
+    both = f"{cookie}; {beside.cookie}=other"
+    assert [answer(one, cookie=both, host="there:1")[0] for one in (there, beside)] == [200, 200]
 
 
 def test_the_token_is_compared_in_constant_time():
     with mock.patch.object(guard.hmac, "compare_digest", return_value=True) as compared:
-        assert answer(guard.Guard(behind, "secret"), cookie="lcm_jax_token=other")[0] == 200
+        there = guard.Guard(behind, "secret")
+        assert answer(there, cookie=f"{there.cookie}=other")[0] == 200
     compared.assert_called_once_with(b"other", b"secret")
 
 

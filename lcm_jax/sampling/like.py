@@ -24,7 +24,8 @@ SAMPLER = ("sampler", "spacing", "gamma", "timesteps", "steps")
 SAMPLED = (*PROMPTS, *CONTROL, *IMAGE[1:], *SECOND, *SAMPLER, "guidance_scale", "seed", "noise")
 COMPUTED = ("dtype", "tiled", "sliced", "weights")
 SWITCHES = ("ignore_unused", "tiled", "sliced", "control_guess")  # flags without a value
-OPTIONAL = ("unet", "vae", "variant", "model_config", "ignore_unused", *COMPUTED[1:])  # recorded only if given
+# Recorded only if given.
+OPTIONAL = ("unet", "vae", "variant", "model_config", "ignore_unused", *CONTROL[1:], "background", *COMPUTED[1:])
 LISTS = ("lora", "embedding", "control")  # flags that may be given several times
 
 # A flag that is given -> the recorded ones that it replaces besides its own: they would be added to it, or refused.
@@ -48,33 +49,31 @@ _NO_EFFECT = {"Version", "Batch size", "Batch pos"}  # each image records its ow
 _FIELD = re.compile(r'([^:,"]+):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 _MAX_FIELDS = 10_000  # characters
 _SIZE = re.compile(r"(\d+)x(\d+)")
-_ITEM = re.compile(r'(?:^|, )("(?:[^"\\]|\\.)*"(?=, |$)|.*?(?=, |$))', re.DOTALL)
+_ITEM = re.compile(r'(?:^|, )("(?:[^"\\]|\\.)*"(?=, |\Z)|.*?(?=, |\Z))', re.DOTALL)
 
 
 def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict[str, Any]:
     """What each image records of the command line, and the dtype that its networks computed in."""
-    syntax, source, strength = request.reading.syntax, request.source, request.settings.strength
-    return {
+    reading, source, settings = request.reading, request.source, request.settings
+    about = {
         "model": args.model,
-        **{key: getattr(args, key) for key in OPTIONAL if getattr(args, key)},
-        **{key: join(values) for key in LISTS if (values := getattr(args, key))},
-        **({} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}),
-        **({} if args.nag_scale == 1.0 else {"nag_scale": args.nag_scale}),
-        **({} if syntax == "plain" else {"prompt_syntax": syntax, "emphasis": request.reading.emphasis}),
-        **({} if args.clip_skip is None else {"clip_skip": args.clip_skip}),
-        **({"control_guess": True} if args.control_guess else {}),
-        **({"canny": args.canny} if args.canny else {}),
-        **({"strength": strength, "fit": source.fit, "posterior": source.posterior} if source else {}),
-        **({"background": args.background} if args.background else {}),
+        **{key: getattr(args, key) or None for key in OPTIONAL},
+        **{key: join(getattr(args, key)) or None for key in LISTS},
+        "negative_prompt": args.negative_prompt,
+        "nag_scale": None if args.nag_scale == 1.0 else args.nag_scale,
+        **({} if reading.syntax == "plain" else {"prompt_syntax": reading.syntax, "emphasis": reading.emphasis}),
+        "clip_skip": args.clip_skip,
+        **({"strength": settings.strength, "fit": source.fit, "posterior": source.posterior} if source else {}),
         **chain.recorded(chain.of_flags(vars(args))),
-        **about_sampler(request.settings),
+        **about_sampler(settings),
         "guidance_scale": request.guidance_scale,
         "seed": args.seed,
-        **({} if args.noise == "jax" else {"noise": args.noise}),
-        **({"num_images": args.num_images} if args.noise == "torch-batch" else {}),
+        "noise": None if args.noise == "jax" else args.noise,
+        "num_images": args.num_images if args.noise == "torch-batch" else None,
         "size": f"{request.width}x{request.height}",
         "dtype": dtype,
     }
+    return {name: value for name, value in about.items() if value is not None}
 
 
 def about_sampler(settings: Settings) -> dict[str, Any]:
@@ -94,11 +93,8 @@ def about_source(args: argparse.Namespace, image: Path | None, mask: Path | None
     """What an image records of the image and the mask that it starts from."""
     if mask is None:
         return {"source": image} if image else {}
-    numbers = {
-        key: value for key in ("mask_blur", "mask_grow", "crop_padding") if (value := getattr(args, key)) is not None
-    }
-    others = {"paste": "off"} if args.paste is False else {}
-    return {"source": image, "mask": mask, **numbers, **others, **({"start": args.start} if args.start else {})}
+    values = {key: getattr(args, key) for key in MASK[1:]} | {"paste": "off" if args.paste is False else None}
+    return {"source": image, "mask": mask} | {key: value for key, value in values.items() if value is not None}
 
 
 def recorded(path: Path) -> tuple[dict[str, str | list[str]], list[str]]:
