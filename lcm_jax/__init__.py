@@ -44,7 +44,7 @@ _HOMES = {
     "Hires": "lcm_jax.sampling.chain",
     "Refine": "lcm_jax.sampling.chain",
     "load": "lcm_jax.sampling.load",
-    "Settings": "lcm_jax.sampling.request",
+    "Settings": "lcm_jax.sampling.plan",
 }
 
 

@@ -35,12 +35,12 @@ from lcm_jax.sampling import chain, control, flags, like, nag, png, presets
 from lcm_jax.sampling.chunks import truncated, unused
 from lcm_jax.sampling.control import Control
 from lcm_jax.sampling.generator import Generator
-from lcm_jax.sampling.image import read_image
+from lcm_jax.sampling.image import parse_colour, read_image
 from lcm_jax.sampling.image_to_image import check_strength, listed
 from lcm_jax.sampling.inpaint import make_mask, mask_for
 from lcm_jax.sampling.load import lora_name, parse_lora
 from lcm_jax.sampling.noise import SOURCES
-from lcm_jax.sampling.plan import EULER, ON_GRID, SAMPLERS, Settings, check_steps, make_plan
+from lcm_jax.sampling.plan import SAMPLERS, check_steps, make_plan
 from lcm_jax.sampling.png import not_finite, to_uint8, write_png
 from lcm_jax.sampling.preview import load_preview
 from lcm_jax.sampling.prompts import check_loras, check_readable, check_syntax, is_marked, loras
@@ -54,9 +54,7 @@ from lcm_jax.sampling.request import (
     warnings,
 )
 
-# Flags recorded only if given.
-OPTIONAL = ("unet", "vae", "variant", "model_config", "ignore_unused", "tiled", "sliced", "weights")
-OF_MASK = ("mask_blur", "mask_grow", "crop_padding", "paste", "start")
+OF_MASK = like.MASK[1:]
 OF_IMAGE = ("strength", "fit", "background", "max_side", "posterior", *OF_MASK)
 OF_SAMPLER = ("sampler", "steps", "spacing", "gamma", "timesteps")
 OF_TEXT = ("guidance_scale", "negative_prompt", "nag_scale", "emphasis", "clip_skip")
@@ -81,7 +79,7 @@ def parser() -> flags.Parser:
     p.add_argument("--sampler", choices=SAMPLERS, help="default: that of the model's map: lcm, of a phased one tcd")
     p.add_argument("--spacing", choices=SPACINGS, default="trailing", help="timesteps of ddim and dpm")
     p.add_argument("--steps", type=int, help="default: 4, of a phased map its phases")
-    p.add_argument("--timesteps", type=flags.parse_timesteps, default=(), help="by hand, as 999,749,499,249")
+    p.add_argument("--timesteps", type=flags.parse_timesteps, default=(), help="in place of --steps: 999,749,499,249")
     p.add_argument("--gamma", type=float, help="of tcd, 0 to 1: share of fresh noise in a step; default 0, none")
     p.add_argument(
         "--preset",
@@ -102,7 +100,7 @@ def parser() -> flags.Parser:
         help="ControlNet (folder, hub id or .safetensors) and its image; START-END: parts of the steps, such as 0-0.5; "
         "may be given several times. Default size of images: that of the first one",
     )
-    p.add_argument("--control_guess", action="store_true", help="nets lead, also without a prompt (guess mode)")
+    p.add_argument("--control_guess", action="store_true", help="the nets lead, even without a prompt (guess mode)")
     p.add_argument("--canny", metavar="LOW,HIGH", help="edges of --control's images are the nets' input; needs OpenCV")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--num_images", type=int, default=4, help="images per prompt")
@@ -119,7 +117,8 @@ def parser() -> flags.Parser:
         type=files.expanded,
         metavar="PNG",
         help="repeat the image of a file of this program's or of A1111's: its flags are the defaults of all others; "
-        "--model replaces its model with parts and LoRAs, an empty --negative_prompt drops its own",
+        "--model replaces its model with parts and LoRAs, --control all its ControlNets, an empty --negative_prompt "
+        "drops its own",
     )
     p.add_argument("--batch_size", type=int, default=4, help="images generated at once")
     p.add_argument(
@@ -128,7 +127,10 @@ def parser() -> flags.Parser:
         help="folder, file or hub id of a TAESD: OUT/preview.png shows what each step expects, until all is done",
     )
     p.add_argument(
-        "--out", type=files.expanded, required=True, help="folder for the PNG files; may have those of this command"
+        "--out",
+        type=files.expanded,
+        required=True,
+        help="folder for the PNG files; may already have those of this command",
     )
     p.add_argument("--overwrite", action="store_true", help="replace files in --out that are of another command")
     return p
@@ -142,12 +144,7 @@ def repeated(p: flags.Parser, argv: Sequence[str], path: Path) -> argparse.Names
         listed = printable(", ".join(one[:60] for one in lost[:MOST_LISTED]))
         more = f" and {len(lost) - MOST_LISTED} more" if len(lost) > MOST_LISTED else ""
         print(f"warning: --like={path}: not repeated: {listed}{more}", file=sys.stderr)
-    replaced = {
-        *(like.MODEL if given.model else ()),
-        *(("prompt",) if given.prompt or given.prompts else ()),
-        *(("lora",) if given.lora else ()),
-        *(("image", "width", "height", *like.MASK) if given.image else ()),
-    }
+    replaced = like.replaced(found, vars(given))
     words = like.words({name: value for name, value in found.items() if name not in replaced})
     p.exit_on_error = False
     try:
@@ -181,7 +178,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if not 0 <= args.first_image < 2**31:
         raise BadArgument("first_image", args.first_image, f"out of range; choose 0 to {2**31 - 1}")
     if args.first_image and args.noise == "torch-batch":
-        problem = "noise torch-batch draws all images of a prompt together; leave it out"
+        problem = "noise torch-batch draws all images of a prompt together; leave it out, or beside --like give 0"
         raise BadArgument("first_image", args.first_image, problem)
     if args.out.exists() and not args.out.is_dir():
         raise BadArgument("out", args.out, "is a file; give a folder")
@@ -241,12 +238,13 @@ def read_control(args: argparse.Namespace) -> list[Control]:
 
 def read_sources(args: argparse.Namespace) -> list[tuple[Path | None, Path | None]]:
     """(image, mask) that a command line starts from, [(None, None)] for noise; raises as `read_prompts`."""
-    args.paste = args.paste and args.paste == "on"
     if args.image is None:
         for flag in (*OF_IMAGE, "mask"):
             if (value := getattr(args, flag)) is not None:
                 raise BadArgument(flag, value, "is for image to image; give --image=FILE or a folder")
         return [(None, None)]
+    args.paste = args.paste and args.paste == "on"
+    parse_colour("background", args.background or "white")
     found = [(image, mask_for(args.mask, image)) for image in listed(args.image)]
     for image, mask in found:
         size = read_image(image, "image", smallest=1).shape[:2]
@@ -254,73 +252,50 @@ def read_sources(args: argparse.Namespace) -> list[tuple[Path | None, Path | Non
     return found
 
 
-def about_images(args: argparse.Namespace, request: Request, dtype: str) -> dict[str, Any]:
-    """What each image records of the command line, and the dtype that its networks computed in."""
-    syntax, source, strength = request.reading.syntax, request.source, request.settings.strength
-    return {
-        "model": args.model,
-        **{key: getattr(args, key) for key in OPTIONAL if getattr(args, key)},
-        **({"lora": ", ".join(args.lora)} if args.lora else {}),
-        **({"embedding": ", ".join(args.embedding)} if args.embedding else {}),
-        **({} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}),
-        **({} if args.nag_scale == 1.0 else {"nag_scale": args.nag_scale}),
-        **({} if syntax == "plain" else {"prompt_syntax": syntax, "emphasis": request.reading.emphasis}),
-        **({} if args.clip_skip is None else {"clip_skip": args.clip_skip}),
-        **({"control": ", ".join(args.control)} if args.control else {}),
-        **({"control_guess": True} if args.control_guess else {}),
-        **({"canny": args.canny} if args.canny else {}),
-        **({"strength": strength, "fit": source.fit, "posterior": source.posterior} if source else {}),
-        **({"background": args.background} if args.background else {}),
-        **chain.recorded(chain.of_flags(vars(args))),
-        **about_sampler(request.settings),
-        "guidance_scale": request.guidance_scale,
-        "seed": args.seed,
-        **({} if args.noise == "jax" else {"noise": args.noise}),
-        **({"num_images": args.num_images} if args.noise == "torch-batch" else {}),
-        "size": f"{request.width}x{request.height}",
-        "dtype": dtype,
-    }
+def check_painted(
+    model: Generator, requests: Sequence[Request], sources: Sequence[tuple[Path | None, Path | None]]
+) -> None:
+    """Raises BadArgument for a mask of which nothing is left at its image's size, before the first image is made."""
+    for request, (_, mask) in zip(requests, sources, strict=True):
+        if mask is not None:
+            try:
+                request.source.canvases(request.height, request.width, model.pipeline.vae.factor, 1)
+            except BadArgument as error:
+                raise (BadArgument("mask", mask, error.problem) if error.name == "mask" else error) from None
 
 
-def about_sampler(settings: Settings) -> dict[str, Any]:
-    """What each image records of its sampler: flags that repeat it."""
-    by_hand = ",".join(map(str, settings.timesteps))
-    spaced = settings.sampler not in (*ON_GRID, *EULER) and settings.strength is None
-    return {
-        "sampler": settings.sampler,
-        **({"spacing": settings.spacing} if spaced else {}),
-        **({"gamma": settings.gamma} if settings.sampler == "tcd" else {}),
-        "steps": settings.steps,
-        **({"timesteps": by_hand} if by_hand else {}),
-    }
+def check_out(
+    out: Path, abouts: Sequence[Mapping[str, Any]], numbers: range, read: Iterable[Path], overwrite: bool
+) -> None:
+    """Raises BadArgument if images of these names, one record for each prompt, would replace what they must not.
 
-
-def about_source(args: argparse.Namespace, image: Path | None, mask: Path | None) -> dict[str, Any]:
-    """What an image records of the image and the mask that it starts from."""
-    if mask is None:
-        return {"source": image} if image else {}
-    numbers = {
-        key: value for key in ("mask_blur", "mask_grow", "crop_padding") if (value := getattr(args, key)) is not None
-    }
-    others = {"paste": "off"} if args.paste is False else {}
-    return {"source": image, "mask": mask, **numbers, **others, **({"start": args.start} if args.start else {})}
-
-
-def check_out(out: Path, abouts: Sequence[Mapping[str, Any]], numbers: range) -> None:
-    """Raises BadArgument if `out` has images under the names of these, one record for each prompt, that are others."""
+    These are files that are `read` while they are made, and without `overwrite` those that record something else.
+    """
+    kept = {path.resolve() for path in read}
     for path in sorted(out.glob("*.png")):
         prompt, number = map(int, found.groups()) if (found := _NAME.fullmatch(path.name)) else (len(abouts), 0)
-        if prompt < len(abouts) and number in numbers:
-            wanted = {"image": number, **abouts[prompt]}
-            if png.read_about(path) != {key: png.text_of(value) for key, value in wanted.items()}:
-                problem = f"has {path.name} of another prompt, model or settings; choose another folder, or --overwrite"
-                raise BadArgument("out", out, problem)
+        if prompt >= len(abouts) or number not in numbers:
+            continue
+        if path.resolve() in kept:
+            raise BadArgument("out", out, f"has {path.name}, which images start from; choose another folder")
+        wanted = {"image": number, **abouts[prompt]}
+        if not overwrite and png.read_about(path) != {key: png.text_of(value) for key, value in wanted.items()}:
+            problem = f"has {path.name} of another prompt, model or settings; choose another folder, or --overwrite"
+            raise BadArgument("out", out, problem)
+
+
+def check_preview(path: Path) -> None:
+    """Raises BadArgument if a preview would replace a file that is none."""
+    if path.exists() and png.read_about(path).keys() != {"step"}:
+        raise BadArgument("out", path.parent, f"has a {path.name} of others; choose another folder, or --overwrite")
 
 
 def run(args: argparse.Namespace, written: list[Path]) -> None:
     """Generates what the command line asks for; adds the files to `written` as they are made."""
     prompts, controls, sources = read_prompts(args), read_control(args), read_sources(args)
-    then = chain.of_flags(vars(args))
+    then, preview = chain.of_flags(vars(args)), args.out / "preview.png"
+    if args.preview is not None and not args.overwrite:
+        check_preview(preview)
     args.lora = with_loras_of(args, prompts)
     model = flags.load_model(args, args.embedding)
     nets = {name: model.control_net(name, args.variant) for name in dict.fromkeys(one.net for one in controls)}
@@ -330,21 +305,21 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
     requests = [
         make_request(model.pipeline, control=controls, image=image, mask=mask, **given) for image, mask in sources
     ]
+    check_painted(model, requests, sources)
     if args.refiner is not None:
         then = dataclasses.replace(then, model=model.refiner(args.refiner, args.variant))
     requests = [chain.followed(model.pipeline, request, then, controls) for request in requests]
-    preview = args.out / "preview.png"
     if args.preview is not None:
         model.preview = load_preview(args.preview, model.pipeline, functools.partial(show, preview))
     files.tidy(args.out.absolute())
     numbers = range(args.first_image, args.first_image + args.num_images)
     pairs = [(n, prompt) for n in range(len(sources)) for prompt in prompts]  # each image with each prompt
     abouts = [
-        {"prompt": prompt, **about_source(args, *sources[n]), **about_images(args, requests[n], model.dtype)}
+        {"prompt": prompt, **like.about_source(args, *sources[n]), **like.about_images(args, requests[n], model.dtype)}
         for n, prompt in pairs
     ]
-    if not args.overwrite:
-        check_out(args.out, abouts, numbers)
+    read = {path for pair in sources for path in pair if path is not None}
+    check_out(args.out, abouts, numbers, read, args.overwrite)
     try:
         files.check_space(args.out, len(pairs) * args.num_images * SMALLEST)
     except LcmError as error:
@@ -437,10 +412,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> None:
         steps = args.steps or len(args.timesteps) or None
-        of_preset = [] if args.preset is None else presets.words(args.preset, steps, args.image is not None)
+        preset = args.preset
+        of_image = args.image is not None or (args.like is not None and "image" in like.recorded(args.like)[0])
+        of_preset = [] if preset is None else presets.words(preset, steps, of_image, args.sampler)
         given = [*of_preset, *argv]
         asked = p.parse_args(given) if args.like is None else repeated(p, given, args.like)
-        asked.lora = asked.lora if args.preset is None else presets.weighted(args.preset, asked.lora)
+        asked.lora = asked.lora if preset is None else presets.weighted(preset, asked.lora)
         run(asked, written)
         print(f"{len(written)} images in {args.out}")
 

@@ -483,5 +483,6 @@ def test_default_guidance_scale():
     )
     for record, scale in ranges:
         assert dataclasses.replace(lcm, record=record).default_guidance_scale() == scale
-    assert dataclasses.replace(teacher, record={"w_min": 2.0, "w_max": 14.0}).default_guidance_scale() == 1.0
+    distilled = dataclasses.replace(teacher, record={"w_min": 2.0, "w_max": 14.0})
+    assert distilled.default_guidance_scale() == distilled.default_guidance_scale("euler") == 1.0
     assert teacher.default_guidance_scale("ddim") == 8.0

@@ -24,6 +24,8 @@ from lcm_jax.page import guard
 from lcm_jax.page.asked import Asked, fit, read_kept, read_uri, to_number, to_uri
 from lcm_jax.page.maker import Maker
 from lcm_jax.page.turns import Turns
+from lcm_jax.pretrained.embeddings import Embedding
+from lcm_jax.sampling.chunks import chunked
 from lcm_jax.sampling.load import load
 
 SIZE = (16, 16)
@@ -183,6 +185,28 @@ def test_nothing_compiles_after_the_warm_up(maker):
     assert compiled == []
 
 
+@pytest.mark.parametrize(
+    ("syntax", "texts"),
+    [
+        ("plain", ["warm", "star"]),
+        ("a1111", ["warm", "star", "(warm:1.5)", "(star:1.5)"]),
+        ("comfy", ["warm", "embedding:star", "(warm:1.5)", "(embedding:star:1.5)"]),
+    ],
+)
+def test_prompts_with_weights_and_embeddings_are_compiled_too(micro, syntax, texts, monkeypatch):
+    model, seen = load(micro / "model"), []
+    width = model.pipeline.text_encoder.hidden_size
+    model.embeddings = {"star": Embedding("Star", {"text_encoder": np.ones((2, width), np.float32)})}
+    monkeypatch.setattr(model, "batches", lambda *_: iter(()))
+    monkeypatch.setattr(model, "encode", lambda captions, reading: seen.append((*captions, reading)))
+    maker = Maker(model, {"prompt_syntax": syntax}, {"model": "a"}, 1)
+    maker.warm_up(lambda line: None)
+    assert [text for text, _ in seen] == texts
+    for n, (text, reading) in enumerate(seen):
+        found = chunked(model.pipeline, model.embeddings, [text], reading)
+        assert ((found.spliced is not None), (found.weights is not None)) == (n % 2 == 1, n > 1)
+
+
 def test_more_steps_than_were_compiled_are_refused(maker):
     with pytest.raises(BadArgument, match="steps=3: out of range; choose 1 to 2, or start the page with a larger"):
         maker.make(Asked("a", 3), "a")
@@ -191,6 +215,9 @@ def test_more_steps_than_were_compiled_are_refused(maker):
 def test_notes_for_a_visitor(maker):
     assert maker.make(Asked("red " * 100, 1, 8.0), "a").notes == ["the prompt has 102 tokens, and the last 25 are lost"]
     assert "outside" in maker.make(Asked("a", 1, 30.0), "a").notes[0]
+    negative = Asked("a", 1, 8.0, negative_prompt="red " * 100)
+    notes = maker._notes(negative, maker.request(Asked("a", 1, 8.0)))
+    assert notes == ["the negative prompt has 102 tokens, and the last 25 are lost"]
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -199,7 +226,7 @@ def test_notes_for_a_visitor(maker):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"prompt": "a" * 2001}, "has 2001 characters; write 2000"),
+        ({"prompt": "a" * 2001}, "has 2001 characters; write at most 2000"),
         ({"prompt": "\ud800"}, "is not UTF-8"),
         ({"seed": 2**32}, "seed=4294967296: out of range"),
         ({"use": "both"}, "choose one of image, edges"),
@@ -353,7 +380,7 @@ def test_every_route_needs_the_token():
     there = guard.Guard(behind, "secret")
     for path in ("/", "/config", "/assets/index.js", "/nowhere"):
         assert answer(there, path=path, host="there:1")[0] == 401
-        assert answer(there, path=path, cookie="lcm_jax_token=secre")[0] == 401
+        assert answer(there, path=path, cookie=f"{there.cookie}=secre")[0] == 401
         assert answer(there, path=path, query="token=Secret")[0] == 401
     assert answer(there, "POST", PREDICT, body=VALUES)[0] == 401
     status, headers, _ = answer(there, query="token=secret")
@@ -361,12 +388,16 @@ def test_every_route_needs_the_token():
     assert "HttpOnly" in headers["set-cookie"] and "SameSite=Strict" in headers["set-cookie"]
     cookie = headers["set-cookie"].split(";")[0]
     assert answer(there, "POST", PREDICT, body=VALUES, cookie=cookie, host="there:1")[0] == 200
-    assert answer(there, cookie="lcm_jax_token=é;;=")[0] == 401
+    assert answer(there, cookie=f"{there.cookie}=é;;=")[0] == 401
+    beside = guard.Guard(behind, "other")  # on another port of the same host
+    both = f"{cookie}; {beside.cookie}=other"
+    assert [answer(one, cookie=both, host="there:1")[0] for one in (there, beside)] == [200, 200]
 
 
 def test_the_token_is_compared_in_constant_time():
     with mock.patch.object(guard.hmac, "compare_digest", return_value=True) as compared:
-        assert answer(guard.Guard(behind, "secret"), cookie="lcm_jax_token=other")[0] == 200
+        there = guard.Guard(behind, "secret")
+        assert answer(there, cookie=f"{there.cookie}=other")[0] == 200
     compared.assert_called_once_with(b"other", b"secret")
 
 

@@ -349,7 +349,7 @@ def test_prompts_of_different_lengths_are_guided_together():
         ("a <lora:x:1>", "a1111", "asks for <lora:x:1>, and the model is loaded with none"),
         ("(a", "comfy", r"the bracket \( \(character 1\) has no partner"),
         ("embedding:x", "comfy", "there is no embedding 'x'; those given: none"),
-        ("red " * 6000, "a1111", "prompts of 80 chunks of 75 tokens share no length of at most 64 chunks"),
+        ("red " * 6000, "a1111", "a prompt of 80 chunks of 75 tokens is too long; shorten it to 64 chunks"),
     ):
         with pytest.raises(LcmError, match=message):
             model(prompt, prompt_syntax=syntax)
@@ -448,6 +448,21 @@ def test_images_of_another_request_are_not_replaced(three, lcm, tmp_path, capsys
         assert f"--out={out}: has 0000_0000.png of another prompt, model" in capsys.readouterr().err
     (image,) = generate(lcm, out, *ONE, "--overwrite", prompt="b").values()
     assert image.text["prompt"] == "b"
+
+
+def test_files_that_are_read_or_not_ours_are_not_replaced(tmp_path, capsys):
+    """The image of one batch would be what the next one starts from; a preview is removed in the end."""
+    own = tmp_path / "0001_0000.png"
+    Image.new("RGB", (16, 16)).save(own)
+    sample.check_out(tmp_path, [{}], range(4), {own}, overwrite=True)  # its name is not in use
+    sample.check_out(tmp_path, [{}] * 2, range(4), (), overwrite=True)
+    with pytest.raises(BadArgument, match="has 0001_0000.png, which images start from; choose another folder"):
+        sample.check_out(tmp_path, [{}] * 2, range(4), {tmp_path / "." / own.name}, overwrite=True)
+    preview = own.rename(tmp_path / "preview.png")
+    assert sample.main([f"--out={tmp_path}", "--model=/nowhere", "--prompt=a", "--preview=/nowhere"]) == 2
+    assert "has a preview.png of others; choose another folder, or --overwrite" in capsys.readouterr().err
+    sample.show(preview, np.zeros((1, 2, 2, 3), np.uint8), 1)  # of a run that was killed
+    sample.check_preview(preview)
 
 
 def test_a_full_disk_and_a_signal_leave_whole_images_alone(lcm, tmp_path, capsys, monkeypatch, load_once):

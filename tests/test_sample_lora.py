@@ -169,6 +169,8 @@ def test_loras_are_given_alone_or_in_a_list_by_name_or_path(tmp_path):
     for wrong in ((str(path), 0.5), [(path, "0.5")], [None]):  # the first: a pair that is in no list
         with pytest.raises(BadArgument, match=r'is no LoRA; give "FILE", "FILE:WEIGHT" or \(file, weight\)'):
             pairs_of(wrong)
+    with pytest.raises(BadArgument, match="^lora=a.safetensors: weight nan is not finite"):
+        pairs_of([("a.safetensors", float("nan"))])
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "float64", None, np.int8])

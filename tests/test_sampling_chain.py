@@ -213,6 +213,8 @@ def test_what_cannot_follow_is_one_line(lcm, base, refiner):
         base.refiner(tiny.folder("sdxl"))
     with pytest.raises(LcmError, match=r"refiner refines the latents of SDXL, this model has others"):
         other.refiner(tiny.folder("refiner"))
+    with pytest.raises(LcmError, match="this refiner refines the latents of SDXL, this model has others"):
+        chain.followed(other.pipeline, make_request(other.pipeline), Refine(refiner))
 
 
 def test_control_images_are_read_again_at_the_larger_size(lcm):
@@ -265,11 +267,14 @@ def test_the_program_asks_for_what_its_flags_say_and_repeats_it(kind, tmp_path, 
 
 
 def test_flags_of_no_pass_and_of_two_are_one_line(tmp_path, capsys):
+    png = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(png)
     for flags, message in (
         (["--hires_steps=2"], r"--hires_steps=2: is for a second pass; give --hires, too, or leave it out"),
         (["--refiner_start=0.5"], r"--refiner_start=0.5: is for a second pass; give --refiner, too"),
         (["--hires=2", "--refiner=/r"], r"--refiner=/r: and --hires are second passes both; give one"),
         (["--hires=5"], r"--hires=5: times the size; choose 1 to 4"),
+        (["--hires=2", f"--image={png}"], r"--hires=2: a second pass follows images from text alone"),
     ):
         assert sample.main(["--model=/nowhere", "--prompt=a", f"--out={tmp_path / 'out'}", *flags]) == 2
         error = capsys.readouterr().err

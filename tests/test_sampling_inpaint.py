@@ -374,6 +374,24 @@ def test_the_program_paints_a_folder_with_masks_of_its_names_and_repeats_one(tmp
     assert np.abs(np.asarray(again, int) - np.asarray(images["0001_0000.png"], int)).max() <= 1  # of another batch
 
 
+def test_a_mask_that_is_cut_off_is_named_before_the_first_image_is_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample.Generator, "generate", None)
+    for name, at in (("a", np.s_[:, 20:30]), ("b", np.s_[:, :4])):
+        for kind, one in (("in", picture(1, 16, 48)), ("masks", hole(16, 48, at))):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            one.save(tmp_path / kind / f"{name}.png")
+    words = [
+        f"--model={tiny.folder('micro lcm')}",
+        f"--out={tmp_path / 'out'}",
+        "--prompt=a",
+        "--width=16",
+        "--height=16",
+    ]
+    assert sample.main([*words, f"--image={tmp_path / 'in'}", f"--mask={tmp_path / 'masks'}"]) == 2
+    wanted = f"--mask={tmp_path / 'masks' / 'b.png'}: nothing of its white is left in 16 x 16 pixels"
+    assert wanted in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_bad_flags_are_one_line_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sample.flags, "load_model", None)
     picture(1).save(tmp_path / "image.png")

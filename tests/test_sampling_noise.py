@@ -112,6 +112,45 @@ def test_like_repeats_the_pixels_of_an_image(lcm, tmp_path):
         assert difference(other, image) > 8
 
 
+OURS = {"prompt": "a", "image": "3", "seed": "1", "size": "16x24", "model": "m"}
+BY_HAND = {"sampler": "tcd", "gamma": "0.3", "steps": "2", "timesteps": "999,499"}
+LEADING = {"sampler": "ddim", "spacing": "leading", "steps": "2"}
+EDGES = {"control": "canny:edges.png", "canny": "1,2", "control_guess": "True"}
+
+
+@pytest.mark.parametrize(
+    ("about", "given", "wanted"),
+    [
+        (BY_HAND, [], {"timesteps": (999, 499), "gamma": 0.3, "first_image": 3, "width": 16}),
+        (BY_HAND, ["--steps=4"], {"timesteps": (), "steps": 4, "gamma": 0.3}),
+        (BY_HAND, ["--sampler=euler"], {"timesteps": (999, 499), "steps": 2, "gamma": None}),
+        (BY_HAND, ["--sampler=tcd"], {"gamma": 0.3}),
+        (LEADING, ["--timesteps=9,8,7", "--sampler=euler"], {"steps": None, "spacing": "trailing"}),
+        (LEADING, ["--sampler=dpm_solver_2m"], {"spacing": "leading"}),
+        (LEADING | {"hires": "2.0", "hires_by": "pixel"}, ["--refiner=r"], {"hires": None, "hires_by": None}),
+        (LEADING | {"hires": "2.0"}, ["--image=b.png"], {"hires": None, "width": None, "spacing": "trailing"}),
+        (LEADING | EDGES, ["--control=depth:b.png"], {"control": ["depth:b.png"], "canny": None, "width": None}),
+        (LEADING, ["--control=depth:b.png"], {"control": ["depth:b.png"], "width": 16, "height": 24}),
+        (LEADING | EDGES, ["--model=n"], {"control": ["canny:edges.png"], "canny": "1,2", "control_guess": True}),
+        (LEADING | {"prompt_syntax": "a1111", "emphasis": "no_norm"}, ["--prompt_syntax=plain"], {"emphasis": None}),
+        (LEADING | {"prompt_syntax": "a1111", "emphasis": "no_norm"}, ["--prompt=b"], {"emphasis": "no_norm"}),
+    ],
+)
+def test_what_is_given_replaces_what_goes_with_it(about, given, wanted, tmp_path):
+    """Else a recorded flag would be refused beside it, with no way to leave it out, or act unasked."""
+    write(path := tmp_path / "a.png", **OURS | about)
+    args = sample.repeated(sample.parser(), [f"--out={tmp_path}", *given], path)
+    assert {name: getattr(args, name) for name in wanted} == wanted
+
+
+def test_lists_are_recorded_as_a1111_quotes_them():
+    names = ['"a"', 'b"', "c,d", " e", 'x, "y\\\\', "z"]
+    for values in (["a.safetensors", "b:0.5"], ["a, b.safetensors:0.8", "c"], names):
+        assert like.split(like.join(values)) == values
+    assert like.join(["a, b:0.8", "c d"]) == '"a, b:0.8", c d'
+    assert like.split('a,b, c, "d') == ["a,b", "c", '"d']  # of before, and what is no JSON string
+
+
 @pytest.mark.slow
 def test_like_repeats_the_whole_of_a_torch_batch(lcm, tmp_path):
     """Images of the program and of the library; one of another size of batch differs by a level of 255 at most."""

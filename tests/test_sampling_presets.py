@@ -10,7 +10,7 @@ import tiny
 from lcm_jax import sample
 from lcm_jax.diffusion import timesteps
 from lcm_jax.errors import BadArgument
-from lcm_jax.sampling import presets
+from lcm_jax.sampling import like, presets
 from lcm_jax.sampling.plan import Settings, make_plan, noise_entries
 from lcm_jax.sampling.request import make_request, warnings
 
@@ -109,6 +109,12 @@ def test_presets_are_what_their_makers_publish(pipeline):
     assert presets.words("lcm-lora", 2, of_image=True) == presets.words("lcm-lora", 2)
 
 
+def test_a_sampler_beside_a_preset_wins_over_it(pipeline):
+    args = sample.parser().parse_args([*presets.words("tcd", None, sampler="lcm"), "--sampler=lcm", "--out=y"])
+    assert make_request(pipeline, sampler=args.sampler, gamma=args.gamma).settings.sampler == "lcm"
+    assert "--gamma=0.3" in presets.words("tcd", None, sampler="tcd")
+
+
 def test_timesteps_that_are_no_numbers_are_one_line(capsys):
     with pytest.raises(SystemExit):
         sample.parser().parse_args(["--out=a", "--timesteps=999,749,"])
@@ -124,7 +130,7 @@ def test_what_an_image_records_of_its_sampler_repeats_it(pipeline):
         {"sampler": "ddim", "spacing": "leading"},
     ):
         settings = make_request(pipeline, **options).settings
-        about = sample.about_sampler(settings)
+        about = like.about_sampler(settings)
         words = [f"--{name}={value}" for name, value in about.items()]
         args = sample.parser().parse_args([*words, "--model=x", "--out=y"])
         keys = ("sampler", "steps", "spacing", "gamma", "timesteps")

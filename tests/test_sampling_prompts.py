@@ -162,6 +162,8 @@ def test_prompts_of_a_batch_are_repeated_to_one_length():
         assert ids.shape == (4, 77) and (ids[2] == ids[3]).all() and ids[3, 1] == CIRCLE
     with pytest.raises(LcmError, match="prompts of 5, 13 chunks of 75 tokens share no length of at most 64 chunks"):
         chunks.chunked(pipeline(), {}, ["red " * 75 * n for n in (5, 13)], Reading("a1111"))
+    with pytest.raises(LcmError, match="a prompt of 65 chunks of 75 tokens is too long; shorten it to 64 chunks"):
+        chunks.chunked(pipeline(), {}, ["red " * 75 * 65], Reading("a1111"))  # alone: no other batch_size helps
 
 
 def test_tokenizers_that_split_differently_have_as_many_chunks(monkeypatch):

@@ -61,7 +61,7 @@ class Asked:
         for name in ("prompt", "negative_prompt"):
             if (length := len(getattr(self, name))) > MAX_PROMPT:
                 raise BadArgument(
-                    name, f"{getattr(self, name)[:40]}...", f"has {length} characters; write {MAX_PROMPT}"
+                    name, f"{getattr(self, name)[:40]}...", f"has {length} characters; write at most {MAX_PROMPT}"
                 )
         check_numbers(self.seed)
         if self.use not in USES:

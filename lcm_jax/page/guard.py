@@ -5,6 +5,7 @@ within requests, and a client names no path. Every answer needs the token, if th
 for this machine alone, and refuses other names for it (a page elsewhere that rebinds its own to this address).
 """
 
+import hashlib
 import hmac
 import json
 import re
@@ -14,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY = 2**25  # bytes of a request: an image of `asked.MAX_FILE` in base64, and what the page keeps
-COOKIE = "lcm_jax_token"
+COOKIE = "lcm_jax_token"  # what its name begins with
 _ROUTES = re.compile(
     r"GET /|GET /(config|theme\.css|favicon\.ico|manifest\.json)|GET /(assets|static)/.+"
     r"|GET /gradio_api/(startup-events|heartbeat/\w+)|POST /gradio_api/run/predict"
@@ -38,6 +39,8 @@ class Guard:
     def __init__(self, app: Callable, token: str | None = None):
         """token: that every request needs, as ?token= once, then as a cookie; None: this machine alone."""
         self._app, self._token = app, token
+        # Cookies belong to a host, whatever the port: two pages on one machine have cookies of different names.
+        self.cookie = f"{COOKIE}_{hashlib.sha256((token or '').encode()).hexdigest()[:8]}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -48,7 +51,7 @@ class Guard:
         if refused := self._refused(scope, headers):
             return await _answer(send, *refused)
         if self._token and "token" in parse_qs(scope["query_string"].decode("latin-1")):
-            cookie = f"{COOKIE}={self._token}; Path=/; HttpOnly; SameSite=Strict"
+            cookie = f"{self.cookie}={self._token}; Path=/; HttpOnly; SameSite=Strict"
             return await _answer(send, 303, "the token is a cookie now", [("location", "/"), ("set-cookie", cookie)])
         if scope["method"] == "POST":
             body, receive = await _read(receive)
@@ -79,7 +82,7 @@ class Guard:
     def _known(self, scope: Scope, headers: dict[str, str]) -> bool:
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
         try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+            cookie = SimpleCookie(headers.get("cookie", "")).get(self.cookie)
         except CookieError:
             cookie = None
         given += [cookie.value] if cookie else []

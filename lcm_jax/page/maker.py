@@ -1,6 +1,7 @@
 """The model of a page: every program compiled before anyone asks, then one image at a time."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -70,9 +71,14 @@ class Maker:
         """Compiles what visitors can ask for: each number of steps, with and without an image, one pass and two."""
         for asked in self._kinds():
             start = time.perf_counter()
-            list(self.model.batches(self.request(asked), [asked.prompt], 1, asked.seed, 1))
+            request = self.request(asked)
+            list(self.model.batches(request, [asked.prompt], 1, asked.seed, 1))
             what = "mask" if asked.mask is not None else "text" if asked.image is None else asked.use
             say(f"compiled {asked.steps} step{'s' * (asked.steps > 1)}, {what}: {time.perf_counter() - start:.1f} s")
+        start, reading = time.perf_counter(), request.reading
+        for text in self._texts(reading.syntax):
+            self.model.encode([text], reading=reading)
+        say(f"compiled prompts: {time.perf_counter() - start:.1f} s")
 
     def make(self, asked: Asked, visitor: str) -> Made | None:
         """The image, or None if a newer request of the visitor came before this one's turn.
@@ -121,9 +127,18 @@ class Maker:
                 for one in images:
                     yield Asked("warm", steps, scale, strength=1.0, **one)
 
+    def _texts(self, syntax: str) -> list[str]:
+        """A prompt for each program that reads one: with an embedding, with weights, with both."""
+        embedding = next((name for name in self.model.embeddings if re.fullmatch(r"[\w-]+", name)), None)
+        words = (
+            ["warm"] if embedding is None else ["warm", f"embedding:{embedding}" if syntax == "comfy" else embedding]
+        )
+        return words if syntax == "plain" else [*words, *(f"({word}:1.5)" for word in words)]
+
     def _notes(self, asked: Asked, request: Request) -> list[str]:
         found = warnings(self.model.pipeline, request)
         if request.reading.syntax == "plain":
-            for length, kept in truncated(self.model.pipeline, self.model.embeddings, [asked.prompt]).values():
-                found.append(f"the prompt has {length} tokens, and the last {length - kept} are lost")
+            for name, text in (("prompt", asked.prompt), ("negative prompt", asked.negative_prompt)):
+                for length, kept in truncated(self.model.pipeline, self.model.embeddings, [text]).values():
+                    found.append(f"the {name} has {length} tokens, and the last {length - kept} are lost")
         return found

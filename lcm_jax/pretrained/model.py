@@ -222,11 +222,11 @@ class Pipeline:
     def default_guidance_scale(self, sampler: str = "lcm") -> float:
         """The guidance scale to take if the user gives none.
 
-        1 for an LCM without w embedding: its guidance is distilled in. Else 8, or the middle of the recorded range if
-        8 was not trained.
+        1 for an LCM without w embedding, whatever the sampler, and for the samplers of LCMs: guidance is distilled in.
+        Else 8, or the middle of the recorded range if 8 was not trained.
         """
         if not self.has_w_embedding:
-            return 1.0 if sampler in ("lcm", "tcd") else GUIDANCE_SCALE
+            return 1.0 if self.is_lcm or sampler in ("lcm", "tcd") else GUIDANCE_SCALE
         low, high = self.constants.w_min + 1.0, self.constants.w_max + 1.0
         if low <= GUIDANCE_SCALE <= high:
             return GUIDANCE_SCALE

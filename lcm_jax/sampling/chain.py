@@ -102,10 +102,7 @@ def followed(
     """
     if then is None:
         return request
-    check_values(then)
-    if request.source is not None:
-        name, value = ("hires", then.scale) if isinstance(then, Hires) else ("refiner_start", then.start)
-        raise BadArgument(name, f"{value:g}", "a second pass follows images from text alone; leave it or the image out")
+    check_values(then, request.source is not None)
     if isinstance(then, Hires):
         return dataclasses.replace(request, second=Second(_larger(pipeline, request, then, control), then))
     return _refined(pipeline, request, then)
@@ -144,7 +141,7 @@ def of_flags(values: Mapping[str, Any]) -> Hires | Refine | None:
     if len(found) > 1:
         raise BadArgument("refiner", values["refiner"], "and --hires are second passes both; give one")
     if found:
-        check_values(found[0])
+        check_values(found[0], values["image"] is not None)
     return found[0] if found else None
 
 
@@ -158,8 +155,11 @@ def recorded(then: Hires | Refine | None) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def check_values(then: Hires | Refine) -> None:
-    """Raises BadArgument, which names the flag, for what is wrong with any model."""
+def check_values(then: Hires | Refine, of_image: bool) -> None:
+    """Raises BadArgument, which names the flag, for what is wrong with any model; of_image: of image to image."""
+    if of_image:
+        name, value = ("hires", then.scale) if isinstance(then, Hires) else ("refiner_start", then.start)
+        raise BadArgument(name, f"{value:g}", "a second pass follows images from text alone; leave it or the image out")
     if isinstance(then, Hires):
         if not 1.0 <= then.scale <= MOST:
             raise BadArgument("hires", f"{then.scale:g}", f"times the size; choose 1 to {MOST:g}")
@@ -198,6 +198,7 @@ def _larger(pipeline: Pipeline, request: Request, then: Hires, control: Sequence
 def _refined(pipeline: Pipeline, request: Request, then: Refine) -> Request:
     if getattr(getattr(then.model, "pipeline", None), "purpose", None) != "refining":
         raise BadArgument("refiner", then.model, "is no refiner; give what model.refiner returns")
+    check_refiner(pipeline, then.model.pipeline, "this refiner")  # it may have been loaded by another model
     settings, total = request.settings, pipeline.schedule.num_train_timesteps
     first = dataclasses.replace(settings, stop=round(total * (1.0 - then.start)))
     last = _hand_over(pipeline, settings, first.stop, then.start)

@@ -60,11 +60,13 @@ def chunked(
     # SDXL's two tokenizers differ in "!".
     counts = [max(map(len, of_prompt)) for of_prompt in zip(*split.values(), strict=True)]
     common = math.lcm(*counts)
+    if (most := max(counts, default=1)) > MOST:
+        raise LcmError(f"a prompt of {most} chunks of 75 tokens is too long; shorten it to {MOST} chunks")
     if common > MOST:
         listed = ", ".join(map(str, sorted(set(counts))))
         raise LcmError(
-            f"prompts of {listed} chunks of 75 tokens share no length of at most {MOST} chunks; shorten them, or "
-            "use batch_size 1"
+            f"prompts of {listed} chunks of 75 tokens share no length of at most {MOST} chunks; shorten some, the "
+            "negative prompt included, or use batch_size 1"
         )
     ids, weights, spliced = {}, {}, {}
     for name, of_prompts in split.items():

@@ -189,10 +189,17 @@ def pairs_of(loras: str | Path | Sequence[str | Path | Lora]) -> list[Lora]:
             case str() | Path():
                 found.append(parse_lora(str(one)))
             case (str() | Path() as source, numbers.Real() as weight):
-                found.append((str(source), float(weight)))
+                found.append((str(source), _finite(source, float(weight))))
             case _:
                 raise BadArgument("loras", one, 'is no LoRA; give "FILE", "FILE:WEIGHT" or (file, weight)')
     return found
+
+
+def _finite(lora: str | Path, weight: float) -> float:
+    """The weight of a LoRA. Raises BadArgument if it is not finite."""
+    if not math.isfinite(weight):
+        raise BadArgument("lora", lora, f"weight {weight} is not finite; 1 is the LoRA as it was trained")
+    return weight
 
 
 def parse_lora(text: str) -> Lora:
@@ -207,8 +214,7 @@ def parse_lora(text: str) -> Lora:
     except ValueError:
         colon, weight = "", 1.0
     source = source if colon else text
-    if not math.isfinite(weight):
-        raise BadArgument("lora", text, f"weight {weight} is not finite; 1 is the LoRA as it was trained")
+    _finite(text, weight)
     name, found, _ = source.rpartition(":")
     if found and files.expanded(name).exists() and not files.expanded(source).exists():
         raise BadArgument("lora", text, f"{text[len(name) + 1 :]!r} is no weight; write {name}:0.8")

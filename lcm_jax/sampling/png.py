@@ -44,7 +44,7 @@ def read_about(path: Path) -> dict[str, str]:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             return {key: str(value) for key, value in image.info.items() if isinstance(value, str)}
-    except Exception:  # whatever Pillow raises: it is none of ours
+    except Exception:  # whatever Pillow raises: this program did not write it
         return {}
 
 

@@ -56,10 +56,11 @@ PRESETS = {
 }
 
 
-def words(name: str, steps: int | None, of_image: bool = False) -> list[str]:
+def words(name: str, steps: int | None, of_image: bool = False, sampler: str | None = None) -> list[str]:
     """The flags that a preset stands for, to come before those of the command line.
 
-    steps, of_image: the number of steps of the command line, and whether it has an image to start from.
+    steps, of_image, sampler: of the command line: its number of steps, whether it has an image to start from, and its
+      sampler, which the preset's gamma may not be for.
 
     Raises:
       BadArgument: a number of steps that the files are not made for, or an image beside timesteps by hand.
@@ -70,7 +71,7 @@ def words(name: str, steps: int | None, of_image: bool = False) -> list[str]:
         raise BadArgument("steps", steps, f"preset {name} is for files made for {made_for} steps; take one of them")
     steps = steps or (preset.steps[0] if preset.steps else 4)
     found = [f"--sampler={preset.sampler}", f"--steps={steps}", f"--guidance_scale={preset.guidance_scale:g}"]
-    if preset.gamma is not None:
+    if preset.gamma is not None and sampler in (None, preset.sampler):
         found.append(f"--gamma={preset.gamma:g}")
     by_hand = preset.by_hand.get(steps, ())
     if preset.grid != 50:
