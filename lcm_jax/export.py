@@ -35,7 +35,7 @@ from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import RECORD, Pipeline, lora_files, save_pipeline, save_single_file, save_unet
 from lcm_jax.pretrained.model import PipelineParams, fold_w
 from lcm_jax.pretrained.safetensors_io import check_file
-from lcm_jax.pretrained.save import all_or_nothing, check_folder, lcm_scheduler_config, scheduler_class
+from lcm_jax.pretrained.save import all_or_nothing, check_folder, lcm_scheduler_config, lora_header, scheduler_class
 from lcm_jax.run.config import from_saved, validate
 from lcm_jax.run.keys import MODELS_FILE
 from lcm_jax.run.model_card import model_card
@@ -242,7 +242,7 @@ def write(
                 rank=record["lora"]["rank"],
                 format=LORA_FORMATS[form],
                 dtype=dtype,
-                metadata={RECORD: text},
+                metadata={**lora_header(student), RECORD: text},
             )
     elif form == "single-file":
         with files.new_file(card_of(out)) as partial:  # it gets its name right after the weights got theirs

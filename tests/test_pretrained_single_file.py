@@ -758,7 +758,7 @@ def test_from_the_hub(folders, written, monkeypatch, tmp_path):
         ("Lykon/DreamShaper", "DreamShaper_8.safetensors", None),
         ("Lykon/DreamShaper", "sub/DreamShaper_8.safetensors", "main"),
     ]
-    # The suite runs offline: the family's tokenizers cannot be fetched. SD 2.x's are not where diffusers looks for them.
+    # The suite runs offline: the family's tokenizers cannot be fetched. SD 2.x's are not where diffusers looks.
     for name, kind in (("sd1", "v1"), ("sd2", "v2"), ("sdxl", "xl_base"), ("refiner", "xl_refiner")):
         known = original.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
         known = known.replace("stabilityai/", "sd2-community/") if name == "sd2" else known

@@ -397,8 +397,8 @@ def _guess(family: Family, weights: Weights) -> str:
     key = UNET + SD2_GUESS
     kind, spread = sd2_guess(weights.read(key) if key in weights.shapes else None)
     logging.warning(
-        "%s: an SD 2.x file does not record its prediction type; %s is used, as ComfyUI guesses (the standard deviation of "
-        "%s is %.3g; v above %g). For the other type give %s, the diffusers folder of the model it comes from",
+        "%s: an SD 2.x file does not record its prediction type; %s is used, as ComfyUI guesses (standard deviation "
+        "of %s is %.3g; v above %g). For the other type give %s, the diffusers folder of the model it comes from",
         weights.source,
         kind,
         key,

@@ -235,7 +235,7 @@ def model_card(
 
 
 def file_config(student: Pipeline) -> str:
-    """What diffusers' from_single_file needs beside the file: of SD 2.x it looks for configs that are gone from the hub."""
+    """What diffusers' from_single_file needs beside the file: for SD 2.x its own configs are gone from the hub."""
     family = family_of(student)
     if family.name != "sd2":
         return ""
