@@ -16,7 +16,7 @@ from absl import logging
 from flax import traverse_util
 
 from lcm_jax.errors import LcmError, UnsupportedConfig
-from lcm_jax.pretrained import load_pipeline, load_unet, load_vae, names, read_record
+from lcm_jax.pretrained import hub, load_pipeline, load_unet, load_vae, names, read_record
 
 edit = tiny.change_json
 
@@ -356,6 +356,36 @@ def fake_hub(monkeypatch, folder: Path, target: Path) -> list[str]:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return fetched
+
+
+def test_what_users_paste_of_the_hub(monkeypatch, tmp_path):
+    """Names and addresses, with the escapes of a browser; and a path that looks like a name is one if it is there."""
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **more: asked.append((name, more.get("revision"))) or "x"
+    )
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, **more: asked.append((*names, more)) or "x")
+    page = "https://huggingface.co/owner/na.me"
+    for source in ("owner/na.me", page, f"{page}/", f"{page}/tree/refs%2Fpr%2F1", "http://hf.co/owner/na.me?x=1"):
+        hub.local_folder(source, ["*"])
+        assert hub.repository(source) == "owner/na.me"
+    assert asked == [("owner/na.me", revision) for revision in (None, None, None, "refs/pr/1", None)]
+    asked.clear()
+    address = f"{page}/resolve/refs%2Fpr%2F1/a/My%20Model.safetensors?download=true"
+    for source in (address, "owner/na.me/a%20.safetensors"):
+        hub.local_file(source)
+        assert hub.repository(source) == "owner/na.me"
+    assert asked == [
+        ("owner/na.me", "a/My Model.safetensors", {"revision": "refs/pr/1"}),
+        ("owner/na.me", "a%20.safetensors", {"revision": None}),
+    ]
+    for source in ("https://hf.co/datasets/owner/name", "https://example.org/owner/name", "owner/name/", "name"):
+        assert hub.repository(source) is None
+        with pytest.raises(LcmError, match="does not exist; give a folder"):
+            hub.local_folder(source, ["*"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "na.me").mkdir(parents=True)
+    assert hub.repository("owner/na.me") is None
 
 
 def test_only_what_is_needed_is_fetched(monkeypatch, tmp_path, sd1):

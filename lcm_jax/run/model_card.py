@@ -1,7 +1,6 @@
 """The README.md of an exported model: what it is, how it was made, how to generate images with it."""
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +9,8 @@ from flax.traverse_util import flatten_dict
 import lcm_jax
 from lcm_jax.distill import OBJECTIVES
 from lcm_jax.models import unet
-from lcm_jax.pretrained import Pipeline
+from lcm_jax.pretrained import Pipeline, hub
 from lcm_jax.pretrained.lora_files import FILE_NAME
-from lcm_jax.pretrained.safetensors_io import SUFFIX
 from lcm_jax.pretrained.save import family_of, scheduler_class
 from lcm_jax.run import clients
 
@@ -140,7 +138,6 @@ _KINDS = {
     "single-file with w embedding": ("--model={name}", "", clients.FILE),
 }
 _VAE_FOR_HALF = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's own overflows in float16
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SOLVERS = {"ddim": "DDIM", "dpm_solver": "DPM-Solver", "dpm_solver_pp": "DPM-Solver++"}
 _NETWORKS = {"ema": "the EMA target network", "online": "the online student network"}
 
@@ -164,14 +161,14 @@ def model_card(
         role, origin, made = "Fine-tuned", record["student"], "fine-tuned"
     # The model that a LoRA, or the pipeline that a UNet, is for.
     base = record["student"] if "lora" in record else record["teacher"] or record["student"]
-    is_on_hub = bool(_HUB_ID.fullmatch(base))
+    repository, is_file = hub.repository(base), hub.is_single_file(base)
     plain = "StableDiffusionXLPipeline" if student.is_xl else "StableDiffusionPipeline"
     if kind == "unet" and student.is_xl:
         kind = "unet of SDXL"
     elif kind == "single-file" and has_w:
         kind = "single-file with w embedding"
     flags, code, used_as = _KINDS[kind]
-    code = _LORA_OF_FILE if is_lora and base.endswith(SUFFIX) else code
+    code = _LORA_OF_FILE if is_lora and is_file else code
     phases = record.get("phases", 0)
     steps = phases or 4
     noise = student.schedule
@@ -181,7 +178,8 @@ def model_card(
         **record,
         "name": name,
         "base": base,
-        "shown_base": base if is_on_hub else "folder of the teacher",  # a path of ours means nothing to others
+        # A path of ours means nothing to others.
+        "shown_base": repository if repository and not is_file else "folder of the teacher",
         "plain": plain,
         "file_config": file_config(student) if "from_single_file" in code else "",
         "pipeline": "LatentConsistencyModelPipeline" if has_w and not phases else plain,
@@ -210,7 +208,7 @@ def model_card(
     values = {key: json.dumps(value).replace("|", "\\|") for key, value in flatten_dict(config, sep=".").items()}
     blanks |= {
         **{key: config["data"][key] for key in ("batch_size", "resolution", "source")},
-        "base_model": f"base_model: {base}\n" if is_on_hub else "",
+        "base_model": f"base_model: {repository}\n" if repository else "",
         "lora_tag": "- lora\n" if is_lora else "",
         "summary": _SUMMARY[is_lora].format_map(blanks),
         "role": role,

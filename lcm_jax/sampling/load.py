@@ -212,6 +212,6 @@ def parse_lora(text: str) -> Lora:
     name, found, _ = source.rpartition(":")
     if found and files.expanded(name).exists() and not files.expanded(source).exists():
         raise BadArgument("lora", text, f"{text[len(name) + 1 :]!r} is no weight; write {name}:0.8")
-    if not files.expanded(source).exists() and not hub.is_name(source):
+    if not files.expanded(source).exists() and hub.repository(source) is None:
         raise BadArgument("lora", text, f"{source} does not exist; give a .safetensors file, a folder, or owner/name")
     return source, weight
