@@ -438,7 +438,8 @@ def test_a_part_alone_is_refused_with_the_flag_that_takes_it(written, tmp_path, 
             tmp_path / f"{bool(stripped)}.safetensors",
             lambda t, stripped=stripped: {k.removeprefix(stripped): v for k, v in t.items() if k.startswith(prefix)},
         )
-        refused(alone, rf"not a checkpoint of .*a {part} alone is given as {part}= \(--{part}.*M.from_single_file")
+        end = ", as a folder: make it .*M.from_single_file" if part == "unet" else "$"
+        refused(alone, rf"not a checkpoint of .*a {part} alone is given as {part}= \(--{part}.*\) beside a model{end}")
 
 
 def test_the_files_channels_and_w_embedding_count(folders, written):
@@ -824,24 +825,69 @@ def test_files_that_are_refused(folders, written, tmp_path):
         read_record(record)
 
 
-@pytest.mark.parametrize("part, prefix", [("unet", UNET), ("vae", VAE)])
-@pytest.mark.parametrize("keys", ["whole", "part", "bare"])
-def test_a_part_given_as_a_file_tells_how_to_make_its_folder(folders, written, tmp_path, part, prefix, keys):
-    def change(tensors):
-        own = {key: x for key, x in tensors.items() if key.startswith(prefix) or keys == "whole"}
-        return {key.removeprefix(prefix) if keys == "bare" else key: x for key, x in own.items()}
+def alone(tensors, prefix, keys):
+    """A part of a checkpoint, as "whole" in it, or as "part" or "bare" alone, with or without its prefix."""
+    own = {key: x for key, x in tensors.items() if key.startswith(prefix) or keys == "whole"}
+    return {key.removeprefix(prefix) if keys == "bare" else key: x for key, x in own.items()}
 
+
+@pytest.mark.parametrize("keys", ["whole", "part", "bare"])
+def test_a_unet_given_as_a_file_tells_how_to_make_its_folder(folders, written, tmp_path, keys):
     (_, params), path = written("sd1")
-    path = rewrite(path, tmp_path / "a.safetensors", change)
-    match = f"is a file; a folder .* is needed here: make it .*from_single_file.*subfolder='{part}'"
-    command = re.search('python -c "(.*)"', str(refused(folders("sd1"), match, **{part: path})))[1]
+    path = rewrite(path, tmp_path / "a.safetensors", lambda tensors: alone(tensors, UNET, keys))
+    match = "is a file; a folder .* is needed here: make it .*from_single_file.*subfolder='unet'"
+    command = re.search('python -c "(.*)"', str(refused(folders("sd1"), match, unet=path)))[1]
     exec(command.replace("MODEL", str(folders("sd1"))), {})
-    load = {"unet": load_unet, "vae": load_vae}[part]
-    same_trees(load(tmp_path / f"a-{part}")[1], params[part])
+    same_trees(load_unet(tmp_path / "a-unet")[1], params["unet"])
     if keys != "whole":
         assert command in str(refused(path, "alone is given as", folders("sd1")))
-    file = next((folders("sd1") / part).glob("*.safetensors"))
-    refused(folders("sd1"), f"is a file; .*: give its folder, {file.parent}", **{part: file})
+    file = next((folders("sd1") / "unet").glob("*.safetensors"))
+    refused(folders("sd1"), f"is a file; .*: give its folder, {file.parent}", unet=file)
+
+
+def test_a_unet_in_diffusers_names_needs_a_config_alone(folders, tmp_path):
+    """As few-step UNets are published."""
+    file = tmp_path / "few_step_unet.safetensors"
+    shutil.copy(next((folders("sd1") / "unet").glob("*.safetensors")), file)
+    name = "diffusion_pytorch_model.safetensors"
+    words = f"copy it into a new one as {name}, and unet/config.json of the model it goes with beside it"
+    refused(folders("sd1"), f"is a file; a folder .*: {words}", unet=file)
+    refused(file, f"a unet alone is given as unet= .*: {words}", folders("sd1"))
+
+
+@pytest.mark.parametrize("keys", ["whole", "part", "bare", "diffusers"])
+def test_a_vae_may_be_a_file(folders, written, tmp_path, monkeypatch, keys):
+    """With the config of the model's own, from a folder or beside a file, and from the hub."""
+    (_, params), path = written("sd1")
+    file = tmp_path / "a" / "vae.safetensors"
+    file.parent.mkdir()
+    if keys == "diffusers":
+        shutil.copy(next((folders("sd1") / "vae").glob("*.safetensors")), file)
+    else:
+        extra = {"loss.logvar": np.zeros(1, np.float32), "model_ema.decay": np.zeros(1, np.float32)}
+        added = {(VAE if keys == "part" else "") + key: x for key, x in extra.items()}
+        rewrite(path, file, lambda tensors: alone(tensors, VAE, keys) | added)
+    other = rewrite(path, tmp_path / "b.safetensors", lambda t: {k: x for k, x in t.items() if not k.startswith(VAE)})
+    folder = Path(shutil.copytree(folders("sd1"), tmp_path / "folder"))
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    for source, config in ((folder, None), (other, folders("sd1"))):
+        pipeline, found = load_pipeline(source, config=config, vae=file)
+        same_trees(found["vae"], params["vae"])
+        assert pipeline.vae == load_pipeline(folders("sd1"), weights=False)[0].vae
+    if keys != "bare":
+        return
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, revision: str(file))
+    same_trees(load_pipeline(folder, vae="owner/name/vae.safetensors")[1]["vae"], params["vae"])
+    with pytest.raises(LcmError, match="holds a VAE without its config, and there is no model beside it: make it in"):
+        load_vae(file)
+    tiny.torch_tiny_vae().save_pretrained(folder / "vae")
+    refused(folder, "holds a VAE without its config, and the model's own is an AutoencoderTiny: make it", vae=file)
+    cut = rewrite(file, tmp_path / "a" / "cut.safetensors", lambda t: {k: x for k, x in t.items() if "mid." not in k})
+    refused(folders("sd1"), "vae.* does not fit its config: .* missing .decoder.mid_block.*; take both from", vae=cut)
+    shutil.copy(folders("sd1") / "vae" / "config.json", file.parent)
+    refused(folders("sd1"), f"is a file; .*: give its folder, {file.parent}", vae=file)
 
 
 def test_targets_that_are_refused(written, tmp_path):

@@ -51,6 +51,11 @@ def as_folder(path: Path, part: str) -> str:
     """What to do with a file of one part ("unet" or "vae"), which is read from a folder."""
     if (path.parent / "config.json").is_file():
         return f"give its folder, {path.parent}"
+    with safetensors_io.open_file(path) as file:
+        in_diffusers_names = any(key.startswith("down_blocks.") for key in file.shapes)
+    if in_diffusers_names:
+        name = safetensors_io.file_name(safetensors_io.DIFFUSERS_NAME, None)
+        return f"copy it into a new one as {name}, and {part}/config.json of the model it goes with beside it"
     (kind, content), folder = _TO_FOLDER[part], path.with_suffix("")
     return (
         "make it in an environment with torch, MODEL being a diffusers folder or hub id of the model it goes with: "

@@ -58,7 +58,7 @@ from lcm_jax.typed import config_of
 SD2_GUESS, SD2_LARGEST_OF_EPSILON = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 
 # Part that `load_single_file` can take from elsewhere -> the first key in a file of its own, and behind its prefix.
-_FIRST = {"unet": "input_blocks.0.0.weight", "vae": "encoder.conv_in.weight"}
+_FIRST = {"unet": "input_blocks.0.0.weight", "vae": spellings.FIRST_OF_VAE}
 _FIRST_KEYS = {"unet": UNET + _FIRST["unet"], "vae": VAE + _FIRST["vae"]}
 
 
@@ -180,8 +180,12 @@ def load_single_file(
         stored = spellings.original(file)
         family = _family(stored.shapes, path, others)
         folder = _config_folder(config, family, path)
-        replaced = diffusers_folder.load_parts(others, variant, dtype, param_dtype, put, read, change=change)
-        configs = _configs(None if config is None else folder, family, stored, replaced)
+        given = None if config is None else folder
+        own_vae = functools.partial(_config, given, "vae/config.json", functools.partial(family.config, "vae"))
+        replaced = diffusers_folder.load_parts(
+            others, variant, dtype, param_dtype, put, read, change=change, own_vae=own_vae
+        )
+        configs = _configs(given, family, stored, replaced)
         configs |= {part: to_config(module) for part, (module, _) in replaced.items()}
         noise = schedule.from_config(configs["scheduler"])
         if unet:
@@ -196,7 +200,7 @@ def load_single_file(
         named = path if config is None else f"{path} with the configs of {config}"
         diffusers_folder.check_parts(modules, named, others)
         if vae and "vae" in read:
-            diffusers_folder.warn_of_scale(modules["vae"], family.config("vae"), path, vae)
+            diffusers_folder.warn_of_scale(modules["vae"], own_vae(), path, vae)
         record = diffusers_folder.folder_record(unet, "unet" in read) if unet else _record(file)
         with config_of(path):
             pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
@@ -249,13 +253,15 @@ def _instead(shapes: Mapping[str, Shape], path: Path) -> str:
     """What to do with a file that is no checkpoint of a model."""
     if any("lora" in key for key in shapes):
         return "a LoRA is given beside a model (--lora)"
+    known = {part: {key, f"diffusion_model.{key}", _FIRST_KEYS[part]} for part, key in _FIRST.items()}
+    known["unet"].add("conv_norm_out.weight")  # in diffusers' names
+    parts = [part for part, keys_of_part in known.items() if keys_of_part & shapes.keys()]
+    if len(parts) == 1 and not (parts == ["vae"] and any(key.startswith(UNET) for key in shapes)):
+        given = f"a {parts[0]} alone is given as {hub.ARGUMENTS[parts[0]]} beside a model"
+        return given if spellings.is_vae(path) else f"{given}, as a folder: {hub.as_folder(path, parts[0])}"
     if any("down_blocks." in key for key in shapes):
         return "it is a part of a diffusers folder: give the folder"
-    parts = [part for part, key in _FIRST.items() if {key, f"diffusion_model.{key}", _FIRST_KEYS[part]} & shapes.keys()]
-    if len(parts) != 1 or (parts == ["vae"] and any(key.startswith(UNET) for key in shapes)):
-        return "give a whole checkpoint of one of these, or a diffusers folder"
-    part = parts[0]
-    return f"a {part} alone is given as {hub.ARGUMENTS[part]} beside a model, as a folder: {hub.as_folder(path, part)}"
+    return "give a whole checkpoint of one of these, or a diffusers folder"
 
 
 def _check_known(family: Family, shapes: Mapping[str, Shape], path: Path, unet_replaced: bool) -> None:
@@ -287,6 +293,12 @@ def _subfolder(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder / name.removesuffix("_2")
 
 
+def _config(folder: Path | None, name: str, default: Callable[[], Config]) -> Config:
+    """The JSON file `name` of a folder, else the default."""
+    there = folder is not None and os.path.lexists(folder / name)  # a broken link is an error
+    return foreign.read_json(folder / name) if there else default()
+
+
 def _configs(
     folder: Path | None, family: Family, weights: Weights, replaced: Collection[str] = ()
 ) -> dict[str, Config]:
@@ -294,11 +306,7 @@ def _configs(
 
     Also "scheduler" and "model_index".
     """
-
-    def of(name: str, default: Callable[[], Config]) -> Config:
-        there = folder is not None and os.path.lexists(folder / name)  # a broken link is an error
-        return foreign.read_json(folder / name) if there else default()
-
+    of = functools.partial(_config, folder)
     index = of("model_index.json", lambda: family.model_index)
     has_scheduler = folder is not None and os.path.lexists(folder / SCHEDULER)
     given = diffusers_folder.scheduler_config(folder, index) if has_scheduler else None

@@ -58,7 +58,7 @@ def load(
       loras: merged in, one or several: "FILE", "FILE:WEIGHT" or (file, weight); files, folders or hub ids.
       embeddings: textual inversions, one or several: "FILE" or "NAME=FILE" (`pretrained.embeddings`); prompts use them
         by name.
-      unet, vae: folders or hub ids of a UNet or a VAE to use instead; for the VAE also the file of a TAESD.
+      unet, vae: folders or hub ids of a UNet or a VAE to use instead; of the VAE also a file (see `load_pipeline`).
       variant: weight files to read, such as "fp16".
       model_config: for a single file: folder or hub id with its tokenizers and configs.
       dtype: that the networks compute in, and hold their weights in (`layers.dtypes_in_use`): "float32", "bfloat16",
