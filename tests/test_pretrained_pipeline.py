@@ -418,6 +418,14 @@ def test_only_what_is_needed_is_fetched(monkeypatch, tmp_path, sd1):
     ]
 
 
+def test_of_a_vae_that_is_replaced_the_config_alone_is_fetched(monkeypatch, tmp_path, caplog):
+    """A VAE of another scale is reported, too."""
+    fetched = fake_hub(monkeypatch, tiny.folder("sd1"), tmp_path / "cache")
+    load_pipeline("owner/name", vae=tiny.folder("sdxl"))
+    assert [name for name in fetched if name.startswith("vae/")] == ["vae/config.json"]
+    assert "has scaling_factor 0.13025, that of owner/name 0.18215" in caplog.text
+
+
 def test_a_part_without_the_variant_is_fetched_without_it(monkeypatch, tmp_path, mixed):
     """And nothing twice: the UNet's float32 weights stay on the hub."""
     shutil.copy(tiny.folder("sd1") / "unet" / "diffusion_pytorch_model.safetensors", mixed / "unet")
