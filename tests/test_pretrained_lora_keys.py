@@ -187,6 +187,7 @@ def kohya(name="sd1", **changes):
 
 
 STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 PEFT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
@@ -200,7 +201,13 @@ PEFT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         ({f"{STEM}.lokr_w1": DOWN}, {}, "is a LoKr"),
         (kohya(**{f"{STEM}.dora_scale": UP}), {}, "is a DoRA"),
         ({f"{PEFT}.lora_magnitude_vector": UP}, {}, "is a DoRA"),
-        (kohya(**{f"{STEM}.lora_mid.weight": DOWN}), {}, "is a LoCon with CP decomposition"),
+        (kohya(**{f"{STEM}.lora_mid.weight": DOWN}), {}, r"1 of \d+ keys match no layer of this model .*lora_mid"),
+        ({f"{CONV}.lora_mid.weight": DOWN}, {}, "1 keys lack a factor of their layer"),
+        (
+            {f"{CONV}.lora_{x}.weight": t for x, t in (("down", DOWN), ("mid", DOWN), ("up", UP))},
+            {},
+            r"conv1 \[4, 32\], \[4, 32\], \[32, 4\] for \[32, 32, 3, 3\]",
+        ),
         (
             kohya(**{f"lora_unet_a_{i:02}.alpha": np.float32(1) for i in range(12)}),
             {},

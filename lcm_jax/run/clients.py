@@ -272,7 +272,7 @@ MEASURED = (
     "it applies all 834 tensors; that changes the image by 20/255 on average. `lora-peft` gives the same image.",
     "LyCORIS 4.1.3 (`make test-clients`): its LoCon files for UNet and text encoder, also rank-stabilized or with a "
     "scalar, give the change that LyCORIS computes to 2e-7 of its largest; norms and whole matrices are read "
-    "as they are; Tucker, DoRA, LoHa, LoKr and OFT are refused by name.",
+    "as they are; DoRA, LoHa, LoKr and OFT are refused by name.",
     "ComfyUI and lcm_jax (by hand, from the same noise): images of SD 1.5, SD 2.1, Vega and tiny-sd differ by 2e-6 to "
     "3e-6 of 1; a LoRA of SD 1.5 is merged bit for bit; what it saves is read back unchanged.",
     "kohya sd-scripts 48d368f (by hand): every key of its LoRAs of SD 1.5, SD 2.1 and SDXL is read, B A bit for bit.",
