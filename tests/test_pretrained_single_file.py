@@ -856,7 +856,7 @@ def test_a_unet_in_diffusers_names_needs_a_config_alone(folders, tmp_path):
 
 
 @pytest.mark.parametrize("keys", ["whole", "part", "bare", "diffusers"])
-def test_a_vae_may_be_a_file(folders, written, tmp_path, monkeypatch, keys):
+def test_a_vae_may_be_a_file(folders, written, tmp_path, monkeypatch, warnings, keys):
     """With the config of the model's own, from a folder or beside a file, and from the hub."""
     (_, params), path = written("sd1")
     file = tmp_path / "a" / "vae.safetensors"
@@ -873,7 +873,10 @@ def test_a_vae_may_be_a_file(folders, written, tmp_path, monkeypatch, keys):
     for source, config in ((folder, None), (other, folders("sd1"))):
         pipeline, found = load_pipeline(source, config=config, vae=file)
         same_trees(found["vae"], params["vae"])
-        assert pipeline.vae == load_pipeline(folders("sd1"), weights=False)[0].vae
+        assert pipeline.vae == load_pipeline(folders("sd1"), weights=False)[0].vae and not warnings
+    file = file.rename(file.with_name("sdxl_vae.safetensors"))
+    load_pipeline(folders("sd1"), vae=file)
+    assert len(warnings) == 1 and "by its name, for another family" in warnings[0]
     if keys != "bare":
         return
     import huggingface_hub

@@ -180,7 +180,7 @@ def warn_of_scale(vae: nn.Module, own: Config, source: str | Path, other: str | 
     if class_name(own, "AutoencoderKL") != "AutoencoderKL":
         return  # a tiny one takes them as the UNet does
     factor = own.get("scaling_factor", AutoencoderKL.scaling_factor)
-    if not isinstance(vae, AutoencoderKL):
+    if not isinstance(vae, AutoencoderKL) or hub.is_single_file(other):
         if taesd_file.is_xl(other) not in (None, factor == _XL_FACTOR):
             logging.warning("%s is, by its name, for another family than %s: if so, colours are wrong", other, source)
     elif vae.scaling_factor != factor:

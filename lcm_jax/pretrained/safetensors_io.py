@@ -58,7 +58,8 @@ _CONVERT = (
     "is pickled, which can run code, and is not opened; convert it once, in an environment with torch: "
     "python -c \"import torch, safetensors.torch as s; t = torch.load('{0}', weights_only=True); "
     "s.save_file({{k: v.clone().contiguous() for k, v in t.get('state_dict', t).items() if hasattr(v, 'clone')}}, "
-    "'{1}-converted.safetensors')\"; use that file in its place"
+    "'{1}-converted.safetensors')\"; use that file in its place. If torch refuses it, as it does objects of "
+    "pytorch_lightning, and you trust its source: weights_only=False"
 )
 # Files of other kinds under a weight file's name: how they begin -> what is wrong, and the way out.
 _OTHERS = (

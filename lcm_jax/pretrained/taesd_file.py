@@ -33,9 +33,11 @@ def is_taesd(path: Path) -> bool:
 
 
 def is_xl(source: str | Path) -> bool | None:
-    """Whether the name of a file or folder says that it is for SDXL, which tensors do not show; None: neither."""
+    """Whether the name of a VAE's file or folder says that it is for SDXL, which tensors do not show; None: neither."""
     name = str(source).lower()
-    return "taesdxl" in name if "taesd" in name else None
+    if "taesd" in name:
+        return "taesdxl" in name
+    return True if re.search(r"xl[^/\\]*$", name) else None
 
 
 @contextlib.contextmanager
