@@ -287,6 +287,15 @@ def test_a_single_file_teacher_equals_the_folder_that_it_was_made_from(teacher, 
     assert run_models.shapes(config).student_params == shapes
 
 
+def test_lcf_of_a_single_file_equals_that_of_its_folder(lcm, tmp_path):
+    record = {RECORD: (lcm / RECORD).read_text()}
+    file = save_single_file(*load_pipeline(lcm), tmp_path / "lcm.safetensors", dtype=np.float32, metadata=record)
+    lcf = {"objective": "lcf", "distill__w_embedding_dim": DIM}
+    models = load(make_config(None, **lcf, model__student=str(file), model__config=str(lcm)))
+    expected = load(make_config(None, **lcf, model__student=str(lcm)))
+    assert models.student == expected.student and same(models.student_params["unet"], expected.student_params["unet"])
+
+
 def one_weight(folder: Path) -> None:
     """Changes one number in the middle of the folder's largest tensor."""
     (path,) = folder.glob("*.safetensors")

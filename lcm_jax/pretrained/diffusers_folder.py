@@ -205,8 +205,8 @@ def folder_record(source: str | Path, weights: bool = True) -> Config:
 
 
 def folder_scheduler(source: str | Path, weights: bool = True) -> Config:
-    """The same for scheduler_config.json."""
-    return _first_of(_local(source, [SCHEDULER], weights), SCHEDULER)
+    """The same for scheduler_config.json; {} of a single file."""
+    return {} if hub.is_single_file(source) else _first_of(_local(source, [SCHEDULER], weights), SCHEDULER)
 
 
 def _first_of(folder: Path, name: str) -> Config:
