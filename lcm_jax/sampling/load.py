@@ -159,7 +159,8 @@ def _read_loras(
     """(LoRAs with their weights, the record that joins those of the model and the LoRAs); see `add_loras`."""
     modules = lora_files.modules_of(pipeline)
     read = [(lora_files.read_lora(source, modules, ignore_unused), weight) for source, weight in loras]
-    of_loras = {source: read_record(source) for source, _ in loras}
+    # A folder may hold the file alone, without the lcm_config.json beside it: its header has the same.
+    of_loras = {source: read_record(source) or read_record(lora_files.locate(source)) for source, _ in loras}
     own = {**pipeline.record, "prediction_type": pipeline.schedule.prediction_type}
     for source, record in of_loras.items():
         try:
