@@ -431,10 +431,21 @@ def test_other_containers_are_refused(tmp_path, monkeypatch):
     refused(tmp_path / "two", "holds a.safetensors, b.safetensors; name one of them")
 
     def snapshot_download(repository, *, allow_patterns):
-        assert (repository, allow_patterns) == ("owner/name", [lora_files.FILE_NAME])
+        assert repository == "owner/name"
+        asked.append(allow_patterns)
         return tmp_path / "two"
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, file, revision: tmp_path / "two" / file)
+    asked = []
     refused("owner/name", "name one of them")
     assert read_lora("owner/name/b.safetensors", modules).parts.keys() == {"unet"}
+    # As peft saves one: its config has the alpha.
+    files = [lora_files.FILE_NAME, "adapter_model.safetensors", "adapter_config.json"]
+    assert asked == [files]
+    save(tmp_path / "two" / files[1], tensors_of("peft", factors(modules["unet"], ATTENTION), part="base_model.model"))
+    refused("owner/name", "adapter_config.json is missing")
+    (tmp_path / "two" / files[2]).write_text('{"lora_alpha": 6}')
+    for source in ("owner/name", "owner/name/adapter_model.safetensors"):
+        assert set(read_lora(source, modules).scales("unet").values()) == {1.5}
+    assert asked == [files] * 3 + [["*adapter_config.json"]]
