@@ -537,6 +537,25 @@ def test_marks_of_v_prediction_and_zero_snr(folders, written, tmp_path, warnings
     assert noise_of(path, agreeing) == expected and len(warnings) == doubt
 
 
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ('model:\n  params:\n    parameterization: "v"\n    linear_start: 0.00085\n', "v_prediction"),
+        ("      target: sgm.modules.diffusionmodules.denoiser_scaling.VScaling # of SDXL\n", "v_prediction"),
+        ("      target: sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling\n", "epsilon"),
+        ('parameterization: "eps"\n# parameterization: v\n', "epsilon"),
+    ],
+)
+def test_the_config_of_a1111_beside_a_file_is_a_mark(folders, written, tmp_path, warnings, text, kind):
+    header = {"modelspec.prediction_type": "epsilon"}
+    path, bare = tmp_path / "x.safetensors", without("scheduler", folders("sd1"), tmp_path / "bare")
+    rewrite(written("sd1")[1], path, empty(), header)
+    path.with_suffix(".yaml").write_text(text)
+    assert noise_of(path, bare).prediction_type == kind
+    said = "has a x.yaml (.*), but its header modelspec.prediction_type 'epsilon'; v_prediction is used"
+    assert [bool(re.search(said, text)) for text in warnings] == [True] * (kind == "v_prediction")
+
+
 def test_marks_against_a_scheduler_with_other_betas(folders, written, tmp_path, warnings):
     """The folder's betas stay, because the marks do not concern them. A missing mark contradicts nothing."""
     folder = Path(shutil.copytree(folders("sd1"), tmp_path / "folder"))
