@@ -451,6 +451,22 @@ def test_hub_repositories_of_one_part(monkeypatch, tmp_path):
     assert sorted(fetched) == ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
 
 
+def test_what_is_no_pipeline_says_how_it_is_given(monkeypatch, tmp_path):
+    """A UNet alone, a folder and a repository with single files."""
+    unet = tiny.folder("lcm") / "unet"
+    words = r"holds a single model .*, or this UNet with unet= \(--unet\) beside a whole model$"
+    fake_hub(monkeypatch, unet, tmp_path / "cache")
+    for source in (unet, "owner/name"):
+        with pytest.raises(LcmError, match=words):
+            load_pipeline(source)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "x.safetensors").touch()
+    fake_hub(monkeypatch, tmp_path / "models", tmp_path / "empty")
+    for source, file in ((tmp_path / "models", r"files \(x"), ("owner/name", "file of it, owner/name/FILE")):
+        with pytest.raises(LcmError, match=rf"has no model_index.json; .*, or one \w*.*{file}.safetensors"):
+            load_pipeline(source)
+
+
 def test_the_conversion_of_pickles_names_the_hub_repository(monkeypatch, tmp_path, sd1):
     (sd1 / "unet" / "diffusion_pytorch_model.safetensors").rename(sd1 / "unet" / "diffusion_pytorch_model.bin")
     fake_hub(monkeypatch, sd1, tmp_path / "models--owner--name" / "snapshots" / "0123")

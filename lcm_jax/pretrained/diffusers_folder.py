@@ -302,7 +302,7 @@ def part_folder(source: str | Path, part: str, variant: str | None, weights: boo
 
 def _pipeline_patterns(read: Collection[str], variant: str | None) -> list[str]:
     """Globs of what a pipeline needs: configs, also of parts that are replaced, and the weights of those to `read`."""
-    patterns = ["model_index.json", RECORD, SCHEDULER]
+    patterns = ["model_index.json", "config.json", RECORD, SCHEDULER]  # config.json: of what is no pipeline
     patterns += TOKENIZER_PATTERNS
     for part in PARTS:
         tensors = safetensors_io.download_patterns(weights_name(part), variant) if part in read else []
@@ -318,11 +318,20 @@ def weights_name(part: str) -> str:
 def _model_index(folder: Path, source: str | Path, replaced: Collection[str]) -> Config:
     if not (folder / "model_index.json").is_file():
         if (folder / "config.json").is_file():
-            raise LcmError(f"{source} holds a single model without model_index.json; give the folder of its pipeline")
+            is_unet = class_name(foreign.read_json(folder / "config.json"), "") in _CLASSES["unet"]
+            beside = f", or this UNet with {hub.ARGUMENTS['unet']} beside a whole model" if is_unet else ""
+            problem = "holds a single model without model_index.json; give the folder of its pipeline"
+            raise LcmError(f"{source} {problem}{beside}")
         # In the hub's cache the model itself is further in.
         snapshots = sorted(str(path.parent) for path in folder.glob("snapshots/*/model_index.json"))
         inside = f"{' or '.join(snapshots[:3])}, " if snapshots else ""
-        raise LcmError(f"{source} has no model_index.json; give a diffusers folder, {inside}which holds that file")
+        alone = names.some([path.name for path in folder.glob(f"*{safetensors_io.SUFFIX}")])
+        alone = f", or one of its files ({alone})" if alone else ""
+        if name := hub.repository(str(source)):  # of which only what a diffusers folder needs was fetched
+            alone = f", or one file of it, {name}/FILE{safetensors_io.SUFFIX}"
+        raise LcmError(
+            f"{source} has no model_index.json; give a diffusers folder, {inside}which holds that file{alone}"
+        )
     index = foreign.read_json(folder / "model_index.json")
     if "unet" not in replaced and _class_in_index(index, "unet") is None:
         kind = index.get("_class_name")

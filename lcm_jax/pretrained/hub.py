@@ -49,7 +49,7 @@ def repository(source: str) -> str | None:
 
 def as_folder(path: Path, part: str) -> str:
     """What to do with a file of one part ("unet" or "vae"), which is read from a folder."""
-    if (path.parent / "config.json").is_file():
+    if safetensors_io.is_of_folder(path):
         return f"give its folder, {path.parent}"
     with safetensors_io.open_file(path) as file:
         in_diffusers_names = any(key.startswith("down_blocks.") for key in file.shapes)

@@ -94,6 +94,11 @@ def file_name(name: str, variant: str | None) -> str:
     return f"{name}.{variant}{SUFFIX}" if variant else f"{name}{SUFFIX}"
 
 
+def is_of_folder(path: Path) -> bool:
+    """Whether a file is that of a UNet's or VAE's folder in diffusers format, whose config is beside it."""
+    return path.name.startswith(DIFFUSERS_NAME) and (path.parent / "config.json").is_file()
+
+
 def download_patterns(name: str, variant: str | None) -> list[str]:
     """Globs of every file that may belong to these weights, in today's and in the old spelling of shards."""
     shard = "-?????-of-?????"
