@@ -34,7 +34,7 @@ from lcm_jax.ending import exit_code
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import RECORD, Pipeline, lora_files, save_pipeline, save_single_file, save_unet
 from lcm_jax.pretrained.model import PipelineParams, fold_w
-from lcm_jax.pretrained.safetensors_io import check_file
+from lcm_jax.pretrained.safetensors_io import SUFFIX, check_file
 from lcm_jax.pretrained.save import all_or_nothing, check_folder, lcm_scheduler_config, lora_header, scheduler_class
 from lcm_jax.run.config import from_saved, validate
 from lcm_jax.run.keys import MODELS_FILE
@@ -175,7 +175,10 @@ def card_of(out: Path) -> Path:
 
 
 def check_out(out: Path, form: str, needed: int = 0) -> None:
-    """Raises LcmError if `needed` bytes cannot be written to `out`."""
+    """Raises LcmError if `needed` bytes cannot be written to `out`, or it has the name of another format's."""
+    if form != "single-file" and out.suffix == SUFFIX:
+        instead = f"a name without {SUFFIX}, or --format=single-file for a whole model in one file"
+        raise LcmError(f"--out={out}: --format={form} writes a folder; choose {instead}")
     if form != "single-file":
         check_folder(out, needed)
         return
