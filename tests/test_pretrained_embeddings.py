@@ -25,6 +25,7 @@ def pipeline(name: str):
         ("sd1", {"emb_params": ONE}, "File"),
         ("sd1", {"<cat-toy>": ONE}, "<cat-toy>"),
         ("sd1", {"star": ONE[0]}, "star"),
+        ("sd1", {"*": ONE}, "File"),
         ("sd2", {"emb_params": ONE.astype(np.float16)}, "File"),
         ("sdxl", {"clip_l": ONE, "clip_g": TWO}, "File"),
         ("sdxl", {"text_encoders_0": ONE, "text_encoders_1": TWO}, "File"),
@@ -90,7 +91,10 @@ def test_names_and_files_that_cannot_be_are_one_line(tmp_path):
             read_embeddings(pipeline("sd1"), given)
 
 
-@pytest.mark.parametrize("content", [{"string_to_param": {"*": ONE}, "name": "x", "step": 9}, {"<x>": ONE}])
+XL = {"clip_l": ONE, "clip_g": TWO}
+
+
+@pytest.mark.parametrize("content", [{"string_to_param": {"*": ONE}, "name": "x", "step": 9}, {"<x>": ONE}, XL])
 @pytest.mark.parametrize("suffix", [".pt", ".bin"])
 def test_pickled_files_are_refused_with_a_command_that_converts_them(content, suffix, tmp_path):
     file = tmp_path / f"x{suffix}"
@@ -104,5 +108,6 @@ def test_pickled_files_are_refused_with_a_command_that_converts_them(content, su
     with pytest.raises(BadArgument, match="is pickled, which can run code, and is not opened") as error:
         read_embeddings(pipeline("sd1"), [str(file)])
     exec(re.search(r'python -c "(.*)"$', str(error.value))[1])
-    found = read_embeddings(pipeline("sd1"), [str(file.with_suffix(".safetensors"))])
-    assert (found["x"].vectors["text_encoder"] == ONE).all()
+    model = pipeline("sdxl" if content is XL else "sd1")
+    found = read_embeddings(model, [str(file.with_suffix(".safetensors"))])["x"].vectors
+    assert [*map(np.ndarray.tolist, found.values())] == [ONE.tolist(), TWO.tolist()][: len(found)]

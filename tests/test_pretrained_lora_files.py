@@ -402,6 +402,26 @@ def test_1x1_layers_in_either_form(tmp_path):
         same_lora(one, three)
 
 
+def test_a_third_factor_between_the_two(tmp_path):
+    """LyCORIS' Tucker form. Oracle: sum over p, q of B[o p] M[p q kh kw] A[q i], beside a convolution without it."""
+    base, params = tiny.loaded("sd1")
+    found = factors(base.unet, ("conv1", "conv2"), rank=3)
+    tensors, generator = tensors_of("kohya", found, 6.0), np.random.default_rng(2)
+    before, wanted = names.to_torch(base.unet, params["unet"]), {}
+    for name, (a, b) in found.items():
+        delta = np.einsum("opxy,pikl->oikl", b, a)
+        if name.endswith("conv1"):
+            mid = generator.normal(size=(3, 3, *a.shape[2:])).astype(np.float32)
+            stem, down = lora_keys.underscored(name), a[..., :1, :1]
+            tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_mid.weight": mid}
+            delta = np.einsum("opxy,pqkl,qiuv->oikl", b, mid, down)
+        wanted[f"{name}.weight"] = before[f"{name}.weight"] + 0.5 * 6 / 3 * delta
+    got = read_lora(save(tmp_path / "x.safetensors", tensors), modules_of(base))
+    merged = names.to_torch(base.unet, merge_into(base, params, [(got, 0.5)])["unet"])
+    for key, value in merged.items():
+        parity.close(value, wanted.get(key, before[key]), atol=5e-6)
+
+
 def test_what_a_file_adds_without_factors(tmp_path, caplog):
     """Norms, biases and whole matrices of LyCORIS, peft and ComfyUI. Oracle: torch tensors plus weight * difference."""
     base, params = tiny.loaded("sd1")

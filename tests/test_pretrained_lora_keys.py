@@ -187,6 +187,7 @@ def kohya(name="sd1", **changes):
 
 
 STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 PEFT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
@@ -200,7 +201,13 @@ PEFT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         ({f"{STEM}.lokr_w1": DOWN}, {}, "is a LoKr"),
         (kohya(**{f"{STEM}.dora_scale": UP}), {}, "is a DoRA"),
         ({f"{PEFT}.lora_magnitude_vector": UP}, {}, "is a DoRA"),
-        (kohya(**{f"{STEM}.lora_mid.weight": DOWN}), {}, "is a LoCon with CP decomposition"),
+        (kohya(**{f"{STEM}.lora_mid.weight": DOWN}), {}, r"1 of \d+ keys match no layer of this model .*lora_mid"),
+        ({f"{CONV}.lora_mid.weight": DOWN}, {}, "1 keys lack a factor of their layer"),
+        (
+            {f"{CONV}.lora_{x}.weight": t for x, t in (("down", DOWN), ("mid", DOWN), ("up", UP))},
+            {},
+            r"conv1 \[4, 32\], \[4, 32\], \[32, 4\] for \[32, 32, 3, 3\]",
+        ),
         (
             kohya(**{f"lora_unet_a_{i:02}.alpha": np.float32(1) for i in range(12)}),
             {},
@@ -424,10 +431,21 @@ def test_other_containers_are_refused(tmp_path, monkeypatch):
     refused(tmp_path / "two", "holds a.safetensors, b.safetensors; name one of them")
 
     def snapshot_download(repository, *, allow_patterns):
-        assert (repository, allow_patterns) == ("owner/name", [lora_files.FILE_NAME])
+        assert repository == "owner/name"
+        asked.append(allow_patterns)
         return tmp_path / "two"
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, file, revision: tmp_path / "two" / file)
+    asked = []
     refused("owner/name", "name one of them")
     assert read_lora("owner/name/b.safetensors", modules).parts.keys() == {"unet"}
+    # As peft saves one: its config has the alpha.
+    files = [lora_files.FILE_NAME, "adapter_model.safetensors", "adapter_config.json"]
+    assert asked == [files]
+    save(tmp_path / "two" / files[1], tensors_of("peft", factors(modules["unet"], ATTENTION), part="base_model.model"))
+    refused("owner/name", "adapter_config.json is missing")
+    (tmp_path / "two" / files[2]).write_text('{"lora_alpha": 6}')
+    for source in ("owner/name", "owner/name/adapter_model.safetensors"):
+        assert set(read_lora(source, modules).scales("unet").values()) == {1.5}
+    assert asked == [files] * 3 + [["*adapter_config.json"]]

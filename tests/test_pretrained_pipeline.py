@@ -16,7 +16,7 @@ from absl import logging
 from flax import traverse_util
 
 from lcm_jax.errors import LcmError, UnsupportedConfig
-from lcm_jax.pretrained import load_pipeline, load_unet, load_vae, names, read_record
+from lcm_jax.pretrained import hub, load_pipeline, load_unet, load_vae, names, read_record
 
 edit = tiny.change_json
 
@@ -358,6 +358,36 @@ def fake_hub(monkeypatch, folder: Path, target: Path) -> list[str]:
     return fetched
 
 
+def test_what_users_paste_of_the_hub(monkeypatch, tmp_path):
+    """Names and addresses, with the escapes of a browser; and a path that looks like a name is one if it is there."""
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **more: asked.append((name, more.get("revision"))) or "x"
+    )
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, **more: asked.append((*names, more)) or "x")
+    page = "https://huggingface.co/owner/na.me"
+    for source in ("owner/na.me", page, f"{page}/", f"{page}/tree/refs%2Fpr%2F1", "http://hf.co/owner/na.me?x=1"):
+        hub.local_folder(source, ["*"])
+        assert hub.repository(source) == "owner/na.me"
+    assert asked == [("owner/na.me", revision) for revision in (None, None, None, "refs/pr/1", None)]
+    asked.clear()
+    address = f"{page}/resolve/refs%2Fpr%2F1/a/My%20Model.safetensors?download=true"
+    for source in (address, "owner/na.me/a%20.safetensors"):
+        hub.local_file(source)
+        assert hub.repository(source) == "owner/na.me"
+    assert asked == [
+        ("owner/na.me", "a/My Model.safetensors", {"revision": "refs/pr/1"}),
+        ("owner/na.me", "a%20.safetensors", {"revision": None}),
+    ]
+    for source in ("https://hf.co/datasets/owner/name", "https://example.org/owner/name", "owner/name/", "name"):
+        assert hub.repository(source) is None
+        with pytest.raises(LcmError, match="does not exist; give a folder"):
+            hub.local_folder(source, ["*"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "na.me").mkdir(parents=True)
+    assert hub.repository("owner/na.me") is None
+
+
 def test_only_what_is_needed_is_fetched(monkeypatch, tmp_path, sd1):
     for name in (
         "unet/diffusion_pytorch_model.bin",
@@ -388,6 +418,14 @@ def test_only_what_is_needed_is_fetched(monkeypatch, tmp_path, sd1):
     ]
 
 
+def test_of_a_vae_that_is_replaced_the_config_alone_is_fetched(monkeypatch, tmp_path, caplog):
+    """A VAE of another scale is reported, too."""
+    fetched = fake_hub(monkeypatch, tiny.folder("sd1"), tmp_path / "cache")
+    load_pipeline("owner/name", vae=tiny.folder("sdxl"))
+    assert [name for name in fetched if name.startswith("vae/")] == ["vae/config.json"]
+    assert "has scaling_factor 0.13025, that of owner/name 0.18215" in caplog.text
+
+
 def test_a_part_without_the_variant_is_fetched_without_it(monkeypatch, tmp_path, mixed):
     """And nothing twice: the UNet's float32 weights stay on the hub."""
     shutil.copy(tiny.folder("sd1") / "unet" / "diffusion_pytorch_model.safetensors", mixed / "unet")
@@ -411,6 +449,22 @@ def test_hub_repositories_of_one_part(monkeypatch, tmp_path):
     fetched = fake_hub(monkeypatch, tiny.folder("lcm"), tmp_path / "whole")
     load_vae("owner/name")
     assert sorted(fetched) == ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+
+
+def test_what_is_no_pipeline_says_how_it_is_given(monkeypatch, tmp_path):
+    """A UNet alone, a folder and a repository with single files."""
+    unet = tiny.folder("lcm") / "unet"
+    words = r"holds a single model .*, or this UNet with unet= \(--unet, .*\) beside a whole model$"
+    fake_hub(monkeypatch, unet, tmp_path / "cache")
+    for source in (unet, "owner/name"):
+        with pytest.raises(LcmError, match=words):
+            load_pipeline(source)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "x.safetensors").touch()
+    fake_hub(monkeypatch, tmp_path / "models", tmp_path / "empty")
+    for source, file in ((tmp_path / "models", r"files \(x"), ("owner/name", "file of it, owner/name/FILE")):
+        with pytest.raises(LcmError, match=rf"has no model_index.json; .*, or one \w*.*{file}.safetensors"):
+            load_pipeline(source)
 
 
 def test_the_conversion_of_pickles_names_the_hub_repository(monkeypatch, tmp_path, sd1):

@@ -95,7 +95,7 @@ def test_files_that_cannot_be_used_are_one_line(state, tmp_path):
     with pytest.raises(LcmError, match="pickled, which can run code, and is not opened; convert it once"):
         load_vae(tmp_path / "taesd_decoder.pth")
     save_file({"encoder.conv_in.weight": np.zeros(3, np.float32)}, tmp_path / "kl.safetensors")
-    with pytest.raises(LcmError, match="is a file; a folder in diffusers format is needed here"):
+    with pytest.raises(LcmError, match="holds a VAE without its config, and there is no model beside it"):
         load_vae(tmp_path / "kl.safetensors")
 
 

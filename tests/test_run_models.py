@@ -231,7 +231,7 @@ def test_lcf_needs_the_constants_of_the_lcm(lcm, changes, words):
 
 
 def test_models_that_do_not_go_together(teacher, lcm, tmp_path):
-    with pytest.raises(LcmError, match=r"holds a single model .*a UNet alone goes .* config.model.student"):
+    with pytest.raises(LcmError, match=r"holds a single model .*, or this UNet with .*config.model.student"):
         load(make_config(None, objective="lcf", model__student=str(lcm / "unet"), distill__w_embedding_dim=DIM))
     of_v = make_lcm(teacher, tmp_path / "v", prediction_type="v_prediction", solver_steps=50)
     with pytest.raises(LcmError, match=r"lcm_config.json says v_prediction, but .* used with epsilon"):
@@ -285,6 +285,15 @@ def test_a_single_file_teacher_equals_the_folder_that_it_was_made_from(teacher, 
     assert models.student == expected.student and same(models.student_params["unet"], expected.student_params["unet"])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), models.student_params)
     assert run_models.shapes(config).student_params == shapes
+
+
+def test_lcf_of_a_single_file_equals_that_of_its_folder(lcm, tmp_path):
+    record = {RECORD: (lcm / RECORD).read_text()}
+    file = save_single_file(*load_pipeline(lcm), tmp_path / "lcm.safetensors", dtype=np.float32, metadata=record)
+    lcf = {"objective": "lcf", "distill__w_embedding_dim": DIM}
+    models = load(make_config(None, **lcf, model__student=str(file), model__config=str(lcm)))
+    expected = load(make_config(None, **lcf, model__student=str(lcm)))
+    assert models.student == expected.student and same(models.student_params["unet"], expected.student_params["unet"])
 
 
 def one_weight(folder: Path) -> None:

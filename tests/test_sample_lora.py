@@ -6,6 +6,7 @@ The oracle is a torch diffusers pipeline with LCMScheduler, from the same latent
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -204,6 +205,9 @@ def test_add_loras_joins_the_records(lora_files, tmp_path):
     found = lora_kit.factors(pipeline.unet, ("to_q",), rank=2)
     path = lora_kit.save(tmp_path / "b.safetensors", lora_kit.tensors_of("kohya", found, alpha=2.0), **header)
     assert constants(path) == (25, 10.0)
+    (tmp_path / "alone").mkdir()
+    shutil.copy(path, tmp_path / "alone" / "pytorch_lora_weights.safetensors")
+    assert constants(tmp_path / "alone") == (25, 10.0)
     with pytest.raises(BadArgument, match=r"^lora=.*solver_steps is 20 for \S+, 25 for \S+; they cannot go together"):
         constants(folder, path)
     other = lora_with_record(tmp_path / "v", {"prediction_type": "v_prediction"})

@@ -8,7 +8,7 @@ checkers, feature extractors and Flax weights are ignored.
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from absl import logging
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from lcm_jax import assets, files, foreign
+from lcm_jax import assets, foreign
 from lcm_jax.diffusion import schedule
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models.config import class_name
 from lcm_jax.models.vae import AutoencoderKL
 from lcm_jax.pretrained import digests, hub, names, safetensors_io, taesd_file
+from lcm_jax.pretrained import single_file_spellings as spellings
 from lcm_jax.pretrained.model import (
     PARTS,
     RECORD,
@@ -61,8 +62,7 @@ def load_folder(
 ) -> tuple[Pipeline, PipelineParams]:
     """(pipeline, params) of a diffusers folder; see `load.load_pipeline`."""
     read, others = parts_read(weights), {part: other for part, other in (("unet", unet), ("vae", vae)) if other}
-    demanded = [part for part in PARTS if part not in others]
-    folder = _local(source, _pipeline_patterns(demanded, read, variant), bool(read))
+    folder = _local(source, _pipeline_patterns(read - others.keys(), variant), bool(read))
     with config_of(folder):
         index = _model_index(folder, source, others)
         encoders = _encoders(folder, index)
@@ -78,7 +78,7 @@ def load_folder(
         if part not in others and not (own / "config.json").exists():
             missing = f"{own / 'config.json'} is missing; the folder is incomplete"
             raise LcmError(f"{missing}: copy or download it again, or give another {part} with {hub.ARGUMENTS[part]}")
-        configs[part] = _config(folders[part], part)
+        configs[part] = _config(folders[part], part, functools.partial(foreign.read_json, own / "config.json"))
     for part, (name, kind) in encoders.items():
         folders[part] = folder / name
         configs[part] = _config(folders[part], part) | {"architectures": [kind]}
@@ -116,11 +116,15 @@ def load_parts(
     read: Collection[str],
     or_without: bool = False,
     change: PartChangeFn | None = None,
+    own_vae: Callable[[], Config] | None = None,
 ) -> dict[str, tuple[nn.Module, Params]]:
-    """Part -> (module, params), each from a source of its own; see `load.load_unet`. read: parts to read weights of."""
+    """Part -> (module, params), each from a source of its own; see `load.load_unet`.
+
+    read: parts to read weights of. own_vae: the config for the file of a VAE, which holds none.
+    """
     folders = {part: part_folder(source, part, variant, part in read) for part, source in sources.items()}
     modules = {
-        part: make_module(part, _config(folder, part), dtype, folder / "config.json")
+        part: make_module(part, _config(folder, part, own_vae), dtype, folder / "config.json")
         for part, folder in folders.items()
     }
     origins = {part: (source, folders[part]) for part, source in sources.items() if part in read}
@@ -176,7 +180,7 @@ def warn_of_scale(vae: nn.Module, own: Config, source: str | Path, other: str | 
     if class_name(own, "AutoencoderKL") != "AutoencoderKL":
         return  # a tiny one takes them as the UNet does
     factor = own.get("scaling_factor", AutoencoderKL.scaling_factor)
-    if not isinstance(vae, AutoencoderKL):
+    if not isinstance(vae, AutoencoderKL) or hub.is_single_file(other):
         if taesd_file.is_xl(other) not in (None, factor == _XL_FACTOR):
             logging.warning("%s is, by its name, for another family than %s: if so, colours are wrong", other, source)
     elif vae.scaling_factor != factor:
@@ -201,8 +205,8 @@ def folder_record(source: str | Path, weights: bool = True) -> Config:
 
 
 def folder_scheduler(source: str | Path, weights: bool = True) -> Config:
-    """The same for scheduler_config.json."""
-    return _first_of(_local(source, [SCHEDULER], weights), SCHEDULER)
+    """The same for scheduler_config.json; {} of a single file."""
+    return {} if hub.is_single_file(source) else _first_of(_local(source, [SCHEDULER], weights), SCHEDULER)
 
 
 def _first_of(folder: Path, name: str) -> Config:
@@ -282,9 +286,11 @@ def _local(source: str | Path, patterns: Sequence[str], weights: bool, part: str
 
 
 def part_folder(source: str | Path, part: str, variant: str | None, weights: bool) -> Path:
-    """Folder of one part: SOURCE/part if there is one, else SOURCE itself; or the file of a TAESD."""
-    if part == "vae" and taesd_file.is_taesd(file := files.expanded(source)):
-        return file
+    """Folder of one part: SOURCE/part if there is one, else SOURCE itself; or the file of a VAE."""
+    if part == "vae" and hub.is_single_file(source):
+        file = hub.local_file(source)
+        if taesd_file.is_taesd(file) or spellings.is_vae(file):
+            return file
     tensors = safetensors_io.download_patterns(weights_name(part), variant) if weights else []
     patterns = [prefix + pattern for prefix in ("", f"{part}/") for pattern in ("config.json", *tensors)]
     folder = _local(source, ["model_index.json", RECORD, *patterns], weights, part)
@@ -294,11 +300,11 @@ def part_folder(source: str | Path, part: str, variant: str | None, weights: boo
     return folder
 
 
-def _pipeline_patterns(parts: Iterable[str], read: Collection[str], variant: str | None) -> list[str]:
-    """Globs of what `parts` of a pipeline need: configs, and the weights of those that are `read`."""
-    patterns = ["model_index.json", RECORD, SCHEDULER]
+def _pipeline_patterns(read: Collection[str], variant: str | None) -> list[str]:
+    """Globs of what a pipeline needs: configs, also of parts that are replaced, and the weights of those to `read`."""
+    patterns = ["model_index.json", "config.json", RECORD, SCHEDULER]  # config.json: of what is no pipeline
     patterns += TOKENIZER_PATTERNS
-    for part in parts:
+    for part in PARTS:
         tensors = safetensors_io.download_patterns(weights_name(part), variant) if part in read else []
         patterns += [f"{part}/{file}" for file in ("config.json", *tensors)]
     return patterns
@@ -311,15 +317,21 @@ def weights_name(part: str) -> str:
 
 def _model_index(folder: Path, source: str | Path, replaced: Collection[str]) -> Config:
     if not (folder / "model_index.json").is_file():
-        alone = f"a UNet alone goes beside a whole model, with {hub.ARGUMENTS['unet']}"
         if (folder / "config.json").is_file():
+            is_unet = class_name(foreign.read_json(folder / "config.json"), "") in _CLASSES["unet"]
+            beside = f", or this UNet with {hub.ARGUMENTS['unet']} beside a whole model" if is_unet else ""
             problem = "holds a single model without model_index.json; give the folder of its pipeline"
-            raise LcmError(f"{source} {problem}; {alone}")
+            raise LcmError(f"{source} {problem}{beside}")
         # In the hub's cache the model itself is further in.
         snapshots = sorted(str(path.parent) for path in folder.glob("snapshots/*/model_index.json"))
         inside = f"{' or '.join(snapshots[:3])}, " if snapshots else ""
-        problem = f"has no model_index.json; give a diffusers folder, {inside}which holds that file"
-        raise LcmError(f"{source} {problem}; {alone}")
+        alone = names.some([path.name for path in folder.glob(f"*{safetensors_io.SUFFIX}")])
+        alone = f", or one of its files ({alone})" if alone else ""
+        if name := hub.repository(str(source)):  # of which only what a diffusers folder needs was fetched
+            alone = f", or one file of it, {name}/FILE{safetensors_io.SUFFIX}"
+        raise LcmError(
+            f"{source} has no model_index.json; give a diffusers folder, {inside}which holds that file{alone}"
+        )
     index = foreign.read_json(folder / "model_index.json")
     if "unet" not in replaced and _class_in_index(index, "unet") is None:
         kind = index.get("_class_name")
@@ -356,9 +368,16 @@ def _encoders(folder: Path, index: Config) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _config(folder: Path, part: str) -> Config:
-    if folder.is_file():
+def _config(folder: Path, part: str, own: Callable[[], Config] | None = None) -> Config:
+    """own: the config of the model's own part, which is also that of a VAE in a file."""
+    if folder.is_file() and taesd_file.is_taesd(folder):
         return taesd_file.CONFIG
+    if folder.is_file():
+        config = own and own()
+        if not config or class_name(config, "AutoencoderKL") != "AutoencoderKL":
+            problem = "the model's own is an AutoencoderTiny" if config else "there is no model beside it"
+            raise LcmError(f"{folder} holds a VAE without its config, and {problem}: {hub.as_folder(folder, part)}")
+        return config
     config, supported = foreign.read_json(folder / "config.json"), _CLASSES.get(part, _ENCODER_CLASSES)
     kind = config.get("_class_name")
     if kind is not None and str(kind).removeprefix("Flax") not in supported:
@@ -376,7 +395,9 @@ def _params(
     change: PartChangeFn | None = None,
 ) -> Params:
     change = change and functools.partial(change, part)
-    if folder.is_file():
+    if folder.is_file() and isinstance(module, AutoencoderKL):
+        opened = spellings.open_vae(folder, module)
+    elif folder.is_file():
         opened = taesd_file.open_both(folder)
     else:
         opened = safetensors_io.open_weights(folder, weights_name(part), variant)

@@ -2,6 +2,7 @@
 
     key of the .safetensors                   written by               for
     emb_params                                A1111, kohya             SD 1.x (768 wide), SD 2.x (1024)
+    *, the only one                           a converter of .pt       SD 1.x, 2.x
     any other, the only one                   diffusers: the word      SD 1.x, 2.x
     clip_l, clip_g                            A1111, ComfyUI, kohya    SDXL (768 and 1280)
     text_encoders_0, text_encoders_1          pivotal tuning           SDXL
@@ -28,8 +29,8 @@ _IMAGES = (".png", ".webp")
 _CONVERT = (
     "is pickled, which can run code, and is not opened; convert it once, in an environment with torch: "
     "python -c \"import torch, safetensors.torch as s; t = torch.load('{0}', weights_only=True); "
-    "t = t.get('string_to_param', t); "
-    "s.save_file({{'emb_params': next(iter(t.values())).detach().clone()}}, '{1}.safetensors')\""
+    "t = {{k: v.detach().clone() for k, v in t.get('string_to_param', t).items() if hasattr(v, 'detach')}}; "
+    "s.save_file(t if 'clip_g' in t else {{'emb_params': next(iter(t.values()))}}, '{1}.safetensors')\""
 )
 
 
@@ -115,7 +116,7 @@ def _keys(file: Path, shapes: Mapping[str, tuple[int, ...]], pipeline: Pipeline)
         )
     if len(parts) != 1:
         raise LcmError(f"{file} is for one text encoder, the model has two; use one for SDXL (clip_l and clip_g)")
-    return {parts[0]: key}, file.stem if key == _OF_SD else key
+    return {parts[0]: key}, file.stem if key in (_OF_SD, "*") else key
 
 
 def _vectors(file: Path, weights: safetensors_io.Weights, key: str, part: str, encoder: CLIPTextModel) -> np.ndarray:

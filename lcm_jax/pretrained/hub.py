@@ -2,6 +2,7 @@
 
 import os
 import re
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from lcm_jax.errors import LcmError
 from lcm_jax.pretrained import safetensors_io
 from lcm_jax.pretrained.safetensors_io import PICKLED, SUFFIX
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB, _REPOSITORY = r"https?://(?:huggingface\.co|hf\.co)/", r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)"
+_HUB_ID = re.compile(_REPOSITORY)
+_HUB_PAGE = re.compile(rf"{_HUB}{_REPOSITORY}(?:/tree/(?P<revision>[^/?]+))?/?(?:\?.*)?")
 _HUB_FILE = re.compile(
-    r"(?:https?://(?:huggingface\.co|hf\.co)/)?(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)/"
-    r"(?:(?:blob|resolve)/(?P<revision>[^/]+)/)?(?P<file>[^?]+\.safetensors)(?:\?.*)?"
+    rf"(?:{_HUB})?{_REPOSITORY}/(?:(?:blob|resolve)/(?P<revision>[^/]+)/)?(?P<file>[^?]+\.safetensors)(?:\?.*)?"
 )
 # What is given beside a model -> its names in the library, the programs and the configs of runs.
 ARGUMENTS = {
@@ -37,20 +39,23 @@ def is_single_file(source: str | Path) -> bool:
     return not path.is_dir() and (path.exists() or str(source).split("?")[0].lower().endswith(_SUFFIXES))
 
 
-def is_name(source: str) -> bool:
-    """Whether a text has the form of a name on the hub: owner/name, owner/name/FILE.safetensors, or its address."""
-    return any(form.fullmatch(source) for form in (_HUB_ID, _HUB_FILE))
-
-
-def is_repository(source: str) -> bool:
-    """Whether a text names a repository on the hub, and not a folder here, which `local_folder` prefers."""
-    return bool(_HUB_ID.fullmatch(source)) and not files.expanded(source).is_dir()
+def repository(source: str) -> str | None:
+    """owner/name of what a user named on the hub: that, owner/name/FILE.safetensors, or an address; None: a path."""
+    if files.expanded(source).exists():
+        return None
+    found = next(filter(None, (form.fullmatch(source) for form in (_HUB_ID, _HUB_PAGE, _HUB_FILE))), None)
+    return found and found["repository"]
 
 
 def as_folder(path: Path, part: str) -> str:
     """What to do with a file of one part ("unet" or "vae"), which is read from a folder."""
-    if (path.parent / "config.json").is_file():
+    if safetensors_io.is_of_folder(path):
         return f"give its folder, {path.parent}"
+    with safetensors_io.open_file(path) as file:
+        in_diffusers_names = any(key.startswith("down_blocks.") for key in file.shapes)
+    if in_diffusers_names:
+        name = safetensors_io.file_name(safetensors_io.DIFFUSERS_NAME, None)
+        return f"copy it into a new one as {name}, and {part}/config.json of the model it goes with beside it"
     (kind, content), folder = _TO_FOLDER[part], path.with_suffix("")
     return (
         "make it in an environment with torch, MODEL being a diffusers folder or hub id of the model it goes with: "
@@ -63,7 +68,7 @@ def local_folder(source: str | Path, patterns: Sequence[str], part: str | None =
     """The folder `source`, or the local copy of the hub repository of that name.
 
     Args:
-      source: folder, or hub id `owner/name`. A folder that exists wins.
+      source: folder, or hub id `owner/name` or its address. A folder that exists wins.
       patterns: globs of the files that are needed; only these are downloaded.
       part: "unet" or "vae" if the folder of one part is asked for, for errors.
 
@@ -82,12 +87,14 @@ def local_folder(source: str | Path, patterns: Sequence[str], part: str | None =
             f"{wanted}. Only a whole model, not one part, is read from a single .safetensors file "
             "(lcm_jax.sample --model=FILE.safetensors)"
         )
-    if not _HUB_ID.fullmatch(str(source)):
+    page = _HUB_PAGE.fullmatch(str(source))
+    if not (page or _HUB_ID.fullmatch(str(source))):
         raise LcmError(f"{source} does not exist; give a folder in diffusers format, or owner/name on the hub")
     import huggingface_hub  # here, because a run from a local folder does not need it
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(patterns)))
+        name, more = (page["repository"], {"revision": _plain(page["revision"])}) if page else (str(source), {})
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), **more))
     except Exception as error:  # the hub's client raises its own, httpx's, the system's and more
         raise _not_fetched("folder", source, error) from error
 
@@ -108,9 +115,16 @@ def local_file(source: str | Path) -> Path:
     import huggingface_hub  # here, because a run from a local file does not need it
 
     try:
-        return Path(huggingface_hub.hf_hub_download(match["repository"], match["file"], revision=match["revision"]))
+        name, file, revision = match["repository"], match["file"], match["revision"]
+        file = _plain(file) if str(source).startswith("http") else file
+        return Path(huggingface_hub.hf_hub_download(name, file, revision=_plain(revision)))
     except Exception as error:  # the hub's client raises its own, httpx's, the system's and more
         raise _not_fetched("file", source, error) from error
+
+
+def _plain(part: str | None) -> str | None:
+    """A part of an address without its escapes: %20 is a blank, refs%2Fpr%2F1 the revision refs/pr/1."""
+    return part and urllib.parse.unquote(part)
 
 
 def _not_fetched(kind: str, source: str | Path, error: Exception) -> LcmError:

@@ -40,7 +40,8 @@ def load_pipeline(
       param_dtype: dtype of the parameters, whatever the files hold; None: that in which the network uses each
         (`layers.dtypes_in_use`), which in 16 bits is half the memory for the same numbers.
       unet, vae: folders or hub ids of a UNet or VAE to use instead of the source's, which need not be there then; for
-        the VAE also the file of a TAESD (`taesd_file`).
+        the VAE also a file, in diffusers' names or the original's, that is read with the config of the source's own
+        (`single_file_spellings.open_vae`), or the file of a TAESD (`taesd_file`).
       config: for a single file: folder or hub id with what it lacks, tokenizers and configs.
       put: takes each parameter as soon as it is read and converted, as `runtime.mesh.place` does to its shards; None:
         parameters stay on the host as numpy arrays.

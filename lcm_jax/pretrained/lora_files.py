@@ -129,7 +129,7 @@ def read_lora(source: str | Path, modules: Mapping[str, nn.Module], ignore_unuse
                     parts[layer.part][layer.weight.path[:-1]] = factors
                 else:  # an embedding, [rows features] on both sides
                     deltas[layer.part][layer.weight.path] = scale * (factors.lora_A @ factors.lora_B).T
-            for role in keys.keys() - {*lora_keys.FACTORS, "alpha"}:
+            for role in keys.keys() - set(lora_keys.OF_PRODUCT):
                 parameter, changed = layer.parameter(role), deltas[layer.part]
                 value = _read(weights, keys[role], parameter) * (scale if role == "lora_bias" else 1)
                 changed[parameter.path] = changed.get(parameter.path, 0) + value
@@ -252,8 +252,10 @@ def locate(source: str | Path) -> Path:
         if path.suffix not in (safetensors_io.SUFFIX, *safetensors_io.PICKLED):
             safetensors_io.check_kind(path)
             raise LcmError(f"{path} is not a .safetensors file; give one, or rename it if it is one")
+        if path.name == _TRAINER_FILE and (repository := hub.repository(str(source))):
+            hub.local_folder(repository, [f"*{_TRAINER_CONFIG}"])
         return path
-    folder = hub.local_folder(source, [FILE_NAME])
+    folder = hub.local_folder(source, [FILE_NAME, _TRAINER_FILE, _TRAINER_CONFIG])
     for name in (FILE_NAME, _TRAINER_FILE):
         if (folder / name).is_file():
             return folder / name
@@ -277,14 +279,20 @@ def _marks(weights: safetensors_io.Weights) -> noise_marks.Marks | None:
 def _factors(
     weights: safetensors_io.Weights, layer: lora_keys.Layer, keys: Mapping[str, str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A layer's lora_A and lora_B; those of an embedding [rows features] as of a linear layer from features to rows."""
+    """A layer's lora_A and lora_B; those of an embedding [rows features] as of a linear layer from features to rows.
+
+    With a third factor between them (LyCORIS' Tucker form), lora_A is 1x1: the two together are a lora_A.
+    """
     out, fan, *window = layer.weight.torch_shape
-    rank = weights.shapes[keys["lora_A"]][0]
-    a, b = (*window, fan, rank), (*(1 for _ in window), rank, out)
-    return (
-        _read(weights, keys["lora_A"], names.Parameter(("kernel",), a)),
-        _read(weights, keys["lora_B"], names.Parameter(("kernel",), b)),
-    )
+    rank, ones = weights.shapes[keys["lora_A"]][0], [1 for _ in window]
+
+    def read(role: str, *shape: int) -> np.ndarray:
+        return _read(weights, keys[role], names.Parameter(("kernel",), shape))
+
+    b = read("lora_B", *ones, rank, out)
+    if lora_keys.MID not in keys:
+        return read("lora_A", *window, fan, rank), b
+    return read("lora_A", *ones, fan, rank) @ read(lora_keys.MID, *window, rank, rank), b
 
 
 def _read(weights: safetensors_io.Weights, key: str, parameter: names.Parameter) -> np.ndarray:

@@ -16,8 +16,8 @@ A key is a prefix, a layer's name and the tensor's role, such as
 
 Any prefix may stand before any spelling: diffusers' name or that of the original UNet (sgm, ldm), with dots or with
 underscores for dots. Underscores are ambiguous, so names are not parsed: the table holds every spelling of every layer.
-Roles: the two factors; `.alpha`; and what is added as it is, to weights (`.diff`, `.w_norm`) and to biases (`.diff_b`,
-`.b_norm`, and `.lora_B.bias` with the factors' scale).
+Roles: the two factors, of LyCORIS also one between them (`.lora_mid`); `.alpha`; and what is added as it is, to weights
+(`.diff`, `.w_norm`) and to biases (`.diff_b`, `.b_norm`, and `.lora_B.bias` with the factors' scale).
 """
 
 import functools
@@ -52,9 +52,11 @@ _DOWN = rf"(?:\.lora_A{_ADAPTER}|\.lora_down|(?:\.lora|_lora|\.lora_linear_layer
 _UP = rf"(?:\.lora_B{_ADAPTER}|\.lora_up|(?:\.lora|_lora|\.lora_linear_layer)\.up)"
 _KEY = re.compile(
     rf"(?P<name>.+?)(?:(?P<lora_A>{_DOWN}(?:\.weight)?)|(?P<lora_B>{_UP}(?:\.weight)?)|(?P<lora_bias>{_UP}\.bias)"
-    r"|(?P<alpha>(?:\.lora|_lora|\.lora_linear_layer)?\.alpha)|(?P<diff>\.diff|\.w_norm)|(?P<diff_b>\.diff_b|\.b_norm))"
+    r"|(?P<lora_mid>\.lora_mid\.weight)|(?P<alpha>(?:\.lora|_lora|\.lora_linear_layer)?\.alpha)"
+    r"|(?P<diff>\.diff|\.w_norm)|(?P<diff_b>\.diff_b|\.b_norm))"
 )
-FACTORS, _OF_BIAS = ("lora_A", "lora_B"), ("lora_bias", "diff_b")
+FACTORS, MID, _OF_BIAS = ("lora_A", "lora_B"), "lora_mid", ("lora_bias", "diff_b")
+OF_PRODUCT = (*FACTORS, MID, "alpha")  # roles of what is multiplied; the others are added as they are
 
 # Part of a key -> the kind of adapter that has it.
 _OTHER_KINDS = {
@@ -62,7 +64,6 @@ _OTHER_KINDS = {
     "lokr_": "LoKr",
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
-    "lora_mid": "LoCon with CP decomposition",
     "oft_": "rotation (OFT)",
     "boft_": "rotation (BOFT)",
     "on_input": "(IA)^3",
@@ -92,7 +93,8 @@ class Layer(NamedTuple):
     def parameter(self, role: str) -> names.Parameter | None:
         """What a tensor of this role changes; None: nothing that this layer has."""
         found = self.bias if role in _OF_BIAS else self.weight
-        return None if role in FACTORS and len(found.shape) < 2 else found
+        least = {MID: 3} | dict.fromkeys(FACTORS, 2)  # axes of the weight: a convolution alone has a window
+        return found if found and len(found.shape) >= least.get(role, 0) else None
 
 
 Matched = Mapping[Layer, Mapping[str, str]]  # layer -> role -> key in the file
@@ -215,7 +217,7 @@ def match(
     matched = {layer: keys for layer, keys in matched.items() if keys.keys() != {"alpha"}}
     _check_unused(source, shapes, {key for keys in matched.values() for key in keys.values()}, modules, ignore_unused)
     incomplete = [keys for keys in matched.values() if not set(FACTORS) <= keys.keys()]
-    halves = [key for keys in incomplete for role, key in keys.items() if role in (*FACTORS, "lora_bias")]
+    halves = [key for keys in incomplete for role, key in keys.items() if role in (*FACTORS, MID, "lora_bias")]
     if halves:
         raise LcmError(
             f"{source}: {len(halves)} keys lack a factor of their layer ({names.some(halves)}); "
@@ -292,7 +294,7 @@ def _check_shapes(source: str, shapes: Mapping[str, names.Shape], found: Matched
     for layer, keys in found.items():
         shape = {role: shapes[key] for role, key in keys.items()}
         same = names.same_but_for_1x1
-        for role in shape.keys() - {*FACTORS, "alpha"}:
+        for role in shape.keys() - set(OF_PRODUCT):
             target = layer.parameter(role).torch_shape
             if not same(shape[role], target):
                 wrong.append(f"{keys[role]} {list(shape[role])} for {list(target)}")
@@ -301,8 +303,12 @@ def _check_shapes(source: str, shapes: Mapping[str, names.Shape], found: Matched
             a, b = shape["lora_A"], shape["lora_B"]
             if a[:1] == (0,):
                 raise LcmError(f"{source}: {keys['lora_A']} is of rank 0; the file is broken, use another")
-            if not (len(a) > 1 and same(a, (a[0], fan, *window)) and same(b, (out, a[0]))):
-                wrong.append(f"{layer.part}.{layer.name} {list(a)}, {list(b)} for {list(wanted)}")
+            mid = shape.get(MID, a[:1] * 2 + (*window,))
+            reach = () if MID in shape else window
+            fits = len(a) > 1 and same(a, (a[0], fan, *reach)) and same(b, (out, a[0]))
+            if not (fits and mid == (a[0], a[0], *window)):
+                found_shapes = ", ".join(str(list(one)) for role, one in shape.items() if role in (*FACTORS, MID))
+                wrong.append(f"{layer.part}.{layer.name} {found_shapes} for {list(wanted)}")
         if math.prod(shape.get("alpha", ())) != 1:
             wrong.append(f"{keys['alpha']} {list(shape['alpha'])} for []")
     if wrong:

@@ -7,12 +7,14 @@
               ss_v_parameterization, ss_v_prediction, ss_zero_terminal_snr: True, False
               modelspec.architecture, ss_base_model_version: names that end in v
               lcm_config.json: our own record
+    beside    NAME.yaml, A1111's and Forge's config of a checkpoint: parameterization: v, or VScaling
 
-A key is a deliberate mark, which other programs go by. In a header, "epsilon" and "False" are only the defaults of the
-programs that write it: a key overrides them.
+A key and a config are deliberate marks, which other programs go by. In a header, "epsilon" and "False" are only the
+defaults of the programs that write it: the others override them.
 """
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ _FIELDS = {
     "ss_base_model_version": ({"sd_v1_v": _V, "sd_v2_v": _V}, False),
     RECORD: (_WORDS, False),
 }
+_V_IN_YAML = re.compile(r"^\s*(parameterization:\s*[\"']?v|target:\s*[\"']?[\w.]+\.VScaling)[\"']?\s*(#.*)?$", re.M)
+_LONGEST_YAML = 2**16  # bytes; they have some 70 lines
 _ZERO_SNR = ("ss_zero_terminal_snr", "ztsnr")
 _TABLES = {  # key -> abar_t from it
     "alphas_cumprod": lambda x: x,
@@ -77,7 +81,7 @@ class Marks:
 
 
 def read(source: Path, keys: Collection[str], metadata: Mapping[str, str]) -> Marks:
-    """The marks among a file's tensor names and in its header.
+    """The marks among a file's tensor names, in its header and beside it.
 
     Raises:
       UnsupportedConfig: noise without a discrete table, or an unknown prediction type.
@@ -101,17 +105,28 @@ def read(source: Path, keys: Collection[str], metadata: Mapping[str, str]) -> Ma
             raise UnsupportedConfig(f"{field} in the header of {source}", text, known)
         if words.get(word):
             found[f"{field} {text!r}"] = words[word]
-    if "v_pred" in keys:
+    if deliberate := ["key v_pred"] * ("v_pred" in keys) + _beside(source):
         wrong = [mark for mark, kind in found.items() if kind != _V]
         if wrong:
-            logging.warning("%s has a key v_pred, but its header %s; v_prediction is used", source, ", ".join(wrong))
-        found = {"key v_pred": _V} | {mark: kind for mark, kind in found.items() if kind == _V}
+            both = deliberate[0], ", ".join(wrong)
+            logging.warning("%s has a %s, but its header %s; v_prediction is used", source, *both)
+        found = dict.fromkeys(deliberate, _V) | {mark: kind for mark, kind in found.items() if kind == _V}
     if len(set(found.values())) > 1:
         raise LcmError(
             f"the header of {source} contradicts itself: {', '.join(f'{mark} ({found[mark]})' for mark in found)}; "
             "correct it, or add a key v_pred (an empty tensor) if the model predicts v"
         )
     return Marks(source, next(iter(found.values()), None), bool(zero), ", ".join([*found, *zero]))
+
+
+def _beside(source: Path) -> list[str]:
+    """The mark of v in the config beside a file."""
+    config = source.with_suffix(".yaml")
+    if not config.is_file():
+        return []
+    with config.open("rb") as stream:
+        text = stream.read(_LONGEST_YAML).decode(errors="replace")
+    return [f"{config.name} ({found[1]})"] if (found := _V_IN_YAML.search(text)) else []
 
 
 def _recorded(metadata: Mapping[str, str]) -> str:

@@ -58,7 +58,8 @@ _CONVERT = (
     "is pickled, which can run code, and is not opened; convert it once, in an environment with torch: "
     "python -c \"import torch, safetensors.torch as s; t = torch.load('{0}', weights_only=True); "
     "s.save_file({{k: v.clone().contiguous() for k, v in t.get('state_dict', t).items() if hasattr(v, 'clone')}}, "
-    "'{1}-converted.safetensors')\"; use that file in its place"
+    "'{1}-converted.safetensors')\"; use that file in its place. If torch refuses it, as it does objects of "
+    "pytorch_lightning, and you trust its source: weights_only=False"
 )
 # Files of other kinds under a weight file's name: how they begin -> what is wrong, and the way out.
 _OTHERS = (
@@ -91,6 +92,11 @@ class Weights:
 def file_name(name: str, variant: str | None) -> str:
     """`NAME[.VARIANT].safetensors`."""
     return f"{name}.{variant}{SUFFIX}" if variant else f"{name}{SUFFIX}"
+
+
+def is_of_folder(path: Path) -> bool:
+    """Whether a file is that of a UNet's or VAE's folder in diffusers format, whose config is beside it."""
+    return path.name.startswith(DIFFUSERS_NAME) and (path.parent / "config.json").is_file()
 
 
 def download_patterns(name: str, variant: str | None) -> list[str]:

@@ -36,12 +36,18 @@ from lcm_jax.pretrained.model import (
     make_module,
 )
 from lcm_jax.pretrained.names import Params, Shape
-from lcm_jax.pretrained.single_file import FAMILIES, Family, layouts, published_scheduler
+from lcm_jax.pretrained.single_file import (
+    FAMILIES,
+    SD2_GUESS,
+    SD2_LARGEST_OF_EPSILON,
+    Family,
+    layouts,
+    published_scheduler,
+    sd2_guess,
+)
 from lcm_jax.pretrained.single_file_spellings import UNET
 
 _SLACK = 1 << 20  # bytes for headers, configs and the file system's own rounding
-# ComfyUI takes an SD 2.x for v if the standard deviation of this tensor of the UNet is greater.
-SD2_GUESS, SD2_LARGEST_OF_EPSILON = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 # modelspec.architecture of the Stability AI model specification, by family (SD 2.x: and prediction type).
 _ARCHITECTURES = {
     "sdxl": "stable-diffusion-xl-v1-base",
@@ -50,6 +56,7 @@ _ARCHITECTURES = {
     "sd2": "stable-diffusion-v2-512",
     "sd2 v_prediction": "stable-diffusion-v2-768-v",
 }
+_BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # as sd-scripts calls them in the header of a LoRA
 
 _LCM_SCHEDULER = {
     "_class_name": "LCMScheduler",
@@ -327,12 +334,34 @@ def save_single_file(
     if not _is_published(noise, family):  # A1111 goes by this table
         shapes["alphas_cumprod"] = noise.alphas_cumprod.shape
         tensors["alphas_cumprod"] = lambda: noise.alphas_cumprod.astype(dtype)
-    header = {
+    header = _spec(family, kind) | dict(metadata or {})
+    return safetensors_io.save_file(out, shapes, lambda key: tensors[key](), dtype, header)
+
+
+def _spec(family: Family, kind: str, adapter: str = "") -> dict[str, str]:
+    """The fields of the model specification for a header; kind: prediction type."""
+    return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _ARCHITECTURES.get(f"{family.name} {kind}", _ARCHITECTURES[family.name]),
+        "modelspec.architecture": _ARCHITECTURES.get(f"{family.name} {kind}", _ARCHITECTURES[family.name]) + adapter,
         "modelspec.prediction_type": "v" if kind == "v_prediction" else kind,
     }
-    return safetensors_io.save_file(out, shapes, lambda key: tensors[key](), dtype, header | dict(metadata or {}))
+
+
+def lora_header(pipeline: Pipeline) -> dict[str, str]:
+    """What tells other programs for which models a LoRA of `pipeline` is: fields of sd-scripts.
+
+    A1111 and Forge take a file for SD 1.x if its header has other fields alone, and then hide it from users of SDXL and
+    SD 2.x.
+    """
+    try:
+        family = family_of(pipeline)
+    except UnsupportedConfig:
+        return {}  # no other program knows such a model
+    if family.name not in _BASES:
+        return {}
+    kind, is_sd2 = pipeline.schedule.prediction_type, family.name == "sd2"
+    end = "_v" if kind == "v_prediction" and family.name != "sdxl" else ""
+    return _spec(family, kind, "/lora") | {"ss_base_model_version": _BASES[family.name] + end, "ss_v2": str(is_sd2)}
 
 
 def family_of(pipeline: Pipeline) -> Family:
@@ -388,8 +417,7 @@ def _warn(pipeline: Pipeline, family: Family, out: Path, tensors: Mapping[str, C
             kind,
         )
     elif family.name == "sd2" and key in tensors and pipeline.unet.in_channels == 4:
-        spread = np.std(tensors[key](), dtype=np.float32)
-        guess = "v_prediction" if spread > SD2_LARGEST_OF_EPSILON else "epsilon"
+        guess, spread = sd2_guess(tensors[key]())
         if guess != kind:
             logging.warning(
                 "%s predicts %s, but ComfyUI will take it for %s: it goes by the standard deviation of %s, which is "

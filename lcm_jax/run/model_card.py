@@ -11,7 +11,6 @@ from lcm_jax.distill import OBJECTIVES
 from lcm_jax.models import unet
 from lcm_jax.pretrained import Pipeline, hub
 from lcm_jax.pretrained.lora_files import FILE_NAME
-from lcm_jax.pretrained.safetensors_io import SUFFIX
 from lcm_jax.pretrained.save import family_of, scheduler_class
 from lcm_jax.run import clients
 
@@ -97,7 +96,7 @@ pipe = DiffusionPipeline.from_pretrained("{name}")"""
 _SINGLE_FILE = """\
 from diffusers import {scheduler}, {plain}
 
-pipe = {plain}.from_single_file("{name}")
+pipe = {plain}.from_single_file("{name}"{file_config})
 pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {constants}, {noise})"""
 _LORA = """\
 from diffusers import DiffusionPipeline, {scheduler}
@@ -108,7 +107,7 @@ pipe.load_lora_weights("{name}", weight_name="{lora_file}")"""
 _LORA_OF_FILE = """\
 from diffusers import {scheduler}, {plain}
 
-pipe = {plain}.from_single_file("file of the teacher")
+pipe = {plain}.from_single_file("file of the teacher"{file_config})
 pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {constants}, {noise})
 pipe.load_lora_weights("{name}", weight_name="{lora_file}")"""
 _UNET = """\
@@ -162,14 +161,14 @@ def model_card(
         role, origin, made = "Fine-tuned", record["student"], "fine-tuned"
     # The model that a LoRA, or the pipeline that a UNet, is for.
     base = record["student"] if "lora" in record else record["teacher"] or record["student"]
-    is_on_hub = hub.is_repository(base)
+    repository, is_file = hub.repository(base), hub.is_single_file(base)
     plain = "StableDiffusionXLPipeline" if student.is_xl else "StableDiffusionPipeline"
     if kind == "unet" and student.is_xl:
         kind = "unet of SDXL"
     elif kind == "single-file" and has_w:
         kind = "single-file with w embedding"
     flags, code, used_as = _KINDS[kind]
-    code = _LORA_OF_FILE if is_lora and base.endswith(SUFFIX) else code
+    code = _LORA_OF_FILE if is_lora and is_file else code
     phases = record.get("phases", 0)
     steps = phases or 4
     noise = student.schedule
@@ -179,8 +178,10 @@ def model_card(
         **record,
         "name": name,
         "base": base,
-        "shown_base": base if is_on_hub else "folder of the teacher",  # a path of ours means nothing to others
+        # A path of ours means nothing to others.
+        "shown_base": repository if repository and not is_file else "folder of the teacher",
         "plain": plain,
+        "file_config": file_config(student) if "from_single_file" in code else "",
         "pipeline": "LatentConsistencyModelPipeline" if has_w and not phases else plain,
         "constants": f"original_inference_steps={record['solver_steps']}, "
         f"timestep_scaling={record['timestep_scaling']:g}",
@@ -207,7 +208,7 @@ def model_card(
     values = {key: json.dumps(value).replace("|", "\\|") for key, value in flatten_dict(config, sep=".").items()}
     blanks |= {
         **{key: config["data"][key] for key in ("batch_size", "resolution", "source")},
-        "base_model": f"base_model: {base}\n" if is_on_hub else "",
+        "base_model": f"base_model: {repository}\n" if repository else "",
         "lora_tag": "- lora\n" if is_lora else "",
         "summary": _SUMMARY[is_lora].format_map(blanks),
         "role": role,
@@ -229,6 +230,14 @@ def model_card(
         "config": "\n".join(f"| `{key}` | `{value}` |" for key, value in sorted(values.items())),
     }
     return _CARD.format_map(blanks)
+
+
+def file_config(student: Pipeline) -> str:
+    """What diffusers' from_single_file needs beside the file: for SD 2.x its own configs are gone from the hub."""
+    family = family_of(student)
+    if family.name != "sd2":
+        return ""
+    return f', config="{family.tokenizers}{"" if student.schedule.prediction_type == "v_prediction" else "-base"}"'
 
 
 def export_of(kind: str, student: Pipeline, record: Mapping[str, Any]) -> clients.Export:

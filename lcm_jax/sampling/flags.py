@@ -48,7 +48,7 @@ def add_model_flags(p: argparse.ArgumentParser, required: bool = True) -> None:
     )
     p.add_argument("--model_config", help="for a single file: folder or hub id with its tokenizers and configs")
     p.add_argument("--unet", help="UNet folder to use instead (as lcm-sdxl's: config.json at its root)")
-    p.add_argument("--vae", help="VAE folder to use instead, or file of a TAESD (the other half beside it)")
+    p.add_argument("--vae", help="VAE to use instead: folder or .safetensors; of a TAESD with the other half beside it")
     p.add_argument("--variant", help="weight files to read, such as fp16")
     p.add_argument(
         "--lora",

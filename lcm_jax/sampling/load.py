@@ -58,7 +58,7 @@ def load(
       loras: merged in, one or several: "FILE", "FILE:WEIGHT" or (file, weight); files, folders or hub ids.
       embeddings: textual inversions, one or several: "FILE" or "NAME=FILE" (`pretrained.embeddings`); prompts use them
         by name.
-      unet, vae: folders or hub ids of a UNet or a VAE to use instead; for the VAE also the file of a TAESD.
+      unet, vae: folders or hub ids of a UNet or a VAE to use instead; of the VAE also a file (see `load_pipeline`).
       variant: weight files to read, such as "fp16".
       model_config: for a single file: folder or hub id with its tokenizers and configs.
       dtype: that the networks compute in, and hold their weights in (`layers.dtypes_in_use`): "float32", "bfloat16",
@@ -159,7 +159,8 @@ def _read_loras(
     """(LoRAs with their weights, the record that joins those of the model and the LoRAs); see `add_loras`."""
     modules = lora_files.modules_of(pipeline)
     read = [(lora_files.read_lora(source, modules, ignore_unused), weight) for source, weight in loras]
-    of_loras = {source: read_record(source) for source, _ in loras}
+    # A folder may hold the file alone, without the lcm_config.json beside it: its header has the same.
+    of_loras = {source: read_record(source) or read_record(lora_files.locate(source)) for source, _ in loras}
     own = {**pipeline.record, "prediction_type": pipeline.schedule.prediction_type}
     for source, record in of_loras.items():
         try:
@@ -218,6 +219,6 @@ def parse_lora(text: str) -> Lora:
     name, found, _ = source.rpartition(":")
     if found and files.expanded(name).exists() and not files.expanded(source).exists():
         raise BadArgument("lora", text, f"{text[len(name) + 1 :]!r} is no weight; write {name}:0.8")
-    if not files.expanded(source).exists() and not hub.is_name(source):
+    if not files.expanded(source).exists() and hub.repository(source) is None:
         raise BadArgument("lora", text, f"{source} does not exist; give a .safetensors file, a folder, or owner/name")
     return source, weight
