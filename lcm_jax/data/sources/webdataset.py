@@ -297,17 +297,21 @@ def _files_of(pattern: str) -> list[str]:
     if missing:
         count = f" ({len(missing)} of {len(expanded)} files are missing; a glob takes those that exist)"
         raise BadArgument("path", pattern, f"no tar shard {missing[0]!r}{count if len(expanded) > 1 else ''}")
-    found = []
-    for name in expanded:
-        below = os.path.join(name, "*.tar") if os.path.isdir(name) else name
-        found += [name] if os.path.isfile(name) else parsing.matching(below)
+    return [file for name in expanded for file in _matches(name)]
+
+
+def _matches(name: str) -> list[str]:
+    """The shards that a file, a folder or a glob stands for, of which there is at least one."""
+    if os.path.isfile(name):
+        return [name]
+    found = parsing.matching(os.path.join(name, "*.tar") if os.path.isdir(name) else name)
     if not found:
-        packed = list(filter(_PACKED.search, parsing.matching(os.path.join(pattern, "*"))))
-        deeper = os.path.join(pattern, "**", "*.tar")
+        packed = list(filter(_PACKED.search, parsing.matching(os.path.join(name, "*"))))
+        deeper = os.path.join(name, "**", "*.tar")
         hint = f", but {len(packed)} as {os.path.basename(packed[0])}; unpack them to .tar" if packed else ""
-        if not packed and os.path.isdir(pattern) and parsing.matching(deeper):
+        if not packed and os.path.isdir(name) and parsing.matching(deeper):
             hint = f", but some are below it; give {deeper}"
-        raise BadArgument("path", pattern, f"no tar shard matches it{hint}")
+        raise BadArgument("path", name, f"no tar shard matches it{hint}")
     return found
 
 
