@@ -138,6 +138,16 @@ def test_images_by_path_and_unusable_records(tmp_path):
             source[number]
 
 
+def test_paths_of_images_are_relative_to_their_own_file_of_a_glob(tmp_path):
+    for name, content in (("a", IMAGES[0]), ("b", IMAGES[1])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(content)
+        write(tmp_path / name / "x.parquet", pa.array([{"bytes": None, "path": "0.png"}], IMAGE), [name])
+    for path, contents in (("*", IMAGES[:2]), ("b", IMAGES[1:2])):
+        source = huggingface.open(str(tmp_path / path / "x.parquet"))
+        assert [source[i].image for i in range(len(source))] == contents
+
+
 def test_paths_of_images_stay_in_the_data_set(tmp_path):
     root, outside = tmp_path / "set", tmp_path / "0.png"
     (root / "sub").mkdir(parents=True)

@@ -51,13 +51,13 @@ class HuggingFace:
         self,
         table: Any,
         *,
-        roots: tuple[Path, ...],
+        roots: tuple[Path | None, ...],
         parts: tuple[tuple[str, int], ...],
         split: str,
         image_key: str,
         caption_key: str,
     ):
-        """`parts`: (file, rows) of the files that hold the rows of `table`, in order; `roots`: of image paths."""
+        """`parts`: (file, rows) of the files that hold the rows of `table`, in order; `roots`: see `_opened`."""
         self.roots, self.split = roots, split
         self._image, self._caption = image_key, caption_key
         self._parts = [file for file, _ in parts]
@@ -88,7 +88,7 @@ class HuggingFace:
         texts = values[self._caption] if isinstance(values[self._caption], list) else [values[self._caption]]
         return Record(
             self._file_and_key(row)[1],
-            self._content(values[self._image]),
+            self._content(row, values[self._image]),
             captions_of([text for text in texts if text is not None]),
             {name: value for name, value in numbers.items() if value == value},  # without NaN
         )
@@ -124,8 +124,7 @@ class HuggingFace:
         return number if self._rows is None else int(self._rows[number])
 
     def _file_and_key(self, row: int) -> tuple[str, str]:
-        file = self._parts[int(np.searchsorted(self._ends, row, side="right"))]
-        key = None
+        file, key = self._parts[int(np.searchsorted(self._ends, row, side="right"))], None
         if self._key and not (len(self._unnamed) and self._unnamed[row]):
             key = _as_text(self._table.data.column(self._key)[row])
         return file, key or f"{self.split}-{row:09d}"
@@ -151,22 +150,23 @@ class HuggingFace:
 
     def _same_picture(self, row: int, other: int) -> bool:
         try:
-            a, b = (self._content(self._values(number)[self._image]) for number in (row, other))
+            a, b = (self._content(number, self._values(number)[self._image]) for number in (row, other))
             return a == b
         except BadRecordError:  # found again when it is read
             return False
 
-    def _content(self, value: Any) -> bytes:
-        """The bytes of an image column's value."""
+    def _content(self, row: int, value: Any) -> bytes:
+        """The bytes of an image column's value in a row."""
         content, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
         if content is None and path:
-            content = self._file(path)
+            content = self._file(row, path)
         if not content:
             raise BadRecordError(f"column {self._image!r} holds no image")
         return content
 
-    def _file(self, name: Any) -> bytes:
+    def _file(self, row: int, name: Any) -> bytes:
         root, *downloads = self.roots
+        root = root or Path(self._file_and_key(row)[0]).parent
         for folder in downloads:
             if isinstance(name, str) and name.startswith(f"{folder}/"):
                 root, name = folder, name.removeprefix(f"{folder}/")
@@ -215,11 +215,11 @@ def _first_of(wanted: Sequence[str], names: Sequence[str]) -> str:
     return next((name for name in wanted if name in names), wanted[0])
 
 
-def _opened(datasets: Any, path: str, split: str) -> tuple[Any, tuple[Path, ...], tuple[tuple[str, int], ...]]:
+def _opened(datasets: Any, path: str, split: str) -> tuple[Any, tuple[Path | None, ...], tuple[tuple[str, int], ...]]:
     """(table, folders of image paths, (file, rows) of its parts).
 
-    Image paths are relative to the first folder. For files of the hub `datasets` writes the whole path to where it has
-    put them, which is below one of the other folders.
+    Image paths are relative to the first folder; None: to that of the row's own file. For files of the hub `datasets`
+    writes the whole path to where it has put them, which is below one of the other folders.
     """
     where = Path(path)
     try:
@@ -229,7 +229,7 @@ def _opened(datasets: Any, path: str, split: str) -> tuple[Any, tuple[Path, ...]
         if where.exists() or glob.has_magic(path):
             parts = _parquet(datasets, where, split)
             with_split = {split: [str(_plain(datasets, Path(file))) for file, _ in parts]}
-            root = where if where.is_dir() else Path(parts[0][0]).parent
+            root = where if where.is_dir() else None
             return datasets.load_dataset("parquet", data_files=with_split, split=split), (root,), parts
         if not _HUB_ID.fullmatch(path):
             raise BadArgument("path", path, "does not exist, and is not an id on the hub (owner/name)")
