@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import re
 import sys
+import tarfile
 from pathlib import Path
 
 import metrics_kit
@@ -379,6 +381,10 @@ def test_metrics_by_networks_of_folders(lcm, prompts, tmp_path, monkeypatch):
             r"holds statistics of another network, other/none \(\w+\); the metrics' are means/none",
         ),
         (["--reference=EMPTY"], r"empty.txt is neither a .npz of statistics nor a folder of images"),
+        (
+            ["--metric=fid:EMPTY", "--count=4", "--reference=FOUR", "--reference=TORN"],
+            r"torn: all .* in four.npz; leave",
+        ),
         (["--metric=fid:EMPTY", "--reference=BARE"], r"bare holds no images"),
         (["--reference=BARE"], r"bare: no --metric compares with images; give one of fid"),
         (["--metric=fid:EMPTY", "--count=4", "--reference=FOUR", "--reference=THREE"], r"are both of means/none; give"),
@@ -435,7 +441,10 @@ def test_captions_and_references_of_a_source_are_of_its_usable_records(tmp_path)
     source = ("--source=folder", f"--path={tmp_path}")
     found = evaluate.read_inputs(arguments(*source, "--count=3"))
     assert list(found.captions) == [shapes.example(i)[1] for i in (0, 2, 3)]
-    reference = evaluate.read_reference(arguments(*source, "--count=3", "--references=2"), found, ())
+    args = arguments(*source, "--count=3", "--references=2")
+    with pytest.raises(LcmError, match="^--references=2: no --metric compares with images; give one of fid"):
+        evaluate.read_reference(args, found, [measures.Spec("clip_score")])
+    reference = evaluate.read_reference(args, found, [measures.Spec("fid")])
     assert [image.shape for image in reference.images.read(32, 32)] == [(32, 32, 3)] * 2
     with pytest.raises(LcmError, match=r"--references=2 is of --source's images, but --reference gives a folder"):
         evaluate.check_flags(arguments(*source, "--references=2", f"--reference={tmp_path}"))
@@ -449,6 +458,21 @@ def test_captions_and_references_of_a_source_are_of_its_usable_records(tmp_path)
     assert evaluate.read_reference(several, found, ()).images.about["pictures"] == 3  # all that the source has
     with pytest.raises(LcmError, match=r"^--split=heldout: the source 'folder' does not use it; leave it out"):
         evaluate.read_inputs(arguments(*source, "--split=heldout"))
+
+
+def test_shards_whose_folder_cannot_be_written_to(tmp_path):
+    """What the error says to do can be done."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for suffix, content in (("png", b"image"), ("txt", b"caption")):
+            file = tarfile.TarInfo(f"1.{suffix}")
+            file.size = len(content)
+            tar.addfile(file, io.BytesIO(content))
+    (tmp_path / "a.tar.index.npz").mkdir()
+    words = ("--source=webdataset", f"--path={tmp_path}/a.tar", "--count=1")
+    with pytest.raises(LcmError, match=r"^--index_dir=\S+: the index .* cannot be written there .*another folder"):
+        evaluate.read_inputs(arguments(*words))
+    found = evaluate.read_inputs(arguments(*words, f"--index_dir={tmp_path}/indices"))
+    assert found.captions == ("caption",) and found.name == f"webdataset {tmp_path}/a.tar"
 
 
 def test_images_per_caption_stand_in_a_row(prompts):
@@ -736,6 +760,10 @@ def test_rows_of_other_flags_are_distinguished(tmp_path):
         "tiled False."
     ) in text
     assert len(plot.series(rows)) == 3
+    offloaded = dataclasses.replace(base, model="o", settings=settings(offload="all"))
+    assert re.search(
+        r"; batches of (\d+ on \S+), batches of \1 --offload=all\. compile", table.markdown([base, offloaded])
+    )
     lcm = dataclasses.replace(leading, sampler="lcm")
     assert table.sampler_of(lcm) == "lcm" and "- dtype float32; negative_prompt none; tiled" in table.markdown([lcm])
 

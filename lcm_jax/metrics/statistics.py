@@ -112,8 +112,8 @@ def check_same(a: Origin, b: Origin) -> None:
         raise LcmError(f"features of {a.name} and of {b.name} do not mix; compute both with one extractor")
     if a.hash != b.hash:
         raise LcmError(
-            f"features of two different {a.name} (hash {a.hash[:12]} and {b.hash[:12]}: other weights or "
-            "preprocessing) do not mix; compute both with one file of weights"
+            f"features of two different {a.name} (hash {a.hash[:12]} and {b.hash[:12]}: other weights, "
+            "config or preprocessing) do not mix; compute both with the same files"
         )
     if a.resolution != b.resolution:
         (h, w), (h2, w2) = a.resolution, b.resolution

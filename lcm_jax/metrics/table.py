@@ -267,13 +267,18 @@ def notes(rows: Sequence[Row], latency: bool = True) -> list[str]:
         lines.append(f"- {intervals.NOTE}")
     lines.append("- " + "; ".join(filter(None, (_flag_note(rows, key) for key in NOTED))) + ".")
     if latency:
-        timed = {(row.settings["program"]["batch_size"], row.settings["program"]["device"]) for row in rows}
-        batches = ", ".join(f"batches of {size} on {device}" for size, device in sorted(timed))
+        batches = ", ".join(f"batches of {way}" for way in sorted({_way(row.settings["program"]) for row in rows}))
         lines.append(
             f"- ms per image: median of {min(row.timings for row in rows)} or more batches, sampler and VAE, without "
             f"the text encoder; {batches}. compile: the sampler's, once."
         )
     return lines
+
+
+def _way(program: Mapping[str, Any]) -> str:
+    """What a time depends on: "16 on 1 x cpu", and flags that are not the default."""
+    flags = [f"--{key}={value}" for key in ("fsdp", "offload") if (value := program.get(key)) not in (None, 1)]
+    return " ".join([f"{program['batch_size']} on {program['device']}", *flags])
 
 
 def _flag_note(rows: Sequence[Row], key: str) -> str:
