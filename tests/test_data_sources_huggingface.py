@@ -355,7 +355,7 @@ def test_two_parquet_sets_of_img2dataset(tmp_path):
     nulls = [f"train-{row:09d}" for row in (9, 14)]  # without a status, so bad when they are read
     assert names == ["000000000", "000000002", "000000004", "train-000000005", "train-000000007", *nulls]
     assert [source[i].image for i in (0, 1, 3, 4)] == [IMAGES[i] for i in (0, 2, 1, 3)]
-    assert source.notes == ["6 x row without a picture, whose status is no success"]
+    assert source.notes == ["6 x row without an image, as its status says"]
     assert [(bad.key, os.path.basename(os.path.dirname(bad.shard))) for bad in source.bad_records] == [
         ("000000000", "c"),
         ("000000002", "c"),

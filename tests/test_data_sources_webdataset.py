@@ -282,7 +282,7 @@ def test_equal_keys_are_one_record_only_if_their_images_are_equal(tmp_path):
         assert keys(source) == ["0", "1", "2", "0#2", "1#2", "2#2"] == [source[i].key for i in range(6)]
         assert [source[i].image for i in range(6)] == [image(n) for n in (0, 1, 2, 10, 11, 12)]
         assert [str(bad) for bad in source.bad_records] == [
-            f"{tmp_path}/c/0.tar: 1: its key and picture occur already in {tmp_path}/a/0.tar"
+            f"{tmp_path}/c/0.tar: 1: its key and image occur already in {tmp_path}/a/0.tar"
         ]
     pickled = pickle.loads(pickle.dumps(source))
     assert pickled.where(4) == (f"{tmp_path}/b/0.tar", "1#2") and pickled[4].captions == source[4].captions
@@ -295,7 +295,7 @@ def test_equal_keys_in_one_shard(tmp_path):
     source = webdataset.open([first, second])
     assert keys(source) == ["000000001", "000000002", "000000001#2", "000000003"]
     assert source[0].image == image(1) and source[2].image == b"another"
-    repeated = f"its key and picture occur already in {first}"
+    repeated = f"its key and image occur already in {first}"
     assert [(bad.shard, bad.reason) for bad in source.bad_records] == [
         (str(first), "no caption"),
         (str(second), repeated),

@@ -768,6 +768,21 @@ def test_rows_of_other_flags_are_distinguished(tmp_path):
     assert table.sampler_of(lcm) == "lcm" and "- dtype float32; negative_prompt none; tiled" in table.markdown([lcm])
 
 
+def test_rows_of_two_states_of_a_model_whose_command_was_stopped(tmp_path):
+    """Without a table.json the last row says which state is the newest."""
+    old = [dataclasses.replace(ROW, model="b", steps=n, comparison=comparison(), settings=settings()) for n in (1, 2)]
+    new = dataclasses.replace(old[0], settings=settings(dtype="bfloat16"))
+    own = dataclasses.replace(old[0], model="a")
+    for row in (*old, new, own):
+        table.save_row(tmp_path, row)
+    for path in (tmp_path / "rows").glob("*.json"):
+        written = 1 + ("bfloat16" in path.read_text())
+        os.utime(path, (written, written))
+    rows, others = table.newest(tmp_path, "a", own.state)
+    assert [(row.model, row.settings["program"]["dtype"]) for row in rows] == [("a", "float32"), ("b", "bfloat16")]
+    assert others == {"b": 1}
+
+
 def test_images_that_are_not_finite_are_refused():
     class Broken:
         def encode(self, captions):

@@ -159,8 +159,16 @@ def _images(row: Row) -> dict[str, Any]:
 
 def read_rows(folder: Path) -> list[Row]:
     """The rows of a folder's files, ordered by model, sampler, scale and steps. Raises LcmError for another file."""
-    rows = [_read_row(path) for path in (folder / "rows").glob("*.json")]
-    return sorted(rows, key=lambda row: (row.model, sampler_of(row), row.guidance_scale, row.steps))
+    return sorted(map(_read_row, _files(folder)), key=_place)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of rows, the one that was written last at the end."""
+    return sorted((folder / "rows").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def _place(row: Row) -> tuple[str, str, float, int]:
+    return row.model, sampler_of(row), row.guidance_scale, row.steps
 
 
 def _read_row(path: Path) -> Row:
@@ -212,12 +220,13 @@ def newest(folder: Path, model: str, state: Mapping[str, Any]) -> tuple[list[Row
     """(rows of a folder that go together, {model: how many others it has}).
 
     Those rows go together that are of their model's newest state: `state` for the `model` of this command, for others
-    the one in the table as it was written last.
+    the one in the table as it was written last or, if a command was stopped before it, that of their last row.
     """
-    states = {row.model: row.state for row in read(folder)} | {model: state}
+    found = list(map(_read_row, _files(folder)))
+    states = {row.model: row.state for row in (*found, *read(folder))} | {model: state}
     rows, others = [], collections.Counter()
-    for row in read_rows(folder):
-        if same(row.state, states.get(row.model, row.state)):
+    for row in sorted(found, key=_place):
+        if same(row.state, states[row.model]):
             rows.append(row)
         else:
             others[row.model] += 1

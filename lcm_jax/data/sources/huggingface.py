@@ -7,8 +7,8 @@
 
 An image column holds encoded bytes, alone or as {bytes, path}; a caption column a text or a list of texts; every number
 column is a field. A record's key is its "key", "__key__" or (if no two are alike) "id", else "train-000000123". A row
-with key and picture of an earlier one is not used; other pictures of a key are, by their numbers, as two downloads of
-img2dataset have them. Rows of img2dataset that hold no picture, as their status says, are left out.
+with key and image of an earlier one is not used; other images of a key are, by their numbers, as two downloads of
+img2dataset have them. Rows of img2dataset that hold no image, as their status says, are left out.
 Rows are read from the Arrow files that `datasets` maps into memory; parquet is converted once, into HF_HOME. They are
 read as Arrow, since `datasets` would open whatever file or address a row names when it decodes that row.
 """
@@ -72,10 +72,10 @@ class HuggingFace:
         self._table = table.select_columns(list(dict.fromkeys(columns))).with_format("arrow")
         self._unnamed = np.zeros(0, bool)  # [rows] whose key is another row's
         failed = _failed(table, image_key)
-        self.notes = [f"{failed.sum()} x row without a picture, whose status is no success"] if failed.any() else []
+        self.notes = [f"{failed.sum()} x row without an image, as its status says"] if failed.any() else []
         again = self._repeated(failed)
         self._rows = np.flatnonzero(~(failed | again)) if (failed | again).any() else None
-        reason = f"key (column {self._key!r}) and picture are those of an earlier record"
+        reason = f"key (column {self._key!r}) and image are those of an earlier record"
         self.bad_records = [BadRecord(*self._file_and_key(row), reason) for row in np.flatnonzero(again)]
 
     def __len__(self) -> int:
@@ -130,7 +130,7 @@ class HuggingFace:
         return file, key or f"{self.split}-{row:09d}"
 
     def _repeated(self, failed: np.ndarray) -> np.ndarray:
-        """bool [rows]: those with key and picture of an earlier one; the others of a key lose it (`_unnamed`)."""
+        """bool [rows]: those with key and image of an earlier one; the others of a key lose it (`_unnamed`)."""
         again = np.zeros(len(self._table), bool)
         if self._key is None:
             return again
@@ -138,17 +138,17 @@ class HuggingFace:
         codes[failed] = -1 - np.flatnonzero(failed)
         unnamed = np.ones(len(codes), bool)
         unnamed[np.unique(codes, return_index=True)[1]] = False
-        earlier: dict[tuple[int, int], list[int]] = {}  # of a key, size -> rows of different pictures
+        earlier: dict[tuple[int, int], list[int]] = {}  # of a key, size -> rows of different images
         for row in tqdm(repeated(codes, sizes).tolist(), "repeated keys", unit=" rows", disable=None):
             others = earlier.setdefault((int(codes[row]), int(sizes[row])), [])
-            if any(self._same_picture(row, other) for other in others):
+            if any(self._same_image(row, other) for other in others):
                 again[row] = True
             else:
                 others.append(row)
         self._unnamed = unnamed & ~again
         return again
 
-    def _same_picture(self, row: int, other: int) -> bool:
+    def _same_image(self, row: int, other: int) -> bool:
         try:
             a, b = (self._content(number, self._values(number)[self._image]) for number in (row, other))
             return a == b
@@ -323,7 +323,7 @@ def _parquet(datasets: Any, path: Path, split: str) -> tuple[tuple[str, int], ..
             path,
             f"not all of its files are parquet ({one_line(error)}); copy them again, or change the source",
         ) from None
-    # `datasets` fails of a file without rows; img2dataset writes one for a shard without pictures.
+    # `datasets` fails of a file without rows; img2dataset writes one for a shard without images.
     if not any(rows for _, rows in counted):
         raise BadArgument("path", path, "its parquet files have no rows; copy them again, or choose another path")
     return tuple((file, rows) for file, rows in counted if rows)
@@ -468,7 +468,7 @@ def _image_sizes(table: Any, image_key: str) -> np.ndarray:
 
 
 def _failed(table: Any, image_key: str) -> np.ndarray:
-    """bool [rows]: those of img2dataset that hold no picture and say so in their status."""
+    """bool [rows]: those of img2dataset that hold no image and say so in their status."""
     import pyarrow.compute as pc
 
     failed = np.zeros(len(table), bool)
