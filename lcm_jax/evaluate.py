@@ -162,6 +162,15 @@ def check_flags(args: argparse.Namespace) -> None:
         plot.check()
 
 
+def check_samplers(args: argparse.Namespace, rows: Sequence[RowRequest]) -> None:
+    """Raises LcmError for a flag of samplers that no row has."""
+    samplers = {row.sampler for row in rows}
+    if args.gamma is not None and "tcd" not in samplers:
+        raise LcmError(f"--gamma={args.gamma:g} is of the sampler tcd, which no --row has; leave it out")
+    if args.spacing != "trailing" and samplers <= {*ON_GRID, *EULER}:
+        raise LcmError(f"--spacing={args.spacing}: no --row has a sampler that uses it; leave it out")
+
+
 def read_inputs(args: argparse.Namespace) -> Inputs:
     """The captions. Raises LcmError: none, fewer than --count, or a source that cannot be read."""
     each = args.images_per_caption
@@ -260,6 +269,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     """Measures the rows that are missing; returns the files of the table."""
     check_flags(args)
     rows, specs = parse_rows(args.row), measures.parse(args.metric)
+    check_samplers(args, rows)
     found = read_inputs(args)
     reference = read_reference(args, found, specs)
     generator = flags.load_model(args)

@@ -365,6 +365,8 @@ def test_metrics_by_networks_of_folders(lcm, prompts, tmp_path, monkeypatch):
         (["--prompts=/no/such"], r"--prompts=/no/such: cannot be read"),
         (["--source=shapes"], r"captions come from --prompts=FILE or from --source=NAME; give one of them"),
         (["--split=train"], r"--split is of a data source; give --source"),
+        (["--gamma=0.3"], r"--gamma=0.3 is of the sampler tcd, which no --row has; leave it out"),
+        (["--spacing=leading"], r"--spacing=leading: no --row has a sampler that uses it; leave it out"),
         (["--metric=psnr"], r"--metric=psnr: choose NAME or NAME:WEIGHTS of fid, clip_score"),
         (["--metric=fid"], r"--metric=fid: .*no weights are given; fetch \S+ .*sha256 6726825d"),
         (["--metric=cmmd:/no/such"], r"--metric=cmmd:/no/such: .*/no/such does not exist; fetch .*sha256"),

@@ -370,14 +370,11 @@ def _samples(
         if key != previous:
             previous, earlier = key, len(sample.members) if sample else 0
         if sample is None or suffix in sample.members:
-            moved = list(sample.members)[earlier:] if sample and earlier else []
+            moved = list(sample.members)[earlier:] if earlier else []
             sample = latest[key] = _Sample(key, before=sample)
             samples.append(sample)
             if suffix not in moved:
-                for other in moved:
-                    sample.members[other] = sample.before.members.pop(other)
-                    if other in sample.before.texts:
-                        sample.texts[other] = sample.before.texts.pop(other)
+                sample.members.update((other, sample.before.members.pop(other)) for other in moved)
             earlier = 0
         elif earlier and sample.before and suffix not in sample.before.members:
             sample.mixed = True
