@@ -148,6 +148,19 @@ def test_paths_of_images_are_relative_to_their_own_file_of_a_glob(tmp_path):
         assert [source[i].image for i in range(len(source))] == contents
 
 
+def test_the_digest_has_the_paths_of_images_that_are_not_in_the_rows(tmp_path):
+    def digest(name, *rows):
+        write(tmp_path / name / "x.parquet", pa.array(rows, IMAGE), ["a"] * len(rows))
+        return huggingface.open(str(tmp_path / name)).digest()
+
+    inside = {"bytes": IMAGES[0], "path": "0.png"}
+    first, again, other = (
+        digest(n, inside, {"bytes": None, "path": f"{p}.png"}) for n, p in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert first == again != other
+    assert digest("d", inside) == digest("e", inside | {"path": "moved.png"}), "which is not read"
+
+
 def test_paths_of_images_stay_in_the_data_set(tmp_path):
     root, outside = tmp_path / "set", tmp_path / "0.png"
     (root / "sub").mkdir(parents=True)

@@ -116,7 +116,7 @@ class HuggingFace:
         chunks = self._table.data.column(self._key).chunks if self._key else ()
         keys = b"\0".join(b"\0".join(_as_bytes(chunk)) for chunk in chunks if len(chunk))
         sizes = (size for name in (self._image, self._caption) for size in _sizes(self._table.data.column(name)))
-        return digest_of(self.split, rows, keys, *sizes)
+        return digest_of(self.split, rows, keys, *sizes, *_paths(self._table, self._image))
 
     def _row(self, number: int) -> int:
         if not 0 <= number < len(self):
@@ -487,6 +487,19 @@ def _contents(table: Any, image_key: str) -> list[Any]:
     column = table.data.column(image_key)
     fields = [field.name for field in column.type] if str(column.type).startswith("struct") else []
     return [pc.struct_field(column, name) for name in ("bytes", "path") if name in fields] or [column]
+
+
+def _paths(table: Any, image_key: str) -> list[bytes]:
+    """[all paths of images whose bytes are not in the table]; [] if there are none."""
+    import pyarrow.compute as pc
+
+    *contents, paths = _contents(table, image_key)
+    if not contents and not str(table.data.column(image_key).type).startswith("struct"):
+        return []
+    for content in contents:
+        paths = pc.if_else(pc.is_null(content), paths, None)
+    found = [name for chunk in paths.chunks for name in _as_bytes(chunk)]
+    return [b"\0".join(found)] if any(found) else []
 
 
 def _as_text(scalar: Any) -> str | None:
