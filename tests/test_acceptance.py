@@ -74,6 +74,7 @@ def test_what_is_expected_of_a_published_lora_is_rank_64_on_all_the_layers():
         ({"rows": [{"name": "a"}]}, "row a has no model; add it"),
         ({"rows": [{"name": "a", "model": "b", "steps": [0.5]}]}, "unsupported steps=.0.5.; .*row a"),
         ({"rows": [{"name": "a", "model": "b", "family": "c"}]}, "row a has the family c, which is not among"),
+        ({"families": {"c": 1}, "rows": [{"name": "a", "model": "b", "family": "c"}]}, "unsupported families="),
         ({"rows": [{"name": "a", "model": "b"}] * 2}, "two rows have the name a; rename one"),
     ],
 )

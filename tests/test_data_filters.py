@@ -91,7 +91,7 @@ def test_a_record_counts_at_the_first_rule_that_drops_it():
 
 
 def test_side_and_aspect_from_fields():
-    fields = {"original_width": [512, 2048, 600, 300, NAN, 0], "original_height": [512, 512, 1200, 900, 600, 600]}
+    fields = {"original_width": [512, 2048, 600, 300, NAN, 1e300], "original_height": [512, 512, 1200, 900, 600, 600]}
     source = Rows(fields, [None] * 6)
     keys = dict(width_key="original_width", height_key="original_height")
     assert kept(source, "side >= 512", **keys)[0] == [0, 1, 2]

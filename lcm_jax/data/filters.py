@@ -172,7 +172,8 @@ def sizes(source: Source, width_key: str = "width", height_key: str = "height") 
     both = np.zeros((len(source), 2), np.int32)
     if height is not None and width is not None:
         fields = np.stack([height, width], -1)
-        both = np.where((fields >= 1).all(-1, keepdims=True), fields, 0).astype(np.int32)  # NaN >= 1 is False
+        given = ((fields >= 1) & (fields < 2**31)).all(-1, keepdims=True)  # NaN >= 1 is False
+        both = np.where(given, fields, 0).astype(np.int32)
     unknown = np.flatnonzero(both[:, 0] == 0).tolist()
     for number in tqdm(unknown, "image sizes", unit=" images", disable=None if unknown else True):
         try:
