@@ -412,13 +412,16 @@ def test_bad_input_is_one_line_before_long_work(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seed=1"], r"a row \(tiny, lcm, 2 steps\) of seed 0, this command's is 1; .*--seed, or another --out"),
-        (["--count=4"], r"of pictures 5, this command's is 4; .* the same --count"),
-        (["--height=32"], r"of height 16, this command's is 32; .* the same --height"),
-        (["--prompts=OTHER"], r"of prompts --prompts=\S+prompts.txt \(sha256 \w{12}\), this command's is --prompts="),
+        (["--seed=1"], r"a row \(tiny, lcm, 2 steps\) with another --seed: 0 there, 1 here; .*, or another --out"),
+        (["--count=4"], r"with another --count: 5 there, 4 here; "),
+        (["--height=32"], r"with another --height: 16 there, 32 here; "),
+        (
+            ["--prompts=OTHER"],
+            r"another --prompts or --source: --prompts=\S+prompts.txt \(sha256 \w{12}\) there, --prompts=\S+other.txt",
+        ),
         (
             ["--images_per_caption=2"],
-            r"of prompts --prompts=\S+prompts.txt \(\S+ \w{12}\), .*, 2 images of each \(sha256",
+            r"--source: --prompts=\S+prompts.txt \(\S+ \w{12}\) there, .*, 2 images of each \(sha256 \w{12}\) here",
         ),
     ],
 )

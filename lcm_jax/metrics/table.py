@@ -194,8 +194,8 @@ def check_comparable(folder: Path, rows: Sequence[Row], comparison: Mapping[str,
             before, now = row.comparison[key], comparison[key]
             if not same(before, now):
                 raise LcmError(
-                    f"--out={folder} holds a row ({name}) of {key} {_short(before)}, this command's is {_short(now)}; "
-                    f"rows of one table share it: give the same {flag}, or another --out"
+                    f"--out={folder} holds a row ({name}) with another {flag}: {_short(before)} there, {_short(now)} "
+                    "here; rows of one table share it: give the same, or another --out"
                 )
         for metric in row.comparison["metrics"].keys() & comparison["metrics"].keys():
             if not same(row.comparison["metrics"][metric], comparison["metrics"][metric]):
