@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -159,6 +160,10 @@ def test_the_digest_has_the_paths_of_images_that_are_not_in_the_rows(tmp_path):
     )
     assert first == again != other
     assert digest("d", inside) == digest("e", inside | {"path": "moved.png"}), "which is not read"
+    table = pa.table({"image": pa.array([{"bytes": b"1"}]), "text": ["a"]})
+    assert huggingface._paths(SimpleNamespace(data=table), "image") == []
+    table = pa.table({"image": pa.array([{"bytes": b"1", "path": None}]), "text": ["a"]})
+    assert huggingface._paths(SimpleNamespace(data=table), "image") == []
 
 
 def test_paths_of_images_stay_in_the_data_set(tmp_path):

@@ -464,7 +464,7 @@ def _codes(table: Any, column: str) -> np.ndarray:
 
 def _image_sizes(table: Any, image_key: str) -> np.ndarray:
     """int64 [rows]: bytes of the images; -1 if there are none, as for one that is named by its path."""
-    return next(_sizes(_contents(table, image_key)[0]), np.full(len(table), -1))
+    return next(_sizes(next(iter(_contents(table, image_key).values()))), np.full(len(table), -1))
 
 
 def _failed(table: Any, image_key: str) -> np.ndarray:
@@ -474,32 +474,32 @@ def _failed(table: Any, image_key: str) -> np.ndarray:
     failed = np.zeros(len(table), bool)
     if "status" in table.column_names and str(table.data.schema.field("status").type) in ("string", "large_string"):
         wrong = pc.fill_null(pc.not_equal(table.data.column("status"), "success"), False)
-        for part in _contents(table, image_key):
+        for part in _contents(table, image_key).values():
             wrong = pc.and_(wrong, pc.is_null(part))
         failed |= wrong.to_numpy()
     return failed
 
 
-def _contents(table: Any, image_key: str) -> list[Any]:
-    """The column of the images' bytes, and that of their paths if there is one."""
+def _contents(table: Any, image_key: str) -> dict[str, Any]:
+    """The column of the images' "bytes", and that of their "path" if there is one."""
     import pyarrow.compute as pc
 
     column = table.data.column(image_key)
     fields = [field.name for field in column.type] if str(column.type).startswith("struct") else []
-    return [pc.struct_field(column, name) for name in ("bytes", "path") if name in fields] or [column]
+    return {name: pc.struct_field(column, name) for name in ("bytes", "path") if name in fields} or {"bytes": column}
 
 
 def _paths(table: Any, image_key: str) -> list[bytes]:
     """[all paths of images whose bytes are not in the table]; [] if there are none."""
     import pyarrow.compute as pc
 
-    *contents, paths = _contents(table, image_key)
-    if not contents and not str(table.data.column(image_key).type).startswith("struct"):
+    found = _contents(table, image_key)
+    paths = found.get("path")
+    if paths is not None and "bytes" in found:
+        paths = pc.if_else(pc.is_null(found["bytes"]), paths, None)
+    if paths is None or paths.null_count == len(paths):
         return []
-    for content in contents:
-        paths = pc.if_else(pc.is_null(content), paths, None)
-    found = [name for chunk in paths.chunks for name in _as_bytes(chunk)]
-    return [b"\0".join(found)] if any(found) else []
+    return [b"\0".join(name for chunk in paths.chunks for name in _as_bytes(chunk))]
 
 
 def _as_text(scalar: Any) -> str | None:
