@@ -31,7 +31,7 @@ from lcm_jax.ending import exit_code
 from lcm_jax.errors import BadArgument, LcmError, flags_named
 from lcm_jax.metrics import inputs, measures, plot, table
 from lcm_jax.metrics.inputs import FolderImages, Inputs, SourceImages
-from lcm_jax.metrics.measures import Reference, Spec
+from lcm_jax.metrics.measures import Measure, Reference, Spec
 from lcm_jax.metrics.rows import Evaluation, comparison, model_about
 from lcm_jax.metrics.shapes import Endpoints
 from lcm_jax.pretrained import Pipeline
@@ -47,7 +47,7 @@ from lcm_jax.sampling.request import Request, check_guidance_scale, check_number
 
 MOST = {"count": 10_000_000, "images_per_caption": 100_000, "references": 10_000_000, "timings": 100_000}
 SOURCE_COUNT = 2000  # images per row if captions are from a data source
-SOURCE_FLAGS = ("path", "split", "image_key", "caption_key", "style")
+SOURCE_FLAGS = ("path", "split", "image_key", "caption_key", "index_dir", "style")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add("--split", help="of the data source; default: heldout for shapes, else train")
     add("--image_key", help="of the data source: what holds the image")
     add("--caption_key", help="of the data source: what holds the caption")
+    add("--index_dir", help="of the source webdataset: folder for its indices; default: beside each shard")
     add("--style", help="of the source shapes")
     add("--count", type=int, help=f"images per row; default: one of each prompt, {SOURCE_COUNT} of a source")
     each_help = "so many of --count in a row; with 8 or more, --metric=shapes measures coverage"
@@ -161,6 +162,15 @@ def check_flags(args: argparse.Namespace) -> None:
         plot.check()
 
 
+def check_samplers(args: argparse.Namespace, rows: Sequence[RowRequest]) -> None:
+    """Raises LcmError for a flag of samplers that no row has."""
+    samplers = {row.sampler for row in rows}
+    if args.gamma is not None and "tcd" not in samplers:
+        raise LcmError(f"--gamma={args.gamma:g} is of the sampler tcd, which no --row has; leave it out")
+    if args.spacing != "trailing" and samplers <= {*ON_GRID, *EULER}:
+        raise LcmError(f"--spacing={args.spacing}: no --row has a sampler that uses it; leave it out")
+
+
 def read_inputs(args: argparse.Namespace) -> Inputs:
     """The captions. Raises LcmError: none, fewer than --count, or a source that cannot be read."""
     each = args.images_per_caption
@@ -174,7 +184,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     path = given.pop("path", None)
     with flags_named("--"):
         source = open_source(args.source, path and os.path.expanduser(path), **given)
-    words = [args.source, path, *(f"{key}={given[key]}" for key in SOURCE_FLAGS if key in given)]
+    words = [args.source, path, *(f"{key}={given[key]}" for key in SOURCE_FLAGS if key in given and key != "index_dir")]
     return inputs.of_source(source, count, " ".join(word for word in words if word), each)
 
 
@@ -184,9 +194,11 @@ def read_reference(args: argparse.Namespace, found: Inputs, specs: Sequence[Spec
     Raises:
       LcmError: an empty folder, fewer images than --references, or no metric of `specs` needs a reference.
     """
-    if args.reference and not any(spec.name in measures.NEEDS_REFERENCE for spec in specs):
+    given = [f"--reference={path}" for path in args.reference]
+    given += [] if args.references is None else [f"--references={args.references}"]
+    if given and not any(spec.name in measures.NEEDS_REFERENCE for spec in specs):
         raise LcmError(
-            f"--reference={args.reference[0]}: no --metric compares with images; give one of "
+            f"{given[0]}: no --metric compares with images; give one of "
             f"{', '.join(measures.NEEDS_REFERENCE)}, or leave it out"
         )
     images = next((FolderImages(path) for path in args.reference if path.is_dir()), None)
@@ -196,6 +208,17 @@ def read_reference(args: argparse.Namespace, found: Inputs, specs: Sequence[Spec
             raise LcmError(f"--references={count}: the source has {len(found.source)} records; give no more")
         images = SourceImages(found.source, count, found.name)
     return Reference(tuple(path for path in args.reference if not path.is_dir()), images, args.out / "references")
+
+
+def check_images_used(args: argparse.Namespace, measured: Sequence[Measure]) -> None:
+    """Raises LcmError if images to compare with are asked for, but all metrics have statistics in a .npz."""
+    folder = next((path for path in args.reference if path.is_dir()), None)
+    if folder is None and args.references is None:
+        return
+    files = {path.name for path in args.reference if path != folder}
+    if all(one.about["reference"]["from"] in files for one in measured if one.name in measures.NEEDS_REFERENCE):
+        flag = f"--references={args.references}" if folder is None else f"--reference={folder}"
+        raise LcmError(f"{flag}: all metrics compare with the statistics in {', '.join(sorted(files))}; leave one out")
 
 
 def make_requests(rows: Sequence[RowRequest], pipeline: Pipeline, args: argparse.Namespace) -> list[Request]:
@@ -246,6 +269,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     """Measures the rows that are missing; returns the files of the table."""
     check_flags(args)
     rows, specs = parse_rows(args.row), measures.parse(args.metric)
+    check_samplers(args, rows)
     found = read_inputs(args)
     reference = read_reference(args, found, specs)
     generator = flags.load_model(args)
@@ -257,6 +281,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     size, style = (requests[0].height, requests[0].width), args.style or "plain"
     measured = [measures.load(s, found.captions, size, reference, mesh, batch_size, style) for s in specs]
     measures.check_used(reference, measured)
+    check_images_used(args, measured)
     endpoints = load_endpoints(args, specs, generator, found.captions, requests[0])
     program = {key: getattr(args, key) for key in ("negative_prompt", "tiled", "fsdp", "timings")}
     program |= {key: value for key in ("sliced", "weights", "offload") if (value := getattr(args, key))}

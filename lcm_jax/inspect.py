@@ -233,10 +233,15 @@ def of_sizes(config: ConfigDict, part: run_data.Part, rows: ImageRows, sample: S
         small = (sizes < targets[images.nearest_bucket(sizes, targets)]).any(axis=1)
         return share(int(small.sum()), len(sizes))
 
-    by_fields = all(source.field(key) is not None for key in (data.height_key, data.width_key))
+    fields = [source.field(key) for key in (data.height_key, data.width_key)]
+    by_fields = all(values is not None for values in fields)
     if by_fields:
         found = filters.sizes(source, data.width_key, data.height_key)
-        yield f"sizes of all {len(source):,} records, by the fields {data.height_key!r} and {data.width_key!r}"
+        lacking = int(np.isnan(fields).any(0).sum())
+        yield (
+            f"sizes of all {len(source):,} records, by the fields {data.height_key!r} and {data.width_key!r}"
+            + f", of {lacking:,} that lack one by their images" * (lacking > 0)
+        )
     else:
         found = sample.sizes
         yield f"sizes of {len(found):,} images of the sample"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import acceptance_kit
 import family
@@ -73,6 +74,7 @@ def test_what_is_expected_of_a_published_lora_is_rank_64_on_all_the_layers():
         ({"rows": [{"name": "a"}]}, "row a has no model; add it"),
         ({"rows": [{"name": "a", "model": "b", "steps": [0.5]}]}, "unsupported steps=.0.5.; .*row a"),
         ({"rows": [{"name": "a", "model": "b", "family": "c"}]}, "row a has the family c, which is not among"),
+        ({"families": {"c": 1}, "rows": [{"name": "a", "model": "b", "family": "c"}]}, "unsupported families="),
         ({"rows": [{"name": "a", "model": "b"}] * 2}, "two rows have the name a; rename one"),
     ],
 )
@@ -113,7 +115,7 @@ def test_a_command_line_that_cannot_be_meant_is_refused(words, error):
 
 
 def test_the_list(capsys):
-    assert program.main(["--list", "--only=turbo,vega"]) == 0 and program.seconds("train", "1.5h") == 5400
+    assert program.main(["--list", "--only=turbo, vega,"]) == 0 and program.seconds("train", "1.5h") == 5400
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["sd-turbo", "sdxl-turbo", "vega-rt", "3"]
 
@@ -123,12 +125,22 @@ def test_what_a_training_says_of_its_speed():
     line = {"loss": 2.0, "images_per_second": 8.0, "data_wait": 0.0, "time_step": 5.0, "time_data": 0.5}
     lines = [line | {"step": step, "images": 4 * step} for step in (10, 20)]
     lines[1] |= {"loss": 1.0, "memory_peak": 2**31, "mfu": 0.4}
-    lines[0] |= {"memory_peak": 2**30, "mfu": 0.2}
+    lines[0] |= {"mfu": 0.2}
     found = train.measured(lines)
     assert found["seconds"] == 11 and found["seconds_per_step"] == 0.5 and found["batch_size"] == 4
     said = ["20 steps, 0.5 s/step, 8 images/s", "2.00 GiB", "MFU 30.0%", "loss 2, then 1.5"]
     assert cases.texts({"training": found}) == said
     assert train.data_flags("shapes")[0] == "--config.data.source=shapes"
+
+
+def test_the_room_for_a_file_is_not_taken_for_that_of_its_config(tmp_path, monkeypatch):
+    repos = [SimpleNamespace(repo_id="a/base", size_on_disk=7e9), SimpleNamespace(repo_id="a/fi", size_on_disk=7e9)]
+    monkeypatch.setattr(ours.constants, "HF_HUB_CACHE", tmp_path)
+    monkeypatch.setattr(ours, "scan_cache_dir", lambda cache: SimpleNamespace(repos=repos))
+    monkeypatch.setattr(ours.shutil, "disk_usage", lambda path: SimpleNamespace(free=5e9))
+    with pytest.raises(LcmError, match="7.0 GB are to be downloaded, and 5.0 GB are free"):
+        ours.check_space(cases.Case("c", "a/file/x.safetensors", model_config="a/base", gigabytes=7.0))
+    ours.check_space(cases.Case("c", "a/base", gigabytes=7.0))
 
 
 def test_lines_of_metrics_that_are_whole(tmp_path):

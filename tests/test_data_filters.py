@@ -54,6 +54,7 @@ def kept(source, *rules, **keys):
         ("pwatermark <= 0.5 or missing", filters.Rule("pwatermark", "<=", 0.5, True)),
         ("json.score > -1e-3  or  missing ", filters.Rule("json.score", ">", -1e-3, True)),
         ("n==3", filters.Rule("n", "==", 3)),
+        ("n <= 20230101", filters.Rule("n", "<=", 20230101)),
         ("n < 3", filters.Rule("n", "<", 3)),
     ],
 )
@@ -90,7 +91,8 @@ def test_a_record_counts_at_the_first_rule_that_drops_it():
 
 
 def test_side_and_aspect_from_fields():
-    source = Rows({"original_width": [512, 2048, 600, 300, NAN, 0], "original_height": [512, 512, 1200, 900, 600, 600]})
+    fields = {"original_width": [512, 2048, 600, 300, NAN, 1e300], "original_height": [512, 512, 1200, 900, 600, 600]}
+    source = Rows(fields, [None] * 6)
     keys = dict(width_key="original_width", height_key="original_height")
     assert kept(source, "side >= 512", **keys)[0] == [0, 1, 2]
     assert kept(source, "aspect <= 2", **keys)[0] == [0, 2]
@@ -99,6 +101,9 @@ def test_side_and_aspect_from_fields():
     expected = [[512, 512], [512, 2048], [1200, 600], [900, 300], [0, 0], [0, 0]]
     got = filters.sizes(source, **keys)
     assert got.dtype == np.int32 and got.tolist() == expected
+    source = Rows(fields, [None, None, None, None, image(30, 20), None], reads=0)
+    assert filters.sizes(source, **keys).tolist() == [*expected[:4], [30, 20], [0, 0]]
+    assert source.reads == 2, "of those alone that lack a field"
 
 
 def image(height, width, form="JPEG", orientation=None):

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -136,6 +137,33 @@ def test_images_by_path_and_unusable_records(tmp_path):
     for number in (2, 3, 4):
         with pytest.raises(BadRecordError, match="no image"):
             source[number]
+
+
+def test_paths_of_images_are_relative_to_their_own_file_of_a_glob(tmp_path):
+    for name, content in (("a", IMAGES[0]), ("b", IMAGES[1])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(content)
+        write(tmp_path / name / "x.parquet", pa.array([{"bytes": None, "path": "0.png"}], IMAGE), [name])
+    for path, contents in (("*", IMAGES[:2]), ("b", IMAGES[1:2])):
+        source = huggingface.open(str(tmp_path / path / "x.parquet"))
+        assert [source[i].image for i in range(len(source))] == contents
+
+
+def test_the_digest_has_the_paths_of_images_that_are_not_in_the_rows(tmp_path):
+    def digest(name, *rows):
+        write(tmp_path / name / "x.parquet", pa.array(rows, IMAGE), ["a"] * len(rows))
+        return huggingface.open(str(tmp_path / name)).digest()
+
+    inside = {"bytes": IMAGES[0], "path": "0.png"}
+    first, again, other = (
+        digest(n, inside, {"bytes": None, "path": f"{p}.png"}) for n, p in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert first == again != other
+    assert digest("d", inside) == digest("e", inside | {"path": "moved.png"}), "which is not read"
+    table = pa.table({"image": pa.array([{"bytes": b"1"}]), "text": ["a"]})
+    assert huggingface._paths(SimpleNamespace(data=table), "image") == []
+    table = pa.table({"image": pa.array([{"bytes": b"1", "path": None}]), "text": ["a"]})
+    assert huggingface._paths(SimpleNamespace(data=table), "image") == []
 
 
 def test_paths_of_images_stay_in_the_data_set(tmp_path):
@@ -345,7 +373,7 @@ def test_two_parquet_sets_of_img2dataset(tmp_path):
     nulls = [f"train-{row:09d}" for row in (9, 14)]  # without a status, so bad when they are read
     assert names == ["000000000", "000000002", "000000004", "train-000000005", "train-000000007", *nulls]
     assert [source[i].image for i in (0, 1, 3, 4)] == [IMAGES[i] for i in (0, 2, 1, 3)]
-    assert source.notes == ["6 x row without a picture, whose status is no success"]
+    assert source.notes == ["6 x row without an image, as its status says"]
     assert [(bad.key, os.path.basename(os.path.dirname(bad.shard))) for bad in source.bad_records] == [
         ("000000000", "c"),
         ("000000002", "c"),

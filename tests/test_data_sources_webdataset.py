@@ -165,7 +165,7 @@ def test_image_key_chooses(tmp_path):
     first = webdataset.open(path)
     assert first[0].image == image(1)
     assert sorted(bad.reason.split(";")[0] for bad in first.bad_records) == [
-        f"a second picture, .{s}" for s in ("png", "webp")
+        f"a second image, .{s}" for s in ("png", "webp")
     ]
     chosen = webdataset.open(path, image_key="webp")  # another key: another index
     assert chosen[0].image == b"webp" and not chosen.bad_records
@@ -219,6 +219,9 @@ def test_members_that_are_not_used_are_counted(tmp_path):
         source = webdataset.open(tmp_path)
         wanted = ("1 x file without a suffix in the tars", "1 x hidden file in the tars", "1 x link in the tars")
         assert keys(source) == ["1"] and source.notes == wanted
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LcmError, match=r"^path=\S+/empty: no tar shard matches it$"):
+        webdataset.open(f"{tmp_path}/{{.,empty}}")
     (tmp_path / "a.tar").rename(tmp_path / "a.tar.gz")
     write_tar(tmp_path / "deep/1/a.tar", members(0))
     with pytest.raises(
@@ -279,7 +282,7 @@ def test_equal_keys_are_one_record_only_if_their_images_are_equal(tmp_path):
         assert keys(source) == ["0", "1", "2", "0#2", "1#2", "2#2"] == [source[i].key for i in range(6)]
         assert [source[i].image for i in range(6)] == [image(n) for n in (0, 1, 2, 10, 11, 12)]
         assert [str(bad) for bad in source.bad_records] == [
-            f"{tmp_path}/c/0.tar: 1: its key and picture occur already in {tmp_path}/a/0.tar"
+            f"{tmp_path}/c/0.tar: 1: its key and image occur already in {tmp_path}/a/0.tar"
         ]
     pickled = pickle.loads(pickle.dumps(source))
     assert pickled.where(4) == (f"{tmp_path}/b/0.tar", "1#2") and pickled[4].captions == source[4].captions
@@ -292,13 +295,35 @@ def test_equal_keys_in_one_shard(tmp_path):
     source = webdataset.open([first, second])
     assert keys(source) == ["000000001", "000000002", "000000001#2", "000000003"]
     assert source[0].image == image(1) and source[2].image == b"another"
-    repeated = f"its key and picture occur already in {first}"
+    repeated = f"its key and image occur already in {first}"
     assert [(bad.shard, bad.reason) for bad in source.bad_records] == [
         (str(first), "no caption"),
         (str(second), repeated),
     ]
     np.testing.assert_array_equal(source.field("original_width"), [101, 102, 101, 103])
     assert source.where(3) == (str(second), "000000003")
+
+
+def test_members_of_several_records_of_one_key_are_not_mixed(tmp_path):
+    """As of two downloads that are numbered alike, packed into one tar without their folders."""
+    text_alone = [("1.txt", b"lost its image"), *members(2), ("1.jpg", b"b"), ("1.txt", b"of b"), ("1.json", b"{}")]
+    by_suffix = [("1.jpg", b"a"), ("2.jpg", b"c"), ("1.txt", b"of a"), ("2.txt", b"of c")]
+    sorted_twice = [*by_suffix, ("1.jpg", b"b"), ("3.jpg", b"d"), ("1.txt", b"of b"), ("3.txt", b"of d")]
+    mixed = [("1.jpg", b"a"), ("2.jpg", b"c"), ("1.jpg", b"b"), ("2.txt", b"of c"), ("1.txt", b"?"), ("1.txt", b"?")]
+    wanted = {
+        "text_alone": {"000000002": (image(2), "caption 2, ünïcode"), "1": (b"b", "of b")},
+        "sorted_twice": {"1": (b"a", "of a"), "2": (b"c", "of c"), "1#2": (b"b", "of b"), "3": (b"d", "of d")},
+        "mixed": {"2": (b"c", "of c")},
+    }
+    for name, entries in {"text_alone": text_alone, "sorted_twice": sorted_twice, "mixed": mixed}.items():
+        source = webdataset.open(write_tar(tmp_path / f"{name}.tar", entries))
+        records = map(source.__getitem__, range(len(source)))
+        assert {record.key: (record.image, record.captions[0]) for record in records} == wanted[name]
+    assert [bad.reason.split(",")[0] for bad in source.bad_records] == [
+        "no caption",
+        "several records have this key",
+        "no image among its members (.txt)",
+    ]
 
 
 def test_keys_of_equal_hashes_are_two_records(tmp_path):
@@ -603,11 +628,11 @@ def test_the_content_of_an_index_is_pinned(tmp_path):
             "fields": [[3.0]],
         }
         assert json.loads(stored["header"].tobytes()) == {
-            "made_of": [2, state.st_size, state.st_mtime_ns, None, None],
+            "made_of": [3, state.st_size, state.st_mtime_ns, None, None],
             "fields": ["n"],
             "unused": {},
             "faults": [
-                ["7", "a second picture, .png; --config.data.image_key chooses one"],
+                ["7", "a second image, .png; image_key chooses one"],
                 ["8", "image of 0 bytes"],
             ],
         }

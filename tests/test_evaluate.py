@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import re
 import sys
+import tarfile
 from pathlib import Path
 
 import metrics_kit
@@ -363,6 +365,8 @@ def test_metrics_by_networks_of_folders(lcm, prompts, tmp_path, monkeypatch):
         (["--prompts=/no/such"], r"--prompts=/no/such: cannot be read"),
         (["--source=shapes"], r"captions come from --prompts=FILE or from --source=NAME; give one of them"),
         (["--split=train"], r"--split is of a data source; give --source"),
+        (["--gamma=0.3"], r"--gamma=0.3 is of the sampler tcd, which no --row has; leave it out"),
+        (["--spacing=leading"], r"--spacing=leading: no --row has a sampler that uses it; leave it out"),
         (["--metric=psnr"], r"--metric=psnr: choose NAME or NAME:WEIGHTS of fid, clip_score"),
         (["--metric=fid"], r"--metric=fid: .*no weights are given; fetch \S+ .*sha256 6726825d"),
         (["--metric=cmmd:/no/such"], r"--metric=cmmd:/no/such: .*/no/such does not exist; fetch .*sha256"),
@@ -379,6 +383,10 @@ def test_metrics_by_networks_of_folders(lcm, prompts, tmp_path, monkeypatch):
             r"holds statistics of another network, other/none \(\w+\); the metrics' are means/none",
         ),
         (["--reference=EMPTY"], r"empty.txt is neither a .npz of statistics nor a folder of images"),
+        (
+            ["--metric=fid:EMPTY", "--count=4", "--reference=FOUR", "--reference=TORN"],
+            r"torn: all .* in four.npz; leave",
+        ),
         (["--metric=fid:EMPTY", "--reference=BARE"], r"bare holds no images"),
         (["--reference=BARE"], r"bare: no --metric compares with images; give one of fid"),
         (["--metric=fid:EMPTY", "--count=4", "--reference=FOUR", "--reference=THREE"], r"are both of means/none; give"),
@@ -404,13 +412,16 @@ def test_bad_input_is_one_line_before_long_work(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seed=1"], r"a row \(tiny, lcm, 2 steps\) of seed 0, this command's is 1; .*--seed, or another --out"),
-        (["--count=4"], r"of pictures 5, this command's is 4; .* the same --count"),
-        (["--height=32"], r"of height 16, this command's is 32; .* the same --height"),
-        (["--prompts=OTHER"], r"of prompts --prompts=\S+prompts.txt \(sha256 \w{12}\), this command's is --prompts="),
+        (["--seed=1"], r"a row \(tiny, lcm, 2 steps\) with another --seed: 0 there, 1 here; .*, or another --out"),
+        (["--count=4"], r"with another --count: 5 there, 4 here; "),
+        (["--height=32"], r"with another --height: 16 there, 32 here; "),
+        (
+            ["--prompts=OTHER"],
+            r"another --prompts or --source: --prompts=\S+prompts.txt \(sha256 \w{12}\) there, --prompts=\S+other.txt",
+        ),
         (
             ["--images_per_caption=2"],
-            r"of prompts --prompts=\S+prompts.txt \(\S+ \w{12}\), .*, 2 images of each \(sha256",
+            r"--source: --prompts=\S+prompts.txt \(\S+ \w{12}\) there, .*, 2 images of each \(sha256 \w{12}\) here",
         ),
     ],
 )
@@ -435,7 +446,10 @@ def test_captions_and_references_of_a_source_are_of_its_usable_records(tmp_path)
     source = ("--source=folder", f"--path={tmp_path}")
     found = evaluate.read_inputs(arguments(*source, "--count=3"))
     assert list(found.captions) == [shapes.example(i)[1] for i in (0, 2, 3)]
-    reference = evaluate.read_reference(arguments(*source, "--count=3", "--references=2"), found, ())
+    args = arguments(*source, "--count=3", "--references=2")
+    with pytest.raises(LcmError, match="^--references=2: no --metric compares with images; give one of fid"):
+        evaluate.read_reference(args, found, [measures.Spec("clip_score")])
+    reference = evaluate.read_reference(args, found, [measures.Spec("fid")])
     assert [image.shape for image in reference.images.read(32, 32)] == [(32, 32, 3)] * 2
     with pytest.raises(LcmError, match=r"--references=2 is of --source's images, but --reference gives a folder"):
         evaluate.check_flags(arguments(*source, "--references=2", f"--reference={tmp_path}"))
@@ -449,6 +463,21 @@ def test_captions_and_references_of_a_source_are_of_its_usable_records(tmp_path)
     assert evaluate.read_reference(several, found, ()).images.about["pictures"] == 3  # all that the source has
     with pytest.raises(LcmError, match=r"^--split=heldout: the source 'folder' does not use it; leave it out"):
         evaluate.read_inputs(arguments(*source, "--split=heldout"))
+
+
+def test_shards_whose_folder_cannot_be_written_to(tmp_path):
+    """What the error says to do can be done."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for suffix, content in (("png", b"image"), ("txt", b"caption")):
+            file = tarfile.TarInfo(f"1.{suffix}")
+            file.size = len(content)
+            tar.addfile(file, io.BytesIO(content))
+    (tmp_path / "a.tar.index.npz").mkdir()
+    words = ("--source=webdataset", f"--path={tmp_path}/a.tar", "--count=1")
+    with pytest.raises(LcmError, match=r"^--index_dir=\S+: the index .* cannot be written there .*another folder"):
+        evaluate.read_inputs(arguments(*words))
+    found = evaluate.read_inputs(arguments(*words, f"--index_dir={tmp_path}/indices"))
+    assert found.captions == ("caption",) and found.name == f"webdataset {tmp_path}/a.tar"
 
 
 def test_images_per_caption_stand_in_a_row(prompts):
@@ -736,8 +765,27 @@ def test_rows_of_other_flags_are_distinguished(tmp_path):
         "tiled False."
     ) in text
     assert len(plot.series(rows)) == 3
+    offloaded = dataclasses.replace(base, model="o", settings=settings(offload="all"))
+    assert re.search(
+        r"; batches of (\d+ on \S+), batches of \1 --offload=all\. compile", table.markdown([base, offloaded])
+    )
     lcm = dataclasses.replace(leading, sampler="lcm")
     assert table.sampler_of(lcm) == "lcm" and "- dtype float32; negative_prompt none; tiled" in table.markdown([lcm])
+
+
+def test_rows_of_two_states_of_a_model_whose_command_was_stopped(tmp_path):
+    """Without a table.json the last row says which state is the newest."""
+    old = [dataclasses.replace(ROW, model="b", steps=n, comparison=comparison(), settings=settings()) for n in (1, 2)]
+    new = dataclasses.replace(old[0], settings=settings(dtype="bfloat16"))
+    own = dataclasses.replace(old[0], model="a")
+    for row in (*old, new, own):
+        table.save_row(tmp_path, row)
+    for path in (tmp_path / "rows").glob("*.json"):
+        written = 1 + ("bfloat16" in path.read_text())
+        os.utime(path, (written, written))
+    rows, others = table.newest(tmp_path, "a", own.state)
+    assert [(row.model, row.settings["program"]["dtype"]) for row in rows] == [("a", "float32"), ("b", "bfloat16")]
+    assert others == {"b": 1}
 
 
 def test_images_that_are_not_finite_are_refused():

@@ -131,6 +131,16 @@ def test_first_captions_are_the_runs(folder):
     assert [line.strip() for line in below] == expected
 
 
+def test_sizes_of_records_that_lack_a_field_are_their_images(tmp_path):
+    path = write_folder(tmp_path / "set", fields=True)
+    lines = (path / "metadata.jsonl").read_text().replace(f'"width": {10 * SIZES[0][1]}', '"other": 1', 1)
+    (path / "metadata.jsonl").write_text(lines)
+    config = make_config(source="folder", path=str(path))
+    (part,) = run_data.open_parts(config)
+    line = next(inspect.of_sizes(config, part, inspect.rows_of(config, part), None))
+    assert line == "sizes of all 9 records, by the fields 'height' and 'width', of 1 that lack one by their images"
+
+
 def test_fields_filters_and_the_run_that_would_stop(tmp_path):
     path = write_folder(tmp_path / "set", fields=True)
     config = make_config(source="folder", path=str(path), filters=("score >= 2", "side < 2000"), max_bad_fraction=0.0)

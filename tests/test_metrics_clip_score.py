@@ -69,6 +69,18 @@ def test_hash_of_a_pair_covers_both_towers(pair, folder, tmp_path):
     assert other.images.hash == pair.images.hash and other.hash != pair.hash
 
 
+@pytest.mark.parametrize(
+    ("tower", "key", "value"), [("vision", "hidden_act", "gelu"), ("text", "num_attention_heads", 4)]
+)
+def test_hash_of_a_pair_covers_what_only_its_config_says(pair, folder, tmp_path, tower, key, value):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    config[f"{tower}_config"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    other = load_clip(tmp_path, batch_size=4)
+    assert other.hash != pair.hash and (other.images.hash == pair.images.hash) == (tower == "text")
+
+
 @pytest.fixture(scope="module")
 def pick_folder(tmp_path_factory):
     return metrics_kit.write_clip(tmp_path_factory.mktemp("pick"), metrics_kit.torch_pick())

@@ -397,6 +397,9 @@ def test_dinov2_resizes(tmp_path):
     assert square.name == "dinov2-2x32/square-bicubic" and processor.name == "dinov2-2x32/processor-bicubic"
     with pytest.raises(LcmError, match="resize='clean'.*square, processor"):
         dinov2.load(folder, "clean")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"num_attention_heads": 4', '"num_attention_heads": 2'))
+    assert weights_hash(dinov2.load(folder)) != weights_hash(square), "what the weights do not show"
 
 
 @pytest.mark.parametrize(("size", "grid"), [(16, 37), (37, 37), (5, 3)])

@@ -18,7 +18,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from experiments import jobs
 from experiments.acceptance import cases
@@ -36,20 +35,21 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--out", type=files.expanded, help="folder of the results")
     parser.add_argument("--only", default="", help="rows with one of these words, separated by commas, in their names")
     parser.add_argument("--budget_s", type=float, default=NO_BUDGET_S, help="seconds until it ends")
-    parser.add_argument("--table", type=Path, default=cases.PUBLISHED, help="JSON with the rows")
+    parser.add_argument("--table", type=files.expanded, default=cases.PUBLISHED, help="JSON with the rows")
     parser.add_argument("--train", default="", metavar="TIME", help="train LCM-LoRAs, each for this time: 1h, 1d, 90s")
-    parser.add_argument("--data", default="", help="images to train on: folder, tar shards, or shapes, for speed alone")
+    data_help = "images to train on: folder, tar shards, or shapes, for speed alone"
+    parser.add_argument("--data", type=os.path.expanduser, default="", help=data_help)
     parser.add_argument("--train_flag", action="append", default=[], help="of lcm_jax.train; may be repeated")
     parser.add_argument("--list", action="store_true", help="print the rows and exit")
     args = parser.parse_args(argv)
     train_s = seconds("train", args.train) if args.train else 0.0
     if train_s and not args.data:
         raise BadArgument("train", args.train, "needs images with captions; add --data=FOLDER, or --data=shapes")
-    table, words = cases.read(args.table), args.only.split(",")
-    chosen = [case.name for case in table if any(word in case.name for word in words)]
+    table, words = cases.read(args.table), [word for word in map(str.strip, args.only.split(",")) if word]
+    chosen = [case.name for case in table if not words or any(word in case.name for word in words)]
     if not chosen:
         raise BadArgument("only", args.only, "no row has that in its name; --list names them")
     if args.list:

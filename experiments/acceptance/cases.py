@@ -80,7 +80,7 @@ def read(path: Path) -> list[Case]:
     """The rows of a table, with the facts of their families. Raises LcmError: the file is none."""
     content = foreign.read_json(path, "correct it")
     with config_of(path):
-        families = checked("families", content.get("families", {}), Mapping[str, Any])
+        families = checked("families", content.get("families", {}), Mapping[str, dict])
         rows = checked("rows", content.get("rows"), tuple[dict, ...])
     cases = [of_json(row, f"{path}: row {row.get('name')}") for row in rows]
     for case in cases:

@@ -84,7 +84,9 @@ def check_space(case: Case) -> None:
     cache = Path(constants.HF_HUB_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
     cached = {repo.repo_id: repo.size_on_disk for repo in scan_cache_dir(cache).repos}
-    there = sum(size for name, size in cached.items() if any(source.startswith(name) for source in case.sources))
+    # Of a model_config only small files are read, whatever else of its repository is there.
+    weights = [*filter(None, (case.model, case.unet, case.vae)), *(parse_lora(one)[0] for one in case.lora)]
+    there = sum(size for name, size in cached.items() if any(f"{one}/".startswith(f"{name}/") for one in weights))
     needed, free = case.gigabytes * GB - there, shutil.disk_usage(cache).free
     if needed > free:
         raise LcmError(

@@ -7,13 +7,13 @@ count. Then the run is stopped as by a user: it saves, and another call resumes 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from lcm_jax.ending import exit_code
 from lcm_jax.errors import LcmError
 
 ENDLESS = 10**7  # steps
-POLL_S = 0.5
+POLL_S = 0.5  # at least, between two looks at metrics.jsonl; that of a day takes a while to read
 SHAPES = "shapes"  # as --data: the embedded images, of which nothing is learnt but the speed
 TIMES = ("time_step", "time_data")
 
@@ -78,8 +78,9 @@ def train(words: Sequence[str], metrics: Path, seconds: float) -> int:
     words = [sys.executable, processes.__file__, str(os.getpid()), *words]
     process = subprocess.Popen(words, start_new_session=True)
     try:
-        while process.poll() is None and spent(read(metrics)) < seconds:
-            time.sleep(POLL_S)
+        while process.poll() is None and (left := seconds - spent(read(metrics))) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(POLL_S, left / 20))  # steps take no less
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         code = process.wait()
@@ -119,8 +120,10 @@ def measured(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "first_loss": lines[0]["loss"],
         "last_loss": statistics.mean(one["loss"] for one in lines[-10:]),
     }
-    found |= {"memory_peak": max(one["memory_peak"] for one in lines)} if "memory_peak" in lines[-1] else {}
-    return found | ({"mfu": statistics.median(one["mfu"] for one in lines)} if "mfu" in lines[-1] else {})
+    peaks, shares = ([one[key] for one in lines if key in one] for key in ("memory_peak", "mfu"))
+    return (
+        found | ({"memory_peak": max(peaks)} if peaks else {}) | ({"mfu": statistics.median(shares)} if shares else {})
+    )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     rule = FIELD OP NUMBER [or missing]        OP: <=  >=  <  >  ==
 
 FIELD is a number that the source knows about its records, or one made from their size in pixels: `side`, the shorter
-side, or `aspect`, the longer side over the shorter. The size is that of the width and height fields or, if no record
-has them, that in the images' headers. A record without the number is dropped unless the rule ends in "or missing".
+side, or `aspect`, the longer side over the shorter. The size is that of the width and height fields or, of a record
+that lacks one, that in the image's header. A record without the number is dropped unless the rule ends in "or missing".
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Rule:
     or_missing: bool = False
 
     def __str__(self) -> str:
-        return f"{self.field} {self.op} {self.value:g}" + " or missing" * self.or_missing
+        return f"{self.field} {self.op} {_shown(self.value)}" + " or missing" * self.or_missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +101,11 @@ class Selection:
         return digest_of(self.source.digest(), self.numbers)
 
 
+def _shown(value: float) -> str:
+    """All digits of a number, so that a rule in a message is the same rule."""
+    return repr(float(value)).removesuffix(".0")
+
+
 def parse(text: str) -> Rule:
     """Raises BadArgument if `text` is not a rule."""
     match = _RULE.fullmatch(text)
@@ -147,7 +152,7 @@ def apply(
     if not len(kept):
         rule = parsed[dropper[0]]
         (shard, key), value = source.where(0), found[rule.field][0]
-        has = f"has no {rule.field}" if np.isnan(value) else f"{rule.field} is {value:g}"
+        has = f"has no {rule.field}" if np.isnan(value) else f"{rule.field} is {value:.10g}"
         drops = ", ".join(f'"{rule}" dropped {dropped}' for rule, dropped, _ in counts)
         raise BadArgument(
             "filters",
@@ -161,15 +166,16 @@ def apply(
 def sizes(source: Source, width_key: str = "width", height_key: str = "height") -> np.ndarray:
     """int32 [n 2], each record's (height, width) in pixels, upright; (0, 0) if it is unknown.
 
-    Read from the fields or, if no record has both, from the images' headers, with a progress bar: that reads every
-    record.
+    Read from the fields; of records that lack one, from their images' headers, with a progress bar.
     """
     height, width = source.field(height_key), source.field(width_key)
-    if height is not None and width is not None:
-        both = np.stack([height, width], -1)
-        return np.where((both >= 1).all(-1, keepdims=True), both, 0).astype(np.int32)  # NaN >= 1 is False
     both = np.zeros((len(source), 2), np.int32)
-    for number in tqdm(range(len(source)), "image sizes", unit=" images", disable=None):
+    if height is not None and width is not None:
+        fields = np.stack([height, width], -1)
+        given = ((fields >= 1) & (fields < 2**31)).all(-1, keepdims=True)  # NaN >= 1 is False
+        both = np.where(given, fields, 0).astype(np.int32)
+    unknown = np.flatnonzero(both[:, 0] == 0).tolist()
+    for number in tqdm(unknown, "image sizes", unit=" images", disable=None if unknown else True):
         try:
             both[number] = images.header_size(source[number].image)
         except BadRecordError:

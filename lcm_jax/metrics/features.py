@@ -9,8 +9,8 @@
     images --round to 8 bits--> uint8 --prepare, on the host--> float32 [b s s 3] --network, on devices--> [b d]
 
 A distance depends on how images are resized as much as on the network. So the resize variant is part of an extractor's
-name, and its hash covers weights and preprocessing. Networks run in float32 with full-precision products on every
-platform: features must not depend on the card.
+name, and its hash covers weights, config and preprocessing. Networks run in float32 with full-precision products on
+every platform: features must not depend on the card.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Extractor:
       network: its weights are on the devices of `mesh`.
       mesh: devices that share each batch. The network is whole on every device.
       batch_size: images per call of the network, over all devices.
-      hash: sha256 (hex) of weights, preprocessing and name.
+      hash: sha256 (hex) of weights, config, preprocessing and name.
     """
 
     network: Network

@@ -23,7 +23,7 @@ from absl import logging
 from lcm_jax.data import images
 from lcm_jax.data.records import BadRecordError, Record, Source
 from lcm_jax.data.sources.parsing import read_file
-from lcm_jax.data.sources.tree import picture_files
+from lcm_jax.data.sources.tree import image_files
 from lcm_jax.errors import LcmError
 
 
@@ -173,7 +173,7 @@ class FolderImages(ReferenceImages):
 
     @functools.cached_property
     def _found(self) -> tuple[list[str], list[str]]:
-        return picture_files(self.folder)
+        return image_files(self.folder)
 
     @functools.cached_property
     def paths(self) -> list[Path]:

@@ -24,6 +24,7 @@ from lcm_jax.metrics.distances import FeatureStatistics
 from lcm_jax.metrics.features import Extractor
 
 MAX_BYTES = 2**34  # of a file: features of a million images have 8 GB
+_AGAIN = "remove it, and give the images instead: it is computed of them"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +113,8 @@ def check_same(a: Origin, b: Origin) -> None:
         raise LcmError(f"features of {a.name} and of {b.name} do not mix; compute both with one extractor")
     if a.hash != b.hash:
         raise LcmError(
-            f"features of two different {a.name} (hash {a.hash[:12]} and {b.hash[:12]}: other weights or "
-            "preprocessing) do not mix; compute both with one file of weights"
+            f"features of two different {a.name} (hash {a.hash[:12]} and {b.hash[:12]}: other weights, "
+            "config or preprocessing) do not mix; compute both with the same files"
         )
     if a.resolution != b.resolution:
         (h, w), (h2, w2) = a.resolution, b.resolution
@@ -172,7 +173,7 @@ def load(path: str | Path, extractor: Extractor | None = None) -> Statistics:
     origin, arrays = _read(path, extractor)
     features, count = arrays.get("features"), int(arrays["count"])
     if (count if features is None else len(features)) < 2:
-        raise LcmError(f"{path}: it is of fewer than 2 images; compute the statistics again, of more")
+        raise LcmError(f"{path}: it is of fewer than 2 images; give more images instead")
     if features is not None:
         return Statistics(origin, distances.statistics(features))
     mean, covariance = arrays["mu"], arrays["sigma"]
@@ -190,17 +191,17 @@ def load_features(path: str | Path, extractor: Extractor | None = None) -> Featu
 def _read(path: str | Path, extractor: Extractor | None) -> tuple[Origin, dict[str, np.ndarray]]:
     path = Path(path)
     if not path.is_file():
-        raise LcmError(f"{path} does not exist; compute the statistics first")
-    with foreign.reading(path, "an .npz", "compute the statistics again"):
+        raise LcmError(f"{path} does not exist; give the images instead")
+    with foreign.reading(path, "an .npz", _AGAIN):
         arrays = foreign.read_npz(path, MAX_BYTES)
     missing = {"name", "hash", "resolution", "count"} - arrays.keys()
     if missing or not ("features" in arrays or {"mu", "sigma"} <= arrays.keys()):
         raise LcmError(
             f"{path} does not record which network its statistics are of (it has {', '.join(arrays)}), so they cannot "
-            "be compared; compute them again from the images"
+            "be compared; give the images instead"
         )
     if wrong := _malformed(arrays):
-        raise LcmError(f"{path}: {wrong}; compute the statistics again")
+        raise LcmError(f"{path}: {wrong}; {_AGAIN}")
     resolution = tuple(int(n) for n in arrays["resolution"])
     origin = Origin(str(arrays["name"]), str(arrays["hash"]), resolution)
     if extractor is not None:

@@ -159,8 +159,16 @@ def _images(row: Row) -> dict[str, Any]:
 
 def read_rows(folder: Path) -> list[Row]:
     """The rows of a folder's files, ordered by model, sampler, scale and steps. Raises LcmError for another file."""
-    rows = [_read_row(path) for path in (folder / "rows").glob("*.json")]
-    return sorted(rows, key=lambda row: (row.model, sampler_of(row), row.guidance_scale, row.steps))
+    return sorted(map(_read_row, _files(folder)), key=_place)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of rows, the one that was written last at the end."""
+    return sorted((folder / "rows").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def _place(row: Row) -> tuple[str, str, float, int]:
+    return row.model, sampler_of(row), row.guidance_scale, row.steps
 
 
 def _read_row(path: Path) -> Row:
@@ -186,8 +194,8 @@ def check_comparable(folder: Path, rows: Sequence[Row], comparison: Mapping[str,
             before, now = row.comparison[key], comparison[key]
             if not same(before, now):
                 raise LcmError(
-                    f"--out={folder} holds a row ({name}) of {key} {_short(before)}, this command's is {_short(now)}; "
-                    f"rows of one table share it: give the same {flag}, or another --out"
+                    f"--out={folder} holds a row ({name}) with another {flag}: {_short(before)} there, {_short(now)} "
+                    "here; rows of one table share it: give the same, or another --out"
                 )
         for metric in row.comparison["metrics"].keys() & comparison["metrics"].keys():
             if not same(row.comparison["metrics"][metric], comparison["metrics"][metric]):
@@ -212,12 +220,13 @@ def newest(folder: Path, model: str, state: Mapping[str, Any]) -> tuple[list[Row
     """(rows of a folder that go together, {model: how many others it has}).
 
     Those rows go together that are of their model's newest state: `state` for the `model` of this command, for others
-    the one in the table as it was written last.
+    the one in the table as it was written last or, if a command was stopped before it, that of their last row.
     """
-    states = {row.model: row.state for row in read(folder)} | {model: state}
+    found = list(map(_read_row, _files(folder)))
+    states = {row.model: row.state for row in (*found, *read(folder))} | {model: state}
     rows, others = [], collections.Counter()
-    for row in read_rows(folder):
-        if same(row.state, states.get(row.model, row.state)):
+    for row in sorted(found, key=_place):
+        if same(row.state, states[row.model]):
             rows.append(row)
         else:
             others[row.model] += 1
@@ -267,13 +276,18 @@ def notes(rows: Sequence[Row], latency: bool = True) -> list[str]:
         lines.append(f"- {intervals.NOTE}")
     lines.append("- " + "; ".join(filter(None, (_flag_note(rows, key) for key in NOTED))) + ".")
     if latency:
-        timed = {(row.settings["program"]["batch_size"], row.settings["program"]["device"]) for row in rows}
-        batches = ", ".join(f"batches of {size} on {device}" for size, device in sorted(timed))
+        batches = ", ".join(f"batches of {way}" for way in sorted({_way(row.settings["program"]) for row in rows}))
         lines.append(
             f"- ms per image: median of {min(row.timings for row in rows)} or more batches, sampler and VAE, without "
             f"the text encoder; {batches}. compile: the sampler's, once."
         )
     return lines
+
+
+def _way(program: Mapping[str, Any]) -> str:
+    """What a time depends on: "16 on 1 x cpu", and flags that are not the default."""
+    flags = [f"--{key}={value}" for key in ("fsdp", "offload") if (value := program.get(key)) not in (None, 1)]
+    return " ".join([f"{program['batch_size']} on {program['device']}", *flags])
 
 
 def _flag_note(rows: Sequence[Row], key: str) -> str:

@@ -166,7 +166,7 @@ def _caption(
     column = caption_key or DEFAULT_CAPTION_KEY
     if caption_key != "txt" and row.get(column) is not None:
         return column, parsing.captions_of(row[column])
-    for suffix in parsing.TEXT_SUFFIXES if caption_key is None else (caption_key,):
+    for suffix in parsing.TEXT_SUFFIXES if caption_key is None else (caption_key.lower().lstrip("."),):
         if suffix in texts and suffix != "json":
             if sizes[texts[suffix]] <= 0:
                 raise BadRecordError("no caption: its text is empty")

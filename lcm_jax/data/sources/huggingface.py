@@ -7,8 +7,8 @@
 
 An image column holds encoded bytes, alone or as {bytes, path}; a caption column a text or a list of texts; every number
 column is a field. A record's key is its "key", "__key__" or (if no two are alike) "id", else "train-000000123". A row
-with key and picture of an earlier one is not used; other pictures of a key are, by their numbers, as two downloads of
-img2dataset have them. Rows of img2dataset that hold no picture, as their status says, are left out.
+with key and image of an earlier one is not used; other images of a key are, by their numbers, as two downloads of
+img2dataset have them. Rows of img2dataset that hold no image, as their status says, are left out.
 Rows are read from the Arrow files that `datasets` maps into memory; parquet is converted once, into HF_HOME. They are
 read as Arrow, since `datasets` would open whatever file or address a row names when it decodes that row.
 """
@@ -51,13 +51,13 @@ class HuggingFace:
         self,
         table: Any,
         *,
-        roots: tuple[Path, ...],
+        roots: tuple[Path | None, ...],
         parts: tuple[tuple[str, int], ...],
         split: str,
         image_key: str,
         caption_key: str,
     ):
-        """`parts`: (file, rows) of the files that hold the rows of `table`, in order; `roots`: of image paths."""
+        """`parts`: (file, rows) of the files that hold the rows of `table`, in order; `roots`: see `_opened`."""
         self.roots, self.split = roots, split
         self._image, self._caption = image_key, caption_key
         self._parts = [file for file, _ in parts]
@@ -72,10 +72,10 @@ class HuggingFace:
         self._table = table.select_columns(list(dict.fromkeys(columns))).with_format("arrow")
         self._unnamed = np.zeros(0, bool)  # [rows] whose key is another row's
         failed = _failed(table, image_key)
-        self.notes = [f"{failed.sum()} x row without a picture, whose status is no success"] if failed.any() else []
+        self.notes = [f"{failed.sum()} x row without an image, as its status says"] if failed.any() else []
         again = self._repeated(failed)
         self._rows = np.flatnonzero(~(failed | again)) if (failed | again).any() else None
-        reason = f"key (column {self._key!r}) and picture are those of an earlier record"
+        reason = f"key (column {self._key!r}) and image are those of an earlier record"
         self.bad_records = [BadRecord(*self._file_and_key(row), reason) for row in np.flatnonzero(again)]
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ class HuggingFace:
         texts = values[self._caption] if isinstance(values[self._caption], list) else [values[self._caption]]
         return Record(
             self._file_and_key(row)[1],
-            self._content(values[self._image]),
+            self._content(row, values[self._image]),
             captions_of([text for text in texts if text is not None]),
             {name: value for name, value in numbers.items() if value == value},  # without NaN
         )
@@ -116,7 +116,7 @@ class HuggingFace:
         chunks = self._table.data.column(self._key).chunks if self._key else ()
         keys = b"\0".join(b"\0".join(_as_bytes(chunk)) for chunk in chunks if len(chunk))
         sizes = (size for name in (self._image, self._caption) for size in _sizes(self._table.data.column(name)))
-        return digest_of(self.split, rows, keys, *sizes)
+        return digest_of(self.split, rows, keys, *sizes, *_paths(self._table, self._image))
 
     def _row(self, number: int) -> int:
         if not 0 <= number < len(self):
@@ -124,14 +124,13 @@ class HuggingFace:
         return number if self._rows is None else int(self._rows[number])
 
     def _file_and_key(self, row: int) -> tuple[str, str]:
-        file = self._parts[int(np.searchsorted(self._ends, row, side="right"))]
-        key = None
+        file, key = self._parts[int(np.searchsorted(self._ends, row, side="right"))], None
         if self._key and not (len(self._unnamed) and self._unnamed[row]):
             key = _as_text(self._table.data.column(self._key)[row])
         return file, key or f"{self.split}-{row:09d}"
 
     def _repeated(self, failed: np.ndarray) -> np.ndarray:
-        """bool [rows]: those with key and picture of an earlier one; the others of a key lose it (`_unnamed`)."""
+        """bool [rows]: those with key and image of an earlier one; the others of a key lose it (`_unnamed`)."""
         again = np.zeros(len(self._table), bool)
         if self._key is None:
             return again
@@ -139,34 +138,35 @@ class HuggingFace:
         codes[failed] = -1 - np.flatnonzero(failed)
         unnamed = np.ones(len(codes), bool)
         unnamed[np.unique(codes, return_index=True)[1]] = False
-        earlier: dict[tuple[int, int], list[int]] = {}  # of a key, size -> rows of different pictures
+        earlier: dict[tuple[int, int], list[int]] = {}  # of a key, size -> rows of different images
         for row in tqdm(repeated(codes, sizes).tolist(), "repeated keys", unit=" rows", disable=None):
             others = earlier.setdefault((int(codes[row]), int(sizes[row])), [])
-            if any(self._same_picture(row, other) for other in others):
+            if any(self._same_image(row, other) for other in others):
                 again[row] = True
             else:
                 others.append(row)
         self._unnamed = unnamed & ~again
         return again
 
-    def _same_picture(self, row: int, other: int) -> bool:
+    def _same_image(self, row: int, other: int) -> bool:
         try:
-            a, b = (self._content(self._values(number)[self._image]) for number in (row, other))
+            a, b = (self._content(number, self._values(number)[self._image]) for number in (row, other))
             return a == b
         except BadRecordError:  # found again when it is read
             return False
 
-    def _content(self, value: Any) -> bytes:
-        """The bytes of an image column's value."""
+    def _content(self, row: int, value: Any) -> bytes:
+        """The bytes of an image column's value in a row."""
         content, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
         if content is None and path:
-            content = self._file(path)
+            content = self._file(row, path)
         if not content:
             raise BadRecordError(f"column {self._image!r} holds no image")
         return content
 
-    def _file(self, name: Any) -> bytes:
+    def _file(self, row: int, name: Any) -> bytes:
         root, *downloads = self.roots
+        root = root or Path(self._file_and_key(row)[0]).parent
         for folder in downloads:
             if isinstance(name, str) and name.startswith(f"{folder}/"):
                 root, name = folder, name.removeprefix(f"{folder}/")
@@ -215,11 +215,11 @@ def _first_of(wanted: Sequence[str], names: Sequence[str]) -> str:
     return next((name for name in wanted if name in names), wanted[0])
 
 
-def _opened(datasets: Any, path: str, split: str) -> tuple[Any, tuple[Path, ...], tuple[tuple[str, int], ...]]:
+def _opened(datasets: Any, path: str, split: str) -> tuple[Any, tuple[Path | None, ...], tuple[tuple[str, int], ...]]:
     """(table, folders of image paths, (file, rows) of its parts).
 
-    Image paths are relative to the first folder. For files of the hub `datasets` writes the whole path to where it has
-    put them, which is below one of the other folders.
+    Image paths are relative to the first folder; None: to that of the row's own file. For files of the hub `datasets`
+    writes the whole path to where it has put them, which is below one of the other folders.
     """
     where = Path(path)
     try:
@@ -229,7 +229,7 @@ def _opened(datasets: Any, path: str, split: str) -> tuple[Any, tuple[Path, ...]
         if where.exists() or glob.has_magic(path):
             parts = _parquet(datasets, where, split)
             with_split = {split: [str(_plain(datasets, Path(file))) for file, _ in parts]}
-            root = where if where.is_dir() else Path(parts[0][0]).parent
+            root = where if where.is_dir() else None
             return datasets.load_dataset("parquet", data_files=with_split, split=split), (root,), parts
         if not _HUB_ID.fullmatch(path):
             raise BadArgument("path", path, "does not exist, and is not an id on the hub (owner/name)")
@@ -323,7 +323,7 @@ def _parquet(datasets: Any, path: Path, split: str) -> tuple[tuple[str, int], ..
             path,
             f"not all of its files are parquet ({one_line(error)}); copy them again, or change the source",
         ) from None
-    # `datasets` fails of a file without rows; img2dataset writes one for a shard without pictures.
+    # `datasets` fails of a file without rows; img2dataset writes one for a shard without images.
     if not any(rows for _, rows in counted):
         raise BadArgument("path", path, "its parquet files have no rows; copy them again, or choose another path")
     return tuple((file, rows) for file, rows in counted if rows)
@@ -464,29 +464,42 @@ def _codes(table: Any, column: str) -> np.ndarray:
 
 def _image_sizes(table: Any, image_key: str) -> np.ndarray:
     """int64 [rows]: bytes of the images; -1 if there are none, as for one that is named by its path."""
-    return next(_sizes(_contents(table, image_key)[0]), np.full(len(table), -1))
+    return next(_sizes(next(iter(_contents(table, image_key).values()))), np.full(len(table), -1))
 
 
 def _failed(table: Any, image_key: str) -> np.ndarray:
-    """bool [rows]: those of img2dataset that hold no picture and say so in their status."""
+    """bool [rows]: those of img2dataset that hold no image and say so in their status."""
     import pyarrow.compute as pc
 
     failed = np.zeros(len(table), bool)
     if "status" in table.column_names and str(table.data.schema.field("status").type) in ("string", "large_string"):
         wrong = pc.fill_null(pc.not_equal(table.data.column("status"), "success"), False)
-        for part in _contents(table, image_key):
+        for part in _contents(table, image_key).values():
             wrong = pc.and_(wrong, pc.is_null(part))
         failed |= wrong.to_numpy()
     return failed
 
 
-def _contents(table: Any, image_key: str) -> list[Any]:
-    """The column of the images' bytes, and that of their paths if there is one."""
+def _contents(table: Any, image_key: str) -> dict[str, Any]:
+    """The column of the images' "bytes", and that of their "path" if there is one."""
     import pyarrow.compute as pc
 
     column = table.data.column(image_key)
     fields = [field.name for field in column.type] if str(column.type).startswith("struct") else []
-    return [pc.struct_field(column, name) for name in ("bytes", "path") if name in fields] or [column]
+    return {name: pc.struct_field(column, name) for name in ("bytes", "path") if name in fields} or {"bytes": column}
+
+
+def _paths(table: Any, image_key: str) -> list[bytes]:
+    """[all paths of images whose bytes are not in the table]; [] if there are none."""
+    import pyarrow.compute as pc
+
+    found = _contents(table, image_key)
+    paths = found.get("path")
+    if paths is not None and "bytes" in found:
+        paths = pc.if_else(pc.is_null(found["bytes"]), paths, None)
+    if paths is None or paths.null_count == len(paths):
+        return []
+    return [b"\0".join(name for chunk in paths.chunks for name in _as_bytes(chunk))]
 
 
 def _as_text(scalar: Any) -> str | None:

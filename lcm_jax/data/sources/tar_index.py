@@ -42,7 +42,7 @@ from lcm_jax.data.records import BadRecordError
 from lcm_jax.data.sources import parsing
 from lcm_jax.errors import BadArgument, LcmError
 
-VERSION = 2  # of the sidecar; one of another version is replaced
+VERSION = 3  # of the sidecar; one of another version is replaced
 
 MAX_INDEX = 2**32  # bytes
 _BLOCK = tarfile.BLOCKSIZE
@@ -88,11 +88,16 @@ class ShardIndex:
     unused: dict[str, int]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Sample:
-    """Members of one key: suffix -> (offset, size), and the content of short text members."""
+    """Members of one key: suffix -> (offset, size), and the content of short text members.
+
+    before: the previous sample of the key. mixed: a member may belong to that one instead.
+    """
 
     key: str
+    before: _Sample | None = None
+    mixed: bool = False
     members: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     texts: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
@@ -200,7 +205,7 @@ def scan(shard: Path, image_key: str | None = None, caption_key: str | None = No
                     bad.append((sample.key, str(error)))
                     continue
                 bad += [
-                    (sample.key, f"a second picture, .{suffix}; --config.data.image_key chooses one")
+                    (sample.key, f"a second image, .{suffix}; image_key chooses one")
                     for suffix in _images(sample, image_key)[1:]
                 ]
                 keys.append(sample.key.encode())
@@ -271,6 +276,8 @@ def _refuse_compressed(shard: Path, stream: BinaryIO) -> None:
 def _record(stream: BinaryIO, sample: _Sample, image_key: str | None, caption_key: str | None):
     """((image offset, size, caption offset, size), is_json, numbers). Raises BadRecordError."""
     images = _images(sample, image_key)
+    if sample.mixed:
+        raise BadRecordError("several records have this key, and their members are mixed; give each its own key")
     if not images:
         raise BadRecordError(f"{_NO_IMAGE} among its members ({_suffixes([sample])})")
     offset, size = sample.members[images[0]]
@@ -334,12 +341,16 @@ def _split(name: str) -> tuple[str, str] | None:
 def _samples(
     stream: BinaryIO, size: int, texts: Sequence[str], losses: list[tuple[str, str]], unused: collections.Counter
 ) -> list[_Sample]:
-    """Members by key. A suffix that the key already has starts a new sample of that key.
+    """Members by key, wherever they are in the tar. A suffix that the key already has starts a new sample of that key.
+
+    Members one after another belong together: if the new sample's others had just been added to a sample whose members
+    came earlier, as to a text that has lost its image, they move to the new one.
 
     texts: suffixes of members that are read, beside "json".
     """
     samples: list[_Sample] = []
     latest: dict[str, _Sample] = {}
+    previous, earlier = None, 0  # key of the member before this one; how many members its sample had before these
     for member in _members(stream, size, losses):
         name = _split(member.name)
         if member.isdir():
@@ -355,12 +366,21 @@ def _samples(
             unused["hidden file" if hidden else "file without a suffix"] += 1
             continue
         key, suffix = name
-        if key not in latest or suffix in latest[key].members:
-            latest[key] = _Sample(key)
-            samples.append(latest[key])
-        latest[key].members[suffix] = (member.offset_data, member.size)
+        sample = latest.get(key)
+        if key != previous:
+            previous, earlier = key, len(sample.members) if sample else 0
+        if sample is None or suffix in sample.members:
+            moved = list(sample.members)[earlier:] if earlier else []
+            sample = latest[key] = _Sample(key, before=sample)
+            samples.append(sample)
+            if suffix not in moved:
+                sample.members.update((other, sample.before.members.pop(other)) for other in moved)
+            earlier = 0
+        elif earlier and sample.before and suffix not in sample.before.members:
+            sample.mixed = True
+        sample.members[suffix] = (member.offset_data, member.size)
         if (suffix == "json" or suffix in texts) and member.size <= _SHORT:
-            latest[key].texts[suffix] = os.pread(stream.fileno(), member.size, member.offset_data)
+            sample.texts[suffix] = os.pread(stream.fileno(), member.size, member.offset_data)
     return samples
 
 

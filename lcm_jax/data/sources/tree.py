@@ -87,7 +87,7 @@ def _counted(names: list[str], one: str, several: str) -> list[str]:
     return [f"{len(names)} {one if len(names) == 1 else several}, as {printable(min(names))}"] if names else []
 
 
-def picture_files(root: Path) -> tuple[list[str], list[str]]:
+def image_files(root: Path) -> tuple[list[str], list[str]]:
     """Paths within a folder of the images in it and below it, sorted, and notes on what else is there.
 
     Files that describe an image beside them are known, and not noted.

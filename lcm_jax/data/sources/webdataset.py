@@ -3,7 +3,7 @@
 `path` is one or several, by commas or as a list, of: a file, a folder (its *.tar), a glob, a brace pattern as in bash
 (`laion-{00000..00099}.tar`, `{a,b}/{0..9}.tar`, nested too); what exists as it is written is no pattern. A shard is
 read once even if it is named twice. Records come in the order of the shards and of the members in each tar. If a key
-and its picture occur more than once, only the first record is used, across all shards; other pictures of the same key,
+and its image occur more than once, only the first record is used, across all shards; other images of the same key,
 as in two downloads that were numbered alike, are used as KEY#2 and so on. What is known of a record without reading it
 comes from an index beside its shard: `tar_index`.
 """
@@ -75,7 +75,7 @@ class TarSource:
     """Random access to the records of indexed shards. It holds arrays and names, no open files."""
 
     def __init__(self, shards: Sequence[Path], indices: Sequence[ShardIndex], caption_key: str | None = None) -> None:
-        """`indices` [number of shards]; records with key and picture of an earlier one become bad records."""
+        """`indices` [number of shards]; records with key and image of an earlier one become bad records."""
         self._shards = tuple(map(str, shards))
         self._states = tuple((index.size, index.mtime_ns) for index in indices)
         self._caption_key = caption_key
@@ -191,7 +191,7 @@ def _repeated(
 ) -> tuple[np.ndarray, np.ndarray, list[BadRecord]]:
     """Which records are used, bool [n over all shards]; how many earlier ones have their key, int64 [n]; the others.
 
-    A record is not used if an earlier one has its key and its picture, byte for byte. Only pictures of one key and one
+    A record is not used if an earlier one has its key and its image, byte for byte. Only images of one key and one
     size are read for it.
     """
     starts = _starts([index.keys for index in indices])
@@ -204,28 +204,26 @@ def _repeated(
     earlier[order] = np.arange(len(order)) - np.flatnonzero(first)[group]
     kept, bad = np.ones(len(hashes), bool), []
 
-    def picture(shard: int, row: int) -> bytes | None:
+    def image(shard: int, row: int) -> bytes | None:
         try:
             return _handle(shards[shard], *states[shard]).bytes_at(*map(int, indices[shard].spans[row, :2]))
         except BadRecordError:  # found again when it is read
             return None
 
-    found: dict[tuple[bytes, int], list[tuple[int, int]]] = {}  # key, size -> (shard, row) of different pictures
+    found: dict[tuple[bytes, int], list[tuple[int, int]]] = {}  # key, size -> (shard, row) of different images
     numbers = parsing.repeated(hashes, sizes)
     for number in tqdm(numbers.tolist(), "repeated keys", unit=" records", disable=None):
         shard = int(np.searchsorted(starts, number, side="right")) - 1
         place = shard, int(number - starts[shard])
         key = bytes(indices[shard].keys[place[1]])
         others = found.setdefault((key, int(sizes[number])), [])
-        content = picture(*place) if others else None
-        twin = next((other for other in others if content is not None and content == picture(*other)), None)
+        content = image(*place) if others else None
+        twin = next((other for other in others if content is not None and content == image(*other)), None)
         if twin is None:
             others.append(place)
         else:
             kept[number] = False
-            bad.append(
-                BadRecord(shards[shard], key.decode(), f"its key and picture occur already in {shards[twin[0]]}")
-            )
+            bad.append(BadRecord(shards[shard], key.decode(), f"its key and image occur already in {shards[twin[0]]}"))
     return kept, earlier, bad
 
 
@@ -297,17 +295,21 @@ def _files_of(pattern: str) -> list[str]:
     if missing:
         count = f" ({len(missing)} of {len(expanded)} files are missing; a glob takes those that exist)"
         raise BadArgument("path", pattern, f"no tar shard {missing[0]!r}{count if len(expanded) > 1 else ''}")
-    found = []
-    for name in expanded:
-        below = os.path.join(name, "*.tar") if os.path.isdir(name) else name
-        found += [name] if os.path.isfile(name) else parsing.matching(below)
+    return [file for name in expanded for file in _matches(name)]
+
+
+def _matches(name: str) -> list[str]:
+    """The shards that a file, a folder or a glob stands for, of which there is at least one."""
+    if os.path.isfile(name):
+        return [name]
+    found = parsing.matching(os.path.join(name, "*.tar") if os.path.isdir(name) else name)
     if not found:
-        packed = list(filter(_PACKED.search, parsing.matching(os.path.join(pattern, "*"))))
-        deeper = os.path.join(pattern, "**", "*.tar")
+        packed = list(filter(_PACKED.search, parsing.matching(os.path.join(name, "*"))))
+        deeper = os.path.join(name, "**", "*.tar")
         hint = f", but {len(packed)} as {os.path.basename(packed[0])}; unpack them to .tar" if packed else ""
-        if not packed and os.path.isdir(pattern) and parsing.matching(deeper):
+        if not packed and os.path.isdir(name) and parsing.matching(deeper):
             hint = f", but some are below it; give {deeper}"
-        raise BadArgument("path", pattern, f"no tar shard matches it{hint}")
+        raise BadArgument("path", name, f"no tar shard matches it{hint}")
     return found
 
 

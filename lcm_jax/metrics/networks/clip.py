@@ -19,7 +19,7 @@ from lcm_jax.metrics import resizing
 from lcm_jax.metrics.networks import weights
 from lcm_jax.metrics.networks.network import Network, resize_variant
 from lcm_jax.models import clip
-from lcm_jax.models.config import RUN_FIELDS
+from lcm_jax.models.config import RUN_FIELDS, to_config
 from lcm_jax.pretrained import names
 from lcm_jax.pretrained.safetensors_io import TRANSFORMERS_NAME, open_weights
 from lcm_jax.pretrained.tokenizer import Tokenizer, load_tokenizer
@@ -55,7 +55,8 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
         }
         params = weights.read_params(_vision_table(module), shapes, stored.read, str(stored.source))
     name = f"clip-{module.num_hidden_layers}x{module.hidden_size}-patch{module.patch_size}/{resize}-{side}"
-    return Network(name, module.projection_dim, module, params, processor, repr(processor), _image_embeds)
+    words = f"{processor!r} {to_config(module)}"
+    return Network(name, module.projection_dim, module, params, processor, words, _image_embeds)
 
 
 def _vision_table(module: clip.CLIPVisionModel) -> dict[str, names.Parameter]:
@@ -85,8 +86,8 @@ def load_text(path: str | Path | None) -> tuple[Network, Tokenizer]:
     with open_weights(folder, TRANSFORMERS_NAME) as stored:
         shapes = {key: shape for key, shape in stored.shapes.items() if key.startswith(_TEXT)}
         params = names.read_params(module, shapes, stored.read, what=str(stored.source))
-    vocabulary = json.dumps(tokenizer.vocabulary(), sort_keys=True)
-    network = Network("clip-text", module.projection_dim, module, params, np.asarray, vocabulary, _pooled)
+    words = f"{json.dumps(tokenizer.vocabulary(), sort_keys=True)} {to_config(module)}"
+    network = Network("clip-text", module.projection_dim, module, params, np.asarray, words, _pooled)
     return network, tokenizer
 
 

@@ -28,7 +28,7 @@ from lcm_jax.metrics import resizing
 from lcm_jax.metrics.networks import weights
 from lcm_jax.metrics.networks.network import Network, resize_variant
 from lcm_jax.models import clip
-from lcm_jax.models.config import RUN_FIELDS, Channels, Epsilon, Layers, module_fields
+from lcm_jax.models.config import RUN_FIELDS, Channels, Epsilon, Layers, module_fields, to_config
 from lcm_jax.models.layers import LayerNorm, Run, multi_head_attention
 from lcm_jax.pretrained.safetensors_io import TRANSFORMERS_NAME, open_weights
 from lcm_jax.typed import Range, config_of
@@ -222,7 +222,7 @@ def load(path: str | Path | None, resize: str | None = None) -> Network:
     with open_weights(folder, TRANSFORMERS_NAME) as stored:
         params = read(module, stored.shapes, stored.read, str(stored.source))
     name = f"dinov2-{module.num_hidden_layers}x{module.hidden_size}/{resize}-bicubic"
-    return Network(name, module.hidden_size, module, params, processor, repr(processor))
+    return Network(name, module.hidden_size, module, params, processor, f"{processor!r} {to_config(module)}")
 
 
 def read(

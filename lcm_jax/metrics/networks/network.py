@@ -25,7 +25,8 @@ class Network:
       module: equal by content, so that two networks of one architecture share their compiled program.
       params: the module's parameters, float32.
       prepare: uint8 [b h w 3] -> what the module takes, float32 [b s s 3]; on the host.
-      preprocessing: everything that `prepare` does, in words and numbers; part of the hash.
+      preprocessing: everything that `prepare` does, in words and numbers, and what a config says of the module, as an
+        activation that the weights do not show; part of the hash.
       select: output of the module -> features [b dim]. A function of a file and no closure: it is static under jit.
     """
 
