@@ -165,8 +165,12 @@ def test_whole_files_need_no_configs(name):
 
     found = single_file._family(shapes, Path("x.safetensors"))
     assert found is family_
-    weights = Weights(Path("x.safetensors"), shapes, lambda key: pytest.fail(f"{key} read"))
-    configs = single_file._configs(None, found, weights)
+    of_v = np.array([-1.0, 1.0])  # by ComfyUI's guess, from the one tensor that is read
+
+    def read(key):
+        return of_v if key == UNET + single_file.SD2_GUESS else pytest.fail(f"{key} read")
+
+    configs = single_file._configs(None, found, Weights(Path("x.safetensors"), shapes, read))
     modules["unet"] = modules["unet"].clone(upcast_attention=False)  # for the file; softmax is float32 anyway
     if kind == "sd2":
         modules["vae"] = modules["vae"].clone(sample_size=768)
@@ -410,7 +414,7 @@ def test_a_unet_in_eight_bits_is_that_of_its_values(folders, written, tmp_path, 
 def test_a_part_that_is_replaced_may_be_lacking(folders, written, tmp_path):
     (_, params), path = written("sd1")
     prefixes = {"unet": UNET, "vae": VAE}
-    arguments = {"unet": r"unet= \(--unet\)", "vae": r"vae= \(--vae, config.model.vae\)"}
+    arguments = {"unet": r"unet= \(--unet, config.model.student\)", "vae": r"vae= \(--vae, config.model.vae\)"}
     for parts in (("unet",), ("vae",), ("unet", "vae")):
         left_out = tuple(prefixes[part] for part in parts)
         file = rewrite(
@@ -421,7 +425,7 @@ def test_a_part_that_is_replaced_may_be_lacking(folders, written, tmp_path):
         same_trees(load_pipeline(file, config=folders("sd1"), **dict.fromkeys(parts, folders("sd1")))[1], params)
         words = " and ".join(arguments[part] for part in parts)
         refused(file, f"holds no {'.* and no '.join(parts)} .*; give the folder of one with {words}", folders("sd1"))
-    refused(file, r"holds no unet \(.*with unet= \(--unet\)$", folders("sd1"), vae=folders("sd1"))
+    refused(file, r"holds no unet \(.*with unet= \(--unet, config.model.student\)$", folders("sd1"), vae=folders("sd1"))
 
 
 def test_another_kind_of_vae_may_replace_a_files(folders, written, tmp_path):
