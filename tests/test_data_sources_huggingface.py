@@ -166,6 +166,20 @@ def test_the_digest_has_the_paths_of_images_that_are_not_in_the_rows(tmp_path):
     assert huggingface._paths(SimpleNamespace(data=table), "image") == []
 
 
+def test_the_digest_of_downloads_is_the_same_wherever_they_are(tmp_path):
+    """`datasets` writes whole paths, those of what it has unpacked with a hash of the archive's."""
+
+    def digest(home, number=0):
+        hub, unpacked = (str(tmp_path / home / name) for name in ("datasets--a--b", "extracted"))
+        paths = [f"{hub}/snapshots/1/{number}.png", f"{unpacked}/{home}/0.png"]
+        rows = [{"bytes": None, "path": path} for path in paths]
+        table = datasets.Dataset.from_dict({"image": rows, "text": ["a", "b"]})
+        keys = {"split": "train", "image_key": "image", "caption_key": "text"}
+        return huggingface.HuggingFace(table, roots=(hub, hub, unpacked), parts=(("a/b", 2),), **keys).digest()
+
+    assert digest("here") == digest("there") != digest("here", 1)
+
+
 def test_paths_of_images_stay_in_the_data_set(tmp_path):
     root, outside = tmp_path / "set", tmp_path / "0.png"
     (root / "sub").mkdir(parents=True)

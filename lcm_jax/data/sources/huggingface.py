@@ -116,7 +116,15 @@ class HuggingFace:
         chunks = self._table.data.column(self._key).chunks if self._key else ()
         keys = b"\0".join(b"\0".join(_as_bytes(chunk)) for chunk in chunks if len(chunk))
         sizes = (size for name in (self._image, self._caption) for size in _sizes(self._table.data.column(name)))
-        return digest_of(self.split, rows, keys, *sizes, *_paths(self._table, self._image))
+        paths = list(map(self._below, _paths(self._table, self._image)))
+        return digest_of(self.split, rows, keys, *sizes, *([b"\0".join(paths)] if paths else ()))
+
+    def _below(self, path: bytes) -> bytes:
+        """The path of an image, of a download without the folder that it is in on this machine."""
+        for folder in self.roots[1:]:
+            if path.startswith(prefix := os.fsencode(f"{folder}/")):
+                return path.removeprefix(prefix).partition(b"/")[2]  # what is unpacked has a hash of its whole path
+        return path
 
     def _row(self, number: int) -> int:
         if not 0 <= number < len(self):
@@ -490,7 +498,7 @@ def _contents(table: Any, image_key: str) -> dict[str, Any]:
 
 
 def _paths(table: Any, image_key: str) -> list[bytes]:
-    """[all paths of images whose bytes are not in the table]; [] if there are none."""
+    """[rows] paths of images, b"" where the bytes are in the table; [] if there are none."""
     import pyarrow.compute as pc
 
     found = _contents(table, image_key)
@@ -499,7 +507,7 @@ def _paths(table: Any, image_key: str) -> list[bytes]:
         paths = pc.if_else(pc.is_null(found["bytes"]), paths, None)
     if paths is None or paths.null_count == len(paths):
         return []
-    return [b"\0".join(name for chunk in paths.chunks for name in _as_bytes(chunk))]
+    return [name for chunk in paths.chunks for name in _as_bytes(chunk)]
 
 
 def _as_text(scalar: Any) -> str | None:
