@@ -430,14 +430,15 @@ def test_other_containers_are_refused(tmp_path, monkeypatch):
     save(tmp_path / "two" / "b.safetensors", kohya())
     refused(tmp_path / "two", "holds a.safetensors, b.safetensors; name one of them")
 
-    def snapshot_download(repository, *, allow_patterns):
+    def snapshot_download(repository, *, allow_patterns, revision=None):
         assert repository == "owner/name"
+        revisions.append(revision)
         asked.append(allow_patterns)
         return tmp_path / "two"
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, file, revision: tmp_path / "two" / file)
-    asked = []
+    asked, revisions = [], []
     refused("owner/name", "name one of them")
     assert read_lora("owner/name/b.safetensors", modules).parts.keys() == {"unet"}
     # As peft saves one: its config has the alpha.
@@ -449,3 +450,5 @@ def test_other_containers_are_refused(tmp_path, monkeypatch):
     for source in ("owner/name", "owner/name/adapter_model.safetensors"):
         assert set(read_lora(source, modules).scales("unet").values()) == {1.5}
     assert asked == [files] * 3 + [["*adapter_config.json"]]
+    read_lora("https://hf.co/owner/name/blob/refs%2Fpr%2F1/adapter_model.safetensors", modules)
+    assert revisions == [None] * 4 + ["refs/pr/1"], "else the config is that of another revision"

@@ -84,8 +84,8 @@ def local_folder(source: str | Path, patterns: Sequence[str], part: str | None =
         if part and path.suffix == SUFFIX:
             raise LcmError(f"{wanted}: {as_folder(path, part)}")
         raise LcmError(
-            f"{wanted}. Only a whole model, not one part, is read from a single .safetensors file "
-            "(lcm_jax.sample --model=FILE.safetensors)"
+            f"{wanted}. Only a whole model, a VAE and a LoRA are read from a single .safetensors file "
+            "(lcm_jax.sample --model=FILE.safetensors, --vae, --lora)"
         )
     page = _HUB_PAGE.fullmatch(str(source))
     if not (page or _HUB_ID.fullmatch(str(source))):
@@ -120,6 +120,14 @@ def local_file(source: str | Path) -> Path:
         return Path(huggingface_hub.hf_hub_download(name, file, revision=_plain(revision)))
     except Exception as error:  # the hub's client raises its own, httpx's, the system's and more
         raise _not_fetched("file", source, error) from error
+
+
+def fetch_beside(source: str | Path, name: str) -> None:
+    """Fetches the file `name` beside a file, at the same revision, if both are on the hub."""
+    match = None if files.expanded(source).exists() else _HUB_FILE.fullmatch(str(source))
+    if match:
+        revision = f"/tree/{match['revision']}" if match["revision"] else ""
+        local_folder(f"https://huggingface.co/{match['repository']}{revision}", [f"*{name}"])
 
 
 def _plain(part: str | None) -> str | None:

@@ -252,8 +252,8 @@ def locate(source: str | Path) -> Path:
         if path.suffix not in (safetensors_io.SUFFIX, *safetensors_io.PICKLED):
             safetensors_io.check_kind(path)
             raise LcmError(f"{path} is not a .safetensors file; give one, or rename it if it is one")
-        if path.name == _TRAINER_FILE and (repository := hub.repository(str(source))):
-            hub.local_folder(repository, [f"*{_TRAINER_CONFIG}"])
+        if path.name == _TRAINER_FILE:
+            hub.fetch_beside(source, _TRAINER_CONFIG)
         return path
     folder = hub.local_folder(source, [FILE_NAME, _TRAINER_FILE, _TRAINER_CONFIG])
     for name in (FILE_NAME, _TRAINER_FILE):
