@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import diffusers
@@ -25,7 +26,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lcm_jax.diffusion import guidance, schedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
 from lcm_jax.models import clip, unet, vae
-from lcm_jax.pretrained import load_pipeline, load_unet, load_vae, names, read_record, save_single_file, single_file
+from lcm_jax.pretrained import (
+    load_pipeline,
+    load_unet,
+    load_vae,
+    names,
+    noise_marks,
+    read_record,
+    save_single_file,
+    single_file,
+)
 from lcm_jax.pretrained import single_file_keys as keys
 from lcm_jax.pretrained import single_file_spellings as spellings
 from lcm_jax.pretrained.model import fold_w, make_module
@@ -560,6 +570,13 @@ def test_the_config_of_a1111_beside_a_file_is_a_mark(folders, written, tmp_path,
     assert [bool(re.search(said, text)) for text in warnings] == [True] * (kind == "v_prediction")
 
 
+def test_a_config_of_blank_lines_is_read_at_once(tmp_path):
+    (tmp_path / "x.yaml").write_text("\n" * 2**16)
+    start = time.monotonic()
+    assert not noise_marks.read(tmp_path / "x.safetensors", (), {}).prediction_type
+    assert time.monotonic() - start < 5  # a pattern that looks on over lines takes 30 s
+
+
 def test_marks_against_a_scheduler_with_other_betas(folders, written, tmp_path, warnings):
     """The folder's betas stay, because the marks do not concern them. A missing mark contradicts nothing."""
     folder = Path(shutil.copytree(folders("sd1"), tmp_path / "folder"))
@@ -906,8 +923,16 @@ def test_a_vae_may_be_a_file(folders, written, tmp_path, monkeypatch, warnings, 
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, revision: str(file))
     same_trees(load_pipeline(folder, vae="owner/name/vae.safetensors")[1]["vae"], params["vae"])
+    own = next((folders("sd1") / "vae").glob("*.safetensors"))  # whose config is in the cache, too
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, revision: str(own))
+    same_trees(load_pipeline(folder, vae=f"owner/name/vae/{own.name}")[1]["vae"], params["vae"])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, revision: str(unet))
+    unet = next((folders("sd1") / "unet").glob("*.safetensors"))
+    refused(folder, f"{unet} is a file; .*: give its folder", vae="owner/name/unet.safetensors")
     with pytest.raises(LcmError, match="holds a VAE without its config, and there is no model beside it: make it in"):
         load_vae(file)
+    (folder / "vae" / "config.json").unlink()
+    refused(folder, "holds a VAE without its config, and there is no model beside it: make it", vae=file)
     tiny.torch_tiny_vae().save_pretrained(folder / "vae")
     refused(folder, "holds a VAE without its config, and the model's own is an AutoencoderTiny: make it", vae=file)
     cut = rewrite(file, tmp_path / "a" / "cut.safetensors", lambda t: {k: x for k, x in t.items() if "mid." not in k})

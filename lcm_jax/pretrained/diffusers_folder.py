@@ -17,7 +17,7 @@ from absl import logging
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from lcm_jax import assets, foreign
+from lcm_jax import assets, files, foreign
 from lcm_jax.diffusion import schedule
 from lcm_jax.diffusion.schedule import NoiseSchedule
 from lcm_jax.errors import LcmError, UnsupportedConfig
@@ -78,7 +78,7 @@ def load_folder(
         if part not in others and not (own / "config.json").exists():
             missing = f"{own / 'config.json'} is missing; the folder is incomplete"
             raise LcmError(f"{missing}: copy or download it again, or give another {part} with {hub.ARGUMENTS[part]}")
-        configs[part] = _config(folders[part], part, functools.partial(foreign.read_json, own / "config.json"))
+        configs[part] = _config(folders[part], part, functools.partial(foreign.read_optional, own / "config.json"))
     for part, (name, kind) in encoders.items():
         folders[part] = folder / name
         configs[part] = _config(folders[part], part) | {"architectures": [kind]}
@@ -289,8 +289,11 @@ def part_folder(source: str | Path, part: str, variant: str | None, weights: boo
     """Folder of one part: SOURCE/part if there is one, else SOURCE itself; or the file of a VAE."""
     if part == "vae" and hub.is_single_file(source):
         file = hub.local_file(source)
-        if taesd_file.is_taesd(file) or spellings.is_vae(file):
+        # A file of the hub is read as it is, whether or not the config beside it was fetched before.
+        is_of_folder = safetensors_io.is_of_folder(files.expanded(source))
+        if taesd_file.is_taesd(file) or (spellings.is_vae(file) and not is_of_folder):
             return file
+        source = file
     tensors = safetensors_io.download_patterns(weights_name(part), variant) if weights else []
     patterns = [prefix + pattern for prefix in ("", f"{part}/") for pattern in ("config.json", *tensors)]
     folder = _local(source, ["model_index.json", RECORD, *patterns], weights, part)

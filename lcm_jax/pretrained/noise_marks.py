@@ -47,7 +47,7 @@ _FIELDS = {
     "ss_base_model_version": ({"sd_v1_v": _V, "sd_v2_v": _V}, False),
     RECORD: (_WORDS, False),
 }
-_V_IN_YAML = re.compile(r"^\s*(parameterization:\s*[\"']?v|target:\s*[\"']?[\w.]+\.VScaling)[\"']?\s*(#.*)?$", re.M)
+_V_IN_YAML = re.compile(r"^[ \t]*(parameterization:\s*[\"']?v|target:\s*[\"']?[\w.]+\.VScaling)[\"']?\s*(#.*)?$", re.M)
 _LONGEST_YAML = 2**16  # bytes; they have some 70 lines
 _ZERO_SNR = ("ss_zero_terminal_snr", "ztsnr")
 _TABLES = {  # key -> abar_t from it

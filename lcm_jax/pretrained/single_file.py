@@ -258,7 +258,8 @@ def _instead(shapes: Mapping[str, Shape], path: Path) -> str:
     parts = [part for part, keys_of_part in known.items() if keys_of_part & shapes.keys()]
     if len(parts) == 1 and not (parts == ["vae"] and any(key.startswith(UNET) for key in shapes)):
         given = f"a {parts[0]} alone is given as {hub.ARGUMENTS[parts[0]]} beside a model"
-        return given if spellings.is_vae(path) else f"{given}, as a folder: {hub.as_folder(path, parts[0])}"
+        as_it_is = spellings.is_vae(path) and not safetensors_io.is_of_folder(path)
+        return given if as_it_is else f"{given}, as a folder: {hub.as_folder(path, parts[0])}"
     if any("down_blocks." in key for key in shapes):
         return "it is a part of a diffusers folder: give the folder"
     return "give a whole checkpoint of one of these, or a diffusers folder"

@@ -54,8 +54,8 @@ _QKV = re.compile(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)")
 
 
 def is_vae(path: Path) -> bool:
-    """Whether a file that is not of a diffusers folder, with its config, holds a VAE."""
-    if path.suffix != SUFFIX or safetensors_io.is_of_folder(path):
+    """Whether a file holds a VAE, alone or in a checkpoint."""
+    if path.suffix != SUFFIX:
         return False
     with safetensors_io.open_file(path) as file:
         return bool({FIRST_OF_VAE, VAE + FIRST_OF_VAE} & file.shapes.keys())
