@@ -24,7 +24,7 @@ from lcm_jax.metrics.distances import FeatureStatistics
 from lcm_jax.metrics.features import Extractor
 
 MAX_BYTES = 2**34  # of a file: features of a million images have 8 GB
-_AGAIN = "remove it, and give the images instead: it is computed of them"
+_AGAIN = "remove it, and give the images instead: it is computed from them"
 
 
 @dataclasses.dataclass(frozen=True)
