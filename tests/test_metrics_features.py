@@ -237,10 +237,11 @@ alone = load_extractor("shapes", batch_size=9)
 assert mesh.size == 8 and shared.batch_size == 16 and alone.batch_size == 9
 a = statistics.gather(shared, [images[:7], images[7:40], images[40:]])
 b = statistics.gather(alone, [images])
+apart = lambda x, y: float(np.abs(x - y).max() / np.abs(y).max())
 print(json.dumps({
-    "features": np.abs(shared(images) - alone(images)).max().item(),
-    "mean": np.abs(a.stats.mean - b.stats.mean).max(),
-    "covariance": np.abs(a.stats.covariance - b.stats.covariance).max(),
+    "features": apart(shared(images), alone(images)),
+    "mean": apart(a.stats.mean, b.stats.mean),
+    "covariance": apart(a.stats.covariance, b.stats.covariance),
     "distance": statistics.frechet_distance(a, b), "count": a.count, "spread": b.stats.covariance.std()}))
 """
 
@@ -251,5 +252,5 @@ def test_eight_devices_equal_one():
     done = subprocess.run([sys.executable, "-c", EIGHT], capture_output=True, text=True, cwd=root, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert found["count"] == 90 and found["spread"] > 0.01 and found["features"] < 1e-5
-    assert found["mean"] < 1e-5 and found["covariance"] < 1e-4 and found["distance"] < 1e-3
+    assert found["count"] == 90 and found["spread"] > 0.01 and found["distance"] < 1e-3
+    assert max(found["features"], found["mean"], found["covariance"]) < parity.NETWORK, found  # of the largest value
