@@ -37,6 +37,7 @@ from lcm_jax.run import config as config_lib
 from lcm_jax.run import data as training_data
 from lcm_jax.run import models as student_lib
 from lcm_jax.run import step as training_step
+from lcm_jax.runtime import kernels
 from lcm_jax.runtime import mesh as mesh_lib
 from lcm_jax.runtime.telemetry import LAG, RunInfo, Telemetry
 
@@ -69,10 +70,11 @@ def opened(config: ConfigDict, workdir: Path, steps: int) -> Iterator[tuple[Any,
     examples, order = training_data.open_examples(config, training_data.open_parts(config), teacher, encode, log)
 
     def loss_alone(*args: Any) -> tuple[Any, jax.Array]:
-        state, metrics = made.step(*args)
+        state, metrics = made.step.__wrapped__(*args)  # not jitted, as options of the compiler are the outermost jit's
         return state, metrics["loss"]
 
-    lean_step = jax.jit(loss_alone, donate_argnums=0)
+    options = kernels.training(mesh.devices.flat[0].platform, mesh.size)
+    lean_step = jax.jit(loss_alone, donate_argnums=0, compiler_options=options)
 
     def put(rows: encoding.Rows) -> dict[str, jax.Array]:
         return mesh_lib.put_batch(mesh, log.count_cut_tokens(rows))
