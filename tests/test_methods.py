@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from experiments import embedded, measuring, results, stage
-from experiments.methods import latents, report, rival, run
+from experiments.methods import cost, latents, report, rival, run
 from experiments.methods.arms import ARMS, LORAS, config_of, config_of_lora
 from experiments.shapes_lcm_lora import train_style
 from lcm_jax import assets, evaluate, pretrained
@@ -106,13 +106,13 @@ def test_what_was_asked():
     (one,) = (r for r in means if (r["model"], r["steps"], r["guidance_scale"]) == ("phased, M = 4", 4, 2.0))
     parity.close([one["error"], one["deviations"]["error"]], [0.25, np.sqrt(0.005)])
     assert means[0]["model"] == "teacher" and means[0]["error"] is None
-    about = {"seeds": 2, "count": 99, "coverage_count": 99, "training_steps": {"lcm": 7}, "units": {"lcm": 6.0}}
-    costs = [{"model": "lcm", "seed": seed, "seconds": 0.5 + seed} for seed in range(2)]
+    about = {"seeds": 2, "count": 99, "coverage_count": 99, "training_steps": {"lcm": 7}}
+    costs = [{"model": "lcm", "units": 6.0, "seconds": 0.5}]
     found = {"rows": rows_of(2), "alike": [], "costs": costs, "rival": []}
     text = report.markdown(found, about | {"asked": asked})
     assert "| **phased, M = 4** | **2** | **4** | **4** | **90.0% ± 0.0%** |" in text and "| **LCM**" not in text
     assert "| teacher | 2 | 50 | 50 | 90.0% | 40.0 | 0.050 |  | 1.000 | 1.5 |" in text
-    assert "| lcm | 6.00 | 1.000 ± 0.707 |" in text
+    assert "| lcm | 6.00 | 0.500 |" in text
 
 
 def stand_in(out, name, count, *flags, each=embedded.EACH):
@@ -131,8 +131,6 @@ def test_the_whole_command_with_stand_ins_for_training_and_generating(tmp_path, 
     def train(config, workdir, say):
         made.append(f"{workdir.relative_to(tmp_path)} {config.seed}")
         workdir.mkdir(parents=True, exist_ok=True)
-        lines = [{"step": 10, "time_step": 4.0}, {"step": 20, "time_step": 6.0}, {"step": 23, "time_step": 1.5}]
-        (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
         return "seed1/phased4" not in made[-1]
 
     def generated(source, cache, sampler, steps, scale, count):
@@ -143,7 +141,8 @@ def test_the_whole_command_with_stand_ins_for_training_and_generating(tmp_path, 
     monkeypatch.setattr(embedded, "evaluated", stand_in)
     monkeypatch.setattr(latents, "kept", generated)
     monkeypatch.setattr(rival, "fine_tune", lambda workdir, steps, say: workdir / "teacher")
-    monkeypatch.setattr(run, "passes_per_image", lambda arm: 6.0)
+    monkeypatch.setattr(cost, "passes_per_image", lambda arm: 6.0)
+    monkeypatch.setattr(cost, "seconds_per_step", lambda arms: dict.fromkeys(arms, 0.5))
     monkeypatch.setattr(results, "publish", lambda folder, sources: published.update(sources))
     assert run.main([f"--workdir={tmp_path}", "--seeds=1", "--count=99", "--publish"]) == 0
     assert made == [f"seed0/{name} 0" for name in ARMS] + [
@@ -153,12 +152,24 @@ def test_the_whole_command_with_stand_ins_for_training_and_generating(tmp_path, 
     found = json.loads((tmp_path / "table.json").read_text())
     counts = {"rows": 2 + 6 * 4 * 2, "asked": 3 * 2, "alike": 7 * 2, "costs": 5, "rival": 2 + 4 * 2}
     assert {key: len(found[key]) for key in counts} == counts
-    assert found["costs"][0] == {"model": "lcm", "seed": 0, "seconds": 0.5}
+    assert found["costs"][0] == {"model": "lcm", "units": 6.0, "seconds": 0.5}
     assert {row["coverage"] for row in found["rows"]} == {0.1} and found["training_steps"]["lcm"] == 800
     assert "| phased, style | plain | 4 | 90.0% | 40.0 | 40.0 | 0.100 |" in (tmp_path / "table.md").read_text()
 
     assert run.main([f"--workdir={tmp_path}", "--seeds=2", "--count=99"]) == 1 and made[-1] == "seed1/phased4 1"
     assert json.loads((tmp_path / "table.json").read_text())["seeds"] == 1
+
+
+def test_the_teachers_rows_are_the_recorded_ones(monkeypatch):
+    """Of as many captions; for any other number they are measured."""
+    monkeypatch.setattr(embedded, "evaluated", stand_in)
+    scales = embedded.best_guidance_scale(), embedded.HIGH_SCALE
+    recorded, measured = (run.of_teacher(ROOT, scales, count) for count in (2000, 99))
+    assert [row["guidance_scale"] for row in recorded] == [row["guidance_scale"] for row in measured] == list(scales)
+    assert [set(row) for row in recorded] == [set(row) for row in measured]
+    of_2000 = {row["guidance_scale"]: row for row in embedded.recorded_rows(embedded.THOROUGH) if row["steps"] == 50}
+    for row in recorded:
+        assert row["accuracy"] == of_2000[row["guidance_scale"]]["accuracy"] != measured[0]["accuracy"]
 
 
 @pytest.mark.slow
@@ -193,8 +204,9 @@ def test_a_small_run_is_kept_and_published(tmp_path, monkeypatch):
     folder = tmp_path / "5-steps"
     text, found = (folder / "table.md").read_text(), json.loads((folder / "table.json").read_text())
     assert [len(found[key]) for key in ("rows", "asked", "alike", "costs", "rival")] == [24, 2, 6, 2, 0]
-    assert all(abs(units - 6.0) < 0.2 for units in found["units"].values())
+    assert all(abs(one["units"] - 6.0) < 0.2 and one["seconds"] > 0 for one in found["costs"])
     monkeypatch.setattr(stage, "trained_and_exported", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(cost, "seconds_per_step", lambda arms: pytest.fail("timed again"))
     monkeypatch.setattr(latents, "_generated", lambda *args: pytest.fail("generated again"))
     assert run.main(flags) == 0 and (folder / "table.md").read_text() == text
 

@@ -28,9 +28,11 @@ def test_kinds_are_one_step(tmp_path, monkeypatch):
         assert set(step_of) == set(run.KINDS)
         begun = jax.tree.map(np.array, state)
         ends = {kind: jax.tree.map(np.array, step_of[kind](jax.tree.map(jax.numpy.array, begun))) for kind in run.KINDS}
-    for got, want, other in zip(*(jax.tree.leaves(ends[kind].ema_params) for kind in ("lean", "bare", "loop")), strict=True):
-        parity.close(got, want, rtol=0, of_max=parity.NETWORK)
-        assert other.shape == want.shape and np.isfinite(other).all()
+    for kind in ("lean", "loop"):
+        for got, want in zip(*(jax.tree.leaves(ends[name].ema_params) for name in (kind, "bare")), strict=True):
+            assert got.shape == want.shape and np.isfinite(got).all()
+            if kind == "lean":
+                parity.close(got, want, rtol=0, of_max=parity.NETWORK)
     moved = jax.tree.map(lambda end, begin: np.abs(end - begin).max(), ends["bare"].ema_params, begun.ema_params)
     assert max(jax.tree.leaves(moved)) > 0
     found = run.summary({kind: [1.0, 2.0, 3.0] for kind in run.KINDS}, 2)

@@ -41,6 +41,7 @@ SHARED = ("experiments/measuring.py", "experiments/embedded.py")
 STYLED = ("table.md", "table.json", "grid.png")
 STYLE_LORA = ("experiments/shapes_lcm_lora/train_style.py", "experiments/shapes_teacher/loop.py")
 TORCH = ("experiments/vs_diffusers/torch_lcd.py", "experiments/vs_diffusers/torch_run.py")
+METHODS = ("cost", "figure", "report", "rival")
 STUDY_STEPS, TORCH_STEPS = 250, 300  # of training
 TEACHER_ROWS = "experiments/shapes_teacher/teacher_rows.json"
 # What the workflows depend on besides, which no training does: so they take the demo's LCM.
@@ -167,7 +168,7 @@ LISTED = (
         ("--workdir={runs}/{shapes_pcm}-{shapes_lcm_lora}",),
         ("configs/shapes_lcm.py", "configs/shapes_pcm.py", "configs/shapes_lcm_lora.py"),
         code=(*NUMERIC, *STYLE_LORA, "experiments/methods/arms.py", "experiments/methods/latents.py"),
-        program=(*SHARED, *(f"experiments/methods/{name}.py" for name in ("figure", "report", "rival"))),
+        program=(*SHARED, TEACHER_ROWS, *(f"experiments/methods/{name}.py" for name in METHODS)),
     ),
     Experiment(
         "data-loop",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import embedded, results
-from experiments.methods import latents
+from experiments.methods import cost, latents
 from experiments.methods.arms import ARMS
 from lcm_jax.metrics.shapes import REFERENCES
 
@@ -35,9 +35,10 @@ ASKED = f"""\
 Asked of phased maps in M steps: an error of at most {LESS_ERROR:g} of LCM's in as many steps by its better sampler, a
 spread within {NEAR_SPREAD:.0%} of the teacher's at scale {embedded.HIGH_SCALE:g}, a coverage distance not above LCM's.
 """
-COSTS = (
-    "Training: network units are passes of the teacher's UNet for one image, by FLOPs; a backward pass counts as 2.\n"
-)
+COSTS = f"""\
+Training: network units are passes of the teacher's UNet for one image, by FLOPs; a backward pass counts as 2. Seconds:
+median of {cost.STEPS} steps; the models took turns.
+"""
 RIVAL = """\
 Few-step LoRAs in 4 steps, each on the teacher that it was distilled on and on the other one: the style teacher is a
 fine-tune of the plain one. FD: Frechet distance to held-out renders in the style, and to plain ones; {count} images.
@@ -138,8 +139,7 @@ def markdown(found: Mapping[str, Rows], about: Mapping[str, Any]) -> str:
         lines = [[row["model"], f"{row['guidance_scale']:g}", cell(row, "rmse", "{:.1f}")] for row in rows]
         parts += [ALIKE, results.table(["model", "guidance scale", "RMSE"], lines)]
     if found["costs"]:
-        rows = means(found["costs"], ("model",))
-        lines = [[row["model"], f"{about['units'][row['model']]:.2f}", cell(row, "seconds", "{:.3f}")] for row in rows]
+        lines = [[row["model"], f"{row['units']:.2f}", f"{row['seconds']:.3f}"] for row in found["costs"]]
         parts += [COSTS, results.table(["model", "network units per image", "seconds per step"], lines)]
     if found["rival"]:
         rows = means(found["rival"], ("lora", "teacher"))

@@ -5,6 +5,7 @@
 
     WORKDIR/seed<n>/<model>/                  a run, and its export/
     WORKDIR/{evaluate,latents,rival}/         rows and latents, kept
+    WORKDIR/costs.json                        of a training step of each model, kept
     WORKDIR/{table.md,table.json,figure.png}  of the models asked for, written after every seed
 
 The same command resumes what was stopped, and takes what another call with fewer seeds or models has made. With --steps
@@ -12,29 +13,20 @@ all of it is in WORKDIR/<steps>-steps/. `--publish` copies the results beside th
 """
 
 import argparse
-import json
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from experiments import embedded, measuring, results, stage
-from experiments.methods import figure, latents, report, rival
-from experiments.methods.arms import ARMS, Arm, config_of
+from experiments.methods import cost, figure, latents, report, rival
+from experiments.methods.arms import ARMS, config_of
 from experiments.terminal import teller
-from lcm_jax.cost import flops
-from lcm_jax.diffusion.denoiser import call
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import LcmError
 from lcm_jax.metrics import plot, table
-from lcm_jax.run import config as config_lib
-from lcm_jax.run import models as run_models
-from lcm_jax.run import step as run_step
-from lcm_jax.runtime.mesh import make_mesh
 
 PARTS = ("teacher", *ARMS, "rival")
 COVERAGE = 512  # images that coverage is measured with, embedded.EACH of each caption, if --count is not smaller
@@ -70,12 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     scales = embedded.best_guidance_scale(), embedded.HIGH_SCALE
     arms = {name: arm for name, arm in ARMS.items() if name in args.only}
     trained = {name: config_of(arm, 0, args.steps).train.steps for name, arm in arms.items()}
-    units = {name: passes_per_image(arm) for name, arm in arms.items()}
     about = {"count": args.count, "coverage_count": min(args.count, COVERAGE)}
-    about |= {"training_steps": trained, "units": units}
+    about |= {"training_steps": trained}
     found: dict[str, list[dict[str, Any]]] = {"rows": [], "alike": [], "costs": [], "rival": []}
+    if arms:
+        say("cost of a training step")
+        found["costs"] = cost.kept(workdir / "costs.json", arms)
+        jax.clear_caches()
     if "teacher" in args.only:
-        say("rows of the teacher")
         found["rows"] = of_teacher(workdir, scales, args.count)
     for seed in range(args.seeds):
         images = {}
@@ -86,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"rows of {name}, seed {seed}")
             rows, images[name] = of_model(workdir, name, seed, scales, args.count)
             found["rows"] += rows
-            found["costs"].append({"model": name, "seed": seed, "seconds": seconds_per_step(folder)})
             jax.clear_caches()
         found["alike"] += alike(images, seed, scales)
         if "rival" in args.only:
@@ -129,9 +122,17 @@ def as_dict(row: table.Row, repeated: table.Row) -> dict[str, Any]:
 
 
 def of_teacher(workdir: Path, scales: Sequence[float], count: int) -> list[dict[str, Any]]:
-    row = f"--row=ddim:50:{','.join(f'{scale:g}' for scale in scales)}"
-    about = {"model": "teacher", "seed": None, "phases": 0, "error": None, "spread": 1.0}
-    return [about | found for found in evaluated(workdir, "teacher", count, "--model=shapes", row)]
+    """Its rows by 50 steps of DDIM: the recorded ones, if these have as many captions."""
+    if count == embedded.THOROUGH[0][0]:
+        recorded = embedded.recorded_rows(embedded.THOROUGH)
+        found = [row for row in recorded if (row["method"], row["steps"]) == (embedded.NAMES["ddim"], 50)]
+        keys = ("steps", "guidance_scale", "evaluations", "accuracy", "frechet", "coverage", "milliseconds")
+        found = [{key: row[key] for key in keys} for row in found if row["guidance_scale"] in scales]
+    else:
+        row = f"--row=ddim:50:{','.join(f'{scale:g}' for scale in scales)}"
+        found = evaluated(workdir, "teacher", count, "--model=shapes", row)
+    about = {"model": "teacher", "sampler": "ddim", "seed": None, "phases": 0, "error": None, "spread": 1.0}
+    return [about | row for row in found]
 
 
 Images = dict[tuple[str, float, int], Any]  # (name, guidance scale, steps) -> uint8 [n H W 3]
@@ -173,25 +174,6 @@ def alike(images: Mapping[str, Images], seed: int, scales: Sequence[float]) -> l
         for name, chosen in sets.items()
         for scale in scales
     ]
-
-
-def seconds_per_step(folder: Path) -> float:
-    """Median over the log's intervals."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    steps, times = zip(*((line["step"], line["time_step"]) for line in lines), strict=True)
-    return statistics.median(np.divide(times, np.diff(steps, prepend=0)).tolist())
-
-
-def passes_per_image(arm: Arm) -> float:
-    """Network units of a training step: its products for one image, over those of one pass of the teacher's UNet."""
-    config = config_lib.resolve(config_of(arm, 0))
-    models = run_models.shapes(config)
-    made = run_step.make(config, models, make_mesh(devices=jax.devices()[:1]))
-    batch, *latent = made.batch["mean"].shape
-    z, t = jax.ShapeDtypeStruct((1, *latent), "float32"), jax.ShapeDtypeStruct((1,), "int32")
-    unet, null = models.teacher.unet, made.frozen.null
-    one = flops.count(lambda params, z, t, null: call(unet, params, z, t, null), made.frozen.teacher, z, t, null)
-    return made.model_flops() / (batch * one)
 
 
 def write_results(workdir: Path, found: Mapping[str, list], about: Mapping[str, Any]) -> str:
