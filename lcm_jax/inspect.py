@@ -233,14 +233,13 @@ def of_sizes(config: ConfigDict, part: run_data.Part, rows: ImageRows, sample: S
         small = (sizes < targets[images.nearest_bucket(sizes, targets)]).any(axis=1)
         return share(int(small.sum()), len(sizes))
 
-    fields = [source.field(key) for key in (data.height_key, data.width_key)]
-    by_fields = all(values is not None for values in fields)
-    if by_fields:
+    by_fields = filters.field_sizes(source, data.width_key, data.height_key)
+    if by_fields is not None:
         found = filters.sizes(source, data.width_key, data.height_key)
-        lacking = int(np.isnan(fields).any(0).sum())
+        lacking = int((by_fields[:, 0] == 0).sum())
         yield (
             f"sizes of all {len(source):,} records, by the fields {data.height_key!r} and {data.width_key!r}"
-            + f", of {lacking:,} that lack one by their images" * (lacking > 0)
+            + f"; without usable values, by the image: {lacking:,}" * (lacking > 0)
         )
     else:
         found = sample.sizes
@@ -252,7 +251,7 @@ def of_sizes(config: ConfigDict, part: run_data.Part, rows: ImageRows, sample: S
     yield f"smaller than the training image, so enlarged: {enlarged(known)}"
     if len(known) < len(found):
         yield f"unknown: {share(len(found) - len(known), len(found))}"
-    if by_fields:  # they may be the sizes of originals that were made smaller
+    if by_fields is not None:  # they may be the sizes of originals that were made smaller
         yield f"images of the sample themselves that are enlarged: {enlarged(sample.sizes)}"
     if rows.members is not None:
         batches = [-(-count // data.batch_size) for count in rows.groups]

@@ -269,7 +269,7 @@ def check_out(
 ) -> None:
     """Raises BadArgument if images of these names, one record for each prompt, would replace what they must not.
 
-    These are files that are `read` while they are made, and without `overwrite` those that record something else.
+    These are files that are `read` for them, and without `overwrite` those that record something else.
     """
     kept = {path.resolve() for path in read}
     for path in sorted(out.glob("*.png")):
@@ -277,7 +277,7 @@ def check_out(
         if prompt >= len(abouts) or number not in numbers:
             continue
         if path.resolve() in kept:
-            raise BadArgument("out", out, f"has {path.name}, which images start from; choose another folder")
+            raise BadArgument("out", out, f"has {path.name}, which images are made from; choose another folder")
         wanted = {"image": number, **abouts[prompt]}
         if not overwrite and png.read_about(path) != {key: png.text_of(value) for key, value in wanted.items()}:
             problem = f"has {path.name} of another prompt, model or settings; choose another folder, or --overwrite"
@@ -319,6 +319,7 @@ def run(args: argparse.Namespace, written: list[Path]) -> None:
         for n, prompt in pairs
     ]
     read = {path for pair in sources for path in pair if path is not None}
+    read |= {files.expanded(control.parse(text)[1]) for text in args.control}
     check_out(args.out, abouts, numbers, read, args.overwrite)
     try:
         files.check_space(args.out, len(pairs) * args.num_images * SMALLEST)

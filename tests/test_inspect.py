@@ -134,11 +134,12 @@ def test_first_captions_are_the_runs(folder):
 def test_sizes_of_records_that_lack_a_field_are_their_images(tmp_path):
     path = write_folder(tmp_path / "set", fields=True)
     lines = (path / "metadata.jsonl").read_text().replace(f'"width": {10 * SIZES[0][1]}', '"other": 1', 1)
+    lines = lines.replace(f'"width": {10 * SIZES[1][1]}', '"width": 0', 1)
     (path / "metadata.jsonl").write_text(lines)
     config = make_config(source="folder", path=str(path))
     (part,) = run_data.open_parts(config)
     line = next(inspect.of_sizes(config, part, inspect.rows_of(config, part), None))
-    assert line == "sizes of all 9 records, by the fields 'height' and 'width', of 1 that lack one by their images"
+    assert line == "sizes of all 9 records, by the fields 'height' and 'width'; without usable values, by the image: 2"
 
 
 def test_fields_filters_and_the_run_that_would_stop(tmp_path):

@@ -456,7 +456,7 @@ def test_files_that_are_read_or_not_ours_are_not_replaced(tmp_path, capsys):
     Image.new("RGB", (16, 16)).save(own)
     sample.check_out(tmp_path, [{}], range(4), {own}, overwrite=True)  # its name is not in use
     sample.check_out(tmp_path, [{}] * 2, range(4), (), overwrite=True)
-    with pytest.raises(BadArgument, match="has 0001_0000.png, which images start from; choose another folder"):
+    with pytest.raises(BadArgument, match="has 0001_0000.png, which images are made from; choose another folder"):
         sample.check_out(tmp_path, [{}] * 2, range(4), {tmp_path / "." / own.name}, overwrite=True)
     preview = own.rename(tmp_path / "preview.png")
     assert sample.main([f"--out={tmp_path}", "--model=/nowhere", "--prompt=a", "--preview=/nowhere"]) == 2

@@ -308,6 +308,15 @@ def test_the_program_asks_for_what_its_flags_say(micro, nets, tmp_path, monkeypa
     assert about["control"].startswith(f"{flag}, ") and about["control_guess"] == "True" and "canny" not in about
 
 
+def test_an_image_of_a_control_is_not_replaced(micro, tmp_path, capsys, load_once):
+    own = tmp_path / "0000_0000.png"
+    own.write_bytes((micro / "image.png").read_bytes())
+    words = [f"--model={micro / 'model'}", f"--out={tmp_path}", "--prompt=a", "--overwrite"]
+    assert sample.main([*words, f"--control={micro / 'a'}:{own}"]) == 2
+    assert "has 0000_0000.png, which images are made from; choose another folder" in capsys.readouterr().err
+    assert own.read_bytes() == (micro / "image.png").read_bytes()
+
+
 @pytest.mark.slow
 def test_the_program_generates_the_images_of_the_library(micro, model, nets, tmp_path):
     """On a mesh, with weights placed by its rule."""

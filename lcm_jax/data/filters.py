@@ -163,17 +163,24 @@ def apply(
     return Selection(source, kept), Report(len(source), len(kept), tuple(counts), unusable, notes)
 
 
+def field_sizes(source: Source, width_key: str = "width", height_key: str = "height") -> np.ndarray | None:
+    """int32 [n 2], each record's (height, width) by its fields, (0, 0) of one that lacks a usable one; None if there
+    are no such fields."""
+    fields = [source.field(key) for key in (height_key, width_key)]
+    if any(values is None for values in fields):
+        return None
+    both = np.stack(fields, -1)
+    given = ((both >= 1) & (both < 2**31)).all(-1, keepdims=True)  # NaN >= 1 is False
+    return np.where(given, both, 0).astype(np.int32)
+
+
 def sizes(source: Source, width_key: str = "width", height_key: str = "height") -> np.ndarray:
     """int32 [n 2], each record's (height, width) in pixels, upright; (0, 0) if it is unknown.
 
     Read from the fields; of records that lack one, from their images' headers, with a progress bar.
     """
-    height, width = source.field(height_key), source.field(width_key)
-    both = np.zeros((len(source), 2), np.int32)
-    if height is not None and width is not None:
-        fields = np.stack([height, width], -1)
-        given = ((fields >= 1) & (fields < 2**31)).all(-1, keepdims=True)  # NaN >= 1 is False
-        both = np.where(given, fields, 0).astype(np.int32)
+    by_fields = field_sizes(source, width_key, height_key)
+    both = np.zeros((len(source), 2), np.int32) if by_fields is None else by_fields
     unknown = np.flatnonzero(both[:, 0] == 0).tolist()
     for number in tqdm(unknown, "image sizes", unit=" images", disable=None if unknown else True):
         try:
