@@ -4,8 +4,8 @@ Command   python -m lcm_jax.train --config=configs/my_sd15_24gb.py --workdir=run
               --config.model.teacher=MODEL.safetensors --config.data.path=FOLDER
 Data      Captioned images in the model's style, a .txt beside each, or metadata.jsonl. Without any: the model makes
           them of your prompts (docs/my_model.md), then --config.data.source=latents --config.data.path=CACHE
-Hardware  3.9 GB before activations. The step is that of `sd15_lcm_lora`, which is modelled for one l4, a card of 24 GB.
-          Not yet measured. If it does not fit: --config.train.accumulation_steps=2, or 3
+Hardware  3.9 GB before activations. Modelled: 18.0 GiB on one rtx4090 (experiments/aot); not yet measured. If it does
+          not fit: --config.train.accumulation_steps=2, or 3
 Time      Not yet measured
 Source    LCM-LoRA report and README of diffusers' scripts: all as in `sd15_lcm_lora`, from which this config starts,
           but for the images, of which the VAE encodes four at a time

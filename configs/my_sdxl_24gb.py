@@ -5,9 +5,8 @@ Command   python -m lcm_jax.train --config=configs/my_sdxl_24gb.py --workdir=run
 Data      Captioned images in the model's style, a .txt beside each, or metadata.jsonl. Without any: the model makes
           them of your prompts (docs/my_model.md), then --config.data.source=latents --config.data.path=CACHE
 Hardware  12.7 GB before activations, as `sdxl_lcm_lora`. Activations are recomputed for gradients, and four images go
-          through the networks at a time: all 12 at once take 21.7 of the 21.8 GiB of one rtx4090, as modelled
-          (`sdxl_lora-rtx4090` in experiments/aot). Not yet measured. If it does not fit:
-          --config.train.accumulation_steps=6, or 12
+          through the networks at a time. Modelled: 15.7 GiB on one rtx4090 (experiments/aot; all 12 at once: 21.7);
+          not yet measured. If it does not fit: --config.train.accumulation_steps=6, or 12
 Time      Not yet measured
 Source    LCM-LoRA report and README of diffusers' scripts: all as in `sdxl_lcm_lora`, from which this config starts.
           Taking the batch of 12 in three parts and recomputing activations are our choice and give the same update.
