@@ -74,7 +74,7 @@ def test_measures_of_latents():
 
 def row(model: str, seed, steps: int, scale: float, phases: int, error: float | None, spread: float, coverage: float):
     of = {"model": model, "seed": seed, "steps": steps, "guidance_scale": scale, "phases": phases}
-    of |= {"sampler": "tcd", "evaluations": steps, "accuracy": 0.9, "frechet": 40.0, "milliseconds": 1.5}
+    of |= {"sampler": "tcd", "evaluations": steps, "accuracy": 0.9, "frechet": 40.0}
     return of | {"error": error, "spread": spread, "coverage": coverage}
 
 
@@ -107,12 +107,13 @@ def test_what_was_asked():
     parity.close([one["error"], one["deviations"]["error"]], [0.25, np.sqrt(0.005)])
     assert means[0]["model"] == "teacher" and means[0]["error"] is None
     about = {"seeds": 2, "count": 99, "coverage_count": 99, "training_steps": {"lcm": 7}}
-    costs = [{"model": "lcm", "units": 6.0, "seconds": 0.5}]
-    found = {"rows": rows_of(2), "alike": [], "costs": costs, "rival": []}
+    costs = {"training": [{"model": "lcm", "units": 6.0, "seconds": 0.5}]}
+    costs["sampling"] = [{"model": "LCM", "steps": n, "milliseconds": 1.5 * n} for n in measuring.STEPS]
+    found = {"rows": rows_of(2), "alike": [], "rival": []} | costs
     text = report.markdown(found, about | {"asked": asked})
     assert "| **phased, M = 4** | **2** | **4** | **4** | **90.0% ± 0.0%** |" in text and "| **LCM**" not in text
-    assert "| teacher | 2 | 50 | 50 | 90.0% | 40.0 | 0.050 |  | 1.000 | 1.5 |" in text
-    assert "| lcm | 6.00 | 0.500 |" in text
+    assert "| teacher | 2 | 50 | 50 | 90.0% | 40.0 | 0.050 |  | 1.000 |" in text
+    assert "| lcm | 6.00 | 0.500 |" in text and "| LCM | 1.5 | 3.0 | 6.0 | 12.0 |" in text
 
 
 def stand_in(out, name, count, *flags, each=embedded.EACH):
@@ -141,8 +142,8 @@ def test_the_whole_command_with_stand_ins_for_training_and_generating(tmp_path, 
     monkeypatch.setattr(embedded, "evaluated", stand_in)
     monkeypatch.setattr(latents, "kept", generated)
     monkeypatch.setattr(rival, "fine_tune", lambda workdir, steps, say: workdir / "teacher")
-    monkeypatch.setattr(cost, "passes_per_image", lambda arm: 6.0)
-    monkeypatch.setattr(cost, "seconds_per_step", lambda arms: dict.fromkeys(arms, 0.5))
+    monkeypatch.setattr(cost, "training", lambda arms: [{"model": n, "units": 6.0, "seconds": 0.5} for n in arms])
+    monkeypatch.setattr(cost, "sampling", lambda of: [{"model": n, "steps": 1, "milliseconds": 1.5} for n in of])
     monkeypatch.setattr(results, "publish", lambda folder, sources: published.update(sources))
     assert run.main([f"--workdir={tmp_path}", "--seeds=1", "--count=99", "--publish"]) == 0
     assert made == [f"seed0/{name} 0" for name in ARMS] + [
@@ -150,9 +151,8 @@ def test_the_whole_command_with_stand_ins_for_training_and_generating(tmp_path, 
     ]
     assert list(published) == list(run.RESULTS) and Image.open(published["figure.png"]).format == "PNG"
     found = json.loads((tmp_path / "table.json").read_text())
-    counts = {"rows": 2 + 6 * 4 * 2, "asked": 3 * 2, "alike": 7 * 2, "costs": 5, "rival": 2 + 4 * 2}
+    counts = {"rows": 2 + 6 * 4 * 2, "asked": 3 * 2, "alike": 7 * 2, "training": 5, "sampling": 6, "rival": 2 + 4 * 2}
     assert {key: len(found[key]) for key in counts} == counts
-    assert found["costs"][0] == {"model": "lcm", "units": 6.0, "seconds": 0.5}
     assert {row["coverage"] for row in found["rows"]} == {0.1} and found["training_steps"]["lcm"] == 800
     assert "| phased, style | plain | 4 | 90.0% | 40.0 | 40.0 | 0.100 |" in (tmp_path / "table.md").read_text()
 
@@ -203,10 +203,18 @@ def test_a_small_run_is_kept_and_published(tmp_path, monkeypatch):
     assert run.main(flags) == 0
     folder = tmp_path / "5-steps"
     text, found = (folder / "table.md").read_text(), json.loads((folder / "table.json").read_text())
-    assert [len(found[key]) for key in ("rows", "asked", "alike", "costs", "rival")] == [24, 2, 6, 2, 0]
-    assert all(abs(one["units"] - 6.0) < 0.2 and one["seconds"] > 0 for one in found["costs"])
+    assert [len(found[key]) for key in ("rows", "asked", "alike", "training", "sampling", "rival")] == [
+        24,
+        2,
+        6,
+        2,
+        12,
+        0,
+    ]
+    assert all(abs(one["units"] - 6.0) < 0.2 and one["seconds"] > 0 for one in found["training"])
+    assert all(one["milliseconds"] > 0 for one in found["sampling"])
     monkeypatch.setattr(stage, "trained_and_exported", lambda *args: pytest.fail("trained again"))
-    monkeypatch.setattr(cost, "seconds_per_step", lambda arms: pytest.fail("timed again"))
+    monkeypatch.setattr(cost, "_medians", lambda *args: pytest.fail("timed again"))
     monkeypatch.setattr(latents, "_generated", lambda *args: pytest.fail("generated again"))
     assert run.main(flags) == 0 and (folder / "table.md").read_text() == text
 

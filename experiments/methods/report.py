@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import embedded, results
+from experiments import embedded, measuring, results
 from experiments.methods import cost, latents
 from experiments.methods.arms import ARMS
 from lcm_jax.metrics.shapes import REFERENCES
@@ -19,7 +19,6 @@ COLUMNS = {
     "coverage": ("coverage distance", "{:.3f}"),
     "error": ("error", "{:.3f}"),
     "spread": ("spread", "{:.3f}"),
-    "milliseconds": ("ms per image", "{:.1f}"),
 }
 RIVALS = {"accuracy": COLUMNS["accuracy"], "to_style": ("FD to style", "{:.1f}"), "to_plain": ("FD to plain", "{:.1f}")}
 RIVALS |= {"coverage": COLUMNS["coverage"]}
@@ -35,9 +34,13 @@ ASKED = f"""\
 Asked of phased maps in M steps: an error of at most {LESS_ERROR:g} of LCM's in as many steps by its better sampler, a
 spread within {NEAR_SPREAD:.0%} of the teacher's at scale {embedded.HIGH_SCALE:g}, a coverage distance not above LCM's.
 """
-COSTS = f"""\
+TRAINING = f"""\
 Training: network units are passes of the teacher's UNet for one image, by FLOPs; a backward pass counts as 2. Seconds:
 median of {cost.STEPS} steps; the models took turns.
+"""
+SAMPLING = f"""\
+Sampling, decoding included: milliseconds per image, median of {cost.BATCHES} batches of {measuring.BATCH}; the models
+took turns.
 """
 RIVAL = """\
 Few-step LoRAs in 4 steps, each on the teacher that it was distilled on and on the other one: the style teacher is a
@@ -110,7 +113,7 @@ def verdicts(found: Rows) -> str:
 
 
 def markdown(found: Mapping[str, Rows], about: Mapping[str, Any]) -> str:
-    """All tables; found: "rows", "alike", "costs", "rival" of all seeds."""
+    """All tables; found: "rows", "alike", "training", "sampling", "rival" of all seeds."""
     parts = []
     if found["rows"]:
         rows = means(found["rows"], KEYS)
@@ -138,9 +141,15 @@ def markdown(found: Mapping[str, Rows], about: Mapping[str, Any]) -> str:
         rows = means(found["alike"], ("model", "guidance_scale"))
         lines = [[row["model"], f"{row['guidance_scale']:g}", cell(row, "rmse", "{:.1f}")] for row in rows]
         parts += [ALIKE, results.table(["model", "guidance scale", "RMSE"], lines)]
-    if found["costs"]:
-        lines = [[row["model"], f"{row['units']:.2f}", f"{row['seconds']:.3f}"] for row in found["costs"]]
-        parts += [COSTS, results.table(["model", "network units per image", "seconds per step"], lines)]
+    if found["training"]:
+        lines = [[row["model"], f"{row['units']:.2f}", f"{row['seconds']:.3f}"] for row in found["training"]]
+        parts += [TRAINING, results.table(["model", "network units per image", "seconds per step"], lines)]
+    if found["sampling"]:
+        by_model: dict[str, list[str]] = {}
+        for row in found["sampling"]:
+            by_model.setdefault(row["model"], []).append(f"{row['milliseconds']:.1f}")
+        heads = ["model", *(f"{n} step{'s' * (n > 1)}" for n in measuring.STEPS)]
+        parts += [SAMPLING, results.table(heads, [[model, *cells] for model, cells in by_model.items()])]
     if found["rival"]:
         rows = means(found["rival"], ("lora", "teacher"))
         lines = [

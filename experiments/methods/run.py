@@ -5,7 +5,7 @@
 
     WORKDIR/seed<n>/<model>/                  a run, and its export/
     WORKDIR/{evaluate,latents,rival}/         rows and latents, kept
-    WORKDIR/costs.json                        of a training step of each model, kept
+    WORKDIR/costs/                            time of a training step and of an image, kept
     WORKDIR/{table.md,table.json,figure.png}  of the models asked for, written after every seed
 
 The same command resumes what was stopped, and takes what another call with fewer seeds or models has made. With --steps
@@ -13,6 +13,7 @@ all of it is in WORKDIR/<steps>-steps/. `--publish` copies the results beside th
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ import jax
 
 from experiments import embedded, measuring, results, stage
 from experiments.methods import cost, figure, latents, report, rival
-from experiments.methods.arms import ARMS, config_of
+from experiments.methods.arms import ARMS, Arm, config_of
 from experiments.terminal import teller
 from lcm_jax.ending import exit_code
 from lcm_jax.errors import LcmError
@@ -64,11 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trained = {name: config_of(arm, 0, args.steps).train.steps for name, arm in arms.items()}
     about = {"count": args.count, "coverage_count": min(args.count, COVERAGE)}
     about |= {"training_steps": trained}
-    found: dict[str, list[dict[str, Any]]] = {"rows": [], "alike": [], "costs": [], "rival": []}
-    if arms:
-        say("cost of a training step")
-        found["costs"] = cost.kept(workdir / "costs.json", arms)
-        jax.clear_caches()
+    found: dict[str, list[dict[str, Any]]] = {"rows": [], "alike": [], "training": [], "sampling": [], "rival": []}
     if "teacher" in args.only:
         found["rows"] = of_teacher(workdir, scales, args.count)
     for seed in range(args.seeds):
@@ -82,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             found["rows"] += rows
             jax.clear_caches()
         found["alike"] += alike(images, seed, scales)
+        if arms and seed == 0:
+            say("cost of training and of images")
+            found |= costs(workdir, arms)
         if "rival" in args.only:
             rows = rival.rows_of(workdir / "rival", seed, args.steps, about["coverage_count"], say)
             if rows is None:
@@ -117,7 +117,6 @@ def as_dict(row: table.Row, repeated: table.Row) -> dict[str, Any]:
         "accuracy": row.values["caption_accuracy"],
         "frechet": row.values["shapes_frechet"],
         "coverage": repeated.values["coverage_distance"],
-        "milliseconds": row.milliseconds,
     }
 
 
@@ -126,7 +125,7 @@ def of_teacher(workdir: Path, scales: Sequence[float], count: int) -> list[dict[
     if count == embedded.THOROUGH[0][0]:
         recorded = embedded.recorded_rows(embedded.THOROUGH)
         found = [row for row in recorded if (row["method"], row["steps"]) == (embedded.NAMES["ddim"], 50)]
-        keys = ("steps", "guidance_scale", "evaluations", "accuracy", "frechet", "coverage", "milliseconds")
+        keys = ("steps", "guidance_scale", "evaluations", "accuracy", "frechet", "coverage")
         found = [{key: row[key] for key in keys} for row in found if row["guidance_scale"] in scales]
     else:
         row = f"--row=ddim:50:{','.join(f'{scale:g}' for scale in scales)}"
@@ -174,6 +173,22 @@ def alike(images: Mapping[str, Images], seed: int, scales: Sequence[float]) -> l
         for name, chosen in sets.items()
         for scale in scales
     ]
+
+
+def costs(workdir: Path, arms: Mapping[str, Arm]) -> dict[str, list[cost.Cost]]:
+    """Of training steps and of images, by the models of the first seed."""
+    folder = workdir / "costs" / "-".join(arms)
+    models = {
+        shown: (workdir / "seed0" / name / "export", sampler)
+        for name, arm in arms.items()
+        for sampler, shown in arm.names.items()
+    }
+    found = {
+        "training": cost.kept(folder / "training.json", functools.partial(cost.training, arms)),
+        "sampling": cost.kept(folder / "sampling.json", functools.partial(cost.sampling, models)),
+    }
+    jax.clear_caches()
+    return found
 
 
 def write_results(workdir: Path, found: Mapping[str, list], about: Mapping[str, Any]) -> str:
