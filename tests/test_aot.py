@@ -132,6 +132,7 @@ def test_roofline_report_of_a_step_on_this_machine(compiled):
     assert "197 TFLOP/s" in roofline.text(on_v5e) and "option=1" in roofline.text(on_v5e)
 
 
+@pytest.mark.slow
 def test_report_counts_the_encoders(compiled, monkeypatch):
     (config, _, compiled), mesh = compiled, one_device()
     monkeypatch.setattr(report, "compile_step", lambda *args: (compiled, {}))
@@ -154,6 +155,7 @@ def test_build_refuses_what_a_run_would_refuse(tiny):
         report.build(config, one_device())
 
 
+@pytest.mark.slow
 def test_model_flops_do_not_depend_on_rematerialisation_or_accumulation(tiny):
     def counted(**changes):
         step, _ = report.build(config_of("shapes_lcm", **{"model.teacher": tiny} | changes), one_device())

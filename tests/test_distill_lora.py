@@ -96,6 +96,7 @@ def abstract_step(unet, text_width: int, rank: int, adapted: bool = True):
     return (initial, frozen, batch, key), jax.jit(make_step(problem, optimizer, 0.0), donate_argnums=0)
 
 
+@pytest.mark.slow
 def test_a_step_takes_the_base_once():
     """By the arguments of the lowered step: LoRA holds W + 4 adapters, full LCD 5 W and the projections of w."""
     unet = unet_lib.from_config(tiny.UNETS["small"])

@@ -308,6 +308,7 @@ def test_a_skip_of_one(solver):
     parity.close(loss, np.zeros(5), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_second_order_jump_costs_one_more_guided_teacher():
     """In FLOPs as `TrainingStep.model_flops` counts them for the utilisation."""
     p, (batch, null, draws) = make_problem("sd1"), inputs("sd1")

@@ -120,6 +120,7 @@ def test_adapted_and_merged_equal_peft(kind, side):
     parity.close(adapted({"params": {"base": base, "lora": begun}}, *args), without, rtol=0, of_max=parity.NETWORK)
 
 
+@pytest.mark.slow
 def test_init_has_pefts_distribution():
     """And B is zero, with which the test above shows that adapters change nothing."""
     _, _, base, _ = case("sd1")

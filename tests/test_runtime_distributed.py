@@ -220,6 +220,7 @@ def test_a_killed_process_ends_the_others():
         assert processes[0].returncode != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_jax_aborts_if_a_process_is_missing(index):
     """docs/clusters.md quotes what is shown then."""
