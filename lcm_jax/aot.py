@@ -1,7 +1,7 @@
 """Does this run fit, and how fast could it be? Programs compiled for TPUs and GPUs that are not here.
 
     python -m lcm_jax.aot --config=configs/sdxl_lcm.py --topology=v5e:4x4 [--slices=2] [--fit] [--out=FILE.json]
-        [--config.data.batch_size=64] [--config.mesh.fsdp=16] ...
+        --config.data.batch_size=96 --config.mesh.fsdp=16 --config.train.remat=block
     python -m lcm_jax.aot --config=configs/sdxl_lcm_lora.py --topology=rtx4090:1
     python -m lcm_jax.aot --config=configs/sdxl_lcm_lora.py --topology=rtx4090:1 --sampling [--batch_size=4] [--steps=4]
         [--weights=int8] [--offload=text|all] [--sliced]

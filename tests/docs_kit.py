@@ -112,7 +112,7 @@ def commands(path: Path) -> list[Command]:
         if language in ("", "bash", "sh", "text"):
             lines += re.sub(r"\\\n\s*", " ", code).split("\n")
         if language == "yaml":
-            for listed in re.findall(r"command: \[(.*)\]", code):
+            for listed in re.findall(r"command: \[(.*?)\]", code, re.DOTALL):
                 lines.append(" ".join(part.strip() for part in listed.split(",")))
     said = [" ".join(span.split()) for span in spans(text) if re.match(r"(python3?|make|pip) ", span)]
     for line in [*lines, *said]:

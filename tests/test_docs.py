@@ -19,7 +19,9 @@ from docs_kit import PAGES, ROOT, Command, name_of
 
 import lcm_jax
 from experiments import figures
+from lcm_jax.cost import chips
 from lcm_jax.errors import BadArgument
+from lcm_jax.run import config as config_lib
 from lcm_jax.run.keys import KEYS
 from lcm_jax.sampling.generator import Generator
 
@@ -57,11 +59,13 @@ def only_parsing():
 
 
 def substituted(arguments: list[str]) -> list[str]:
-    """With this repository's example in place of the reader's own config."""
-    return [
-        re.sub(r"^--config=(configs/)?(my_\w+\.py|\$?CONFIG|\.\.\.)$", "--config=configs/shapes_lcm.py", a)
-        for a in arguments
-    ]
+    """With this repository's examples in place of the reader's own config."""
+
+    def config(found: re.Match) -> str:
+        return found[0] if (ROOT / found[1]).is_file() else "--config=configs/shapes_lcm.py"
+
+    words = [word.replace("--config=$CONFIG", "--config=configs/my_sdxl_24gb.py") for word in arguments]
+    return [re.sub(r"^--config=((?:configs/)?my_\w+\.py|CONFIG|\.\.\.)$", config, word) for word in words]
 
 
 def accepted(module: str, arguments: list[str], capsys) -> None:
@@ -86,6 +90,42 @@ def test_commands_of_a_program_are_accepted(module, capsys):
         return
     for arguments in {tuple(command.arguments) for command in found if command.arguments or command.in_block}:
         accepted(module, list(arguments), capsys)
+
+
+# Devices that the commands of a page are for, where no --topology says it.
+DEVICES = {"docs/clusters.md": 32, "docs/tpu.md": 16}
+STEPS = [
+    command
+    for command in COMMANDS
+    if command.module in ("lcm_jax.train", "lcm_jax.aot") and command.in_block and "..." not in command.words
+]
+
+
+@pytest.mark.parametrize("command", STEPS, ids=str)
+def test_the_runs_of_commands_may_start(command: Command):
+    """The config with the command's values is a valid run, whose batch splits over its devices."""
+    given = dict(word.removeprefix("--").partition("=")[::2] for word in substituted(command.arguments))
+    config = runpy.run_path(str(ROOT / given["config"]))["get_config"]()
+    kinds = {key.name: key for key in KEYS}
+    for name, text in given.items():
+        if key := kinds.get(name.removeprefix("config.")):
+            config.update_from_flattened_dict({key.name: read_value(text)})
+    training = command.module == "lcm_jax.train"
+    config_lib.validate(config, models=training, data=training)
+    devices = DEVICES.get(command.page, 1)
+    if "topology" in given:
+        devices = 1 if given["topology"] == "cpu" else chips.of_topology(given["topology"])[1]
+    split = devices if "fit" not in given else 1  # it looks for a batch itself
+    split = max(split, config.mesh.fsdp)
+    assert config.data.batch_size % (split * config.train.accumulation_steps) == 0
+
+
+def read_value(text: str):
+    """A flag's value as config_flags reads it: a Python literal, or text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
