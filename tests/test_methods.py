@@ -168,8 +168,13 @@ def test_the_teachers_rows_are_the_recorded_ones(monkeypatch):
     assert [row["guidance_scale"] for row in recorded] == [row["guidance_scale"] for row in measured] == list(scales)
     assert [set(row) for row in recorded] == [set(row) for row in measured]
     of_2000 = {row["guidance_scale"]: row for row in embedded.recorded_rows(embedded.THOROUGH) if row["steps"] == 50}
+    of_512 = {row["guidance_scale"]: row for row in embedded.recorded_rows(embedded.DEMO) if row["steps"] == 50}
     for row in recorded:
-        assert row["accuracy"] == of_2000[row["guidance_scale"]]["accuracy"] != measured[0]["accuracy"]
+        scale = row["guidance_scale"]
+        assert row["accuracy"] == of_2000[scale]["accuracy"] != measured[0]["accuracy"]
+        assert (
+            row["coverage"] == of_512[scale]["coverage"] != of_2000[scale]["coverage"]
+        )  # of 8 images of each, as here
 
 
 @pytest.mark.slow

@@ -30,9 +30,7 @@ from lcm_jax.sampling.plan import Settings, noise_entries
 WARM_UP, STEPS = 3, 30  # of each model: not counted, counted
 BATCHES = 7  # of images, counted; one more is not, as it compiles
 
-Cost = dict[
-    str, Any
-]  # {"model", "units", "seconds"} of a step of training, {"model", "steps", "milliseconds"} of images
+Cost = dict[str, Any]  # {"model", "units", "seconds"} of a step, or {"model", "steps", "milliseconds"} of an image
 Timed = TypeVar("Timed")
 
 
@@ -89,10 +87,8 @@ def passes_per_image(arm: Arm) -> float:
     made = run_step.make(config, models, mesh_lib.make_mesh(devices=jax.devices()[:1]))
     batch, *latent = made.batch["mean"].shape
     z, t = jax.ShapeDtypeStruct((1, *latent), "float32"), jax.ShapeDtypeStruct((1,), "int32")
-    unet, null = models.teacher.unet, made.frozen.null
-    one = flops.count(
-        lambda params, z, t, null: denoiser.call(unet, params, z, t, null), made.frozen.teacher, z, t, null
-    )
+    teacher = functools.partial(denoiser.call, models.teacher.unet)
+    one = flops.count(teacher, made.frozen.teacher, z, t, made.frozen.null)
     return made.model_flops() / (batch * one)
 
 

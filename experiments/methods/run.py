@@ -63,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scales = embedded.best_guidance_scale(), embedded.HIGH_SCALE
     arms = {name: arm for name, arm in ARMS.items() if name in args.only}
     trained = {name: config_of(arm, 0, args.steps).train.steps for name, arm in arms.items()}
-    about = {"count": args.count, "coverage_count": min(args.count, COVERAGE)}
-    about |= {"training_steps": trained}
+    about = {"count": args.count, "coverage_count": min(args.count, COVERAGE), "training_steps": trained}
     found: dict[str, list[dict[str, Any]]] = {"rows": [], "alike": [], "training": [], "sampling": [], "rival": []}
     if "teacher" in args.only:
         found["rows"] = of_teacher(workdir, scales, args.count)
@@ -123,10 +122,15 @@ def as_dict(row: table.Row, repeated: table.Row) -> dict[str, Any]:
 def of_teacher(workdir: Path, scales: Sequence[float], count: int) -> list[dict[str, Any]]:
     """Its rows by 50 steps of DDIM: the recorded ones, if these have as many captions."""
     if count == embedded.THOROUGH[0][0]:
-        recorded = embedded.recorded_rows(embedded.THOROUGH)
-        found = [row for row in recorded if (row["method"], row["steps"]) == (embedded.NAMES["ddim"], 50)]
-        keys = ("steps", "guidance_scale", "evaluations", "accuracy", "frechet", "coverage")
-        found = [{key: row[key] for key in keys} for row in found if row["guidance_scale"] in scales]
+        tables = [embedded.recorded_rows(size) for size in (embedded.THOROUGH, embedded.DEMO)]
+        sets = [
+            [row for row in rows if (row["method"], row["steps"]) == (embedded.NAMES["ddim"], 50)] for rows in tables
+        ]
+        keys = ("steps", "guidance_scale", "evaluations", "accuracy", "frechet")
+        found = [
+            {key: row[key] for key in keys} | {"coverage": few["coverage"]} for row, few in zip(*sets, strict=True)
+        ]
+        found = [row for row in found if row["guidance_scale"] in scales]
     else:
         row = f"--row=ddim:50:{','.join(f'{scale:g}' for scale in scales)}"
         found = evaluated(workdir, "teacher", count, "--model=shapes", row)
