@@ -20,7 +20,7 @@ DEMO   ?= $(PY) -m experiments.shapes_lcm.demo
   test-slow-part test-gpu test-aot test-clients test-cudnn test-app fuzz docs figures lint install install-test clean
 
 help:
-	@echo "make demo       distil the embedded teacher, export, sample: images and a table in four to seven minutes"
+	@echo "make demo       distil the embedded teacher, export, sample: images and a table in four to eight minutes"
 	@echo "make demo-full  the same, with the teacher's rows of the table computed anew"
 	@echo "make app        a page on this machine: its image follows what is typed; runs the demo first, if it has not run"
 	@echo "make gpu-day    all that needs a GPU, in BUDGET_S=1500 seconds; resumes when called again; DEVICE=cpu rehearses"
