@@ -35,7 +35,7 @@ DOCS = [name for name in TEXTS if name == "README.md" or name.startswith("docs/"
 
 
 class Parsed(Exception):
-    """The command line was accepted."""
+    """The command line was accepted; of a program that takes a config, with that config."""
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def only_parsing():
 
     def run(main, argv=None, flags_parser=flags.FLAGS):
         flags_parser(argv or sys.argv)
-        raise Parsed
+        raise Parsed(getattr(flags.FLAGS, "config", None))
 
     with runs.flags_of_one_program(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
@@ -68,7 +68,7 @@ def substituted(arguments: list[str]) -> list[str]:
     return [re.sub(r"^--config=((?:configs/)?my_\w+\.py|CONFIG|\.\.\.)$", config, word) for word in words]
 
 
-def accepted(module: str, arguments: list[str], capsys) -> None:
+def accepted(module: str, arguments: list[str], capsys) -> Parsed:
     with only_parsing() as patch:
         patch.setattr(sys, "argv", [module, *substituted(arguments)])
         try:
@@ -77,6 +77,7 @@ def accepted(module: str, arguments: list[str], capsys) -> None:
         except ModuleNotFoundError as error:
             pytest.skip(f"{module} needs {error.name}")
     assert raised.type is Parsed, capsys.readouterr().err
+    return raised.value
 
 
 # Programs are run as `python -m` does, though tests have imported some of them.
@@ -101,30 +102,19 @@ STEPS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("command", STEPS, ids=str)
-def test_the_runs_of_commands_may_start(command: Command):
+def test_the_runs_of_commands_may_start(command: Command, capsys):
     """The config with the command's values is a valid run, whose batch splits over its devices."""
-    given = dict(word.removeprefix("--").partition("=")[::2] for word in substituted(command.arguments))
-    config = runpy.run_path(str(ROOT / given["config"]))["get_config"]()
-    kinds = {key.name: key for key in KEYS}
-    for name, text in given.items():
-        if key := kinds.get(name.removeprefix("config.")):
-            config.update_from_flattened_dict({key.name: read_value(text)})
+    (config,) = accepted(command.module, command.arguments, capsys).args
     training = command.module == "lcm_jax.train"
     config_lib.validate(config, models=training, data=training)
+    flag = dict(word.removeprefix("--").partition("=")[::2] for word in command.arguments)
     devices = DEVICES.get(command.page, 1)
-    if "topology" in given:
-        devices = 1 if given["topology"] == "cpu" else chips.of_topology(given["topology"])[1]
-    if "fit" not in given:  # which looks for a batch itself
+    if flag.get("topology", "cpu") != "cpu":
+        devices = chips.of_topology(flag["topology"])[1]
+    if "fit" not in flag:  # which looks for a batch itself
         assert config.data.batch_size % (devices * config.train.accumulation_steps) == 0
-
-
-def read_value(text: str):
-    """A flag's value as config_flags reads it: a Python literal, or text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
