@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import zlib
 from pathlib import Path
 
@@ -13,6 +14,10 @@ else:
     os.environ.pop("JAX_PLATFORMS", None)
 if _platforms == "cpu":  # the suite's time goes into compiling; programs that tests start do as well
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # of `make test &`: programs that tests start would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
